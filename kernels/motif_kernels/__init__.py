@@ -1,0 +1,11 @@
+"""Attention and activation functions for differential architectures.
+
+The public names, in FlashAttention's conventions (batch, seqlen, heads, headdim). Importing this package needs torch
+alone.
+"""
+
+from .attention import diff_attn_func, diff_attn_varlen_func
+from .combine import diff_combine
+from .poly_norm import mul_poly_norm, poly_norm
+
+__all__ = ["diff_attn_func", "diff_attn_varlen_func", "diff_combine", "mul_poly_norm", "poly_norm"]

@@ -1,0 +1,105 @@
+"""Argument checks shared by the public functions: each message names the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_epilogue(
+    leading: Sequence[int],
+    signal_heads: int,
+    noise_heads: int,
+    width: int,
+    lam: Tensor | float,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """Raise ValueError unless lambda, sub-norm and gate fit an output of shape (\\*leading, signal_heads, width)."""
+    if noise_heads < 1 or signal_heads % noise_heads:
+        raise ValueError(
+            f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
+            "the number of signal heads must be a multiple of the number of noise heads"
+        )
+    if isinstance(lam, Tensor) and tuple(lam.shape) not in {(), (signal_heads,), (*leading, signal_heads)}:
+        raise ValueError(
+            f"lam has shape {tuple(lam.shape)}; it must be a float or have shape (), ({signal_heads},) "
+            f"or {(*leading, signal_heads)}"
+        )
+    if norm_weight is not None and gate is not None:
+        raise ValueError("norm_weight and gate were both given; choose the sub-norm or the gate")
+    if norm_weight is not None and tuple(norm_weight.shape) != (width,):
+        raise ValueError(
+            f"norm_weight has shape {tuple(norm_weight.shape)}; it must be ({width},), the value head width"
+        )
+    if gate is not None and tuple(gate.shape) != (*leading, signal_heads, width):
+        raise ValueError(
+            f"gate has shape {tuple(gate.shape)}; it must have the output's shape {(*leading, signal_heads, width)}"
+        )
+
+
+def check_attention(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *, packed: bool) -> None:
+    """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and fit together."""
+    named = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "v": v}
+    layout = "(total, heads, headdim)" if packed else "(batch, seqlen, heads, headdim)"
+    for name, tensor in named.items():
+        if tensor.ndim != (3 if packed else 4):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {layout}")
+        if tensor.dtype != q1.dtype or not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype} and q1 is {q1.dtype}; all must be one floating-point dtype")
+        if tensor.device != q1.device:
+            raise ValueError(f"{name} is on {tensor.device} and q1 on {q1.device}; all must be on one device")
+    for name in ("q2", "k1", "k2"):
+        if named[name].shape[-1] != q1.shape[-1]:
+            raise ValueError(
+                f"{name} has head width {named[name].shape[-1]} and q1 has {q1.shape[-1]}; they must be equal"
+            )
+    if q1.shape[:-2] != q2.shape[:-2]:
+        raise ValueError(f"q1 is {tuple(q1.shape)} and q2 {tuple(q2.shape)}; they must differ only in heads")
+    for name in ("k2", "v"):
+        if named[name].shape[:-2] != k1.shape[:-2]:
+            raise ValueError(
+                f"{name} is {tuple(named[name].shape)} and k1 {tuple(k1.shape)}; "
+                "they must differ only in heads and width"
+            )
+    if not packed and k1.shape[0] != q1.shape[0]:
+        raise ValueError(f"k1 has batch size {k1.shape[0]} and q1 has {q1.shape[0]}; they must be equal")
+    signal_heads, noise_heads = q1.shape[-2], q2.shape[-2]
+    for name, heads, of, whole in (
+        ("q2", noise_heads, "q1", signal_heads),
+        ("k1", k1.shape[-2], "q1", signal_heads),
+        ("k2", k2.shape[-2], "q2", noise_heads),
+        ("v", v.shape[-2], "q2", noise_heads),
+    ):
+        if heads < 1 or whole % heads:
+            raise ValueError(f"{of} has {whole} heads and {name} has {heads}; {of}'s must be a multiple of {name}'s")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document over max_seqlen.
+
+    Values are read on the CPU; on a GPU, where reading them would stall the stream, only with ``MOTIF_CHECK=1``.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        raise TypeError(
+            f"{name} is {cu_seqlens.dtype} with shape {tuple(cu_seqlens.shape)}; "
+            "it must be an int32 vector of documents + 1"
+        )
+    if cu_seqlens.device.type != "cpu" and os.environ.get("MOTIF_CHECK") != "1":
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"{name} starts at {bounds[0]}; it must start at 0")
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if any(length < 0 for length in lengths):
+        raise ValueError(
+            f"{name} falls after entry {next(i for i, n in enumerate(lengths) if n < 0)}; it must never fall"
+        )
+    if bounds[-1] != total:
+        raise ValueError(f"{name} ends at {bounds[-1]} but the packed tensors hold {total} tokens; it must end there")
+    if lengths and max(lengths) > max_seqlen:
+        raise ValueError(f"{name} has a document of {max(lengths)} tokens but the stated maximum is {max_seqlen}")

@@ -1,0 +1,60 @@
+"""The epilogue of differential attention, for the outputs of any attention library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_epilogue
+from .cpu import combine as cpu
+
+
+def diff_combine(
+    o_signal: Tensor,
+    o_noise: Tensor,
+    lam: Tensor | float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    out_scale: float = 1.0,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``out_scale * RMSNorm(o_signal - lam * o_noise)``, or with a sigmoid gate, or with neither.
+
+    Signal head h is paired with noise head ``h // (Hs / Hn)``. The difference is formed in float32 (float64 for float64
+    inputs) and rounded once, at the end. Source: Differential Transformer, arXiv 2410.05258, equations 1 and 3.
+
+    Args:
+        o_signal: (..., Hs, Dv), usually (B, S, Hs, Dv), or (total, Hs, Dv) for packed documents.
+        o_noise: (..., Hn, Dv); Hs must be a multiple of Hn.
+        lam: a float, or a tensor of shape (), (Hs,) or (..., Hs).
+        norm_weight: (Dv,): RMS-normalise each head's output and multiply by this weight, shared by all heads.
+        norm_eps: added to the mean square.
+        out_scale: always multiplies the result.
+        gate: like o_signal: multiply by ``sigmoid(gate)``. Not together with norm_weight.
+
+    Returns:
+        Tensor of o_signal's shape and dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or gate together with norm_weight.
+    """
+    check_epilogue(
+        o_signal.shape[:-2], o_signal.shape[-2], o_noise.shape[-2], o_signal.shape[-1], lam, norm_weight, gate
+    )
+    if o_noise.shape[:-2] != o_signal.shape[:-2] or o_noise.shape[-1] != o_signal.shape[-1]:
+        raise ValueError(
+            f"diff_combine: o_noise has shape {tuple(o_noise.shape)} and o_signal {tuple(o_signal.shape)}; "
+            "all but the number of heads must be equal"
+        )
+    if o_signal.device.type == "cpu":
+        if not isinstance(lam, Tensor):
+            lam = torch.tensor(lam, dtype=reference.compute_dtype(o_signal))
+        return cpu.diff_combine(
+            o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
+        )
+    out = reference.diff_combine(
+        o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
+    )
+    return out.to(o_signal.dtype)

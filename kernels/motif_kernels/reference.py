@@ -1,0 +1,180 @@
+"""Every operation in plain PyTorch: the specification that all other backends are tested against.
+
+Nothing here is fast and attention maps are materialised. What it buys is that each line can be read next to the
+mathematics. Arithmetic is in float32, or in float64 for float64 inputs, and is rounded once at the end.
+
+Shapes: B batch, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise heads,
+g = Hs / Hn signal heads a noise head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | float | None) -> torch.dtype:
+    """The dtype that arithmetic runs in: float64 if any tensor is float64, else float32."""
+    has_double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if has_double else torch.float32
+
+
+def visibility_mask(
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    offset: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which keys each query sees, in FlashAttention's convention.
+
+    Query i stands at key position ``i + offset``; by default the last query stands at the last key (bottom right).
+    ``window_size=(left, right)`` is inclusive and -1 means unbounded; ``causal`` is a right bound of 0.
+
+    Returns:
+        Bool tensor (seqlen_q, seqlen_k), True where the query sees the key.
+    """
+    left, right = window_size
+    if causal:
+        right = 0
+    offset = seqlen_k - seqlen_q if offset is None else offset
+    query_position = torch.arange(seqlen_q, device=device)[:, None] + offset
+    key_position = torch.arange(seqlen_k, device=device)[None, :]
+    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= key_position >= query_position - left
+    if right >= 0:
+        mask &= key_position <= query_position + right
+    return mask
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with grouped key and value heads; a row that sees nothing gives 0.
+
+    Args:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D), H a multiple of Hk.
+        v: (B, Sk, Hv, Dv), H a multiple of Hv.
+        softmax_scale: multiplies the logits.
+        causal: mask later keys, aligned to the bottom right.
+        window_size: inclusive (left, right), -1 for unbounded.
+        softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
+
+    Returns:
+        The output (B, Sq, H, Dv) in the compute dtype, and each head's largest visible logit (H,).
+    """
+    dtype = compute_dtype(q, k, v)
+    heads = q.shape[2]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    k = k.repeat_interleave(heads // k.shape[2], dim=2)
+    v = v.repeat_interleave(heads // v.shape[2], dim=2)
+
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    hidden = ~visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    max_logits = (
+        logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
+    )
+    # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros and then cleared.
+    blind_rows = hidden.all(dim=-1)[:, None]
+    probabilities = logits.masked_fill(blind_rows, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", probabilities, v), max_logits
+
+
+def diff_combine(
+    o_signal: Tensor,
+    o_noise: Tensor,
+    lam: Tensor | float,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    out_scale: float = 1.0,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``signal - lambda * noise``, then sub-norm, gate or neither, in the compute dtype (not rounded).
+
+    Shapes and arguments are those of :func:`motif_kernels.diff_combine`.
+    """
+    dtype = compute_dtype(o_signal, o_noise, lam)
+    o_signal, o_noise = o_signal.to(dtype), o_noise.to(dtype)
+    group = o_signal.shape[-2] // o_noise.shape[-2]
+    if isinstance(lam, Tensor):
+        lam = lam.to(dtype)
+        lam = lam[..., None] if lam.ndim else lam
+    out = o_signal - lam * o_noise.repeat_interleave(group, dim=-2)
+    if norm_weight is not None:
+        out = out * torch.rsqrt(out.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight.to(dtype)
+    if gate is not None:
+        out = out * torch.sigmoid(gate.to(dtype))
+    return out * out_scale if out_scale != 1.0 else out
+
+
+def diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    softmax_scale: float,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    out_scale: float = 1.0,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the arguments.
+
+    Returns:
+        The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits (Hn,).
+    """
+    mask = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
+    o_signal, max_signal = attention(q1, k1, v, **mask)  # type: ignore[arg-type]
+    o_noise, max_noise = attention(q2, k2, v, **mask)  # type: ignore[arg-type]
+    out = diff_combine(
+        o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
+    )
+    return out.to(q1.dtype), max_signal, max_noise
+
+
+def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` in the compute dtype (not rounded); arXiv 2411.03884.
+
+    ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension. The sixth powers are divided by the row length before
+    they are summed, so that they stay finite in float32 for |x| up to 1e6.
+
+    Args:
+        x: (..., N).
+        weight: (3,), in the order of x^3, x^2, x.
+        bias: (1,).
+        eps: added to each mean square.
+    """
+    dtype = compute_dtype(x, weight, bias)
+    x, weight = x.to(dtype), weight.to(dtype)
+
+    def normalise(z: Tensor) -> Tensor:
+        mean_square = (z.square() / z.shape[-1]).sum(dim=-1, keepdim=True)
+        return z * torch.rsqrt(mean_square + eps)
+
+    return weight[0] * normalise(x**3) + weight[1] * normalise(x**2) + weight[2] * normalise(x) + bias.to(dtype)
+
+
+def mul_poly_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """``poly_norm(gate) * up`` in the compute dtype (not rounded): the feed-forward block's activation."""
+    return poly_norm(gate, weight, bias, eps=eps) * up.to(compute_dtype(gate, up, weight))

@@ -1,0 +1,48 @@
+"""The error rule that every backend is held to, and tensors that look like a model's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_error_rule(
+    result: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    *,
+    precision: torch.dtype | None = None,
+    floor: float | None = None,
+) -> None:
+    """FlashAttention's rule: no more than twice the largest error of plain PyTorch at the same precision, plus a floor.
+
+    Args:
+        result: what the backend under test gave.
+        plain: the same mathematics in plain PyTorch, run in the result's dtype.
+        exact: the float64 (or float32) reference.
+        precision: the dtype of the computation, where the result has a wider one (the float32 gradient of lambda is
+            a sum over outputs that were rounded to bfloat16); by default the result's dtype.
+        floor: allowance for rounding, in the units of the tensors; by default one unit in the last place, at
+            ``precision``, of the largest value.
+    """
+    result, plain, exact = result.detach(), plain.detach(), exact.detach().double()
+    if exact.numel() == 0:
+        return
+    if floor is None:
+        floor = torch.finfo(precision or result.dtype).eps * exact.abs().max().clamp(min=1e-30).item()
+    error = (result.double() - exact).abs()
+    allowed = 2 * (plain.double() - exact).abs().max().item() + floor
+    assert torch.isfinite(result).all()
+    assert error.max().item() <= allowed, f"error {error.max().item():.3e} > {allowed:.3e}"
+
+
+def leaves(*tensors: Tensor | float | None, dtype: torch.dtype | None = None) -> list:
+    """Detached copies that require gradients (None and floats pass through)."""
+    return [
+        t.detach().to(dtype or t.dtype, copy=True).requires_grad_() if isinstance(t, Tensor) else t for t in tensors
+    ]
+
+
+def gradients(out: Tensor, inputs: list, grad: Tensor) -> list[Tensor]:
+    """Gradients of ``out`` with respect to the tensors among ``inputs``."""
+    return list(torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor)], grad.to(out.dtype)))

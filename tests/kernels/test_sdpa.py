@@ -1,0 +1,80 @@
+"""The sdpa backend's promises: no map or mask of Sq x Sk in memory, one noise map a group, the operator's contract."""
+
+import pytest
+import torch
+
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference, sdpa
+
+LENGTH = 2048
+
+
+def largest_allocation(function) -> int:
+    """Bytes of the largest single allocation that ``function`` makes, inside operators too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def test_the_meter_sees_an_attention_map():
+    """The measure itself: the reference holds maps of float32."""
+    q = torch.randn(1, LENGTH, 1, 8)
+    assert largest_allocation(lambda: diff_attn_func(q, q, q, q, q, 0.5, backend="reference")) >= 4 * LENGTH**2
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "wide window", "packed", "packed window", "short queries"])
+@pytest.mark.parametrize("dv", [16, 32])
+def test_nothing_of_map_size_is_allocated(case, dv):
+    sq = LENGTH // 2 if case == "short queries" else LENGTH
+    q1, q2 = (torch.randn(1, sq, h, 16, requires_grad=True) for h in (4, 1))
+    k1, k2 = (torch.randn(1, LENGTH, 1, 16, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, LENGTH, 1, dv, requires_grad=True)
+    window = {"window": (100, 0), "wide window": (LENGTH // 2, 0), "packed window": (100, 0)}.get(case, (-1, -1))
+    bounds = torch.tensor([0, LENGTH - 100, LENGTH], dtype=torch.int32)
+
+    def step():
+        if case.startswith("packed"):
+            args = [t[0] for t in (q1, k1, q2, k2, v)]
+            out = diff_attn_varlen_func(
+                *args, 0.5, bounds, bounds, LENGTH, LENGTH, causal=True, window_size=window, backend="sdpa"
+            )
+        else:
+            out = diff_attn_func(q1, k1, q2, k2, v, 0.5, causal=True, window_size=window, backend="sdpa")
+        out.sum().backward()
+
+    # One byte for each pair would already be a boolean mask.
+    assert largest_allocation(step) < sq * LENGTH
+
+
+def test_noise_map_is_computed_once_a_group(monkeypatch):
+    heads = []
+    attend = sdpa._attend
+    monkeypatch.setattr(sdpa, "_attend", lambda q, k, v, **o: heads.append(q.shape[2]) or attend(q, k, v, **o))
+    q1, q2, k = torch.randn(1, 8, 8, 4), torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2, 4)
+    diff_attn_func(q1, k, q2, k, k, 0.5, causal=True, backend="sdpa")
+    assert heads == [8, 2]
+
+
+@pytest.mark.parametrize("sq", [0, 1, 5, 127, 128, 129, 300])
+@pytest.mark.parametrize("sk", [0, 1, 5, 128, 300])
+@pytest.mark.parametrize("window", [(-1, -1), (0, 0), (3, 2), (-1, 4), (4, -1), (200, 0), (150, 170)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_segments_cover_exactly_the_visible_pairs(sq, sk, window, causal):
+    covered = torch.zeros(sq, sk, dtype=torch.int64)
+    for s in sdpa.plan_segments(sq, sk, causal, window):
+        queries, keys = s.q_end - s.q_start, s.k_end - s.k_start
+        mask = s.mask(torch.empty(0))
+        seen = torch.ones(queries, keys, dtype=torch.bool) if mask is None else mask == 0
+        if s.causal:
+            assert queries == keys
+            seen = seen.tril()
+        assert seen.any(dim=1).all()  # no row of a segment is blind: torch would give NaN
+        covered[s.q_start : s.q_end, s.k_start : s.k_end] += seen
+    visible = reference.visibility_mask(sq, sk, causal=causal, window_size=window)
+    assert torch.equal(covered, visible.long())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_operator_contract(packed):
+    bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32) if packed else None
+    q, k, v = (torch.randn(1, 9, 2, w, requires_grad=True) for w in (4, 4, 8))
+    torch.library.opcheck(sdpa._segmented_attention, (q, k, v, bounds, bounds, 0.5, True, 3, 0))
