@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from . import reference, sdpa
@@ -109,9 +108,10 @@ def diff_attn_func(
         k2,
         v,
         lam,
+        visible=reference.visibility_mask(
+            q1.shape[1], k1.shape[1], causal=causal, window_size=window_size, device=q1.device
+        ),
         softmax_scale=scale,
-        causal=causal,
-        window_size=window_size,
         softcap=softcap,
         norm_weight=norm_weight,
         norm_eps=norm_eps,
@@ -213,33 +213,21 @@ def diff_attn_varlen_func(
         return diff_combine(
             o_signal[0], o_noise[0], lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
         )
-    outs, max_signals, max_noises = [], [], []
-    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q_start, q_end, k_start, k_end in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        queries, keys = slice(q_start, q_end), slice(k_start, k_end)
-        out, max_signal, max_noise = reference.diff_attention(
-            q1[None, queries],
-            k1[None, keys],
-            q2[None, queries],
-            k2[None, keys],
-            v[None, keys],
-            lam[None, queries] if isinstance(lam, Tensor) and lam.ndim == 2 else lam,
-            softmax_scale=scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
-            out_scale=out_scale,
-            gate=None if gate is None else gate[None, queries],
-        )
-        outs.append(out[0])
-        max_signals.append(max_signal)
-        max_noises.append(max_noise)
-    out = torch.cat(outs) if outs else q1.new_zeros(0, q1.shape[1], v.shape[-1])
-    if not return_max_logits:
-        return out
-    nothing = float("-inf")
-    max_signals = max_signals or [q1.new_full((q1.shape[1],), nothing)]
-    max_noises = max_noises or [q2.new_full((q2.shape[1],), nothing)]
-    return out, torch.stack(max_signals).amax(0).float(), torch.stack(max_noises).amax(0).float()
+    out, max_signal, max_noise = reference.diff_attention(
+        q1[None],
+        k1[None],
+        q2[None],
+        k2[None],
+        v[None],
+        lam[None] if isinstance(lam, Tensor) and lam.ndim == 2 else lam,
+        visible=reference.packed_visibility_mask(
+            cu_seqlens_q, cu_seqlens_k, q1.shape[0], k1.shape[0], causal=causal, window_size=window_size
+        ),
+        softmax_scale=scale,
+        softcap=softcap,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+        gate=None if gate is None else gate[None],
+    )
+    return (out[0], max_signal.float(), max_noise.float()) if return_max_logits else out[0]

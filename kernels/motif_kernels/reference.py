@@ -50,14 +50,45 @@ def visibility_mask(
     return mask
 
 
+def packed_visibility_mask(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    total_q: int,
+    total_k: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """:func:`visibility_mask` for packed documents: a query sees keys of its own document only.
+
+    Returns:
+        Bool tensor (total_q, total_k).
+    """
+    query, key = torch.arange(total_q, device=cu_seqlens_q.device), torch.arange(total_k, device=cu_seqlens_k.device)
+    query_document = torch.searchsorted(cu_seqlens_q[1:], query.int(), right=True)
+    key_document = torch.searchsorted(cu_seqlens_k[1:], key.int(), right=True)
+    # Distance from the document's end: 1 for its last token. The last query stands at the last key.
+    query_from_end = cu_seqlens_q[1:][query_document] - query
+    key_from_end = cu_seqlens_k[1:][key_document] - key
+    ahead = query_from_end[:, None] - key_from_end[None, :]  # key position minus query position
+    mask = query_document[:, None] == key_document[None, :]
+    left, right = window_size
+    if causal:
+        right = 0
+    if left >= 0:
+        mask = mask & (ahead >= -left)
+    if right >= 0:
+        mask = mask & (ahead <= right)
+    return mask
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
+    visible: Tensor,
     softmax_scale: float,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped key and value heads; a row that sees nothing gives 0.
@@ -66,9 +97,8 @@ def attention(
         q: (B, Sq, H, D).
         k: (B, Sk, Hk, D), H a multiple of Hk.
         v: (B, Sk, Hv, Dv), H a multiple of Hv.
+        visible: (Sq, Sk) bool, True where a query sees a key.
         softmax_scale: multiplies the logits.
-        causal: mask later keys, aligned to the bottom right.
-        window_size: inclusive (left, right), -1 for unbounded.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
     Returns:
@@ -83,7 +113,7 @@ def attention(
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    hidden = ~visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
+    hidden = ~visible
     logits = logits.masked_fill(hidden, -torch.inf)
     max_logits = (
         logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
@@ -130,9 +160,8 @@ def diff_attention(
     v: Tensor,
     lam: Tensor | float,
     *,
+    visible: Tensor,
     softmax_scale: float,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -141,12 +170,13 @@ def diff_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the arguments.
 
+    ``visible`` (Sq, Sk) bool stands for the masks; packed documents are a batch of one with a block-diagonal mask.
+
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits (Hn,).
     """
-    mask = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
-    o_signal, max_signal = attention(q1, k1, v, **mask)  # type: ignore[arg-type]
-    o_noise, max_noise = attention(q2, k2, v, **mask)  # type: ignore[arg-type]
+    o_signal, max_signal = attention(q1, k1, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
+    o_noise, max_noise = attention(q2, k2, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
     out = diff_combine(
         o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
     )

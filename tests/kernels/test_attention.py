@@ -74,9 +74,15 @@ def check(inputs, dtype, backend, **options):
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     plain = [out, *gradients(out, list(kept.values()), grad)]
     assert ours[0].dtype == dtype
+    # In float32 both sides differ from the exact result by the order of their sums alone, and one may be lucky: the
+    # floor is two units in the last place of the largest number in the problem. In half precision the rule stands on
+    # its own.
+    floor = None
+    if dtype == torch.float32:
+        floor = 2 * torch.finfo(dtype).eps * max(e.abs().max().item() for e in exact if e.numel())
     for o, p, e in zip(ours, plain, exact, strict=True):
         assert o.shape == e.shape
-        assert_error_rule(o, torch.nan_to_num(p), e, precision=dtype)
+        assert_error_rule(o, torch.nan_to_num(p), e, precision=dtype, floor=floor)
 
 
 MASKS = {
@@ -218,16 +224,17 @@ def test_padding_between_documents_is_never_read():
     torch.testing.assert_close(dirty, clean, atol=0, rtol=0)
 
 
-def test_packed_compiles_without_a_graph_break():
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_packed_compiles_without_a_graph_break(backend):
     t, bounds = packed([10, 12], lam="head")
     args = leaves(*(t[n] for n in ("q1", "k1", "q2", "k2", "v", "lam")))
 
     def function(*a):
-        return diff_attn_varlen_func(*a, bounds, bounds, 12, 12, causal=True, window_size=(5, 0))
+        return diff_attn_varlen_func(*a, bounds, bounds, 12, 12, causal=True, window_size=(5, 0), backend=backend)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     eager, traced = function(*args), compiled(*args)
-    torch.testing.assert_close(traced, eager, atol=0, rtol=0)
+    torch.testing.assert_close(traced, eager)
     for a, b in zip(torch.autograd.grad(traced.sum(), args), torch.autograd.grad(eager.sum(), args), strict=True):
         torch.testing.assert_close(a, b)
 

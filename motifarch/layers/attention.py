@@ -1,0 +1,159 @@
+"""What every attention layer shares: head shapes, positions, the cache, and packed or padded batches.
+
+Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .padding import PaddingMask
+from .rotary import PositionEmbeddings, apply_rotary
+
+
+class Attention(nn.Module):
+    """Base of the attention layers: projections, rotary embeddings, cache and packing around a subclass's attention.
+
+    A subclass sets the widths of its projections and says how heads are split into signal and noise.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        query_width: int,
+        key_width: int,
+        value_width: int,
+        out_width: int,
+        head_dim: int,
+        layer_idx: int,
+        qk_norm: bool,
+        qk_norm_eps: float,
+        window_size: tuple[int, int],
+        softmax_scale: float | None,
+        bias: bool,
+        backend: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.head_dim, self.layer_idx = head_dim, layer_idx
+        self.window_size, self.softmax_scale, self.backend = tuple(window_size), softmax_scale, backend
+        self.q_proj = nn.Linear(hidden_size, query_width, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, key_width, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, value_width, bias=bias, **factory)
+        self.o_proj = nn.Linear(out_width, hidden_size, bias=bias, **factory)
+        self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+
+    def _queries_and_keys(
+        self, hidden_states: Tensor, position_embeddings: PositionEmbeddings | None
+    ) -> tuple[Tensor, Tensor]:
+        """Projected, optionally normalised and rotated: (B, S, H, D) and (B, S, Hk, D)."""
+        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if position_embeddings is not None:
+            q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
+        return q, k
+
+    def _cached(self, key: Tensor, value: Tensor, past_key_values: Any | None) -> tuple[Tensor, Tensor]:
+        """Append to the cache and return everything in it, as (B, Sk, heads, width)."""
+        if past_key_values is None:
+            return key, value
+        keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _attend(
+        self,
+        dense: Callable[..., Any],
+        varlen: Callable[..., Any],
+        queries: tuple[Tensor, ...],
+        keys_and_values: tuple[Tensor, ...],
+        arrange: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
+        *,
+        per_token: dict[str, Tensor | None],
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        padding: PaddingMask | None,
+        **options: Any,
+    ) -> Tensor:
+        """Call ``dense`` or ``varlen`` on tensors (B, S, heads, width), as the batch is plain, packed or padded.
+
+        ``arrange`` puts queries and keys in the function's order; ``per_token`` holds what else has a row for each
+        query (lambda, the gate).
+
+        Returns:
+            Tensor (B, Sq, Hs, Dv); rows of padding are 0.
+        """
+        options |= {
+            "softmax_scale": self.softmax_scale,
+            "causal": True,
+            "window_size": self.window_size,
+            "backend": self.backend,
+        }
+        if cu_seqlens is None and padding is None:
+            return dense(*arrange(queries, keys_and_values), **per_token, **options)
+        batch, seqlen = queries[0].shape[:2]
+        flat_queries = tuple(t.flatten(0, 1) for t in queries)
+        flat_keys = tuple(t.flatten(0, 1) for t in keys_and_values)
+        flat_tokens = {n: t.flatten(0, 1) if t is not None and t.ndim > 1 else t for n, t in per_token.items()}
+        if padding is None:
+            if max_seqlen is None:
+                raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
+            out = varlen(
+                *arrange(flat_queries, flat_keys),
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+                max_seqlen_q=max_seqlen,
+                max_seqlen_k=max_seqlen,
+                **flat_tokens,
+                **options,
+            )
+            return out.unflatten(0, (batch, seqlen))
+        packed = padding.pack(keys_and_values[0].shape[1])
+        rows = packed.query_index
+        out = varlen(
+            *arrange(tuple(t[rows] for t in flat_queries), tuple(t[packed.key_index] for t in flat_keys)),
+            cu_seqlens_q=packed.cu_seqlens_q,
+            cu_seqlens_k=packed.cu_seqlens_k,
+            max_seqlen_q=packed.max_seqlen_q,
+            max_seqlen_k=packed.max_seqlen_k,
+            **{n: t[rows] if t is not None and t.ndim > 1 else t for n, t in flat_tokens.items()},
+            **options,
+        )
+        padded = out.new_zeros(batch * seqlen, *out.shape[1:]).index_copy(0, rows, out)
+        return padded.unflatten(0, (batch, seqlen))
+
+
+def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:
+    """Raise ValueError unless the heads divide: signal heads by noise heads, noise heads by key/value heads.
+
+    Args:
+        num_heads: signal and noise heads together.
+        num_noise_heads: noise heads.
+        num_kv_heads: key/value heads; with ``paired_keys`` they come in pairs (k1, k2).
+        paired_keys: whether signal and noise have keys of their own.
+    """
+    if num_noise_heads < 1 or num_heads <= num_noise_heads or num_heads % num_noise_heads:
+        raise ValueError(
+            f"num_heads={num_heads} (signal and noise) cannot be cut into num_noise_heads={num_noise_heads} "
+            "equal groups of signal heads and a noise head; it must be a multiple of num_noise_heads, at least twice it"
+        )
+    if paired_keys and num_kv_heads % 2:
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} must be even: key heads come in pairs, one for signal and one for noise"
+        )
+    key_heads = num_kv_heads // 2 if paired_keys else num_kv_heads
+    if key_heads < 1 or num_noise_heads % key_heads:
+        raise ValueError(
+            f"num_noise_heads={num_noise_heads} is not a multiple of the {key_heads} key/value "
+            f"{'pairs' if paired_keys else 'heads'} that num_kv_heads={num_kv_heads} gives; "
+            "choose num_kv_heads so that it is"
+        )

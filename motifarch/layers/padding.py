@@ -1,0 +1,66 @@
+"""Padded batches: which tokens are real, and how to pack them so that padding is never attended to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedTokens(NamedTuple):
+    """Where the real tokens of a padded batch lie, and their bounds once they are packed one row after the other."""
+
+    query_index: Tensor  # (total_q,) into B * Sq
+    key_index: Tensor  # (total_k,) into B * Sk
+    cu_seqlens_q: Tensor  # (B + 1,) int32
+    cu_seqlens_k: Tensor  # (B + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class PaddingMask:
+    """A (B, S) mask over all keys, cached ones included; the queries are its last columns.
+
+    Any pattern of padding is allowed as long as the real queries of a row come after its real keys from the cache,
+    as they do with left padding and without a cache.
+
+    Args:
+        mask: (B, S), nonzero for a real token.
+        num_queries: Sq, the tokens that are new in this call.
+    """
+
+    def __init__(self, mask: Tensor, num_queries: int) -> None:
+        self.mask = mask.bool()
+        self.num_queries = num_queries
+        self._packed: dict[int, PackedTokens] = {}
+
+    def pack(self, num_keys: int) -> PackedTokens:
+        """Bounds and indices for the last ``num_keys`` columns (a sliding-window cache keeps fewer than all)."""
+        if num_keys not in self._packed:
+            keys, queries = self.mask[:, -num_keys:], self.mask[:, -self.num_queries :]
+            (query_index, cu_q, max_q), (key_index, cu_k, max_k) = _pack(queries), _pack(keys)
+            self._packed[num_keys] = PackedTokens(query_index, key_index, cu_q, cu_k, max_q, max_k)
+        return self._packed[num_keys]
+
+
+def _pack(mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return mask.flatten().nonzero().flatten(), cu_seqlens, int(lengths.max())
+
+
+def cu_seqlens_from_position_ids(position_ids: Tensor) -> tuple[Tensor, int]:
+    """Document bounds of one packed row, from position ids that restart at each document.
+
+    Args:
+        position_ids: (1, S).
+
+    Returns:
+        int32 bounds (documents + 1,) and the longest document's length.
+    """
+    positions = position_ids.flatten()
+    starts = torch.ones_like(positions, dtype=torch.bool)
+    starts[1:] = positions[1:] != positions[:-1] + 1
+    bounds = torch.cat([starts.nonzero().flatten(), positions.new_tensor([len(positions)])]).int()
+    return bounds, int(bounds.diff().max())

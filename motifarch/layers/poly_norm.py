@@ -1,0 +1,42 @@
+"""PolyNorm as a module (arXiv 2411.03884)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from motif_kernels import poly_norm
+
+
+class PolyNorm(nn.Module):
+    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension.
+
+    The weight (3,) starts at 1/3 each and the bias (1,) at 0.
+
+    Args:
+        eps: added to each mean square.
+        device: where the parameters are made.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self, *, eps: float = 1e-6, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights to 1/3, bias to 0."""
+        nn.init.constant_(self.weight, 1 / 3)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last dimension of x (..., N)."""
+        return poly_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"eps={self.eps}"

@@ -1,0 +1,121 @@
+"""Softmax attention with grouped queries: the baseline, sharing every other line with the differential layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func
+
+from .attention import Attention
+from .padding import PaddingMask
+from .rotary import PositionEmbeddings
+
+
+class SoftmaxAttention(Attention):
+    """Causal multi-head attention with num_heads queries over num_kv_heads keys and values of the same width.
+
+    Args:
+        hidden_size: E.
+        num_heads: query heads, a multiple of num_kv_heads.
+        num_kv_heads: key/value heads.
+        head_dim: D.
+        layer_idx: position in the model from 0: the cache's key.
+        qk_norm: RMS-normalise each query and key head before the rotation.
+        qk_norm_eps: its epsilon.
+        window_size: inclusive (left, right) attention window, -1 for unbounded; the layer is causal all the same.
+        softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
+        bias: biases in the four projections.
+        backend: motif_kernels' backend.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: num_heads is not a multiple of num_kv_heads.
+    """
+
+    last_lambda: Tensor | None = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layer_idx: int,
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        window_size: tuple[int, int] = (-1, -1),
+        softmax_scale: float | None = None,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        super().__init__(
+            hidden_size,
+            query_width=num_heads * head_dim,
+            key_width=num_kv_heads * head_dim,
+            value_width=num_kv_heads * head_dim,
+            out_width=num_heads * head_dim,
+            head_dim=head_dim,
+            layer_idx=layer_idx,
+            qk_norm=qk_norm,
+            qk_norm_eps=qk_norm_eps,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            bias=bias,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: PositionEmbeddings | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        past_key_values: Any | None = None,
+        padding: PaddingMask | None = None,
+    ) -> Tensor:
+        """Causal attention over a batch, packed documents, or new tokens after a cache.
+
+        Args:
+            hidden_states: (B, S, E); packed documents are one row (1, total, E).
+            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None leaves positions
+                out.
+            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to each other.
+            max_seqlen: the longest document (or more); with cu_seqlens.
+            past_key_values: a transformers Cache of num_kv_heads heads of width head_dim.
+            padding: which tokens of a padded batch are real.
+
+        Returns:
+            Tensor (B, S, E).
+        """
+        q, key = self._queries_and_keys(hidden_states, position_embeddings)
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        key, value = self._cached(key, value, past_key_values)
+        out = self._attend(
+            softmax_attn_func,
+            softmax_attn_varlen_func,
+            (q,),
+            (key, value),
+            lambda queries, keys: (*queries, *keys),
+            per_token={},
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            padding=padding,
+        )
+        return self.o_proj(out.flatten(2))
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"heads={self.num_heads}, kv_heads={self.num_kv_heads}, window_size={self.window_size}"

@@ -1,0 +1,172 @@
+"""Configuration of the Motif models: the released files' fields, and those that choose a variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from motifarch._registration import register_models
+from motifarch.layers.attention import check_heads
+
+ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
+ACTIVATIONS = ("poly_norm", "silu")
+
+
+@strict
+class MotifConfig(PreTrainedConfig):
+    """Configuration of a Motif model. The defaults are Motif-2-12.7B's.
+
+    Args:
+        vocab_size: words in the vocabulary.
+        hidden_size: E.
+        intermediate_size: width of the feed-forward block.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads, signal and noise together.
+        num_key_value_heads: key/value heads; with "gda" and "diff_v1" they come in pairs. Default: num_attention_heads.
+        head_dim: width D of a query/key head; default hidden_size // num_attention_heads.
+        num_noise_heads: noise heads; None means half of the heads.
+        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or "softmax".
+        attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
+        sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1", no for "diff_v2".
+        qk_norm: RMS-normalise query and key heads.
+        lambda_init_depth_offset: added to the layer index (from 0) in ``0.8 - 0.6 exp(-0.3 depth)``; None means -1
+            for "gda", which is how the released checkpoints count, and 0 for "diff_v1", the paper's count.
+        hidden_act: "poly_norm" (PolyNorm times up) or "silu" (SwiGLU).
+        poly_norm_eps: PolyNorm's epsilon.
+        rms_norm_eps: epsilon of the layer norms.
+        attn_rms_norm_eps: epsilon of the sub-norm.
+        max_position_embeddings: positions the model was made for.
+        rope_parameters: transformers' rotary parameters; the released files' ``rope_theta`` and ``rope_scaling`` are
+            accepted.
+        sliding_window: tokens a query sees, itself included; used if use_sliding_window.
+        use_sliding_window: switch for sliding_window.
+        use_bias: biases in the linear layers.
+        tie_word_embeddings: share the embedding with the output projection.
+        initializer_range: standard deviation of the initial weights.
+        k_ratio: a field of the released files; only 1 is supported.
+        attention_dropout: only 0 is supported.
+        use_cache: keep keys and values in generation.
+
+    Raises:
+        ValueError: heads that do not divide, or a value that no layer supports.
+    """
+
+    model_type = "Motif"
+    keys_to_ignore_at_inference = ("past_key_values", "z_loss")
+
+    vocab_size: int = 219_520
+    hidden_size: int = 4096
+    intermediate_size: int = 16_384
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 40
+    num_key_value_heads: int | None = 16
+    head_dim: int | None = 128
+    num_noise_heads: int | None = 8
+    attention_type: str = "gda"
+    attention_gate: bool = False
+    sub_norm: bool | None = None
+    qk_norm: bool = False
+    lambda_init_depth_offset: int | None = None
+    hidden_act: str = "poly_norm"
+    poly_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    attn_rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 32_768
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    use_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    k_ratio: float | int | None = 1
+    attention_dropout: float | int | None = 0.0
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from other fields."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # transformers' caches read layer_types, or else take sliding_window as used.
+        windowed = self.use_sliding_window and self.sliding_window is not None
+        self.layer_types = ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        register_models()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; rotary parameters under the released files' names too, so that other readers find them."""
+        output = super().to_dict()
+        parameters = dict(output.get("rope_parameters") or {})
+        output["rope_theta"] = parameters.pop("rope_theta", self.default_theta)
+        output["rope_scaling"] = parameters if parameters.get("rope_type", "default") != "default" else None
+        return output
+
+    @property
+    def noise_heads(self) -> int:
+        """Noise heads, with the default filled in; 0 for softmax attention."""
+        if self.attention_type == "softmax":
+            return 0
+        if self.num_noise_heads is None or self.attention_type == "diff_v1":
+            return self.num_attention_heads // 2
+        return self.num_noise_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width Dv of a value head as attention sees it."""
+        assert self.head_dim is not None  # filled in by __post_init__
+        return 2 * self.head_dim if self.attention_type in ("gda", "diff_v1") else self.head_dim
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """The inclusive (left, right) window of the attention functions."""
+        if self.use_sliding_window and self.sliding_window is not None:
+            return (self.sliding_window - 1, 0)
+        return (-1, -1)
+
+    def validate_architecture(self) -> None:
+        """Refuse combinations that no layer can compute; transformers calls this when a config is made."""
+        for name, accepted in (("attention_type", ATTENTION_TYPES), ("hidden_act", ACTIVATIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported; choose one of {', '.join(accepted)}"
+                )
+        if self.k_ratio not in (None, 1):
+            raise ValueError(f"k_ratio={self.k_ratio} is not supported; only 1 is")
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; only 0 is")
+        if self.use_sliding_window and (self.sliding_window or 0) < 1:
+            raise ValueError(
+                f"use_sliding_window is on but sliding_window={self.sliding_window}; give at least 1 token"
+            )
+        assert self.num_key_value_heads is not None  # filled in by __post_init__
+        assert self.head_dim is not None
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+        if self.attention_type == "softmax":
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                    f"num_key_value_heads={self.num_key_value_heads}"
+                )
+            return
+        if self.attention_type == "diff_v1" and self.num_noise_heads not in (None, self.num_attention_heads // 2):
+            raise ValueError(
+                f"attention_type 'diff_v1' has one noise head for each signal head, but "
+                f"num_noise_heads={self.num_noise_heads} of "
+                f"num_attention_heads={self.num_attention_heads}; leave it null, or choose attention_type 'gda'"
+            )
+        if self.attention_gate and (self.attention_type != "diff_v2" or self.sub_norm):
+            raise ValueError("attention_gate works with attention_type 'diff_v2' without sub_norm only")
+        check_heads(
+            self.num_attention_heads,
+            self.noise_heads,
+            self.num_key_value_heads,
+            paired_keys=self.attention_type != "diff_v2",
+        )

@@ -1,0 +1,419 @@
+"""The Motif models: motifarch.layers inside, transformers' conventions outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+
+from motifarch.layers import (
+    IGNORE_INDEX,
+    DifferentialAttentionV2,
+    GroupedDifferentialAttention,
+    PaddingMask,
+    PolyNorm,
+    PolyNormMLP,
+    RotaryEmbedding,
+    SoftmaxAttention,
+    SwiGLUMLP,
+    cu_seqlens_from_position_ids,
+    default_lambda_init,
+    linear_cross_entropy,
+)
+
+from .configuration_motif import MotifConfig
+
+# transformers' attn_implementation -> motif_kernels' backend
+_BACKENDS = {"eager": "reference", "sdpa": "sdpa"}
+
+
+def build_attention(config: MotifConfig, layer_idx: int) -> nn.Module:
+    """The attention layer that ``config.attention_type`` names."""
+    common: dict[str, Any] = {
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "layer_idx": layer_idx,
+        "qk_norm": config.qk_norm,
+        "qk_norm_eps": config.rms_norm_eps,
+        "window_size": config.window_size,
+        "bias": config.use_bias,
+    }
+    if config.attention_type == "softmax":
+        return SoftmaxAttention(config.hidden_size, **common)
+    differential: dict[str, Any] = {"num_noise_heads": config.noise_heads, "norm_eps": config.attn_rms_norm_eps}
+    if config.attention_type == "diff_v2":
+        return DifferentialAttentionV2(
+            config.hidden_size,
+            **common,
+            **differential,
+            gate=config.attention_gate,
+            sub_norm=bool(config.sub_norm),
+        )
+    offset = config.lambda_init_depth_offset
+    if offset is None:
+        offset = -1 if config.attention_type == "gda" else 0
+    return GroupedDifferentialAttention(
+        config.hidden_size,
+        **common,
+        **differential,
+        sub_norm=config.sub_norm is not False,
+        lambda_init=default_lambda_init(layer_idx + offset),
+    )
+
+
+def build_rotary(config: MotifConfig) -> RotaryEmbedding:
+    """Rotary embeddings with the config's theta and, if any, its scaling (YaRN and the others transformers knows)."""
+    assert config.head_dim is not None  # filled in by the config
+    parameters = config.rope_parameters or {}
+    kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", config.default_theta)
+    if kind == "default":
+        return RotaryEmbedding(config.head_dim, base=theta)
+    with torch.device("cpu"):  # real numbers, also while the model is built on the meta device
+        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+    return RotaryEmbedding(config.head_dim, base=theta, inv_freq=inv_freq, attention_scaling=attention_scaling)
+
+
+def _restarts(position_ids: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether position_ids are one row of packed documents."""
+    return position_ids is not None and position_ids.shape[0] == 1 and bool((position_ids.diff() != 1).any())
+
+
+class MotifDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward block, each added to the residual stream."""
+
+    def __init__(self, config: MotifConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = build_attention(config, layer_idx)
+        size, width, bias = config.hidden_size, config.intermediate_size, config.use_bias
+        if config.hidden_act == "poly_norm":
+            self.mlp: nn.Module = PolyNormMLP(size, intermediate_size=width, eps=config.poly_norm_eps, bias=bias)
+        else:
+            self.mlp = SwiGLUMLP(size, intermediate_size=width, bias=bias)
+        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        past_key_values: Cache | None = None,
+        padding: PaddingMask | None = None,
+    ) -> Tensor:
+        """hidden_states (B, S, E) -> (B, S, E)."""
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            past_key_values=past_key_values,
+            padding=padding,
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MotifPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every Motif model."""
+
+    config_class = MotifConfig
+    config: MotifConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MotifDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, PolyNorm):
+            init.constant_(module.weight, 1 / 3)
+            init.zeros_(module.bias)
+        elif isinstance(module, GroupedDifferentialAttention):
+            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(vector, mean=0.0, std=0.1)
+
+
+class MotifModel(MotifPreTrainedModel):
+    """Embedding, decoder layers and final norm.
+
+    Args:
+        config: a MotifConfig.
+    """
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MotifDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = build_rotary(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _backend(self) -> str:
+        name = self.config._attn_implementation
+        if name not in _BACKENDS:
+            raise ValueError(f"attn_implementation {name!r} is not supported; choose one of {', '.join(_BACKENDS)}")
+        return _BACKENDS[name]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch, of packed documents, or of new tokens after a cache.
+
+        Packed documents are one row, told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1 int32
+        bounds, and the longest), or by position_ids that restart at each document.
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: (B, cached + S), 0 for padding.
+            position_ids: (B, S) or (1, S); default: counted on from the cache.
+            past_key_values: a transformers Cache.
+            inputs_embeds: (B, S, E) instead of input_ids.
+            use_cache: make and return a cache; default: the config's value, and never in training.
+            cu_seq_lens_q: bounds of packed documents.
+            max_length_q: the longest packed document.
+            output_hidden_states: return every layer's input and the final hidden states.
+            **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
+
+        Returns:
+            last_hidden_state (B, S, E), past_key_values, hidden_states.
+
+        Raises:
+            ValueError: neither or both of input_ids and inputs_embeds, or an attention_mask that is not (B, cached +
+                S).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seqlen = hidden_states.shape[:2]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cu_seq_lens_q is None and attention_mask is None and past_key_values is None and _restarts(position_ids):
+            cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids)
+        if use_cache and past_key_values is None and cu_seq_lens_q is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + seqlen, device=hidden_states.device)[None]
+        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        padding = self._padding(attention_mask, batch, seqlen, seen)
+
+        backend = self._backend()
+        every = [hidden_states] if output_hidden_states else None
+        for layer in self.layers:
+            layer.self_attn.backend = backend  # type: ignore[union-attr]  # may be changed after construction
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings,
+                cu_seqlens=cu_seq_lens_q,
+                max_seqlen=max_length_q,
+                past_key_values=past_key_values,
+                padding=padding,
+            )
+            if every is not None:
+                every.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if every is not None:
+            every[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=tuple(every) if every is not None else None,
+        )
+
+    @staticmethod
+    def _padding(attention_mask: Tensor | None, batch: int, seqlen: int, seen: int) -> PaddingMask | None:
+        if attention_mask is None:
+            return None
+        if tuple(attention_mask.shape) != (batch, seen + seqlen):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, seen + seqlen)}: "
+                f"{seen} cached and {seqlen} new tokens in each of {batch} rows"
+            )
+        return None if bool(attention_mask.all()) else PaddingMask(attention_mask, seqlen)
+
+
+@dataclass
+class MotifCausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output and the z-loss that is part of ``loss`` (a detached float32 scalar; None without labels)."""
+
+    z_loss: Tensor | None = None
+
+
+class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
+    """A Motif model with its language-modelling head.
+
+    Args:
+        config: a MotifConfig.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__(config)
+        self.model = MotifModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MotifForCausalLM:
+        # Materialising a model from the meta device (to_empty) gives each name a tensor of its own and so unties them.
+        super()._apply(fn, recurse)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        z_loss_weight: float = 0.0,
+        return_logits: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MotifCausalLMOutput:
+        """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits for it).
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: (B, cached + S), 0 for padding.
+            position_ids: (B, S) or (1, S).
+            past_key_values: a transformers Cache.
+            inputs_embeds: (B, S, E) instead of input_ids.
+            labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across packed documents.
+            use_cache: make and return a cache.
+            logits_to_keep: logits of that many last tokens only (0: all), or of these indices.
+            shift_labels: (B, S) the target of each position, instead of labels.
+            num_items_in_batch: divides the summed loss instead of the number of targets in this call.
+            z_loss_weight: weight of the mean squared log-sum-exp, added to the loss.
+            return_logits: None gives logits unless there is a loss in training mode or shift_labels were given.
+            cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents (one row).
+            max_length_q: the longest packed document.
+            output_hidden_states: return every layer's input and the final hidden states.
+            **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
+
+        Returns:
+            loss, logits, past_key_values, hidden_states and z_loss.
+
+        Raises:
+            ValueError: both labels and shift_labels, or what MotifModel refuses.
+        """
+        if labels is not None and shift_labels is not None:
+            raise ValueError("labels and shift_labels were both given; give one")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if return_logits is None:
+            return_logits = shift_labels is None and not (labels is not None and self.training)
+        if labels is not None:
+            shift_labels = self._shift(labels, position_ids, cu_seq_lens_q, attention_mask)
+
+        loss = z_loss = logits = None
+        if shift_labels is not None:
+            loss, z_loss, _ = linear_cross_entropy(
+                hidden_states,
+                self.lm_head.weight,
+                shift_labels.to(hidden_states.device),
+                num_items=num_items_in_batch,
+                z_loss_weight=z_loss_weight,
+            )
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return MotifCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            z_loss=z_loss,
+        )
+
+    @staticmethod
+    def _shift(
+        labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The target of each position: the next token's label, and none for the last token of a row or document."""
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if cu_seqlens is not None:
+            last = cu_seqlens[1:].long() - 1
+            shifted = shifted.index_fill(1, last[last >= 0], IGNORE_INDEX)
+        elif attention_mask is None and labels.shape[0] == 1 and _restarts(position_ids):
+            shifted[:, :-1].masked_fill_(position_ids.diff() != 1, IGNORE_INDEX)
+        return shifted
+
+    def last_lambdas(self) -> Tensor | None:
+        """Mean lambda of each layer in the last forward pass, (layers,) float32; None for softmax attention."""
+        values = [layer.self_attn.last_lambda for layer in self.model.layers]
+        return None if any(v is None for v in values) else torch.stack(values).float()
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one token's forward and backward pass, without recomputation.
+
+        Matrix products only: six for each weight of a linear layer (the output projection included, the embedding's
+        lookup not), and causal attention at half of the full map: ``2 (D + Dv)`` for each head and visible pair
+        forward, twice that backward.
+
+        Args:
+            seq_len: tokens of a document, or of a row if documents are longer.
+        """
+        config = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        pairs = (seq_len + 1) / 2
+        if config.use_sliding_window and config.sliding_window is not None and config.sliding_window < seq_len:
+            w = config.sliding_window
+            pairs = w - w * (w - 1) / (2 * seq_len)
+        assert config.head_dim is not None  # filled in by the config
+        heads = config.num_attention_heads * 2 * (config.head_dim + config.value_width)
+        return 6.0 * weights + 3.0 * config.num_hidden_layers * heads * pairs
