@@ -79,7 +79,10 @@ def check(inputs, dtype, backend, **options):
     # its own.
     floor = None
     if dtype == torch.float32:
-        floor = 2 * torch.finfo(dtype).eps * max(e.abs().max().item() for e in exact if e.numel())
+        largest = max(e.abs().max().item() for e in exact if e.numel())
+        # Key and value gradients add a row for each query, a random walk of roundings.
+        steps = max(1, inputs["q1"].shape[1] / 32)
+        floor = 2 * torch.finfo(dtype).eps * largest * steps**0.5
     for o, p, e in zip(ours, plain, exact, strict=True):
         assert o.shape == e.shape
         assert_error_rule(o, torch.nan_to_num(p), e, precision=dtype, floor=floor)
