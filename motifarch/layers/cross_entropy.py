@@ -26,11 +26,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, z_weight: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, divisor: Tensor, z_weight: float, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
         # hidden (T, E) and weight (V, E) of one dtype, targets (T,), divisor ()
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.zeros_like(hidden) if needs_grad else None
         d_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_grad else None
         total, total_z = (torch.zeros((), dtype=accumulate, device=hidden.device) for _ in range(2))
@@ -65,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in float32: rounding the scale itself to bfloat16 would tilt every gradient alike.
         d_hidden, d_weight = ((t.to(grad.dtype) * grad).to(t.dtype) for t in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -107,7 +106,9 @@ def linear_cross_entropy(
     count = (targets != IGNORE_INDEX).sum()
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     divisor = count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    # Asked here, for inside the function gradients are off and requires_grad says yes even under no_grad.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, z_loss = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), divisor.to(accumulate), z_loss_weight
+        hidden.flatten(0, -2), weight, targets.flatten(), divisor.to(accumulate), z_loss_weight, needs_grad
     )
     return CrossEntropy(loss, z_loss, count)

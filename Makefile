@@ -1,0 +1,58 @@
+# The two commands a newcomer needs are `make train` and `make test`; both set up .venv by themselves.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OLDEST := .venv-oldest
+
+# One thread a process: tests run side by side, and a run's two ranks share two cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: help train test lint format test-oldest clean
+
+help:
+	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make test-oldest  run the tests with the oldest supported transformers"
+	@echo "make clean        remove environments, runs and prepared data"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installed once for each state of the files that say what to install.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# timm is a second opinion in tests. Its torchvision wants CUDA's torch, so neither may bring dependencies along.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm torchvision
+	@touch $@
+
+train: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/tiny_cpu.sh
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-oldest: $(VENV)/.installed-dev
+	$(PYTHON) -m venv --clear $(OLDEST)
+	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm torchvision
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) runs data build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

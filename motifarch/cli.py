@@ -1,0 +1,113 @@
+"""The `motifarch` command: finds the subcommand, and turns errors meant for people into one line."""
+
+import difflib
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from motifarch.errors import UserError
+
+COMMANDS = {
+    "train": ("motifarch.train.main", "train a model as a recipe says"),
+    "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
+    "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
+    "generate": ("motifarch.generate", "sample text from a folder"),
+}
+_LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
+
+
+def usage() -> str:
+    """The overview that `motifarch --help` prints."""
+    lines = [f"  motifarch {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: motifarch COMMAND ...", "", *lines, "", "Each command explains itself with --help."])
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted.
+
+    Args:
+        argv: The command and its arguments; the process's own where None.
+    """
+    try:
+        status = run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if not _distributed():
+            raise
+        if _LOST_PEER.search(str(error)):
+            _fail(f"error: rank {_rank()} lost another rank, whose own message says why", 1, wait=False)
+        _fail(traceback.format_exc(), 1, wait=False)
+    sys.exit(status)
+
+
+def run(argv: list[str]) -> int:
+    """Dispatches to a command's own `main(argv)`.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        UserError: There is no such command.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return importlib.import_module(COMMANDS[name][0]).main(argv[words:]) or 0
+    if argv[0] == "data" and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        print(usage())
+        return 0
+    given = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    close = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown command {given!r}{hint} (the commands are {', '.join(COMMANDS)})")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _distributed() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _fail(message: str, status: int, wait: bool = True) -> NoReturn:
+    """Prints a message once for all ranks and exits.
+
+    Most errors meet every rank, and rank 0 speaks for all. The others leave it a moment: torchrun ends them as soon
+    as rank 0 is gone, so one that is still alive failed alone, and speaks for itself.
+    """
+    if _distributed():
+        if wait and _rank():
+            time.sleep(2)
+        _tell_torchrun(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if _distributed():
+        # A background save or another rank may never answer again: leave without asking.
+        os._exit(status)
+    sys.exit(status)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Gives torchrun the message for the report that it ends with."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Streams of tables written as memory-mapped Arrow files: memory does not grow with their length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+
+from motifarch.data.packed import Block
+
+_TOKENS_PER_TABLE = 2**22
+
+
+def write_tables(path: Path, tables: Iterable[pa.Table], features: datasets.Features) -> datasets.Dataset:
+    """Write tables to one Arrow file, as they come, and open it as a dataset."""
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for table in tables:
+            writer.write_table(table, writer_batch_size=len(table))
+        writer.finalize()
+    return datasets.Dataset.from_file(str(path))
+
+
+def block_features(seq_len: int) -> datasets.Features:
+    """The columns of a prepared split."""
+    integer = datasets.Value("int32")
+    return datasets.Features(
+        {"input_ids": datasets.List(integer, length=seq_len + 1), "doc_lengths": datasets.List(integer)}
+    )
+
+
+def block_tables(blocks: Iterable[Block], seq_len: int) -> Iterator[pa.Table]:
+    """Gather blocks into tables of a few megabytes."""
+    gathered: list[Block] = []
+    for block in blocks:
+        gathered.append(block)
+        if len(gathered) * seq_len >= _TOKENS_PER_TABLE:
+            yield _block_table(gathered, seq_len)
+            gathered = []
+    if gathered:
+        yield _block_table(gathered, seq_len)
+
+
+def list_column(arrays: list[np.ndarray]) -> pa.Array:
+    """Arrays (integers [n] each) as one Arrow column of int32 lists."""
+    borders = np.cumsum([0, *map(len, arrays)], dtype=np.int64).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(borders), pa.array(np.concatenate(arrays).astype(np.int32)))
+
+
+def _block_table(blocks: list[Block], seq_len: int) -> pa.Table:
+    tokens = pa.array(np.concatenate([block.input_ids for block in blocks]))
+    columns = {
+        "input_ids": pa.FixedSizeListArray.from_arrays(tokens, seq_len + 1),
+        "doc_lengths": list_column([block.doc_lengths for block in blocks]),
+    }
+    return pa.table(columns)

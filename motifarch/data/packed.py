@@ -1,0 +1,138 @@
+"""Prepared data, opened: memory-mapped blocks of packed documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from motifarch.data.manifest import Manifest
+from motifarch.errors import UserError
+
+
+class Block(NamedTuple):
+    """One row of a prepared dataset."""
+
+    input_ids: np.ndarray
+    """int32 [seq_len + 1]; neighbouring blocks share one token: one's last is the next one's first."""
+    doc_lengths: np.ndarray
+    """int32 [documents], summing to seq_len + 1. A document cut by the block's border counts as two."""
+
+
+class PackedDataset:
+    """One split of a folder made by ``motifarch data prepare``: a sequence of :class:`Block`, memory-mapped.
+
+    Attributes:
+        folder: the prepared folder.
+        split: "train" or "validation".
+        seq_len: targets in a block.
+        vocab_size: token ids are smaller than this.
+        eos_token_id: the id that ends each document.
+        fingerprint: names the data's contents.
+        tokenizer_fingerprint: names the tokenizer; equal fingerprints mean equal token ids.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: Manifest, rows: datasets.Dataset) -> None:
+        self.folder = folder
+        self.split = split
+        self.seq_len = manifest.seq_len
+        self.vocab_size = manifest.vocab_size
+        self.eos_token_id = manifest.eos_token_id
+        self.fingerprint = manifest.fingerprint
+        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self._rows = rows
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str = "train") -> PackedDataset:
+        """Open a split without reading its tokens.
+
+        Args:
+            folder: the ``--output`` of ``motifarch data prepare``.
+            split: "train" or "validation".
+
+        Raises:
+            UserError: if the folder is missing, not a prepared one, damaged, or has no such split.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder)
+        if split not in manifest.splits:
+            raise UserError(f"{folder} has no split {split!r}: take one of {', '.join(manifest.splits)}")
+        try:
+            rows = datasets.load_from_disk(str(folder / split))
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{folder / split} is damaged ({reason}): prepare the data again with --overwrite"
+            ) from None
+        expected = manifest.splits[split].blocks
+        if len(rows) != expected or set(rows.column_names) != set(Block._fields):
+            raise UserError(
+                f"{folder / split} holds {len(rows)} rows of {rows.column_names}, its record says {expected} rows of "
+                f"{list(Block._fields)}: prepare the data again with --overwrite"
+            )
+        return cls(folder, split, manifest, rows)
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Block:
+        """Read one block.
+
+        Raises:
+            IndexError: if ``index`` lies outside ``range(len(self))``.
+            UserError: if the row is damaged: a token id outside the vocabulary, or lengths that do not add up.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
+        # One slice of the memory-mapped table: several times as fast as going through a formatted row.
+        row = self._rows.data.fast_slice(index, 1)
+        block = Block(*(row.column(name).chunk(0).flatten().to_numpy() for name in Block._fields))
+        where = f"row {index} of {self.folder / self.split}"
+        if block.input_ids.shape != (self.seq_len + 1,) or block.doc_lengths.sum() != self.seq_len + 1:
+            raise UserError(
+                f"{where} holds {block.input_ids.size} tokens in documents of {block.doc_lengths.sum()} in all, "
+                f"expected {self.seq_len + 1}: prepare the data again with --overwrite"
+            )
+        if block.input_ids.min() < 0 or block.input_ids.max() >= self.vocab_size:
+            wrong = block.input_ids[(block.input_ids < 0) | (block.input_ids >= self.vocab_size)][0]
+            raise UserError(
+                f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: "
+                "prepare the data again with --overwrite"
+            )
+        return block
+
+
+def check_same_seq_len(datasets: Sequence[PackedDataset]) -> None:
+    """Check that the blocks of all datasets fit into one batch.
+
+    Raises:
+        UserError: naming two folders whose blocks differ in length.
+    """
+    for other in datasets[1:]:
+        first = datasets[0]
+        if other.seq_len != first.seq_len:
+            raise UserError(
+                f"{first.folder} and {other.folder} were prepared with different --seq-len ({first.seq_len} and "
+                f"{other.seq_len}): prepare one of them again with the other's"
+            )
+
+
+def check_same_tokenizer(datasets: Sequence[PackedDataset]) -> None:
+    """Check that token ids mean the same in all datasets.
+
+    Raises:
+        UserError: naming two folders that were prepared with different tokenizers.
+    """
+    for other in datasets[1:]:
+        first = datasets[0]
+        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(
+                f"{first.folder} and {other.folder} were prepared with different tokenizers "
+                f"({first.tokenizer_fingerprint[:12]} and {other.tokenizer_fingerprint[:12]}): prepare one of them "
+                f"again with the other's, for example --tokenizer {first.folder / 'tokenizer'}"
+            )

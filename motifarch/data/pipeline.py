@@ -1,0 +1,177 @@
+"""The stages of data preparation: read, split, train or load the tokenizer, tokenise, pack, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from motifarch.data import manifest as manifest_file
+from motifarch.data.arrow_files import block_features, block_tables, write_tables
+from motifarch.data.corpus import Corpus, read_corpus, shuffled
+from motifarch.data.documents import SkipLog
+from motifarch.data.manifest import Manifest, SplitCounts
+from motifarch.data.packed import Block
+from motifarch.data.packing import BlockPacker
+from motifarch.data.progress import bar
+from motifarch.data.settings import PrepareSettings
+from motifarch.data.sources import Source, parse_source, path_state
+from motifarch.data.tokenise import tokenise
+from motifarch.data.tokenizer import capped, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
+from motifarch.data.workspace import claim, new_folder
+from motifarch.errors import UserError
+
+Report = Callable[[str], None]
+
+# More text hardly changes the merges, but its words would have to fit into memory.
+_TRAINING_CHARACTERS = 2**26
+
+
+def prepare(settings: PrepareSettings, report: Report) -> Manifest:
+    """Make the prepared folder, or find it already made with the same settings from the same inputs.
+
+    Args:
+        settings: what to do.
+        report: told in a line about each stage.
+
+    Raises:
+        UserError: for anything that the user can mend; the output folder is then as it was before.
+    """
+    settings.check()
+    output = settings.output
+    sources = [
+        parse_source(spec, text_field=settings.text_field, hf_split=settings.hf_split, streaming=settings.streaming)
+        for spec in settings.sources
+    ]
+    inputs = [source.state() for source in sources]
+    if settings.tokenizer is not None and Path(settings.tokenizer).exists():
+        inputs.append({"name": f"--tokenizer {settings.tokenizer}", **path_state(Path(settings.tokenizer))})
+    if found := _already_prepared(settings, inputs):
+        return found
+    with claim(output, report):
+        # Once more: another process may have finished it, or a killed one may have moved it aside.
+        if found := _already_prepared(settings, inputs):
+            return found
+        with new_folder(output) as folder:
+            return _make(folder, settings, sources, inputs, report)
+
+
+def _already_prepared(settings: PrepareSettings, inputs: list[dict[str, Any]]) -> Manifest | None:
+    output = settings.output
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / manifest_file.FILE_NAME).is_file():
+        raise UserError(f"--output {output} exists and is not a prepared data folder: give another one, or remove it")
+    if settings.overwrite:
+        return None
+    existing = Manifest.read(output)
+    wanted = settings.deciding()
+    changes = [
+        f"{name} was {existing.settings.get(name)!r}, now {value!r}"
+        for name, value in wanted.items()
+        if existing.settings.get(name) != value
+    ]
+    if not changes:
+        before = {state["name"]: state for state in existing.inputs}
+        changes = [f"the files of {s['name']} have changed" for s in inputs if before.get(s["name"]) != s]
+    if changes:
+        raise UserError(
+            f"--output {output} was prepared differently ({'; '.join(changes)}): "
+            "give another --output, or --overwrite to replace it"
+        )
+    if settings.strict and existing.skipped["count"]:
+        reasons = "; ".join(f"{reason} ({found['names'][0]})" for reason, found in existing.skipped["reasons"].items())
+        raise UserError(
+            f"--strict: {existing.skipped['count']} documents were skipped when {output} was prepared: {reasons}; "
+            "remove them from the sources, or leave --strict out"
+        )
+    return existing
+
+
+def _make(
+    folder: Path, settings: PrepareSettings, sources: list[Source], inputs: list[dict[str, Any]], report: Report
+) -> Manifest:
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    stage = partial(_stage, report)
+    given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+
+    with stage("reading") as note:
+        skipped = SkipLog()
+        corpus = read_corpus(scratch, settings, sources, skipped)
+        note(f"{len(corpus.rows):,} documents")
+    if skipped.counts:
+        report(f"skipped {skipped.counts.total():,} documents: {skipped.summary()}")
+
+    if given is None:
+        with stage("training the tokenizer") as note:
+            texts = capped(corpus.training_texts(settings.seed), _TRAINING_CHARACTERS)
+            given = train_tokenizer(texts, settings.vocab_size)
+            note(f"{len(given):,} tokens")
+    given.save_pretrained(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")  # as everyone will load it from now on
+
+    with stage("tokenising") as note:
+        tokenised = tokenise(scratch, corpus.rows, tokenizer, settings.num_proc)
+        note(f"{settings.num_proc} processes" if settings.num_proc > 1 else "1 process")
+    splits = {}
+    for split in ("train", "validation"):
+        with stage(f"packing {split}") as note:
+            splits[split] = _pack(scratch, folder / split, tokenised, corpus, settings)
+            note(f"{splits[split].tokens:,} tokens, {splits[split].blocks:,} blocks of {settings.seq_len}")
+    shutil.rmtree(scratch)
+
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    decides = (corpus.content_hash, fingerprint, settings.seq_len, settings.seed, settings.validation_fraction)
+    result = Manifest(
+        seq_len=settings.seq_len,
+        vocab_size=vocabulary_size(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        fingerprint=hashlib.sha256(repr((manifest_file.FORMAT_VERSION, *decides)).encode()).hexdigest(),
+        tokenizer_fingerprint=fingerprint,
+        splits=splits,
+        settings=settings.deciding(),
+        inputs=inputs,
+        skipped=skipped.as_dict(),
+        versions={name: version(name) for name in ("motifarch", "datasets", "tokenizers", "transformers", "pyarrow")},
+    )
+    result.write(folder)
+    return result
+
+
+def _pack(
+    scratch: Path, folder: Path, tokenised: datasets.Dataset, corpus: Corpus, settings: PrepareSettings
+) -> SplitCounts:
+    split, seq_len = folder.name, settings.seq_len
+    packer = BlockPacker(seq_len)
+
+    def blocks() -> Iterator[Block]:
+        documents = shuffled(tokenised, settings.seed, "input_ids")
+        for tokens, split_hash in bar(documents, f"packing {split}", total=len(tokenised)):
+            if corpus.split_of(split_hash) == split:
+                yield from packer.add(tokens.values.to_numpy())
+
+    rows = write_tables(scratch / f"{split}.arrow", block_tables(blocks(), seq_len), block_features(seq_len))
+    if not packer.blocks:
+        raise UserError(
+            f"the {split} part has {packer.tokens:,} tokens in {packer.documents:,} documents, a block needs "
+            f"{seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
+        )
+    rows.save_to_disk(str(folder), max_shard_size="1GB")
+    return SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
+
+
+@contextmanager
+def _stage(report: Report, name: str) -> Iterator[Callable[[str], None]]:
+    begin = time.perf_counter()
+    notes: list[str] = []
+    yield notes.append
+    report(f"{name}: {', '.join(notes)} ({time.perf_counter() - begin:.1f} s)")

@@ -1,0 +1,175 @@
+"""``motifarch data prepare``: from raw text to packed token blocks, ready for training."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from motifarch.data.manifest import Manifest
+from motifarch.data.settings import PrepareSettings
+from motifarch.errors import UserError
+
+_DESCRIPTION = """\
+Read text, split it by document into training and validation, tokenise it and pack it into blocks for training.
+The command may be interrupted and run again at any time: the output folder appears only when it is complete, and a
+second run with the same settings and inputs finds it and ends at once."""
+
+_EXAMPLES = """\
+examples:
+  motifarch data prepare --source stdlib --output data/stdlib
+  motifarch data prepare --source 'files:corpus/**/*.{txt,md}' --source files:more.jsonl.gz --output data/mine
+  motifarch data prepare --source hf:roneneldan/TinyStories --streaming --max-documents 100000 \\
+      --tokenizer openai-community/gpt2 --seq-len 1024 --output data/stories"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``motifarch data prepare``."""
+    defaults = PrepareSettings(sources=(), output=Path())
+    parser = argparse.ArgumentParser(
+        prog="motifarch data prepare",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    inputs = parser.add_argument_group("what to read")
+    inputs.add_argument(
+        "--source",
+        dest="sources",
+        action="append",
+        required=True,
+        metavar="SOURCE",
+        help="stdlib (this interpreter's standard library), files:GLOB (text files, one document each; .jsonl, .json "
+        "and .parquet, one document a record; .gz, .bz2 and .xz are unpacked; ** and {a,b} work; a folder means all "
+        "below it), or hf:NAME[:CONFIG] (a Hugging Face dataset or a local folder of data files). May be repeated.",
+    )
+    inputs.add_argument(
+        "--text-field",
+        default=defaults.text_field,
+        metavar="NAME",
+        help="field that holds a record's text (%(default)s)",
+    )
+    inputs.add_argument(
+        "--hf-split", default=defaults.hf_split, metavar="NAME", help="split of a Hugging Face dataset (%(default)s)"
+    )
+    inputs.add_argument(
+        "--streaming", action="store_true", help="read Hugging Face datasets without downloading them first"
+    )
+    inputs.add_argument("--max-documents", type=int, metavar="N", help="read only the first N documents of each source")
+    inputs.add_argument(
+        "--strict", action="store_true", help="stop at an empty, binary or undecodable document instead of skipping it"
+    )
+
+    outputs = parser.add_argument_group("what to make")
+    outputs.add_argument("--output", type=Path, required=True, metavar="DIR", help="the prepared folder")
+    outputs.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_PATH",
+        help="a Hugging Face tokenizer (default: a new byte-level BPE on up to 64 Mi characters of the training part)",
+    )
+    outputs.add_argument(
+        "--vocab-size", type=int, default=defaults.vocab_size, metavar="N", help="tokens to train (%(default)s)"
+    )
+    outputs.add_argument(
+        "--seq-len", type=int, default=defaults.seq_len, metavar="N", help="targets in a block (%(default)s)"
+    )
+    outputs.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=defaults.validation_fraction,
+        metavar="F",
+        help="part of the documents kept for validation, chosen by a seeded hash of their text (%(default)s)",
+    )
+    outputs.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        metavar="N",
+        help="of the split and the documents' order (%(default)s)",
+    )
+    outputs.add_argument("--overwrite", action="store_true", help="replace a folder that was prepared differently")
+    outputs.add_argument(
+        "--num-proc", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenise (%(default)s)"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``motifarch data prepare``.
+
+    Args:
+        argv: the arguments (default: the process's own).
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    options = vars(build_parser().parse_args(argv))
+    settings = PrepareSettings(**{**options, "sources": tuple(options["sources"])})
+    before = settings.output.exists()
+    told = False
+
+    def report(line: str) -> None:
+        nonlocal told
+        told = True
+        print(line, flush=True)
+
+    try:
+        # The libraries take seconds to import: after the options are checked, and where Ctrl-C is answered.
+        from motifarch.data.pipeline import prepare
+
+        with _bars_only_on_a_terminal():
+            made = prepare(settings, report)
+    except KeyboardInterrupt:
+        state = "is as it was" if before else "was not made"
+        print(f"interrupted: {settings.output} {state}; run the same command to start over", file=sys.stderr)
+        return 130
+    except OSError as error:
+        remedy = "give another --output, or check the permissions"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "free some space, or give an --output on another disk"
+        raise UserError(f"cannot prepare {settings.output} ({error}): {remedy}") from None
+    _summarise(settings.output, made, found=not told)
+    return 0
+
+
+def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
+    verb = "already prepared with these settings" if found else "prepared"
+    print(f"{output}: {verb}, fingerprint {made.fingerprint[:12]}")
+    for split, counts in made.splits.items():
+        print(
+            f"  {split}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
+            f"{counts.blocks:,} blocks of {made.seq_len}"
+        )
+    print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
+
+
+@contextmanager
+def _bars_only_on_a_terminal() -> Iterator[None]:
+    if sys.stderr.isatty():
+        yield
+        return
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

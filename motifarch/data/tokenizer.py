@@ -1,0 +1,93 @@
+"""The tokenizer: one that exists, or a byte-level BPE trained on the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from motifarch.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a Hugging Face tokenizer by its name on the hub or its folder.
+
+    Raises:
+        UserError: if it cannot be loaded, or has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    except Exception as error:  # the library raises many kinds, from network errors to bad files
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"cannot load tokenizer {str(name_or_path)!r} ({reason}): give a folder with a tokenizer.json, a name "
+            "on the hub that is within reach, or no --tokenizer, to train one"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {str(name_or_path)!r} has no end-of-text token, which must end each document: set its "
+            "eos_token (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and pass --tokenizer folder"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text can be encoded, and decoding gives it back exactly.
+
+    Args:
+        texts: what to train on.
+        vocab_size: most tokens, the 256 bytes and the end of text included; little text gives fewer.
+
+    Raises:
+        UserError: if ``vocab_size`` has no room for the bytes.
+    """
+    if vocab_size < _SMALLEST_VOCABULARY:
+        raise UserError(f"--vocab-size {vocab_size}: it must be at least {_SMALLEST_VOCABULARY} (256 bytes and an end)")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def capped(texts: Iterable[str], most_characters: int) -> Iterator[str]:
+    """The first texts, until they hold ``most_characters`` together."""
+    for text in texts:
+        yield text[:most_characters]
+        most_characters -= len(text)
+        if most_characters <= 0:
+            return
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides the token ids: equal for copies of a tokenizer, wherever they lie."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        # Left over from the last call, not part of what the tokenizer is.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    content = {"rules": rules, "eos_token_id": tokenizer.eos_token_id, "vocab_size": vocabulary_size(tokenizer)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

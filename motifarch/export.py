@@ -1,0 +1,106 @@
+"""`motifarch export`: a checkpoint becomes a Hugging Face folder, for AutoModelForCausalLM after `import motifarch`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from motifarch.data.workspace import claim, new_folder
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.train.checkpoint import find_newest, load_model_state
+from motifarch.train.manifest import MANIFEST, read_manifest, sha256, step_of, write_json
+from motifarch.train.record import RECORD
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(source: Path, output: Path | None = None, *, dtype: str = "float32", tokenizer: str | None = None) -> Path:
+    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer and the run's record.
+
+    Args:
+        source: a run's output folder (its newest complete checkpoint is taken) or one checkpoint's folder.
+        output: where to write; default ``export`` in the run's folder. An earlier export there is replaced once the
+            new one is whole.
+        dtype: "float32", as trained, or "bfloat16".
+        tokenizer: a tokenizer folder; default that of the run's data.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        UserError: no run or no complete checkpoint there, or no tokenizer; the message names the fix.
+    """
+    run, checkpoint = _resolve(source)
+    record = _read_record(run)
+    output = output or run / "export"
+    if output.exists() and not (output / "config.json").is_file():
+        raise UserError(f"{output} exists and is no exported model; give another --output")
+    saved_tokenizer = _load_tokenizer(tokenizer, record)
+    model = MotifForCausalLM(MotifConfig(**record["model_config"]))
+    load_model_state(checkpoint, model)
+    model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]  # transformers hides its signature
+    eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
+    with claim(output, print), new_folder(output) as folder:
+        model.save_pretrained(folder)
+        saved_tokenizer.save_pretrained(folder)
+        shutil.copyfile(run / RECORD, folder / RECORD)
+        origin = {"checkpoint": str(checkpoint), "manifest_sha256": sha256(checkpoint / MANIFEST)}
+        write_json(folder / "export.json", {**origin, "step": read_manifest(checkpoint)["step"], "dtype": dtype})
+    return output
+
+
+def _resolve(source: Path) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint to export."""
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; give a run's output folder or one of its checkpoints")
+    if step_of(source) is not None:
+        return source.resolve().parent.parent, source
+    checkpoint = find_newest(source, lambda line: print(f"warning: {line}"))
+    if checkpoint is None:
+        raise UserError(f"{source} holds no complete checkpoint; give a run's output folder, such as runs/tiny_cpu")
+    return source, checkpoint
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))
+        return {"model_config": record["model_config"], "recipe": record["recipe"]}
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{run / RECORD} is missing or damaged; a checkpoint is exported from within its run") from None
+
+
+def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+    folder = given or str(Path(record["recipe"]["data"]["datasets"][0]["path"]) / "tokenizer")
+    if given is None and not Path(folder).is_dir():
+        raise UserError(f"the run's data is gone and its tokenizer with it ({folder}); name one with --tokenizer")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} holds no tokenizer that loads: {reason}; name one with --tokenizer") from None
+    rows = record["model_config"]["vocab_size"]
+    if len(tokenizer) > rows:
+        raise UserError(f"the tokenizer {folder} has {len(tokenizer)} tokens but the model {rows}; give the run's own")
+    return tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of :func:`export`."""
+    parser = argparse.ArgumentParser(prog="motifarch export", description=__doc__)
+    parser.add_argument("source", type=Path, help="a run's output folder, or one checkpoint's folder")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights (default: float32)")
+    parser.add_argument("--tokenizer", help="a tokenizer folder (default: that of the run's data)")
+    arguments = parser.parse_args(argv)
+    folder = export(arguments.source, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    print(f"exported to {folder}")
+    return 0

@@ -1,0 +1,43 @@
+"""AdamW over a model's parameters, with the decay where it belongs (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings: bool = True) -> list[dict[str, Any]]:
+    """Splits a model's trainable parameters by whether they are decayed.
+
+    Vectors and scalars (norms, lambdas, PolyNorm's weights and bias) are never decayed; matrices are. A matrix that
+    is tied to the embedding counts as the embedding.
+
+    Args:
+        model: The model, sharded or not.
+        weight_decay: Decay of the decayed group.
+        decay_embeddings: Whether `nn.Embedding` weights are in it.
+
+    Returns:
+        One or two optimizer groups, none of them empty.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and (decay_embeddings or id(parameter) not in embeddings)
+            groups[weight_decay if decayed else 0.0].append(parameter)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    decay_embeddings: bool = True,
+) -> torch.optim.AdamW:
+    """Returns torch's fused AdamW, whose kernel can skip a step on the device (see `motifarch.optim.guard`)."""
+    groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

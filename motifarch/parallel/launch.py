@@ -1,0 +1,101 @@
+"""The process group: gloo on CPUs, NCCL beside it on GPUs, and a world of one without torchrun."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from motifarch.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run and the device of this one."""
+
+    rank: int
+    """This process's number, from 0."""
+
+    size: int
+    """Number of processes."""
+
+    device: torch.device
+    """Where this process computes."""
+
+    control: dist.ProcessGroup
+    """A gloo group for small CPU messages: counts of targets, signals, decisions."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes the shared files."""
+        return self.rank == 0
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Does something on rank 0 alone and gives its result to every rank, or its UserError.
+
+        Args:
+            work: Called on rank 0. What it returns must be picklable.
+
+        Raises:
+            UserError: On every rank, where the work raised one.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """Adds whole numbers up over all ranks, place by place, on the CPU."""
+        total = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()  # type: ignore[no-any-return]
+
+
+def launched_rank() -> int:
+    """This process's rank as torchrun set it, 0 without torchrun; known before any process group is."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def open_world() -> Iterator[World]:
+    """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the end."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = "RANK" not in os.environ
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        **({"init_method": f"tcp://localhost:{_free_port()}", "rank": 0, "world_size": 1} if alone else {}),  # type: ignore[arg-type]
+    )
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    except BaseException:
+        # One failed rank among several can't leave in step with the others: it just exits.
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])

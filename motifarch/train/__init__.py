@@ -1,0 +1,1 @@
+"""Pretraining: recipes, the loop, checkpoints, metrics and a run's record."""

@@ -1,0 +1,328 @@
+"""Checkpoints: sharded, written in the background, and counted only once complete.
+
+A save writes into `step_N.partial`: each rank its own shard (hashed as soon as it is written), then rank 0 the
+metadata and the manifest, and renames the folder to `step_N`. Killed at any instant, what was complete stays so.
+"""
+
+import errno
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
+
+from motifarch.errors import UserError
+from motifarch.train.manifest import (
+    FORMAT,
+    MANIFEST,
+    PARTIAL,
+    checkpoint_name,
+    checkpoints_folder,
+    damage,
+    find_newest,
+    list_checkpoints,
+    prune,
+    remove_checkpoint,
+    sha256,
+    write_json,
+)
+
+__all__ = ["Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes, and so all that a checkpoint holds."""
+
+    model: nn.Module
+    """The sharded model."""
+
+    optimizer: torch.optim.Optimizer
+    """Its optimizer."""
+
+    step: int = 0
+    """Optimizer steps done. It decides the data, the learning rate and the batch size of the next step."""
+
+    tokens: int = 0
+    """Targets trained on so far, over all ranks."""
+
+    nonfinite: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
+    """Skipped steps, on the device: in all, in a row up to now, and the longest row."""
+
+    def count_skipped(self, skipped: torch.Tensor) -> None:
+        """Adds a step to `nonfinite` without waiting for the device; `skipped` is 1 or 0."""
+        total, row, longest = self.nonfinite.unbind()
+        bad = skipped.to(torch.int64)
+        row = (row + bad) * bad
+        self.nonfinite = torch.stack([total + bad, row, torch.maximum(longest, row)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch.distributed.checkpoint takes it, keyed by full parameter names."""
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
+            "progress": {"step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite},
+        }
+
+
+@dataclass(frozen=True)
+class _HashedResult(WriteResult):
+    """What a rank reports to rank 0 of a tensor it wrote, with the size and hash of the file that holds it."""
+
+    file_size: int = 0
+    file_sha256: str = ""
+
+
+class _Writer(FileSystemWriter):
+    """Writes a checkpoint's files, their hashes into a manifest, and renames the folder when all is there."""
+
+    def __init__(self, final: Path, step: int, about: dict[str, Any]) -> None:
+        super().__init__(final.with_name(final.name + PARTIAL))
+        self.folder = final.with_name(final.name + PARTIAL)
+        self.final = final
+        self.step = step
+        self.about = about
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        # Rank 0 alone, before anyone writes: an earlier save of this step that was cut short makes way.
+        for leftover in self.folder.iterdir():
+            leftover.unlink()
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            results: list[WriteResult] = super().write_data(plan, planner).wait()
+            names = {result.storage_data.relative_path for result in results}
+            files = {name: ((self.folder / name).stat().st_size, sha256(self.folder / name)) for name in names}
+        except Exception as error:
+            raise _as_os_error(error, self.folder) from None
+        done: TorchFuture[list[WriteResult]] = TorchFuture()
+        done.set_result(
+            [
+                _HashedResult(r.index, r.size_in_bytes, r.storage_data, *files[r.storage_data.relative_path])
+                for r in results
+            ]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        try:
+            super().finish(metadata, results)
+            files = {
+                r.storage_data.relative_path: {"size": r.file_size, "sha256": r.file_sha256}
+                for rank_results in results
+                for r in rank_results
+                if isinstance(r, _HashedResult)
+            }
+            extra = self.folder / ".metadata"
+            files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
+            content = {"format": FORMAT, "step": self.step, "about": self.about, "files": dict(sorted(files.items()))}
+            write_json(self.folder / MANIFEST, content)
+            # The partial folder counts from here on, so an older checkpoint of the same step can go.
+            if self.final.exists():
+                remove_checkpoint(self.final)
+            self.folder.rename(self.final)
+        except Exception as error:
+            raise _as_os_error(error, self.folder) from None
+
+
+def _as_os_error(error: BaseException, folder: Path) -> OSError:
+    """Digs out the operating system's reason: torch's zip writer hides it behind an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return OSError(cause.errno, os.strerror(cause.errno), str(folder))
+        cause = cause.__cause__ or cause.__context__
+    return OSError(
+        errno.EIO, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", str(folder)
+    )
+
+
+class Checkpointer:
+    """Saves a run's states, one at a time, in the background or not.
+
+    Every method is called by all ranks alike.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        keep_last: int = 2,
+        asynchronous: bool = True,
+        about: dict[str, Any] | None = None,
+        on_complete: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Makes the process group of the saves, collectively.
+
+        Args:
+            output: The run's output folder.
+            keep_last: Complete checkpoints to keep; 0 keeps all.
+            asynchronous: Write in the background.
+            about: What the manifest notes of the run.
+            on_complete: Called on rank 0, possibly from the background, when a checkpoint is complete.
+        """
+        self.output = output
+        self.keep_last = keep_last
+        self.asynchronous = asynchronous
+        self.about = about or {}
+        self.on_complete = on_complete
+        # A group of its own: on the default one, the saves' messages would mix with training's.
+        self.group = dist.new_group(backend="gloo")
+        self._pending: Future[None] | None = None
+        self._saved_step: int | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Saves a state; waits for the previous save first, and for this one too when not asynchronous.
+
+        Raises:
+            UserError: This save or the previous one failed, on any rank.
+        """
+        self.wait()
+        if self._saved_step == state.step:
+            return
+        self._saved_step = state.step
+        final = checkpoints_folder(self.output) / checkpoint_name(state.step)
+        writer = _Writer(final, state.step, self.about)
+        content = state.state_dict()
+        if self.asynchronous:
+            # This stager copies CPU tensors too, so training may change them while they are written.
+            stager = DefaultStager(StagingOptions(False, False, False, False))
+            saved = dcp.async_save(content, storage_writer=writer, process_group=self.group, async_stager=stager)
+            assert isinstance(saved, Future)
+            self._pending = Future()
+            saved.add_done_callback(partial(self._finish, self._pending, final, stager))
+        else:
+            saved = Future()
+            try:
+                saved.set_result(dcp.save(content, storage_writer=writer, process_group=self.group))
+            except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
+                saved.set_exception(error)
+            self._pending = Future()
+            self._finish(self._pending, final, None, saved)
+            self.wait()
+
+    def _finish(self, pending: Future[None], final: Path, stager: DefaultStager | None, saved: Future[Any]) -> None:
+        """Ends a save, in the thread that ran it."""
+        try:
+            if stager:
+                stager.close()
+            saved.result()
+            if dist.get_rank() == 0:
+                prune(self.output, self.keep_last, final)
+                if self.on_complete:
+                    self.on_complete(final)
+            pending.set_result(None)
+        except BaseException as error:
+            pending.set_exception(error)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the background save has failed; the next `wait` says why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+            UserError: It failed, on any rank.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.exception()
+        if error is not None:
+            raise UserError(self._explain(error)) from None
+
+    def _explain(self, error: BaseException) -> str:
+        failures = error.failures if isinstance(error, dcp.CheckpointException) else {0: (error, None)}
+        rank, (cause, _) = min(failures.items())
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else f"{type(cause).__name__}: {cause}"
+        folder = checkpoints_folder(self.output)
+        complete = [p.name for p in list_checkpoints(self.output) if damage(p, hashes=False) is None]
+        kept = f"complete and untouched: {', '.join(complete)}" if complete else "no checkpoint was complete before it"
+        return (
+            f"the checkpoint of step {self._saved_step} can't be saved into {folder} (rank {rank}): {reason}; {kept}. "
+            "Free space there, or give another folder with --run.output, and start the same command again to resume"
+        )
+
+
+def load_state(checkpoint: Path, state: TrainState) -> None:
+    """Loads a checkpoint into a sharded state, in place; the number of ranks may differ from the saving run's.
+
+    Args:
+        checkpoint: A complete checkpoint's folder.
+        state: The state, its model and optimizer built as for the saving run. The optimizer keeps its own
+            hyperparameters: a checkpoint holds moments only.
+
+    Raises:
+        UserError: The checkpoint does not fit the model.
+    """
+    # Reading the state creates the moments, into which the load writes.
+    content = state.state_dict()
+    try:
+        dcp.load(content, checkpoint_id=str(checkpoint))
+    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(_mismatch(checkpoint, error)) from None
+    set_model_state_dict(state.model, content["model"])
+    groups = get_optimizer_state_dict(state.model, state.optimizer)["param_groups"]
+    set_optimizer_state_dict(
+        state.model, state.optimizer, optim_state_dict={"state": content["optimizer"], "param_groups": groups}
+    )
+    progress = content["progress"]
+    state.step, state.tokens = int(progress["step"]), int(progress["tokens"])
+    state.nonfinite = progress["nonfinite"].to(state.nonfinite.device)
+
+
+def load_model_state(checkpoint: Path, model: nn.Module) -> None:
+    """Loads a checkpoint's weights into a whole, unsharded model; one process, no process group needed.
+
+    Args:
+        checkpoint: A complete checkpoint's folder.
+        model: The model, built from the run's config.
+
+    Raises:
+        UserError: The checkpoint is incomplete or damaged, or does not fit the model.
+    """
+    checkpoint = Path(checkpoint)
+    if reason := damage(checkpoint):
+        raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}")
+    content = {"model": get_model_state_dict(model)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(content, checkpoint_id=str(checkpoint), no_dist=True)
+    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(_mismatch(checkpoint, error)) from None
+    set_model_state_dict(model, content["model"], options=StateDictOptions(strict=True))
+
+
+def _mismatch(checkpoint: Path, error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        error = min(error.failures.items())[1][0]
+    text = str(error).strip().splitlines()
+    return (
+        f"the checkpoint {checkpoint} does not fit the recipe's model: {text[0] if text else type(error).__name__}; "
+        "use the recipe it was made with, or start afresh in another run.output"
+    )

@@ -1,0 +1,154 @@
+"""Opens what a recipe names and checks that it fits together, before any process group exists."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from motifarch.data import (
+    BatchSchedule,
+    Mixture,
+    MixtureComponent,
+    PackedDataset,
+    check_same_seq_len,
+    check_same_tokenizer,
+)
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.train.manifest import damage, find_newest, step_of
+from motifarch.train.recipe import Recipe
+
+# Fields of the model section that are not MotifConfig's.
+_OURS = {"vocab_multiple"}
+
+
+@dataclass
+class Inputs:
+    """A recipe's data and model, opened and resolved."""
+
+    training: list[PackedDataset]
+    """The mixture's training splits."""
+
+    validation: list[PackedDataset]
+    """Their validation splits; empty where the recipe never validates."""
+
+    mixture: Mixture
+    """The sampler of global batches."""
+
+    model_config: MotifConfig
+    """The resolved model config."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.training[0].seq_len
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What names the data's and the tokenizer's contents, for the record and its comparison on resume."""
+        return {
+            "data": [{"path": str(d.folder), "fingerprint": d.fingerprint} for d in self.training],
+            "tokenizer": self.training[0].tokenizer_fingerprint,
+        }
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Opens the datasets and resolves the model config.
+
+    Raises:
+        UserError: Naming what is missing or does not fit, and the fix.
+    """
+    entries = recipe.data.datasets
+    training = [PackedDataset.open(entry.path, "train") for entry in entries]
+    validation = [PackedDataset.open(entry.path, "validation") for entry in entries] if recipe.validation.every else []
+    check_same_seq_len(training)
+    check_same_tokenizer(training)
+    batch = recipe.batch
+    start = batch.size if batch.warmup_start is None else batch.warmup_start
+    schedule = BatchSchedule(
+        batch.size,
+        start=start,
+        warmup_steps=batch.warmup_steps,
+        multiple=batch.warmup_multiple or math.gcd(start, batch.size),
+    )
+    mixture = Mixture(
+        [
+            MixtureComponent(dataset, entry.weight, entry.weight_end)
+            for dataset, entry in zip(training, entries, strict=True)
+        ],
+        seed=recipe.run.seed,
+        batch_schedule=schedule,
+        ramp_start=recipe.data.ramp_start,
+        ramp_end=recipe.data.ramp_end,
+    )
+    return Inputs(training, validation, mixture, _model_config(recipe, training[0]))
+
+
+def _model_config(recipe: Recipe, dataset: PackedDataset) -> MotifConfig:
+    fields = {k: v for k, v in dataclasses.asdict(recipe.model).items() if k not in _OURS}
+    multiple = recipe.model.vocab_multiple
+    if fields["vocab_size"] is None:
+        fields["vocab_size"] = -(-dataset.vocab_size // multiple) * multiple
+    if fields["vocab_size"] < dataset.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {fields['vocab_size']}, but the tokenizer of {dataset.folder} has "
+            f"{dataset.vocab_size} tokens; use at least {dataset.vocab_size}, or null to take the tokenizer's"
+        )
+    if dataset.seq_len > recipe.model.max_position_embeddings:
+        raise UserError(
+            f"model.max_position_embeddings is {recipe.model.max_position_embeddings}, but the sequences of "
+            f"{dataset.folder} are {dataset.seq_len} tokens long; use at least {dataset.seq_len}"
+        )
+    try:
+        config = MotifConfig(**fields, eos_token_id=dataset.eos_token_id)
+        # Refuses a bad combination now, at no cost, rather than on every rank after the start.
+        with torch.device("meta"):
+            MotifForCausalLM(config)
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"the model section of the recipe: {_last_line(error)}") from None
+    return config
+
+
+def _last_line(error: Exception) -> str:
+    """What is wrong, without the line before it that names the validator."""
+    return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+
+
+def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
+    """Finds the checkpoint that the run continues, by `run.resume`.
+
+    Args:
+        recipe: The recipe.
+        warnings: Gets a line for each checkpoint that is passed over.
+
+    Returns:
+        A complete and undamaged checkpoint, or None to start from scratch.
+
+    Raises:
+        UserError: The checkpoint named is unusable, or the output folder holds a run that would be mixed up.
+    """
+    output = Path(recipe.run.output)
+    if recipe.run.resume == "auto":
+        return find_newest(output, warnings.append)
+    newest = find_newest(output, warnings.append)
+    if recipe.run.resume == "none":
+        if newest:
+            raise UserError(
+                f"run.resume is none, but {output} holds a run already (its newest checkpoint is {newest.name}); "
+                "continue it with --run.resume auto, or start in another folder with --run.output"
+            )
+        return None
+    parent = Path(recipe.run.resume)
+    if not parent.is_dir():
+        raise UserError(f"run.resume is {parent}, which is no folder; accepted: auto, none, or a checkpoint's folder")
+    if reason := damage(parent):
+        raise UserError(f"run.resume is {parent}, which can't be used: {reason}")
+    if newest and (newest.resolve().parent != parent.resolve().parent or step_of(newest) != step_of(parent)):
+        raise UserError(
+            f"run.resume is {parent}, but {output} holds another checkpoint, {newest.name}; to branch off, "
+            "give the new run a folder of its own with --run.output"
+        )
+    return parent

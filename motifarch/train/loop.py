@@ -1,0 +1,284 @@
+"""The training loop: from a recipe to a trained run, top to bottom."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motifarch.data import BatchLoader
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.optim import build_adamw, build_schedule
+from motifarch.parallel import World, build_mesh, parallelize
+from motifarch.train.checkpoint import Checkpointer, TrainState, load_model_state, load_state
+from motifarch.train.inputs import Inputs, find_parent
+from motifarch.train.manifest import checkpoints_folder, find_newest, read_manifest
+from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
+from motifarch.train.picture import PICTURE, draw_loss
+from motifarch.train.precision import choose_compute
+from motifarch.train.progress import Progress
+from motifarch.train.recipe import Recipe
+from motifarch.train.record import RECORD, about_checkpoint, check_parent, write_record
+from motifarch.train.step import count_targets, train_step, validation_loss
+from motifarch.train.stop import SIGNALS, StopSignals
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 decided before the model is built."""
+
+    parent: Path | None
+    """The checkpoint that the run continues."""
+
+    compute: str
+    """Precision of the matrix products."""
+
+    warnings: list[str]
+    """Lines to show."""
+
+
+def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
+    """Trains as a recipe says, collectively.
+
+    Returns:
+        The exit status: 0 for a finished run; 128 plus the signal's number for one that SIGTERM (143) or Ctrl-C (130)
+        stopped after saving, which the same command resumes.
+
+    Raises:
+        UserError: Naming what went wrong and the fix. What was saved stays.
+    """
+    output = Path(recipe.run.output)
+    start = world.from_main(lambda: _decide(recipe, inputs, world))
+    state, flops_per_token = build_state(recipe, inputs, world, start.compute)
+    if start.parent:
+        load_state(start.parent, state)
+        # A row of skipped steps that stopped the last start must not stop this one at once.
+        state.nonfinite[1:] = 0
+    if world.is_main:
+        write_record(recipe, inputs, world, start.compute, start.parent)
+    schedule = build_schedule(
+        recipe.optim.schedule,
+        total_steps=recipe.run.steps,
+        warmup_steps=recipe.optim.warmup_steps,
+        decay_steps=decay_steps(recipe),
+        decay_shape=recipe.optim.decay_shape,
+        min_ratio=recipe.optim.min_lr_ratio,
+    )
+    loader = BatchLoader(
+        inputs.mixture,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_size=recipe.batch.micro_size,
+        start_step=state.step,
+        stop_step=recipe.run.steps,
+    )
+    checkpointer = Checkpointer(
+        output,
+        keep_last=recipe.checkpoint.keep_last,
+        asynchronous=recipe.checkpoint.asynchronous,
+        about=about_checkpoint(recipe, inputs, start.compute),
+    )
+    metrics = MetricsLog(
+        output,
+        start_step=state.step,
+        flops_per_token=flops_per_token,
+        tensorboard=recipe.log.tensorboard,
+        device=world.device,
+        write=world.is_main,
+    )
+    progress = Progress(recipe.run.steps, state.step, show=world.is_main)
+    for line in [*start.warnings, _greeting(recipe, state, world, start)]:
+        progress.say(line)
+
+    stopped_by = 0
+    with (
+        StopSignals() as signals,
+        contextlib.closing(progress),
+        contextlib.closing(metrics),
+        contextlib.closing(iter(loader)) as batches,  # type: ignore[type-var]
+    ):
+        for step, micro_batches in batches:
+            # One small message a step: the global number of targets, and whether anyone has to stop.
+            targets, failed, *flags = world.sum(
+                [count_targets(micro_batches), int(checkpointer.failed), *signals.flags()]
+            )
+            if failed:
+                checkpointer.wait()
+            stopped_by = max((n for n, flag in zip(SIGNALS, flags, strict=True) if flag), default=0)
+            if stopped_by:
+                break
+            lr = recipe.optim.lr * schedule(step)
+            result = train_step(
+                state,
+                micro_batches,
+                world=world,
+                targets=targets,
+                lr=lr,
+                clip=recipe.optim.clip,
+                z_loss_weight=recipe.optim.z_loss,
+            )
+            metrics.add(
+                result,
+                tokens=inputs.mixture.batch_schedule.batch_size(step) * inputs.seq_len,
+                step=state.step,
+                learning_rate=lr,
+                targets=state.tokens,
+                epoch=inputs.mixture.epochs(state.step),
+            )
+            last = state.step == recipe.run.steps
+            validate = bool(inputs.validation) and (last or state.step % recipe.validation.every == 0)
+            save = last or state.step % recipe.checkpoint.every == 0
+            if validate:
+                with metrics.paused():
+                    metrics.note(validation_loss=_validate(state, inputs, recipe, world))
+            if validate or save or state.step % recipe.log.every == 0:
+                _report(metrics, progress, state, recipe, checkpointer)
+            if save:
+                with metrics.paused():
+                    checkpointer.save(state)
+        _report(metrics, progress, state, recipe, checkpointer)
+        checkpointer.save(state)
+        checkpointer.wait()
+    if world.is_main:
+        _finish(recipe, state, stopped_by)
+    return 128 + stopped_by if stopped_by else 0
+
+
+def build_state(recipe: Recipe, inputs: Inputs, world: World, compute: str) -> tuple[TrainState, float]:
+    """Builds model and optimizer, sharded; every rank draws the same first weights, whatever their number.
+
+    Returns:
+        The state at step 0, and the model FLOPs of one token, forward and backward.
+    """
+    torch.manual_seed(recipe.run.seed)
+    model = MotifForCausalLM(inputs.model_config)
+    if recipe.run.init_from:
+        _init_from(Path(recipe.run.init_from), model)
+    flops_per_token = model.flops_per_token(inputs.seq_len)
+    parallelize(
+        model.train().to(world.device),
+        build_mesh(world.device.type, world.size),
+        compute_dtype=getattr(torch, compute),
+        activation_checkpointing=recipe.activation_checkpointing,
+        compile=recipe.compile,
+    )
+    optim = recipe.optim
+    optimizer = build_adamw(
+        model,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        decay_embeddings=optim.decay_embeddings,
+    )
+    nonfinite = torch.zeros(3, dtype=torch.int64, device=world.device)
+    return TrainState(model, optimizer, nonfinite=nonfinite), flops_per_token
+
+
+def decay_steps(recipe: Recipe) -> int:
+    """The steps of the final decay: a fifth of the run where the recipe leaves them open."""
+    if recipe.optim.decay_steps is not None:
+        return recipe.optim.decay_steps
+    return min(recipe.run.steps // 5, recipe.run.steps - recipe.optim.warmup_steps)
+
+
+def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
+    """Rank 0's part before the start: the folder, the parent, the precision."""
+    output = Path(recipe.run.output)
+    try:
+        checkpoints_folder(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output is {output}, which can't be made: {error.strerror}") from None
+    warnings: list[str] = []
+    parent = find_parent(recipe, warnings)
+    compute: str = recipe.precision.compute
+    if parent:
+        warnings += check_parent(parent, recipe, inputs)
+        if compute == "auto":
+            compute = read_manifest(parent)["about"]["compute"]
+    if compute == "auto":
+        compute = choose_compute(world.device)
+    return Start(parent, compute, [f"warning: {w}" for w in warnings])
+
+
+def _init_from(folder: Path, model: MotifForCausalLM) -> None:
+    if not folder.is_dir():
+        raise UserError(f"run.init_from is {folder}, which is no folder; give a checkpoint's or a Hugging Face folder")
+    if not (folder / "config.json").exists():
+        load_model_state(folder, model)
+        return
+    try:
+        weights = MotifForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        model.load_state_dict(weights)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"run.init_from is {folder}, whose weights don't fit the recipe's model: {reason}") from None
+
+
+def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World) -> float:
+    return validation_loss(
+        state.model,
+        inputs.validation,
+        world=world,
+        sequences=recipe.validation.sequences,
+        micro_size=recipe.batch.micro_size,
+    )
+
+
+def _report(
+    metrics: MetricsLog, progress: Progress, state: TrainState, recipe: Recipe, checkpointer: Checkpointer
+) -> None:
+    """Reads the device and shows the last step; stops a run whose steps are skipped too often.
+
+    Raises:
+        UserError: Too many skipped steps; the state, which they left untouched, is saved first.
+    """
+    total, _, longest = state.nonfinite.tolist()
+    metrics.note_all(skipped_total=total)
+    rows = metrics.flush()
+    if rows:
+        progress.update(rows[-1])
+    limits: dict[str, tuple[int, int]] = {
+        "run.max_nonfinite_in_row": (longest, recipe.run.max_nonfinite_in_row),
+        "run.max_nonfinite_total": (total, recipe.run.max_nonfinite_total),
+    }
+    for name, (count, limit) in limits.items():
+        if count >= limit:
+            checkpointer.save(state)
+            checkpointer.wait()
+            in_row, higher = (" in a row", "") if name.endswith("row") else ("", f", with a higher --{name}")
+            raise UserError(
+                f"{count} steps{in_row} had a non-finite loss or gradient and were skipped ({name} is {limit}); "
+                f"the weights before them are saved as step {state.step} in {recipe.run.output}. "
+                f"Lower optim.lr or look into the data, then start the same command again to resume{higher}"
+            )
+    state.nonfinite[2] = state.nonfinite[1]
+
+
+def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> str:
+    parameters = sum(p.numel() for p in state.model.parameters())
+    where = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}, {start.compute}"
+    begin = f"resuming after step {state.step} from {start.parent}" if start.parent else "from scratch"
+    return f"{parameters:,} parameters, {where}, {begin}, into {recipe.run.output}"
+
+
+def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
+    """Draws the picture and names the files."""
+    output = Path(recipe.run.output)
+    draw_loss(read_metrics(output / METRICS), output / PICTURE, f"{output.name}: {state.tokens:,} tokens")
+
+    print(
+        f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
+    )
+    files: dict[str, Any] = {
+        "checkpoint": find_newest(output),
+        "metrics": output / METRICS,
+        "curve": output / PICTURE,
+        "record": output / RECORD,
+    }
+    if recipe.log.tensorboard:
+        files["TensorBoard"] = output / TENSORBOARD
+    for name, path in files.items():
+        print(f"  {name:<12}{path}", flush=True)

@@ -1,0 +1,147 @@
+"""The manifest of a checkpoint: what makes a folder count as complete, and how that is verified.
+
+A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last and atomically, with
+the size and SHA-256 of every other file. Without a manifest that agrees, the folder is passed over.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+PARTIAL = ".partial"
+_NAME = re.compile(r"step_(\d+)(?:\.partial)?")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON under a temporary name, then renames it, so that a reader finds the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints_folder(output: Path) -> Path:
+    """Where a run's output folder keeps its checkpoints."""
+    return output / "checkpoints"
+
+
+def checkpoint_name(step: int) -> str:
+    """A checkpoint's folder name, which sorts by step."""
+    return f"step_{step:08d}"
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint: `step`, `about` (what the run noted) and `files`."""
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def damage(checkpoint: Path, hashes: bool = True) -> str | None:
+    """Says why a checkpoint folder can't be used.
+
+    Args:
+        checkpoint: The folder.
+        hashes: Whether to read every file and compare its hash, or to compare sizes alone.
+
+    Returns:
+        The reason, or None for a complete and undamaged checkpoint.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, so its save was cut short"
+    try:
+        manifest = read_manifest(checkpoint)
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} can't be read"
+    if version != FORMAT:
+        return f"its format is {version}, and this version of motifarch reads format {FORMAT}"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"its file {name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+    if hashes:
+        # hashlib releases the interpreter's lock, so threads read in parallel.
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for name, digest in zip(files, pool.map(lambda n: sha256(checkpoint / n), files), strict=True):
+                if digest != files[name]["sha256"]:
+                    return f"its file {name} has changed since it was written (its SHA-256 differs)"
+    return None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint folder's name, or None where the name is no checkpoint's."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """All checkpoint folders of a run, complete or not, newest first."""
+    folder = checkpoints_folder(output)
+    found = [(step, p) for p in folder.iterdir() if (step := step_of(p)) is not None] if folder.is_dir() else []
+    # At the same step the final name comes before the partial one.
+    return [p for _, p in sorted(found, key=lambda sp: (-sp[0], sp[1].name))]
+
+
+def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    """Finds the newest checkpoint of a run that is complete and undamaged.
+
+    Args:
+        output: The run's output folder.
+        warn: Called with a message for each newer checkpoint that is passed over, naming it and the reason.
+
+    Returns:
+        The checkpoint's folder, or None where there is none.
+    """
+    for checkpoint in list_checkpoints(Path(output)):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        if warn:
+            warn(f"passing over the checkpoint {checkpoint}: {reason}")
+    return None
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Deletes a checkpoint, its manifest first, so that a deletion cut short leaves nothing that looks complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def prune(output: Path, keep_last: int, newest: Path) -> None:
+    """Deletes complete checkpoints older than the newest `keep_last`, and unfinished ones older than `newest`.
+
+    Args:
+        output: The run's output folder.
+        keep_last: Complete checkpoints to keep; 0 keeps all of them.
+        newest: The checkpoint that was completed just now; nothing newer is touched.
+    """
+    limit = step_of(newest) or 0
+    kept = 0
+    for checkpoint in list_checkpoints(output):
+        if (step_of(checkpoint) or 0) > limit:
+            continue
+        if damage(checkpoint, hashes=False) is None and not checkpoint.name.endswith(PARTIAL):
+            kept += 1
+            if keep_last and kept > keep_last:
+                remove_checkpoint(checkpoint)
+        elif checkpoint != newest:
+            remove_checkpoint(checkpoint)

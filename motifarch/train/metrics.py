@@ -1,0 +1,163 @@
+"""What a run measures, to `metrics.jsonl` and TensorBoard: one row a step, each step once, resumes included."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motifarch.train.step import StepResult
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Removes the rows after a step, which a resumed run is about to write again."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+class MetricsLog:
+    """Collects device scalars step by step and reads them together, so that no step waits for the device."""
+
+    def __init__(
+        self,
+        output: Path,
+        *,
+        start_step: int,
+        flops_per_token: float,
+        tensorboard: bool,
+        device: torch.device,
+        write: bool = True,
+    ) -> None:
+        """Opens the files, cut to what `start_step` steps wrote.
+
+        Args:
+            output: The run's output folder.
+            start_step: Steps done before this start.
+            flops_per_token: Model FLOPs of one token, forward and backward.
+            tensorboard: Whether to write TensorBoard files too.
+            device: Whose peak memory is reported; a CPU stands for the process's resident set.
+            write: Whether this rank writes; the others only keep time.
+        """
+        self.path = output / METRICS
+        self._flops_per_token = flops_per_token
+        self._device = device
+        self._write = write
+        self._file: Any = None
+        self._board: Any = None
+        if write:
+            cut_metrics(self.path, start_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # Readers drop what an earlier start wrote past the step that this one resumes from.
+                self._board = SummaryWriter(str(output / TENSORBOARD), purge_step=start_step + 1)
+        self._rows: list[dict[str, Any]] = []
+        self._scalars: list[torch.Tensor] = []
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, result: StepResult, *, tokens: int, **row: Any) -> None:
+        """Notes a step; `tokens` are those that went through the model, over all ranks, in this step."""
+        self._rows.append(row)
+        values = [result.loss, result.z_loss, result.grad_norm, result.skipped]
+        lambdas = result.lambdas.float() if result.lambdas is not None else result.loss.new_zeros(0)
+        self._scalars.append(torch.cat([torch.stack([v.float() for v in values]), lambdas]))
+        self._tokens += tokens
+
+    def note(self, **values: Any) -> None:
+        """Adds values to the row of the last step, which must not be flushed yet."""
+        self._rows[-1].update(values)
+
+    def note_all(self, **values: Any) -> None:
+        """Adds values to every row that is not flushed yet."""
+        for row in self._rows:
+            row.update(values)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps time that is not training (validation, saving) out of the speed."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Reads the device, writes the rows noted since the last flush, and returns them."""
+        if not self._rows:
+            return []
+        measured = torch.stack(self._scalars).tolist()
+        now = time.perf_counter()
+        speed = self._tokens / max(now - self._since, 1e-9)
+        shared = {
+            "tokens_per_second": speed,
+            "model_tflops": speed * self._flops_per_token / 1e12,
+            "memory_gib": peak_memory(self._device) / 2**30,
+        }
+        rows = []
+        for row, (loss, z_loss, grad_norm, skipped, *lambdas) in zip(self._rows, measured, strict=True):
+            read = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm, "skipped": int(skipped)}
+            rows.append(row | read | ({"lambda": lambdas} if lambdas else {}) | shared)
+        if self._write:
+            self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)
+            self._file.flush()
+            for row in rows if self._board else []:
+                self._write_board(row)
+        self._rows, self._scalars, self._tokens, self._since = [], [], 0, now
+        return rows
+
+    def _write_board(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, list):
+                for i, v in enumerate(value):
+                    self._board.add_scalar(f"{name}/{i}", v, row["step"])
+            elif name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self.flush()
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most that the device's allocator held, or the process's largest resident set on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not finite becomes null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: clean(value) for name, value in row.items()}

@@ -1,0 +1,57 @@
+"""The picture of a run: its losses, and its learning rate below."""
+
+from pathlib import Path
+from typing import Any
+
+PICTURE = "loss.png"
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws training loss (faint, and smoothed), validation loss and learning rate against the step.
+
+    Args:
+        rows: Rows of `metrics.jsonl`.
+        path: The PNG file to write.
+        title: The picture's title.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    trained = [row for row in rows if row.get("loss") is not None]
+    validated = [row for row in rows if row.get("validation_loss") is not None]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=[4, 1], layout="constrained"
+    )
+    steps = [row["step"] for row in trained]
+    losses = [row["loss"] for row in trained]
+    top.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="training loss of a step")
+    top.plot(steps, smooth(losses), color="#1f4e79", linewidth=1.8, label="training loss, smoothed")
+    if validated:
+        points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
+        top.plot(*points, color="#c0392b", marker="o", markersize=4, linewidth=1, label="validation loss")
+    top.set_ylabel("cross-entropy (nats per token)")
+    top.set_title(title)
+    top.legend(frameon=False)
+    bottom.plot([row["step"] for row in rows], [row["learning_rate"] for row in rows], color="#555555", linewidth=1.2)
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("step")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def smooth(values: list[float], factor: float = 0.95) -> list[float]:
+    """The exponential moving average, corrected for its start."""
+    mean, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        mean = factor * mean + (1 - factor) * value
+        weight = factor * weight + (1 - factor)
+        smoothed.append(mean / weight)
+    return smoothed

@@ -1,0 +1,146 @@
+"""A run's own record, `run.json`: what was run, on what, from what."""
+
+import dataclasses
+import datetime
+import json
+import platform
+import socket
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from motifarch.errors import UserError
+from motifarch.parallel import World
+from motifarch.train.inputs import Inputs
+from motifarch.train.manifest import MANIFEST, read_manifest, sha256, write_json
+from motifarch.train.read_recipe import to_dict
+from motifarch.train.recipe import ModelSection, Recipe
+
+RECORD = "run.json"
+_PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str) -> dict[str, Any]:
+    """What a checkpoint's manifest notes of its run: enough to refuse a resume that would not continue it."""
+    return {
+        "seed": recipe.run.seed,
+        "compute": compute,
+        **inputs.fingerprints(),
+        "model_config": inputs.model_config.to_dict(),
+    }
+
+
+def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Compares a checkpoint with what is about to continue it.
+
+    Returns:
+        Warnings: differences that are allowed but change what is seen.
+
+    Raises:
+        UserError: The data, the tokenizer or the model differ.
+    """
+    about = read_manifest(parent)["about"]
+    now = inputs.fingerprints()
+    fresh = "start a new run with --run.output (and --run.init_from to begin with these weights)"
+    if about["tokenizer"] != now["tokenizer"]:
+        raise UserError(
+            f"{inputs.training[0].folder} was prepared with another tokenizer (fingerprint {_short(now['tokenizer'])}) "
+            f"than the run that {parent} belongs to ({_short(about['tokenizer'])}); give that run's data, or {fresh}"
+        )
+    before, after = about["data"], now["data"]
+    if [d["fingerprint"] for d in before] != [d["fingerprint"] for d in after]:
+        was = ", ".join(f"{d['path']} ({_short(d['fingerprint'])})" for d in before)
+        here = ", ".join(f"{d['path']} ({_short(d['fingerprint'])})" for d in after)
+        raise UserError(
+            f"data.datasets is {here}, but the run that {parent} belongs to read {was}; give the same data, or {fresh}"
+        )
+    # What JSON makes of the config is what the manifest holds. How attention is computed may change within a run.
+    config = json.loads(json.dumps(inputs.model_config.to_dict()))
+    for name in [f.name for f in dataclasses.fields(ModelSection)] + ["rope_parameters"]:
+        if name in config and config[name] != about["model_config"].get(name):
+            raise UserError(
+                f"the model's {name} is {config[name]!r}, but {about['model_config'].get(name)!r} in the checkpoint "
+                f"{parent}; use the same model section, or {fresh}"
+            )
+    if about["seed"] != recipe.run.seed:
+        return [f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch"]
+    return []
+
+
+def _short(fingerprint: str) -> str:
+    return fingerprint[:12]
+
+
+def read_record(output: Path) -> dict[str, Any]:
+    """Reads a run's record; empty where there is none or it can't be read."""
+    try:
+        return json.loads((output / RECORD).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None) -> None:
+    """Writes `run.json` into the output folder; the starts that came before are kept under `starts`."""
+    output = Path(recipe.run.output)
+    previous = read_record(output)
+    origin = parent or (Path(recipe.run.init_from) if recipe.run.init_from else None)
+    manifest = origin / MANIFEST if origin else None
+    start = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": read_manifest(parent)["step"] if parent else 0,
+        "parent": {
+            "checkpoint": str(origin),
+            "manifest_sha256": sha256(manifest) if manifest and manifest.is_file() else None,
+        }
+        if origin
+        else None,
+        "host": socket.gethostname(),
+        "ranks": world.size,
+        "devices": _device_name(world.device),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "git": _git(),
+    }
+    write_json(
+        output / RECORD,
+        {
+            **start,
+            "seed": recipe.run.seed,
+            "compute": compute,
+            **inputs.fingerprints(),
+            "recipe": to_dict(recipe),
+            "model_config": inputs.model_config.to_dict(),
+            "starts": [*previous.get("starts", []), start],
+        },
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the source that runs, and whether it was changed since; None outside a repository."""
+    source = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,128 @@
+"""One optimizer step over a global batch, and the validation loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from motifarch.data import PackedDataset, collate
+from motifarch.optim import clip_gradients, step_if_finite
+from motifarch.parallel import World, set_gradient_sync
+from motifarch.train.checkpoint import TrainState
+
+IGNORE = -100
+
+
+@dataclass
+class StepResult:
+    """What a step measured: tensors on the device, which nobody has waited for."""
+
+    loss: torch.Tensor
+    """Mean cross-entropy over the global batch's targets, in nats."""
+
+    z_loss: torch.Tensor
+    """The z-loss's part of what was minimised."""
+
+    grad_norm: torch.Tensor
+    """Global gradient norm before clipping."""
+
+    skipped: torch.Tensor
+    """1 where loss or gradient was not finite, and nothing was updated; else 0."""
+
+    lambdas: torch.Tensor | None
+    """Mean lambda of each layer, (layers,), or None for softmax attention."""
+
+
+def count_targets(micro_batches: Sequence[dict[str, Any]]) -> int:
+    """The number of tokens that have a target."""
+    return sum(int((batch["shift_labels"] != IGNORE).sum()) for batch in micro_batches)
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copies a micro-batch's tensors to a device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def train_step(
+    state: TrainState,
+    micro_batches: Sequence[dict[str, Any]],
+    *,
+    world: World,
+    targets: int,
+    lr: float,
+    clip: float | None,
+    z_loss_weight: float = 0.0,
+) -> StepResult:
+    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite.
+
+    Args:
+        state: Updated in place.
+        micro_batches: This rank's part of the global batch, on the CPU.
+        world: The ranks.
+        targets: Targets of the whole global batch, over all ranks.
+        lr: Learning rate of this step.
+        clip: Largest global gradient norm; None never clips.
+        z_loss_weight: Weight of the z-loss.
+
+    Returns:
+        The step's measurements, the same on every rank but for lambdas.
+    """
+    # FSDP averages gradients over the ranks, so each rank divides its sum by its even share of the targets: the
+    # average is then the mean over all targets, however unevenly the ranks hold them.
+    share = torch.tensor(max(targets, 1) / world.size, device=world.device)
+    losses = torch.zeros(2, device=world.device)
+    for i, batch in enumerate(micro_batches):
+        set_gradient_sync(state.model, i == len(micro_batches) - 1)
+        out = state.model(**to_device(batch, world.device), num_items_in_batch=share, z_loss_weight=z_loss_weight)
+        out.loss.backward()
+        z = out.z_loss if out.z_loss is not None else torch.zeros_like(out.loss)
+        losses += torch.stack([out.loss.detach() - z.detach(), z.detach()]).float()
+    dist.all_reduce(losses)
+    losses /= world.size
+
+    grad_norm = clip_gradients(state.model.parameters(), clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    skipped = step_if_finite(state.optimizer, losses.sum(), grad_norm)
+    state.optimizer.zero_grad()
+    state.count_skipped(skipped)
+    state.step += 1
+    state.tokens += targets
+    return StepResult(losses[0], losses[1], grad_norm, skipped, state.model.last_lambdas())  # type: ignore[operator]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, datasets: Sequence[PackedDataset], *, world: World, sequences: int, micro_size: int
+) -> float:
+    """The mean cross-entropy over fixed validation rows, in nats a target.
+
+    Args:
+        model: The sharded model.
+        datasets: Validation splits; their rows are taken evenly spread, the same for any number of ranks.
+        world: The ranks, which share the rows.
+        sequences: Rows to use, over all datasets; fewer where there are fewer.
+        micro_size: Rows in one forward pass.
+    """
+    rows = [
+        (dataset, i * len(dataset) // count)
+        for dataset in datasets
+        for count in [min(len(dataset), -(-sequences // len(datasets)))]
+        for i in range(count)
+    ]
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for first in range(0, len(rows), micro_size * world.size):
+        mine = rows[first + world.rank : first + micro_size * world.size : world.size]
+        # Forward passes are collective: a rank without rows repeats one, with no targets.
+        batch = collate([dataset[row] for dataset, row in mine or rows[:1]])
+        if not mine:
+            batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORE)
+        out = model(**to_device(batch, world.device), num_items_in_batch=torch.ones((), device=world.device))
+        sums += torch.stack([out.loss.double(), sums.new_tensor(count_targets([batch]))])
+    model.train()
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])

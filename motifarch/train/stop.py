@@ -1,0 +1,34 @@
+"""SIGTERM and Ctrl-C: noted, and acted on between steps."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While open, SIGINT and SIGTERM only set `received`; a terminal and torchrun may both deliver one, harmlessly."""
+
+    def __init__(self) -> None:
+        """Starts with no signal received."""
+        self.received: int = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        """Takes the signals over."""
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    def flags(self) -> list[int]:
+        """One number for each of SIGNALS, 1 where it was received, for the ranks to add up."""
+        return [int(self.received == number) for number in SIGNALS]

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole path on two CPU processes: prepare data, train, export, sample. Run it again and it picks up where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
+torchrun --standalone --nproc-per-node 2 -m motifarch.train recipes/tiny_cpu.yaml "$@"
+motifarch export runs/tiny_cpu
+echo
+echo "--- sampled from runs/tiny_cpu/export ---"
+motifarch generate runs/tiny_cpu/export --prompt "def " --max-new-tokens 150
+echo
+echo "Made: data/stdlib (tokenizer, packed blocks), runs/tiny_cpu/checkpoints, runs/tiny_cpu/export (Hugging Face folder),"
+echo "      runs/tiny_cpu/metrics.jsonl, runs/tiny_cpu/run.json, and the loss curve runs/tiny_cpu/loss.png"

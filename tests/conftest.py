@@ -1,0 +1,31 @@
+"""What all tests share: no network, and one trained run for those that start from one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any Hugging Face library is imported: a test that needs the hub must fail, not wait for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run of a few steps on one process, with its data beside it."""
+    from helpers.python_process import run_python
+    from helpers.tiny import prepare_text, write_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder, prepare_text(folder))
+    run_python(
+        "import sys; from motifarch.cli import main; main(sys.argv[1:])",
+        "train",
+        recipe,
+        "--run.steps",
+        "6",
+        "--validation.every",
+        "0",
+    )
+    return folder / "run"

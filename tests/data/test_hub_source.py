@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motifarch.data.documents import Document, Skipped
+from motifarch.data.sources import Source, parse_source
+from motifarch.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    records = [{"text": f"text {i}", "body": f"body {i}", "n": i} for i in range(5)] + [
+        {"text": "", "body": None, "n": 0}
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "held out", "body": "b", "n": 1}))
+    return tmp_path
+
+
+def parse(path: Path, *, streaming: bool, split: str = "train", field: str = "text") -> Source:
+    return parse_source(f"hf:{path}", text_field=field, hf_split=split, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_local_folder(folder: Path, streaming: bool) -> None:
+    expected = [Document(f"{folder}:{i + 1}", f"text {i}") for i in range(5)]
+    assert list(parse(folder, streaming=streaming).documents()) == [*expected, Skipped(f"{folder}:6", "empty")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_split_and_field(folder: Path, streaming: bool) -> None:
+    (found,) = parse(folder, streaming=streaming, split="test").documents()
+    assert found == Document(f"{folder}:1", "held out")
+    found = list(parse(folder, streaming=streaming, field="body").documents())[-1]
+    assert found == Skipped(f"{folder}:6", "no text")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_does_not_exist_is_named(folder: Path, streaming: bool) -> None:
+    with pytest.raises(UserError, match=r"no field 'words': pass --text-field with one of text, body, n"):
+        list(parse(folder, streaming=streaming, field="words").documents())
+    with pytest.raises(UserError, match=r"cannot load split 'none'.*--hf-split"):
+        list(parse(folder, streaming=streaming, split="none").documents())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_files_are_named(folder: Path, streaming: bool) -> None:
+    (folder / "train.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(UserError, match=rf"hf:{folder}: cannot (load|read) split 'train'"):
+        list(parse(folder, streaming=streaming).documents())
+
+
+def test_state_follows_local_files(folder: Path) -> None:
+    before = parse(folder, streaming=False).state()
+    assert parse(folder, streaming=True).state() == before
+    (folder / "train.jsonl").write_text('{"text": "other"}')
+    assert parse(folder, streaming=False).state() != before
+
+
+@pytest.mark.parametrize("options", [[], ["--streaming"]])
+def test_a_hub_out_of_reach_is_one_clear_message(tmp_path: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "motifarch.data.prepare", "--source", "hf:no-owner/no-dataset", *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "data")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --source hf:no-owner/no-dataset: cannot load split 'train'")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from motifarch.data import PackedDataset, check_same_seq_len, check_same_tokenizer
+from motifarch.data.prepare import main
+from motifarch.errors import UserError
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_open(prepared: Path) -> None:
+    record = json.loads((prepared / "data.json").read_text())
+    for split in ("train", "validation"):
+        data = PackedDataset.open(prepared, split)
+        assert len(data) == record["splits"][split]["blocks"]
+        assert (data.seq_len, data.vocab_size, data.folder) == (32, 300, prepared)
+        assert data.fingerprint == record["fingerprint"]
+        assert data.tokenizer_fingerprint == record["tokenizer_fingerprint"]
+        for block in (data[0], data[len(data) - 1]):
+            assert block.input_ids.shape == (33,)
+            assert block.input_ids.dtype == block.doc_lengths.dtype == np.int32
+            assert block.doc_lengths.sum() == 33
+    assert len(PackedDataset.open(str(prepared))) == record["splits"]["train"]["blocks"]
+
+
+def test_rows_agree_with_the_datasets_library(prepared: Path) -> None:
+    data = PackedDataset.open(prepared)
+    rows = datasets.load_from_disk(str(prepared / "train"))
+    assert rows.features["input_ids"] == datasets.List(datasets.Value("int32"), length=33)
+    for index in range(0, len(data), 7):
+        assert data[index].input_ids.tolist() == rows[index]["input_ids"]
+        assert data[index].doc_lengths.tolist() == rows[index]["doc_lengths"]
+
+
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_rows_outside(prepared: Path, index: int) -> None:
+    with pytest.raises(IndexError):
+        PackedDataset.open(prepared)[index]
+
+
+def test_folders_that_are_not_prepared(tmp_path: Path, prepared: Path) -> None:
+    with pytest.raises(UserError, match=r"none does not exist.*motifarch data prepare"):
+        PackedDataset.open(tmp_path / "none")
+    with pytest.raises(UserError, match="not a prepared data folder"):
+        PackedDataset.open(tmp_path)
+    with pytest.raises(UserError, match="no split 'test': take one of train, validation"):
+        PackedDataset.open(prepared, "test")
+
+
+def test_other_format_versions(copy: Path) -> None:
+    edit(copy, format_version=99)
+    with pytest.raises(UserError, match="format version 99, this motifarch reads version 1"):
+        PackedDataset.open(copy)
+
+
+def test_damage_is_told(copy: Path) -> None:
+    record = (copy / "data.json").read_text()
+    (copy / "data.json").write_text(record[:100])
+    with pytest.raises(UserError, match=r"data\.json is damaged"):
+        PackedDataset.open(copy)
+    (copy / "data.json").write_text(record)
+    (file,) = (copy / "train").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"train is damaged|train holds \d+ rows"):
+        PackedDataset.open(copy)
+    file.unlink()
+    with pytest.raises(UserError, match="train is damaged"):
+        PackedDataset.open(copy)
+
+
+def test_ids_outside_the_vocabulary_are_told(copy: Path) -> None:
+    edit(copy, vocab_size=5)
+    data = PackedDataset.open(copy)
+    with pytest.raises(UserError, match=r"row 0 of .*train holds token id \d+, outside the vocabulary of 5"):
+        data[0]
+
+
+def test_rows_of_another_length_are_told(copy: Path) -> None:
+    edit(copy, seq_len=16)
+    data = PackedDataset.open(copy)
+    with pytest.raises(UserError, match=r"row 0 of .*33 tokens.*expected 17"):
+        data[0]
+
+
+def test_same_tokenizer_and_length(prepared: Path, corpus: Path, tmp_path: Path) -> None:
+    source = ["--source", f"files:{corpus}/*.txt", "--num-proc", "1"]
+    main([*source, "--output", str(tmp_path / "other"), "--vocab-size", "280", "--seq-len", "16"])
+    main([*source, "--output", str(tmp_path / "same"), "--tokenizer", str(prepared / "tokenizer"), "--seq-len", "32"])
+    ours, other, same = (PackedDataset.open(folder) for folder in (prepared, tmp_path / "other", tmp_path / "same"))
+    check_same_tokenizer([])
+    check_same_tokenizer([ours, same, PackedDataset.open(prepared, "validation")])
+    check_same_seq_len([ours, same])
+    with pytest.raises(UserError, match=f"{prepared} and {tmp_path / 'other'} were prepared with different tokenizers"):
+        check_same_tokenizer([ours, same, other])
+    with pytest.raises(UserError, match=r"different --seq-len \(32 and 16\)"):
+        check_same_seq_len([ours, other])

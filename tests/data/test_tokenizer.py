@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from motifarch.data.tokenizer import (
+    END_OF_TEXT,
+    capped,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
+from motifarch.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tokenizer_folder)
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back_exactly(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token < vocabulary_size(tokenizer) for token in ids)
+
+
+def test_training_gives_the_size_asked_for_and_compresses(
+    tokenizer: PreTrainedTokenizerBase, make_text: Callable[..., str]
+) -> None:
+    text = make_text(1000)
+    assert len(tokenizer) == vocabulary_size(tokenizer) == 300
+    assert len(tokenizer(text)["input_ids"]) < len(text) / 2
+    assert tokenizer.decode([tokenizer.eos_token_id]) == END_OF_TEXT
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(UserError, match="--vocab-size 256: it must be at least 257"):
+        train_tokenizer(["text"], 256)
+
+
+def test_fingerprint_is_of_what_it_does(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make_text: Callable[..., str]
+) -> None:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    copy(["used", "with padding"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_fingerprint(copy) == fingerprint
+    copy.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(copy) != fingerprint
+    other = train_tokenizer((make_text(seed, words=400) for seed in range(5)), 280)
+    assert tokenizer_fingerprint(other) != fingerprint
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-text token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_capped() -> None:
+    assert list(capped(["abc", "defg", "hij"], 5)) == ["abc", "de"]
+    assert list(capped(["abc"], 5)) == ["abc"]

@@ -1,0 +1,52 @@
+"""A recipe and prepared data small enough to train in seconds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import yaml
+
+from motifarch.data.prepare import main as prepare
+
+RECIPE = {
+    "model": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_noise_heads": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+    },
+    "batch": {"size": 8, "micro_size": 4},
+    "optim": {"lr": 3e-3, "schedule": "constant", "warmup_steps": 5, "z_loss": 1e-4},
+    "precision": {"compute": "float32"},
+    "checkpoint": {"every": 10},
+    "validation": {"every": 20, "sequences": 10},
+    "log": {"every": 5, "tensorboard": False},
+}
+
+
+def prepare_text(folder: Path, seed: int = 0, seq_len: int = 32) -> Path:
+    """Prepares documents of random length, so that ranks hold different numbers of targets."""
+    draw = random.Random(seed)
+    source = folder / f"source{seed}"
+    source.mkdir()
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "(", ")", "=", "\n"]
+    for i in range(30):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 300)))
+        (source / f"{i}.txt").write_text(f"{i} {text}\n")
+    output = folder / f"data{seed}"
+    arguments = {"source": f"files:{source}/*.txt", "output": output, "vocab-size": 300, "seq-len": seq_len}
+    options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    assert prepare([*options, "--validation-fraction", "0.2", "--num-proc", "1"]) in (0, None)
+    return output
+
+
+def write_recipe(folder: Path, data: Path) -> Path:
+    """Writes a recipe of 40 steps on prepared data, whose run goes into `folder / "run"`."""
+    path = folder / "tiny.yaml"
+    own = {"run": {"steps": 40, "output": str(folder / "run")}, "data": {"datasets": [{"path": str(data)}]}}
+    path.write_text(yaml.safe_dump(own | RECIPE))
+    return path

@@ -1,0 +1,54 @@
+"""The command line: dispatch, suggestions, exit statuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from motifarch import cli
+from motifarch.cli import COMMANDS, main
+
+
+def outcome(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["data", "--help"]])
+def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(arguments) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(["trian"], "train"), (["data", "perpare"], "data prepare"), (["exprot"], "export")]
+)
+def test_an_unknown_command_suggests(given: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown command")
+    assert f"did you mean {meant!r}" in error
+    assert error.count("\n") == 1
+
+
+def test_an_error_for_people_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(["train", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the recipe nowhere.yaml can't be read: No such file or directory; give the path of a YAML file"
+    ]
+
+
+def test_ctrl_c_before_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    assert outcome(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", [["train"], ["data", "prepare"]])
+def test_commands_explain_themselves(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome([*command, "--help"]) == 0
+    assert "usage:" in capsys.readouterr().out
