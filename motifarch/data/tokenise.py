@@ -108,7 +108,7 @@ def _run_pool(work: Callable[[], T]) -> T:
         threading.Thread(target=run, daemon=True, name="tokenise").start()
         return outcome.result()
     except KeyboardInterrupt:
-        for _ in range(100):  # the pool may be replacing its processes: until it has given up, five seconds at most
+        for _ in range(20):  # for a second, as the pool may still be starting or replacing its processes
             for child in set(multiprocess.active_children()) - before:
                 child.kill()
             if wait([outcome], timeout=0.05).done:

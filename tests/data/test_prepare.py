@@ -227,7 +227,7 @@ def test_help_and_missing_options(capsys: pytest.CaptureFixture) -> None:
 def many(tmp_path: Path, make_text: Callable[..., str]) -> list[str]:
     """A command that tokenises long enough to be caught at it."""
     with (tmp_path / "many.jsonl").open("w") as file:
-        for i in range(4000):
+        for i in range(2500):
             file.write(json.dumps({"text": make_text(i, words=1000)}) + "\n")
     command = [sys.executable, "-m", "motifarch.data.prepare", "--source", f"files:{tmp_path / 'many.jsonl'}"]
     return [*command, "--output", str(tmp_path / "data"), "--vocab-size", "260", "--num-proc", "2"]
