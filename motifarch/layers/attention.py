@@ -74,23 +74,30 @@ class Attention(nn.Module):
         self,
         dense: Callable[..., Any],
         varlen: Callable[..., Any],
-        queries: tuple[Tensor, ...],
-        keys_and_values: tuple[Tensor, ...],
-        arrange: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]],
         *,
-        per_token: dict[str, Tensor | None],
+        queries: dict[str, Tensor],
+        keys: dict[str, Tensor],
+        per_query: dict[str, Tensor | None] | None = None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         padding: PaddingMask | None,
         **options: Any,
     ) -> Tensor:
-        """Call ``dense`` or ``varlen`` on tensors (B, S, heads, width), as the batch is plain, packed or padded.
+        """Call ``dense`` or ``varlen``, as the batch is plain, packed or padded.
 
-        ``arrange`` puts queries and keys in the function's order; ``per_token`` holds what else has a row for each
-        query (lambda, the gate).
+        Args:
+            dense: attention on a batch.
+            varlen: the same on packed documents.
+            queries: its arguments that have a row for each query, (B, Sq, heads, width).
+            keys: its arguments that have a row for each key, (B, Sk, heads, width).
+            per_query: what else has a row for each query, (B, Sq, ...), or is None.
+            cu_seqlens: bounds of packed documents.
+            max_seqlen: the longest of them.
+            padding: which tokens of a padded batch are real.
+            **options: passed on.
 
         Returns:
-            Tensor (B, Sq, Hs, Dv); rows of padding are 0.
+            Tensor (B, Sq, heads, Dv); rows of padding are 0.
         """
         options |= {
             "softmax_scale": self.softmax_scale,
@@ -98,37 +105,38 @@ class Attention(nn.Module):
             "window_size": self.window_size,
             "backend": self.backend,
         }
+        per_query = per_query or {}
         if cu_seqlens is None and padding is None:
-            return dense(*arrange(queries, keys_and_values), **per_token, **options)
-        batch, seqlen = queries[0].shape[:2]
-        flat_queries = tuple(t.flatten(0, 1) for t in queries)
-        flat_keys = tuple(t.flatten(0, 1) for t in keys_and_values)
-        flat_tokens = {n: t.flatten(0, 1) if t is not None and t.ndim > 1 else t for n, t in per_token.items()}
+            return dense(**queries, **keys, **per_query, **options)
+
+        batch, seqlen = next(iter(queries.values())).shape[:2]
+        flat_queries = {n: t if t is None else t.flatten(0, 1) for n, t in (queries | per_query).items()}
+        flat_keys = {n: t.flatten(0, 1) for n, t in keys.items()}
         if padding is None:
             if max_seqlen is None:
                 raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
             out = varlen(
-                *arrange(flat_queries, flat_keys),
+                **flat_queries,
+                **flat_keys,
                 cu_seqlens_q=cu_seqlens,
                 cu_seqlens_k=cu_seqlens,
                 max_seqlen_q=max_seqlen,
                 max_seqlen_k=max_seqlen,
-                **flat_tokens,
                 **options,
             )
             return out.unflatten(0, (batch, seqlen))
-        packed = padding.pack(keys_and_values[0].shape[1])
-        rows = packed.query_index
+
+        packed = padding.pack(next(iter(keys.values())).shape[1])
         out = varlen(
-            *arrange(tuple(t[rows] for t in flat_queries), tuple(t[packed.key_index] for t in flat_keys)),
+            **{n: t if t is None else t[packed.query_index] for n, t in flat_queries.items()},
+            **{n: t[packed.key_index] for n, t in flat_keys.items()},
             cu_seqlens_q=packed.cu_seqlens_q,
             cu_seqlens_k=packed.cu_seqlens_k,
             max_seqlen_q=packed.max_seqlen_q,
             max_seqlen_k=packed.max_seqlen_k,
-            **{n: t[rows] if t is not None and t.ndim > 1 else t for n, t in flat_tokens.items()},
             **options,
         )
-        padded = out.new_zeros(batch * seqlen, *out.shape[1:]).index_copy(0, rows, out)
+        padded = out.new_zeros(batch * seqlen, *out.shape[1:]).index_copy(0, packed.query_index, out)
         return padded.unflatten(0, (batch, seqlen))
 
 

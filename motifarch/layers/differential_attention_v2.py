@@ -138,16 +138,12 @@ class DifferentialAttentionV2(Attention):
         if self.gate_proj is not None:
             gate = self.gate_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
 
-        def arrange(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return queries[0], keys[0], queries[1], keys[0], keys[1]
-
         out = self._attend(
             diff_attn_func,
             diff_attn_varlen_func,
-            (q[..., :group, :].flatten(2, 3), q[..., group, :]),
-            (key, value),
-            arrange,
-            per_token={"lam": lam, "gate": gate},
+            queries={"q1": q[..., :group, :].flatten(2, 3), "q2": q[..., group, :]},
+            keys={"k1": key, "k2": key, "v": value},
+            per_query={"lam": lam, "gate": gate},
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,

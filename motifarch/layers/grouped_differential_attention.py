@@ -150,18 +150,13 @@ class GroupedDifferentialAttention(Attention):
         key, value = self._cached(key, value, past_key_values)
         lam = self.compute_lambda()
         self.last_lambda = lam.detach()
-
-        def arrange(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            k1, k2 = keys[0].chunk(2, dim=-1)
-            return queries[0], k1, queries[1], k2, keys[1]
-
+        k1, k2 = key.chunk(2, dim=-1)
         out = self._attend(
             diff_attn_func,
             diff_attn_varlen_func,
-            (q[..., :group, :].flatten(2, 3), q[..., group, :]),
-            (key, value),
-            arrange,
-            per_token={"lam": lam},
+            queries={"q1": q[..., :group, :].flatten(2, 3), "q2": q[..., group, :]},
+            keys={"k1": k1, "k2": k2, "v": value},
+            lam=lam,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,

@@ -51,16 +51,15 @@ def _pack(mask: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def cu_seqlens_from_position_ids(position_ids: Tensor) -> tuple[Tensor, int]:
-    """Document bounds of one packed row, from position ids that restart at each document.
+    """Document bounds of packed rows, from position ids that restart at each document.
 
     Args:
-        position_ids: (1, S).
+        position_ids: (B, S).
 
     Returns:
-        int32 bounds (documents + 1,) and the longest document's length.
+        int32 bounds (documents + 1,) in the B * S tokens, and the longest document's length.
     """
-    positions = position_ids.flatten()
-    starts = torch.ones_like(positions, dtype=torch.bool)
-    starts[1:] = positions[1:] != positions[:-1] + 1
-    bounds = torch.cat([starts.nonzero().flatten(), positions.new_tensor([len(positions)])]).int()
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff() != 1
+    bounds = torch.cat([starts.flatten().nonzero().flatten(), position_ids.new_tensor([position_ids.numel()])]).int()
     return bounds, int(bounds.diff().max())

@@ -106,10 +106,8 @@ class SoftmaxAttention(Attention):
         out = self._attend(
             softmax_attn_func,
             softmax_attn_varlen_func,
-            (q,),
-            (key, value),
-            lambda queries, keys: (*queries, *keys),
-            per_token={},
+            queries={"q": q},
+            keys={"k": key, "v": value},
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,
