@@ -26,10 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# timm is a second opinion in tests. Its torchvision wants CUDA's torch, so neither may bring dependencies along.
+# timm is a second opinion in tests. It may not bring torchvision along: beside torch's CPU build that breaks transformers.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm torchvision
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	@touch $@
 
 train: $(VENV)/.installed
@@ -51,7 +51,7 @@ test-oldest: $(VENV)/.installed-dev
 	$(PYTHON) -m venv --clear $(OLDEST)
 	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
-	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm torchvision
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 clean:

@@ -172,6 +172,7 @@ class Checkpointer:
         keep_last: int = 2,
         asynchronous: bool = True,
         about: dict[str, Any] | None = None,
+        saved_step: int | None = None,
         on_complete: Callable[[Path], None] | None = None,
     ) -> None:
         """Makes the process group of the saves, collectively.
@@ -181,6 +182,7 @@ class Checkpointer:
             keep_last: Complete checkpoints to keep; 0 keeps all.
             asynchronous: Write in the background.
             about: What the manifest notes of the run.
+            saved_step: The step that the output folder holds already: it is not saved again.
             on_complete: Called on rank 0, possibly from the background, when a checkpoint is complete.
         """
         self.output = output
@@ -191,7 +193,7 @@ class Checkpointer:
         # A group of its own: on the default one, the saves' messages would mix with training's.
         self.group = dist.new_group(backend="gloo")
         self._pending: Future[None] | None = None
-        self._saved_step: int | None = None
+        self._saved_step = saved_step
 
     def save(self, state: TrainState) -> None:
         """Saves a state; waits for the previous save first, and for this one too when not asynchronous.
@@ -264,7 +266,7 @@ class Checkpointer:
         kept = f"complete and untouched: {', '.join(complete)}" if complete else "no checkpoint was complete before it"
         return (
             f"the checkpoint of step {self._saved_step} can't be saved into {folder} (rank {rank}): {reason}; {kept}. "
-            "Free space there, or give another folder with --run.output, and start the same command again to resume"
+            "Make room or mend that, and start the same command again to resume"
         )
 
 

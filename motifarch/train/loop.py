@@ -79,6 +79,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
         about=about_checkpoint(recipe, inputs, start.compute),
+        saved_step=state.step if start.parent and start.parent.parent == checkpoints_folder(output) else None,
     )
     metrics = MetricsLog(
         output,

@@ -41,6 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in _DISK:
             raise
         raise UserError(
-            f"can't write {error.filename or 'into ' + recipe.run.output}: {error.strerror}; the complete checkpoints in "
-            f"{recipe.run.output} are untouched. Free space there and start the same command again to resume"
+            f"can't write {error.filename or 'into ' + recipe.run.output}: {error.strerror}; the complete checkpoints "
+            f"in {recipe.run.output} are untouched. Free space there and start the same command again to resume"
         ) from None

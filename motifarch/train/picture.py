@@ -27,7 +27,13 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     steps = [row["step"] for row in trained]
     losses = [row["loss"] for row in trained]
     top.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="training loss of a step")
-    top.plot(steps, smooth(losses), color="#1f4e79", linewidth=1.8, label="training loss, smoothed")
+    top.plot(
+        steps,
+        smooth(losses, 1 - 1 / min(50, 1 + len(losses) / 25)),
+        color="#1f4e79",
+        linewidth=1.8,
+        label="training loss, smoothed",
+    )
     if validated:
         points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         top.plot(*points, color="#c0392b", marker="o", markersize=4, linewidth=1, label="validation loss")

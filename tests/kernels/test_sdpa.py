@@ -3,16 +3,10 @@
 import pytest
 import torch
 
+from helpers.memory import largest_allocation
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference, sdpa
 
 LENGTH = 2048
-
-
-def largest_allocation(function) -> int:
-    """Bytes of the largest single allocation that ``function`` makes, inside operators too."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
 def test_the_meter_sees_an_attention_map():

@@ -54,7 +54,8 @@ class MotifConfig(PreTrainedConfig):
     """
 
     model_type = "Motif"
-    keys_to_ignore_at_inference = ("past_key_values", "z_loss")
+    default_theta = 1_000_000.0
+    keys_to_ignore_at_inference = ["past_key_values", "z_loss"]
 
     vocab_size: int = 219_520
     hidden_size: int = 4096
@@ -98,7 +99,15 @@ class MotifConfig(PreTrainedConfig):
         windowed = self.use_sliding_window and self.sliding_window is not None
         self.layer_types = ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # transformers validates as well, but wraps the ValueError in an error of another kind.
+        self.validate_architecture()
         register_models()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from a saved one; heads that it does not name follow from its other fields, not from 12.7B's."""
+        derived = dict.fromkeys(("num_noise_heads", "num_key_value_heads", "head_dim"))
+        return super().from_dict(derived | config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; rotary parameters under the released files' names too, so that other readers find them."""

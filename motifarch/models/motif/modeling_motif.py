@@ -85,8 +85,8 @@ def build_rotary(config: MotifConfig) -> RotaryEmbedding:
 
 
 def _restarts(position_ids: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether position_ids are one row of packed documents."""
-    return position_ids is not None and position_ids.shape[0] == 1 and bool((position_ids.diff() != 1).any())
+    """Whether a row of position_ids (B or 1, S) holds packed documents."""
+    return position_ids is not None and bool((position_ids.diff() != 1).any())
 
 
 class MotifDecoderLayer(GradientCheckpointingLayer):
@@ -192,8 +192,8 @@ class MotifModel(MotifPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
-        Packed documents are one row, told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1 int32
-        bounds, and the longest), or by position_ids that restart at each document.
+        Packed documents are told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1 int32 bounds in the
+        B * S tokens, and the longest), or by position_ids that restart at each document.
 
         Args:
             input_ids: (B, S).
@@ -211,8 +211,8 @@ class MotifModel(MotifPreTrainedModel):
             last_hidden_state (B, S, E), past_key_values, hidden_states.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, or an attention_mask that is not (B, cached +
-                S).
+            ValueError: neither or both of input_ids and inputs_embeds, an attention_mask that is not (B, cached +
+                S), padding together with packed documents, or a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -220,8 +220,16 @@ class MotifModel(MotifPreTrainedModel):
         batch, seqlen = hidden_states.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if past_key_values is not None and past_key_values.is_compileable:
+            # Its unwritten places would be taken for keys.
+            raise ValueError(
+                f"a {type(past_key_values).__name__} (cache_implementation 'static') is not supported; "
+                "use the default, a DynamicCache"
+            )
         if cu_seq_lens_q is None and attention_mask is None and past_key_values is None and _restarts(position_ids):
-            cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids)
+            cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids.expand(batch, seqlen))
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -229,6 +237,11 @@ class MotifModel(MotifPreTrainedModel):
             position_ids = torch.arange(seen, seen + seqlen, device=hidden_states.device)[None]
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         padding = self._padding(attention_mask, batch, seqlen, seen)
+        if padding is not None and cu_seq_lens_q is not None:
+            raise ValueError(
+                "cu_seq_lens_q and an attention_mask with padding were both given; packed documents hold no padding: "
+                "leave one of the two out"
+            )
 
         backend = self._backend()
         every = [hidden_states] if output_hidden_states else None
@@ -305,7 +318,6 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         z_loss_weight: float = 0.0,
         return_logits: bool | None = None,
@@ -322,17 +334,18 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             position_ids: (B, S) or (1, S).
             past_key_values: a transformers Cache.
             inputs_embeds: (B, S, E) instead of input_ids.
-            labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across packed documents.
+            labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across packed documents
+                or out of padding.
             use_cache: make and return a cache.
             logits_to_keep: logits of that many last tokens only (0: all), or of these indices.
-            shift_labels: (B, S) the target of each position, instead of labels.
             num_items_in_batch: divides the summed loss instead of the number of targets in this call.
             z_loss_weight: weight of the mean squared log-sum-exp, added to the loss.
             return_logits: None gives logits unless there is a loss in training mode or shift_labels were given.
             cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents (one row).
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
-            **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
+            **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and transformers' other
+                arguments (cu_seq_lens_k and max_length_k are those of q).
 
         Returns:
             loss, logits, past_key_values, hidden_states and z_loss.
@@ -340,6 +353,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: both labels and shift_labels, or what MotifModel refuses.
         """
+        # Not in the signature: Trainer takes every argument named there with "label" for one that a batch must have.
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels were both given; give one")
         outputs = self.model(
@@ -384,13 +399,15 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     def _shift(
         labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """The target of each position: the next token's label, and none for the last token of a row or document."""
+        """Each position's target: the next token's label, but none for padding and a row's or document's last token."""
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if cu_seqlens is not None:
             last = cu_seqlens[1:].long() - 1
-            shifted = shifted.index_fill(1, last[last >= 0], IGNORE_INDEX)
-        elif attention_mask is None and labels.shape[0] == 1 and _restarts(position_ids):
+            shifted.view(-1)[last[last >= 0]] = IGNORE_INDEX
+        elif attention_mask is None and _restarts(position_ids):
             shifted[:, :-1].masked_fill_(position_ids.diff() != 1, IGNORE_INDEX)
+        if attention_mask is not None:  # the padding before a row's first token does not predict it
+            shifted.masked_fill_(attention_mask[:, -shifted.shape[1] :] == 0, IGNORE_INDEX)
         return shifted
 
     def last_lambdas(self) -> Tensor | None:

@@ -1,0 +1,139 @@
+"""Caches and padding change nothing that a prompt's reader sees."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from helpers.agreement import assert_agrees
+from helpers.models import VARIANTS, random_ids, tiny_model
+
+# Equal tokens are asked for in float64, where rounding cannot decide between two words.
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+# A model of random weights soon says one word for ever, which would prove little.
+VARIED = GREEDY | {"repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("variant", "prompt"), [*((v, 11) for v in VARIANTS), ("gda window", 3), ("diff_v2 window", 3)]
+)
+def test_cached_generation_equals_uncached(variant, prompt):
+    """64 tokens, with prompts shorter and longer than the windows."""
+    model = tiny_model(variant, dtype=torch.float64)
+    ids = random_ids(2, prompt)
+    cached, uncached = (
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, use_cache=cache, **VARIED)
+        for cache in (True, False)
+    )
+    assert cached.shape == (2, prompt + 64)
+    assert torch.equal(cached, uncached)
+    assert len(set(cached[0, prompt:].tolist())) > 20
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padded_prompts_give_their_own_tokens(variant):
+    model = tiny_model(variant, dtype=torch.float64)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 17, 11)]
+    batch = torch.zeros(3, 17, dtype=torch.long)
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[17 - len(prompt) :] = prompt
+    together = model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=20, **GREEDY)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=20, **GREEDY)
+        assert torch.equal(row[17:], alone[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("variant", ["gda", "diff_v2 window"])
+def test_beam_search(variant):
+    model = tiny_model(variant, dtype=torch.float64)
+    ids = random_ids(2, 9)
+    options = GREEDY | {"attention_mask": torch.ones_like(ids), "max_new_tokens": 16, "num_beams": 3}
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+    def likelihood(tokens):
+        logits = model(input_ids=tokens).logits.log_softmax(-1)[:, 8:-1]
+        return logits.gather(2, tokens[:, 9:, None]).sum()
+
+    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, **GREEDY)
+    assert likelihood(cached) > likelihood(greedy)
+
+
+def test_generation_stops_at_the_end_token():
+    model = tiny_model(dtype=torch.float64)
+    ids = random_ids(1, 5)
+    free = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, **GREEDY)[0, 5:]
+    stopped = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, eos_token_id=int(free[4]), **GREEDY
+    )[0, 5:]
+    assert stopped.tolist() == free[: free.tolist().index(int(free[4])) + 1].tolist()
+
+
+@pytest.mark.parametrize("chunks", [[30], [11, 19], [1] * 30, [5, 1, 1, 16, 7]], ids=str)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefill_in_chunks_equals_one_pass(variant, attention, chunks):
+    model = tiny_model(variant, attn_implementation=attention)
+    ids = random_ids(2, 30)
+    cache = DynamicCache(config=model.config)
+    parts = []
+    with torch.no_grad():
+        for chunk in ids.split(chunks, dim=1):
+            out = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            parts.append(out.logits)
+        whole = model(input_ids=ids, use_cache=False).logits
+    assert cache.get_seq_length() == 30
+    assert_agrees(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_rows_score_as_they_do_alone(variant, side, attention):
+    model = tiny_model(variant, attn_implementation=attention)
+    rows = [random_ids(1, n, seed=n)[0] for n in (1, 12, 7)]
+    batch, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    spans = [slice(0, len(r)) if side == "right" else slice(12 - len(r), 12) for r in rows]
+    for i, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        batch[i, span], mask[i, span] = row, 1
+    labels = batch.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        together = model(input_ids=batch, attention_mask=mask, labels=labels)
+        other_padding = model(input_ids=batch.masked_fill(mask == 0, 42), attention_mask=mask)
+        alone = [model(input_ids=r[None], labels=r[None]) for r in rows]
+    for i, span in enumerate(spans):
+        assert_agrees(together.logits[i, span], alone[i].logits[0])
+        assert torch.equal(together.logits[i, span], other_padding.logits[i, span])
+    weighted = sum(a.loss * (len(r) - 1) for a, r in zip(alone, rows, strict=True)) / sum(len(r) - 1 for r in rows)
+    assert_agrees(together.loss, weighted)
+
+
+def test_a_row_of_nothing_but_padding_gives_no_nan():
+    model = tiny_model().train()
+    ids, mask = random_ids(2, 6), torch.tensor([[1] * 6, [0] * 6])
+    out = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), return_logits=True)
+    out.loss.backward()
+    assert torch.isfinite(out.logits).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_cache_holds_keys_and_values_of_one_shape():
+    """k1 and k2 side by side and values of width 2D, once a pair: nothing is kept once a signal head."""
+    model = tiny_model("gda 4:1")
+    cache = model(input_ids=random_ids(2, 9), use_cache=True).past_key_values
+    assert [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers] == [
+        ((2, 1, 9, 16), (2, 1, 9, 16))
+    ] * 2
+
+
+def test_window_cache_keeps_the_window_only():
+    cache = tiny_model("gda window")(input_ids=random_ids(2, 30), use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6]
+
+
+def test_static_caches_are_refused_rather_than_misread():
+    model = tiny_model()
+    ids = random_ids(1, 5)
+    with pytest.raises(ValueError, match=r"StaticCache .* is not supported; use the default, a DynamicCache"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match=r"StaticCache .* is not supported"):
+        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
