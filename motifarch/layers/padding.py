@@ -22,8 +22,8 @@ class PackedTokens(NamedTuple):
 class PaddingMask:
     """A (B, S) mask over all keys, cached ones included; the queries are its last columns.
 
-    Any pattern of padding is allowed as long as the real queries of a row come after its real keys from the cache,
-    as they do with left padding and without a cache.
+    A row's real tokens are taken for neighbours, whatever lies between them, and its real queries for the last of
+    them: so it is with padding on the left, and without a cache with padding on either side.
 
     Args:
         mask: (B, S), nonzero for a real token.
