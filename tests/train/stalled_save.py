@@ -1,0 +1,21 @@
+"""Training whose save of step 20 hangs after the shards are written: a certain moment to be killed at."""
+
+import sys
+import time
+from typing import Any
+
+from motifarch.cli import main
+from motifarch.train import checkpoint
+
+finish = checkpoint._Writer.finish
+
+
+def stall(writer: Any, *args: Any, **kwargs: Any) -> None:
+    if writer.step == 20:
+        time.sleep(1000)
+    finish(writer, *args, **kwargs)
+
+
+if __name__ == "__main__":
+    checkpoint._Writer.finish = stall  # type: ignore[method-assign]
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,130 @@
+"""Recipes: what is read, and what is refused with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+from motifarch.train.inputs import _OURS
+from motifarch.train.read_recipe import read_recipe
+from motifarch.train.recipe import ModelSection, Recipe, check_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MINIMAL = {"data": {"datasets": [{"path": "somewhere"}]}}
+
+
+def write(folder: Path, content: Any) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def test_values_come_typed_and_overrides_win(tmp_path: Path) -> None:
+    content = MINIMAL | {"optim": {"lr": "1e-3", "betas": [0.8, 0.9], "clip": None}, "run": {"steps": 500}}
+    recipe = read_recipe([write(tmp_path, content), "--optim.lr", "3e-4", "--run.seed=7", "--compile", "true"])
+    check_recipe(recipe)
+    assert recipe.optim.lr == 3e-4
+    assert list(recipe.optim.betas) == [0.8, 0.9]
+    assert recipe.optim.clip is None
+    assert (recipe.run.steps, recipe.run.seed, recipe.compile) == (500, 7, True)
+    assert recipe.data.datasets[0].path == "somewhere"
+    assert recipe.data.datasets[0].weight == 1.0
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+def test_our_recipes_are_read(path: Path) -> None:
+    recipe = read_recipe([str(path)])
+    check_recipe(recipe, world_size=2)
+
+
+def test_every_model_field_is_a_config_field() -> None:
+    fields = {f.name for f in dataclasses.fields(ModelSection)} - _OURS
+    # rope_theta and attn_implementation are taken by transformers' config class itself.
+    assert fields - {f.name for f in dataclasses.fields(MotifConfig)} == {"rope_theta", "attn_implementation"}
+    config = MotifConfig(**(dataclasses.asdict(ModelSection()) | {"num_attention_heads": 6, "vocab_size": 64}))
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"run": {"stpes": 3}}, r"unknown recipe field 'run\.stpes' in .*did you mean 'run\.steps'\?"),
+        ({"lr": 3}, r"unknown recipe field 'lr'.*did you mean 'optim\.lr'\?"),
+        (
+            {"data": {"datasets": [{"path": "x", "wieght": 1}]}},
+            r"'data\.datasets\[0\]\.wieght'.*'data\.datasets\.weight'",
+        ),
+        ({"data": {"datasets": [{"path": "x", "weight": "two"}]}}, r"data\.datasets\[0\]\.weight is 'two'.*a number"),
+        ({"data": {"datasets": [{"weight": 1}]}}, r"data\.datasets\[0\]\.path is missing"),
+        ({"run": {"steps": "many"}}, r"run\.steps is 'many' .*accepted: a whole number"),
+        ({"run": {"steps": 2.5}}, r"run\.steps is 2\.5 .*a whole number"),
+        ({"optim": {"schedule": "linear"}}, r"optim\.schedule is 'linear' .*accepted: wsd, cosine, constant"),
+        ({"optim": {"betas": [0.9]}}, r"optim\.betas is \[0\.9\] .*a list of 2"),
+        ({"model": {"num_noise_heads": "half"}}, r"model\.num_noise_heads is 'half' .*a whole number or null"),
+        ({"run": 3}, r"run is 3 .*a section"),
+        ("run: [", r"not valid YAML at line 1"),
+        ("just text", r"holds no sections"),
+    ],
+)
+def test_slips_in_the_file(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe([write(tmp_path, content)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lr", "high"], r"optim\.lr is 'high'; accepted: a number"),
+        (["--optim.wamup_steps", "3"], r"'optim\.wamup_steps' on the command line; did you mean 'optim\.warmup_steps'"),
+        (["--batch.size"], r"--batch\.size has no value"),
+        (["more"], r"unexpected argument 'more'"),
+    ],
+)
+def test_slips_on_the_command_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_recipe([write(tmp_path, MINIMAL), *arguments])
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml can't be read: No such file"):
+        read_recipe([str(tmp_path / "nowhere.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run.steps", 0, r"run\.steps is 0; it must be at least 1"),
+        ("optim.lr", float("nan"), r"optim\.lr is nan"),
+        ("optim.betas", (0.9, 1.0), r"optim\.betas is \[0\.9, 1\.0\]"),
+        ("optim.clip", 0.0, r"optim\.clip is 0\.0; .*null"),
+        ("optim.min_lr_ratio", 2.0, r"optim\.min_lr_ratio is 2\.0"),
+        ("optim.decay_steps", 990, r"optim\.warmup_steps \(100\) and optim\.decay_steps \(990\) together exceed"),
+        ("batch.size", 9, r"batch\.size is 9, which 2 ranks can't share evenly"),
+        ("batch.warmup_start", 64, r"batch\.warmup_start is 64, more than batch\.size \(32\)"),
+        ("data.ramp_start", 5, r"data\.ramp_end is 0, before data\.ramp_start \(5\)"),
+        ("data.datasets", [], r"data\.datasets is empty"),
+        ("parallel.shard", 3, r"parallel\.shard is 3; accepted are -1 and the number of ranks \(2\)"),
+    ],
+)
+def test_impossible_combinations(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    recipe: Recipe = read_recipe([write(tmp_path, MINIMAL)])
+    section, _, name = field.partition(".")
+    setattr(getattr(recipe, section), name, value)
+    with pytest.raises(UserError, match=message):
+        check_recipe(recipe, world_size=2)
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        read_recipe(["--help"])
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("--optim.lr", "Peak learning rate", "--model.num_noise_heads", "Steps between checkpoints"):
+        assert words in printed
