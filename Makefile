@@ -7,7 +7,6 @@ OLDEST := .venv-oldest
 
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: help train test lint format test-oldest clean
 

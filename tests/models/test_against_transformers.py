@@ -69,6 +69,7 @@ def test_diff_v1_agrees_with_diffllama(kv_heads, ours_attention):
             attention_type="diff_v1",
             num_noise_heads=None,
             hidden_act="silu",
+            rope_theta=theirs.config.rope_parameters["rope_theta"],
             attn_rms_norm_eps=1e-5,
             attn_implementation=ours_attention,
         )
