@@ -1,0 +1,226 @@
+"""The models that benchmarks compare: ours and those of transformers, made equal where they can be.
+
+All have one hidden size, number of layers, head width and vocabulary, untied embeddings and no biases; the width of the
+feed-forward block is what is left to make the numbers of parameters equal. The heads are what a fair user would choose,
+H = hidden_size / head_dim:
+
+- Llama and the softmax baseline: H query heads and as many key/value heads.
+- DiffLlama and DIFF V1: H query heads, which are H/2 pairs of signal and noise, over H key/value heads. Their
+  projections have Llama's shapes, as the paper (arXiv 2410.05258) asks.
+- DIFF V2: 2H query heads over H key/value heads, as its authors ask.
+- GDA 4:1: the proportions of the released Motif-2-12.7B (hidden size 4096, heads of 128): H signal heads, H/4 noise
+  heads and H/2 key/value heads. That is a costly choice for GDA: 5/4 of DIFF V1's attention maps, and twice its width
+  before the output projection. ``gda_heads`` sets another total: 5H/8 gives DIFF V1's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+
+TOLERANCE = 0.03
+REFERENCE = "llama"  # the contender whose number of parameters the others are given
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What all contenders share."""
+
+    hidden_size: int = 512
+    num_layers: int = 6
+    head_dim: int = 64
+    vocab_size: int = 4096
+    intermediate_size: int = 1408
+    """Llama's; 8/3 of the hidden size, rounded up. The others' follow from it."""
+    intermediate_multiple: int = 64
+    """Feed-forward widths are multiples of this, as fast matrix products want."""
+    max_positions: int = 2048
+    gda_heads: int | None = None
+    """Query heads of GDA 4:1, signal and noise together, a multiple of 5; None for Motif-2-12.7B's proportions."""
+
+    @property
+    def heads(self) -> int:
+        """H, the query heads of softmax attention."""
+        return self.hidden_size // self.head_dim
+
+    def check(self) -> None:
+        """Refuse sizes that some contender cannot have.
+
+        Raises:
+            UserError: with the sizes and the fix.
+        """
+        if self.hidden_size % self.head_dim or self.heads % 2:
+            raise UserError(
+                f"hidden_size={self.hidden_size} is not an even number of heads of head_dim={self.head_dim}, which "
+                "differential attention pairs; choose another of the two"
+            )
+        total = self.heads * 5 / 4 if self.gda_heads is None else self.gda_heads
+        if total < 5 or total % 5:
+            raise UserError(
+                f"GDA 4:1 cannot have {total:g} query heads: they must be a multiple of 5 (4 signal heads to 1 noise "
+                "head); give gda_heads, or a hidden_size that is a multiple of 4 * head_dim"
+            )
+
+
+def _common(sizes: Sizes, intermediate_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": sizes.max_positions,
+        "tie_word_embeddings": False,
+        "use_cache": False,  # a cache would only be copied into and thrown away
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _motif(attention_type: str, hidden_act: str) -> Callable[[Sizes, int, str], PreTrainedModel]:
+    def build(sizes: Sizes, intermediate_size: int, attention: str) -> PreTrainedModel:
+        heads, kv_heads, noise_heads = sizes.heads, sizes.heads, None
+        if attention_type == "gda":
+            heads = sizes.heads // 4 * 5 if sizes.gda_heads is None else sizes.gda_heads
+            noise_heads = heads // 5
+            kv_heads = 2 * noise_heads
+        elif attention_type == "diff_v2":
+            heads = 2 * sizes.heads
+        config = MotifConfig(
+            **_common(sizes, intermediate_size),
+            attention_type=attention_type,
+            hidden_act=hidden_act,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            num_noise_heads=noise_heads,
+        )
+        config._attn_implementation = attention
+        return MotifForCausalLM(config)
+
+    return build
+
+
+def _llama(sizes: Sizes, intermediate_size: int, attention: str) -> PreTrainedModel:
+    config = LlamaConfig(
+        **_common(sizes, intermediate_size), num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads
+    )
+    config._attn_implementation = attention
+    return LlamaForCausalLM(config)
+
+
+def _diffllama(sizes: Sizes, intermediate_size: int, attention: str) -> PreTrainedModel:
+    config = DiffLlamaConfig(
+        **_common(sizes, intermediate_size), num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads
+    )
+    config._attn_implementation = attention
+    return DiffLlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model to compare."""
+
+    name: str
+    label: str
+    """For people: in tables and pictures."""
+    library: str
+    attention: str
+    """transformers' attn_implementation."""
+    builder: Callable[[Sizes, int, str], PreTrainedModel]
+
+    def build(self, sizes: Sizes, intermediate_size: int) -> PreTrainedModel:
+        """The model in float32 and training mode, on torch's default device, initialised from its global generator."""
+        return self.builder(sizes, intermediate_size, self.attention).train()
+
+
+CONTENDERS = {
+    c.name: c
+    for c in (
+        Contender("gda", "GDA 4:1, PolyNorm", "motifarch", "sdpa", _motif("gda", "poly_norm")),
+        Contender("diff_v1", "DIFF V1 1:1, PolyNorm", "motifarch", "sdpa", _motif("diff_v1", "poly_norm")),
+        Contender("diff_v2", "DIFF V2, PolyNorm", "motifarch", "sdpa", _motif("diff_v2", "poly_norm")),
+        Contender("softmax", "softmax, SwiGLU", "motifarch", "sdpa", _motif("softmax", "silu")),
+        Contender("diffllama_sdpa", "DiffLlama, sdpa", "transformers", "sdpa", _diffllama),
+        Contender("diffllama_eager", "DiffLlama, eager", "transformers", "eager", _diffllama),
+        Contender("llama", "Llama, sdpa", "transformers", "sdpa", _llama),
+    )
+}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender with its feed-forward width; picklable."""
+
+    name: str
+    intermediate_size: int
+    parameters: int
+    relative_parameters: float
+    """Parameters over the reference's."""
+
+    @property
+    def contender(self) -> Contender:
+        """The model it is about."""
+        return CONTENDERS[self.name]
+
+    def build(self, sizes: Sizes) -> PreTrainedModel:
+        """The model, with the number of parameters that was reckoned.
+
+        Raises:
+            AssertionError: it has another number.
+        """
+        model = self.contender.build(sizes, self.intermediate_size)
+        if count_parameters(model) != self.parameters:
+            raise AssertionError(f"{self.name} has {count_parameters(model):,} parameters, not {self.parameters:,}")
+        return model
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON."""
+        c = self.contender
+        return {"name": c.name, "label": c.label, "library": c.library, "attention": c.attention} | {
+            "intermediate_size": self.intermediate_size,
+            "parameters": self.parameters,
+            "relative_parameters": self.relative_parameters,
+        }
+
+
+def _count(name: str, sizes: Sizes, intermediate_size: int) -> int:
+    with torch.device("meta"):
+        return count_parameters(CONTENDERS[name].build(sizes, intermediate_size))
+
+
+def match_parameters(names: Iterable[str], sizes: Sizes) -> dict[str, Entry]:
+    """Give each contender the feed-forward width that makes its parameters most nearly the reference's.
+
+    Raises:
+        UserError: impossible sizes, or a contender that stays more than 3% away.
+    """
+    sizes.check()
+    target = _count(REFERENCE, sizes, sizes.intermediate_size)
+    unit = sizes.intermediate_multiple
+    entries = {}
+    for name in names:
+        # Parameters grow by the same number with each unit of width.
+        one, two = _count(name, sizes, unit), _count(name, sizes, 2 * unit)
+        width = unit * max(1, 1 + round((target - one) / (two - one)))
+        parameters = one + (width // unit - 1) * (two - one)
+        if abs(parameters / target - 1) > TOLERANCE:
+            raise UserError(
+                f"{CONTENDERS[name].label} has {parameters:,} parameters at intermediate_size={width}, its nearest to "
+                f"Llama's {target:,}: more than {TOLERANCE:.0%} away; widen the models or lower intermediate_multiple"
+            )
+        entries[name] = Entry(name, width, parameters, parameters / target)
+    return entries
