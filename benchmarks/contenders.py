@@ -9,8 +9,10 @@ H = hidden_size / head_dim:
   projections have Llama's shapes, as the paper (arXiv 2410.05258) asks.
 - DIFF V2: 2H query heads over H key/value heads, as its authors ask.
 - GDA 4:1: the proportions of the released Motif-2-12.7B (hidden size 4096, heads of 128): H signal heads, H/4 noise
-  heads and H/2 key/value heads. That is a costly choice for GDA: 5/4 of DIFF V1's attention maps, and twice its width
-  before the output projection. ``gda_heads`` sets another total: 5H/8 gives DIFF V1's width.
+  heads and H/2 key/value heads, so that twice the hidden size reaches the output projection. ``gda_heads`` sets another
+  number.
+- GDA 4:1, narrow: H/2 signal heads, H/8 noise heads and H/4 key/value heads. The signal heads are as many as DIFF V1's
+  and the output projection has Llama's shape; only the noise heads are fewer.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Sizes:
     """Feed-forward widths are multiples of this, as fast matrix products want."""
     max_positions: int = 2048
     gda_heads: int | None = None
-    """Query heads of GDA 4:1, signal and noise together, a multiple of 5; None for Motif-2-12.7B's proportions."""
+    """Query heads of the first GDA 4:1, signal and noise, a multiple of 5; None for Motif-2-12.7B's proportions."""
 
     @property
     def heads(self) -> int:
@@ -62,12 +64,22 @@ class Sizes:
                 f"hidden_size={self.hidden_size} is not an even number of heads of head_dim={self.head_dim}, which "
                 "differential attention pairs; choose another of the two"
             )
-        total = self.heads * 5 / 4 if self.gda_heads is None else self.gda_heads
+
+    def gda(self, narrow: bool) -> int:
+        """Query heads of a GDA 4:1, signal and noise together.
+
+        Raises:
+            UserError: they cannot be cut into groups of 5.
+        """
+        total = self.heads * 5 / 8 if narrow else self.heads * 5 / 4 if self.gda_heads is None else self.gda_heads
         if total < 5 or total % 5:
+            fix = "leave it out of the models" if narrow else "give gda_heads"
             raise UserError(
-                f"GDA 4:1 cannot have {total:g} query heads: they must be a multiple of 5 (4 signal heads to 1 noise "
-                "head); give gda_heads, or a hidden_size that is a multiple of 4 * head_dim"
+                f"GDA 4:1{', narrow,' if narrow else ''} cannot have {total:g} query heads: they must be a multiple of "
+                f"5 (4 signal heads to 1 noise head); {fix}, or a hidden_size of a multiple of 8 heads of "
+                f"head_dim={self.head_dim}"
             )
+        return int(total)
 
 
 def _common(sizes: Sizes, intermediate_size: int) -> dict[str, Any]:
@@ -86,11 +98,11 @@ def _common(sizes: Sizes, intermediate_size: int) -> dict[str, Any]:
     }
 
 
-def _motif(attention_type: str, hidden_act: str) -> Callable[[Sizes, int, str], PreTrainedModel]:
+def _motif(attention_type: str, hidden_act: str, narrow: bool = False) -> Callable[[Sizes, int, str], PreTrainedModel]:
     def build(sizes: Sizes, intermediate_size: int, attention: str) -> PreTrainedModel:
         heads, kv_heads, noise_heads = sizes.heads, sizes.heads, None
         if attention_type == "gda":
-            heads = sizes.heads // 4 * 5 if sizes.gda_heads is None else sizes.gda_heads
+            heads = sizes.gda(narrow)
             noise_heads = heads // 5
             kv_heads = 2 * noise_heads
         elif attention_type == "diff_v2":
@@ -146,6 +158,7 @@ CONTENDERS = {
     c.name: c
     for c in (
         Contender("gda", "GDA 4:1, PolyNorm", "motifarch", "sdpa", _motif("gda", "poly_norm")),
+        Contender("gda_narrow", "GDA 4:1 narrow, PolyNorm", "motifarch", "sdpa", _motif("gda", "poly_norm", True)),
         Contender("diff_v1", "DIFF V1 1:1, PolyNorm", "motifarch", "sdpa", _motif("diff_v1", "poly_norm")),
         Contender("diff_v2", "DIFF V2, PolyNorm", "motifarch", "sdpa", _motif("diff_v2", "poly_norm")),
         Contender("softmax", "softmax, SwiGLU", "motifarch", "sdpa", _motif("softmax", "silu")),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..reference import compute_dtype
 
 # Elements of the signal in a block of tokens, for each thread; see cpu/poly_norm.py.
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
 
 
 def _lambda_grid(lam: Tensor, tokens: int, heads: int, noise_heads: int, dtype: torch.dtype) -> Tensor:

@@ -23,9 +23,11 @@ from ..reference import compute_dtype
 # numbers.
 _SCALE = 2.0**-10
 
-# Elements in a block of rows, for each thread: the five float32 buffers of the backward pass then take 1.25 MiB of a
-# core's second-level cache. Smaller blocks lose to the overhead of an operator call, larger ones to main memory.
-_BLOCK_ELEMENTS = 1 << 16
+# Elements in a block of rows, for each thread: the five float32 buffers of the backward pass take 2.5 MiB. Measured
+# with two threads and 2 MiB of second-level cache a core, half and double are level with this on an idle machine;
+# smaller blocks lose to the overhead of an operator call, and on a busy machine to waiting for the other thread
+# after each.
+_BLOCK_ELEMENTS = 1 << 17
 
 
 class _Block:
@@ -38,7 +40,7 @@ class _Block:
         """Fill the buffers from ``source`` (R', N) and return x, x^2, x^3 and r_1, r_2, r_3 (R', 1)."""
         rows = source.shape[0]
         x, x2, x3 = self.x[:rows], self.x2[:rows], self.x3[:rows]
-        x.copy_(source).mul_(_SCALE)
+        torch.mul(_as(x.dtype, source, x), _SCALE, out=x)
         torch.mul(x, x, out=x2)
         torch.mul(x2, x, out=x3)
 
@@ -48,6 +50,11 @@ class _Block:
         r2 = torch.mul(x2, x2, out=work).mean(-1, keepdim=True).add_(eps * _SCALE**4).rsqrt_()
         r3 = torch.mul(x3, x3, out=work).mean(-1, keepdim=True).add_(eps * _SCALE**6).rsqrt_()
         return x, x2, x3, r1, r2, r3
+
+
+def _as(dtype: torch.dtype, source: Tensor, buffer: Tensor) -> Tensor:
+    """``source`` in ``dtype``: itself, or converted into ``buffer``."""
+    return source if source.dtype == dtype else buffer.copy_(source)
 
 
 def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tensor:
@@ -78,8 +85,10 @@ def _poly_norm(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: 
         rows = slice(start, start + step)
         x_, _, _, r1, r2, r3 = block.load(xs[rows], eps)
         y = _horner(x_, w[2] * r1, w[1] * r2, w[0] * r3, out=block.work[: len(x_)])
-        torch.addcmul(b, y, x_, out=y)
-        outs[rows] = y if ups is None else y.mul_(ups[rows])
+        if ups is None:
+            torch.addcmul(b, y, x_, out=outs[rows])
+        else:
+            torch.mul(torch.addcmul(b, y, x_, out=y), ups[rows], out=outs[rows])
     return out
 
 
@@ -108,13 +117,14 @@ def _poly_norm_backward(
     for start in range(0, len(xs), step):
         rows = slice(start, start + step)
         x_, x2, x3, r1, r2, r3 = block.load(xs[rows], eps)
-        work, g = block.work[: len(x_)], block.grad[: len(x_)].copy_(grads[rows])
+        work, buffer = block.work[: len(x_)], block.grad[: len(x_)]
+        g = _as(dtype, grads[rows], buffer)
         c1, c2, c3 = w[2] * r1, w[1] * r2, w[0] * r3
         if ups is not None and dups is not None:
             y = _horner(x_, c1, c2, c3, out=work)
             torch.addcmul(b, y, x_, out=y)
-            dups[rows] = y.mul_(g)
-            g.mul_(ups[rows])
+            torch.mul(y, g, out=dups[rows])
+            g = torch.mul(g, ups[rows], out=buffer)
         s3 = torch.sum(torch.mul(g, x3, out=work), -1, keepdim=True).mul_(r3)
         s2 = torch.sum(torch.mul(g, x2, out=work), -1, keepdim=True).mul_(r2)
         s1 = torch.sum(torch.mul(g, x_, out=work), -1, keepdim=True).mul_(r1)
@@ -124,7 +134,7 @@ def _poly_norm_backward(
         c1, c2, c3 = c1 * _SCALE, 2 * _SCALE * c2, 3 * _SCALE * c3
         _horner(x_, c1, c2, c3, out=work).mul_(g)
         projection = _horner(x2, c1 * r1 * s1 / columns, c2 * r2 * s2 / columns, c3 * r3 * s3 / columns, out=x3)
-        dxs[rows] = work.addcmul_(projection, x_, value=-1)
+        torch.addcmul(work, projection, x_, value=-1, out=dxs[rows])
     dw, db = row_sums[:3].sum(dim=(1, 2)), row_sums[3:].sum(dim=(1, 2))
     return dx, dup, dw.to(weight.dtype), db.to(bias.dtype)
 
