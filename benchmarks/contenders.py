@@ -147,6 +147,7 @@ class Contender:
     library: str
     attention: str
     """transformers' attn_implementation."""
+    feed_forward: str
     builder: Callable[[Sizes, int, str], PreTrainedModel]
 
     def build(self, sizes: Sizes, intermediate_size: int) -> PreTrainedModel:
@@ -157,14 +158,14 @@ class Contender:
 CONTENDERS = {
     c.name: c
     for c in (
-        Contender("gda", "GDA 4:1, PolyNorm", "motifarch", "sdpa", _motif("gda", "poly_norm")),
-        Contender("gda_narrow", "GDA 4:1 narrow, PolyNorm", "motifarch", "sdpa", _motif("gda", "poly_norm", True)),
-        Contender("diff_v1", "DIFF V1 1:1, PolyNorm", "motifarch", "sdpa", _motif("diff_v1", "poly_norm")),
-        Contender("diff_v2", "DIFF V2, PolyNorm", "motifarch", "sdpa", _motif("diff_v2", "poly_norm")),
-        Contender("softmax", "softmax, SwiGLU", "motifarch", "sdpa", _motif("softmax", "silu")),
-        Contender("diffllama_sdpa", "DiffLlama, sdpa", "transformers", "sdpa", _diffllama),
-        Contender("diffllama_eager", "DiffLlama, eager", "transformers", "eager", _diffllama),
-        Contender("llama", "Llama, sdpa", "transformers", "sdpa", _llama),
+        Contender("gda", "GDA 4:1", "motifarch", "sdpa", "PolyNorm", _motif("gda", "poly_norm")),
+        Contender("gda_narrow", "GDA 4:1 narrow", "motifarch", "sdpa", "PolyNorm", _motif("gda", "poly_norm", True)),
+        Contender("diff_v1", "DIFF V1", "motifarch", "sdpa", "PolyNorm", _motif("diff_v1", "poly_norm")),
+        Contender("diff_v2", "DIFF V2", "motifarch", "sdpa", "PolyNorm", _motif("diff_v2", "poly_norm")),
+        Contender("softmax", "our softmax", "motifarch", "sdpa", "SwiGLU", _motif("softmax", "silu")),
+        Contender("diffllama_sdpa", "DiffLlama sdpa", "transformers", "sdpa", "SwiGLU", _diffllama),
+        Contender("diffllama_eager", "DiffLlama eager", "transformers", "eager", "SwiGLU", _diffllama),
+        Contender("llama", "Llama", "transformers", "sdpa", "SwiGLU", _llama),
     )
 }
 
@@ -204,6 +205,7 @@ class Entry:
         """For JSON."""
         c = self.contender
         return {"name": c.name, "label": c.label, "library": c.library, "attention": c.attention} | {
+            "feed_forward": c.feed_forward,
             "intermediate_size": self.intermediate_size,
             "parameters": self.parameters,
             "relative_parameters": self.relative_parameters,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -162,11 +163,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
 
     Args:
         title: above the table.
-        columns: headings.
+        columns: headings; two short lines leave room for more columns.
         rows: cells, as text.
         text_columns: that many first columns are words, aligned left; the others are numbers, aligned right.
     """
-    built = Table(title=title, title_justify="left", title_style="bold")
+    built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, collapse_padding=True)
     for i, heading in enumerate(columns):
         built.add_column(heading, justify="left" if i < text_columns else "right", no_wrap=True)
     for row in rows:

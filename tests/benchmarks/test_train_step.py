@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.contenders import CONTENDERS, Sizes, match_parameters
-from benchmarks.train_step import AIMS, judge, main
+from benchmarks.train_step import AIMS, judge, main, print_results
 from benchmarks.training import Setup, peak_memory, time_rounds
 from motifarch.errors import UserError
 
@@ -25,7 +26,7 @@ def quick(output: Path, *arguments: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -43,9 +44,9 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
 def test_the_tables_name_every_model(smoke: tuple[str, dict[str, Any], Path]) -> None:
     printed, content, _ = smoke
     for precision in ("float32", "bf16"):
-        section = printed.split(f"{precision}, sequences of 64 tokens")[1].split("└")[0]
+        section = printed.split(f"{precision}, sequences of 64 tokens")[1].split("sequences of")[0]
         for contender in CONTENDERS.values():
-            assert contender.label in section
+            assert f"\n  {contender.label}  " in section
     for model in content["models"]:
         assert f"{model['parameters']:,}" in printed
 
@@ -179,7 +180,7 @@ def test_peak_memory_grows_by_what_a_wider_model_needs() -> None:
 
 def test_a_measuring_process_that_dies_is_reported() -> None:
     entry = match_parameters(["llama"], TINY)["llama"]
-    with pytest.raises(UserError, match=r"process that measured Llama, sdpa .* ended with exit code 1"):
+    with pytest.raises(UserError, match=r"process that measured Llama .* ended with exit code 1"):
         peak_memory(dataclasses.replace(entry, parameters=1), Setup(TINY, 16, "cpu", 1, True), "float32", 16, 2)
 
 
@@ -212,6 +213,17 @@ def test_aims_are_held_against_the_faster_diffllama() -> None:
         ("peak_memory_bytes", "diffllama_eager", 512): (10 / 9, False),
         ("peak_memory_bytes", "diffllama_sdpa", 2048): (10 / 11, True),
     }
+
+
+def test_each_aim_is_printed_with_its_verdict_and_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [result("gda", 512, 90.0, 10), result("diffllama_sdpa", 512, 80.0, 5), result("llama", 512, 100.0, 5)]
+    names = ("gda", "diffllama_sdpa", "llama")
+    models = [entry.describe() for entry in match_parameters(names, TINY).values()]
+    print_results(Console(width=80), {"models": models, "results": results, "aims": judge(results)})
+    lines = [line for line in capsys.readouterr().out.splitlines() if " GDA 4:1: " in line]
+    assert [line.split()[0] for line in lines] == ["met", "met", "not"]
+    for line, ratio in zip(lines, ("1.125", "0.900", "2.000"), strict=True):
+        assert f": {ratio}" in line
 
 
 def test_aims_that_were_not_measured_are_not_judged() -> None:
