@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from motifarch.data.packed import Block
-
-IGNORE_INDEX = -100
+from motifarch.layers import IGNORE_INDEX
 
 
 def collate(blocks: Sequence[Block]) -> dict[str, Any]:

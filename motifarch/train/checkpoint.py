@@ -7,7 +7,6 @@ metadata and the manifest, and renames the folder to `step_N`. Killed at any ins
 import errno
 import os
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -173,7 +172,6 @@ class Checkpointer:
         asynchronous: bool = True,
         about: dict[str, Any] | None = None,
         saved_step: int | None = None,
-        on_complete: Callable[[Path], None] | None = None,
     ) -> None:
         """Makes the process group of the saves, collectively.
 
@@ -183,13 +181,11 @@ class Checkpointer:
             asynchronous: Write in the background.
             about: What the manifest notes of the run.
             saved_step: The step that the output folder holds already: it is not saved again.
-            on_complete: Called on rank 0, possibly from the background, when a checkpoint is complete.
         """
         self.output = output
         self.keep_last = keep_last
         self.asynchronous = asynchronous
         self.about = about or {}
-        self.on_complete = on_complete
         # A group of its own: on the default one, the saves' messages would mix with training's.
         self.group = dist.new_group(backend="gloo")
         self._pending: Future[None] | None = None
@@ -233,8 +229,6 @@ class Checkpointer:
             saved.result()
             if dist.get_rank() == 0:
                 prune(self.output, self.keep_last, final)
-                if self.on_complete:
-                    self.on_complete(final)
             pending.set_result(None)
         except BaseException as error:
             pending.set_exception(error)

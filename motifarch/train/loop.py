@@ -14,7 +14,7 @@ from motifarch.optim import build_adamw, build_schedule
 from motifarch.parallel import World, build_mesh, parallelize
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_model_state, load_state
 from motifarch.train.inputs import Inputs, find_parent
-from motifarch.train.manifest import checkpoints_folder, find_newest, read_manifest
+from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from motifarch.train.picture import PICTURE, draw_loss
 from motifarch.train.precision import choose_compute
@@ -274,7 +274,7 @@ def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
         f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
     )
     files: dict[str, Any] = {
-        "checkpoint": find_newest(output),
+        "checkpoint": checkpoints_folder(output) / checkpoint_name(state.step),
         "metrics": output / METRICS,
         "curve": output / PICTURE,
         "record": output / RECORD,

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from motifarch.data import PackedDataset, collate
+from motifarch.layers import IGNORE_INDEX
 from motifarch.optim import clip_gradients, step_if_finite
 from motifarch.parallel import World, set_gradient_sync
 from motifarch.train.checkpoint import TrainState
-
-IGNORE = -100
 
 
 @dataclass
@@ -38,7 +37,7 @@ class StepResult:
 
 def count_targets(micro_batches: Sequence[dict[str, Any]]) -> int:
     """The number of tokens that have a target."""
-    return sum(int((batch["shift_labels"] != IGNORE).sum()) for batch in micro_batches)
+    return sum(int((batch["shift_labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def validation_loss(
         # Forward passes are collective: a rank without rows repeats one, with no targets.
         batch = collate([dataset[row] for dataset, row in mine or rows[:1]])
         if not mine:
-            batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORE)
+            batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
         out = model(**to_device(batch, world.device), num_items_in_batch=torch.ones((), device=world.device))
         sums += torch.stack([out.loss.double(), sums.new_tensor(count_targets([batch]))])
     model.train()

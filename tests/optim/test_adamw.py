@@ -5,28 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from helpers.sharded_training import build_model
 from motifarch.optim import build_adamw, parameter_groups
 
 
-def small_model() -> MotifForCausalLM:
-    return MotifForCausalLM(
-        MotifConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_noise_heads=2,
-            num_key_value_heads=4,
-            head_dim=8,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 def test_only_matrices_are_decayed() -> None:
-    model = small_model()
+    model = build_model()
     decayed, plain = parameter_groups(model, weight_decay=0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -43,7 +27,7 @@ def test_only_matrices_are_decayed() -> None:
 
 
 def test_embeddings_can_be_left_out() -> None:
-    model = small_model()
+    model = build_model()
     _, plain = parameter_groups(model, weight_decay=0.1, decay_embeddings=False)
     assert any(p is model.lm_head.weight for p in plain["params"])  # tied
     assert not any(p is model.model.layers[0].mlp.up_proj.weight for p in plain["params"])
