@@ -6,9 +6,19 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before any Hugging Face library is imported: a test that needs the hub must fail, not wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Before triton is imported: without a GPU, its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; none is available")
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import operators, reference
 from .checks import check_epilogue
-from .cpu import combine as cpu
+from .operators import combine as operator
 
 
 def diff_combine(
@@ -35,7 +35,7 @@ def diff_combine(
         gate: like o_signal: multiply by ``sigmoid(gate)``. Not together with norm_weight.
 
     Returns:
-        Tensor of o_signal's shape and dtype.
+        Tensor of o_signal's shape and dtype (float32 with the sub-norm under autocast on CUDA, as PyTorch's own norms).
 
     Raises:
         ValueError: shapes that do not fit, or gate together with norm_weight.
@@ -48,13 +48,22 @@ def diff_combine(
             f"diff_combine: o_noise has shape {tuple(o_noise.shape)} and o_signal {tuple(o_signal.shape)}; "
             "all but the number of heads must be equal"
         )
-    if o_signal.device.type == "cpu":
-        if not isinstance(lam, Tensor):
-            lam = torch.tensor(lam, dtype=reference.compute_dtype(o_signal))
-        return cpu.diff_combine(
+    if not operators.has_implementation(o_signal.device):
+        out = reference.diff_combine(
             o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
         )
-    out = reference.diff_combine(
-        o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
-    )
-    return out.to(o_signal.dtype)
+        return out.to(o_signal.dtype)
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=reference.compute_dtype(o_signal), device=o_signal.device)
+    # Without a sub-norm it is elementwise arithmetic, which autocast leaves in the inputs' dtype.
+    out_dtype = operators.result_dtype(o_signal) if norm_weight is not None else o_signal.dtype
+    return operator.diff_combine(
+        o_signal.flatten(0, -3),
+        o_noise.flatten(0, -3),
+        lam.flatten(0, -2) if lam.ndim > 1 else lam,
+        norm_weight,
+        gate.flatten(0, -3) if gate is not None else None,
+        norm_eps,
+        out_scale,
+        out_dtype,
+    ).view(o_signal.shape)

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import diff_combine, reference
-from motif_kernels.cpu.combine import _diff_combine
+from motif_kernels.operators.combine import diff_combine as operator
 
 B, S, HEADS, NOISE, WIDTH = 2, 9, 6, 2, 8
 
 
-def make_inputs(lam_shape, epilogue, dtype=torch.float32, leading=(B, S)):
+def make_inputs(lam_shape, epilogue, dtype=torch.float32, leading=(B, S), device="cpu"):
+    inputs = make_cpu_inputs(lam_shape, epilogue, dtype, leading)
+    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in inputs]
+
+
+def make_cpu_inputs(lam_shape, epilogue, dtype, leading):
     torch.manual_seed(1)
     signal, noise = torch.randn(*leading, HEADS, WIDTH).to(dtype), torch.randn(*leading, NOISE, WIDTH).to(dtype)
     lam = 0.4 if lam_shape is None else 0.4 + 0.1 * torch.randn(lam_shape)
@@ -28,9 +34,10 @@ def run(function, inputs, grad, *, precision=None, **options):
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
 @pytest.mark.parametrize("lam_shape", [None, (), (HEADS,), (B, S, HEADS)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_rule(lam_shape, epilogue, dtype):
-    inputs = make_inputs(lam_shape, epilogue, dtype)
-    grad = torch.randn(B, S, HEADS, WIDTH)
+def test_error_rule(lam_shape, epilogue, dtype, path):
+    path.require(dtype)
+    inputs = make_inputs(lam_shape, epilogue, dtype, device=path.device)
+    grad = torch.randn(B, S, HEADS, WIDTH).to(path.device)
     options = {"norm_eps": 1e-5, "out_scale": 0.7}
     ours = run(diff_combine, inputs, grad, **options)
     plain = run(lambda *a, **k: reference.diff_combine(*a, **k).to(dtype), inputs, grad, **options)
@@ -42,15 +49,15 @@ def test_error_rule(lam_shape, epilogue, dtype):
 
 
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
-def test_gradcheck_in_float64(epilogue):
-    inputs = [t for t in make_inputs((B, S, HEADS), epilogue) if t is not None]
+def test_gradcheck_in_float64(epilogue, path):
+    inputs = [t for t in make_inputs((1, 3, HEADS), epilogue, leading=(1, 3), device=path.device) if t is not None]
     inputs = leaves(*inputs, dtype=torch.float64)
 
     def function(signal, noise, lam, extra=None):
         name = {"norm": "norm_weight", "gate": "gate"}.get(epilogue)
         return diff_combine(signal, noise, lam, out_scale=0.8, **({name: extra} if name else {}))
 
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=path.name == "interpreter")
 
 
 def test_packed_layout_is_the_batched_one():
@@ -71,9 +78,100 @@ def test_blocks_of_tokens_join_up():
 
 
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
-def test_operator_contract(epilogue):
-    signal, noise, lam, weight, gate = leaves(*make_inputs((4, HEADS), epilogue, leading=(4,)))
-    torch.library.opcheck(_diff_combine, (signal, noise, lam, weight, gate, 1e-5, 0.7))
+def test_operator_contract(epilogue, path):
+    signal, noise, lam, weight, gate = leaves(*make_inputs((4, HEADS), epilogue, leading=(4,), device=path.device))
+    torch.library.opcheck(operator, (signal, noise, lam, weight, gate, 1e-5, 0.7, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["large", "tiny", "constant", "zero"])
+@pytest.mark.parametrize("epilogue", ["norm", "gate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_rule_on_unusual_values(kind, epilogue, dtype, path):
+    """Constant and zero heads make a difference of nothing but rounding, or of nothing."""
+    path.require(dtype)
+    signal, noise, lam, weight, gate = make_inputs((HEADS,), epilogue, dtype, device=path.device)
+    scale = {"large": 3e3, "tiny": 1e-4, "zero": 0.0, "constant": 1.0}[kind]
+    if kind == "constant":
+        signal, noise = torch.full_like(signal, 0.75), torch.full_like(noise, 0.75)
+    if gate is not None:
+        gate = gate * (30 if kind == "large" else 1)
+    inputs = [(signal * scale).to(dtype), (noise * scale).to(dtype), lam, weight, gate]
+    grad = torch.randn(B, S, HEADS, WIDTH).to(path.device)
+    ours = run(diff_combine, inputs, grad)
+    plain = run(lambda *a, **k: reference.diff_combine(*a, **k).to(dtype), inputs, grad)
+    exact = run(reference.diff_combine, inputs, grad, precision=torch.float64)
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        assert_error_rule(o, p, e, precision=dtype)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("width", [1, 5, 64, 96])
+def test_every_ratio_and_width(ratio, width, path):
+    torch.manual_seed(2)
+    signal, noise = torch.randn(5, 2 * ratio, width), torch.randn(5, 2, width)
+    inputs = [t.to(path.device) for t in (signal, noise, torch.rand(5, 2 * ratio), torch.rand(width))] + [None]
+    grad = torch.randn(5, 2 * ratio, width).to(path.device)
+    for o, e in zip(
+        run(diff_combine, inputs, grad), run(reference.diff_combine, inputs, grad, precision=torch.float64), strict=True
+    ):
+        torch.testing.assert_close(o.double(), e, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
+def test_strided_inputs(epilogue, path):
+    """Signal and noise heads as slices of one attention output, as GDA's blocks lie; a gradient with strides."""
+    torch.manual_seed(3)
+    block = torch.randn(B, S, NOISE, HEADS // NOISE + 1, WIDTH, device=path.device)
+    signal, noise = block[..., :-1, :].flatten(2, 3), block[..., -1, :]
+    wide = torch.randn(B, S, HEADS, 2 * WIDTH, device=path.device)
+    weight = torch.rand(WIDTH, device=path.device) if epilogue == "norm" else None
+    inputs = [wide[..., ::1][..., :WIDTH], noise, 0.3, weight, signal if epilogue == "gate" else None]
+    grad = torch.randn(B, HEADS, S, WIDTH, device=path.device).transpose(1, 2)
+    options = {"norm_weight": weight, "gate": inputs[4]}
+    tensors = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in inputs[:3]]
+    ours = diff_combine(*tensors, **options)
+    exact = reference.diff_combine(*tensors, **options)
+    for o, e in zip([ours, *gradients(ours, tensors, grad)], [exact, *gradients(exact, tensors, grad)], strict=True):
+        torch.testing.assert_close(o, e, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_the_same_every_time(path):
+    inputs = leaves(*make_inputs((B, S, HEADS), "norm", device=path.device))
+    grad = torch.randn(B, S, HEADS, WIDTH, device=path.device)
+    for a, b in zip(run(diff_combine, inputs, grad), run(diff_combine, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
+def test_compiles_and_checkpoints(epilogue, path):
+    inputs = leaves(*make_inputs((B, S, HEADS), epilogue, device=path.device))
+    grad = torch.randn(B, S, HEADS, WIDTH, device=path.device)
+
+    def function(signal, noise, lam, weight, gate):
+        return diff_combine(signal, noise, lam, norm_weight=weight, gate=gate, out_scale=0.8)
+
+    expected = gradients(function(*inputs), inputs, grad)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for out in (compiled(*inputs), checkpoint(function, *inputs, use_reentrant=False)):
+        torch.testing.assert_close(out, function(*inputs), atol=0, rtol=0)
+        for a, b in zip(gradients(out, inputs, grad), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_backward_saves_only_its_inputs(path):
+    signal, noise, lam, weight, _ = leaves(*make_inputs((B, S, HEADS), "norm", device=path.device))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        diff_combine(signal, noise, lam, norm_weight=weight)
+    assert set(saved) == {t.data_ptr() for t in (signal, noise, lam, weight)}
+
+
+@pytest.mark.gpu
+def test_autocast_on_cuda_gives_float32_with_the_norm_only():
+    signal, noise, lam, weight, _ = make_inputs((HEADS,), "norm", torch.bfloat16, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert diff_combine(signal, noise, lam, norm_weight=weight).dtype == torch.float32
+        assert diff_combine(signal, noise, lam).dtype == torch.bfloat16
 
 
 def test_no_tokens():

@@ -7,54 +7,83 @@ from the inputs, so that nothing but the inputs is saved.
 The derivative. With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gradient g:
 
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
+
+Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the weight: x^3, x^2, x.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ..constants import POWER_SCALE
 from ..reference import compute_dtype
 
-# x is multiplied by this power of two (exactly) before it is raised to the sixth power and eps is scaled to match: rows
-# of any length then stay finite in float32 for |x| up to 1e6, and the products r_k^2 of the backward stay normal
-# numbers.
-_SCALE = 2.0**-10
-
-# Elements in a block of rows, for each thread: the five float32 buffers of the backward pass take 2.5 MiB. Measured
+# Elements in a block of rows, for each thread: the six float32 buffers of the backward pass take 3 MiB. Measured
 # with two threads and 2 MiB of second-level cache a core, half and double are level with this on an idle machine;
 # smaller blocks lose to the overhead of an operator call, and on a busy machine to waiting for the other thread
 # after each.
 _BLOCK_ELEMENTS = 1 << 17
 
 
-class _Block:
-    """Powers and inverse root mean squares of one block of rows (R, N), in reused buffers."""
+class _Buffers:
+    """Room for one block of rows, reused from block to block."""
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype):
-        self.x, self.x2, self.x3, self.work, self.grad = (torch.empty(rows, columns, dtype=dtype) for _ in range(5))
+    def __init__(self, x: Tensor, hidden_clamp: float | None):
+        self.dtype = compute_dtype(x)
+        self.hidden_clamp = hidden_clamp
+        self.step = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // max(1, x.shape[-1]))
+        self._store: dict[str, Tensor] = {}
+        self._shape = (min(self.step, len(x)), x.shape[-1])
 
-    def load(self, source: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """Fill the buffers from ``source`` (R', N) and return x, x^2, x^3 and r_1, r_2, r_3 (R', 1)."""
-        rows = source.shape[0]
-        x, x2, x3 = self.x[:rows], self.x2[:rows], self.x3[:rows]
-        torch.mul(_as(x.dtype, source, x), _SCALE, out=x)
-        torch.mul(x, x, out=x2)
-        torch.mul(x2, x, out=x3)
+    def blocks(self, rows: int) -> Iterator[slice]:
+        """The blocks that make up so many rows."""
+        return (slice(start, min(start + self.step, rows)) for start in range(0, rows, self.step))
 
-        # torch's mean adds in a tree; a vector norm would save a pass but loses three bits on rows of 65,536.
-        work = self.work[:rows]
-        r1 = x2.mean(-1, keepdim=True).add_(eps * _SCALE**2).rsqrt_()
-        r2 = torch.mul(x2, x2, out=work).mean(-1, keepdim=True).add_(eps * _SCALE**4).rsqrt_()
-        r3 = torch.mul(x3, x3, out=work).mean(-1, keepdim=True).add_(eps * _SCALE**6).rsqrt_()
-        return x, x2, x3, r1, r2, r3
+    def get(self, name: str, rows: int) -> Tensor:
+        """The buffer of that name (rows, N), made on first use."""
+        if name not in self._store:
+            self._store[name] = torch.empty(self._shape, dtype=self.dtype)
+        return self._store[name][:rows]
+
+    def convert(self, name: str, source: Tensor) -> Tensor:
+        """``source`` in the compute dtype: itself, or a copy in the buffer of that name."""
+        return source if source.dtype == self.dtype else self.get(name, len(source)).copy_(source)
+
+    def clamped(self, name: str, source: Tensor) -> Tensor:
+        """``source`` in the compute dtype and within the hidden clamp."""
+        converted = self.convert(name, source)
+        if self.hidden_clamp is None:
+            return converted
+        return torch.clamp(converted, -self.hidden_clamp, self.hidden_clamp, out=self.get(name, len(source)))
+
+    def powers(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, x^2 and x^3 of a block, with x scaled by POWER_SCALE."""
+        rows = len(source)
+        x = torch.mul(self.clamped("x", source), POWER_SCALE, out=self.get("x", rows))
+        x2 = torch.mul(x, x, out=self.get("x2", rows))
+        return x, x2, torch.mul(x2, x, out=self.get("x3", rows))
 
 
-def _as(dtype: torch.dtype, source: Tensor, buffer: Tensor) -> Tensor:
-    """``source`` in ``dtype``: itself, or converted into ``buffer``."""
-    return source if source.dtype == dtype else buffer.copy_(source)
+def _mean_squares(x: Tensor, x2: Tensor, x3: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # torch's mean adds in a tree; a vector norm would save a pass but loses three bits on rows of 65,536.
+    return (
+        torch.mul(x3, x3, out=work).mean(-1, keepdim=True),
+        torch.mul(x2, x2, out=work).mean(-1, keepdim=True),
+        x2.mean(-1, keepdim=True),
+    )
+
+
+def _inverse_rms(
+    given: Tensor | None, rows: slice, powers: tuple[Tensor, Tensor, Tensor], work: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    """r_3, r_2 and r_1 of a block (R, 1): given, or from its rows."""
+    if given is not None:
+        return tuple(given[:, rows].unsqueeze(-1))
+    squares = _mean_squares(*powers, work)
+    return tuple(m.add_(eps * POWER_SCALE**power).rsqrt_() for m, power in zip(squares, (6, 4, 2), strict=True))
 
 
 def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tensor:
@@ -63,105 +92,112 @@ def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tenso
     return torch.addcmul(c0, out.add_(c1), x, out=out)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _block_rows(columns: int) -> int:
-    return max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // columns)
-
-
-@torch.library.custom_op("motif::poly_norm_cpu", mutates_args=(), device_types="cpu")
-def _poly_norm(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dtype = compute_dtype(x, up, weight, bias)
-    w, b = weight.to(dtype), bias.to(dtype)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    if x.numel() == 0:
-        return out
-    xs, outs, ups = _rows(x), _rows(out), None if up is None else _rows(up)
-    step = _block_rows(x.shape[-1])
-    block = _Block(min(step, len(xs)), x.shape[-1], dtype)
-    for start in range(0, len(xs), step):
-        rows = slice(start, start + step)
-        x_, _, _, r1, r2, r3 = block.load(xs[rows], eps)
-        y = _horner(x_, w[2] * r1, w[1] * r2, w[0] * r3, out=block.work[: len(x_)])
-        if ups is None:
-            torch.addcmul(b, y, x_, out=outs[rows])
+def forward(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inverse_rms: Tensor | None,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as inverse_rms (3, R)."""
+    out = torch.empty(x.shape, dtype=out_dtype)
+    buffers = _Buffers(x, hidden_clamp)
+    w, b = weight.to(buffers.dtype), bias.to(buffers.dtype)
+    for rows in buffers.blocks(len(x)):
+        powers = buffers.powers(x[rows])
+        work = buffers.get("work", len(powers[0]))
+        r3, r2, r1 = _inverse_rms(inverse_rms, rows, powers, work, eps)
+        y = _horner(powers[0], w[2] * r1, w[1] * r2, w[0] * r3, out=work)
+        if up is None:
+            torch.addcmul(b, y, powers[0], out=out[rows])
         else:
-            torch.mul(torch.addcmul(b, y, x_, out=y), ups[rows], out=outs[rows])
+            torch.mul(torch.addcmul(b, y, powers[0], out=y), buffers.clamped("up", up[rows]), out=out[rows])
     return out
 
 
-@_poly_norm.register_fake
-def _(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inverse_rms: Tensor | None,
+    mean_products: Tensor | None,
+    eps: float,
+    hidden_clamp: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
 
-
-@torch.library.custom_op("motif::poly_norm_cpu_backward", mutates_args=(), device_types="cpu")
-def _poly_norm_backward(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x, up, weight, bias)
-    w, b = weight.to(dtype), bias.to(dtype)
+    With inverse_rms (3, R) and mean_products (3, R), the means of g n_k, given, the sums are None.
+    """
+    buffers = _Buffers(x, hidden_clamp)
+    w, b = weight.to(buffers.dtype), bias.to(buffers.dtype)
     dx = torch.empty(x.shape, dtype=x.dtype)
-    dup = torch.empty(up.shape, dtype=up.dtype) if up is not None else torch.empty(0, dtype=x.dtype)
-    if x.numel() == 0:
-        return dx, dup, torch.zeros_like(weight), torch.zeros_like(bias)
-    xs, grads, dxs = _rows(x), _rows(grad), _rows(dx)
-    ups, dups = (None, None) if up is None else (_rows(up), _rows(dup))
-    columns = x.shape[-1]
-    step = _block_rows(columns)
-    block = _Block(min(step, len(xs)), columns, dtype)
-    # Sums over columns of g n_3, g n_2, g n_1 and g, a row each: summed over rows at the end, in a fixed order.
-    row_sums = torch.empty(4, len(xs), 1, dtype=dtype)
-    for start in range(0, len(xs), step):
-        rows = slice(start, start + step)
-        x_, x2, x3, r1, r2, r3 = block.load(xs[rows], eps)
-        work, buffer = block.work[: len(x_)], block.grad[: len(x_)]
-        g = _as(dtype, grads[rows], buffer)
-        c1, c2, c3 = w[2] * r1, w[1] * r2, w[0] * r3
-        if ups is not None and dups is not None:
-            y = _horner(x_, c1, c2, c3, out=work)
-            torch.addcmul(b, y, x_, out=y)
-            torch.mul(y, g, out=dups[rows])
-            g = torch.mul(g, ups[rows], out=buffer)
-        s3 = torch.sum(torch.mul(g, x3, out=work), -1, keepdim=True).mul_(r3)
-        s2 = torch.sum(torch.mul(g, x2, out=work), -1, keepdim=True).mul_(r2)
-        s1 = torch.sum(torch.mul(g, x_, out=work), -1, keepdim=True).mul_(r1)
-        row_sums[:, rows] = torch.stack((s3, s2, s1, g.sum(-1, keepdim=True)))
+    dup = torch.empty(up.shape, dtype=up.dtype) if up is not None else None
+    sums = torch.empty(4, len(x), dtype=buffers.dtype) if mean_products is None else None
+    for rows in buffers.blocks(len(x)):
+        powers = buffers.powers(x[rows])
+        x_, x2, x3 = powers
+        work = buffers.get("work", len(x_))
+        g = buffers.convert("grad", grad[rows])
+        r3, r2, r1 = _inverse_rms(inverse_rms, rows, powers, work, eps)
+        c3, c2, c1 = w[0] * r3, w[1] * r2, w[2] * r1
+        if up is not None and dup is not None:
+            y = torch.addcmul(b, _horner(x_, c1, c2, c3, out=work), x_, out=work)
+            torch.mul(y, g, out=dup[rows])
+            g = torch.mul(g, buffers.clamped("up", up[rows]), out=buffers.get("grad", len(x_)))
+        if mean_products is not None:
+            m3, m2, m1 = mean_products[:, rows].unsqueeze(-1)
+        else:
+            assert sums is not None
+            block_sums = _product_sums(g, powers, work) * torch.stack((r3, r2, r1, torch.ones_like(r1)))
+            sums[:, rows] = block_sums.squeeze(-1)
+            m3, m2, m1 = block_sums[:3] / x.shape[1]
         # dx = g (3 c3 x^2 + 2 c2 x + c1) - x (3 c3 r3 m3 x^4 + 2 c2 r2 m2 x^2 + c1 r1 m1), with m_k = mean(g n_k).
-        # The factor _SCALE undoes the scaling of x.
-        c1, c2, c3 = c1 * _SCALE, 2 * _SCALE * c2, 3 * _SCALE * c3
+        # The factor POWER_SCALE undoes the scaling of x.
+        c3, c2, c1 = 3 * POWER_SCALE * c3, 2 * POWER_SCALE * c2, POWER_SCALE * c1
         _horner(x_, c1, c2, c3, out=work).mul_(g)
-        projection = _horner(x2, c1 * r1 * s1 / columns, c2 * r2 * s2 / columns, c3 * r3 * s3 / columns, out=x3)
-        torch.addcmul(work, projection, x_, value=-1, out=dxs[rows])
-    dw, db = row_sums[:3].sum(dim=(1, 2)), row_sums[3:].sum(dim=(1, 2))
-    return dx, dup, dw.to(weight.dtype), db.to(bias.dtype)
+        projection = _horner(x2, c1 * r1 * m1, c2 * r2 * m2, c3 * r3 * m3, out=x3)
+        torch.addcmul(work, projection, x_, value=-1, out=dx[rows])
+        if hidden_clamp is not None:
+            dx[rows].masked_fill_(x[rows].abs() > hidden_clamp, 0.0)
+            if up is not None and dup is not None:
+                dup[rows].masked_fill_(up[rows].abs() > hidden_clamp, 0.0)
+    return dx, dup, sums
 
 
-@_poly_norm_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up is not None else x.new_empty(0)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dup, weight.new_empty(3), bias.new_empty(1)
+def _product_sums(g: Tensor, powers: tuple[Tensor, Tensor, Tensor], work: Tensor) -> Tensor:
+    """Sums over columns of g x^3, g x^2, g x and g for a block: (4, R, 1)."""
+    x, x2, x3 = powers
+    return torch.stack(
+        [torch.mul(g, power, out=work).sum(-1, keepdim=True) for power in (x3, x2, x)] + [g.sum(-1, keepdim=True)]
+    )
 
 
-def _save_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, up, weight, bias, eps = inputs
-    ctx.save_for_backward(x, up, weight, bias)
-    ctx.eps = eps
+def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
+    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second powers: (3, R)."""
+    buffers = _Buffers(x, hidden_clamp)
+    sums = torch.empty(3, len(x), dtype=buffers.dtype)
+    for rows in buffers.blocks(len(x)):
+        powers = buffers.powers(x[rows])
+        squares = _mean_squares(*powers, buffers.get("work", len(powers[0])))
+        sums[:, rows] = torch.stack(squares).squeeze(-1).mul_(x.shape[1])
+    return sums
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, up, weight, bias = ctx.saved_tensors
-    dx, dup, dw, db = _poly_norm_backward(grad, x, up, weight, bias, ctx.eps)
-    return dx, (dup if up is not None else None), dw, db, None
-
-
-_poly_norm.register_autograd(_differentiate, setup_context=_save_inputs)
-
-
-def poly_norm(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """PolyNorm of x (..., N), times up (..., N) if given, rounded once to x's dtype."""
-    return _poly_norm(x, up, weight, bias, eps)
+def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
+    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if given: (4, R)."""
+    buffers = _Buffers(x, hidden_clamp)
+    sums = torch.empty(4, len(x), dtype=buffers.dtype)
+    for rows in buffers.blocks(len(x)):
+        powers = buffers.powers(x[rows])
+        g = buffers.convert("grad", grad[rows])
+        if up is not None:
+            g = torch.mul(g, buffers.clamped("up", up[rows]), out=buffers.get("grad", len(g)))
+        sums[:, rows] = _product_sums(g, powers, buffers.get("work", len(g))).squeeze(-1)
+    return sums

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Tests and benchmarks on a machine with a GPU: one command, nothing to install, no network.
+#
+#     benchmarks/gpu.sh OUT              # every part, in ten minutes at most
+#     benchmarks/gpu.sh OUT poly_norm    # only that part; several may be named
+#
+# For each part, OUT gets a log with the tables and, for a benchmark, a JSON file and a picture, as they come. After
+# each part, and when this script is stopped, all of it is packed into OUT/results.tar.gz. A part that fails does not
+# keep the next from running: the exit status is 1 then, and the last line names it.
+#
+# Without a GPU the same parts run at tiny sizes, to prove the script. PYTHON names the interpreter; the packages need
+# not be installed as such.
+
+set -uo pipefail
+
+# Name, limit in seconds, arguments of python; most important first. The limits add up to less than ten minutes.
+# A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
+parts=(
+  "tests      120 -m pytest -m gpu -q tests/kernels"
+  "poly_norm  160 -m benchmarks.poly_norm"
+  "combine    190 -m benchmarks.combine"
+  "train_step 100 -m benchmarks.train_step --precisions bf16"
+)
+
+usage() {
+  echo "usage: benchmarks/gpu.sh OUT [PART...]; parts: $(printf '%s\n' "${parts[@]}" | cut -d ' ' -f 1 | xargs)" >&2
+  exit 2
+}
+
+[[ $# -ge 1 && $1 != -* ]] || usage
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+shift
+for name in "$@"; do
+  printf '%s\n' "${parts[@]}" | grep -q "^$name " || { echo "error: there is no part $name" >&2; usage; }
+done
+chosen=" $* "
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export COLUMNS=${COLUMNS:-110}
+
+pack() {
+  # By name: the folder itself changes while the archive grows in it. A status of 1 is a log that grew meanwhile.
+  (cd "$out" && tar --exclude='results.tar.gz*' -czf results.tar.gz.tmp -- *)
+  [[ $? -le 1 ]] && mv "$out/results.tar.gz.tmp" "$out/results.tar.gz"
+}
+
+child=
+stop() {
+  trap - INT TERM HUP
+  echo "stopped in ${name:-the beginning}" | tee -a "$out/gpu.log"
+  # timeout hands the signal on to what it started.
+  [[ -n $child ]] && kill "$child" 2>/dev/null && wait "$child"
+  pack
+  exit 143
+}
+trap stop INT TERM HUP
+
+{
+  date -u
+  git log -1 --format='commit %H' 2>/dev/null
+  "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)'
+  "$python" -c 'import triton; print("triton", triton.__version__)' 2>/dev/null
+  nvidia-smi 2>/dev/null
+} >"$out/gpu.log" 2>&1
+cat "$out/gpu.log"
+
+quick=()
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  quick=(--quick)
+  echo "torch sees no GPU: tiny sizes, which prove the script and measure nothing" | tee -a "$out/gpu.log"
+fi
+
+failed=()
+for part in "${parts[@]}"; do
+  read -r name limit arguments <<<"$part"
+  [[ $chosen == "  " || $chosen == *" $name "* ]] || continue
+  read -ra command <<<"$arguments"
+  [[ ${command[1]} == benchmarks.* ]] && command+=(--output "$out/$name.json" ${quick[@]+"${quick[@]}"})
+  log="$out/$name.log"
+  echo "== $name, at most $limit s: python ${command[*]}" | tee -a "$out/gpu.log"
+  began=$SECONDS
+  : >"$log"
+  timeout --kill-after=20 "$limit" "$python" "${command[@]}" >"$log" 2>&1 &
+  child=$!
+  tail -n +1 -s 0.2 -f --pid="$child" "$log" &
+  viewer=$!
+  wait "$child"
+  status=$?
+  child=
+  wait "$viewer"
+  verdict="done"
+  if [[ $status -ne 0 ]]; then
+    failed+=("$name")
+    verdict="FAILED with exit status $status"
+    [[ $status -eq 124 || $status -eq 137 ]] && verdict="FAILED: stopped after $limit s"
+  fi
+  echo "== $name: $verdict, $((SECONDS - began)) s" | tee -a "$out/gpu.log"
+  pack
+done
+
+trap - INT TERM HUP
+if [[ ${#failed[@]} -gt 0 ]]; then
+  echo "failed: ${failed[*]}" >>"$out/gpu.log"
+fi
+pack || exit 1
+echo "packed: $out/results.tar.gz"
+[[ ${#failed[@]} -eq 0 ]] || { echo "failed: ${failed[*]}"; exit 1; }

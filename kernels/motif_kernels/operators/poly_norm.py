@@ -1,0 +1,268 @@
+"""PolyNorm, times the feed-forward's other branch if there is one: on whole rows, and on rows sharded over a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..constants import POWER_SCALE
+from ..reference import compute_dtype
+from . import implementation
+
+FAMILY = "poly_norm"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X (..., N) as (R, N) with contiguous columns, without a copy where its strides allow."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _optional_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _rows(x)
+
+
+def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
+    """A gradient in its tensor's shape; an operator cannot return None, so an absent one is empty."""
+    if gradient is None or x is None:
+        return other.new_empty(0)
+    return gradient.view(x.shape)
+
+
+@torch.library.custom_op("motif::poly_norm", mutates_args=())
+def poly_norm(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """PolyNorm of x (..., N), times up (..., N) if given, with weight (3,) and bias (1,), rounded once."""
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        out = implementation(FAMILY, x.device).forward(
+            _rows(x),
+            _optional_rows(up),
+            weight,
+            bias,
+            inverse_rms=None,
+            eps=eps,
+            hidden_clamp=hidden_clamp,
+            out_dtype=out_dtype,
+        )
+    return out.view(x.shape)
+
+
+@poly_norm.register_fake
+def _(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+
+
+@torch.library.custom_op("motif::poly_norm_backward", mutates_args=())
+def _poly_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up (empty if there is none), weight and bias."""
+    if x.numel() == 0:
+        return torch.empty_like(x), _like(up, up, x).clone(), torch.zeros_like(weight), torch.zeros_like(bias)
+    with torch.cuda.device_of(x):
+        dx, dup, sums = implementation(FAMILY, x.device).backward(
+            _rows(grad),
+            _rows(x),
+            _optional_rows(up),
+            weight,
+            bias,
+            inverse_rms=None,
+            mean_products=None,
+            eps=eps,
+            hidden_clamp=hidden_clamp,
+        )
+        total = sums.sum(dim=1)
+    return (
+        dx.view(x.shape),
+        _like(dup, up, x),
+        total[:3].to(weight.dtype, copy=True),
+        total[3:].to(bias.dtype, copy=True),
+    )
+
+
+@_poly_norm_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dup = x.new_empty(0) if up is None else up.new_empty(up.shape)
+    return x.new_empty(x.shape), dup, weight.new_empty(3), bias.new_empty(1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, up, weight, bias, ctx.eps, ctx.hidden_clamp, _ = inputs
+    ctx.save_for_backward(x, up, weight, bias)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, up, weight, bias = ctx.saved_tensors
+    dx, dup, dw, db = _poly_norm_backward(grad, x, up, weight, bias, ctx.eps, ctx.hidden_clamp)
+    return dx, (dup if up is not None else None), dw, db, None, None, None
+
+
+poly_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+# Rows sharded over a process group. Each way, every rank adds up its own columns, the sums are added over the ranks in
+# one all-reduce, and the rank finishes its columns. The count of columns travels along, so that shards may differ.
+
+
+def _all_reduce(sums: Tensor, extra: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
+    """Both tensors summed over the group, in one message."""
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    message = torch.cat((sums.flatten(), extra.flatten()))
+    dist.all_reduce(message, group=group)
+    return message[: sums.numel()].view(sums.shape), message[sums.numel() :]
+
+
+@torch.library.custom_op("motif::poly_norm_sharded", mutates_args=())
+def poly_norm_sharded(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`poly_norm` of rows whose columns are spread over a process group.
+
+    Returns:
+        This rank's columns of the result, and for the backward pass the inverse root mean squares (3, R) and the number
+        of columns on all ranks (1,).
+    """
+    rows = _rows(x)
+    run = implementation(FAMILY, x.device)
+    with torch.cuda.device_of(x):
+        local = run.power_sums(rows, hidden_clamp=hidden_clamp)
+        sums, columns = _all_reduce(local, local.new_full((1,), rows.shape[1]), group_name)
+        scaled_eps = local.new_tensor([[eps * POWER_SCALE**power] for power in (6, 4, 2)])
+        inverse_rms = torch.rsqrt(sums / columns + scaled_eps)
+        out = run.forward(
+            rows,
+            _optional_rows(up),
+            weight,
+            bias,
+            inverse_rms=inverse_rms,
+            eps=eps,
+            hidden_clamp=hidden_clamp,
+            out_dtype=out_dtype,
+        )
+    return out.view(x.shape), inverse_rms, columns.clone()
+
+
+@poly_norm_sharded.register_fake
+def _(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    inverse_rms = x.new_empty((3, x.numel() // x.shape[-1]), dtype=dtype)
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), inverse_rms, x.new_empty(1, dtype=dtype)
+
+
+@torch.library.custom_op("motif::poly_norm_sharded_backward", mutates_args=())
+def _poly_norm_sharded_backward(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    inverse_rms: Tensor,
+    columns: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of this rank's columns of x and up, and the full ones of weight and bias."""
+    rows, grads, ups = _rows(x), _rows(grad), _optional_rows(up)
+    run = implementation(FAMILY, x.device)
+    with torch.cuda.device_of(x):
+        local = run.product_sums(grads, rows, ups, hidden_clamp=hidden_clamp)
+        products, db = _all_reduce(local[:3] * inverse_rms, local[3].sum(), group_name)
+        dx, dup, _ = run.backward(
+            grads,
+            rows,
+            ups,
+            weight,
+            bias,
+            inverse_rms=inverse_rms,
+            mean_products=products / columns,
+            eps=eps,
+            hidden_clamp=hidden_clamp,
+        )
+        dw = products.sum(dim=1)
+    return dx.view(x.shape), _like(dup, up, x), dw.to(weight.dtype, copy=True), db.to(bias.dtype, copy=True)
+
+
+@_poly_norm_sharded_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    inverse_rms: Tensor,
+    columns: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dup = x.new_empty(0) if up is None else up.new_empty(up.shape)
+    return x.new_empty(x.shape), dup, weight.new_empty(3), bias.new_empty(1)
+
+
+def _save_sharded(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, up, weight, bias, ctx.eps, ctx.hidden_clamp, _, ctx.group_name = inputs
+    _, inverse_rms, columns = output
+    ctx.mark_non_differentiable(inverse_rms, columns)
+    ctx.save_for_backward(x, up, weight, bias, inverse_rms, columns)
+
+
+def _differentiate_sharded(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, up, weight, bias, inverse_rms, columns = ctx.saved_tensors
+    dx, dup, dw, db = _poly_norm_sharded_backward(
+        grad, x, up, weight, bias, inverse_rms, columns, ctx.eps, ctx.hidden_clamp, ctx.group_name
+    )
+    return dx, (dup if up is not None else None), dw, db, None, None, None, None
+
+
+poly_norm_sharded.register_autograd(_differentiate_sharded, setup_context=_save_sharded)

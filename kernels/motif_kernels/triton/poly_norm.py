@@ -1,0 +1,428 @@
+"""PolyNorm on a GPU: a forward and a backward kernel that read each row from memory once.
+
+With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gradient g (times ``up``, if there is
+one):
+
+    d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
+
+The backward kernel recomputes r_k, so that nothing but the inputs is saved. It leaves each row's sums of g n_k and of g
+in a small float32 array that is added up afterwards in a fixed order: no atomics.
+
+A program serves a tile of rows. A row that fits into the tile stays in registers between its sums and what is made
+from them; a longer one is walked through twice, block by block, the second time from the GPU's cache.
+
+Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the weight: x^3, x^2, x.
+
+In a launch table, a kernel's size is a row's bytes; ``tile_bytes`` are the bytes of x that a program holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..constants import POWER_SCALE
+from ..reference import compute_dtype
+from ..tuning import launch_choice
+
+_SCALE = tl.constexpr(POWER_SCALE)
+
+
+@triton.jit
+def _load(pointer, row_stride, rows, columns, mask, DTYPE: tl.constexpr):
+    """A tile (ROWS, BLOCK) in the compute dtype, 0 where masked."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _store(pointer, row_stride, rows, columns, mask, tile):
+    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _clamp(tile, BOUND: tl.constexpr):
+    """Into [-BOUND, BOUND]; NaN stays NaN, as in torch.clamp."""
+    if BOUND is not None:
+        tile = tl.where(tile > BOUND, BOUND, tl.where(tile < -BOUND, -BOUND, tile))
+    return tile
+
+
+@triton.jit
+def _pass_inside(gradient, tile, BOUND: tl.constexpr):
+    """The gradient of :func:`_clamp`: kept where ``tile`` was within the bounds."""
+    if BOUND is not None:
+        gradient = tl.where(tl.abs(tile) <= BOUND, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def _load_numbers(pointer, rows, mask, row_count, INDEX: tl.constexpr):
+    """Entry INDEX of an array (3, R), as a column (ROWS, 1)."""
+    return tl.load(pointer + INDEX * row_count.to(tl.int64) + rows, mask=mask, other=0.0)[:, None]
+
+
+@triton.jit
+def _inverse_rms(total, columns, EPS: tl.constexpr):
+    return tl.rsqrt(total / columns + EPS)
+
+
+@triton.jit
+def _power_sums(x):
+    """Sums over columns of x^6, x^4 and x^2 for x (ROWS, BLOCK): three columns (ROWS, 1)."""
+    x2 = x * x
+    x4 = x2 * x2
+    return (
+        tl.sum(x4 * x2, axis=1, keep_dims=True),
+        tl.sum(x4, axis=1, keep_dims=True),
+        tl.sum(x2, axis=1, keep_dims=True),
+    )
+
+
+@triton.jit
+def _product_sums(g, x):
+    """Sums over columns of g x^3, g x^2, g x and g."""
+    gx = g * x
+    gx2 = gx * x
+    return (
+        tl.sum(gx2 * x, axis=1, keep_dims=True),
+        tl.sum(gx2, axis=1, keep_dims=True),
+        tl.sum(gx, axis=1, keep_dims=True),
+        tl.sum(g, axis=1, keep_dims=True),
+    )
+
+
+@triton.jit
+def _polynomial(x, c3, c2, c1, c0):
+    return ((c3 * x + c2) * x + c1) * x + c0
+
+
+@triton.jit
+def _gradient(g, x, c3, c2, c1, p3, p2, p1):
+    """``g dy/dx`` at fixed moments, less what flows through the moments; p_k is c_k r_k mean(g n_k)."""
+    x2 = x * x
+    direct = g * (3 * c3 * x2 + 2 * c2 * x + c1)
+    return _SCALE * (direct - x * (3 * p3 * x2 * x2 + 2 * p2 * x2 + p1))
+
+
+@triton.jit
+def _forward_kernel(
+    x_pointer,
+    up_pointer,
+    weight_pointer,
+    bias_pointer,
+    inverse_rms_pointer,
+    out_pointer,
+    row_count,
+    columns,
+    x_stride,
+    up_stride,
+    EPS: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < row_count
+    block = tl.arange(0, BLOCK)
+    b = tl.load(bias_pointer).to(DTYPE)
+    if ONE_BLOCK:
+        mask = row_mask[:, None] & (block < columns)[None, :]
+        x = _clamp(_load(x_pointer, x_stride, rows, block, mask, DTYPE), BOUND) * _SCALE
+    if inverse_rms_pointer is not None:
+        r3 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 0)
+        r2 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 1)
+        r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 2)
+    else:
+        if ONE_BLOCK:
+            s6, s4, s2 = _power_sums(x)
+        else:
+            s6, s4, s2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+            for start in range(0, columns, BLOCK):
+                mask = row_mask[:, None] & (start + block < columns)[None, :]
+                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+                t6, t4, t2 = _power_sums(x)
+                s6, s4, s2 = s6 + t6, s4 + t4, s2 + t2
+        r3 = _inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
+        r2 = _inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
+        r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
+    c3 = tl.load(weight_pointer).to(DTYPE) * r3
+    c2 = tl.load(weight_pointer + 1).to(DTYPE) * r2
+    c1 = tl.load(weight_pointer + 2).to(DTYPE) * r1
+    if ONE_BLOCK:
+        y = _polynomial(x, c3, c2, c1, b)
+        if up_pointer is not None:
+            y *= _clamp(_load(up_pointer, up_stride, rows, block, mask, DTYPE), BOUND)
+        _store(out_pointer, columns, rows, block, mask, y)
+    else:
+        for start in range(0, columns, BLOCK):
+            mask = row_mask[:, None] & (start + block < columns)[None, :]
+            x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+            y = _polynomial(x, c3, c2, c1, b)
+            if up_pointer is not None:
+                y *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
+            _store(out_pointer, columns, rows, start + block, mask, y)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_pointer,
+    x_pointer,
+    up_pointer,
+    weight_pointer,
+    bias_pointer,
+    inverse_rms_pointer,
+    means_pointer,
+    dx_pointer,
+    dup_pointer,
+    sums_pointer,
+    row_count,
+    columns,
+    grad_stride,
+    x_stride,
+    up_stride,
+    EPS: tl.constexpr,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < row_count
+    block = tl.arange(0, BLOCK)
+    w3 = tl.load(weight_pointer).to(DTYPE)
+    w2 = tl.load(weight_pointer + 1).to(DTYPE)
+    w1 = tl.load(weight_pointer + 2).to(DTYPE)
+    b = tl.load(bias_pointer).to(DTYPE)
+    if ONE_BLOCK:
+        mask = row_mask[:, None] & (block < columns)[None, :]
+        raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)
+        grad = _load(grad_pointer, grad_stride, rows, block, mask, DTYPE)
+        x = _clamp(raw, BOUND) * _SCALE
+        g = grad
+        if up_pointer is not None:
+            raw_up = _load(up_pointer, up_stride, rows, block, mask, DTYPE)
+            g = grad * _clamp(raw_up, BOUND)
+    if inverse_rms_pointer is not None:
+        r3 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 0)
+        r2 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 1)
+        r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 2)
+        m3 = _load_numbers(means_pointer, rows, row_mask, row_count, 0)
+        m2 = _load_numbers(means_pointer, rows, row_mask, row_count, 1)
+        m1 = _load_numbers(means_pointer, rows, row_mask, row_count, 2)
+    else:
+        if ONE_BLOCK:
+            s6, s4, s2 = _power_sums(x)
+            g3, g2, g1, g0 = _product_sums(g, x)
+        else:
+            s6, s4, s2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+            g3, g2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+            g1, g0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+            for start in range(0, columns, BLOCK):
+                mask = row_mask[:, None] & (start + block < columns)[None, :]
+                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+                g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+                if up_pointer is not None:
+                    g *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
+                t6, t4, t2 = _power_sums(x)
+                s6, s4, s2 = s6 + t6, s4 + t4, s2 + t2
+                t3, t2, t1, t0 = _product_sums(g, x)
+                g3, g2, g1, g0 = g3 + t3, g2 + t2, g1 + t1, g0 + t0
+        r3 = _inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
+        r2 = _inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
+        r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
+        g3, g2, g1 = g3 * r3, g2 * r2, g1 * r1
+        stride = row_count.to(tl.int64)
+        row_column = rows[:, None]
+        tl.store(sums_pointer + row_column, g3, mask=row_mask[:, None])
+        tl.store(sums_pointer + stride + row_column, g2, mask=row_mask[:, None])
+        tl.store(sums_pointer + 2 * stride + row_column, g1, mask=row_mask[:, None])
+        tl.store(sums_pointer + 3 * stride + row_column, g0, mask=row_mask[:, None])
+        m3, m2, m1 = g3 / columns, g2 / columns, g1 / columns
+    c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
+    p3, p2, p1 = c3 * r3 * m3, c2 * r2 * m2, c1 * r1 * m1
+    if ONE_BLOCK:
+        if up_pointer is not None:
+            dup = _pass_inside(grad * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
+            _store(dup_pointer, columns, rows, block, mask, dup)
+        dx = _pass_inside(_gradient(g, x, c3, c2, c1, p3, p2, p1), raw, BOUND)
+        _store(dx_pointer, columns, rows, block, mask, dx)
+    else:
+        for start in range(0, columns, BLOCK):
+            mask = row_mask[:, None] & (start + block < columns)[None, :]
+            raw = _load(x_pointer, x_stride, rows, start + block, mask, DTYPE)
+            x = _clamp(raw, BOUND) * _SCALE
+            g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+            if up_pointer is not None:
+                raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
+                dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
+                _store(dup_pointer, columns, rows, start + block, mask, dup)
+                g *= _clamp(raw_up, BOUND)
+            dx = _pass_inside(_gradient(g, x, c3, c2, c1, p3, p2, p1), raw, BOUND)
+            _store(dx_pointer, columns, rows, start + block, mask, dx)
+
+
+@triton.jit
+def _sums_kernel(
+    grad_pointer,
+    x_pointer,
+    up_pointer,
+    sums_pointer,
+    row_count,
+    columns,
+    grad_stride,
+    x_stride,
+    up_stride,
+    BOUND: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Power sums of x, or, given a gradient, its product sums: the part of the kernels above that shards exchange."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < row_count
+    block = tl.arange(0, BLOCK)
+    a3, a2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+    a1, a0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
+    for start in range(0, columns, BLOCK):
+        mask = row_mask[:, None] & (start + block < columns)[None, :]
+        x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+        if grad_pointer is not None:
+            g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+            if up_pointer is not None:
+                g *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
+            t3, t2, t1, t0 = _product_sums(g, x)
+            a0 += t0
+        else:
+            t3, t2, t1 = _power_sums(x)
+        a3, a2, a1 = a3 + t3, a2 + t2, a1 + t1
+    stride = row_count.to(tl.int64)
+    row_column = rows[:, None]
+    tl.store(sums_pointer + row_column, a3, mask=row_mask[:, None])
+    tl.store(sums_pointer + stride + row_column, a2, mask=row_mask[:, None])
+    tl.store(sums_pointer + 2 * stride + row_column, a1, mask=row_mask[:, None])
+    if grad_pointer is not None:
+        tl.store(sums_pointer + 3 * stride + row_column, a0, mask=row_mask[:, None])
+
+
+def _tile(kernel: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the constants of a launch over the rows of x (R, N)."""
+    rows, columns = x.shape
+    choice = launch_choice(kernel, columns * x.element_size(), x.device)
+    elements = max(1, choice["tile_bytes"] // x.element_size())
+    block = min(triton.next_power_of_2(columns), elements)
+    height = min(elements // block, triton.next_power_of_2(rows))
+    return (triton.cdiv(rows, height),), {
+        "ROWS": height,
+        "BLOCK": block,
+        "DTYPE": tl.float64 if compute_dtype(x) == torch.float64 else tl.float32,
+        "num_warps": choice["num_warps"],
+    }
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def forward(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inverse_rms: Tensor | None,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as inverse_rms (3, R).
+
+    Rows may be strided; columns must be contiguous.
+    """
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    grid, constants = _tile("poly_norm_forward", x)
+    _forward_kernel[grid](
+        x,
+        up,
+        weight,
+        bias,
+        inverse_rms,
+        out,
+        *x.shape,
+        _stride(x),
+        _stride(up),
+        EPS=eps,
+        BOUND=hidden_clamp,
+        ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
+        **constants,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    inverse_rms: Tensor | None,
+    mean_products: Tensor | None,
+    eps: float,
+    hidden_clamp: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
+
+    With inverse_rms (3, R) and mean_products (3, R), the means of g n_k, given, the sums are None.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up is not None else None
+    sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if inverse_rms is None else None
+    grid, constants = _tile("poly_norm_backward", x)
+    _backward_kernel[grid](
+        grad,
+        x,
+        up,
+        weight,
+        bias,
+        inverse_rms,
+        mean_products,
+        dx,
+        dup,
+        sums,
+        *x.shape,
+        _stride(grad),
+        _stride(x),
+        _stride(up),
+        EPS=eps,
+        BOUND=hidden_clamp,
+        ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
+        **constants,
+    )
+    return dx, dup, sums
+
+
+def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
+    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second powers: (3, R)."""
+    sums = torch.empty(3, len(x), dtype=compute_dtype(x), device=x.device)
+    grid, constants = _tile("poly_norm_sums", x)
+    _sums_kernel[grid](None, x, None, sums, *x.shape, 0, _stride(x), 0, BOUND=hidden_clamp, **constants)
+    return sums
+
+
+def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
+    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if given: (4, R)."""
+    sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device)
+    grid, constants = _tile("poly_norm_sums", x)
+    _sums_kernel[grid](
+        grad, x, up, sums, *x.shape, _stride(grad), _stride(x), _stride(up), BOUND=hidden_clamp, **constants
+    )
+    return sums

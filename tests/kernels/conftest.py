@@ -1,0 +1,41 @@
+"""The implementations that every operator test runs through."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from motif_kernels import operators
+
+
+class Path(NamedTuple):
+    """One implementation of the operators and where its tensors live."""
+
+    name: str
+    device: str
+
+    def require(self, dtype: torch.dtype) -> None:
+        """Skip the test where this implementation cannot be tested in that precision."""
+        if self.name == "interpreter" and dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter is wrong in bfloat16")
+
+
+@pytest.fixture(params=["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The blocked CPU operators; the Triton kernels, interpreted on the CPU; the Triton kernels on a GPU."""
+    if request.param == "interpreter":
+        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+        if not triton.knobs.runtime.interpret:
+            pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+        for family in ("poly_norm", "combine"):
+            module = importlib.import_module(f"motif_kernels.operators.{family}")
+            monkeypatch.setattr(
+                module,
+                "implementation",
+                lambda family, device: importlib.import_module(f"motif_kernels.triton.{family}"),
+            )
+    assert operators.has_implementation(torch.device("cpu"))
+    return Path(request.param, "cuda" if request.param == "cuda" else "cpu")

@@ -1,0 +1,41 @@
+"""Every shipped kernel configuration, compiled for Hopper and Blackwell: no spills, shared memory within the limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from motif_kernels.tuning import tables
+
+TESTS = Path(__file__).resolve().parents[1]
+SHARED_MEMORY = 227 * 1024  # bytes a block may use, on both
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("family", ["poly_norm", "combine"])
+def test_compiles_without_spills(family: str, arch: int) -> None:
+    pytest.importorskip("triton", reason="compiling needs triton")
+    # A process of its own: here, kernels may be interpreted, which is decided when triton is imported.
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-m", "helpers.compiled_kernels", str(arch), family]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) > 20
+    assert not [k for k in kernels if k["stack"] > 0]
+    assert not [k for k in kernels if k["shared"] > SHARED_MEMORY]
+
+
+def test_every_table_lists_sizes_in_order_and_ends_with_the_rest() -> None:
+    assert tables()["default"]["gpu"] is None
+    for table in tables().values():
+        assert table["source"]
+        for entries in table["kernels"].values():
+            bounds = [e["up_to"] for e in entries]
+            assert bounds[-1] is None
+            assert bounds[:-1] == sorted(bounds[:-1])
