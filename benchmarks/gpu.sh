@@ -3,6 +3,7 @@
 #
 #     benchmarks/gpu.sh OUT              # every part, in ten minutes at most
 #     benchmarks/gpu.sh OUT poly_norm    # only that part; several may be named
+#     benchmarks/gpu.sh OUT tune         # a launch table for this GPU, OUT/tune.json; runs only when it is named
 #
 # For each part, OUT gets a log with the tables and, for a benchmark, a JSON file and a picture, as they come. After
 # each part, and when this script is stopped, all of it is packed into OUT/results.tar.gz. A part that fails does not
@@ -16,14 +17,20 @@ set -uo pipefail
 # Name, limit in seconds, arguments of python; most important first. The limits add up to less than ten minutes.
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
 parts=(
-  "tests      120 -m pytest -m gpu -q tests/kernels"
-  "poly_norm  160 -m benchmarks.poly_norm"
-  "combine    190 -m benchmarks.combine"
-  "train_step 100 -m benchmarks.train_step --precisions bf16"
+  "tests      110 -m pytest -m gpu -q tests/kernels"
+  "attention  230 -m benchmarks.attention --limit 190"
+  "poly_norm   80 -m benchmarks.poly_norm --seconds 0.2"
+  "combine     90 -m benchmarks.combine --seconds 0.2"
+  "train_step  80 -m benchmarks.train_step --precisions bf16"
+)
+# The same for parts that run only when they are named.
+on_request=(
+  "tune       590 -m benchmarks.tune --limit 500"
 )
 
 usage() {
-  echo "usage: benchmarks/gpu.sh OUT [PART...]; parts: $(printf '%s\n' "${parts[@]}" | cut -d ' ' -f 1 | xargs)" >&2
+  names() { printf '%s\n' "$@" | cut -d ' ' -f 1 | xargs; }
+  echo "usage: benchmarks/gpu.sh OUT [PART...]; parts: $(names "${parts[@]}"); on request: $(names "${on_request[@]}")" >&2
   exit 2
 }
 
@@ -32,9 +39,10 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
 for name in "$@"; do
-  printf '%s\n' "${parts[@]}" | grep -q "^$name " || { echo "error: there is no part $name" >&2; usage; }
+  printf '%s\n' "${parts[@]}" "${on_request[@]}" | grep -q "^$name " || { echo "error: there is no part $name" >&2; usage; }
 done
 chosen=" $* "
+[[ $chosen == "  " ]] || parts+=("${on_request[@]}")
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}

@@ -400,7 +400,7 @@ def run(
         "aims": [],
     }
     try:
-        with report.progress(console) as bar, _terminate_as_interrupt():
+        with report.progress(console) as bar, terminate_as_interrupt():
             task = bar.add_task("", total=len(problems))
             for problem in problems:
                 bar.update(task, description=problem.describe())
@@ -437,7 +437,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """A time limit's SIGTERM ends the measuring as ctrl-C does, with tables and picture of what there is."""
 
     def interrupt(*_: object) -> None:

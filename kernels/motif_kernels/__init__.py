@@ -4,8 +4,19 @@ The public names, in FlashAttention's conventions (batch, seqlen, heads, headdim
 alone.
 """
 
+from types import ModuleType
+
+from .after_import import after_import
 from .attention import diff_attn_func, diff_attn_varlen_func
 from .combine import diff_combine
 from .poly_norm import mul_poly_norm, poly_norm
 
 __all__ = ["diff_attn_func", "diff_attn_varlen_func", "diff_combine", "mul_poly_norm", "poly_norm"]
+
+
+def _register_flop_formulas(flop_counter: ModuleType) -> None:
+    from . import flops  # noqa: F401
+
+
+# torch's flop counter imports triton: who does not count does not pay for it.
+after_import("torch.utils.flop_counter", _register_flop_formulas)

@@ -1,42 +1,12 @@
-"""The public attention functions: they check their arguments, choose a backend and call it."""
+"""The public attention functions: they check their arguments and hand the call to a backend."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from . import reference, sdpa
+from . import backends
+from .backends import BACKENDS as BACKENDS
 from .checks import check_attention, check_cu_seqlens, check_epilogue
-from .combine import diff_combine
-
-Backend = Literal["auto", "reference", "sdpa"]
-BACKENDS = ("auto", "reference", "sdpa")
-
-
-def _refusal_by_sdpa(softcap: float, return_max_logits: bool) -> str | None:
-    """Why the sdpa backend cannot serve these arguments, or None."""
-    if softcap > 0:
-        return f"softcap={softcap}: torch's scaled_dot_product_attention has no soft cap"
-    if return_max_logits:
-        return "return_max_logits=True: torch's scaled_dot_product_attention does not give its logits"
-    return None
-
-
-def choose_backend(backend: str, *, softcap: float = 0.0, return_max_logits: bool = False) -> str:
-    """Resolve ``"auto"`` and refuse a backend that cannot serve the arguments.
-
-    Raises:
-        ValueError: an unknown backend, or one asked for by name that cannot serve the arguments (the message says why).
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
-    refusal = _refusal_by_sdpa(softcap, return_max_logits)
-    if backend == "auto":
-        return "reference" if refusal else "sdpa"
-    if backend == "sdpa" and refusal:
-        raise ValueError(f"backend 'sdpa' cannot serve {refusal}; use backend 'reference' or 'auto'")
-    return backend
 
 
 def diff_attn_func(
@@ -80,9 +50,12 @@ def diff_attn_func(
         norm_eps: the sub-norm's epsilon.
         out_scale: always multiplies the output.
         gate: (B, Sq, Hs, Dv): multiply the output by ``sigmoid(gate)``. Not together with norm_weight.
-        deterministic: ask for a backward pass whose result does not depend on scheduling; every present backend is.
+        deterministic: the backward pass gives the same bits every time. False lets ``"triton"`` and ``"flash"`` add
+            gradients in the order in which they come, which is less work.
         return_max_logits: also return each head's largest scaled, visible logit over the batch (float32, no gradient).
-        backend: ``"reference"`` (plain mathematics), ``"sdpa"`` (torch's attention, no map in memory) or ``"auto"``.
+        backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4, 3 or 2, composed), ``"sdpa"`` (torch's
+            attention, composed), ``"reference"`` (plain mathematics), or ``"auto"``: the fastest that can serve the
+            arguments.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,), max_noise
@@ -94,31 +67,27 @@ def diff_attn_func(
     """
     check_attention(q1, k1, q2, k2, v, packed=False)
     check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate)
-    scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if choose_backend(backend, softcap=softcap, return_max_logits=return_max_logits) == "sdpa":
-        o_signal = sdpa.attention(q1, k1, v, scale=scale, causal=causal, window_size=window_size)
-        o_noise = sdpa.attention(q2, k2, v, scale=scale, causal=causal, window_size=window_size)
-        return diff_combine(
-            o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
-        )
-    out, max_signal, max_noise = reference.diff_attention(
-        q1,
-        k1,
-        q2,
-        k2,
-        v,
-        lam,
-        visible=reference.visibility_mask(
-            q1.shape[1], k1.shape[1], causal=causal, window_size=window_size, device=q1.device
-        ),
-        softmax_scale=scale,
+    call = backends.Call(
+        q1=q1,
+        k1=k1,
+        q2=q2,
+        k2=k2,
+        v=v,
+        lam=lam,
+        softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=causal,
+        window_size=window_size,
         softcap=softcap,
         norm_weight=norm_weight,
         norm_eps=norm_eps,
         out_scale=out_scale,
         gate=gate,
+        deterministic=deterministic,
+        return_max_logits=return_max_logits,
+        max_seqlen_q=q1.shape[1],
+        max_seqlen_k=k1.shape[1],
     )
-    return (out, max_signal.float(), max_noise.float()) if return_max_logits else out
+    return backends.run(backend, call)
 
 
 def diff_attn_varlen_func(
@@ -169,7 +138,7 @@ def diff_attn_varlen_func(
         gate: (total_q, Hs, Dv).
         deterministic: ask for a deterministic backward pass.
         return_max_logits: also return the largest logits, over all documents.
-        backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
+        backend: as in :func:`diff_attn_func`.
 
     Returns:
         The output (total_q, Hs, Dv) in q1's dtype, with return_max_logits as in :func:`diff_attn_func`.
@@ -187,47 +156,26 @@ def diff_attn_varlen_func(
             f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents and cu_seqlens_k "
             f"{len(cu_seqlens_k) - 1}; they must be equal"
         )
-    scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if choose_backend(backend, softcap=softcap, return_max_logits=return_max_logits) == "sdpa":
-        k1, k2, v = k1[None], k2[None], v[None]
-        o_signal = sdpa.attention(
-            q1[None],
-            k1,
-            v,
-            scale=scale,
-            causal=causal,
-            window_size=window_size,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-        o_noise = sdpa.attention(
-            q2[None],
-            k2,
-            v,
-            scale=scale,
-            causal=causal,
-            window_size=window_size,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-        return diff_combine(
-            o_signal[0], o_noise[0], lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
-        )
-    out, max_signal, max_noise = reference.diff_attention(
-        q1[None],
-        k1[None],
-        q2[None],
-        k2[None],
-        v[None],
-        lam[None] if isinstance(lam, Tensor) and lam.ndim == 2 else lam,
-        visible=reference.packed_visibility_mask(
-            cu_seqlens_q, cu_seqlens_k, q1.shape[0], k1.shape[0], causal=causal, window_size=window_size
-        ),
-        softmax_scale=scale,
+    call = backends.Call(
+        q1=q1,
+        k1=k1,
+        q2=q2,
+        k2=k2,
+        v=v,
+        lam=lam,
+        softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        causal=causal,
+        window_size=window_size,
         softcap=softcap,
         norm_weight=norm_weight,
         norm_eps=norm_eps,
         out_scale=out_scale,
-        gate=None if gate is None else gate[None],
+        gate=gate,
+        deterministic=deterministic,
+        return_max_logits=return_max_logits,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )
-    return (out[0], max_signal.float(), max_noise.float()) if return_max_logits else out[0]
+    return backends.run(backend, call)

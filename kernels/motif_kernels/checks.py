@@ -53,6 +53,11 @@ def check_attention(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *
             raise TypeError(f"{name} is {tensor.dtype} and q1 is {q1.dtype}; all must be one floating-point dtype")
         if tensor.device != q1.device:
             raise ValueError(f"{name} is on {tensor.device} and q1 on {q1.device}; all must be on one device")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has stride {tensor.stride(-1)} in its last dimension, the head width; "
+                f"it must be contiguous there (stride 1): call {name}.contiguous()"
+            )
     for name in ("q2", "k1", "k2"):
         if named[name].shape[-1] != q1.shape[-1]:
             raise ValueError(

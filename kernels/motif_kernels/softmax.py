@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference, sdpa
-from .attention import choose_backend
 from .checks import check_cu_seqlens
+
+BACKENDS = ("auto", "reference", "sdpa")
 
 
 def softmax_attn_func(
@@ -38,7 +39,7 @@ def softmax_attn_func(
     """
     _check_heads(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if choose_backend(backend) == "sdpa":
+    if _choose_backend(backend) == "sdpa":
         return sdpa.attention(q, k, v, scale=scale, causal=causal, window_size=window_size)
     visible = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
     return reference.attention(q, k, v, visible=visible, softmax_scale=scale)[0].to(q.dtype)
@@ -84,7 +85,7 @@ def softmax_attn_varlen_func(
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if choose_backend(backend) == "sdpa":
+    if _choose_backend(backend) == "sdpa":
         return sdpa.attention(
             q[None],
             k[None],
@@ -99,6 +100,14 @@ def softmax_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal=causal, window_size=window_size
     )
     return reference.attention(q[None], k[None], v[None], visible=visible, softmax_scale=scale)[0][0].to(q.dtype)
+
+
+def _choose_backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}, which serve softmax attention"
+        )
+    return "sdpa" if backend == "auto" else backend
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

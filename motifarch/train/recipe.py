@@ -112,8 +112,9 @@ class ModelSection:
     initializer_range: float = 0.02
     """Standard deviation of the first weights."""
 
-    attn_implementation: Literal["eager", "sdpa"] | None = None
-    """Which attention backend carries the model; null takes the fastest that serves it."""
+    attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None
+    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2" whichever flash-attn is
+    installed, "sdpa" torch's, "eager" the plain formula; null or "auto" takes the fastest that serves it."""
 
 
 @dataclass

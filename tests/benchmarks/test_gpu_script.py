@@ -59,8 +59,10 @@ def test_a_part_that_fails_is_named_and_the_next_ones_run(environment: dict[str,
     assert "a typing error" in (out / "poly_norm.log").read_text()
     assert "== poly_norm: FAILED with exit status 3" in done.stdout
     parts = {"tests.log", "poly_norm.log", "combine.log", "combine.json", "train_step.log", "train_step.json"}
+    parts |= {"attention.log", "attention.json"}
     assert packed(out) >= parts | {"gpu.log"}
     assert "results.tar.gz" not in packed(out)
+    assert not (out / "tune.log").exists()
     assert "--quick" in (out / "combine.log").read_text()
 
 
@@ -76,7 +78,15 @@ def test_an_unknown_part_is_refused_with_the_known_ones(environment: dict[str, s
     done = gpu(environment, tmp_path / "out", "poly")
     assert done.returncode == 2
     assert "there is no part poly" in done.stderr
-    assert "parts: tests poly_norm combine train_step" in done.stderr
+    assert "parts: tests attention poly_norm combine train_step; on request: tune\n" in done.stderr
+
+
+def test_a_part_on_request_runs_when_it_is_named(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = gpu(environment, out, "tune")
+    assert done.returncode == 0, done.stdout
+    assert packed(out) == {"gpu.log", "tune.log", "tune.json"}
+    assert f"-m benchmarks.tune --limit 500 --output {out}/tune.json --quick" in (out / "tune.log").read_text()
 
 
 def test_what_there_is_is_packed_when_the_script_is_stopped(environment: dict[str, str], tmp_path: Path) -> None:

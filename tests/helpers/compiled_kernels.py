@@ -1,16 +1,16 @@
 """Compile kernels for a GPU that is not there, exactly as they would be launched on it, and read what they need.
 
-    TRITON_INTERPRET=0 python -m helpers.compiled_kernels ARCH FAMILY      (from tests/)
+    TRITON_INTERPRET=0 python -m helpers.compiled_kernels 90|100 [FAMILY...]      (from tests/)
 
 Triton asks its driver which GPU to compile for; here the answer is made up, and a launch stops after compiling. So the
-code under test chooses its own configuration, from CPU tensors, and what is compiled is what users run. Prints one JSON
-object a compiled kernel.
+code under test chooses its own configuration, from CPU tensors, and what is compiled is what users run. Prints a table,
+or with --json one object a line: registers and stack bytes (spills) a thread, shared memory bytes and tensor memory
+columns a block.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import re
 import subprocess
@@ -19,6 +19,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+
+GPUS = {90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200"}
 
 
 class Usage(NamedTuple):
@@ -29,6 +33,7 @@ class Usage(NamedTuple):
     registers: int  # a thread
     stack: int  # bytes a thread; more than 0 means that registers spilled
     shared: int  # bytes a block
+    tensor_memory: int  # columns, on Blackwell
     constants: dict[str, Any]
 
 
@@ -38,6 +43,8 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
+
+    from motif_kernels import tuning
 
     class Driver:
         def get_current_device(self) -> int:
@@ -50,7 +57,8 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
             return GPUTarget("cuda", arch, 32)
 
     compiled: dict[str, Usage] = {}
-    run = triton.JITFunction.run
+    run, table = triton.JITFunction.run, tuning._table
+    tuning._table = lambda device: tuning.merged_table(GPUS[arch])
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -58,7 +66,9 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
             registers, stack = _resource_usage(kernel.asm["cubin"])
             shown = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool | str)}
             name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-            compiled[kernel.hash] = Usage(name, arch, registers, stack, kernel.metadata.shared, shown)
+            compiled[kernel.hash] = Usage(
+                name, arch, registers, stack, kernel.metadata.shared, kernel.metadata.tmem_size, shown
+            )
         return kernel
 
     triton.JITFunction.run = warm_up
@@ -67,7 +77,7 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
     try:
         yield usages
     finally:
-        triton.JITFunction.run = run
+        triton.JITFunction.run, tuning._table = run, table
         usages.extend(compiled.values())
 
 
@@ -87,8 +97,6 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def _poly_norm() -> None:
     """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole rows and sharded."""
-    import torch
-
     from motif_kernels.triton import poly_norm
 
     weight, bias = torch.ones(3), torch.ones(1)
@@ -110,8 +118,6 @@ def _poly_norm() -> None:
 
 def _combine() -> None:
     """Every head width and ratio that attention kernels serve, with each epilogue."""
-    import torch
-
     from motif_kernels.triton import combine
 
     for dtype, ratios in ((torch.bfloat16, (1, 2, 3, 4, 7)), (torch.float32, (1, 4))):
@@ -125,18 +131,80 @@ def _combine() -> None:
                     combine.backward(signal, signal, noise, lam, weight, gate, **fixed)
 
 
+def _attention() -> None:
+    """Every pair of widths that is promised: whole and grouped, every epilogue, masks, and both backward modes."""
+    for d, dv in WIDTHS:
+        for options in CALLS:
+            _attention_call(torch.bfloat16, d, dv, **options)
+    _attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
+
+
+WIDTHS = ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128))
+CALLS: tuple[dict[str, Any], ...] = (
+    {"group": 1, "right": 0, "epilogue": "norm"},
+    {"group": 4, "right": 0, "epilogue": "norm"},
+    {"group": 1, "right": 0, "epilogue": "none", "left": 511},
+    {"group": 1, "right": 0, "epilogue": "none", "packed": True},
+    {"group": 3, "right": -1, "epilogue": "gate", "deterministic": False, "softcap": 20.0},
+)
+
+
+def _attention_call(
+    dtype: torch.dtype,
+    d: int,
+    dv: int,
+    *,
+    group: int,
+    right: int,
+    epilogue: str,
+    left: int = -1,
+    packed: bool = False,
+    deterministic: bool = True,
+    softcap: float = 0.0,
+) -> None:
+    """A forward and a backward of 256 tokens with 2 noise heads."""
+    from motif_kernels.operators.attention import Options, Tensors, _empty_gradients, _empty_results
+    from motif_kernels.triton import attention
+
+    leading = (256,) if packed else (1, 256)
+    signal, noise, value = (torch.empty(*leading, h, w, dtype=dtype) for h, w in ((2 * group, d), (2, d), (2, dv)))
+    cu_seqlens = torch.tensor([0, 256], dtype=torch.int32) if packed else None
+    weight = torch.empty(dv) if epilogue == "norm" else None
+    gate = torch.empty(*leading, 2 * group, dv, dtype=dtype) if epilogue == "gate" else None
+    lam = torch.empty(())
+    tensors = Tensors(signal, noise, noise, noise, value, lam, weight, gate, cu_seqlens, cu_seqlens)
+    options = Options(256, 256, d**-0.5, left, right, softcap, 1e-5, 1.0, deterministic, True, True)
+    results = _empty_results(tensors, options)
+    attention.forward(tensors, options, results)
+    attention.backward(
+        results.out, tensors, options, results.out.flatten(0, -3), *results[2:6], _empty_gradients(tensors)
+    )
+
+
 def _entries(kernel: str) -> list[dict[str, Any]]:
     from motif_kernels.tuning import tables
 
     return [e for table in tables().values() for e in table["kernels"].get(kernel, [])]
 
 
-FAMILIES = {"poly_norm": _poly_norm, "combine": _combine}
+FAMILIES = {"poly_norm": _poly_norm, "combine": _combine, "attention": _attention}
+
+
+def _main(arguments: list[str]) -> None:
+    as_json = "--json" in arguments
+    arch, *families = [a for a in arguments if a != "--json"]
+    with compile_only(int(arch)) as found:
+        for family in families or FAMILIES:
+            FAMILIES[family]()
+    if as_json:
+        for usage in found:
+            print(json.dumps(usage._asdict()))
+        return
+    print(f"{'kernel':<38} {'registers':>9} {'stack':>6} {'shared':>7} {'tensor':>6}  constants")
+    for u in found:
+        constants = ", ".join(f"{k}={v}" for k, v in u.constants.items())
+        print(f"{u.kernel:<38} {u.registers:>9} {u.stack:>6} {u.shared:>7} {u.tensor_memory:>6}  {constants}")
 
 
 if __name__ == "__main__":
-    importlib.import_module("torch")
-    with compile_only(int(sys.argv[1])) as found:
-        FAMILIES[sys.argv[2]]()
-    for usage in found:
-        print(json.dumps(usage._asdict()))
+    _main(sys.argv[1:])

@@ -33,3 +33,37 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Over the last dimension."""
     normalised = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
     return normalised if weight is None else normalised * weight
+
+
+def plain_diff_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    causal: bool,
+    norm_weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    out_scale: float = 1.0,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """Differential attention of (B, S, H, D) tensors as one writes it down, in the inputs' precision."""
+
+    def attention(q: Tensor, k: Tensor) -> Tensor:
+        heads = q.shape[2]
+        q, k, values = (t.repeat_interleave(heads // t.shape[2], dim=2).transpose(1, 2) for t in (q, k, v))
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if causal:
+            hidden = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device)
+            logits = logits.masked_fill(hidden.triu(1 + k.shape[-2] - q.shape[-2]), -torch.inf)
+        return (logits.softmax(-1) @ values).transpose(1, 2)
+
+    noise = attention(q2, k2).repeat_interleave(q1.shape[2] // q2.shape[2], dim=2)
+    out = attention(q1, k1) - (lam[..., None] if lam.ndim else lam) * noise
+    if norm_weight is not None:
+        out = rms_norm(out, norm_weight, norm_eps)
+    if gate is not None:
+        out = out * torch.sigmoid(gate)
+    return (out * out_scale).to(q1.dtype)

@@ -154,13 +154,35 @@ def test_wrong_calls_are_refused():
 
 
 def test_unsupported_attention_is_refused():
-    for name, words in (("flash_attention_2", "Flash Attention 2"), ("flex_attention", "flex_attention")):
-        with pytest.raises(ValueError, match=f"does not support .*{words}"):
+    for name, words in (("flash_attention_2", "no flash-attn is installed"), ("flex_attention", "does not support")):
+        with pytest.raises(ValueError, match=words):
             tiny_model(attn_implementation=name)
     model = tiny_model()
     model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(ValueError, match="'flex_attention' is not supported; choose one of eager, sdpa"):
+    with pytest.raises(ValueError, match="'flex_attention' is not supported; choose one of auto, triton, eager, sdpa"):
         model(input_ids=random_ids(1, 4))
+
+
+def test_the_fastest_attention_is_the_default():
+    model = tiny_model()
+    model(input_ids=random_ids(1, 4))
+    assert model.model.layers[0].self_attn.backend == "auto"
+
+
+@pytest.mark.parametrize("variant", ["gda", "diff_v1", "diff_v2 gated"])
+def test_fused_kernels_carry_the_model(variant):
+    """Padded batch, logits and gradients, in Triton's interpreter."""
+    if not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    results = []
+    for name in ("triton", "eager"):
+        model = tiny_model(variant, attn_implementation=name).train()
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for fused, eager in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "window" not in v])

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from ..tracing import constant
+
 
 def implementation(family: str, device: torch.device) -> ModuleType:
     """The module that runs a family of operators ("poly_norm", "combine") on a device.
@@ -30,9 +32,12 @@ def implementation(family: str, device: torch.device) -> ModuleType:
 
 def has_implementation(device: torch.device) -> bool:
     """Whether operators run on this device; if not, the public functions use the plain formulas."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return device.type in ("cpu", "meta")
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and _triton_is_installed())
+
+
+@constant
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def result_dtype(x: torch.Tensor) -> torch.dtype:

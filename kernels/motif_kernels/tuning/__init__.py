@@ -8,13 +8,16 @@ last entry's is null and serves the rest. What a kernel's size is, and what the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
 import torch
+
+from ..tracing import constant
 
 Entry = Mapping[str, Any]
 
@@ -26,17 +29,15 @@ def tables() -> dict[str, dict[str, Any]]:
     return {f.name.removesuffix(".json"): json.loads(f.read_text(encoding="utf-8")) for f in files}
 
 
+def merged_table(gpu: str) -> dict[str, Any]:
+    """The entries for a GPU of this name: its own where there are any, else the default's."""
+    own: dict[str, Any] = next((t["kernels"] for t in tables().values() if t["gpu"] and t["gpu"] in gpu), {})
+    return {**tables()["default"]["kernels"], **own}
+
+
 @functools.cache
 def _table(device: torch.device) -> dict[str, Any]:
-    """The table for a device: its own if there is one, with the default for kernels it does not list."""
-    default = tables()["default"]["kernels"]
-    if device.type != "cuda":
-        return default
-    name = torch.cuda.get_device_name(device)
-    own: dict[str, Any] = next(
-        (t["kernels"] for t in tables().values() if t["gpu"] is not None and t["gpu"] in name), {}
-    )
-    return {**default, **own}
+    return merged_table(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
 def launch_choice(kernel: str, size: int, device: torch.device) -> Entry:
@@ -45,4 +46,31 @@ def launch_choice(kernel: str, size: int, device: torch.device) -> Entry:
     Raises:
         KeyError: no table lists the kernel.
     """
-    return next(e for e in _table(device)[kernel] if e["up_to"] is None or size <= e["up_to"])
+    entry = find_choice(kernel, size, device)
+    if entry is None:
+        raise KeyError(f"no launch table lists the kernel {kernel!r}")
+    return entry
+
+
+@constant
+def find_choice(kernel: str, size: int, device: torch.device) -> Entry | None:
+    """:func:`launch_choice`, or None if no table lists the kernel."""
+    if kernel in _overrides:
+        return _overrides[kernel]
+    entries = _table(device).get(kernel, [])
+    return next((e for e in entries if e["up_to"] is None or size <= e["up_to"]), None)
+
+
+_overrides: dict[str, Entry] = {}
+
+
+@contextlib.contextmanager
+def overriding(**entries: Entry) -> Iterator[None]:
+    """Within, these kernels take these entries whatever the tables say: for measuring candidates, and for tests."""
+    before = dict(_overrides)
+    _overrides.update(entries)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)

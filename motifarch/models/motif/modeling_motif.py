@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 
+from motif_kernels import flash
 from motifarch.layers import (
     IGNORE_INDEX,
     DifferentialAttentionV2,
@@ -33,8 +34,10 @@ from motifarch.layers import (
 
 from .configuration_motif import MotifConfig
 
-# transformers' attn_implementation -> motif_kernels' backend
-_BACKENDS = {"eager": "reference", "sdpa": "sdpa"}
+# attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the rest are transformers'
+# names. Any "flash_..." is whichever flash-attn is installed.
+_BACKENDS = {"auto": "auto", "triton": "triton", "eager": "reference", "sdpa": "sdpa"}
+_FLASH = "flash_"
 
 
 def build_attention(config: MotifConfig, layer_idx: int) -> nn.Module:
@@ -136,6 +139,19 @@ class MotifPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
 
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *arguments: Any, **options: Any
+    ) -> str:
+        """What transformers asks for a name's meaning: ours besides its own."""
+        name = "auto" if attn_implementation is None else attn_implementation
+        if name.startswith(_FLASH):
+            if flash.installed() is None:
+                raise ValueError(f"attn_implementation {name!r}: no flash-attn is installed; install it or take 'auto'")
+            return name
+        if name in ("auto", "triton"):
+            return name
+        return super()._check_and_adjust_attn_implementation(name, *arguments, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -173,8 +189,13 @@ class MotifModel(MotifPreTrainedModel):
 
     def _backend(self) -> str:
         name = self.config._attn_implementation
+        if name.startswith(_FLASH):
+            return "flash"
         if name not in _BACKENDS:
-            raise ValueError(f"attn_implementation {name!r} is not supported; choose one of {', '.join(_BACKENDS)}")
+            raise ValueError(
+                f"attn_implementation {name!r} is not supported; "
+                f"choose one of {', '.join(_BACKENDS)}, flash_attention_2"
+            )
         return _BACKENDS[name]
 
     def forward(

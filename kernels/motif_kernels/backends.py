@@ -1,0 +1,277 @@
+"""The backends of differential attention: which of them can serve a call, which is taken, and how each is run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import flash, reference, sdpa, tuning
+from .combine import diff_combine
+from .operators import attention as operator
+from .tracing import constant
+
+Result = tuple[Tensor, Tensor | None, Tensor | None]
+"""The output, and where asked for the largest signal and noise logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The checked arguments of :func:`motif_kernels.diff_attn_func`, or of its packed form if cu_seqlens are given."""
+
+    q1: Tensor
+    k1: Tensor
+    q2: Tensor
+    k2: Tensor
+    v: Tensor
+    lam: Tensor | float
+    softmax_scale: float
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    norm_weight: Tensor | None
+    norm_eps: float
+    out_scale: float
+    gate: Tensor | None
+    deterministic: bool
+    return_max_logits: bool
+    max_seqlen_q: int
+    max_seqlen_k: int
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    def needs_grad(self) -> bool:
+        """Whether a backward pass may follow."""
+        tensors = (self.q1, self.k1, self.q2, self.k2, self.v, self.lam, self.norm_weight, self.gate)
+        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+# Why a backend cannot serve a call, in words that go on from "backend '...' cannot serve ", or None.
+
+
+def _refusal_by_reference(call: Call) -> str | None:
+    return None
+
+
+def _refusal_by_sdpa(call: Call) -> str | None:
+    if call.softcap > 0:
+        return f"softcap={call.softcap}: torch's scaled_dot_product_attention has no soft cap"
+    if call.return_max_logits:
+        return "return_max_logits=True: torch's scaled_dot_product_attention does not give its logits"
+    return None
+
+
+def _refusal_by_flash(call: Call) -> str | None:
+    return flash.refusal(
+        device=call.q1.device,
+        dtype=call.q1.dtype,
+        head_dim=call.q1.shape[-1],
+        value_dim=call.v.shape[-1],
+        softcap=call.softcap,
+        return_max_logits=call.return_max_logits,
+        deterministic=call.deterministic,
+        needs_grad=call.needs_grad(),
+    )
+
+
+@constant
+def _refusal_by_triton_on(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return f"tensors on {device}: triton is not installed"
+    import triton
+
+    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
+        return None
+    return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"
+
+
+def _refusal_by_triton(call: Call) -> str | None:
+    return _refusal_by_triton_on(call.q1.device) or operator.refusal(call.q1, call.k1, call.q2, call.k2, call.v)
+
+
+def _run_reference(call: Call) -> Result:
+    packed = call.cu_seqlens_q is not None
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        visible = reference.packed_visibility_mask(
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
+            call.q1.shape[0],
+            call.k1.shape[0],
+            causal=call.causal,
+            window_size=call.window_size,
+        )
+    else:
+        visible = reference.visibility_mask(
+            call.q1.shape[1],
+            call.k1.shape[1],
+            causal=call.causal,
+            window_size=call.window_size,
+            device=call.q1.device,
+        )
+
+    def batched(x: Tensor) -> Tensor:
+        return x[None] if packed else x
+
+    lam = call.lam
+    if isinstance(lam, Tensor) and lam.ndim == 2:
+        lam = lam[None]
+    out, max_signal, max_noise = reference.diff_attention(
+        batched(call.q1),
+        batched(call.k1),
+        batched(call.q2),
+        batched(call.k2),
+        batched(call.v),
+        lam,
+        visible=visible,
+        softmax_scale=call.softmax_scale,
+        softcap=call.softcap,
+        norm_weight=call.norm_weight,
+        norm_eps=call.norm_eps,
+        out_scale=call.out_scale,
+        gate=None if call.gate is None else batched(call.gate),
+    )
+    return out[0] if packed else out, max_signal.float(), max_noise.float()
+
+
+def _combine(call: Call, o_signal: Tensor, o_noise: Tensor) -> Result:
+    out = diff_combine(
+        o_signal,
+        o_noise,
+        call.lam,
+        norm_weight=call.norm_weight,
+        norm_eps=call.norm_eps,
+        out_scale=call.out_scale,
+        gate=call.gate,
+    )
+    return out, None, None
+
+
+def _run_sdpa(call: Call) -> Result:
+    packed = call.cu_seqlens_q is not None
+
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        out = sdpa.attention(
+            *((q[None], k[None], call.v[None]) if packed else (q, k, call.v)),
+            scale=call.softmax_scale,
+            causal=call.causal,
+            window_size=call.window_size,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=call.cu_seqlens_k,
+        )
+        return out[0] if packed else out
+
+    return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
+
+
+def _run_flash(call: Call) -> Result:
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+            return flash.attention(
+                q,
+                k,
+                call.v,
+                scale=call.softmax_scale,
+                causal=call.causal,
+                window_size=call.window_size,
+                softcap=call.softcap,
+                deterministic=call.deterministic,
+            )
+        return flash.varlen_attention(
+            q,
+            k,
+            call.v,
+            call.cu_seqlens_q,
+            call.cu_seqlens_k,
+            call.max_seqlen_q,
+            call.max_seqlen_k,
+            scale=call.softmax_scale,
+            causal=call.causal,
+            window_size=call.window_size,
+            softcap=call.softcap,
+            deterministic=call.deterministic,
+        )
+
+    return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
+
+
+def _run_triton(call: Call) -> Result:
+    lam = call.lam
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=torch.float32, device=call.q1.device)
+    left, right = call.window_size
+    results = operator.diff_attention(
+        call.q1,
+        call.k1,
+        call.q2,
+        call.k2,
+        call.v,
+        lam,
+        call.norm_weight,
+        call.gate,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.softmax_scale,
+        left,
+        0 if call.causal else right,
+        call.softcap,
+        call.norm_eps,
+        call.out_scale,
+        call.deterministic,
+        call.needs_grad(),
+        call.return_max_logits,
+    )
+    return results[0], results[6], results[7]
+
+
+@dataclass(frozen=True)
+class _Backend:
+    refusal: Callable[[Call], str | None]
+    run: Callable[[Call], Result]
+
+
+_BACKENDS = {
+    "reference": _Backend(_refusal_by_reference, _run_reference),
+    "sdpa": _Backend(_refusal_by_sdpa, _run_sdpa),
+    "flash": _Backend(_refusal_by_flash, _run_flash),
+    "triton": _Backend(_refusal_by_triton, _run_triton),
+}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+def choose(backend: str, call: Call) -> str:
+    """Resolve ``"auto"`` and refuse a backend that cannot serve the call.
+
+    On a GPU "auto" takes what the GPU's table (``tuning/``, "attention_backend") says is fastest for the head
+    widths, or without one the kernels written here; then what else can serve, composed attention before the plain
+    formula. On a CPU it takes torch's attention, or the plain formula.
+
+    Raises:
+        ValueError: an unknown backend, or one asked for by name that cannot serve the call (the message says why).
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
+    if backend != "auto":
+        if refusal := _BACKENDS[backend].refusal(call):
+            raise ValueError(f"backend {backend!r} cannot serve {refusal}; use another backend or 'auto'")
+        return backend
+    order = ("sdpa", "reference")
+    if call.q1.device.type == "cuda":
+        widths = (1 << max(4, (w - 1).bit_length()) for w in (call.q1.shape[-1], call.v.shape[-1]))
+        measured = tuning.find_choice("attention_backend", sum(widths) * call.q1.element_size(), call.q1.device)
+        order = (*([measured["backend"]] if measured else []), "triton", "flash", *order)
+    return next(name for name in order if _BACKENDS[name].refusal(call) is None)
+
+
+def run(backend: str, call: Call) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Serve a call: the output, or with return_max_logits the output and the largest signal and noise logits."""
+    out, max_signal, max_noise = _BACKENDS[choose(backend, call)].run(call)
+    if not call.return_max_logits:
+        return out
+    assert max_signal is not None
+    assert max_noise is not None
+    return out, max_signal, max_noise

@@ -1,0 +1,243 @@
+"""Floating-point operations of attention, by the mathematics, for torch's flop counter.
+
+``torch.utils.flop_counter`` knows neither this package's operators nor torch's own attention on a CPU. Importing this
+module registers them; it must be imported before a ``FlopCounterMode`` is made, for the mode copies the registry.
+
+What is counted: a multiply-add is two operations; (query, key) pairs that the mask hides are not counted, nor is what
+an implementation wastes (masked tiles, recomputation across kernels, padding inside an operator). The exponentials
+and the epilogue are left out, as they are by torch.
+
+Work for one pair, with D the width of queries and keys and Dv that of values:
+
+======================  ==================================  ===========================================
+map                     forward                             backward
+======================  ==================================  ===========================================
+softmax                 S 2D, P V 2Dv                       S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
+differential, signal    S 2D, P V 2Dv                       S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
+differential, noise     S 2D, P V 2Dv                       S 2D, dK 2D, dQ 2D (dP and dV are its group's)
+======================  ==================================  ===========================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from . import sdpa  # noqa: F401  (defines the operators that are registered here)
+from .operators.attention import split_arguments
+
+_Formula = TypeVar("_Formula", bound=Callable[..., int])
+
+
+def visible_pairs(
+    seqlens_q: int | Sequence[int],
+    seqlens_k: int | Sequence[int],
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> int:
+    """(Query, key) pairs that a mask leaves visible, in :func:`motif_kernels.diff_attn_func`'s conventions.
+
+    Takes time in the number of documents, not of tokens.
+
+    Args:
+        seqlens_q: queries of each document, or of the one sequence.
+        seqlens_k: keys of each document, or of the one sequence.
+        causal: hide later keys; the last query stands at the last key.
+        window_size: inclusive (left, right) around each query's position, -1 for unbounded.
+
+    Returns:
+        The number of pairs in one map, over all documents.
+
+    Raises:
+        ValueError: seqlens_q and seqlens_k name different numbers of documents.
+    """
+    lengths_q = [seqlens_q] if isinstance(seqlens_q, int) else list(seqlens_q)
+    lengths_k = [seqlens_k] if isinstance(seqlens_k, int) else list(seqlens_k)
+    if len(lengths_q) != len(lengths_k):
+        raise ValueError(
+            f"seqlens_q names {len(lengths_q)} documents and seqlens_k {len(lengths_k)}; they must be equal"
+        )
+    left, right = window_size
+    if causal:
+        right = 0
+    total = 0
+    for queries, keys in zip(lengths_q, lengths_k, strict=True):
+        up_to_right = queries * keys if right < 0 else _keys_before(queries, keys, right + 1)
+        before_left = 0 if left < 0 else _keys_before(queries, keys, -left)
+        total += up_to_right - before_left
+    return total
+
+
+def _keys_before(queries: int, keys: int, shift: int) -> int:
+    """How many keys stand before ``position + shift``, summed over the queries, whose positions end at keys - 1."""
+
+    def running_sum(n: int) -> int:
+        """The sum of clamp(x, 0, keys) over all x <= n."""
+        if n <= 0:
+            return 0
+        inside = min(n, keys)
+        return inside * (inside + 1) // 2 + (n - inside) * keys
+
+    last = keys - 1 + shift
+    return running_sum(last) - running_sum(last - queries)
+
+
+def attention_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> int:
+    """Softmax attention's forward pass: ``pairs`` visible pairs a head, summed over the batch."""
+    return pairs * heads * (2 * head_dim + 2 * value_dim)
+
+
+def attention_backward_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> int:
+    """Softmax attention's backward pass: five products, which is 2.5 times the forward where D = Dv."""
+    return pairs * heads * (6 * head_dim + 4 * value_dim)
+
+
+def diff_attention_flops(pairs: int, signal_heads: int, noise_heads: int, head_dim: int, value_dim: int) -> int:
+    """Differential attention's forward pass, the noise map computed once for its group.
+
+    With Dv = 2D a group takes 12D a pair for one signal head and 30D for four.
+
+    Args:
+        pairs: visible pairs of one map, summed over the batch (:func:`visible_pairs`).
+        signal_heads: Hs.
+        noise_heads: Hn.
+        head_dim: D.
+        value_dim: Dv.
+    """
+    return attention_flops(pairs, signal_heads + noise_heads, head_dim, value_dim)
+
+
+def diff_attention_backward_flops(
+    pairs: int, signal_heads: int, noise_heads: int, head_dim: int, value_dim: int
+) -> int:
+    """Differential attention's backward pass in one pass, dP and dV shared within a group.
+
+    With Dv = 2D a group takes 20D a pair for one signal head and 62D for four. Arguments as in
+    :func:`diff_attention_flops`.
+    """
+    return attention_backward_flops(pairs, signal_heads, head_dim, value_dim) + pairs * noise_heads * 6 * head_dim
+
+
+def document_lengths(cu_seqlens: Tensor) -> list[int]:
+    """Lengths of packed documents; reads the values, which a fake or meta tensor does not have (torch then raises)."""
+    return [end - start for start, end in pairwise(cu_seqlens.tolist())]
+
+
+def register(operator: torch._ops.OpOverloadPacket) -> Callable[[_Formula], _Formula]:
+    """Register a formula that gets the operator's own arguments and ``out_val``.
+
+    A formula that is there already stays: torch may learn its CPU attention, and a module may be imported again.
+    """
+
+    def decorate(formula: _Formula) -> _Formula:
+        if operator not in flop_registry:
+            register_flop_formula(operator, get_raw=True)(formula)
+        return formula
+
+    return decorate
+
+
+def _segmented_pairs(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> int:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return q.shape[0] * visible_pairs(q.shape[1], k.shape[1], causal, window_size)
+    return visible_pairs(document_lengths(cu_seqlens_q), document_lengths(cu_seqlens_k), causal, window_size)
+
+
+@register(torch.ops.motif.segmented_attention)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    **_: Any,
+) -> int:
+    pairs = _segmented_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, (left, right))
+    return attention_flops(pairs, q.shape[2], q.shape[-1], v.shape[-1])
+
+
+@register(torch.ops.motif.segmented_attention_backward)
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    **_: Any,
+) -> int:
+    pairs = _segmented_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, (left, right))
+    return attention_backward_flops(pairs, q.shape[2], q.shape[-1], v.shape[-1])
+
+
+def _top_left_pairs(query: Tensor, key: Tensor, causal: bool) -> int:
+    """Pairs over the batch of (B, H, S, D) tensors; torch's causal mask stands the first query at the first key."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    if not causal:
+        return query.shape[0] * queries * keys
+    square = min(queries, keys)
+    return query.shape[0] * (square * (square + 1) // 2 + (queries - square) * keys)
+
+
+@register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:
+    # A mask tensor's values are not read: every pair is counted, as torch does on other devices.
+    pairs = _top_left_pairs(query, key, is_causal)
+    return attention_flops(pairs, query.shape[1], query.shape[-1], value.shape[-1])
+
+
+@register(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    **_: Any,
+) -> int:
+    pairs = _top_left_pairs(query, key, is_causal)
+    return attention_backward_flops(pairs, query.shape[1], query.shape[-1], value.shape[-1])
+
+
+def _diff_attention_pairs(arguments: tuple[Any, ...]) -> tuple[int, int, int, int, int]:
+    """Visible pairs, signal heads, noise heads, head width and value width of the operator's arguments."""
+    tensors, options = split_arguments(arguments)
+    q1, k1 = tensors.q1, tensors.k1
+    window = (options.left, options.right)
+    pairs = _segmented_pairs(q1, k1, tensors.cu_seqlens_q, tensors.cu_seqlens_k, False, window)
+    return pairs, q1.shape[-2], tensors.q2.shape[-2], q1.shape[-1], tensors.v.shape[-1]
+
+
+@register(torch.ops.motif.diff_attention)
+def _(*arguments: Any, **_: Any) -> int:
+    return diff_attention_flops(*_diff_attention_pairs(arguments))
+
+
+@register(torch.ops.motif.diff_attention_backward)
+def _(grad: Tensor, *arguments: Any, **_: Any) -> int:
+    return diff_attention_backward_flops(*_diff_attention_pairs(arguments))

@@ -1,0 +1,268 @@
+"""Differential attention, forward: one kernel from queries, keys and values to the finished output.
+
+A program serves a tile of queries of one noise head. It first attends with the noise head and lays the result aside in
+float32; then it attends with each signal head of the group in turn, takes the difference in float32, applies the
+sub-norm or the gate, and rounds once. The noise product is computed once a group; no map and no repeated head is
+ever in memory. The noise tile lies in a scratch array that only its program reads, soon after and so from the GPU's
+cache: held in registers beside the signal's accumulator, it would halve the tile that a program can serve.
+
+Keys are walked through tile by tile with the online softmax. Only tiles that the mask cuts do the work of masking: the
+walk goes over a masked range, an unmasked one and a masked one.
+
+For the backward pass it leaves the rounded difference A (where an epilogue follows), the rounded noise output O2, the
+log-sum-exp of each map, and the sub-norm's inverse root mean square. Arrays of one number a token are (heads, tokens).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import document, key_ranges, load_tile, product, store_tile, to_logits, visible
+
+
+@triton.jit
+def _walk(
+    o,
+    m,
+    l,  # noqa: E741
+    q,
+    queries,
+    k_pointer,
+    k_stride,
+    v_pointer,
+    v_stride,
+    start,
+    stop,
+    shift,
+    seqlen_k,
+    left,
+    right,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """The online softmax over keys [start, stop): updates the output o, the row maxima m and the row sums l."""
+    for first in tl.range(start, stop, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k = load_tile(k_pointer, k_stride, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED)
+        s = to_logits(product(q, tl.trans(k)), SCALE, SOFTCAP)
+        if MASKED:
+            seen = visible(queries[:, None], keys[None, :], shift, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1))
+        m_finite = m_new
+        if MASKED:  # a row that has seen nothing yet
+            m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_finite[:, None])
+        alpha = tl.exp2(m - m_finite)
+        l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+        v = load_tile(v_pointer, v_stride, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED)
+        o = product(p.to(v.dtype), v, o * alpha[:, None])
+        m = m_new
+    return o, m, l
+
+
+@triton.jit
+def _attend(
+    q_pointer,
+    q_stride,
+    k_pointer,
+    k_stride,
+    v_pointer,
+    v_stride,
+    first_query,
+    seqlen_q,
+    seqlen_k,
+    shift,
+    begin,
+    middle,
+    middle_end,
+    end,
+    left,
+    right,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One head's attention for a tile of queries: output (BLOCK_M, BLOCK_DV), log-sum-exp and largest logit."""
+    q = load_tile(q_pointer, q_stride, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    if HAS_LEFT:
+        o, m, l = _walk(  # noqa: E741
+            o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, begin, middle, shift, seqlen_k, left, right,
+            SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    o, m, l = _walk(  # noqa: E741
+        o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, middle, middle_end, shift, seqlen_k, left, right,
+        SCALE, SOFTCAP, False, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    o, m, l = _walk(  # noqa: E741
+        o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, middle_end, end, shift, seqlen_k, left, right,
+        SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    blind = l == 0
+    o = o * tl.where(blind, 0.0, 1 / l)[:, None]
+    # Infinite where nothing is seen: every probability that the backward pass recomputes is then 0.
+    lse = tl.where(blind, float("inf"), m + tl.log2(l))
+    return o, lse, m
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "left", "right"])
+def _forward_kernel(
+    q1_pointer,
+    k1_pointer,
+    q2_pointer,
+    k2_pointer,
+    v_pointer,
+    lam_pointer,
+    weight_pointer,
+    gate_pointer,
+    cu_seqlens_q_pointer,
+    cu_seqlens_k_pointer,
+    out_pointer,
+    a_pointer,
+    scratch_pointer,
+    o2_pointer,
+    lse1_pointer,
+    lse2_pointer,
+    inverse_rms_pointer,
+    max1_pointer,
+    max2_pointer,
+    q1_batch,
+    q1_token,
+    q1_head,
+    k1_batch,
+    k1_token,
+    k1_head,
+    q2_batch,
+    q2_token,
+    q2_head,
+    k2_batch,
+    k2_token,
+    k2_head,
+    v_batch,
+    v_token,
+    v_head,
+    lam_batch,
+    lam_token,
+    lam_head,
+    gate_batch,
+    gate_token,
+    gate_head,
+    seqlen_q,
+    seqlen_k,
+    tokens,
+    left,
+    right,
+    noise_heads,
+    NORM_EPS: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIGNALS_PER_K1: tl.constexpr,
+    NOISES_PER_K2: tl.constexpr,
+    NOISES_PER_V: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    # The last queries see most under a causal mask: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = tl.program_id(1)
+    z = tl.program_id(2)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q)
+    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k)
+    first = block * BLOCK_M
+    if first >= length_q:
+        if max1_pointer is not None:
+            at = z.to(tl.int64) * tl.num_programs(0) + block
+            tl.store(max2_pointer + at * noise_heads + n, float("-inf"))
+            for i in tl.range(GROUP):
+                tl.store(max1_pointer + at * (noise_heads * GROUP) + n * GROUP + i, float("-inf"))
+        return
+    queries = first + tl.arange(0, BLOCK_M)
+    present = queries < length_q
+    shift = length_k - length_q
+    last = tl.minimum(first + BLOCK_M, length_q) - 1
+    begin, middle, middle_end, end = key_ranges(first, last, shift, length_k, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+
+    z, n = z.to(tl.int64), n.to(tl.int64)
+    heads = noise_heads * GROUP
+    rows = token_start + queries  # of the arrays that this kernel writes
+    tile = z * tl.num_programs(0) + block
+
+    # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's code exists once, and
+    # nothing of the epilogue is alive in registers while it runs, which hoisting out of this loop would bring about.
+    for i in tl.range(0, GROUP + 1, disable_licm=True):
+        is_noise = i == 0
+        h = n * GROUP + i - 1
+        q1 = q1_pointer + z * q1_batch + q_start * q1_token + h * q1_head
+        q2 = q2_pointer + z * q2_batch + q_start * q2_token + n * q2_head
+        k1 = k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head
+        k2 = k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head
+        v = v_pointer + z * v_batch + k_start * v_token + n // NOISES_PER_V * v_head
+        a, lse, m = _attend(
+            tl.where(is_noise, q2, q1), tl.where(is_noise, q2_token, q1_token),
+            tl.where(is_noise, k2, k1), tl.where(is_noise, k2_token, k1_token), v, v_token,
+            first, length_q, length_k, shift, begin, middle, middle_end, end, left, right,
+            SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        if lse1_pointer is not None:
+            at = tl.where(is_noise, lse2_pointer + n * tokens, lse1_pointer + h * tokens)
+            tl.store(at + rows, lse, mask=present)
+        if max1_pointer is not None:
+            at = tl.where(is_noise, max2_pointer + tile * noise_heads + n, max1_pointer + tile * heads + h)
+            tl.store(at, tl.max(tl.where(present, m, float("-inf")), axis=0))
+        scratch = scratch_pointer + (token_start * noise_heads + n) * DV
+        if is_noise:
+            store_tile(scratch, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+            tl.debug_barrier()  # other threads of this program may be the ones to read it
+            if o2_pointer is not None:
+                o2_own = o2_pointer + (token_start * noise_heads + n) * DV
+                store_tile(o2_own, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+        else:
+            lam_at = lam_pointer + z * lam_batch + h * lam_head + (q_start + queries) * lam_token
+            lam = tl.load(lam_at, mask=present, other=0.0)
+            o2 = load_tile(scratch, noise_heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
+            a -= lam.to(tl.float32)[:, None] * o2
+            head = (token_start * heads + h) * DV
+            if a_pointer is not None:
+                store_tile(a_pointer + head, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+            if weight_pointer is not None:
+                inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
+                if inverse_rms_pointer is not None:
+                    tl.store(inverse_rms_pointer + h * tokens + rows, inverse_rms, mask=present)
+                columns = tl.arange(0, BLOCK_DV)
+                weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
+                a *= inverse_rms[:, None] * weight[None, :]
+            if gate_pointer is not None:
+                gate = load_tile(
+                    gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head,
+                    gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True,
+                )  # fmt: skip
+                a = a / (1 + tl.exp(-gate.to(tl.float32)))
+            store_tile(out_pointer + head, heads * DV, first, length_q, a * OUT_SCALE, BLOCK_M, DV, BLOCK_DV)

@@ -1,0 +1,163 @@
+"""What the attention kernels share: tiles of heads in memory, which keys a tile of queries sees, and logits.
+
+Legend: B batch or documents, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise heads,
+g = Hs / Hn (GROUP). Logits are kept in units of log2, so that every exponential is an exp2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _addresses(pointer, stride, first, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    # The tile's corner in 64 bits, the way from there in the stride's own: in a loop only the corner changes.
+    corner = pointer + (tl.full((), 0, tl.int64) + first) * stride
+    return corner + tl.arange(0, BLOCK_ROWS)[:, None] * stride + tl.arange(0, BLOCK_WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    stride,
+    first,
+    row_end,
+    BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A head's rows from ``first`` on, (BLOCK_ROWS, BLOCK_WIDTH): 0 past its width and, if MASKED, from row_end on."""
+    at = _addresses(pointer, stride, first, BLOCK_ROWS, BLOCK_WIDTH)
+    columns = tl.arange(0, BLOCK_WIDTH)
+    if MASKED:
+        present = (first + tl.arange(0, BLOCK_ROWS) < row_end)[:, None]
+        if WIDTH == BLOCK_WIDTH:
+            return tl.load(at, mask=present, other=0.0)
+        return tl.load(at, mask=present & (columns < WIDTH)[None, :], other=0.0)
+    if WIDTH == BLOCK_WIDTH:
+        return tl.load(at)
+    return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(
+    pointer, stride, first, row_end, tile, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):
+    """The opposite of :func:`load_tile`, in the pointer's dtype."""
+    at = _addresses(pointer, stride, first, BLOCK_ROWS, BLOCK_WIDTH)
+    present = (first + tl.arange(0, BLOCK_ROWS) < row_end)[:, None] & (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
+    tl.store(at, tile.to(pointer.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def product(a, b, accumulator=None):
+    """Matrix product in float32; float32 operands are not rounded on the way."""
+    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def visible(queries, keys, shift, seqlen_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which keys (broadcast against queries) are seen. ``shift`` is the key position of query 0."""
+    seen = keys < seqlen_k
+    if HAS_LEFT:
+        seen = seen & (keys >= queries + shift - left)
+    if HAS_RIGHT:
+        seen = seen & (keys <= queries + shift + right)
+    return seen
+
+
+@triton.jit
+def _tile_ranges(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    """Cut [begin, end) into a masked, an unmasked and a masked range of whole tiles: four rising bounds.
+
+    Tiles within [full_begin, full_end) need no mask.
+    """
+    begin = tl.maximum(begin, 0) // BLOCK * BLOCK
+    end = tl.maximum(end, begin)
+    last = tl.cdiv(end, BLOCK) * BLOCK
+    middle = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_begin, 0), BLOCK) * BLOCK, begin), last)
+    middle_end = tl.maximum(tl.minimum(tl.maximum(full_end, 0) // BLOCK * BLOCK, last), middle)
+    return begin, middle, middle_end, end
+
+
+@triton.jit
+def key_ranges(
+    first_query,
+    last_query,
+    shift,
+    seqlen_k,
+    left,
+    right,
+    BLOCK: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Ranges of keys for the queries first_query to last_query: masked, unmasked, masked."""
+    begin, full_begin, full_end, end = 0, 0, seqlen_k, seqlen_k
+    if HAS_LEFT:
+        begin = first_query + shift - left
+        full_begin = last_query + shift - left
+    if HAS_RIGHT:
+        end = tl.minimum(seqlen_k, last_query + shift + right + 1)
+        full_end = tl.minimum(seqlen_k, first_query + shift + right + 1)
+    return _tile_ranges(begin, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
+def query_ranges(
+    first_key,
+    last_key,
+    shift,
+    seqlen_q,
+    seqlen_k,
+    left,
+    right,
+    BLOCK: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+):
+    """Ranges of queries for a tile of keys: masked, unmasked, masked. A tile past the last key has no unmasked one."""
+    begin, full_begin, full_end, end = 0, 0, seqlen_q, seqlen_q
+    if HAS_RIGHT:
+        begin = first_key - shift - right
+        full_begin = last_key - shift - right
+    if HAS_LEFT:
+        end = tl.minimum(seqlen_q, last_key - shift + left + 1)
+        full_end = tl.minimum(seqlen_q, first_key - shift + left + 1)
+    if last_key >= seqlen_k:
+        full_end = 0
+    return _tile_ranges(begin, full_begin, full_end, end, BLOCK)
+
+
+@triton.jit
+def tanh(x):
+    return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2_E)))
+
+
+@triton.jit
+def to_logits(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Scaled and capped, in units of log2."""
+    if SOFTCAP > 0:
+        return tanh(products * (SCALE / SOFTCAP)) * (SOFTCAP * LOG2_E)
+    return products * (SCALE * LOG2_E)
+
+
+@triton.jit
+def cap_slope(logits, SOFTCAP: tl.constexpr):
+    """Derivative of the soft cap at a capped logit (in units of log2)."""
+    capped = logits / (SOFTCAP * LOG2_E)
+    return 1 - capped * capped
+
+
+@triton.jit
+def document(z, cu_seqlens_pointer, seqlen):
+    """Of batch entry z: its first row in tensors with strides, its first token counted over the batch, its length."""
+    if cu_seqlens_pointer is not None:
+        start = tl.load(cu_seqlens_pointer + z)
+        length = tl.load(cu_seqlens_pointer + z + 1) - start
+        return start.to(tl.int64), start.to(tl.int64), length
+    return tl.full((), 0, tl.int64), z.to(tl.int64) * seqlen, seqlen

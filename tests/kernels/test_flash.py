@@ -1,0 +1,761 @@
+"""The flash backend: stand-ins with each library's signatures and refusals, computed by the reference, on a CPU.
+
+The stand-ins take float64 besides half precision, so that what is composed around them can be compared to the last
+digits. Tests marked ``gpu`` run the libraries themselves.
+"""
+
+import inspect
+import itertools
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+from helpers.numerics import assert_error_rule, gradients, leaves
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, flash, reference
+
+DTYPES = (torch.float64, torch.float16, torch.bfloat16)
+NAMES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
+AMPERE, HOPPER, BLACKWELL, GEFORCE = (8, 0), (9, 0), (10, 0), (12, 0)
+
+
+def plain(q, k, v, packing, scale, causal, window, softcap):
+    """What a library computes: (B, S, H, D), or packed documents."""
+    if packing is None:
+        mask = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window)
+        return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0].to(q.dtype)
+    mask = reference.packed_visibility_mask(*packing, len(q), len(k), causal=causal, window_size=window)
+    q, k, v = q[None], k[None], v[None]
+    return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0][0].to(q.dtype)
+
+
+def compute(q, k, v, packing, lengths, *, scale, causal, window, softcap, deterministic):
+    """A stand-in's work without its checks and records, to be traced."""
+    return plain(q, k, v, packing, scale, causal, window, softcap)
+
+
+class StandIn:
+    """A flash-attn module: records each call, refuses what the library refuses, computes the rest plainly."""
+
+    def __init__(self, version, capability):
+        self.version, self.capability, self.calls = version, capability, []
+
+    def run(self, q, k, v, packing, lengths, *, scale, causal, window, softcap, deterministic):
+        _, seqlen_k = lengths
+        for t in (q, k, v):
+            assert t.dtype in DTYPES
+            assert t.ndim == (4 if packing is None else 3)
+            assert t.stride(-1) == 1, "the last dimension must be contiguous"
+            assert t.shape[-1] % 8 == 0
+            assert t.numel()
+        assert q.shape[-1] == k.shape[-1]
+        assert k.shape[:-1] == v.shape[:-1], "keys and values must have equally many heads"
+        assert q.shape[-2] % k.shape[-2] == 0
+        backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        self.check_widths(q.shape[-1], v.shape[-1], q.shape[-2] != k.shape[-2], deterministic, softcap, backward)
+        self.calls.append(
+            {
+                "heads": q.shape[-2],
+                "kv_heads": k.shape[-2],
+                "widths": (q.shape[-1], v.shape[-1]),
+                "deterministic": deterministic,
+                "packed": packing is not None,
+            }
+        )
+        left, right = window
+        if self.version == 2:
+            # Bounds are compared with, and replaced by, the key length.
+            left, right = (-1 if side >= seqlen_k else side for side in (left, right))
+            right = 0 if causal else right
+            if left < 0 <= right:
+                left = seqlen_k
+            elif right < 0 <= left:
+                right = seqlen_k
+        return plain(q, k, v, packing, scale, causal, (left, right), softcap)
+
+    def check_widths(self, d, dv, grouped, deterministic, softcap, backward):
+        major = self.capability[0]
+        if self.version == 2:
+            assert d == dv <= 256
+        elif self.version == 3:
+            assert d <= 256
+            assert major in (8, 9)
+            if d != dv:
+                assert major == 9
+                assert (128 < d <= 192 and 96 < dv <= 128) or (d <= 64 and dv <= 512)
+            assert not backward or max(d, dv) <= 256
+            assert not (backward and deterministic and max(d, dv) > 192), "no deterministic backward at 256"
+        elif major == 9:
+            assert d <= 256
+            assert dv <= 256
+            assert not (backward and grouped and d != dv), "GQA backward requires head_dim == head_dim_v"
+        elif major in (10, 11):
+            assert max(d, dv) <= 128 or (d, dv) in ((192, 128), (256, 256))
+            assert not (backward and softcap and d == 256)
+        else:
+            assert not (major == 8 and backward)
+            assert not (major == 12 and backward and (deterministic or softcap))
+
+    def module(self):
+        """The functions under the library's name, with its parameters in its order."""
+        module = types.ModuleType(NAMES[self.version])
+        module.flash_attn_func, module.flash_attn_varlen_func = getattr(self, f"functions_{self.version}")()
+        return module
+
+    def functions_2(self):
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p=0.0,
+            softmax_scale=None,
+            causal=False,
+            window_size=(-1, -1),
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p=0.0,
+            softmax_scale=None,
+            causal=False,
+            window_size=(-1, -1),
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+            return_attn_probs=False,
+            block_table=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic)
+
+        return flash_attn_func, flash_attn_varlen_func
+
+    def functions_3(self):
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=None,
+            causal=False,
+            qv=None,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            window_size=(-1, -1),
+            attention_chunk=0,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            sm_margin=0,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_q=None,
+            seqused_k=None,
+            softmax_scale=None,
+            causal=False,
+            qv=None,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            window_size=(-1, -1),
+            attention_chunk=0,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            sm_margin=0,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic)
+
+        return flash_attn_func, flash_attn_varlen_func
+
+    def functions_4(self):
+        def bounds(window_size):
+            # A side is an int of at least 0 or None; this library gives -1 on one side alone no meaning.
+            assert all(side is None or side >= 0 for side in window_size)
+            return tuple(-1 if side is None else side for side in window_size)
+
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            qv=None,
+            gather_kv_indices=None,
+            softmax_scale=None,
+            causal=False,
+            window_size=(None, None),
+            learnable_sink=None,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            score_mod=None,
+            score_mod_bwd=None,
+            mask_mod=None,
+            aux_tensors=None,
+            aux_scalars=None,
+            block_sparse_tensors=None,
+            block_sparse_tensors_bwd=None,
+            return_lse=False,
+            gather_bwd_recompute_p=False,
+            gather_bwd_token_chunk=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
+            out = self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+            return out, None
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            qv=None,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            min_seqlen_k=None,
+            seqused_q=None,
+            seqused_k=None,
+            gather_kv_indices=None,
+            page_table=None,
+            softmax_scale=None,
+            causal=False,
+            window_size=(None, None),
+            learnable_sink=None,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            score_mod=None,
+            score_mod_bwd=None,
+            mask_mod=None,
+            block_sparse_tensors=None,
+            aux_tensors=None,
+            aux_scalars=None,
+            return_lse=False,
+            scheduler_metadata=None,
+            seqlen_k_per_split=None,
+            disable_scheduler_metadata=False,
+            gather_bwd_recompute_p=False,
+            gather_bwd_token_chunk=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic), None
+
+        return flash_attn_func, flash_attn_varlen_func
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Install stand-ins: ``install(HOPPER, 3, 2)`` puts both on a Hopper GPU and returns the newest."""
+
+    def forget():
+        flash._libraries.clear()
+        flash._find.cache_clear()
+        flash._plan.cache_clear()
+
+    def install(capability, *versions):
+        forget()
+        for name in NAMES.values():
+            monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+        stand_ins = [StandIn(version, capability) for version in versions]
+        for stand_in in stand_ins:
+            monkeypatch.setitem(sys.modules, NAMES[stand_in.version], stand_in.module())
+        if 4 in versions and 2 not in versions:
+            monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # a bare namespace
+        monkeypatch.setattr(flash, "_capability", lambda device: capability)
+        return stand_ins[0] if stand_ins else None
+
+    yield install
+    forget()
+
+
+GPUS = [(2, AMPERE), (2, HOPPER), (3, AMPERE), (3, HOPPER), (4, HOPPER), (4, BLACKWELL)]
+WIDTHS = [(64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128), (40, 20), (64, 96)]
+
+
+def inputs(leading_q, leading_k, heads, key_heads, value_heads, d, dv, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (*leading_q, heads, d), (*leading_k, key_heads, d), (*leading_k, value_heads, dv)
+    return leaves(*(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes), dtype=dtype)
+
+
+def both(ours, expected, tensors):
+    """Outputs and gradients of the two agree to the last digits of float64."""
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+    for name, a, b in zip(
+        ("out", "dq", "dk", "dv"),
+        [ours, *gradients(ours, tensors, grad)],
+        [expected, *gradients(expected, tensors, grad)],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize(("d", "dv"), WIDTHS)
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_every_width_agrees_with_the_reference(install, version, capability, d, dv, key_heads):
+    library = install(capability, version)
+    q, k, v = inputs((2, 5), (2, 7), 4, key_heads, key_heads, d, dv)
+    out = flash.attention(q, k, v, scale=0.3, causal=True, deterministic=True)
+    both(out, plain(q, k, v, None, 0.3, True, (-1, -1), 0.0), [q, k, v])
+    assert {call["heads"] for call in library.calls} == {4}
+    assert all(call["kv_heads"] == key_heads and call["deterministic"] for call in library.calls)
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize("window", [(-1, -1), (2, 0), (1, 3), (-1, 2), (2, -1), (0, 0), (6, 4), (5, 9)])
+@pytest.mark.parametrize(("sq", "sk"), [(7, 7), (3, 8), (11, 4)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks(install, version, capability, window, sq, sk, causal):
+    install(capability, version)
+    q, k, v = inputs((2, sq), (2, sk), 2, 1, 1, 16, 16)
+    out = flash.attention(q, k, v, scale=0.25, causal=causal, window_size=window, softcap=1.5)
+    both(out, plain(q, k, v, None, 0.25, causal, window, 1.5), [q, k, v])
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize(
+    ("causal", "window"), [(False, (-1, -1)), (True, (-1, -1)), (True, (2, -1)), (False, (-1, 4)), (False, (1, -1))]
+)
+def test_packed_documents(install, version, capability, causal, window):
+    install(capability, version)
+    cu_q = torch.tensor([0, 3, 3, 4, 11], dtype=torch.int32)  # the second has no queries, the third no keys
+    cu_k = torch.tensor([0, 5, 7, 7, 10], dtype=torch.int32)
+    q, k, v = inputs((11,), (10,), 4, 2, 2, 64, 128)
+    options = {"causal": causal, "window_size": window, "deterministic": False}
+    out = flash.varlen_attention(q, k, v, cu_q, cu_k, 7, 5, scale=0.1, **options)
+    both(out, plain(q, k, v, (cu_q, cu_k), 0.1, causal, window, 0.0), [q, k, v])
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize(
+    ("key_heads", "value_heads", "common"), [(6, 2, 6), (2, 6, 6), (2, 3, 6), (4, 1, 4), (1, 4, 4), (1, 12, 12)]
+)
+def test_key_and_value_heads_are_repeated_only_to_their_least_common_multiple(
+    install, version, capability, key_heads, value_heads, common
+):
+    library = install(capability, version)
+    q, k, v = inputs((1, 4), (1, 4), 12, key_heads, value_heads, 64, 128)
+    out = flash.attention(q, k, v, scale=0.3)
+    both(out, plain(q, k, v, None, 0.3, False, (-1, -1), 0.0), [q, k, v])
+    assert {call["kv_heads"] for call in library.calls} == {common}
+
+
+def test_a_single_head_is_repeated_without_a_copy():
+    t = torch.randn(2, 3, 1, 8)
+    assert flash._repeat_heads(t, 4, 2).data_ptr() == t.data_ptr()
+    copy = flash._repeat_heads(t, 4, 3)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, t.expand(2, 3, 4, 8))
+
+
+def test_strided_inputs_reach_the_library_as_views(install):
+    """Slices of one projection, values in two pieces: nothing is copied on the way in."""
+    library = install(HOPPER, 2)
+    qkv = torch.randn(2, 5, 4 * (64 + 64 + 128), dtype=torch.float64)
+    q, k, v = (t.unflatten(-1, (4, -1)) for t in qkv.split([256, 256, 512], dim=-1))
+    seen = []
+    run = library.run
+    library.run = lambda q, k, v, *args, **options: (seen.extend((q, k, v)), run(q, k, v, *args, **options))[1]
+    out = flash.attention(q, k, v, scale=0.3)
+    assert len(seen) == 6
+    assert {t.untyped_storage().data_ptr() for t in seen} == {qkv.untyped_storage().data_ptr()}
+    torch.testing.assert_close(out, plain(q, k, v, None, 0.3, False, (-1, -1), 0.0))
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize(("total_q", "total_k"), [(0, 3), (3, 0), (0, 0)])
+def test_empty_tensors_never_reach_the_library(install, version, total_q, total_k):
+    library = install(HOPPER, version)
+    q, k, v = inputs((total_q,), (total_k,), 2, 1, 1, 16, 32)
+    cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (total_q, total_k))
+    out = flash.varlen_attention(q, k, v, cu_q, cu_k, total_q, total_k, scale=1.0)
+    assert out.shape == (total_q, 2, 32)
+    assert not out.any()
+    assert not library.calls
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_the_choice_is_made_while_tracing(install, monkeypatch, version):
+    """Nothing here breaks a graph, not even the first search for a library."""
+    library = install(HOPPER, version)
+    monkeypatch.setattr(library, "run", compute)
+    q, k, v = inputs((2, 5), (2, 5), 4, 2, 2, 64, 128)
+    compiled = torch.compile(flash.attention, fullgraph=True, backend="eager")
+    both(compiled(q, k, v, scale=0.1, causal=True), plain(q, k, v, None, 0.1, True, (-1, -1), 0.0), [q, k, v])
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype):
+    """Two calls and the epilogue, at half precision, by the error rule; the noise heads are not repeated."""
+    library = install(capability, version)
+    tensors = {
+        "q1": (2, 9, 8, 64),
+        "k1": (2, 9, 2, 64),
+        "q2": (2, 9, 2, 64),
+        "k2": (2, 9, 2, 64),
+        "v": (2, 9, 2, 128),
+    }
+    generator = torch.Generator().manual_seed(3)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}
+    lam, norm = torch.full((8,), 0.4), torch.linspace(0.5, 1.5, 128)
+    grad = torch.randn(2, 9, 8, 128, generator=generator)
+
+    def run(attend, dtype):
+        q1, k1, q2, k2, v = leaves(*tensors.values(), dtype=dtype)
+        weights = leaves(lam, norm, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        out = diff_combine(attend(q1, k1, v), attend(q2, k2, v), weights[0], norm_weight=weights[1])
+        return [out, *gradients(out, [q1, k1, q2, k2, v, *weights], grad)]
+
+    ours = run(lambda q, k, v: flash.attention(q, k, v, scale=0.125, causal=True), dtype)
+    assert {call["heads"] for call in library.calls} == {8, 2}
+
+    def in_plain_pytorch(q, k, v):
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.125
+        hidden = ~reference.visibility_mask(q.shape[1], k.shape[1], causal=True)
+        return torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    at_precision, exact = run(in_plain_pytorch, dtype), run(in_plain_pytorch, torch.float64)
+    for ours_, plain_, exact_ in zip(ours, at_precision, exact, strict=True):
+        assert_error_rule(ours_, plain_, exact_, precision=dtype)
+
+
+# What a call really costs ------------------------------------------------------------------------------------------
+
+
+def equal_widths(d, dv):
+    return d if d == dv <= 256 else None
+
+
+def any_widths(d, dv):
+    return d + dv
+
+
+@pytest.mark.parametrize(
+    ("supported", "d", "dv", "plan"),
+    [
+        (equal_widths, 64, 64, (64, 64, 64)),
+        (equal_widths, 64, 128, (64, 64, 64)),  # two pieces; as much work as padding queries to 128
+        (equal_widths, 128, 256, (128, 128, 128)),
+        (equal_widths, 64, 96, (96, 96, 96)),  # padding queries to 96 costs 96; two calls 128
+        (equal_widths, 192, 128, (192, 128, 192)),  # only padding helps
+        (equal_widths, 128, 512, (128, 128, 128)),
+        (equal_widths, 20, 20, (24, 20, 24)),  # multiples of 8
+        (equal_widths, 64, 100, (64, 56, 64)),  # 104 is no width a kernel is built for
+        (any_widths, 64, 128, (64, 128, 128)),
+        (any_widths, 192, 128, (192, 128, 128)),
+        (lambda d, dv: None, 64, 64, None),
+        (equal_widths, 264, 64, None),
+    ],
+)
+def test_the_cheapest_plan(supported, d, dv, plan):
+    assert flash.plan_value_width(d, dv, supported) == plan
+
+
+def test_no_plan_is_cheaper():
+    """Against every number of calls at every pair of widths that kernels are built for."""
+
+    def supported(d, dv):  # a made-up library with a taste for some widths
+        return None if (d * 7 + dv * 3) % 5 == 0 else 3 * d + 2 * dv + (d % 3) * 50
+
+    kernel_widths = (32, 64, 96, 128, 192, 256)
+    for d, dv in itertools.product(range(8, 140, 12), range(8, 260, 20)):
+        plan = flash.plan_value_width(d, dv, supported)
+        calls = -(-dv // plan.piece)
+        assert plan.head_dim >= d
+        assert plan.value_dim >= plan.piece
+        ours = calls * supported(plan.head_dim, plan.value_dim)
+        for width, value_width in itertools.product((w for w in kernel_widths if w >= d), kernel_widths):
+            cost = supported(width, value_width)
+            assert cost is None or ours <= -(-dv // value_width) * cost, (d, dv, plan, width, value_width)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "widths", "grad", "calls"),
+    [
+        (2, HOPPER, (64, 128), True, [(64, 64)] * 2),
+        (2, HOPPER, (192, 128), True, [(192, 192)]),
+        (3, HOPPER, (64, 128), True, [(64, 64)] * 2),  # the kernel for wider values computes 256 columns
+        (3, HOPPER, (64, 256), False, [(64, 256)]),
+        (3, HOPPER, (128, 256), True, [(128, 128)] * 2),
+        (3, HOPPER, (192, 128), True, [(192, 128)]),
+        (3, AMPERE, (192, 128), True, [(192, 192)]),
+        (4, HOPPER, (64, 128), True, [(64, 64)] * 2),
+        (4, HOPPER, (64, 128), False, [(64, 128)]),
+        (4, HOPPER, (192, 128), True, [(192, 192)]),  # with fewer key heads
+        (4, BLACKWELL, (64, 128), False, [(64, 128)]),
+        (4, BLACKWELL, (192, 128), True, [(192, 128)]),
+        (4, BLACKWELL, (128, 256), True, [(128, 128)] * 2),
+    ],
+)
+def test_widths_that_each_library_is_called_at(install, version, capability, widths, grad, calls):
+    library = install(capability, version)
+    q, k, v = inputs((1, 3), (1, 3), 4, 2, 2, *widths)
+    with torch.set_grad_enabled(grad):
+        flash.attention(q, k, v, scale=1.0)
+    assert [call["widths"] for call in library.calls] == calls
+
+
+# Which library, and refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("versions", "newest"), [((), None), ((2,), 2), ((3, 2), 3), ((4,), 4), ((4, 3, 2), 4)])
+def test_the_newest_library_is_found(install, versions, newest):
+    install(HOPPER, *versions)
+    assert flash.installed() == newest
+
+
+def test_an_older_library_serves_what_the_newest_cannot(install):
+    """flash-attn 3 knows no Blackwell, 4 has no deterministic backward on consumer Blackwell: 2 serves them."""
+    for newest, capability in ((3, BLACKWELL), (4, GEFORCE), (4, AMPERE)):
+        library = install(capability, newest, 2)
+        q, k, v = inputs((1, 3), (1, 3), 2, 1, 1, 64, 64)
+        both(flash.attention(q, k, v, scale=1.0), plain(q, k, v, None, 1.0, False, (-1, -1), 0.0), [q, k, v])
+        assert flash.installed() == newest
+        assert not library.calls
+
+
+def test_a_library_too_old_for_the_arguments_is_not_used(install, monkeypatch):
+    install(HOPPER, 2)
+    old = sys.modules["flash_attn"]
+    monkeypatch.setattr(old, "flash_attn_func", lambda q, k, v, softmax_scale=None, causal=False: q)
+    assert flash.installed() is None
+    assert "too old, its flash_attn_func has no deterministic, softcap, window_size" in asked()
+
+
+def test_a_library_that_fails_to_load_is_named(install, monkeypatch):
+    install(HOPPER, 3)
+
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("undefined symbol: _ZN2at")
+
+    monkeypatch.setitem(sys.modules, NAMES[3], Broken(NAMES[3]))
+    assert flash.installed() is None
+    assert "flash_attn_interface: undefined symbol: _ZN2at" in asked()
+
+
+def asked(dtype=torch.bfloat16, head_dim=64, value_dim=128, device="cuda", **options):
+    return flash.refusal(device=torch.device(device), dtype=dtype, head_dim=head_dim, value_dim=value_dim, **options)
+
+
+@pytest.mark.parametrize(
+    ("versions", "capability", "arguments", "words"),
+    [
+        ((), HOPPER, {}, "no flash-attn is installed"),
+        ((2,), None, {"device": "cpu"}, "tensors on cpu: flash-attn runs on GPUs"),
+        ((2,), HOPPER, {"dtype": torch.float32}, "torch.float32: flash-attn takes float16 and bfloat16"),
+        ((2,), HOPPER, {"return_max_logits": True}, "return_max_logits=True"),
+        ((2,), HOPPER, {"head_dim": 320}, r"head widths \(320, 128\)"),
+        ((2,), (7, 5), {}, "compute capability 7.5 is not supported"),
+        ((3,), BLACKWELL, {}, "flash-attn 3 on compute capability 10.0 is not supported"),
+        ((3,), HOPPER, {"head_dim": 256, "value_dim": 256}, "deterministic=True"),
+        ((4,), AMPERE, {}, "no backward pass"),
+        ((4,), GEFORCE, {}, "deterministic=True"),
+        ((4,), GEFORCE, {"deterministic": False, "softcap": 5.0}, "softcap=5.0"),
+        ((4,), BLACKWELL, {"head_dim": 256, "value_dim": 256, "softcap": 5.0}, "softcap=5.0"),
+        ((4, 3), (12, 0), {}, "deterministic=True: flash-attn 4 .*; nor this GPU: flash-attn 3"),
+    ],
+)
+def test_refusals_say_why(install, versions, capability, arguments, words):
+    install(capability, *versions)
+    refusal = asked(**arguments)
+    assert refusal is not None
+    assert re.search(words, refusal), refusal
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
+@pytest.mark.parametrize(("d", "dv"), WIDTHS)
+def test_every_shape_of_the_project_is_served(install, version, capability, d, dv):
+    install(capability, version)
+    assert asked(head_dim=d, value_dim=dv, softcap=30.0) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "arguments"),
+    [
+        (3, HOPPER, {"head_dim": 256, "value_dim": 256, "deterministic": False}),
+        (3, HOPPER, {"head_dim": 256, "value_dim": 256, "needs_grad": False}),
+        (4, AMPERE, {"needs_grad": False}),
+        (4, GEFORCE, {"deterministic": False}),
+        (4, BLACKWELL, {"head_dim": 256, "value_dim": 256}),
+    ],
+)
+def test_what_is_served_beside_a_refusal(install, version, capability, arguments):
+    install(capability, version)
+    assert asked(**arguments) is None
+
+
+def test_a_call_that_cannot_be_served_raises_with_the_reason(install):
+    install(HOPPER)
+    q, k, v = inputs((1, 3), (1, 3), 2, 1, 1, 64, 64)
+    with pytest.raises(ValueError, match="backend 'flash' cannot serve these tensors: no flash-attn is installed"):
+        flash.attention(q, k, v, scale=1.0)
+    install(None, 2)
+    with pytest.raises(ValueError, match="backend 'flash' cannot serve tensors on cpu"):
+        flash.attention(q, k, v, scale=1.0)
+
+
+# The libraries themselves ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[4, 3, 2])
+def library(request, monkeypatch):
+    """Only this generation, as it is installed."""
+    pytest.importorskip(NAMES[request.param], reason=f"flash-attn {request.param} is not installed")
+    missing = flash._find()
+    if request.param not in flash._libraries:
+        pytest.skip(f"flash-attn {request.param} does not load: {missing}")
+    monkeypatch.setattr(flash, "_libraries", {request.param: flash._libraries[request.param]})
+    flash._plan.cache_clear()
+    yield request.param
+    flash._plan.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_stand_ins_have_the_librarys_parameters(library):
+    """What is passed by name is a parameter of both, and what is passed by position comes first in both."""
+    theirs, ours = flash._libraries[library], StandIn(library, HOPPER).module()
+    passed = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
+    packing = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+    for function, names in (
+        (theirs.dense, passed),
+        (ours.flash_attn_func, passed),
+        (theirs.packed, passed | packing),
+        (ours.flash_attn_varlen_func, passed | packing),
+    ):
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters[:3] == ["q", "k", "v"]
+        assert names <= set(parameters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("d", "dv"), WIDTHS)
+@pytest.mark.parametrize(
+    ("causal", "window", "sq", "sk"),
+    [
+        (False, (-1, -1), 300, 200),
+        (True, (-1, -1), 257, 257),
+        (True, (-1, -1), 300, 130),
+        (True, (64, -1), 300, 300),
+        (False, (10, 150), 300, 130),
+    ],
+)
+def test_the_library_by_the_error_rule(library, d, dv, causal, window, sq, sk):
+    options = {"causal": causal, "window_size": window}
+    if flash.refusal(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=d, value_dim=dv):
+        pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
+    q, k, v = inputs((2, sq), (2, sk), 4, 2, 2, d, dv)
+    grad = torch.randn(2, sq, 4, dv, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def run(attend, dtype):
+        ts = leaves(*(t.cuda() for t in (q, k, v)), dtype=dtype)
+        out = attend(*ts)
+        return [out, *gradients(out, ts, grad)]
+
+    def in_plain_pytorch(q, k, v):
+        k, v = (t.repeat_interleave(2, 2) for t in (k, v))
+        visible = reference.visibility_mask(sq, sk, causal=causal, window_size=window, device="cuda")
+        logits = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.1).masked_fill(~visible, -torch.inf)
+        return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).nan_to_num(), v)
+
+    def ours(q, k, v):
+        return flash.attention(q, k, v, scale=0.1, **options)
+
+    exact = run(in_plain_pytorch, torch.float64)
+    for a, b, c in zip(run(ours, torch.bfloat16), run(in_plain_pytorch, torch.bfloat16), exact, strict=True):
+        assert_error_rule(a, b, c)
+    first, second = run(ours, torch.bfloat16), run(ours, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_library_on_packed_documents(library):
+    """Each document as if it were alone; empty ones and rows that see nothing give 0 and pass no gradient."""
+    if flash.refusal(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=128):
+        pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
+    queries, keys = [100, 0, 30, 200], [90, 40, 0, 120]
+    cu_q, cu_k = (
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device="cuda") for n in (queries, keys)
+    )
+    ts = inputs((330,), (250,), 4, 2, 2, 64, 128)
+    q, k, v = leaves(*(t.cuda() for t in ts), dtype=torch.bfloat16)
+    out = flash.varlen_attention(q, k, v, cu_q, cu_k, 200, 120, scale=0.125, causal=True)
+    grads = gradients(out, [q, k, v], torch.ones_like(out))
+    visible = reference.packed_visibility_mask(cu_q, cu_k, 330, 250, causal=True)
+    blind = ~visible.any(-1)
+    assert blind.sum() == 10 + 30 + 80
+    assert not any(t[blind].any() for t in (out, grads[0]))
+    assert not any(t[90:130].any() for t in grads[1:])
+    assert all(torch.isfinite(g).all() for g in grads)
+    alone = flash.attention(q[None, :100], k[None, :90], v[None, :90], scale=0.125, causal=True)
+    assert torch.equal(out[:100], alone[0])
+
+
+# Through the public functions --------------------------------------------------------------------------------------
+
+
+def test_the_composition_by_hand_is_the_public_functions_reference(install):
+    """Dense and packed, with the epilogue, in float64: the composition is the operation of the specification."""
+    install(HOPPER, 3)
+    generator = torch.Generator().manual_seed(5)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q1, k1, q2, k2, v, lam = randn(9, 4, 64), randn(9, 2, 64), randn(9, 2, 64), randn(9, 1, 64), randn(9, 1, 128), 0.3
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    pack = (cu, cu, 5, 5)
+    ours = diff_combine(
+        flash.varlen_attention(q1, k1, v, *pack, scale=0.125, causal=True),
+        flash.varlen_attention(q2, k2, v, *pack, scale=0.125, causal=True),
+        lam,
+    )
+    expected = diff_attn_varlen_func(q1, k1, q2, k2, v, lam, *pack, causal=True, backend="reference")
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    dense = [t[None] for t in (q1, k1, q2, k2, v)]
+    q1, k1, q2, k2, v = dense
+    ours = diff_combine(
+        flash.attention(q1, k1, v, scale=0.125, window_size=(3, 1)),
+        flash.attention(q2, k2, v, scale=0.125, window_size=(3, 1)),
+        lam,
+    )
+    expected = diff_attn_func(*dense, lam, window_size=(3, 1), backend="reference")
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)

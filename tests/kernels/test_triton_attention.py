@@ -1,0 +1,384 @@
+"""The fused attention kernels: in Triton's interpreter, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.numerics import assert_error_rule, gradients, leaves
+from helpers.plain_attention import plain_diff_attention
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops, tuning
+from motif_kernels.operators import attention as operator
+
+triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+WIDTHS = [(64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)]
+fused = partial(diff_attn_func, backend="triton")
+fused_varlen = partial(diff_attn_varlen_func, backend="triton")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "interpreter" and not triton.knobs.runtime.interpret:
+        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    return "cpu" if request.param == "interpreter" else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request):
+    """In the interpreter, tiles small enough that a hundred tokens are many of them."""
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
+    kernels = ("forward", "backward_keys", "backward_queries")
+    names = [f"attention_{k}{suffix}" for k, suffix in itertools.product(kernels, ("", "_float32"))]
+    with tuning.overriding(**dict.fromkeys(names, tiles)):
+        yield
+
+
+def tensors(device, *, b=1, sq=70, sk=70, hs=2, hn=2, hk=(2, 2, 2), d=16, dv=32, lam=(), dtype=torch.float32, seed=0):
+    """q1, k1, q2, k2, v, lam; lam is a shape, or "token" for one number a token and head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    shapes = [(sq, hs, d), (sk, hk[0], d), (sq, hn, d), (sk, hk[1], d), (sk, hk[2], dv)]
+    lam_shape = (b, sq, hs) if lam == "token" else lam
+    values = [normal(b, *s).to(device, dtype) for s in shapes]
+    return [*values, (0.4 + 0.2 * normal(*lam_shape)).to(device)]
+
+
+def extras(epilogue, inputs, seed=1):
+    """norm_weight and gate for an epilogue."""
+    generator = torch.Generator().manual_seed(seed)
+    q1, v = inputs[0], inputs[4]
+    if epilogue == "norm":
+        return [(1 + 0.2 * torch.randn(v.shape[-1], generator=generator)).to(q1.device), None]
+    if epilogue == "gate":
+        return [None, torch.randn(*q1.shape[:-1], v.shape[-1], generator=generator).to(q1.device, q1.dtype)]
+    return [None, None]
+
+
+def run(function, inputs, extra, grad, dtype=None, **options):
+    inputs = leaves(*inputs, *extra, dtype=dtype)
+    out = function(*inputs[:6], norm_weight=inputs[6], gate=inputs[7], **options)
+    return [out, *gradients(out, inputs, grad)]
+
+
+def compare(function, other, inputs, extra, *, atol=2e-5, rtol=2e-5, **options):
+    """Results and gradients of two functions on the same inputs, the other in float64."""
+    grad = torch.randn(*inputs[0].shape[:-1], inputs[4].shape[-1], generator=torch.Generator().manual_seed(9))
+    grad = grad.to(inputs[0].device)
+    ours = run(function, inputs, extra, grad, **options)
+    exact = run(other, inputs, extra, grad, dtype=torch.float64, **options)
+    for o, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(o.double(), e, atol=atol * max(1, e.abs().max().item()), rtol=rtol)
+
+
+reference = partial(diff_attn_func, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "epilogue", "lam"), [(1, "norm", ()), (4, "gate", "token"), (3, "none", "heads")])
+@pytest.mark.parametrize(("d", "dv"), WIDTHS)
+def test_error_rule(d, dv, group, epilogue, lam, dtype, device):
+    """Every promised pair of widths, forward and every gradient, against float64 and against plain PyTorch."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter is wrong in bfloat16")
+    if device == "cpu" and dtype == torch.float32 and (d, dv) not in ((64, 128), (96, 192)):
+        pytest.skip("in the interpreter, float32 runs the same code at two widths")
+    size = 40 if device == "cpu" else 333
+    lam = (2 * group,) if lam == "heads" else lam
+    inputs = tensors(device, sq=size, sk=size + 9, hs=2 * group, d=d, dv=dv, lam=lam, dtype=dtype)
+    extra = extras(epilogue, inputs)
+    grad = torch.randn(1, size, 2 * group, dv, device=device)
+    options = {"causal": True, "out_scale": 0.7}
+    ours = run(fused, inputs, extra, grad, **options)
+    plain = run(plain_diff_attention, inputs, extra, grad, **options)
+    exact = run(reference, inputs, extra, grad, dtype=torch.float64, **options)
+    for o, p, e in zip(ours, plain, exact, strict=True):
+        assert_error_rule(o, p, e, precision=dtype)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (20, 7), (5, -1), (-1, 11), (0, 0), (300, 300)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("sq", "sk"), [(70, 70), (33, 97), (97, 33), (1, 50), (50, 1)])
+def test_masks(sq, sk, causal, window, device):
+    """Bottom-right causal masks and windows; with fewer keys than queries the first rows see nothing."""
+    inputs = tensors(device, sq=sq, sk=sk)
+    compare(fused, reference, inputs, extras("none", inputs), causal=causal, window_size=window)
+
+
+@pytest.mark.parametrize(("lam", "epilogue"), list(itertools.product([(), "heads", "token"], ["none", "norm", "gate"])))
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
+def test_ratios_lambdas_and_epilogues(ratio, lam, epilogue, device):
+    if device == "cpu" and ratio > 2 and (lam, epilogue) not in (((), "norm"), ("heads", "none"), ("token", "gate")):
+        pytest.skip("in the interpreter, each lambda and each epilogue once at the larger ratios")
+    lam = (2 * ratio,) if lam == "heads" else lam
+    inputs = tensors(device, b=2, sq=25, sk=25, hs=2 * ratio, lam=lam)
+    compare(fused, reference, inputs, extras(epilogue, inputs), causal=True, out_scale=0.6, norm_eps=1e-3)
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 4), (2, 2, 2), (1, 1, 1), (4, 2, 1), (1, 4, 2), (2, 1, 4)])
+def test_grouped_keys_and_values(heads, device):
+    inputs = tensors(device, sq=37, sk=37, hs=8, hn=4, hk=heads)
+    compare(fused, reference, inputs, extras("norm", inputs), causal=True)
+
+
+def test_shared_keys(device):
+    """DIFF V2: both maps have the same keys, whose gradient is the sum of both."""
+    q1, k, q2, _, v, lam = leaves(*tensors(device, lam="token"))
+    grad = torch.randn(1, 70, 2, 32, device=device)
+    ours = gradients(fused(q1, k, q2, k, v, lam, causal=True), [q1, k, q2, v, lam], grad)
+    exact = gradients(reference(q1, k, q2, k, v, lam, causal=True), [q1, k, q2, v, lam], grad)
+    for o, e in zip(ours, exact, strict=True):
+        torch.testing.assert_close(o, e, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_softcap(softcap, device):
+    inputs = tensors(device, hs=4)
+    compare(fused, reference, inputs, extras("norm", inputs), causal=True, softcap=softcap, softmax_scale=0.7)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (24, 40), (80, 16)])
+def test_odd_widths(widths, device):
+    inputs = tensors(device, sq=20, sk=20, d=widths[0], dv=widths[1])
+    compare(fused, reference, inputs, extras("gate", inputs))
+
+
+LENGTHS_Q = [5, 0, 40, 1, 33]
+LENGTHS_K = [9, 3, 40, 1, 0]
+
+
+def packed(device, lengths_q, lengths_k, **options):
+    """Inputs in one row and the bounds of their documents."""
+    inputs = tensors(device, sq=sum(lengths_q), sk=sum(lengths_k), lam="token", hs=4, **options)
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32, device=device) for n in (lengths_q, lengths_k)
+    ]
+    return [t[0] for t in inputs], (*bounds, max(lengths_q), max(lengths_k))
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (6, 0)])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_packed_documents(window, deterministic, device):
+    """Empty documents, one token, more keys than queries and the other way round."""
+    inputs, bounds = packed(device, LENGTHS_Q, LENGTHS_K)
+    compare(
+        lambda *a, **o: fused_varlen(*a, *bounds, deterministic=deterministic, **o),
+        lambda *a, **o: diff_attn_varlen_func(*a, *bounds, backend="reference", **o),
+        inputs,
+        extras("norm", inputs),
+        causal=True,
+        window_size=window,
+    )
+
+
+def test_a_document_does_not_depend_on_its_neighbours(device):
+    """The bits of its results and gradients are those it has alone."""
+    inputs, bounds = packed(device, [31, 50, 17], [31, 50, 17])
+    extra = extras("norm", inputs)
+    grad = torch.randn(98, 4, 32, device=device)
+    together = run(lambda *a, **o: fused_varlen(*a, *bounds, causal=True, **o), inputs, extra, grad)
+    own = slice(31, 81)
+    alone_bounds = (torch.tensor([0, 50], dtype=torch.int32, device=device),) * 2
+    alone = run(
+        lambda *a, **o: fused_varlen(*a, *alone_bounds, 50, 50, causal=True, **o),
+        [t[own] for t in inputs],
+        extra,
+        grad[own],
+    )
+    for whole, part in zip(together[:7], alone[:7], strict=True):
+        assert torch.equal(whole[own], part)
+
+
+def test_rows_that_see_nothing_are_zero(device):
+    inputs = leaves(*tensors(device, sq=60, sk=20))
+    out = fused(*inputs, causal=True, norm_weight=torch.ones(32, device=device))
+    assert (out[:, :40] == 0).all()
+    assert (out[:, 40:] != 0).any()
+    grads = gradients(out, inputs, torch.randn(out.shape, device=device))
+    assert (grads[0][:, :40] == 0).all()
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_no_queries_and_no_keys(device):
+    for sq, sk in ((0, 8), (8, 0)):
+        inputs = leaves(*tensors(device, sq=sq, sk=sk))
+        out, signal, noise = fused(*inputs, return_max_logits=True)
+        assert out.shape == (1, sq, 2, 32)
+        assert (out == 0).all()
+        assert (signal == -torch.inf).all()
+        assert (noise == -torch.inf).all()
+        assert all((g == 0).all() for g in gradients(out, inputs, torch.ones_like(out)))
+
+
+def test_largest_logits(device):
+    inputs = tensors(device, b=2, hs=4, sq=50, sk=70)
+    options = {"causal": True, "window_size": (30, 0), "softmax_scale": 0.3, "return_max_logits": True}
+    for ours, exact in zip(fused(*inputs, **options)[1:], reference(*inputs, **options)[1:], strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+    inputs, bounds = packed(device, LENGTHS_Q, LENGTHS_K)
+    ours = fused_varlen(*inputs, *bounds, causal=True, return_max_logits=True)
+    exact = diff_attn_varlen_func(*inputs, *bounds, causal=True, return_max_logits=True, backend="reference")
+    for o, e in zip(ours[1:], exact[1:], strict=True):
+        torch.testing.assert_close(o, e, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_the_same_bits_every_time(group, device):
+    inputs = tensors(device, hs=2 * group, lam="token")
+    extra = extras("norm", inputs)
+    grad = torch.randn(1, 70, 2 * group, 32, device=device)
+    for a, b in zip(*(run(fused, inputs, extra, grad, causal=True) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_the_one_pass_backward_agrees(group, device):
+    inputs = tensors(device, b=2, hs=2 * group, lam="token")
+    compare(partial(fused, deterministic=False), reference, inputs, extras("norm", inputs), causal=True)
+
+
+def test_strided_inputs_in_poisoned_memory(device):
+    """Heads as slices of one projection, NaN around them and after the last token; a gradient with strides."""
+    memory = torch.full((2, 60, 12, 48), torch.nan, device=device)
+    inputs = tensors(device, b=2, sq=37, sk=37, hs=4)
+    views = []
+    for i, t in enumerate(inputs[:5]):
+        start = (0, 4, 6, 8, 10)[i]
+        view = memory[:, 3:40, start : start + t.shape[2], 5 : 5 + t.shape[3]]
+        views.append(view.copy_(t))
+    grad = torch.randn(2, 4, 37, 32, device=device).transpose(1, 2)
+    contiguous, strided = leaves(*inputs), [v.detach().requires_grad_() for v in views] + leaves(inputs[5])
+    expected, out = (fused(*x, causal=True, norm_weight=torch.ones(32, device=device)) for x in (contiguous, strided))
+    assert torch.equal(out, expected)
+    for a, b in zip(gradients(out, strided, grad), gradients(expected, contiguous, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tokens_far_apart_in_memory(device):
+    """More than 2^31 elements between two batch entries."""
+    buffer = torch.empty(2**31 + 4096, dtype=torch.float16, device=device)  # pages nobody touches cost nothing
+    inputs = tensors(device, b=2, sq=9, sk=9, d=16, dv=16, dtype=torch.float16)
+    far = []
+    for i, t in enumerate(inputs[:5]):
+        view = buffer[i * 300 :].as_strided(t.shape, (2**31 + 16, *t.stride()[1:]))
+        far.append(view.copy_(t).detach().requires_grad_())
+    near = leaves(*inputs)
+    grad = torch.randn(2, 9, 2, 16, device=device)
+    a, b = (x(*i) for x, i in ((fused, [*far, near[5]]), (fused, near)))
+    assert torch.equal(a, b)
+    for g, e in zip(gradients(a, far, grad), gradients(b, near[:5], grad), strict=True):
+        assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
+def test_operator_contract(epilogue, device):
+    inputs = leaves(*tensors(device, sq=9, sk=9), *extras(epilogue, tensors(device, sq=9, sk=9)))
+    options = operator.Options(9, 9, 0.25, -1, 0, 0.0, 1e-5, 0.8, True, True, False)
+    torch.library.opcheck(operator.diff_attention, (*inputs, None, None, *options))
+
+
+def test_compiles_and_checkpoints(device):
+    inputs = leaves(*tensors(device, hs=4, lam="token"))
+    packed_inputs, bounds = packed(device, [20, 30], [20, 30])
+    packed_inputs = leaves(*packed_inputs)
+    weight = torch.ones(32, device=device)
+
+    def dense(*x):
+        return fused(*x, causal=True, norm_weight=weight, window_size=(20, 0))
+
+    def varlen(*x):
+        return fused_varlen(*x, *bounds, causal=True)
+
+    for function, x in ((dense, inputs), (varlen, packed_inputs)):
+        expected = function(*x)
+        grad = torch.randn(expected.shape, device=device)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for out in (compiled(*x), checkpoint(function, *x, use_reentrant=False)):
+            assert torch.equal(out, expected)
+            for a, b in zip(gradients(out, x, grad), gradients(expected, x, grad), strict=True):
+                assert torch.equal(a, b)
+            expected = function(*x)
+
+
+def test_without_gradients_nothing_is_saved(device):
+    inputs = leaves(*tensors(device))
+    with torch.no_grad():
+        results = torch.ops.motif.diff_attention  # the operator's own results, before the public function drops them
+        saved = results(*inputs, None, None, None, None, 70, 70, 0.25, -1, 0, 0.0, 1e-5, 1.0, True, False, False)
+    assert all(t.numel() == 0 for t in saved[1:])
+    recorded = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: recorded.append(t) or t, lambda t: t), torch.no_grad():
+        fused(*inputs)
+    assert not recorded
+
+
+def test_flops_are_those_of_the_mathematics(device):
+    inputs = leaves(*tensors(device, b=2, hs=4))
+    with FlopCounterMode(display=False) as counter:
+        out = fused(*inputs, causal=True)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    pairs = 2 * flops.visible_pairs(70, 70, causal=True)
+    assert forward == flops.diff_attention_flops(pairs, 4, 2, 16, 32)
+    assert counter.get_total_flops() - forward == flops.diff_attention_backward_flops(pairs, 4, 2, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d": 300}, "query and key heads of width 300: the kernels take at most 256"),
+        ({"dv": 300}, "value heads of width 300"),
+        ({"dtype": torch.float64}, "float64: the kernels take"),
+        ({"hs": 4, "hn": 2, "hk": (4, 2, 2)}, "4 heads of k1 and 2 noise heads"),
+    ],
+)
+def test_refuses_with_a_reason(change, message, device):
+    with pytest.raises(ValueError, match=message):
+        fused(*tensors(device, sq=4, sk=4, **change))
+
+
+def test_refuses_a_strided_width(device):
+    inputs = tensors(device, sq=8, sk=8)
+    inputs[1] = inputs[1].transpose(1, 3).contiguous().transpose(1, 3)
+    with pytest.raises(ValueError, match="k1 has stride 16 in its last dimension"):
+        fused(*inputs)
+
+
+def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="Triton kernels need a CUDA GPU"):
+        fused(*tensors("cpu", sq=4, sk=4))
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_kernels_on_a_gpu_and_follows_its_table(monkeypatch):
+    from motif_kernels import backends
+
+    inputs = tensors("cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(backends.operator, "diff_attention", lambda *a: pytest.fail("the kernels were called"))
+    with tuning.overriding(attention_backend={"up_to": None, "backend": "sdpa"}):
+        diff_attn_func(*inputs)
+    with pytest.raises(pytest.fail.Exception):
+        diff_attn_func(*inputs)
+
+
+@pytest.mark.gpu
+def test_lengths_do_not_recompile():
+    """A kernel is compiled for a shape of heads, not for a length."""
+    from motif_kernels.triton.attention_forward import _forward_kernel
+
+    fused(*tensors("cuda", sq=512, sk=512, dtype=torch.bfloat16), causal=True)
+    before = sum(len(cache[0]) for cache in _forward_kernel.device_caches.values())
+    for length in (100, 333, 1024, 1):
+        fused(*tensors("cuda", sq=length, sk=length, dtype=torch.bfloat16), causal=True)
+    assert sum(len(cache[0]) for cache in _forward_kernel.device_caches.values()) == before
