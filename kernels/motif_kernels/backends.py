@@ -89,7 +89,9 @@ def _refusal_by_triton_on(device: torch.device) -> str | None:
 
 
 def _refusal_by_triton(call: Call) -> str | None:
-    return _refusal_by_triton_on(call.q1.device) or operator.refusal(call.q1, call.k1, call.q2, call.k2, call.v)
+    return _refusal_by_triton_on(call.q1.device) or operator.refusal(
+        call.q1, call.k1, call.q2, call.k2, call.v, call.cu_seqlens_q
+    )
 
 
 def _run_reference(call: Call) -> Result:
@@ -261,8 +263,8 @@ def choose(backend: str, call: Call) -> str:
         return backend
     order = ("sdpa", "reference")
     if call.q1.device.type == "cuda":
-        widths = (1 << max(4, (w - 1).bit_length()) for w in (call.q1.shape[-1], call.v.shape[-1]))
-        measured = tuning.find_choice("attention_backend", sum(widths) * call.q1.element_size(), call.q1.device)
+        size = (call.q1.shape[-1] + call.v.shape[-1]) * call.q1.element_size()
+        measured = tuning.find_choice("attention_backend", size, call.q1.device)
         order = (*([measured["backend"]] if measured else []), "triton", "flash", *order)
     return next(name for name in order if _BACKENDS[name].refusal(call) is None)
 

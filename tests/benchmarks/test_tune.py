@@ -18,7 +18,7 @@ import torch
 from benchmarks import tune
 from benchmarks.timing import Clock, CpuClock, Timing, Work
 from benchmarks.tune_candidates import BACKEND, Entry, Kernel, SizeClass, all_kernels, quick
-from benchmarks.tune_launch import entry_at, spilled_bytes
+from benchmarks.tune_launch import Compilers, OutOfTimeError, entry_at, spilled_bytes
 from benchmarks.tune_measure import Bench, disagreement
 from benchmarks.tune_problems import Attention, Epilogue
 from benchmarks.tune_table import gpu_name_part, present_table, splice, write_table
@@ -106,6 +106,18 @@ def test_a_candidate_that_cannot_be_launched_is_refused_with_the_reason() -> Non
     assert outcome.refused[0]["reason"] == "it failed with KeyError: 'num_warps'"
 
 
+def test_what_comes_before_a_kernel_may_fail_without_ending_the_run() -> None:
+    kernel = all_kernels()["attention_prepare"]
+    size_class = SizeClass(None, (Attention(16, 16, 1, 1, 20),), (), ({"tile_bytes": 512, "num_warps": 4, "tiles": 1},))
+    broken = {**table(), "attention_forward": [{"up_to": None, "block_m": 16, "block_n": 16, "num_warps": 4}]}
+    outcome = bench(CpuClock()).tune(kernel, size_class, broken)
+    assert outcome.chosen is None
+    assert len(outcome.refused) == 2
+    assert {r["reason"] for r in outcome.refused} == {
+        "what comes before it cannot be run: it failed with KeyError: 'num_stages'"
+    }
+
+
 def test_a_candidate_that_spills_is_refused_and_the_present_entry_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.tune_measure.spilled_bytes", lambda launched: 72)
     outcome = bench(FakeClock("diff_combine_forward", {4096: 3.0})).tune(*combine_kernel(FAST), table())
@@ -123,17 +135,14 @@ def test_spills_are_counted_in_bytes_over_all_kernels_of_a_launch() -> None:
 
 
 def test_the_fastest_gives_way_where_it_cannot_serve_the_rest_of_its_class() -> None:
-    # On an even number of tiles nothing is left out: only the further problem shows what is wrong with it.
-    even = {"tile_bytes": 2 * 2 * 9 * 64 * 2, "num_warps": 4, "tiles": 1}
-    lossy = {"tile_bytes": 4 * 64 * 2, "num_warps": 4, "tiles": 2}
-    kernel, size_class = combine_kernel(lossy, even, also=(Epilogue(50, 2, 2, 64),))
+    # A single head is in the first tile, and nothing is left out: only the further problem shows what is wrong.
+    kernel, size_class = combine_kernel(WRONG, FAST, also=(Epilogue(50, 2, 2, 64),))
     size_class = dataclasses.replace(size_class, timed=(Epilogue(1, 1, 2, 64),))
-    outcome = bench(FakeClock(kernel.name, {4096: 3.0, 512: 1.0, even["tile_bytes"]: 2.0})).tune(
-        kernel, size_class, table()
-    )
-    assert outcome.chosen == even
-    assert [r["problem"] for r in outcome.refused] == ["50 x 4:2 heads of 64"]
-    assert outcome.refused[0]["entry"] == lossy
+    clock = FakeClock(kernel.name, {4096: 3.0, 512: 1.0, 2048: 2.0})
+    outcome = bench(clock).tune(kernel, size_class, table())
+    assert outcome.chosen == FAST
+    assert [(r["entry"], r["problem"]) for r in outcome.refused] == [(WRONG, "50 x 4:2 heads of 64")]
+    assert len(outcome.results) == 3
 
 
 def test_disagreement_is_relative_to_the_values_and_never_passes_nan() -> None:
@@ -273,7 +282,8 @@ def test_a_run_writes_a_table_in_the_format_and_a_log(
         assert bounds[-1] is None
         assert bounds[:-1] == sorted(bounds[:-1])
     # The sizes that were not tried have what they had; the package reads the file as one of its tables.
-    monkeypatch.setattr(tuning, "tables", lambda tables=tuning.tables(): {**tables, "gpu": content | {"gpu": "Fake"}})
+    shipped = tuning.tables() | {"fake": content | {"gpu": "Fake"}}
+    monkeypatch.setattr(tuning, "tables", lambda: shipped)
     merged = tuning.merged_table("NVIDIA Fake 9")
     assert merged["poly_norm_sums"] == content["kernels"]["poly_norm_sums"]
     assert entry_at(merged["poly_norm_sums"], None) == entry_at(tuning.merged_table("")["poly_norm_sums"], None)
@@ -329,14 +339,32 @@ def test_the_gpu_that_a_launch_breaks_ends_the_run(monkeypatch: pytest.MonkeyPat
         bench(CpuClock()).tune(*combine_kernel(FAST), table())
 
 
-def crash_or_answer(kernel: str, problem: Any, entry: Any, table: Any, device: str) -> str | None:
-    if kernel == "crash":
-        os._exit(1)
-    if kernel == "slow":
-        import time
+def test_compilers_work_side_by_side_and_outlive_a_crash() -> None:
+    compilers = Compilers(2, work=eval)  # stands in for the compiler; what it is told to do is the task
+    tasks: list[Any] = [("None",), ("'it is too large'",), ("__import__('os')._exit(1)",), ("None",)]
+    assert compilers.compile(tasks, seconds=60) == [None, "it is too large", "the compiler crashed", None]
+    assert compilers.compile(tasks[:2], seconds=60) == [None, "it is too large"]
+    with pytest.raises(OutOfTimeError):
+        compilers.compile([("__import__('time').sleep(3)",)], seconds=0.1)
 
-        time.sleep(2)
-    return None if kernel == "good" else "bad"
+
+def test_what_does_not_compile_is_refused_without_being_launched() -> None:
+    class Answering(Compilers):
+        def __init__(self) -> None:
+            self.asked: list[Any] = []
+
+        def compile(self, tasks: Any, seconds: float | None) -> list[str | None]:
+            self.asked += tasks
+            return ["it is too large" if entry == SLOW else None for _, _, entry, *_ in tasks]
+
+    compilers = Answering()
+    clock = FakeClock("diff_combine_forward", {4096: 3.0, 1024: 1.0, 2048: 2.0})
+    also = (Epilogue(50, 2, 2, 64),)
+    outcome = bench(clock, compilers=compilers).tune(*combine_kernel(SLOW, FAST, also=also), table())
+    assert outcome.chosen == FAST
+    assert [(r["entry"], r["reason"]) for r in outcome.refused] == [(SLOW, "it is too large")]
+    assert 1024 not in {e["tile_bytes"] for e in clock.seen}
+    assert [(problem, entry) for _, problem, entry, *_ in compilers.asked][3:] == [(also[0], PRESENT), (also[0], FAST)]
 
 
 COMPILE = """

@@ -347,6 +347,18 @@ def test_refuses_with_a_reason(change, message, device):
         fused(*tensors(device, sq=4, sk=4, **change))
 
 
+def test_refuses_what_a_grid_or_32_bits_cannot_hold(device):
+    inputs = [t[0] for t in tensors(device, sq=4, sk=4)[:5]]
+    bounds = torch.zeros(65537 + 1, dtype=torch.int32, device=device)
+    bounds[-1] = 4
+    with pytest.raises(ValueError, match="65537 sequences in one call"):
+        fused_varlen(*inputs, 0.3, bounds, bounds, 4, 4)
+    inputs = tensors(device, sq=1, sk=2)
+    inputs[4] = torch.empty((1 << 24) + 64, device=device).as_strided((1, 2, 2, 32), (1, 1 << 24, 32, 1))
+    with pytest.raises(ValueError, match=r"v with tokens 16777216 elements apart.*call v.contiguous\(\)"):
+        fused(*inputs)
+
+
 def test_refuses_a_strided_width(device):
     inputs = tensors(device, sq=8, sk=8)
     inputs[1] = inputs[1].transpose(1, 3).contiguous().transpose(1, 3)

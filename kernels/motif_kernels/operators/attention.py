@@ -10,10 +10,12 @@ from torch import Tensor
 
 LN_2 = 0.6931471805599453
 MAX_WIDTH = 256
+MAX_BATCH = 65535
+MAX_TOKEN_STRIDE = 1 << 23  # a tile of 128 tokens is addressed in 32 bits from its corner
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def refusal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) -> str | None:
+def refusal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str | None:
     """Why the kernels cannot serve these tensors, or None."""
     if q1.dtype not in DTYPES:
         return f"dtype {q1.dtype}: the kernels take float16, bfloat16 and float32"
@@ -26,6 +28,15 @@ def refusal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor) -> str | 
             f"{k1.shape[-2]} heads of k1 and {noise_heads} noise heads: the signal heads of a group must share their "
             "key head, so the noise heads must be a multiple of k1's"
         )
+    batch = len(q1) if cu_seqlens is None else len(cu_seqlens) - 1
+    if batch > MAX_BATCH:
+        return f"{batch} sequences in one call: the kernels take at most {MAX_BATCH}, a grid's limit"
+    for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v)):
+        if tensor.stride(-3) > MAX_TOKEN_STRIDE:
+            return (
+                f"{name} with tokens {tensor.stride(-3)} elements apart: the kernels take at most {MAX_TOKEN_STRIDE}; "
+                f"call {name}.contiguous()"
+            )
     return None
 
 

@@ -1,7 +1,6 @@
 """Launching the attention kernels on plain tensors.
 
-In a launch table, a kernel's size is (D + Dv) in bytes, both rounded up to a power of two; ``block_m`` queries by
-``block_n`` keys is a tile. float32, which is for checks, has tables of its own.
+In a launch table, a kernel's size is (D + Dv) in bytes; ``block_m`` queries by ``block_n`` keys is a tile. float32, which is for checks, has tables of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
     widths = _widths(q, v)
     if q.dtype == torch.float32:
         kernel += "_float32"
-    choice = launch_choice(kernel, (widths["BLOCK_D"] + widths["BLOCK_DV"]) * q.element_size(), q.device)
+    choice = launch_choice(kernel, (widths["D"] + widths["DV"]) * q.element_size(), q.device)
     return {
         "BLOCK_M": choice["block_m"],
         "BLOCK_N": choice["block_n"],

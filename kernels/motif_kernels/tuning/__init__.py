@@ -30,9 +30,12 @@ def tables() -> dict[str, dict[str, Any]]:
 
 
 def merged_table(gpu: str) -> dict[str, Any]:
-    """The entries for a GPU of this name: its own where there are any, else the default's."""
-    own: dict[str, Any] = next((t["kernels"] for t in tables().values() if t["gpu"] and t["gpu"] in gpu), {})
-    return {**tables()["default"]["kernels"], **own}
+    """The entries for a GPU of this name: its own where there are any, else the default's.
+
+    Of two tables whose name is a part of the GPU's, the longer name wins: "H100 PCIe" over "H100".
+    """
+    own = max((t for t in tables().values() if t["gpu"] and t["gpu"] in gpu), key=lambda t: len(t["gpu"]), default=None)
+    return {**tables()["default"]["kernels"], **(own["kernels"] if own else {})}
 
 
 @functools.cache
