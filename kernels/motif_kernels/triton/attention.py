@@ -1,6 +1,7 @@
 """Launching the attention kernels on plain tensors.
 
-In a launch table, a kernel's size is (D + Dv) in bytes; ``block_m`` queries by ``block_n`` keys is a tile. float32, which is for checks, has tables of its own.
+In a launch table, a kernel's size is (D + Dv) in bytes; ``block_m`` queries by ``block_n`` keys is a tile. float32,
+which is for checks, has tables of its own.
 """
 
 from __future__ import annotations

@@ -260,9 +260,7 @@ def _forward_kernel(
                 weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
                 a *= inverse_rms[:, None] * weight[None, :]
             if gate_pointer is not None:
-                gate = load_tile(
-                    gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head,
-                    gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True,
-                )  # fmt: skip
-                a = a / (1 + tl.exp(-gate.to(tl.float32)))
+                gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
+                gate = load_tile(gate_at, gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
+                a *= tl.sigmoid(gate.to(tl.float32))
             store_tile(out_pointer + head, heads * DV, first, length_q, a * OUT_SCALE, BLOCK_M, DV, BLOCK_DV)
