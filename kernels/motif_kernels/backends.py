@@ -77,20 +77,31 @@ def _refusal_by_flash(call: Call) -> str | None:
     )
 
 
+_LAUNCH_TABLES_FIT = ((9, 0), (10, 0), (10, 3))
+
+
 @constant
 def _refusal_by_triton_on(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"tensors on {device}: triton is not installed"
     import triton
 
-    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability in _LAUNCH_TABLES_FIT or tuning.has_table(device, "attention_forward"):
+            return None
+        return (
+            f"compute capability {capability[0]}.{capability[1]}: there are launch tables for Hopper and data-centre "
+            "Blackwell, whose tiles may not fit here; benchmarks.tune writes a table for another GPU"
+        )
     return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"
 
 
 def _refusal_by_triton(call: Call) -> str | None:
     return _refusal_by_triton_on(call.q1.device) or operator.refusal(
-        call.q1, call.k1, call.q2, call.k2, call.v, call.cu_seqlens_q
+        call.q1, call.k1, call.q2, call.k2, call.v, call.gate, call.cu_seqlens_q
     )
 
 
@@ -199,6 +210,9 @@ def _run_flash(call: Call) -> Result:
     return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
 
 
+_FAR = 1 << 30  # further than any key: added to a position, 32 bits still hold it
+
+
 def _run_triton(call: Call) -> Result:
     lam = call.lam
     if not isinstance(lam, Tensor):
@@ -218,8 +232,8 @@ def _run_triton(call: Call) -> Result:
         call.max_seqlen_q,
         call.max_seqlen_k,
         call.softmax_scale,
-        left,
-        0 if call.causal else right,
+        min(left, _FAR),
+        0 if call.causal else min(right, _FAR),
         call.softcap,
         call.norm_eps,
         call.out_scale,

@@ -25,7 +25,8 @@ def check_epilogue(
             f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
             "the number of signal heads must be a multiple of the number of noise heads"
         )
-    if isinstance(lam, Tensor) and tuple(lam.shape) not in {(), (signal_heads,), (*leading, signal_heads)}:
+    # A tuple of shapes, not a set: hashing symbolic sizes would make torch.compile compile for each length.
+    if isinstance(lam, Tensor) and tuple(lam.shape) not in ((), (signal_heads,), (*leading, signal_heads)):
         raise ValueError(
             f"lam has shape {tuple(lam.shape)}; it must be a float or have shape (), ({signal_heads},) "
             f"or {(*leading, signal_heads)}"

@@ -11,6 +11,7 @@ columns a block.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -103,16 +104,18 @@ def _poly_norm() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         lengths = {e["up_to"] or 1 << 20 for k in ("forward", "backward", "sums") for e in _entries(f"poly_norm_{k}")}
         for columns in sorted(length // dtype.itemsize for length in lengths):
-            x = torch.empty(64, columns, dtype=dtype)
-            for up in (None, x):
+            for x, has_up in itertools.product(
+                (torch.empty(64, columns, dtype=dtype), torch.empty(1, columns)), (0, 1)
+            ):
+                up = x if has_up else None
                 fixed: dict[str, Any] = {"eps": 1e-6, "hidden_clamp": None}
-                poly_norm.forward(x, up, weight, bias, inverse_rms=None, out_dtype=dtype, **fixed)
+                poly_norm.forward(x, up, weight, bias, inverse_rms=None, out_dtype=x.dtype, **fixed)
                 poly_norm.backward(x, x, up, weight, bias, inverse_rms=None, mean_products=None, **fixed)
-                moments = torch.empty(3, 64)
+                moments = torch.empty(3, len(x))
                 poly_norm.power_sums(x, hidden_clamp=None)
                 poly_norm.product_sums(x, x, up, hidden_clamp=None)
                 fixed["hidden_clamp"] = 1000.0
-                poly_norm.forward(x, up, weight, bias, inverse_rms=moments, out_dtype=dtype, **fixed)
+                poly_norm.forward(x, up, weight, bias, inverse_rms=moments, out_dtype=x.dtype, **fixed)
                 poly_norm.backward(x, x, up, weight, bias, inverse_rms=moments, mean_products=moments, **fixed)
 
 

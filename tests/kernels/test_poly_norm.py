@@ -140,6 +140,12 @@ def test_what_lies_around_the_rows_does_not_matter(path):
         assert torch.equal(a, b)
 
 
+def test_strided_weights(path):
+    x, memory = torch.randn(4, 9, device=path.device), torch.rand(6, device=path.device)
+    bias = BIAS.to(path.device)
+    assert torch.equal(poly_norm(x, memory[::2], bias), poly_norm(x, memory[::2].clone(), bias))
+
+
 def leaves_of_views(x):
     """Two leaves that share x's memory, strides and all."""
     return [x.detach().requires_grad_() for _ in range(2)]

@@ -103,7 +103,10 @@ def test_error_rule(d, dv, group, epilogue, lam, dtype, device):
     plain = run(plain_diff_attention, inputs, extra, grad, **options)
     exact = run(reference, inputs, extra, grad, dtype=torch.float64, **options)
     for o, p, e in zip(ours, plain, exact, strict=True):
-        assert_error_rule(o, p, e, precision=dtype)
+        # Gradients of lambda and of the norm's weight add up rows, each rounded: a random walk of that many steps, which
+        # the few numbers of the plain result may by luck undercut.
+        walk = torch.finfo(dtype).eps * e.abs().max().clamp(min=1).item() * (2 * group * size) ** 0.5
+        assert_error_rule(o, p, e, precision=dtype, floor=walk if e.ndim < 2 else None)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (20, 7), (5, -1), (-1, 11), (0, 0), (300, 300)])
@@ -199,6 +202,21 @@ def test_a_document_does_not_depend_on_its_neighbours(device):
         assert torch.equal(whole[own], part)
 
 
+def test_bounds_that_lie_are_cut_to_the_tensors(device, monkeypatch):
+    """On a GPU nobody looks at the values of cu_seqlens: past the last token there is NaN, and it must stay unread."""
+    buffers = [torch.full((90, *t.shape[2:]), torch.nan, device=device) for t in tensors(device)[:5]]
+    views = [b[:30].copy_(t[0, :30]).requires_grad_() for b, t in zip(buffers, tensors(device)[:5], strict=True)]
+    lam = torch.tensor(0.3, device=device)
+    results = []
+    for bounds in ([0, 20, 30], [-7, 20, 80]):
+        bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
+        options = operator.Options(30, 30, 0.25, -1, 0, 0.0, 1e-5, 1.0, True, True, False)
+        out = operator.diff_attention(*views, lam, None, None, bounds, bounds, *options)[0]
+        results.append([out, *gradients(out, views, torch.ones_like(out))])
+    for lying, honest in zip(*results, strict=True):
+        assert torch.equal(lying, honest)
+
+
 def test_rows_that_see_nothing_are_zero(device):
     inputs = leaves(*tensors(device, sq=60, sk=20))
     out = fused(*inputs, causal=True, norm_weight=torch.ones(32, device=device))
@@ -262,6 +280,69 @@ def test_strided_inputs_in_poisoned_memory(device):
     assert torch.equal(out, expected)
     for a, b in zip(gradients(out, strided, grad), gradients(expected, contiguous, grad), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "slice", "expanded"])
+def test_strided_lambda(kind, device):
+    inputs = tensors(device, b=2, sq=37, sk=37, hs=4)
+    memory = 0.5 * torch.rand(2, 45, 4, device=device)
+    inputs[5] = {
+        "transposed": memory[:, :37].transpose(1, 2).contiguous().transpose(1, 2),
+        "slice": memory[:, 3:40],
+        "expanded": memory[:, :1].expand(2, 37, 4),
+    }[kind]
+    grad = torch.randn(2, 37, 4, 32, device=device)
+    strided = [*leaves(*inputs[:5]), inputs[5].detach().requires_grad_()]
+    dense = leaves(*inputs)
+    for a, b in zip(gradients(fused(*strided), strided, grad), gradients(fused(*dense), dense, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gate_and_weight_with_strides(device):
+    """A gate for a whole head, and a weight that is every second number."""
+    inputs = tensors(device, b=2, sq=37, sk=37, hs=4)
+    gate = torch.randn(2, 37, 4, 1, device=device).expand(2, 37, 4, 32)
+    weight = torch.rand(64, device=device)[::2]
+    grad = torch.randn(2, 37, 4, 32, device=device)
+    for options in ({"gate": gate}, {"norm_weight": weight}):
+        copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in options.items()}
+        results = []
+        for extra in (options, copies):
+            given = leaves(*inputs)
+            out = fused(*given, **extra)
+            results.append([out, *gradients(out, given, grad)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_windows_without_end(device):
+    inputs = tensors(device, sq=40, sk=50)
+    for window in ((2**31 - 1, 2**31 - 1), (2**40, 0), (2**31 - 1, -1)):
+        expected = fused(*inputs, window_size=(100, 0) if window[1] == 0 else (-1, -1))
+        torch.testing.assert_close(fused(*inputs, window_size=window), expected, atol=0, rtol=0)
+
+
+def test_blind_rows_survive_large_gradients_in_float16(device):
+    """Loss scaling makes gradients of a thousand; 1 / sqrt(eps) times that is past float16."""
+    inputs = leaves(*tensors(device, sq=40, sk=20, dtype=torch.float16))
+    out = fused(*inputs, causal=True, norm_weight=torch.ones(32, device=device))
+    grads = gradients(out, inputs, torch.full(out.shape, 1000.0, device=device))
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_compiled_once_for_all_lengths(device):
+    """Neither tracing nor the kernels depend on a length."""
+    traced = []
+
+    def count(graph, _):
+        traced.append(graph)
+        return graph
+
+    compiled = torch.compile(partial(fused, causal=True), fullgraph=True, backend=count, dynamic=True)
+    for length in (20, 24, 41):
+        inputs = tensors(device, sq=length, sk=length, lam="token")
+        assert torch.equal(compiled(*inputs), fused(*inputs, causal=True))
+    assert len(traced) == 1
 
 
 def test_tokens_far_apart_in_memory(device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ MAX_TOKEN_STRIDE = 1 << 23  # a tile of 128 tokens is addressed in 32 bits from 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def refusal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str | None:
+def refusal(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None
+) -> str | None:
     """Why the kernels cannot serve these tensors, or None."""
     if q1.dtype not in DTYPES:
         return f"dtype {q1.dtype}: the kernels take float16, bfloat16 and float32"
@@ -31,8 +34,8 @@ def refusal(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, cu_seqlen
     batch = len(q1) if cu_seqlens is None else len(cu_seqlens) - 1
     if batch > MAX_BATCH:
         return f"{batch} sequences in one call: the kernels take at most {MAX_BATCH}, a grid's limit"
-    for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v)):
-        if tensor.stride(-3) > MAX_TOKEN_STRIDE:
+    for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v), ("gate", gate)):
+        if tensor is not None and tensor.stride(-3) > MAX_TOKEN_STRIDE:
             return (
                 f"{name} with tokens {tensor.stride(-3)} elements apart: the kernels take at most {MAX_TOKEN_STRIDE}; "
                 f"call {name}.contiguous()"
@@ -155,7 +158,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _empty_results(tensors: Tensors, options: Options) -> Results:
     q1, heads, width = tensors.q1, tensors.q1.shape[-2], tensors.v.shape[-1]
     noise_heads = tensors.q2.shape[-2]
-    tokens = q1.shape[:-2].numel()
+    tokens = math.prod(q1.shape[:-2])
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return q1.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -205,7 +208,7 @@ def _empty_gradients(tensors: Tensors) -> Gradients:
         q2=like(tensors.q2),
         k2=like(tensors.k2),
         v=like(tensors.v),
-        lam=q1.new_empty((q1.shape[:-2].numel(), q1.shape[-2]), dtype=torch.float32),
+        lam=q1.new_empty((math.prod(q1.shape[:-2]), q1.shape[-2]), dtype=torch.float32),
         norm_weight=q1.new_empty(0 if tensors.norm_weight is None else tensors.v.shape[-1], dtype=torch.float32),
         gate=q1.new_empty(0) if tensors.gate is None else like(tensors.gate),
     )

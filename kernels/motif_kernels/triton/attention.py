@@ -1,7 +1,7 @@
 """Launching the attention kernels on plain tensors.
 
-In a launch table, a kernel's size is (D + Dv) in bytes; ``block_m`` queries by ``block_n`` keys is a tile. float32,
-which is for checks, has tables of its own.
+In a launch table, a kernel's size is (D + Dv) in bytes, or three quarters of their sum padded to powers of two if that
+is more; ``block_m`` queries by ``block_n`` keys is a tile. float32, which is for checks, has tables of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
     widths = _widths(q, v)
     if q.dtype == torch.float32:
         kernel += "_float32"
-    choice = launch_choice(kernel, (widths["D"] + widths["DV"]) * q.element_size(), q.device)
+    # A width just above a power of two costs almost twice what it is.
+    width = max(widths["D"] + widths["DV"], (widths["BLOCK_D"] + widths["BLOCK_DV"]) * 3 // 4)
+    choice = launch_choice(kernel, width * q.element_size(), q.device)
     return {
         "BLOCK_M": choice["block_m"],
         "BLOCK_N": choice["block_n"],
@@ -53,10 +55,15 @@ def _lam_strides(lam: Tensor) -> tuple[int, int, int]:
     return (0, 0, 0, *lam.stride())[-3:]  # type: ignore[return-value]
 
 
-def _flat_lam_strides(lam: Tensor) -> tuple[int, int]:
-    """The same with tokens counted over the batch."""
-    lam = lam.flatten(0, 1) if lam.ndim == 3 else lam
-    return (0, 0, *lam.stride())[-2:]  # type: ignore[return-value]
+def _dense(tensors: Tensors) -> Tensors:
+    """Copies of what the kernels read without a stride, where it has one; queries, keys and values were checked."""
+    gate, weight = tensors.gate, tensors.norm_weight
+    return tensors._replace(
+        gate=gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate,
+        norm_weight=None if weight is None else weight.contiguous(),
+        cu_seqlens_q=None if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.contiguous(),
+        cu_seqlens_k=None if tensors.cu_seqlens_k is None else tensors.cu_seqlens_k.contiguous(),
+    )
 
 
 def _batch(tensors: Tensors) -> int:
@@ -78,6 +85,7 @@ def _present(x: Tensor) -> Tensor | None:
 
 def forward(tensors: Tensors, options: Options, results: Results) -> Results:
     """Fill the results that are not empty."""
+    tensors = _dense(tensors)
     q1, k1, q2, k2, v, lam, norm_weight, gate, cu_seqlens_q, cu_seqlens_k = tensors
     noise_heads, heads = q2.shape[-2], q1.shape[-2]
     tiles = _tiles("attention_forward", q1, v)
@@ -117,11 +125,12 @@ def forward(tensors: Tensors, options: Options, results: Results) -> Results:
         options.max_seqlen_q,
         options.max_seqlen_k,
         q1.shape[:-2].numel(),
+        k1.shape[:-2].numel(),
         options.left,
         options.right,
         noise_heads,
+        options.out_scale,
         NORM_EPS=options.norm_eps,
-        OUT_SCALE=options.out_scale,
         GROUP=heads // noise_heads,
         SIGNALS_PER_K1=heads // k1.shape[-2],
         NOISES_PER_K2=noise_heads // k2.shape[-2],
@@ -146,6 +155,7 @@ def backward(
     gradients: Gradients,
 ) -> Gradients:
     """Fill the gradients."""
+    tensors = _dense(tensors)
     q1, q2 = tensors.q1, tensors.q2
     group = q1.shape[-2] // q2.shape[-2]
     d_a = torch.empty(difference.shape, dtype=q1.dtype, device=q1.device)
@@ -187,11 +197,12 @@ def _prepare(
     flat = grad.flatten(0, -3)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     flat_gate = None if gate is None else gate.flatten(0, -3)
+    flat_lam = tensors.lam.flatten(0, 1) if tensors.lam.ndim == 3 else tensors.lam
     _prepare_kernel[(programs,)](
         flat,
         difference,
         noise,
-        tensors.lam,
+        flat_lam,
         weight,
         flat_gate,
         _present(inverse_rms),
@@ -204,9 +215,9 @@ def _prepare(
         tokens,
         noise_heads,
         *flat.stride()[:2],
-        *_flat_lam_strides(tensors.lam),
+        *(0, 0, *flat_lam.stride())[-2:],
         *(flat_gate.stride()[:2] if flat_gate is not None else (0, 0)),
-        OUT_SCALE=options.out_scale,
+        options.out_scale,
         GROUP=difference.numel() // noise.numel(),
         PAIRS=pairs,
         TILES=choice["tiles"],
@@ -267,6 +278,7 @@ def _keys(
         options.max_seqlen_q,
         options.max_seqlen_k,
         q1.shape[:-2].numel(),
+        k1.shape[:-2].numel(),
         options.left,
         options.right,
         noise_heads,
@@ -330,6 +342,7 @@ def _queries(
             options.max_seqlen_q,
             options.max_seqlen_k,
             q1.shape[:-2].numel(),
+            k1.shape[:-2].numel(),
             options.left,
             options.right,
             heads,

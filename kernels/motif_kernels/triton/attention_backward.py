@@ -64,7 +64,7 @@ def _prepare_kernel(
     lam_head,
     gate_token,
     gate_head,
-    OUT_SCALE: tl.constexpr,
+    out_scale,
     GROUP: tl.constexpr,
     PAIRS: tl.constexpr,
     TILES: tl.constexpr,
@@ -92,7 +92,7 @@ def _prepare_kernel(
             h = n * GROUP + i
             own = ((t * heads + h) * DV)[:, None] + columns[None, :]  # in contiguous tensors (T, Hs, Dv)
             given = (t * grad_token + h * grad_head)[:, None] + columns[None, :]
-            g = tl.load(grad_pointer + given, mask=mask, other=0.0).to(tl.float32) * OUT_SCALE
+            g = tl.load(grad_pointer + given, mask=mask, other=0.0).to(tl.float32) * out_scale
             a = tl.load(a_pointer + own, mask=mask, other=0.0).to(tl.float32)
             lam = tl.load(lam_pointer + t * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
             if gate_pointer is not None:
@@ -259,7 +259,7 @@ def _add_tile(pointer, stride, rows, present, tile, WIDTH: tl.constexpr, BLOCK_W
     tl.atomic_add(at, tile, mask=present[:, None] & (columns < WIDTH)[None, :], sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "left", "right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
 def _keys_kernel(
     q1_pointer,
     k1_pointer,
@@ -300,6 +300,7 @@ def _keys_kernel(
     seqlen_q,
     seqlen_k,
     tokens,
+    key_tokens,
     left,
     right,
     noise_heads,
@@ -323,8 +324,8 @@ def _keys_kernel(
     first = tl.program_id(0) * BLOCK_N
     share = tl.program_id(1)
     z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q)
-    k_start, key_start, length_k = document(z, cu_seqlens_k_pointer, seqlen_k)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
+    k_start, key_start, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
     if first >= length_k:
         return
     keys = first + tl.arange(0, BLOCK_N)
@@ -363,28 +364,17 @@ def _keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for j in tl.range(NOISES):
         head = n + j
-        if HAS_RIGHT:
-            dk1, dk2, dv = _walk_queries(
-                dk1, dk2, dv, k1, k2, v, keys, head, q1_pointer, q2_pointer + head * q2_head, d_a_pointer, lam_pointer,
-                lse1_pointer, lse2_pointer + head * tokens, delta1_pointer, delta2_pointer + head * tokens,
-                dq1_pointer, dq2_pointer, q1_token, q1_head, q2_token, lam_token, lam_head, noise_heads, tokens,
-                begin, middle, shift, length_q, length_k, left, right,
-                SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, GROUP, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        dk1, dk2, dv = _walk_queries(
-            dk1, dk2, dv, k1, k2, v, keys, head, q1_pointer, q2_pointer + head * q2_head, d_a_pointer, lam_pointer,
-            lse1_pointer, lse2_pointer + head * tokens, delta1_pointer, delta2_pointer + head * tokens,
-            dq1_pointer, dq2_pointer, q1_token, q1_head, q2_token, lam_token, lam_head, noise_heads, tokens,
-            middle, middle_end, shift, length_q, length_k, left, right,
-            SCALE, SOFTCAP, False, HAS_LEFT, HAS_RIGHT, GROUP, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        dk1, dk2, dv = _walk_queries(
-            dk1, dk2, dv, k1, k2, v, keys, head, q1_pointer, q2_pointer + head * q2_head, d_a_pointer, lam_pointer,
-            lse1_pointer, lse2_pointer + head * tokens, delta1_pointer, delta2_pointer + head * tokens,
-            dq1_pointer, dq2_pointer, q1_token, q1_head, q2_token, lam_token, lam_head, noise_heads, tokens,
-            middle_end, end, shift, length_q, length_k, left, right,
-            SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, GROUP, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+        for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
+            if HAS_RIGHT or part > 0:
+                start = begin if part == 0 else middle if part == 1 else middle_end
+                stop = middle if part == 0 else middle_end if part == 1 else end
+                dk1, dk2, dv = _walk_queries(
+                    dk1, dk2, dv, k1, k2, v, keys, head, q1_pointer, q2_pointer + head * q2_head, d_a_pointer,
+                    lam_pointer, lse1_pointer, lse2_pointer + head * tokens, delta1_pointer,
+                    delta2_pointer + head * tokens, dq1_pointer, dq2_pointer, q1_token, q1_head, q2_token, lam_token,
+                    lam_head, noise_heads, tokens, start, stop, shift, length_q, length_k, left, right,
+                    SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, GROUP, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
     shares = noise_heads // NOISES
     at = key_start * shares + share
     store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk1 * SCALE, BLOCK_N, D, BLOCK_D)
@@ -456,7 +446,7 @@ def _walk_keys(
     return dq, dq_noise
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "left", "right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
 def _queries_kernel(
     q_pointer,
     k_pointer,
@@ -494,6 +484,7 @@ def _queries_kernel(
     seqlen_q,
     seqlen_k,
     tokens,
+    key_tokens,
     left,
     right,
     heads,
@@ -516,8 +507,8 @@ def _queries_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q)
-    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
+    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
     first = block * BLOCK_M
     if first >= length_q:
         return
@@ -551,25 +542,16 @@ def _queries_kernel(
         dq_noise = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     else:  # stand-ins that are never read
         q_noise, lam, lse_noise, delta_noise, dq_noise = q, lse, lse, delta, 0.0
-    if HAS_LEFT:
-        dq, dq_noise = _walk_keys(
-            dq, dq_noise, q, q_noise, d_o, lam, lse, lse_noise, delta, delta_noise, queries,
-            k_pointer, k_noise_pointer, v_pointer, k_token, k_noise_token, v_token,
-            begin, middle, shift, length_k, left, right,
-            SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    dq, dq_noise = _walk_keys(
-        dq, dq_noise, q, q_noise, d_o, lam, lse, lse_noise, delta, delta_noise, queries,
-        k_pointer, k_noise_pointer, v_pointer, k_token, k_noise_token, v_token,
-        middle, middle_end, shift, length_k, left, right,
-        SCALE, SOFTCAP, False, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    dq, dq_noise = _walk_keys(
-        dq, dq_noise, q, q_noise, d_o, lam, lse, lse_noise, delta, delta_noise, queries,
-        k_pointer, k_noise_pointer, v_pointer, k_token, k_noise_token, v_token,
-        middle_end, end, shift, length_k, left, right,
-        SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
+        if HAS_LEFT or part > 0:
+            start = begin if part == 0 else middle if part == 1 else middle_end
+            stop = middle if part == 0 else middle_end if part == 1 else end
+            dq, dq_noise = _walk_keys(
+                dq, dq_noise, q, q_noise, d_o, lam, lse, lse_noise, delta, delta_noise, queries,
+                k_pointer, k_noise_pointer, v_pointer, k_token, k_noise_token, v_token,
+                start, stop, shift, length_k, left, right,
+                SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
     store_tile(dq_pointer + own * D, heads * D, first, length_q, dq * SCALE, BLOCK_M, D, BLOCK_D)
     if BOTH_MAPS:
         store_tile(dq_noise_pointer + own * D, heads * D, first, length_q, dq_noise * SCALE, BLOCK_M, D, BLOCK_D)

@@ -105,19 +105,14 @@ def _attend(
     o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
-    if HAS_LEFT:
-        o, m, l = _walk(  # noqa: E741
-            o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, begin, middle, shift, seqlen_k, left, right,
-            SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-    o, m, l = _walk(  # noqa: E741
-        o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, middle, middle_end, shift, seqlen_k, left, right,
-        SCALE, SOFTCAP, False, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
-    o, m, l = _walk(  # noqa: E741
-        o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, middle_end, end, shift, seqlen_k, left, right,
-        SCALE, SOFTCAP, True, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
-    )  # fmt: skip
+    for part in tl.static_range(3):  # cut by the mask on the left, whole, cut on the right
+        if HAS_LEFT or part > 0:
+            start = begin if part == 0 else middle if part == 1 else middle_end
+            stop = middle if part == 0 else middle_end if part == 1 else end
+            o, m, l = _walk(  # noqa: E741
+                o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, start, stop, shift, seqlen_k, left,
+                right, SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
     blind = l == 0
     o = o * tl.where(blind, 0.0, 1 / l)[:, None]
     # Infinite where nothing is seen: every probability that the backward pass recomputes is then 0.
@@ -125,7 +120,7 @@ def _attend(
     return o, lse, m
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "left", "right"])
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
 def _forward_kernel(
     q1_pointer,
     k1_pointer,
@@ -170,11 +165,12 @@ def _forward_kernel(
     seqlen_q,
     seqlen_k,
     tokens,
+    key_tokens,
     left,
     right,
     noise_heads,
+    out_scale,
     NORM_EPS: tl.constexpr,
-    OUT_SCALE: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
@@ -194,8 +190,8 @@ def _forward_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     n = tl.program_id(1)
     z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q)
-    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
+    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
     first = block * BLOCK_M
     if first >= length_q:
         if max1_pointer is not None:
@@ -254,6 +250,8 @@ def _forward_kernel(
                 store_tile(a_pointer + head, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
             if weight_pointer is not None:
                 inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
+                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow float16.
+                inverse_rms = tl.where(lse == float("inf"), 0.0, inverse_rms)
                 if inverse_rms_pointer is not None:
                     tl.store(inverse_rms_pointer + h * tokens + rows, inverse_rms, mask=present)
                 columns = tl.arange(0, BLOCK_DV)
@@ -263,4 +261,4 @@ def _forward_kernel(
                 gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
                 gate = load_tile(gate_at, gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
                 a *= tl.sigmoid(gate.to(tl.float32))
-            store_tile(out_pointer + head, heads * DV, first, length_q, a * OUT_SCALE, BLOCK_M, DV, BLOCK_DV)
+            store_tile(out_pointer + head, heads * DV, first, length_q, a * out_scale, BLOCK_M, DV, BLOCK_DV)

@@ -154,10 +154,14 @@ def cap_slope(logits, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def document(z, cu_seqlens_pointer, seqlen):
-    """Of batch entry z: its first row in tensors with strides, its first token counted over the batch, its length."""
+def document(z, cu_seqlens_pointer, seqlen, tokens):
+    """Of batch entry z: its first row in tensors with strides, its first token counted over the batch, its length.
+
+    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the tensors' tokens: whatever
+    they say, nothing outside is read or written.
+    """
     if cu_seqlens_pointer is not None:
-        start = tl.load(cu_seqlens_pointer + z)
-        length = tl.load(cu_seqlens_pointer + z + 1) - start
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_pointer + z), 0), tokens)
+        length = tl.minimum(tl.load(cu_seqlens_pointer + z + 1), tokens) - start
         return start.to(tl.int64), start.to(tl.int64), length
     return tl.full((), 0, tl.int64), z.to(tl.int64) * seqlen, seqlen

@@ -64,6 +64,7 @@ def _forward_kernel(
     lam_head,
     gate_token,
     gate_head,
+    out_scale,
     EPS: tl.constexpr,
     OUT_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -71,6 +72,8 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    if OUT_SCALE is not None:
+        out_scale = OUT_SCALE
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     present = pairs < pair_count
     # Divided in 32 bits, which is many times faster; offsets need 64.
@@ -90,7 +93,7 @@ def _forward_kernel(
         if gate_pointer is not None:
             gate = _load_heads(gate_pointer, gate_token, gate_head, tokens, heads, width, mask, DTYPE)
             a = a / (1 + tl.exp(-gate))
-        _store_heads(out_pointer, noise_heads * GROUP, tokens, heads, columns, width, mask, a * OUT_SCALE)
+        _store_heads(out_pointer, noise_heads * GROUP, tokens, heads, columns, width, mask, a * out_scale)
 
 
 @triton.jit
@@ -119,6 +122,7 @@ def _backward_kernel(
     lam_head,
     gate_token,
     gate_head,
+    out_scale,
     EPS: tl.constexpr,
     OUT_SCALE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -127,6 +131,8 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    if OUT_SCALE is not None:
+        out_scale = OUT_SCALE
     program = tl.program_id(0)
     width = tl.arange(0, WIDTH)
     if weight_pointer is not None:
@@ -142,7 +148,7 @@ def _backward_kernel(
         for i in tl.range(GROUP):  # not unrolled: with every load hoisted to the top, registers would spill
             heads = noises * GROUP + i
             lam = tl.load(lam_pointer + tokens * lam_token + heads * lam_head, mask=present, other=0.0).to(DTYPE)
-            g = _load_heads(grad_pointer, grad_token, grad_head, tokens, heads, width, mask, DTYPE) * OUT_SCALE
+            g = _load_heads(grad_pointer, grad_token, grad_head, tokens, heads, width, mask, DTYPE) * out_scale
             if weight_pointer is not None or gate_pointer is not None:
                 signal = _load_heads(signal_pointer, signal_token, signal_head, tokens, heads, width, mask, DTYPE)
                 a = signal - lam[:, None] * noise
@@ -195,6 +201,11 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
+def _exact(out_scale: float, signal: Tensor) -> float | None:
+    """For float64 the scale as a constant, for Triton passes numbers in float32; else one kernel serves every scale."""
+    return out_scale if signal.dtype == torch.float64 else None
+
+
 def forward(
     signal: Tensor,
     noise: Tensor,
@@ -212,6 +223,7 @@ def forward(
 
     All but the last dimension may be strided.
     """
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     out = torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
     programs, _, constants = _tile("diff_combine_forward", signal, noise)
     _forward_kernel[(programs,)](
@@ -228,8 +240,9 @@ def forward(
         *_strides(noise),
         *_strides(lam.expand(signal.shape[:2])),
         *_strides(gate),
+        out_scale,
         EPS=norm_eps,
-        OUT_SCALE=out_scale,
+        OUT_SCALE=_exact(out_scale, signal),
         **constants,
     )
     return out
@@ -247,6 +260,7 @@ def backward(
     out_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of signal, noise, lam (per token and head, (T, Hs)), norm_weight and gate."""
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
     dtype, device = compute_dtype(signal), signal.device
     programs, tiles, constants = _tile("diff_combine_backward", signal, noise)
     d_signal = torch.empty(signal.shape, dtype=signal.dtype, device=device)
@@ -274,8 +288,9 @@ def backward(
         *_strides(noise),
         *_strides(lam.expand(signal.shape[:2])),
         *_strides(gate),
+        out_scale,
         EPS=norm_eps,
-        OUT_SCALE=out_scale,
+        OUT_SCALE=_exact(out_scale, signal),
         TILES=tiles,
         **constants,
     )

@@ -110,7 +110,7 @@ def _gradient(g, x, c3, c2, c1, p3, p2, p1):
     return _SCALE * (direct - x * (3 * p3 * x2 * x2 + 2 * p2 * x2 + p1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def _forward_kernel(
     x_pointer,
     up_pointer,
@@ -171,7 +171,7 @@ def _forward_kernel(
             _store(out_pointer, columns, rows, start + block, mask, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def _backward_kernel(
     grad_pointer,
     x_pointer,
@@ -270,7 +270,7 @@ def _backward_kernel(
             _store(dx_pointer, columns, rows, start + block, mask, dx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def _sums_kernel(
     grad_pointer,
     x_pointer,
@@ -347,6 +347,7 @@ def forward(
 
     Rows may be strided; columns must be contiguous.
     """
+    weight, bias = weight.contiguous(), bias.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     grid, constants = _tile("poly_norm_forward", x)
     _forward_kernel[grid](
@@ -383,6 +384,7 @@ def backward(
 
     With inverse_rms (3, R) and mean_products (3, R), the means of g n_k, given, the sums are None.
     """
+    weight, bias = weight.contiguous(), bias.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up is not None else None
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if inverse_rms is None else None

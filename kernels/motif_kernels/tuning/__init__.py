@@ -55,6 +55,12 @@ def launch_choice(kernel: str, size: int, device: torch.device) -> Entry:
     return entry
 
 
+def has_table(device: torch.device, kernel: str) -> bool:
+    """Whether the kernel was tuned on this GPU."""
+    name = torch.cuda.get_device_name(device)
+    return any(kernel in t["kernels"] for t in tables().values() if t["gpu"] and t["gpu"] in name)
+
+
 @constant
 def find_choice(kernel: str, size: int, device: torch.device) -> Entry | None:
     """:func:`launch_choice`, or None if no table lists the kernel."""
