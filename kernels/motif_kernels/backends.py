@@ -93,7 +93,7 @@ def _refusal_by_triton_on(device: torch.device) -> str | None:
         if capability in _LAUNCH_TABLES_FIT or tuning.has_table(device, "attention_forward"):
             return None
         return (
-            f"compute capability {capability[0]}.{capability[1]}: there are launch tables for Hopper and data-centre "
+            f"compute capability {'.'.join(map(str, capability))}: there are launch tables for Hopper and data-centre "
             "Blackwell, whose tiles may not fit here; benchmarks.tune writes a table for another GPU"
         )
     return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"

@@ -103,8 +103,8 @@ def test_error_rule(d, dv, group, epilogue, lam, dtype, device):
     plain = run(plain_diff_attention, inputs, extra, grad, **options)
     exact = run(reference, inputs, extra, grad, dtype=torch.float64, **options)
     for o, p, e in zip(ours, plain, exact, strict=True):
-        # Gradients of lambda and of the norm's weight add up rows, each rounded: a random walk of that many steps, which
-        # the few numbers of the plain result may by luck undercut.
+        # Gradients of lambda and of the norm's weight add up rows, each rounded: a random walk of that many steps,
+        # which the few numbers of the plain result may by luck undercut.
         walk = torch.finfo(dtype).eps * e.abs().max().clamp(min=1).item() * (2 * group * size) ** 0.5
         assert_error_rule(o, p, e, precision=dtype, floor=walk if e.ndim < 2 else None)
 
