@@ -216,8 +216,9 @@ class Attention:
             d_o2 = torch.empty_like(saved["noise"]) if self.ratio > 1 and self.deterministic else None
             deltas = torch.empty_like(lse[0]), torch.empty_like(lse[1])
             empty = operator._empty_gradients(tensors)
+            difference, noise = saved["difference"], saved["noise"]
             found = attention._prepare(
-                grad, tensors, options, saved["difference"], saved["noise"], inverse_rms, d_a, d_o2, deltas, empty
+                grad, tensors, options, difference, noise, lse[0], inverse_rms, d_a, d_o2, deltas, empty
             )
             return d_a, d_o2, deltas, found
 

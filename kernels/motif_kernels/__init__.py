@@ -9,9 +9,17 @@ from types import ModuleType
 from .after_import import after_import
 from .attention import diff_attn_func, diff_attn_varlen_func
 from .combine import diff_combine
+from .decoding import diff_attn_with_kvcache
 from .poly_norm import mul_poly_norm, poly_norm
 
-__all__ = ["diff_attn_func", "diff_attn_varlen_func", "diff_combine", "mul_poly_norm", "poly_norm"]
+__all__ = [
+    "diff_attn_func",
+    "diff_attn_varlen_func",
+    "diff_attn_with_kvcache",
+    "diff_combine",
+    "mul_poly_norm",
+    "poly_norm",
+]
 
 
 def _register_flop_formulas(flop_counter: ModuleType) -> None:

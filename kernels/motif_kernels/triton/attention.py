@@ -162,7 +162,9 @@ def backward(
     # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's output.
     d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
-    gradients = _prepare(grad, tensors, options, difference, noise, inverse_rms, d_a, d_o2, deltas, gradients)
+    gradients = _prepare(
+        grad, tensors, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
+    )
     saved = (d_a, (lse_signal, lse_noise), deltas)
     if not options.deterministic:
         dq1 = torch.zeros(q1.shape, dtype=torch.float32, device=q1.device)
@@ -180,6 +182,7 @@ def _prepare(
     options: Options,
     difference: Tensor,
     noise: Tensor,
+    lse_signal: Tensor,
     inverse_rms: Tensor,
     d_a: Tensor,
     d_o2: Tensor | None,
@@ -206,6 +209,7 @@ def _prepare(
         weight,
         flat_gate,
         _present(inverse_rms),
+        lse_signal,
         d_a,
         d_o2,
         *deltas,

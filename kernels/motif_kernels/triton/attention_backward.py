@@ -49,6 +49,7 @@ def _prepare_kernel(
     weight_pointer,
     gate_pointer,
     inverse_rms_pointer,
+    lse1_pointer,
     d_a_pointer,
     d_o2_pointer,
     delta1_pointer,
@@ -103,7 +104,10 @@ def _prepare_kernel(
                 d_gate = g * a * (1 - s)
                 tl.store(d_gate_pointer + own, d_gate.to(d_gate_pointer.dtype.element_ty), mask=mask)
             if weight_pointer is not None:
-                r = tl.load(inverse_rms_pointer + h * tokens + t, mask=present, other=0.0)[:, None]
+                r = tl.load(inverse_rms_pointer + h * tokens + t, mask=present, other=0.0)
+                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow float16.
+                lse = tl.load(lse1_pointer + h * tokens + t, mask=present, other=0.0)
+                r = tl.where(lse == float("inf"), 0.0, r)[:, None]
                 normed = a * r
                 d_weight += tl.sum(g * normed, axis=0)
                 g *= weight

@@ -250,8 +250,6 @@ def _forward_kernel(
                 store_tile(a_pointer + head, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
             if weight_pointer is not None:
                 inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
-                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow float16.
-                inverse_rms = tl.where(lse == float("inf"), 0.0, inverse_rms)
                 if inverse_rms_pointer is not None:
                     tl.store(inverse_rms_pointer + h * tokens + rows, inverse_rms, mask=present)
                 columns = tl.arange(0, BLOCK_DV)
