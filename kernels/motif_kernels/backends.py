@@ -81,7 +81,8 @@ _LAUNCH_TABLES_FIT = ((9, 0), (10, 0), (10, 3))
 
 
 @constant
-def _refusal_by_triton_on(device: torch.device) -> str | None:
+def refusal_by_triton_on(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
     if importlib.util.find_spec("triton") is None:
         return f"tensors on {device}: triton is not installed"
     import triton
@@ -100,7 +101,7 @@ def _refusal_by_triton_on(device: torch.device) -> str | None:
 
 
 def _refusal_by_triton(call: Call) -> str | None:
-    return _refusal_by_triton_on(call.q1.device) or operator.refusal(
+    return refusal_by_triton_on(call.q1.device) or operator.refusal(
         call.q1, call.k1, call.q2, call.k2, call.v, call.gate, call.cu_seqlens_q
     )
 

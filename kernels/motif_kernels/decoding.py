@@ -1,8 +1,7 @@
 """Differential attention against a key/value cache: one to a few new queries a row, caches of different lengths.
 
-The cached keys and values of all rows are packed and handed to the attention for packed documents, so that every
-backend of :func:`motif_kernels.diff_attn_varlen_func` serves. Packing copies what is attended to; a kernel that reads
-the cache in place, split over its length, is still to come.
+The Triton kernel reads the cache in place, each key and value once, split over its length. For the other backends the
+cached keys and values of all rows are packed and handed to the attention for packed documents, which copies them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,12 @@ import os
 import torch
 from torch import Tensor
 
+from . import backends
 from .attention import diff_attn_varlen_func
+from .operators import attention as operator
+
+# Queries times signal heads of a key head that the kernel takes; more are prefill, which the training kernels serve.
+MAX_ROWS = 32
 
 
 def diff_attn_with_kvcache(
@@ -28,6 +32,7 @@ def diff_attn_with_kvcache(
     k2: Tensor | None = None,
     v: Tensor | None = None,
     block_table: Tensor | None = None,
+    num_splits: int | None = None,
     cache_leftpad: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -56,6 +61,7 @@ def diff_attn_with_kvcache(
         k2: (B, Snew, Hk2, D).
         v: (B, Snew, Hv, Dv).
         block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens, in order.
+        num_splits: into how many parts the kernel cuts a row's cache; by default enough to fill the GPU.
         cache_leftpad: (B,) int32, tokens at the start of each row's cache that are padding and seen by nobody.
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: the last query stands at the last key, new ones included.
@@ -65,7 +71,8 @@ def diff_attn_with_kvcache(
         norm_eps: the sub-norm's epsilon.
         out_scale: always multiplies the output.
         gate: (B, Sq, Hs, Dv): multiply the output by ``sigmoid(gate)``.
-        backend: as in :func:`motif_kernels.diff_attn_func`.
+        backend: as in :func:`motif_kernels.diff_attn_func`; ``"triton"`` needs as many key as value heads to read the
+            cache in place, and else packs it too.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype.
@@ -93,6 +100,30 @@ def diff_attn_with_kvcache(
         for cache, tokens in zip((k1_cache, k2_cache, v_cache), new, strict=False):
             positions = cache_seqlens[:, None].long() + torch.arange(added, device=cache.device)
             cache.flatten(0, 1)[slots.gather(1, positions).flatten()] = tokens.flatten(0, 1)
+        if _kernel_serves(backend, q1, k1_cache, q2, k2_cache, v_cache, gate):
+            from .triton.decoding import decode
+
+            left, right = window_size
+            return decode(
+                q1,
+                k1_cache,
+                q2,
+                k2_cache,
+                v_cache,
+                lam if isinstance(lam, Tensor) else torch.full((), lam, device=q1.device),
+                total,
+                leftpad=cache_leftpad,
+                block_table=block_table,
+                num_splits=num_splits,
+                softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+                left=min(left, 1 << 30),
+                right=0 if causal else min(right, 1 << 30),
+                softcap=softcap,
+                norm_weight=norm_weight,
+                norm_eps=norm_eps,
+                out_scale=out_scale,
+                gate=gate,
+            )
         start = torch.zeros_like(total) if cache_leftpad is None else cache_leftpad
         position = torch.arange(capacity, device=slots.device)
         held = slots[(position >= start[:, None]) & (position < total[:, None])]
@@ -120,6 +151,20 @@ def diff_attn_with_kvcache(
         )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, seqlen_q))
+
+
+def _kernel_serves(
+    backend: str, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None
+) -> bool:
+    """Whether the decoding kernel runs. If "triton" was asked for and cannot serve at all, packing tells why."""
+    if backend not in ("auto", "triton") or (backend == "auto" and q1.device.type != "cuda"):
+        return False
+    same_heads = k1.shape[2] == k2.shape[2] == v.shape[2] and q2.shape[2] % v.shape[2] == 0
+    dense = all(t.stride(-1) == 1 for t in (q1, k1, q2, k2, v))
+    few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_ROWS
+    if not (same_heads and dense and few and q1.numel() and v.numel()):
+        return False
+    return backends.refusal_by_triton_on(q1.device) is None and operator.refusal(q1, k1, q2, k2, v, gate, None) is None
 
 
 def _slots(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor) -> Tensor:

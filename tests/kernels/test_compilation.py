@@ -22,7 +22,7 @@ TENSOR_MEMORY = 512  # columns, on Blackwell
 
 
 @pytest.mark.parametrize("arch", [90, 100])
-@pytest.mark.parametrize("family", ["poly_norm", "combine", "attention"])
+@pytest.mark.parametrize("family", ["poly_norm", "combine", "attention", "decoding"])
 def test_spills_and_memory_within_bounds(family: str, arch: int) -> None:
     pytest.importorskip("triton", reason="compiling needs triton")
     # A process of its own: here, kernels may be interpreted, which is decided when triton is imported.
@@ -40,7 +40,7 @@ def test_spills_and_memory_within_bounds(family: str, arch: int) -> None:
 
 def _stack_bound(kernel: dict[str, Any]) -> int:
     """Bytes that a thread may spill: attention's kernels keep accumulators of the head's width in registers."""
-    if kernel["kernel"] == "attention_forward._forward_kernel":
+    if kernel["kernel"] in ("attention_forward._forward_kernel", "decoding._split_kernel"):
         return 64
     if kernel["kernel"] in ("attention_backward._keys_kernel", "attention_backward._queries_kernel"):
         return 512

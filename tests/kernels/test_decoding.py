@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from motif_kernels import diff_attn_func, diff_attn_with_kvcache
+from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
 
 LENGTHS = [23, 7, 40]  # of whole sequences, the new tokens included
 CAPACITY = 48
@@ -79,6 +79,89 @@ def test_last_tokens_of_the_whole_sequence(new, is_paged, leftpad, window, backe
     )
     whole = torch.cat([diff_attn_func(*row, backend="reference", **options)[:, -new:] for row in rows])
     torch.testing.assert_close(out, whole, atol=1e-10, rtol=1e-10)
+
+
+@pytest.fixture
+def small_parts():
+    """Splits that even these caches are long enough for."""
+    decoding = pytest.importorskip("motif_kernels.triton.decoding", reason="the Triton kernels need triton")
+    if not decoding.triton.knobs.runtime.interpret:
+        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    with tuning.overriding(decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):
+        yield
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
+@pytest.mark.parametrize("leftpad", [(0, 0, 0), (3, 8, 0)])
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("new", [1, 4])
+def test_the_kernel_reads_the_cache_in_place(new, is_paged, leftpad, window, num_splits, small_parts):
+    """Interpreted, in float32, with two noise heads to a key head."""
+    rows = sequences(torch.float32)
+    (k1, k2, v), seqlens = caches(rows, new, leftpad)
+    fresh = [last(rows, i, new) for i in (1, 3, 4)]
+    k1, k2, fresh[0], fresh[1] = (t[:, :, :1] for t in (k1, k2, fresh[0], fresh[1]))
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:18].view(3, 6).int() if is_paged else None
+    if table is not None:
+        k1, k2, v = (paged(c, table) for c in (k1, k2, v))
+    arguments = (last(rows, 0, new), last(rows, 2, new), last(rows, 5, new))
+    options = {"causal": True, "window_size": window, "norm_weight": torch.rand(16), "out_scale": 0.7, "softcap": 4.0}
+    results = []
+    for backend in ("triton", "reference"):
+        caches_ = [c.clone() for c in (k1, k2, v)]
+        results.append(
+            diff_attn_with_kvcache(
+                arguments[0],
+                caches_[0],
+                arguments[1],
+                *caches_[1:],
+                arguments[2],
+                seqlens,
+                **dict(zip(("k1", "k2", "v"), fresh, strict=True)),
+                block_table=table,
+                cache_leftpad=torch.tensor(leftpad, dtype=torch.int32),
+                num_splits=num_splits,
+                backend=backend,
+                **options,
+            )
+        )
+    torch.testing.assert_close(*results, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("lam", "epilogue"), [((), "gate"), ("heads", "none"), ("token", "norm")])
+def test_the_kernel_serves_every_variant(ratio, lam, epilogue, small_parts):
+    """Against the training kernel's last tokens, in float16."""
+    generator = torch.Generator().manual_seed(0)
+    heads = 4 * ratio
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).half()
+
+    q1, q2 = normal(2, 40, heads, 16), normal(2, 40, 4, 16)
+    k1, k2, v = normal(2, 40, 2, 16), normal(2, 40, 2, 16), normal(2, 40, 2, 32)
+    shape = {"heads": (heads,), "token": (2, 40, heads)}.get(lam, ())
+    lam = torch.rand(shape, generator=generator)
+    whole = {"gate": normal(2, 40, heads, 32)} if epilogue == "gate" else {}
+    last_gate = {"gate": whole["gate"][:, -2:]} if whole else {}
+    options = {"causal": True, "norm_weight": torch.rand(32, generator=generator) if epilogue == "norm" else None}
+    expected = diff_attn_func(q1, k1, q2, k2, v, lam, backend="triton", **whole, **options)[:, -2:]
+    lengths = torch.full((2,), 40, dtype=torch.int32)
+    out = diff_attn_with_kvcache(
+        q1[:, -2:],
+        k1,
+        q2[:, -2:],
+        k2,
+        v,
+        lam[:, -2:] if lam.ndim == 3 else lam,
+        lengths,
+        num_splits=2,
+        backend="triton",
+        **last_gate,
+        **options,
+    )
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_new_tokens_are_written_into_the_cache_and_nothing_else():

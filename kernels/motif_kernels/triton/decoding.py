@@ -1,0 +1,340 @@
+"""Differential attention of a few new queries against a long cache: each cached key and value is read once.
+
+``_split_kernel``: a program serves one key/value head of one row and a part of its cache. The signal heads and the
+noise heads of all groups that use the head, times the new queries, are the rows of two tiles; a tile of values is
+multiplied by both maps while it is there. It leaves unnormalised outputs, row maxima and row sums in float32.
+
+``_merge_kernel``: a program joins the parts of one noise head and its signal heads for one query, takes the difference
+in float32, applies the epilogue and rounds once.
+
+The cache is contiguous or paged; the number of parts does not depend on lengths that only the GPU knows. In a launch
+table, the size is (D + Dv) in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tuning import launch_choice
+from .attention_tiles import product, to_logits
+
+
+@triton.jit
+def _accumulate(o, m, l, s, v):  # noqa: E741
+    """One step of the online softmax, for logits s (ROWS, KEYS) with hidden keys at -inf."""
+    m_new = tl.maximum(m, tl.max(s, axis=1))
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_finite[:, None])
+    alpha = tl.exp2(m - m_finite)
+    l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+    return product(p.to(v.dtype), v, o * alpha[:, None]), m_new, l
+
+
+@triton.jit
+def _store_part(o_pointer, statistics_pointer, at, present, o, m, l, DV: tl.constexpr, BLOCK_DV: tl.constexpr):  # noqa: E741
+    columns = tl.arange(0, BLOCK_DV)
+    tl.store(o_pointer + at[:, None] * DV + columns[None, :], o, mask=present[:, None] & (columns < DV)[None, :])
+    tl.store(statistics_pointer + at * 2, m, mask=present)
+    tl.store(statistics_pointer + at * 2 + 1, l, mask=present)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "page_size", "splits", "left", "right"])
+def _split_kernel(
+    q1_pointer,
+    k1_pointer,
+    q2_pointer,
+    k2_pointer,
+    v_pointer,
+    lengths_pointer,
+    leftpad_pointer,
+    table_pointer,
+    o1_pointer,
+    o2_pointer,
+    statistics1_pointer,
+    statistics2_pointer,
+    q1_batch,
+    q1_token,
+    q1_head,
+    k1_page,
+    k1_token,
+    k1_head,
+    q2_batch,
+    q2_token,
+    q2_head,
+    k2_page,
+    k2_token,
+    k2_head,
+    v_page,
+    v_token,
+    v_head,
+    table_batch,
+    seqlen_q,
+    page_size,
+    splits,
+    left,
+    right,
+    kv_heads,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    NOISES: tl.constexpr,
+    ROWS1: tl.constexpr,
+    ROWS2: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv = tl.program_id(1).to(tl.int64)
+    z = tl.program_id(2).to(tl.int64)
+    end = tl.load(lengths_pointer + z)
+    begin = 0
+    if leftpad_pointer is not None:
+        begin = tl.load(leftpad_pointer + z)
+    if HAS_LEFT:  # what lies before the first query's window is not read
+        begin = tl.maximum(begin, end - seqlen_q - left)
+    part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
+    first = begin + split * part
+    last = tl.minimum(first + part, end)
+
+    signals: tl.constexpr = NOISES * GROUP  # heads of a query in each tile
+    rows1, rows2 = tl.arange(0, ROWS1), tl.arange(0, ROWS2)
+    tokens1, tokens2 = rows1 // signals, rows2 // NOISES
+    heads1, heads2 = kv * signals + rows1 % signals, kv * NOISES + rows2 % NOISES
+    present1, present2 = tokens1 < seqlen_q, tokens2 < seqlen_q
+    width = tl.arange(0, BLOCK_D)
+    inside = (width < D)[None, :]
+    q1_at = z * q1_batch + tokens1 * q1_token + heads1 * q1_head
+    q2_at = z * q2_batch + tokens2 * q2_token + heads2 * q2_head
+    q1 = tl.load(q1_pointer + q1_at[:, None] + width[None, :], mask=present1[:, None] & inside, other=0.0)
+    q2 = tl.load(q2_pointer + q2_at[:, None] + width[None, :], mask=present2[:, None] & inside, other=0.0)
+    position1, position2 = end - seqlen_q + tokens1, end - seqlen_q + tokens2
+
+    o1 = tl.zeros([ROWS1, BLOCK_DV], tl.float32)
+    o2 = tl.zeros([ROWS2, BLOCK_DV], tl.float32)
+    m1, l1 = tl.full([ROWS1], float("-inf"), tl.float32), tl.zeros([ROWS1], tl.float32)
+    m2, l2 = tl.full([ROWS2], float("-inf"), tl.float32), tl.zeros([ROWS2], tl.float32)
+    value_width = tl.arange(0, BLOCK_DV)
+    for start in tl.range(first, last, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        held = keys < last
+        if table_pointer is not None:
+            page = tl.load(table_pointer + z * table_batch + keys // page_size, mask=held, other=0).to(tl.int64)
+            slot = keys % page_size
+        else:
+            page = tl.zeros([BLOCK_N], tl.int64) + z
+            slot = keys
+        mask = held[:, None] & inside
+        k1_at = page * k1_page + slot.to(tl.int64) * k1_token + kv * k1_head
+        k2_at = page * k2_page + slot.to(tl.int64) * k2_token + kv * k2_head
+        v_at = page * v_page + slot.to(tl.int64) * v_token + kv * v_head
+        k1 = tl.load(k1_pointer + k1_at[:, None] + width[None, :], mask=mask, other=0.0)
+        k2 = tl.load(k2_pointer + k2_at[:, None] + width[None, :], mask=mask, other=0.0)
+        v_mask = held[:, None] & (value_width < DV)[None, :]
+        v = tl.load(v_pointer + v_at[:, None] + value_width[None, :], mask=v_mask, other=0.0)
+        s1 = to_logits(product(q1, tl.trans(k1)), SCALE, SOFTCAP)
+        s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
+        seen1 = held[None, :] & present1[:, None]
+        seen2 = held[None, :] & present2[:, None]
+        if HAS_LEFT:
+            seen1 = seen1 & (keys[None, :] >= position1[:, None] - left)
+            seen2 = seen2 & (keys[None, :] >= position2[:, None] - left)
+        if HAS_RIGHT:
+            seen1 = seen1 & (keys[None, :] <= position1[:, None] + right)
+            seen2 = seen2 & (keys[None, :] <= position2[:, None] + right)
+        o1, m1, l1 = _accumulate(o1, m1, l1, tl.where(seen1, s1, float("-inf")), v)
+        o2, m2, l2 = _accumulate(o2, m2, l2, tl.where(seen2, s2, float("-inf")), v)
+
+    query = (z * splits + split) * seqlen_q
+    at1 = (query + tokens1) * (kv_heads * signals) + heads1
+    at2 = (query + tokens2) * (kv_heads * NOISES) + heads2
+    _store_part(o1_pointer, statistics1_pointer, at1, present1, o1, m1, l1, DV, BLOCK_DV)
+    _store_part(o2_pointer, statistics2_pointer, at2, present2, o2, m2, l2, DV, BLOCK_DV)
+
+
+@triton.jit
+def _join(o_pointer, statistics_pointer, first, step, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """The parts of one head of one query, joined and normalised: (BLOCK_DV,); 0 if no key was seen."""
+    columns = tl.arange(0, BLOCK_DV)
+    top = tl.full((), float("-inf"), tl.float32)
+    for split in tl.range(splits):
+        top = tl.maximum(top, tl.load(statistics_pointer + (first + split * step) * 2))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    o = tl.zeros([BLOCK_DV], tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for split in tl.range(splits):
+        at = first + split * step
+        factor = tl.exp2(tl.load(statistics_pointer + at * 2) - top)
+        total += factor * tl.load(statistics_pointer + at * 2 + 1)
+        o += factor * tl.load(o_pointer + at * DV + columns, mask=columns < DV, other=0.0)
+    return tl.where(total == 0, 0.0, o / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "splits"])
+def _merge_kernel(
+    o1_pointer,
+    o2_pointer,
+    statistics1_pointer,
+    statistics2_pointer,
+    lam_pointer,
+    weight_pointer,
+    gate_pointer,
+    out_pointer,
+    lam_batch,
+    lam_token,
+    lam_head,
+    gate_batch,
+    gate_token,
+    gate_head,
+    seqlen_q,
+    splits,
+    noise_heads,
+    out_scale,
+    NORM_EPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
+    z = tl.program_id(2).to(tl.int64)
+    heads = noise_heads * GROUP
+    query = z * splits * seqlen_q + token
+    columns = tl.arange(0, BLOCK_DV)
+    inside = columns < DV
+    noise = _join(
+        o2_pointer, statistics2_pointer, query * noise_heads + n, seqlen_q * noise_heads, splits, DV, BLOCK_DV
+    )
+    for i in tl.range(GROUP):
+        h = n * GROUP + i
+        a = _join(o1_pointer, statistics1_pointer, query * heads + h, seqlen_q * heads, splits, DV, BLOCK_DV)
+        a -= tl.load(lam_pointer + z * lam_batch + token * lam_token + h * lam_head).to(tl.float32) * noise
+        if weight_pointer is not None:
+            weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+            a *= tl.rsqrt(tl.sum(a * a, axis=0) / DV + NORM_EPS) * weight
+        if gate_pointer is not None:
+            gate_at = z * gate_batch + token * gate_token + h * gate_head
+            a *= tl.sigmoid(tl.load(gate_pointer + gate_at + columns, mask=inside, other=0.0).to(tl.float32))
+        out_at = ((z * seqlen_q + token) * heads + h) * DV
+        tl.store(out_pointer + out_at + columns, (a * out_scale).to(out_pointer.dtype.element_ty), mask=inside)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def decode(
+    q1: Tensor,
+    k1_cache: Tensor,
+    q2: Tensor,
+    k2_cache: Tensor,
+    v_cache: Tensor,
+    lam: Tensor,
+    lengths: Tensor,
+    *,
+    leftpad: Tensor | None,
+    block_table: Tensor | None,
+    num_splits: int | None,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    out_scale: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """Shapes are :func:`motif_kernels.diff_attn_with_kvcache`'s; ``lengths`` (B,) int32 counts new tokens in.
+
+    All caches have the same number of heads, which divides that of the noise heads.
+    """
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    gate = gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate
+    batch, seqlen_q, heads, d = q1.shape
+    noise_heads, kv_heads, dv = q2.shape[2], v_cache.shape[2], v_cache.shape[3]
+    page_size = k1_cache.shape[1]
+    capacity = page_size * (1 if block_table is None else block_table.shape[1])
+    choice = launch_choice("decoding_split", (d + dv) * q1.element_size(), q1.device)
+    if num_splits is None:
+        # Two programs a processor, as long as a part is worth a program of its own.
+        wanted = math.ceil(2 * _processors(q1.device) / max(1, batch * kv_heads))
+        num_splits = max(1, min(wanted, capacity // (4 * choice["block_n"])))
+    noises = noise_heads // kv_heads
+    widths = {"DV": dv, "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
+
+    def parts(count: int, *last: int) -> Tensor:
+        return torch.empty(batch, num_splits, seqlen_q, count, *last, dtype=torch.float32, device=q1.device)
+
+    o1, o2, statistics1, statistics2 = parts(heads, dv), parts(noise_heads, dv), parts(heads, 2), parts(noise_heads, 2)
+    _split_kernel[(num_splits, kv_heads, batch)](
+        q1,
+        k1_cache,
+        q2,
+        k2_cache,
+        v_cache,
+        lengths,
+        leftpad,
+        block_table,
+        o1,
+        o2,
+        statistics1,
+        statistics2,
+        *q1.stride()[:3],
+        *k1_cache.stride()[:3],
+        *q2.stride()[:3],
+        *k2_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        0 if block_table is None else block_table.stride(0),
+        seqlen_q,
+        page_size,
+        num_splits,
+        left,
+        right,
+        kv_heads,
+        SCALE=softmax_scale,
+        SOFTCAP=softcap,
+        HAS_LEFT=left >= 0,
+        HAS_RIGHT=right >= 0,
+        GROUP=heads // noise_heads,
+        NOISES=noises,
+        ROWS1=max(16, triton.next_power_of_2(seqlen_q * heads // kv_heads)),
+        ROWS2=max(16, triton.next_power_of_2(seqlen_q * noises)),
+        D=d,
+        BLOCK_N=choice["block_n"],
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
+        **widths,
+        num_warps=choice["num_warps"],
+        num_stages=choice["num_stages"],
+    )
+    out = torch.empty(batch, seqlen_q, heads, dv, dtype=q1.dtype, device=q1.device)
+    gate_strides = (0, 0, 0) if gate is None else gate.stride()[:3]
+    _merge_kernel[(noise_heads, seqlen_q, batch)](
+        o1,
+        o2,
+        statistics1,
+        statistics2,
+        lam,
+        norm_weight,
+        gate,
+        out,
+        *(0, 0, 0, *lam.stride())[-3:],
+        *gate_strides,
+        seqlen_q,
+        num_splits,
+        noise_heads,
+        out_scale,
+        NORM_EPS=norm_eps,
+        GROUP=heads // noise_heads,
+        **widths,
+        num_warps=4,
+    )
+    return out
