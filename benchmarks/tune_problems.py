@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import Draw, draw_from
-from motif_kernels import diff_attn_func
+from motif_kernels import diff_attn_func, tuning
 
 DTYPE = torch.bfloat16
 NORM_EPS = 1e-5
@@ -148,8 +148,10 @@ class Attention:
     deterministic: bool = True
 
     def size(self, kernel: str) -> int:
-        """A value head's bytes for attention_prepare, else those of a key and a value, widths as powers of two."""
-        return DTYPE.itemsize * (self.value_width if kernel == "attention_prepare" else self.width + self.value_width)
+        """A value head's bytes for attention_prepare, else attention's size in the tables."""
+        if kernel == "attention_prepare":
+            return DTYPE.itemsize * self.value_width
+        return tuning.attention_size(self.width, self.value_width, DTYPE.itemsize)
 
     def describe(self) -> str:
         """In words."""
@@ -202,7 +204,7 @@ class Attention:
         )
 
         def forward() -> dict[str, Tensor]:
-            return _named(attention.forward(tensors, options, operator._empty_results(tensors, options)))
+            return _named(attention.forward(tensors, options, operator.empty_results(tensors, options)))
 
         if kernel == "attention_forward":
             return forward
@@ -215,9 +217,9 @@ class Attention:
             d_a = torch.empty_like(saved["difference"])
             d_o2 = torch.empty_like(saved["noise"]) if self.ratio > 1 and self.deterministic else None
             deltas = torch.empty_like(lse[0]), torch.empty_like(lse[1])
-            empty = operator._empty_gradients(tensors)
+            empty = operator.empty_gradients(tensors)
             difference, noise = saved["difference"], saved["noise"]
-            found = attention._prepare(
+            found = attention.backward_prepare(
                 grad, tensors, options, difference, noise, lse[0], inverse_rms, d_a, d_o2, deltas, empty
             )
             return d_a, d_o2, deltas, found
@@ -235,13 +237,15 @@ class Attention:
             if not self.deterministic:
                 pairs = (("q1", tensors.q1), ("q2", tensors.q2))
                 queries = {name: torch.zeros(q.shape, device=device) for name, q in pairs}
-            empty = operator._empty_gradients(tensors)
-            found = attention._keys(tensors, options, d_a, lse, deltas, empty, queries.get("q1"), queries.get("q2"))
+            empty = operator.empty_gradients(tensors)
+            found = attention.backward_keys(
+                tensors, options, d_a, lse, deltas, empty, queries.get("q1"), queries.get("q2")
+            )
             return {"k1": found.k1, "k2": found.k2, "v": found.v, **queries}
 
         def both_queries() -> dict[str, Tensor]:
-            found = operator._empty_gradients(tensors)
-            attention._queries(tensors, options, d_a, lse, deltas, d_o2, found)
+            found = operator.empty_gradients(tensors)
+            attention.backward_queries(tensors, options, d_a, lse, deltas, d_o2, found)
             return {"q1": found.q1, "q2": found.q2}
 
         launch: Launch = {

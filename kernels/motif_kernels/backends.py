@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from . import flash, reference, sdpa, tuning
 from .combine import diff_combine
 from .operators import attention as operator
+from .operators import triton_is_installed
 from .tracing import constant
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -83,7 +83,7 @@ _LAUNCH_TABLES_FIT = ((9, 0), (10, 0), (10, 3))
 @constant
 def refusal_by_triton_on(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not triton_is_installed():
         return f"tensors on {device}: triton is not installed"
     import triton
 
@@ -211,14 +211,17 @@ def _run_flash(call: Call) -> Result:
     return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
 
 
-_FAR = 1 << 30  # further than any key: added to a position, 32 bits still hold it
+def kernel_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """The window that the kernels take: causal is a right side of 0, and no side is too long for 32 bits."""
+    far = 1 << 30  # further than any key; added to a position, 32 bits still hold it
+    left, right = window_size
+    return min(left, far), 0 if causal else min(right, far)
 
 
 def _run_triton(call: Call) -> Result:
     lam = call.lam
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=torch.float32, device=call.q1.device)
-    left, right = call.window_size
     results = operator.diff_attention(
         call.q1,
         call.k1,
@@ -233,8 +236,7 @@ def _run_triton(call: Call) -> Result:
         call.max_seqlen_q,
         call.max_seqlen_k,
         call.softmax_scale,
-        min(left, _FAR),
-        0 if call.causal else min(right, _FAR),
+        *kernel_window(call.causal, call.window_size),
         call.softcap,
         call.norm_eps,
         call.out_scale,
@@ -278,7 +280,7 @@ def choose(backend: str, call: Call) -> str:
         return backend
     order = ("sdpa", "reference")
     if call.q1.device.type == "cuda":
-        size = (call.q1.shape[-1] + call.v.shape[-1]) * call.q1.element_size()
+        size = tuning.attention_size(call.q1.shape[-1], call.v.shape[-1], call.q1.element_size())
         measured = tuning.find_choice("attention_backend", size, call.q1.device)
         order = (*([measured["backend"]] if measured else []), "triton", "flash", *order)
     return next(name for name in order if _BACKENDS[name].refusal(call) is None)

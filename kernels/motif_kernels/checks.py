@@ -85,6 +85,13 @@ def check_attention(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *
             raise ValueError(f"{of} has {whole} heads and {name} has {heads}; {of}'s must be a multiple of {name}'s")
 
 
+def may_read(values: Tensor) -> bool:
+    """Whether values may be looked at to be checked: not where that would stall a GPU's stream, nor while tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
+
+
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
     """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document over max_seqlen.
 
@@ -96,7 +103,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int)
             f"{name} is {cu_seqlens.dtype} with shape {tuple(cu_seqlens.shape)}; "
             "it must be an int32 vector of documents + 1"
         )
-    if torch.compiler.is_compiling() or (cu_seqlens.device.type != "cpu" and os.environ.get("MOTIF_CHECK") != "1"):
+    if not may_read(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:

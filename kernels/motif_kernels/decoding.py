@@ -6,13 +6,12 @@ cached keys and values of all rows are packed and handed to the attention for pa
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from . import backends
 from .attention import diff_attn_varlen_func
+from .checks import may_read
 from .operators import attention as operator
 
 # Queries times signal heads of a key head that the kernel takes; more are prefill, which the training kernels serve.
@@ -91,7 +90,7 @@ def diff_attn_with_kvcache(
     capacity = k1_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     with torch.no_grad():
         total = cache_seqlens + added
-        if _may_read(cache_seqlens) and batch and int(total.max()) > capacity:
+        if may_read(cache_seqlens) and batch and int(total.max()) > capacity:
             raise ValueError(
                 f"cache_seqlens holds {int(cache_seqlens.max())} and {added} tokens are to be appended, but a row's "
                 f"cache has room for {capacity}"
@@ -103,7 +102,7 @@ def diff_attn_with_kvcache(
         if _kernel_serves(backend, q1, k1_cache, q2, k2_cache, v_cache, gate):
             from .triton.decoding import decode
 
-            left, right = window_size
+            left, right = backends.kernel_window(causal, window_size)
             return decode(
                 q1,
                 k1_cache,
@@ -116,8 +115,8 @@ def diff_attn_with_kvcache(
                 block_table=block_table,
                 num_splits=num_splits,
                 softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-                left=min(left, 1 << 30),
-                right=0 if causal else min(right, 1 << 30),
+                left=left,
+                right=right,
                 softcap=softcap,
                 norm_weight=norm_weight,
                 norm_eps=norm_eps,
@@ -176,11 +175,6 @@ def _slots(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor)
     return block_table.long()[:, position // size] * size + position % size
 
 
-def _may_read(tensor: Tensor) -> bool:
-    """Whether looking at values does not stall a GPU's stream, or was asked for."""
-    return tensor.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
-
-
 def _check_lengths(batch: int, **lengths: Tensor | None) -> None:
     for name, tensor in lengths.items():
         if tensor is None:
@@ -189,7 +183,7 @@ def _check_lengths(batch: int, **lengths: Tensor | None) -> None:
             raise TypeError(f"{name} is {tensor.dtype}; it must be int32")
         if tuple(tensor.shape) != (batch,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({batch},), a number for each row")
-        if _may_read(tensor) and batch and int(tensor.min()) < 0:
+        if may_read(tensor) and batch and int(tensor.min()) < 0:
             raise ValueError(f"{name} holds {int(tensor.min())}; lengths cannot be negative")
 
 
@@ -204,7 +198,7 @@ def _check_table(batch: int, block_table: Tensor | None, cache: Tensor) -> None:
         raise TypeError(f"block_table is {block_table.dtype}; it must be int32")
     if block_table.ndim != 2 or len(block_table) != batch:
         raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be ({batch}, blocks of a row)")
-    if _may_read(block_table) and block_table.numel():
+    if may_read(block_table) and block_table.numel():
         smallest, largest = int(block_table.min()), int(block_table.max())
         if smallest < 0 or largest >= len(cache):
             wrong = smallest if smallest < 0 else largest

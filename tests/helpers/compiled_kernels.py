@@ -166,7 +166,7 @@ def _attention_call(
     softcap: float = 0.0,
 ) -> None:
     """A forward and a backward of 256 tokens with 2 noise heads."""
-    from motif_kernels.operators.attention import Options, Tensors, _empty_gradients, _empty_results
+    from motif_kernels.operators.attention import Options, Tensors, empty_gradients, empty_results
     from motif_kernels.triton import attention
 
     leading = (256,) if packed else (1, 256)
@@ -177,10 +177,10 @@ def _attention_call(
     lam = torch.empty(())
     tensors = Tensors(signal, noise, noise, noise, value, lam, weight, gate, cu_seqlens, cu_seqlens)
     options = Options(256, 256, d**-0.5, left, right, softcap, 1e-5, 1.0, deterministic, True, True)
-    results = _empty_results(tensors, options)
+    results = empty_results(tensors, options)
     attention.forward(tensors, options, results)
     attention.backward(
-        results.out, tensors, options, results.out.flatten(0, -3), *results[2:6], _empty_gradients(tensors)
+        results.out, tensors, options, results.out.flatten(0, -3), *results[2:6], empty_gradients(tensors)
     )
 
 

@@ -6,6 +6,7 @@ with the same arguments. To torch.compile, to activation checkpointing and to a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -32,11 +33,17 @@ def implementation(family: str, device: torch.device) -> ModuleType:
 
 def has_implementation(device: torch.device) -> bool:
     """Whether operators run on this device; if not, the public functions use the plain formulas."""
-    return device.type in ("cpu", "meta") or (device.type == "cuda" and _triton_is_installed())
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and triton_is_installed())
 
 
 @constant
-def _triton_is_installed() -> bool:
+def triton_is_installed() -> bool:
+    """Whether there is a triton to import."""
+    return _find_triton()
+
+
+@functools.cache  # a search through the path, asked for in every call
+def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

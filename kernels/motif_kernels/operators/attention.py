@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LN_2 = 0.6931471805599453
 MAX_WIDTH = 256
 MAX_BATCH = 65535
 MAX_TOKEN_STRIDE = 1 << 23  # a tile of 128 tokens is addressed in 32 bits from its corner
@@ -144,7 +143,7 @@ def split_arguments(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, options = split_arguments(arguments)
-    results = _empty_results(tensors, options)
+    results = empty_results(tensors, options)
     if results.out.numel() == 0 or tensors.v.numel() == 0:
         for tensor in results[:6]:
             tensor.zero_()
@@ -155,7 +154,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_implementation().forward(tensors, options, results))
 
 
-def _empty_results(tensors: Tensors, options: Options) -> Results:
+def empty_results(tensors: Tensors, options: Options) -> Results:
+    """Room for what the forward pass returns."""
     q1, heads, width = tensors.q1, tensors.q1.shape[-2], tensors.v.shape[-1]
     noise_heads = tensors.q2.shape[-2]
     tokens = math.prod(q1.shape[:-2])
@@ -183,20 +183,21 @@ diff_attention = torch.library.custom_op(
 
 @diff_attention.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_results(*split_arguments(arguments)))
+    return tuple(empty_results(*split_arguments(arguments)))
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, options = split_arguments(arguments)
     saved = arguments[_COUNT + len(Options._fields) :]
-    gradients = _empty_gradients(tensors)
+    gradients = empty_gradients(tensors)
     if grad.numel() == 0 or tensors.v.numel() == 0:
         return tuple(t.zero_() for t in gradients)
     with torch.cuda.device_of(grad):
         return tuple(_implementation().backward(grad, tensors, options, *saved, gradients))
 
 
-def _empty_gradients(tensors: Tensors) -> Gradients:
+def empty_gradients(tensors: Tensors) -> Gradients:
+    """Room for what the backward pass returns."""
     q1 = tensors.q1
 
     def like(tensor: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ _diff_attention_backward = torch.library.custom_op(
 
 @_diff_attention_backward.register_fake
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_empty_gradients(split_arguments(arguments)[0]))
+    return tuple(empty_gradients(split_arguments(arguments)[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

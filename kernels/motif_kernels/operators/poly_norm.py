@@ -60,15 +60,8 @@ def poly_norm(
 
 
 @poly_norm.register_fake
-def _(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    *_, out_dtype = arguments
     return torch.empty(x.shape, dtype=out_dtype, device=x.device)
 
 
@@ -106,18 +99,14 @@ def _poly_norm_backward(
     )
 
 
-@_poly_norm_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
+def _fake_gradients(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dup = x.new_empty(0) if up is None else up.new_empty(up.shape)
     return x.new_empty(x.shape), dup, weight.new_empty(3), bias.new_empty(1)
+
+
+_poly_norm_backward.register_fake(_fake_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,16 +173,8 @@ def poly_norm_sharded(
 
 
 @poly_norm_sharded.register_fake
-def _(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    out_dtype: torch.dtype,
-    group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, out_dtype, _ = arguments
     dtype = compute_dtype(x)
     inverse_rms = x.new_empty((3, x.numel() // x.shape[-1]), dtype=dtype)
     return torch.empty(x.shape, dtype=out_dtype, device=x.device), inverse_rms, x.new_empty(1, dtype=dtype)
@@ -233,21 +214,7 @@ def _poly_norm_sharded_backward(
     return dx.view(x.shape), _like(dup, up, x), dw.to(weight.dtype, copy=True), db.to(bias.dtype, copy=True)
 
 
-@_poly_norm_sharded_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    inverse_rms: Tensor,
-    columns: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    group_name: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dup = x.new_empty(0) if up is None else up.new_empty(up.shape)
-    return x.new_empty(x.shape), dup, weight.new_empty(3), bias.new_empty(1)
+_poly_norm_sharded_backward.register_fake(_fake_gradients)
 
 
 def _save_sharded(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Launching the attention kernels on plain tensors.
 
-In a launch table, a kernel's size is (D + Dv) in bytes, or three quarters of their sum padded to powers of two if that
-is more; ``block_m`` queries by ``block_n`` keys is a tile. float32, which is for checks, has tables of its own.
+In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` queries by ``block_n`` keys is a tile.
+float32, which is for checks, has tables of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..operators.attention import LN_2, Gradients, Options, Results, Tensors
-from ..tuning import launch_choice
+from ..operators.attention import Gradients, Options, Results, Tensors
+from ..tuning import attention_size, launch_choice
 from .attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
 from .attention_forward import _forward_kernel
+
+LN_2 = 0.6931471805599453
 
 
 def _power_of_two(width: int) -> int:
@@ -31,9 +33,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
     widths = _widths(q, v)
     if q.dtype == torch.float32:
         kernel += "_float32"
-    # A width just above a power of two costs almost twice what it is.
-    width = max(widths["D"] + widths["DV"], (widths["BLOCK_D"] + widths["BLOCK_DV"]) * 3 // 4)
-    choice = launch_choice(kernel, width * q.element_size(), q.device)
+    choice = launch_choice(kernel, attention_size(widths["D"], widths["DV"], q.element_size()), q.device)
     return {
         "BLOCK_M": choice["block_m"],
         "BLOCK_N": choice["block_n"],
@@ -162,21 +162,21 @@ def backward(
     # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's output.
     d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
-    gradients = _prepare(
+    gradients = backward_prepare(
         grad, tensors, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
     )
     saved = (d_a, (lse_signal, lse_noise), deltas)
     if not options.deterministic:
         dq1 = torch.zeros(q1.shape, dtype=torch.float32, device=q1.device)
         dq2 = torch.zeros(q2.shape, dtype=torch.float32, device=q2.device)
-        gradients = _keys(tensors, options, *saved, gradients, dq1, dq2)
+        gradients = backward_keys(tensors, options, *saved, gradients, dq1, dq2)
         return gradients._replace(q1=dq1.to(q1.dtype), q2=dq2.to(q2.dtype))
-    gradients = _keys(tensors, options, *saved, gradients, None, None)
-    _queries(tensors, options, *saved, d_o2, gradients)
+    gradients = backward_keys(tensors, options, *saved, gradients, None, None)
+    backward_queries(tensors, options, *saved, d_o2, gradients)
     return gradients
 
 
-def _prepare(
+def backward_prepare(
     grad: Tensor,
     tensors: Tensors,
     options: Options,
@@ -233,7 +233,7 @@ def _prepare(
     return gradients if partial is None else gradients._replace(norm_weight=partial.sum(0))
 
 
-def _keys(
+def backward_keys(
     tensors: Tensors,
     options: Options,
     d_a: Tensor,
@@ -304,7 +304,7 @@ def _keys(
     return gradients._replace(k1=totals[0], k2=totals[1], v=totals[2])
 
 
-def _queries(
+def backward_queries(
     tensors: Tensors,
     options: Options,
     d_a: Tensor,

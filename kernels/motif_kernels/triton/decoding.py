@@ -8,7 +8,7 @@ multiplied by both maps while it is there. It leaves unnormalised outputs, row m
 in float32, applies the epilogue and rounds once.
 
 The cache is contiguous or paged; the number of parts does not depend on lengths that only the GPU knows. In a launch
-table, the size is (D + Dv) in bytes.
+table, the size is ``tuning.attention_size``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tuning import launch_choice
+from ..tuning import attention_size, launch_choice
 from .attention_tiles import product, to_logits
 
 
@@ -263,7 +263,7 @@ def decode(
     noise_heads, kv_heads, dv = q2.shape[2], v_cache.shape[2], v_cache.shape[3]
     page_size = k1_cache.shape[1]
     capacity = page_size * (1 if block_table is None else block_table.shape[1])
-    choice = launch_choice("decoding_split", (d + dv) * q1.element_size(), q1.device)
+    choice = launch_choice("decoding_split", attention_size(d, dv, q1.element_size()), q1.device)
     if num_splits is None:
         # Two programs a processor, as long as a part is worth a program of its own.
         wanted = math.ceil(2 * _processors(q1.device) / max(1, batch * kv_heads))

@@ -43,6 +43,16 @@ def _table(device: torch.device) -> dict[str, Any]:
     return merged_table(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
+def attention_size(head_dim: int, value_dim: int, element_size: int) -> int:
+    """The size of attention in these tables: D + Dv in bytes.
+
+    Where three quarters of their sum padded to powers of two are more, those: a width just above a power of two costs
+    almost twice what it is.
+    """
+    padded = sum(1 << max(4, (width - 1).bit_length()) for width in (head_dim, value_dim))
+    return max(head_dim + value_dim, padded * 3 // 4) * element_size
+
+
 def launch_choice(kernel: str, size: int, device: torch.device) -> Entry:
     """The entry of ``kernel`` for a problem of this size on this device.
 

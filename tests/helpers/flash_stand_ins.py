@@ -1,0 +1,271 @@
+"""flash-attn's modules without flash-attn: each version's signatures and refusals, computed by the reference.
+
+They take float64 besides half precision, so that what is composed around them can be compared to the last digits.
+"""
+
+from __future__ import annotations
+
+import types
+
+import torch
+
+from motif_kernels import reference
+
+DTYPES = (torch.float64, torch.float16, torch.bfloat16)
+NAMES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
+AMPERE, HOPPER, BLACKWELL, GEFORCE = (8, 0), (9, 0), (10, 0), (12, 0)
+
+
+def plain(q, k, v, packing, scale, causal, window, softcap):
+    """What a library computes: (B, S, H, D), or packed documents."""
+    if packing is None:
+        mask = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window)
+        return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0].to(q.dtype)
+    mask = reference.packed_visibility_mask(*packing, len(q), len(k), causal=causal, window_size=window)
+    q, k, v = q[None], k[None], v[None]
+    return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0][0].to(q.dtype)
+
+
+def compute(q, k, v, packing, lengths, *, scale, causal, window, softcap, deterministic):
+    """A stand-in's work without its checks and records, to be traced."""
+    return plain(q, k, v, packing, scale, causal, window, softcap)
+
+
+class StandIn:
+    """A flash-attn module: records each call, refuses what the library refuses, computes the rest plainly."""
+
+    def __init__(self, version, capability):
+        self.version, self.capability, self.calls = version, capability, []
+
+    def run(self, q, k, v, packing, lengths, *, scale, causal, window, softcap, deterministic):
+        _, seqlen_k = lengths
+        for t in (q, k, v):
+            assert t.dtype in DTYPES
+            assert t.ndim == (4 if packing is None else 3)
+            assert t.stride(-1) == 1, "the last dimension must be contiguous"
+            assert t.shape[-1] % 8 == 0
+            assert t.numel()
+        assert q.shape[-1] == k.shape[-1]
+        assert k.shape[:-1] == v.shape[:-1], "keys and values must have equally many heads"
+        assert q.shape[-2] % k.shape[-2] == 0
+        backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        self.check_widths(q.shape[-1], v.shape[-1], q.shape[-2] != k.shape[-2], deterministic, softcap, backward)
+        self.calls.append(
+            {
+                "heads": q.shape[-2],
+                "kv_heads": k.shape[-2],
+                "widths": (q.shape[-1], v.shape[-1]),
+                "deterministic": deterministic,
+                "packed": packing is not None,
+            }
+        )
+        left, right = window
+        if self.version == 2:
+            # Bounds are compared with, and replaced by, the key length.
+            left, right = (-1 if side >= seqlen_k else side for side in (left, right))
+            right = 0 if causal else right
+            if left < 0 <= right:
+                left = seqlen_k
+            elif right < 0 <= left:
+                right = seqlen_k
+        return plain(q, k, v, packing, scale, causal, (left, right), softcap)
+
+    def check_widths(self, d, dv, grouped, deterministic, softcap, backward):
+        major = self.capability[0]
+        if self.version == 2:
+            assert d == dv <= 256
+        elif self.version == 3:
+            assert d <= 256
+            assert major in (8, 9)
+            if d != dv:
+                assert major == 9
+                assert (128 < d <= 192 and 96 < dv <= 128) or (d <= 64 and dv <= 512)
+            assert not backward or max(d, dv) <= 256
+            assert not (backward and deterministic and max(d, dv) > 192), "no deterministic backward at 256"
+        elif major == 9:
+            assert d <= 256
+            assert dv <= 256
+            assert not (backward and grouped and d != dv), "GQA backward requires head_dim == head_dim_v"
+        elif major in (10, 11):
+            assert max(d, dv) <= 128 or (d, dv) in ((192, 128), (256, 256))
+            assert not (backward and softcap and d == 256)
+        else:
+            assert not (major == 8 and backward)
+            assert not (major == 12 and backward and (deterministic or softcap))
+
+    def module(self):
+        """The functions under the library's name, with its parameters in its order."""
+        module = types.ModuleType(NAMES[self.version])
+        module.flash_attn_func, module.flash_attn_varlen_func = getattr(self, f"functions_{self.version}")()
+        return module
+
+    def functions_2(self):
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p=0.0,
+            softmax_scale=None,
+            causal=False,
+            window_size=(-1, -1),
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p=0.0,
+            softmax_scale=None,
+            causal=False,
+            window_size=(-1, -1),
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+            return_attn_probs=False,
+            block_table=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic)
+
+        return flash_attn_func, flash_attn_varlen_func
+
+    def functions_3(self):
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            softmax_scale=None,
+            causal=False,
+            qv=None,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            window_size=(-1, -1),
+            attention_chunk=0,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            sm_margin=0,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_q=None,
+            seqused_k=None,
+            softmax_scale=None,
+            causal=False,
+            qv=None,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            window_size=(-1, -1),
+            attention_chunk=0,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            sm_margin=0,
+            return_attn_probs=False,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic)
+
+        return flash_attn_func, flash_attn_varlen_func
+
+    def functions_4(self):
+        def bounds(window_size):
+            # A side is an int of at least 0 or None; this library gives -1 on one side alone no meaning.
+            assert all(side is None or side >= 0 for side in window_size)
+            return tuple(-1 if side is None else side for side in window_size)
+
+        def flash_attn_func(
+            q,
+            k,
+            v,
+            qv=None,
+            gather_kv_indices=None,
+            softmax_scale=None,
+            causal=False,
+            window_size=(None, None),
+            learnable_sink=None,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            score_mod=None,
+            score_mod_bwd=None,
+            mask_mod=None,
+            aux_tensors=None,
+            aux_scalars=None,
+            block_sparse_tensors=None,
+            block_sparse_tensors_bwd=None,
+            return_lse=False,
+            gather_bwd_recompute_p=False,
+            gather_bwd_token_chunk=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
+            out = self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
+            return out, None
+
+        def flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            qv=None,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            min_seqlen_k=None,
+            seqused_q=None,
+            seqused_k=None,
+            gather_kv_indices=None,
+            page_table=None,
+            softmax_scale=None,
+            causal=False,
+            window_size=(None, None),
+            learnable_sink=None,
+            softcap=0.0,
+            num_splits=1,
+            pack_gqa=None,
+            deterministic=False,
+            score_mod=None,
+            score_mod_bwd=None,
+            mask_mod=None,
+            block_sparse_tensors=None,
+            aux_tensors=None,
+            aux_scalars=None,
+            return_lse=False,
+            scheduler_metadata=None,
+            seqlen_k_per_split=None,
+            disable_scheduler_metadata=False,
+            gather_bwd_recompute_p=False,
+            gather_bwd_token_chunk=None,
+        ):
+            options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
+            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic), None
+
+        return flash_attn_func, flash_attn_varlen_func
