@@ -66,7 +66,7 @@ def diff_attn_func(
         ValueError: shapes or heads that do not fit, an unknown backend, or one that cannot serve the arguments.
     """
     check_attention(q1, k1, q2, k2, v, packed=False)
-    check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate)
+    check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate, q1.device)
     call = backends.Call(
         q1=q1,
         k1=k1,
@@ -148,9 +148,9 @@ def diff_attn_varlen_func(
         ValueError: shapes, heads or cu_seqlens that do not fit, or a backend that cannot serve the arguments.
     """
     check_attention(q1, k1, q2, k2, v, packed=True)
-    check_epilogue(q1.shape[:1], q1.shape[1], q2.shape[1], v.shape[-1], lam, norm_weight, gate)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q1.shape[0], max_seqlen_q)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k1.shape[0], max_seqlen_k)
+    check_epilogue(q1.shape[:1], q1.shape[1], q2.shape[1], v.shape[-1], lam, norm_weight, gate, q1.device)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q1.shape[0], max_seqlen_q, q1.device)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k1.shape[0], max_seqlen_k, q1.device)
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(
             f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents and cu_seqlens_k "

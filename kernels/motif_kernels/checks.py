@@ -18,8 +18,12 @@ def check_epilogue(
     lam: Tensor | float,
     norm_weight: Tensor | None,
     gate: Tensor | None,
+    device: torch.device,
 ) -> None:
-    """Raise ValueError unless lambda, sub-norm and gate fit an output of shape (\\*leading, signal_heads, width)."""
+    """Raise ValueError unless lambda, sub-norm and gate fit an output (\\*leading, signal_heads, width) on a device."""
+    for name, tensor in (("lam", lam), ("norm_weight", norm_weight), ("gate", gate)):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and the attention on {device}; all must be on one device")
     if noise_heads < 1 or signal_heads % noise_heads:
         raise ValueError(
             f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
@@ -92,7 +96,7 @@ def may_read(values: Tensor) -> bool:
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int, device: torch.device) -> None:
     """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document over max_seqlen.
 
     Values are read on the CPU; on a GPU, where reading them would stall the stream, only with ``MOTIF_CHECK=1``;
@@ -102,6 +106,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int)
         raise TypeError(
             f"{name} is {cu_seqlens.dtype} with shape {tuple(cu_seqlens.shape)}; "
             "it must be an int32 vector of documents + 1"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(
+            f"{name} is on {cu_seqlens.device} and the packed tensors on {device}; all must be on one device"
         )
     if not may_read(cu_seqlens):
         return

@@ -41,7 +41,14 @@ def diff_combine(
         ValueError: shapes that do not fit, or gate together with norm_weight.
     """
     check_epilogue(
-        o_signal.shape[:-2], o_signal.shape[-2], o_noise.shape[-2], o_signal.shape[-1], lam, norm_weight, gate
+        o_signal.shape[:-2],
+        o_signal.shape[-2],
+        o_noise.shape[-2],
+        o_signal.shape[-1],
+        lam,
+        norm_weight,
+        gate,
+        o_signal.device,
     )
     if o_noise.shape[:-2] != o_signal.shape[:-2] or o_noise.shape[-1] != o_signal.shape[-1]:
         raise ValueError(

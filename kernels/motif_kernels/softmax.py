@@ -82,8 +82,8 @@ def softmax_attn_varlen_func(
         ValueError: heads or cu_seqlens that do not fit, or an unknown backend.
     """
     _check_heads(q, k, v)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, q.device)
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k, q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if _choose_backend(backend) == "sdpa":
         return sdpa.attention(

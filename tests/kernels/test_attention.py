@@ -227,6 +227,13 @@ def test_padding_between_documents_is_never_read():
     torch.testing.assert_close(dirty, clean, atol=0, rtol=0)
 
 
+def test_bounds_elsewhere_are_refused():
+    t, bounds = packed([10, 12], lam="head")
+    args = [t[n] for n in ("q1", "k1", "q2", "k2", "v", "lam")]
+    with pytest.raises(ValueError, match="cu_seqlens_k is on meta and the packed tensors on cpu"):
+        diff_attn_varlen_func(*args, bounds, bounds.to("meta"), 12, 12)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_packed_compiles_without_a_graph_break(backend):
     t, bounds = packed([10, 12], lam="head")
@@ -256,6 +263,9 @@ def test_packed_compiles_without_a_graph_break(backend):
         ({"q1": torch.randn(2, 4, 8)}, r"it must be \(batch, seqlen, heads, headdim\)"),
         ({"lam": torch.ones(5)}, r"lam has shape \(5,\)"),
         ({"k1": torch.randn(2, 37, 2, 8).double()}, "k1 is torch.float64"),
+        ({"k1": torch.randn(2, 37, 2, 8, device="meta")}, "k1 is on meta and q1 on cpu"),
+        ({"lam": torch.ones(4, device="meta")}, "lam is on meta and the attention on cpu"),
+        ({"k2": torch.randn(2, 37, 8, 2).transpose(2, 3)}, "k2 has stride 2 in its last dimension"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
