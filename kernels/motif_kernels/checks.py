@@ -47,8 +47,13 @@ def check_epilogue(
         )
 
 
-def check_attention(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *, packed: bool) -> None:
-    """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and fit together."""
+def check_attention(
+    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *, packed: bool, paged: bool = False
+) -> None:
+    """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and fit together.
+
+    Paged keys and values are (blocks, block size, heads, width).
+    """
     named = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "v": v}
     layout = "(total, heads, headdim)" if packed else "(batch, seqlen, heads, headdim)"
     for name, tensor in named.items():
@@ -76,7 +81,7 @@ def check_attention(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *
                 f"{name} is {tuple(named[name].shape)} and k1 {tuple(k1.shape)}; "
                 "they must differ only in heads and width"
             )
-    if not packed and k1.shape[0] != q1.shape[0]:
+    if not (packed or paged) and k1.shape[0] != q1.shape[0]:
         raise ValueError(f"k1 has batch size {k1.shape[0]} and q1 has {q1.shape[0]}; they must be equal")
     signal_heads, noise_heads = q1.shape[-2], q2.shape[-2]
     for name, heads, of, whole in (

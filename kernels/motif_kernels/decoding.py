@@ -1,7 +1,8 @@
 """Differential attention against a key/value cache: one to a few new queries a row, caches of different lengths.
 
-The Triton kernel reads the cache in place, each key and value once, split over its length. For the other backends the
-cached keys and values of all rows are packed and handed to the attention for packed documents, which copies them.
+The Triton kernel, and for CPUs torch's attention over a group's heads as rows, read the cache in place, each key and
+value once. The other backends, and calls of many queries, go to the attention for packed documents: the keys and
+values that all rows hold are packed, which copies them.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .attention import diff_attn_varlen_func
-from .checks import may_read
-from .operators import attention as operator
+from .checks import check_attention, check_epilogue, may_read
+from .operators import attention as attention_operator
+from .operators import decoding as operator
+from .reference import compute_dtype
 
-# Queries times signal heads of a key head that the kernel takes; more are prefill, which the training kernels serve.
+# Queries times signal heads of a key head that are decoding; more are prefill, which the training kernels serve.
 MAX_ROWS = 32
 
 
@@ -80,126 +82,103 @@ def diff_attn_with_kvcache(
         TypeError: cache_seqlens, cache_leftpad or block_table is not int32, or dtypes differ.
         ValueError: shapes that do not fit, new keys without values, or more tokens than a cache has room for.
     """
-    batch, seqlen_q = q1.shape[:2]
-    _check_lengths(batch, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad)
-    _check_table(batch, block_table, k1_cache)
-    new = [t for t in (k1, k2, v) if t is not None]
-    if len(new) not in (0, 3):
-        raise ValueError("k1, k2 and v must be given together, or none of them")
-    added = new[0].shape[1] if new else 0
-    capacity = k1_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    check_attention(q1, k1_cache, q2, k2_cache, v_cache, packed=False, paged=block_table is not None)
+    check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v_cache.shape[-1], lam, norm_weight, gate, q1.device)
+    _check_lengths(q1, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad)
+    _check_table(q1, block_table)
+    added = _check_new_tokens({"k1": (k1, k1_cache), "k2": (k2, k2_cache), "v": (v, v_cache)}, len(q1))
+    implementation = _implementation(backend, q1, k1_cache, q2, k2_cache, v_cache, gate)
+    left, right = backends.kernel_window(causal, window_size)
+    if not isinstance(lam, Tensor):
+        lam = torch.full((), lam, dtype=compute_dtype(q1), device=q1.device)
     with torch.no_grad():
-        total = cache_seqlens + added
-        if may_read(cache_seqlens) and batch and int(total.max()) > capacity:
-            raise ValueError(
-                f"cache_seqlens holds {int(cache_seqlens.max())} and {added} tokens are to be appended, but a row's "
-                f"cache has room for {capacity}"
-            )
-        slots = _slots(batch, capacity, block_table, k1_cache)
-        for cache, tokens in zip((k1_cache, k2_cache, v_cache), new, strict=False):
-            positions = cache_seqlens[:, None].long() + torch.arange(added, device=cache.device)
-            cache.flatten(0, 1)[slots.gather(1, positions).flatten()] = tokens.flatten(0, 1)
-        if _kernel_serves(backend, q1, k1_cache, q2, k2_cache, v_cache, gate):
-            from .triton.decoding import decode
-
-            left, right = backends.kernel_window(causal, window_size)
-            return decode(
-                q1,
-                k1_cache,
-                q2,
-                k2_cache,
-                v_cache,
-                lam if isinstance(lam, Tensor) else torch.full((), lam, device=q1.device),
-                total,
-                leftpad=cache_leftpad,
-                block_table=block_table,
-                num_splits=num_splits,
-                softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-                left=left,
-                right=right,
-                softcap=softcap,
-                norm_weight=norm_weight,
-                norm_eps=norm_eps,
-                out_scale=out_scale,
-                gate=gate,
-            )
-        start = torch.zeros_like(total) if cache_leftpad is None else cache_leftpad
-        position = torch.arange(capacity, device=slots.device)
-        held = slots[(position >= start[:, None]) & (position < total[:, None])]
-        lengths = (total - start).clamp(min=0)
-        out = diff_attn_varlen_func(
-            q1.flatten(0, 1),
-            k1_cache.flatten(0, 1)[held],
-            q2.flatten(0, 1),
-            k2_cache.flatten(0, 1)[held],
-            v_cache.flatten(0, 1)[held],
-            lam.flatten(0, 1) if isinstance(lam, Tensor) and lam.ndim == 3 else lam,
-            torch.arange(0, (batch + 1) * seqlen_q, seqlen_q, dtype=torch.int32, device=q1.device)[: batch + 1],
-            torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
-            seqlen_q,
-            capacity,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
-            out_scale=out_scale,
-            gate=None if gate is None else gate.flatten(0, 1),
-            backend=backend,
+        if k1 is not None and k2 is not None and v is not None:
+            operator.append_to_cache(k1_cache, k1, cache_seqlens, block_table)
+            operator.append_to_cache(k2_cache, k2, cache_seqlens, block_table)
+            operator.append_to_cache(v_cache, v, cache_seqlens, block_table)
+        return operator.attend_to_cache(
+            q1,
+            k1_cache,
+            q2,
+            k2_cache,
+            v_cache,
+            lam,
+            cache_seqlens + added if added else cache_seqlens,
+            cache_leftpad,
+            block_table,
+            norm_weight,
+            gate,
+            num_splits,
+            q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            left,
+            right,
+            softcap,
+            norm_eps,
+            out_scale,
+            implementation,
+            backend,
         )
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, (batch, seqlen_q))
 
 
-def _kernel_serves(
+def _implementation(
     backend: str, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None
-) -> bool:
-    """Whether the decoding kernel runs. If "triton" was asked for and cannot serve at all, packing tells why."""
-    if backend not in ("auto", "triton") or (backend == "auto" and q1.device.type != "cuda"):
-        return False
+) -> str:
+    """Which of the operator's implementations runs. If one asked for cannot serve at all, packing tells why."""
     same_heads = k1.shape[2] == k2.shape[2] == v.shape[2] and q2.shape[2] % v.shape[2] == 0
-    dense = all(t.stride(-1) == 1 for t in (q1, k1, q2, k2, v))
     few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_ROWS
-    if not (same_heads and dense and few and q1.numel() and v.numel()):
-        return False
-    return backends.refusal_by_triton_on(q1.device) is None and operator.refusal(q1, k1, q2, k2, v, gate, None) is None
+    if not (same_heads and few):
+        return "packed"
+    on_gpu = q1.device.type == "cuda"
+    if backend == "triton" or (backend == "auto" and on_gpu):
+        refusal = backends.refusal_by_triton_on(q1.device) or attention_operator.refusal(q1, k1, q2, k2, v, gate, None)
+        return "packed" if refusal else "triton"
+    return "cpu" if backend == "sdpa" or (backend == "auto" and not on_gpu) else "packed"
 
 
-def _slots(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor) -> Tensor:
-    """Where in the flattened cache each row's positions lie: (B, capacity)."""
-    position = torch.arange(capacity, device=cache.device)
-    size = cache.shape[1]
-    if block_table is None:
-        return torch.arange(batch, device=cache.device)[:, None] * size + position
-    return block_table.long()[:, position // size] * size + position % size
+def _check_new_tokens(new: dict[str, tuple[Tensor | None, Tensor]], batch: int) -> int:
+    """How many tokens a row gets; they have the caches' heads and widths."""
+    given = {name: (tokens, cache) for name, (tokens, cache) in new.items() if tokens is not None}
+    if not given:
+        return 0
+    if len(given) < len(new):
+        missing = ", ".join(name for name in new if name not in given)
+        raise ValueError(f"{', '.join(given)} given without {missing}: k1, k2 and v must be given together, or none")
+    added = next(iter(given.values()))[0].shape[1]
+    for name, (tokens, cache) in given.items():
+        expected = (batch, added, *cache.shape[2:])
+        if tuple(tokens.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tokens.shape)}; it must be {expected}, as q1 and its cache ask")
+        if tokens.dtype != cache.dtype or tokens.device != cache.device:
+            raise TypeError(
+                f"{name} is {tokens.dtype} on {tokens.device} and its cache {cache.dtype} on {cache.device}; "
+                "they must be equal"
+            )
+    return added
 
 
-def _check_lengths(batch: int, **lengths: Tensor | None) -> None:
+def _check_lengths(q1: Tensor, **lengths: Tensor | None) -> None:
     for name, tensor in lengths.items():
         if tensor is None:
             continue
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} is {tensor.dtype}; it must be int32")
-        if tuple(tensor.shape) != (batch,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({batch},), a number for each row")
-        if may_read(tensor) and batch and int(tensor.min()) < 0:
-            raise ValueError(f"{name} holds {int(tensor.min())}; lengths cannot be negative")
+        _check_index(name, tensor, q1)
+        if tuple(tensor.shape) != (len(q1),):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({len(q1)},), a number for each row")
+        if name == "cache_leftpad" and may_read(tensor) and len(q1) and min(tensor.tolist()) < 0:
+            raise ValueError(f"{name} holds {min(tensor.tolist())}; lengths cannot be negative")
 
 
-def _check_table(batch: int, block_table: Tensor | None, cache: Tensor) -> None:
+def _check_table(q1: Tensor, block_table: Tensor | None) -> None:
     if block_table is None:
-        if len(cache) != batch:
-            raise ValueError(
-                f"k1_cache has {len(cache)} rows and q1 has {batch}; they must be equal, or give block_table"
-            )
         return
-    if block_table.dtype != torch.int32:
-        raise TypeError(f"block_table is {block_table.dtype}; it must be int32")
-    if block_table.ndim != 2 or len(block_table) != batch:
-        raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be ({batch}, blocks of a row)")
-    if may_read(block_table) and block_table.numel():
-        smallest, largest = int(block_table.min()), int(block_table.max())
-        if smallest < 0 or largest >= len(cache):
-            wrong = smallest if smallest < 0 else largest
-            raise ValueError(f"block_table names block {wrong}; the cache has blocks 0 to {len(cache) - 1}")
+    _check_index("block_table", block_table, q1)
+    if block_table.ndim != 2 or len(block_table) != len(q1):
+        raise ValueError(f"block_table has shape {tuple(block_table.shape)}; it must be ({len(q1)}, blocks of a row)")
+    if block_table.stride(-1) != 1 and block_table.shape[1] > 1:
+        raise ValueError("block_table is not contiguous in its last dimension: call block_table.contiguous()")
+
+
+def _check_index(name: str, tensor: Tensor, q1: Tensor) -> None:
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be int32")
+    if tensor.device != q1.device:
+        raise ValueError(f"{name} is on {tensor.device} and q1 on {q1.device}; all must be on one device")

@@ -186,13 +186,19 @@ def _attention_call(
 
 def _decoding() -> None:
     """One new token against a cache: the promised widths, groups that share a key head, both kinds of cache."""
-    from motif_kernels.triton import decoding
+    from motif_kernels.triton import cache_append, decoding
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, width in ((2, 512), (16, 128)):
+            cache, tokens = (torch.empty(2, n, heads, width, dtype=dtype) for n in (256, 1))
+            for table in (None, torch.empty(2, 1, dtype=torch.int32)):
+                cache_append.append(cache, tokens, torch.empty(2, dtype=torch.int32), table)
 
     for d, dv in WIDTHS:
         for group, noises, paged in ((1, 1, False), (4, 1, False), (1, 4, True), (4, 2, True)):
             q1 = torch.empty(2, 1, 2 * group * noises, d, dtype=torch.bfloat16)
             q2, k = (torch.empty(2, n, h, d, dtype=torch.bfloat16) for n, h in ((1, 2 * noises), (256, 2)))
-            decoding.decode(
+            decoding.attend(
                 q1,
                 k,
                 q2,

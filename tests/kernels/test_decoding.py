@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.numerics import assert_error_rule
+from helpers.plain_attention import plain_diff_attention
 from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
+from motif_kernels.operators import decoding as operator
 
 LENGTHS = [23, 7, 40]  # of whole sequences, the new tokens included
 CAPACITY = 48
@@ -81,23 +84,31 @@ def test_last_tokens_of_the_whole_sequence(new, is_paged, leftpad, window, backe
     torch.testing.assert_close(out, whole, atol=1e-10, rtol=1e-10)
 
 
-@pytest.fixture
-def small_parts():
-    """Splits that even these caches are long enough for."""
+@pytest.fixture(params=["triton", "sdpa"])
+def in_place(request):
+    """The backends that read a cache as it lies; the kernel interpreted, in parts that these are long enough for."""
+    if request.param == "sdpa":
+        yield request.param
+        return
     decoding = pytest.importorskip("motif_kernels.triton.decoding", reason="the Triton kernels need triton")
     if not decoding.triton.knobs.runtime.interpret:
         pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
     with tuning.overriding(decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):
-        yield
+        yield request.param
 
 
-@pytest.mark.parametrize("num_splits", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("in_place", "num_splits"),
+    [("sdpa", None), ("triton", None), ("triton", 1), ("triton", 3)],
+    indirect=["in_place"],
+)
 @pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
 @pytest.mark.parametrize("leftpad", [(0, 0, 0), (3, 8, 0)])
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("new", [1, 4])
-def test_the_kernel_reads_the_cache_in_place(new, is_paged, leftpad, window, num_splits, small_parts):
-    """Interpreted, in float32, with two noise heads to a key head."""
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_caches_read_in_place(new, is_paged, leftpad, window, num_splits, softcap, in_place):
+    """In float32, with two noise heads to a key head."""
     rows = sequences(torch.float32)
     (k1, k2, v), seqlens = caches(rows, new, leftpad)
     fresh = [last(rows, i, new) for i in (1, 3, 4)]
@@ -105,23 +116,23 @@ def test_the_kernel_reads_the_cache_in_place(new, is_paged, leftpad, window, num
     table = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:18].view(3, 6).int() if is_paged else None
     if table is not None:
         k1, k2, v = (paged(c, table) for c in (k1, k2, v))
-    arguments = (last(rows, 0, new), last(rows, 2, new), last(rows, 5, new))
-    options = {"causal": True, "window_size": window, "norm_weight": torch.rand(16), "out_scale": 0.7, "softcap": 4.0}
+    options = {"causal": True, "window_size": window, "norm_weight": torch.rand(16), "out_scale": 0.7}
     results = []
-    for backend in ("triton", "reference"):
+    for backend in (in_place, "reference"):
         caches_ = [c.clone() for c in (k1, k2, v)]
         results.append(
             diff_attn_with_kvcache(
-                arguments[0],
+                last(rows, 0, new),
                 caches_[0],
-                arguments[1],
+                last(rows, 2, new),
                 *caches_[1:],
-                arguments[2],
+                last(rows, 5, new),
                 seqlens,
                 **dict(zip(("k1", "k2", "v"), fresh, strict=True)),
                 block_table=table,
                 cache_leftpad=torch.tensor(leftpad, dtype=torch.int32),
                 num_splits=num_splits,
+                softcap=softcap,
                 backend=backend,
                 **options,
             )
@@ -129,10 +140,22 @@ def test_the_kernel_reads_the_cache_in_place(new, is_paged, leftpad, window, num
     torch.testing.assert_close(*results, atol=5e-6, rtol=1e-5)
 
 
+LAYOUTS = ["apart", "side by side", "shared"]
+
+
+def keys_in_layout(layout, normal, *shape):
+    """k1 and k2 as caches hold them: in tensors of their own, as halves of one (GDA), or one for both (DIFF V2)."""
+    if layout == "side by side":
+        return normal(*shape[:-1], 2 * shape[-1]).chunk(2, dim=-1)
+    k1 = normal(*shape)
+    return k1, k1 if layout == "shared" else normal(*shape)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(("lam", "epilogue"), [((), "gate"), ("heads", "none"), ("token", "norm")])
-def test_the_kernel_serves_every_variant(ratio, lam, epilogue, small_parts):
-    """Against the training kernel's last tokens, in float16."""
+def test_error_rule_of_the_last_tokens_for_every_variant(ratio, lam, epilogue, layout, in_place):
+    """In float16: as near to float64 as plain PyTorch, and as what the training kernel gives."""
     generator = torch.Generator().manual_seed(0)
     heads = 4 * ratio
 
@@ -140,14 +163,13 @@ def test_the_kernel_serves_every_variant(ratio, lam, epilogue, small_parts):
         return torch.randn(shape, generator=generator).half()
 
     q1, q2 = normal(2, 40, heads, 16), normal(2, 40, 4, 16)
-    k1, k2, v = normal(2, 40, 2, 16), normal(2, 40, 2, 16), normal(2, 40, 2, 32)
+    k1, k2 = keys_in_layout(layout, normal, 2, 40, 2, 16)
+    v = normal(2, 40, 2, 16 if layout == "shared" else 32)
     shape = {"heads": (heads,), "token": (2, 40, heads)}.get(lam, ())
     lam = torch.rand(shape, generator=generator)
-    whole = {"gate": normal(2, 40, heads, 32)} if epilogue == "gate" else {}
+    whole = {"gate": normal(2, 40, heads, v.shape[-1])} if epilogue == "gate" else {}
     last_gate = {"gate": whole["gate"][:, -2:]} if whole else {}
-    options = {"causal": True, "norm_weight": torch.rand(32, generator=generator) if epilogue == "norm" else None}
-    expected = diff_attn_func(q1, k1, q2, k2, v, lam, backend="triton", **whole, **options)[:, -2:]
-    lengths = torch.full((2,), 40, dtype=torch.int32)
+    norm_weight = torch.rand(v.shape[-1], generator=generator) if epilogue == "norm" else None
     out = diff_attn_with_kvcache(
         q1[:, -2:],
         k1,
@@ -155,13 +177,38 @@ def test_the_kernel_serves_every_variant(ratio, lam, epilogue, small_parts):
         k2,
         v,
         lam[:, -2:] if lam.ndim == 3 else lam,
-        lengths,
+        torch.full((2,), 40, dtype=torch.int32),
         num_splits=2,
-        backend="triton",
+        backend=in_place,
+        causal=True,
+        norm_weight=norm_weight,
         **last_gate,
-        **options,
     )
-    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+    arguments = (q1, k1, q2, k2, v)
+    training = diff_attn_func(*arguments, lam, causal=True, norm_weight=norm_weight, backend=in_place, **whole)
+    double = [t.double() for t in arguments]
+    wide = {n: t.double() for n, t in (whole | ({} if norm_weight is None else {"norm_weight": norm_weight})).items()}
+    exact = plain_diff_attention(*double, lam.double(), causal=True, **wide)[:, -2:]
+    narrow = {"norm_weight": norm_weight.half()} if norm_weight is not None else whole
+    plain = plain_diff_attention(*arguments, lam.half(), causal=True, **narrow)[:, -2:]
+    assert_error_rule(out, plain, exact)
+    torch.testing.assert_close(out, training[:, -2:], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
+def test_a_long_chunk_of_new_tokens(backend):
+    """More queries than decoding takes go through the training functions, on a cache all the same."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the Triton kernels need triton")
+    generator = torch.Generator().manual_seed(0)
+    q1, q2, k, v = (torch.randn(2, 40, h, w, generator=generator) for h, w in ((8, 16), (2, 16), (2, 16), (2, 32)))
+    lengths = torch.tensor([40, 33], dtype=torch.int32)
+    out = diff_attn_with_kvcache(q1[:, :30], k, q2[:, :30], k, v, 0.3, lengths, causal=True, backend=backend)
+    for b, length in enumerate(lengths.tolist()):
+        keys, values = k[b : b + 1, :length], v[b : b + 1, :length]
+        queries = q1[b : b + 1, :30], q2[b : b + 1, :30]
+        expected = diff_attn_func(queries[0], keys, queries[1], keys, values, 0.3, causal=True, backend="reference")
+        torch.testing.assert_close(out[b : b + 1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_new_tokens_are_written_into_the_cache_and_nothing_else():
@@ -204,5 +251,188 @@ def test_refuses_with_a_reason():
         diff_attn_with_kvcache(*arguments, cache_leftpad=-torch.ones(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="block_table names block 3; the cache has blocks 0 to 2"):
         diff_attn_with_kvcache(*arguments, block_table=torch.full((3, 1), 3, dtype=torch.int32))
-    with pytest.raises(ValueError, match="k1_cache has 2 rows and q1 has 3"):
-        diff_attn_with_kvcache(arguments[0], k1[:2], *arguments[2:])
+    with pytest.raises(ValueError, match="k1 has batch size 2 and q1 has 3"):
+        diff_attn_with_kvcache(arguments[0], k1[:2], arguments[2], k2[:2], v[:2], *arguments[5:])
+    with pytest.raises(ValueError, match="cache_seqlens holds 49, but a row's cache has room for 48"):
+        diff_attn_with_kvcache(*arguments[:6], torch.tensor([3, 49, 5], dtype=torch.int32))
+    with pytest.raises(ValueError, match="cache_seqlens holds -2"):
+        diff_attn_with_kvcache(*arguments[:6], torch.tensor([3, -2, 5], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"k1 has shape \(3, 1, 1, 8\); it must be \(3, 1, 2, 8\)"):
+        diff_attn_with_kvcache(*arguments, **(new | {"k1": new["k1"][:, :, :1]}))
+    with pytest.raises(TypeError, match=r"v is torch\.float32"):
+        diff_attn_with_kvcache(*arguments, **(new | {"v": new["v"].float()}))
+    with pytest.raises(ValueError, match="backend 'fast' is not one of"):
+        diff_attn_with_kvcache(*arguments, backend="fast")
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve dtype"):
+        diff_attn_with_kvcache(*arguments, backend="triton")
+
+
+def test_a_refused_append_has_written_nothing():
+    rows = sequences()
+    (k1, k2, v), _ = caches(rows, 1)
+    before = [t.clone() for t in (k1, k2, v)]
+    new = {"k1": last(rows, 1, 1), "k2": last(rows, 3, 1), "v": last(rows, 4, 1)}
+    full = torch.tensor([3, 4, CAPACITY], dtype=torch.int32)
+    with pytest.raises(ValueError, match="has room for 48"):
+        diff_attn_with_kvcache(last(rows, 0, 1), k1, last(rows, 2, 1), k2, v, 0.3, full, **new)
+    for cache, was in zip((k1, k2, v), before, strict=True):
+        torch.testing.assert_close(cache, was, atol=0, rtol=0, equal_nan=True)
+
+
+def interpreted(name):
+    module = pytest.importorskip(f"motif_kernels.triton.{name}", reason="the Triton kernels need triton")
+    if not module.triton.knobs.runtime.interpret:
+        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    return module
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_the_append_kernel_writes_what_has_room_and_nothing_else(is_paged, heads_first):
+    """Lengths and pages that lie: a GPU does not look at them before it writes."""
+    append = interpreted("cache_append").append
+    generator = torch.Generator().manual_seed(0)
+    room = torch.full((5, 3, 8, 6), torch.nan) if heads_first else torch.full((5, 8, 3, 6), torch.nan)
+    whole = room.transpose(1, 2) if heads_first else room
+    cache = whole[1:4]  # what lies before and behind belongs to others
+    tokens = torch.randn(2, 3, 3, 6, generator=generator)
+    if is_paged:  # rows of two pages of 8; the second row's second page lies outside the pool
+        lengths, table = torch.tensor([6, 7], dtype=torch.int32), torch.tensor([[2, 0], [1, 7]], dtype=torch.int32)
+        written = {(0, 0): (2, 6), (0, 1): (2, 7), (0, 2): (0, 0), (1, 0): (1, 7)}
+    else:
+        lengths, table = torch.tensor([2, 6], dtype=torch.int32), None
+        written = {(0, 0): (0, 2), (0, 1): (0, 3), (0, 2): (0, 4), (1, 0): (1, 6), (1, 1): (1, 7)}
+    append(cache, tokens, lengths, table)
+    expected = torch.full((5, 8, 3, 6), torch.nan)
+    for (row, token), (page, slot) in written.items():
+        expected[1 + page, slot] = tokens[row, token]
+    torch.testing.assert_close(whole, expected, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_the_kernel_reads_no_further_than_the_cache(is_paged):
+    """A length past the cache counts as its end, and pages outside the pool as its first or last page."""
+    attend = interpreted("decoding").attend
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.full((5, 16, 1, 16), torch.nan)
+    cache = whole[1:4]
+    cache.copy_(torch.randn(cache.shape, generator=generator))
+    q = torch.randn(3, 1, 2, 16, generator=generator)
+    lengths = torch.tensor([16, 100, 1 << 30], dtype=torch.int32)
+    table = torch.tensor([[0], [-3], [99]], dtype=torch.int32) if is_paged else None
+
+    def result(lengths, table, leftpad):
+        return attend(
+            q,
+            cache,
+            q[:, :, :1],
+            cache,
+            cache,
+            torch.tensor(0.3),
+            lengths,
+            leftpad=leftpad,
+            block_table=table,
+            norm_weight=None,
+            gate=None,
+            num_splits=2,
+            softmax_scale=0.25,
+            left=-1,
+            right=0,
+            softcap=0.0,
+            norm_eps=1e-5,
+            out_scale=1.0,
+        )
+
+    held = torch.full((3,), 16, dtype=torch.int32)
+    clean = torch.tensor([[0], [0], [2]], dtype=torch.int32) if is_paged else None
+    lying = result(lengths, table, torch.full((3,), -5, dtype=torch.int32))
+    assert torch.equal(lying, result(held, clean, None))
+    assert torch.isfinite(lying).all()
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_opcheck(is_paged):
+    rows = sequences(torch.float32)
+    (k1, k2, v), seqlens = caches(rows, 1)
+    k1, k2, v = (torch.nan_to_num(t) for t in (k1[:, :, :1], k2[:, :, :1], v))
+    table = torch.randperm(24)[:18].view(3, 6).int() if is_paged else None
+    if table is not None:
+        k1, k2, v = (torch.nan_to_num(paged(c, table)) for c in (k1, k2, v))
+    torch.library.opcheck(operator.append_to_cache, (v, last(rows, 4, 1), seqlens, table))
+    arguments = (last(rows, 0, 1), k1, last(rows, 2, 1), k2, v, last(rows, 5, 1), seqlens, None, table, None, None)
+    for implementation in ("cpu", "packed"):
+        options = (None, 0.3, -1, 0, 0.0, 1e-5, 1.0, implementation, "sdpa")
+        torch.library.opcheck(operator.attend_to_cache, (*arguments, *options))
+
+
+def test_compiled_without_breaks_and_once_for_all_lengths():
+    """A decoding loop over a cache that appends in place: one graph, while the lengths grow."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    cache = torch.zeros(3, CAPACITY, 2, 32)  # k1, k2 and v side by side
+    reference = cache.clone()
+
+    def step(cache, q1, q2, new, lengths):
+        k1, k2, v = cache.split((8, 8, 16), dim=-1)
+        n1, n2, nv = new.split((8, 8, 16), dim=-1)
+        return diff_attn_with_kvcache(q1, k1, q2, k2, v, 0.3, lengths, k1=n1, k2=n2, v=nv, causal=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for t in range(12):
+        generator = torch.Generator().manual_seed(t)
+        q1, q2, new = (torch.randn(3, 1, h, w, generator=generator) for h, w in ((4, 8), (2, 8), (2, 32)))
+        lengths = torch.tensor([t, t + 3, t + 9], dtype=torch.int32)
+        out = compiled(cache, q1, q2, new, lengths)
+        assert torch.equal(out, step(reference, q1, q2, new, lengths))
+        assert torch.equal(cache, reference)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_device(dtype, is_paged):
+    """The compiled kernels against float64, appending in place, with released models' widths and long caches."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+    page, pages = (256, 33) if is_paged else (8448, 1)
+    k = normal(4 * pages, page, 2, 256)
+    v = normal(4 * pages, page, 2, 256)
+    table = torch.randperm(4 * pages, generator=torch.Generator().manual_seed(0)).view(4, pages).int().cuda()
+    lengths = torch.tensor([8447, 1, 300, 4096], dtype=torch.int32, device="cuda")
+    k1, k2 = k.chunk(2, dim=-1)
+    q1, q2, lam = normal(4, 1, 8, 128), normal(4, 1, 2, 128), torch.rand(4, 1, 8, device="cuda")
+    n1, n2, nv = normal(4, 1, 2, 128), normal(4, 1, 2, 128), normal(4, 1, 2, 256)
+    norm_weight = torch.rand(256, device="cuda")
+    out = diff_attn_with_kvcache(
+        q1,
+        k1,
+        q2,
+        k2,
+        v,
+        lam,
+        lengths,
+        k1=n1,
+        k2=n2,
+        v=nv,
+        block_table=table if is_paged else None,
+        causal=True,
+        norm_weight=norm_weight,
+        backend="triton",
+    )
+    for b, length in enumerate((lengths + 1).tolist()):
+        if is_paged:
+            held = [t[table[b].long()].flatten(0, 1)[None, :length] for t in (k1, k2, v)]
+        else:
+            held = [t[b : b + 1, :length] for t in (k1, k2, v)]
+        for cached, fresh in zip(held, (n1, n2, nv), strict=True):
+            assert torch.equal(cached[0, -1], fresh[b, 0])
+        row = (q1[b : b + 1], held[0], q2[b : b + 1], held[1], held[2])
+        plain = plain_diff_attention(*row, lam[b : b + 1].to(dtype), causal=True, norm_weight=norm_weight.to(dtype))
+        wide = [t.double() for t in row]
+        exact = plain_diff_attention(*wide, lam[b : b + 1].double(), causal=True, norm_weight=norm_weight.double())
+        assert_error_rule(out[b : b + 1], plain, exact)

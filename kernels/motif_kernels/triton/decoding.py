@@ -43,7 +43,7 @@ def _store_part(o_pointer, statistics_pointer, at, present, o, m, l, DV: tl.cons
     tl.store(statistics_pointer + at * 2 + 1, l, mask=present)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "page_size", "splits", "left", "right"])
+@triton.jit(do_not_specialize=["seqlen_q", "capacity", "pages", "page_size", "splits", "left", "right"])
 def _split_kernel(
     q1_pointer,
     k1_pointer,
@@ -74,6 +74,8 @@ def _split_kernel(
     v_head,
     table_batch,
     seqlen_q,
+    capacity,
+    pages,
     page_size,
     splits,
     left,
@@ -96,10 +98,11 @@ def _split_kernel(
     split = tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
     z = tl.program_id(2).to(tl.int64)
-    end = tl.load(lengths_pointer + z)
+    # Lengths and pages are not checked where that would stall the stream: nothing outside the cache is read even so.
+    end = tl.minimum(tl.load(lengths_pointer + z), capacity)
     begin = 0
     if leftpad_pointer is not None:
-        begin = tl.load(leftpad_pointer + z)
+        begin = tl.maximum(tl.load(leftpad_pointer + z), 0)
     if HAS_LEFT:  # what lies before the first query's window is not read
         begin = tl.maximum(begin, end - seqlen_q - left)
     part = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), BLOCK_N) * BLOCK_N
@@ -129,6 +132,7 @@ def _split_kernel(
         held = keys < last
         if table_pointer is not None:
             page = tl.load(table_pointer + z * table_batch + keys // page_size, mask=held, other=0).to(tl.int64)
+            page = tl.minimum(tl.maximum(page, 0), pages - 1)
             slot = keys % page_size
         else:
             page = tl.zeros([BLOCK_N], tl.int64) + z
@@ -232,7 +236,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def decode(
+def attend(
     q1: Tensor,
     k1_cache: Tensor,
     q2: Tensor,
@@ -243,17 +247,17 @@ def decode(
     *,
     leftpad: Tensor | None,
     block_table: Tensor | None,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
     num_splits: int | None,
     softmax_scale: float,
     left: int,
     right: int,
     softcap: float,
-    norm_weight: Tensor | None,
     norm_eps: float,
     out_scale: float,
-    gate: Tensor | None,
 ) -> Tensor:
-    """Shapes are :func:`motif_kernels.diff_attn_with_kvcache`'s; ``lengths`` (B,) int32 counts new tokens in.
+    """Arguments and result are :func:`motif_kernels.operators.decoding.attend_to_cache`'s.
 
     All caches have the same number of heads, which divides that of the noise heads.
     """
@@ -295,6 +299,8 @@ def decode(
         *v_cache.stride()[:3],
         0 if block_table is None else block_table.stride(0),
         seqlen_q,
+        capacity,
+        len(k1_cache),
         page_size,
         num_splits,
         left,

@@ -1,0 +1,145 @@
+"""Differential attention of a few queries against a cache, for CPUs: each cached key and value is read once.
+
+A key/value head's signal and noise queries become the rows of one matrix. Where k1 and k2 lie side by side in the
+cache, as the layers keep them, the rows are ``[q1, 0]`` and ``[0, q2]`` over keys as they are, of width 2D: one call of
+torch's attention then gives both maps' products with the values, and copies nothing. Half of the products are with
+zeros; they cost less than a second pass through memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..combine import diff_combine
+from ..reference import compute_dtype
+
+
+def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
+    """Both caches' keys as one view: k1 itself where k2 is the same, (..., 2D) where k2 follows k1 in memory."""
+    if k1.shape != k2.shape or k1.stride() != k2.stride():
+        return None
+    if k1.data_ptr() == k2.data_ptr():
+        return k1
+    width = k1.shape[-1]
+    in_one_storage = k1.untyped_storage().data_ptr() == k2.untyped_storage().data_ptr()
+    if not in_one_storage or k2.data_ptr() != k1.data_ptr() + width * k1.element_size() or k1.stride(-1) != 1:
+        return None
+    return k1.as_strided((*k1.shape[:-1], 2 * width), k1.stride())
+
+
+def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device) -> Tensor | None:
+    """(Sq, Sk) True where a query does not see a key; None if all see all. The last query stands at the last key."""
+    if not 0 <= right < seqlen_q - 1 and (left < 0 or left >= seqlen_k - 1):
+        return None
+    ahead = torch.arange(seqlen_k, device=device) - torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[:, None]
+    hidden = torch.zeros_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        hidden |= ahead < -left
+    if right >= 0:
+        hidden |= ahead > right
+    return hidden
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: float, softcap: float) -> Tensor:
+    """Softmax attention of rows q (B, Hk, R, W) to k (B, Hk, Sk, W), v (B, Hk, Sk, Dv); hidden (R, Sk)."""
+    if softcap > 0:  # torch's attention has none
+        dtype = compute_dtype(q)
+        logits = softcap * torch.tanh((q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale / softcap)
+        if hidden is not None:
+            logits.masked_fill_(hidden, -torch.inf)
+        out = (logits.softmax(-1) @ v.to(dtype)).to(q.dtype)
+    else:
+        width = max(q.shape[-1], v.shape[-1])  # torch's fast path wants one width; the layers' caches have it
+        q, k, padded = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+        mask = None
+        if hidden is not None:
+            mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+        out = F.scaled_dot_product_attention(q, k, padded, attn_mask=mask, scale=scale)[..., : v.shape[-1]]
+    if hidden is None:
+        return out
+    return out.masked_fill(hidden.all(-1)[:, None], 0.0)  # a row that sees nothing
+
+
+def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor | None) -> Tensor:
+    """Places [begin, end) of some rows, (B, end - begin, H, W): a view of a contiguous cache, a copy of a paged one."""
+    if block_table is None:
+        return cache[row, begin:end]
+    size = cache.shape[1]
+    blocks = block_table[row, begin // size : -(-end // size)].long()
+    skipped = begin - begin % size
+    return cache[blocks].flatten(1, 2)[:, begin - skipped : end - skipped]
+
+
+def attend(
+    q1: Tensor,
+    k1_cache: Tensor,
+    q2: Tensor,
+    k2_cache: Tensor,
+    v_cache: Tensor,
+    lam: Tensor,
+    lengths: Tensor,
+    *,
+    leftpad: Tensor | None,
+    block_table: Tensor | None,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    norm_eps: float,
+    out_scale: float,
+) -> Tensor:
+    """Arguments and result are :func:`motif_kernels.operators.decoding.attend_to_cache`'s.
+
+    All caches have the same number of heads, which divides the noise heads'.
+    """
+    batch, seqlen_q = q1.shape[:2]
+    kv_heads, width = v_cache.shape[2:]
+    ends = lengths.tolist()
+    keys = _joined(k1_cache, k2_cache)
+    if k1_cache.data_ptr() != k2_cache.data_ptr():
+        q1, q2 = F.pad(q1, (0, q1.shape[-1])), F.pad(q2, (q1.shape[-1], 0))
+    begins = [0] * batch if leftpad is None else leftpad.tolist()
+    if left >= 0:  # what lies before the first query's window is not read
+        begins = [max(b, e - seqlen_q - left) for b, e in zip(begins, ends, strict=True)]
+    equal = len(set(ends)) == len(set(begins)) == 1
+    groups = [slice(0, batch)] if equal else [slice(b, b + 1) for b in range(batch)]
+
+    def by_kv_head(q: Tensor) -> Tensor:
+        return q.unflatten(2, (kv_heads, -1))
+
+    signals, noises = q1.shape[2] // kv_heads, q2.shape[2] // kv_heads
+    o1 = q1.new_zeros(batch, seqlen_q, kv_heads, signals, width)
+    o2 = q1.new_zeros(batch, seqlen_q, kv_heads, noises, width)
+    for rows in groups:
+        begin, end = begins[rows.start], ends[rows.start]
+        if begin >= end:
+            continue  # nothing is held
+        v = _view(v_cache, rows, begin, end, block_table)
+        if keys is None:
+            k = torch.cat([_view(t, rows, begin, end, block_table) for t in (k1_cache, k2_cache)], dim=-1)
+        else:
+            k = _view(keys, rows, begin, end, block_table)
+        q = torch.cat((by_kv_head(q1[rows]), by_kv_head(q2[rows])), dim=3)
+        q = q.transpose(1, 2).flatten(2, 3)  # (B, Hk, Sq * heads, W)
+        hidden = _hidden(seqlen_q, end - begin, left, right, q.device)
+        if hidden is not None:
+            hidden = hidden.repeat_interleave(signals + noises, dim=0)
+        out = _attend(q, k.transpose(1, 2), v.transpose(1, 2), hidden, scale=softmax_scale, softcap=softcap)
+        out = out.unflatten(2, (seqlen_q, -1)).transpose(1, 2)
+        if equal:
+            o1, o2 = out[..., :signals, :], out[..., signals:, :]
+        else:
+            o1[rows], o2[rows] = out[..., :signals, :], out[..., signals:, :]
+    return diff_combine(
+        o1.flatten(2, 3),
+        o2.flatten(2, 3),
+        lam,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+        gate=gate,
+    )
