@@ -1,18 +1,34 @@
-"""`motifarch generate`: text from a Hugging Face folder, streamed as it is sampled."""
+"""`motifarch generate`: text from a Hugging Face folder, streamed as it is sampled, or for a whole file of prompts."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import motifarch  # noqa: F401  # registers the Motif models
 from motifarch.errors import UserError
+from motifarch.prompts import conversation, read_prompts, result_file
+from motifarch.sampling import CACHES, Prompt, Sampling, Speed, generate
+
+_SEED_HELP = (
+    "with a prompt's number among --prompts, decides its random draws, whichever prompts it is batched with "
+    "(default: 0). Rounding, which changes with batch size, padding, device and versions, can still tip a token"
+)
+_SPEED_HELP = (
+    "At the end, standard error gets the time of the prompts' own pass, which gives each its first new token, and the "
+    "tokens per second after it: of all prompts in a batch together, and without the padding of those that ended early."
+)
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -33,89 +49,153 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device=device).eval(), tokenizer  # type: ignore[call-arg]  # transformers hides its signature
 
 
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-    stream: bool = False,
-) -> tuple[str, float]:
-    """Sample a continuation.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: what to continue; an empty one starts a document.
-        max_new_tokens: where to stop at the latest.
-        temperature: 0 always takes the likeliest token.
-        top_p: sample from the smallest set of tokens with this probability.
-        seed: of the sampling.
-        stream: print the prompt and each piece of text as it comes.
-
-    Returns:
-        The prompt and its continuation, and tokens per second (the prompt's pass included in the time).
-
-    Raises:
-        UserError: the prompt leaves no room within the model's positions.
-    """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else torch.tensor([[tokenizer.eos_token_id]])
-    room = model.config.max_position_embeddings - ids.shape[1]
-    if room < 1:
-        raise UserError(
-            f"the prompt has {ids.shape[1]} tokens but the model {model.config.max_position_embeddings} positions; "
-            "shorten the prompt"
-        )
-    ids = ids.to(model.device)
-    torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
-    started = time.perf_counter()
-    output = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(max_new_tokens, room),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-        **sampling,
-    )
-    seconds = time.perf_counter() - started
-    return str(tokenizer.decode(output[0], skip_special_tokens=True)), (output.shape[1] - ids.shape[1]) / seconds
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`generate`."""
-    parser = argparse.ArgumentParser(prog="motifarch generate", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``motifarch generate``."""
+    parser = argparse.ArgumentParser(prog="motifarch generate", description=__doc__, epilog=_SPEED_HELP)
     parser.add_argument(
         "folder", type=Path, help="a folder that motifarch export wrote, or any causal language model's"
     )
-    parser.add_argument("--prompt", default="", help="text to continue (default: none, a new document)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="text to continue, streamed; - reads it from standard input, less one final newline (default: none, a new "
+        "document)",
+    )
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a text file with a prompt a line, or a .jsonl file with {"prompt": "..."} or {"messages": [{"role": '
+        '"user", "content": "..."}]} a line; messages go through the chat template. Each result is a line of JSON, in '
+        'the order of the file: the line with "text", "tokens" (end-of-sequence included) and "finish" ("eos" or '
+        '"length") added',
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the results of --prompts there, once all are done, instead of to standard output as they come; "
+        "until then, and if interrupted, they are in FILE.partial",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="how many of --prompts to continue at once (default: 8); those that leave less room in the model than "
+        "--max-new-tokens only with others that leave as much",
+    )
+    parser.add_argument("--chat", action="store_true", help="make the prompt a user message, and print the reply alone")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    arguments = parser.parse_args(argv)
-    for name, value, accepted, holds in (
-        ("--max-new-tokens", arguments.max_new_tokens, "at least 1", arguments.max_new_tokens >= 1),
-        ("--temperature", arguments.temperature, "0 or more", arguments.temperature >= 0),
-        ("--top-p", arguments.top_p, "above 0 and at most 1", 0 < arguments.top_p <= 1),
-    ):
-        if not holds:
-            raise UserError(f"{name} is {value}; it must be {accepted}")
-    model, tokenizer = load(arguments.folder)
-    _, speed = generate(
-        model,
-        tokenizer,
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stream=True,
+    parser.add_argument("--seed", type=int, default=0, help=_SEED_HELP)
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="dynamic",
+        help="dynamic grows with the text; static has its final size at once, and lets transformers compile a GPU's "
+        "passes, which takes time at the start (default: dynamic)",
     )
-    print(f"[{speed:.1f} tokens/s]", file=sys.stderr)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``motifarch generate``.
+
+    Returns:
+        0, or 1 if whoever read the standard output stopped reading.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    arguments = build_parser().parse_args(argv)
+    sampling = Sampling(
+        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.cache
+    )
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+    try:
+        speed = _one(arguments, sampling) if arguments.prompts is None else _many(arguments, sampling)
+    except BrokenPipeError:
+        # head, or less, has seen enough; Python must not try to flush once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    print(f"[{speed}]", file=sys.stderr)
     return 0
+
+
+def _one(arguments: argparse.Namespace, sampling: Sampling) -> Speed:
+    if arguments.output is not None:
+        raise UserError(
+            f"--output {arguments.output} is for the results of --prompts; redirect the text with > instead"
+        )
+    if arguments.chat and arguments.prompt is None:
+        raise UserError("--chat has nothing to answer; give --prompt or --prompts")
+    if arguments.system is not None and not arguments.chat:
+        raise UserError("--system is part of a conversation; add --chat, or leave --system out")
+    text = _standard_input() if arguments.prompt == "-" else arguments.prompt or ""
+    prompt: Prompt = conversation(text, arguments.system) if arguments.chat else text
+    speed = Speed()
+    for _ in generate(*load(arguments.folder), [prompt], sampling, stream=True, speed=speed):
+        pass
+    return speed
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the prompt on standard input is not UTF-8 (at byte {error.start + 1}); convert it, for example with iconv"
+        ) from None
+    return text.removesuffix("\n")
+
+
+def _many(arguments: argparse.Namespace, sampling: Sampling) -> Speed:
+    output: Path | None = arguments.output
+    if output is not None and output.exists() and arguments.prompts.exists() and output.samefile(arguments.prompts):
+        raise UserError(f"--output {output} is the file of --prompts; give another")
+    requests = read_prompts(arguments.prompts, chat=arguments.chat, system=arguments.system)
+    speed = Speed()
+    # Opened before the model is loaded: a folder that cannot be written to is known at once.
+    with result_file(output) if output is not None else nullcontext(_print) as write:
+        model, tokenizer = load(arguments.folder)
+        with _bar(shown=output is not None or not sys.stdout.isatty()) as bar:
+            task = bar.add_task("prompts", total=len(requests))
+            completions = generate(
+                model,
+                tokenizer,
+                [request.prompt for request in requests],
+                sampling,
+                batch_size=arguments.batch_size,
+                names=[request.name for request in requests],
+                speed=speed,
+                report=lambda count: bar.advance(task, count),
+            )
+            for request, made in zip(requests, completions, strict=True):
+                write(request.line | {"text": made.text, "tokens": made.tokens, "finish": made.finish})
+    return speed
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _bar(*, shown: bool) -> Progress:
+    """Progress on a terminal, unless the results appear there themselves."""
+    console = Console(file=sys.stderr)
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+        # rich would print what goes to standard output on the bar's console, past any > and |.
+        redirect_stdout=False,
+    )

@@ -270,6 +270,16 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _segmented_attention.register_autograd(_differentiate, setup_context=_save)
 
 
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float) -> Tensor:
+    """Attention under a mask (B, 1, Sq, Sk), True where a query sees a key: for few queries, as it is held whole.
+
+    Shapes are :func:`attention`'s.
+    """
+    if k.shape[2] != v.shape[2]:
+        k, v = _repeat_heads(k, q.shape[2]), _repeat_heads(v, q.shape[2])
+    return _attend(q, k, v, scale=scale, mask=visible)
+
+
 def _repeat_heads(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference, sdpa
-from .checks import check_cu_seqlens
+from .checks import check_cu_seqlens, may_read
+from .operators.decoding import check_room
 
 BACKENDS = ("auto", "reference", "sdpa")
 
@@ -100,6 +102,86 @@ def softmax_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal=causal, window_size=window_size
     )
     return reference.attention(q[None], k[None], v[None], visible=visible, softmax_scale=scale)[0][0].to(q.dtype)
+
+
+def softmax_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of new queries to a cache that already holds their own keys and values.
+
+    On a CPU each row's own places are read. Elsewhere, where lengths may not be looked at, all places are read under
+    a mask, and those that hold nothing must be finite.
+
+    Args:
+        q: (B, Sq, H, D).
+        k_cache: (B, capacity, Hk, D); or, with ``block_table``, (blocks, block size, Hk, D).
+        v_cache: like k_cache, with Hv heads of width Dv.
+        cache_seqlens: (B,) int32, the tokens that each row holds.
+        cache_leftpad: (B,) int32, tokens at the start of each row that are seen by nobody.
+        block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens, in order.
+        softmax_scale: multiplies the logits; default ``D ** -0.5``.
+        causal: the last query stands at the last key.
+        window_size: inclusive (left, right), -1 for unbounded.
+        backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
+
+    Returns:
+        Tensor (B, Sq, H, Dv) of q's dtype.
+
+    Raises:
+        ValueError: heads that do not divide, lengths past the cache, or an unknown backend.
+    """
+    _check_heads(q, k_cache, v_cache)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if block_table is not None:
+        k_cache, v_cache = (t[block_table.long()].flatten(1, 2) for t in (k_cache, v_cache))
+    capacity = k_cache.shape[1]
+    if may_read(cache_seqlens):
+        check_room(cache_seqlens, 0, capacity)
+        ends = cache_seqlens.tolist()
+        begins = [0] * len(ends) if cache_leftpad is None else cache_leftpad.tolist()
+        equal = len(set(ends)) == len(set(begins)) == 1
+        groups = [slice(0, len(ends))] if equal else [slice(b, b + 1) for b in range(len(ends))]
+        parts = []
+        for rows in groups:
+            held = slice(begins[rows.start], ends[rows.start])
+            parts.append(
+                softmax_attn_func(
+                    q[rows],
+                    k_cache[rows, held],
+                    v_cache[rows, held],
+                    softmax_scale=scale,
+                    causal=causal,
+                    window_size=window_size,
+                    backend=backend,
+                )
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+    _choose_backend(backend)
+    position = torch.arange(capacity, device=q.device)
+    query = cache_seqlens[:, None] + torch.arange(-q.shape[1], 0, device=q.device)  # (B, Sq): where queries stand
+    ahead = position - query[..., None]
+    visible = (position < cache_seqlens[:, None, None]).expand_as(ahead)
+    left, right = window_size
+    if causal:
+        right = 0
+    if cache_leftpad is not None:
+        visible = visible & (position >= cache_leftpad[:, None, None])
+    if left >= 0:
+        visible = visible & (ahead >= -left)
+    if right >= 0:
+        visible = visible & (ahead <= right)
+    out = sdpa.masked_attention(q, k_cache, v_cache, visible[:, None], scale=scale)
+    return out.masked_fill(~visible.any(-1)[..., None, None], 0.0)  # a row that sees nothing
 
 
 def _choose_backend(backend: str) -> str:

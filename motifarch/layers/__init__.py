@@ -3,6 +3,7 @@
 They need torch and motif_kernels alone: nothing here imports transformers, or knows of models, recipes or sharding.
 """
 
+from .cache import CachePosition
 from .cross_entropy import IGNORE_INDEX, CrossEntropy, linear_cross_entropy
 from .differential_attention_v2 import DifferentialAttentionV2
 from .grouped_differential_attention import (
@@ -18,6 +19,7 @@ from .softmax_attention import SoftmaxAttention
 
 __all__ = [
     "IGNORE_INDEX",
+    "CachePosition",
     "CrossEntropy",
     "DifferentialAttention",
     "DifferentialAttentionV2",

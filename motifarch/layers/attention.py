@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import CachePosition
 from .padding import PaddingMask
 from .rotary import PositionEmbeddings, apply_rotary
 
@@ -63,34 +64,74 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
         return q, k
 
-    def _cached(self, key: Tensor, value: Tensor, past_key_values: Any | None) -> tuple[Tensor, Tensor]:
-        """Append to the cache and return everything in it, as (B, Sk, heads, width)."""
+    def _append(
+        self, key: Tensor, value: Tensor, past_key_values: Any | None, position: CachePosition | None, *, whole: bool
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None] | None]:
+        """Append to the cache, and say what the queries attend to.
+
+        Args:
+            key: (B, S, heads, width), this call's.
+            value: (B, S, heads, Dv).
+            past_key_values: a transformers Cache or a PagedCache, or None.
+            position: where the cache stands; by default the cache is asked.
+            whole: a mask follows that speaks of every cached token.
+
+        Returns:
+            Keys and values, (B, Sk, heads, width) or pages, and for a cache that held tokens before, the bounds that
+            the attention to a cache takes.
+
+        Raises:
+            ValueError: gradients are wanted through a cache that is written in place.
+        """
         if past_key_values is None:
-            return key, value
+            return key, value, None
+        position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
+        in_place = bool(getattr(past_key_values, "is_compileable", False)) or hasattr(past_key_values, "append")
+        if in_place and torch.is_grad_enabled() and key.requires_grad:
+            raise ValueError(
+                f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
+                "torch.no_grad(), or take a DynamicCache"
+            )
+        if hasattr(past_key_values, "append") and not whole:
+            keys, values, lengths, table = past_key_values.append(key, value, self.layer_idx)
+            if position.is_start:
+                return key, value, None
+            bounds = {"cache_seqlens": lengths, "cache_leftpad": position.leftpad, "block_table": table}
+            return keys, values, bounds
         keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        if position.is_start:
+            return key, value, None
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if whole or (torch.is_grad_enabled() and keys.requires_grad):
+            return keys, values, None
+        lengths, leftpad = position.within(keys.shape[1])
+        return keys, values, {"cache_seqlens": lengths, "cache_leftpad": leftpad}
 
     def _attend(
         self,
         dense: Callable[..., Any],
         varlen: Callable[..., Any],
+        with_kvcache: Callable[..., Any],
         *,
         queries: dict[str, Tensor],
         keys: dict[str, Tensor],
         per_query: dict[str, Tensor | None] | None = None,
+        cache_bounds: dict[str, Tensor | None] | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         padding: PaddingMask | None,
         **options: Any,
     ) -> Tensor:
-        """Call ``dense`` or ``varlen``, as the batch is plain, packed or padded.
+        """Call ``dense``, ``varlen`` or ``with_kvcache``, as the batch is plain, packed or padded, or goes on.
 
         Args:
             dense: attention on a batch.
             varlen: the same on packed documents.
+            with_kvcache: the same on a cache, with "_cache" behind the keys' names.
             queries: its arguments that have a row for each query, (B, Sq, heads, width).
             keys: its arguments that have a row for each key, (B, Sk, heads, width).
             per_query: what else has a row for each query, (B, Sq, ...), or is None.
+            cache_bounds: what of a cache is held, from :meth:`_append`; None if the keys are to be taken as they are.
             cu_seqlens: bounds of packed documents.
             max_seqlen: the longest of them.
             padding: which tokens of a padded batch are real.
@@ -106,6 +147,9 @@ class Attention(nn.Module):
             "backend": self.backend,
         }
         per_query = per_query or {}
+        if cache_bounds is not None:
+            caches = {f"{name}_cache": t for name, t in keys.items()}
+            return with_kvcache(**queries, **caches, **per_query, **cache_bounds, **options)
         if cu_seqlens is None and padding is None:
             return dense(**queries, **keys, **per_query, **options)
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motif_kernels import diff_attn_func, diff_attn_varlen_func
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
 
 from .attention import Attention, check_heads
+from .cache import CachePosition
 from .padding import PaddingMask
 from .rotary import PositionEmbeddings
 
@@ -126,6 +127,7 @@ class GroupedDifferentialAttention(Attention):
         max_seqlen: int | None = None,
         past_key_values: Any | None = None,
         padding: PaddingMask | None = None,
+        cache_position: CachePosition | None = None,
     ) -> Tensor:
         """Causal attention over a batch, packed documents, or new tokens after a cache.
 
@@ -137,26 +139,33 @@ class GroupedDifferentialAttention(Attention):
             max_seqlen: the longest document (or more); with cu_seqlens.
             past_key_values: a transformers Cache: keys are kept as heads of k1 and k2 side by side, of width 2 *
                 head_dim, and values as heads of the same width.
-            padding: which tokens of a padded batch are real.
+            padding: which tokens of a padded batch are real, cached ones included.
+            cache_position: where past_key_values stands before this call; by default it is asked. With tokens padded
+                on the left in the cache, it says how many.
 
         Returns:
             Tensor (B, S, E).
+
+        Raises:
+            ValueError: gradients are wanted through a cache that is written in place, or arguments do not fit.
         """
         q, k = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1
         q = q.unflatten(2, (self.num_noise_heads, group + 1))
         key = k.flatten(2).unflatten(-1, (-1, 2 * self.head_dim))  # (B, S, pairs, 2D): k1 and k2 side by side
         value = self.v_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim))
-        key, value = self._cached(key, value, past_key_values)
+        key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
         lam = self.compute_lambda()
         self.last_lambda = lam.detach()
         k1, k2 = key.chunk(2, dim=-1)
         out = self._attend(
             diff_attn_func,
             diff_attn_varlen_func,
+            diff_attn_with_kvcache,
             queries={"q1": q[..., :group, :].flatten(2, 3), "q2": q[..., group, :]},
             keys={"k1": k1, "k2": k2, "v": value},
             lam=lam,
+            cache_bounds=bounds,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func
+from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func, softmax_attn_with_kvcache
 
 from .attention import Attention
+from .cache import CachePosition
 from .padding import PaddingMask
 from .rotary import PositionEmbeddings
 
@@ -85,6 +86,7 @@ class SoftmaxAttention(Attention):
         max_seqlen: int | None = None,
         past_key_values: Any | None = None,
         padding: PaddingMask | None = None,
+        cache_position: CachePosition | None = None,
     ) -> Tensor:
         """Causal attention over a batch, packed documents, or new tokens after a cache.
 
@@ -95,19 +97,26 @@ class SoftmaxAttention(Attention):
             cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to each other.
             max_seqlen: the longest document (or more); with cu_seqlens.
             past_key_values: a transformers Cache of num_kv_heads heads of width head_dim.
-            padding: which tokens of a padded batch are real.
+            padding: which tokens of a padded batch are real, cached ones included.
+            cache_position: where past_key_values stands before this call; by default it is asked. With tokens padded
+                on the left in the cache, it says how many.
 
         Returns:
             Tensor (B, S, E).
+
+        Raises:
+            ValueError: gradients are wanted through a cache that is written in place, or arguments do not fit.
         """
         q, key = self._queries_and_keys(hidden_states, position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key, value = self._cached(key, value, past_key_values)
+        key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
         out = self._attend(
             softmax_attn_func,
             softmax_attn_varlen_func,
+            softmax_attn_with_kvcache,
             queries={"q": q},
             keys={"k": key, "v": value},
+            cache_bounds=bounds,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,

@@ -360,8 +360,8 @@ def test_opcheck(is_paged):
         k1, k2, v = (torch.nan_to_num(paged(c, table)) for c in (k1, k2, v))
     torch.library.opcheck(operator.append_to_cache, (v, last(rows, 4, 1), seqlens, table))
     arguments = (last(rows, 0, 1), k1, last(rows, 2, 1), k2, v, last(rows, 5, 1), seqlens, None, table, None, None)
-    for implementation in ("cpu", "packed"):
-        options = (None, 0.3, -1, 0, 0.0, 1e-5, 1.0, implementation, "sdpa")
+    for implementation, backend in (("cpu", "sdpa"), ("packed", "sdpa"), ("packed", "reference")):
+        options = (None, 0.3, -1, 0, 0.0, 1e-5, 1.0, implementation, backend)
         torch.library.opcheck(operator.attend_to_cache, (*arguments, *options))
 
 

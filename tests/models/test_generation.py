@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from helpers.agreement import assert_agrees
 from helpers.models import VARIANTS, random_ids, tiny_model
@@ -128,12 +128,3 @@ def test_cache_holds_keys_and_values_of_one_shape():
 def test_window_cache_keeps_the_window_only():
     cache = tiny_model("gda window")(input_ids=random_ids(2, 30), use_cache=True).past_key_values
     assert [layer.keys.shape[2] for layer in cache.layers] == [6, 6]
-
-
-def test_static_caches_are_refused_rather_than_misread():
-    model = tiny_model()
-    ids = random_ids(1, 5)
-    with pytest.raises(ValueError, match=r"StaticCache .* is not supported; use the default, a DynamicCache"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match=r"StaticCache .* is not supported"):
-        model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..combine import diff_combine
+from ..operators import implementation
+from ..operators.combine import FAMILY
 from ..reference import compute_dtype
 
 
@@ -100,20 +101,19 @@ def attend(
     kv_heads, width = v_cache.shape[2:]
     ends = lengths.tolist()
     keys = _joined(k1_cache, k2_cache)
-    if k1_cache.data_ptr() != k2_cache.data_ptr():
-        q1, q2 = F.pad(q1, (0, q1.shape[-1])), F.pad(q2, (q1.shape[-1], 0))
+    d, signals, noises = q1.shape[3], q1.shape[2] // kv_heads, q2.shape[2] // kv_heads
+    shared = keys is not None and keys.shape[-1] == d
+    queries = q1.new_zeros(batch, kv_heads, seqlen_q, signals + noises, d if shared else 2 * d)
+    queries[..., :signals, :d] = q1.unflatten(2, (kv_heads, signals)).transpose(1, 2)
+    queries[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
+    queries = queries.flatten(2, 3)
     begins = [0] * batch if leftpad is None else leftpad.tolist()
     if left >= 0:  # what lies before the first query's window is not read
         begins = [max(b, e - seqlen_q - left) for b, e in zip(begins, ends, strict=True)]
     equal = len(set(ends)) == len(set(begins)) == 1
     groups = [slice(0, batch)] if equal else [slice(b, b + 1) for b in range(batch)]
 
-    def by_kv_head(q: Tensor) -> Tensor:
-        return q.unflatten(2, (kv_heads, -1))
-
-    signals, noises = q1.shape[2] // kv_heads, q2.shape[2] // kv_heads
-    o1 = q1.new_zeros(batch, seqlen_q, kv_heads, signals, width)
-    o2 = q1.new_zeros(batch, seqlen_q, kv_heads, noises, width)
+    out = None if equal else queries.new_zeros(*queries.shape[:3], width)
     for rows in groups:
         begin, end = begins[rows.start], ends[rows.start]
         if begin >= end:
@@ -123,23 +123,31 @@ def attend(
             k = torch.cat([_view(t, rows, begin, end, block_table) for t in (k1_cache, k2_cache)], dim=-1)
         else:
             k = _view(keys, rows, begin, end, block_table)
-        q = torch.cat((by_kv_head(q1[rows]), by_kv_head(q2[rows])), dim=3)
-        q = q.transpose(1, 2).flatten(2, 3)  # (B, Hk, Sq * heads, W)
-        hidden = _hidden(seqlen_q, end - begin, left, right, q.device)
+        hidden = _hidden(seqlen_q, end - begin, left, right, queries.device)
         if hidden is not None:
             hidden = hidden.repeat_interleave(signals + noises, dim=0)
-        out = _attend(q, k.transpose(1, 2), v.transpose(1, 2), hidden, scale=softmax_scale, softcap=softcap)
-        out = out.unflatten(2, (seqlen_q, -1)).transpose(1, 2)
-        if equal:
-            o1, o2 = out[..., :signals, :], out[..., signals:, :]
+        part = _attend(
+            queries[rows], k.transpose(1, 2), v.transpose(1, 2), hidden, scale=softmax_scale, softcap=softcap
+        )
+        if out is None:
+            out = part
         else:
-            o1[rows], o2[rows] = out[..., :signals, :], out[..., signals:, :]
-    return diff_combine(
-        o1.flatten(2, 3),
-        o2.flatten(2, 3),
-        lam,
-        norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        out_scale=out_scale,
-        gate=gate,
+            out[rows] = part
+    if out is None:  # no row holds anything
+        out = queries.new_zeros(*queries.shape[:3], width)
+    out = out.unflatten(2, (seqlen_q, signals + noises)).transpose(1, 2)
+    tokens = batch * seqlen_q
+    return (
+        implementation(FAMILY, q1.device)
+        .forward(
+            out[..., :signals, :].reshape(tokens, -1, width),
+            out[..., signals:, :].reshape(tokens, -1, width),
+            lam.reshape(tokens, -1) if lam.ndim == 3 else lam,
+            norm_weight,
+            None if gate is None else gate.reshape(tokens, -1, width),
+            norm_eps=norm_eps,
+            out_scale=out_scale,
+            out_dtype=q1.dtype,
+        )
+        .view(batch, seqlen_q, -1, width)
     )

@@ -27,6 +27,9 @@ from ..reference import compute_dtype
 # after each.
 _BLOCK_ELEMENTS = 1 << 17
 
+# Up to here, as in decoding, calls cost more than arithmetic: fewer of them, though each makes a tensor.
+_FEW_ELEMENTS = 1 << 14
+
 
 class _Buffers:
     """Room for one block of rows, reused from block to block."""
@@ -92,6 +95,23 @@ def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tenso
     return torch.addcmul(c0, out.add_(c1), x, out=out)
 
 
+def _forward_of_few(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float, hidden_clamp: float | None
+) -> Tensor:
+    """PolyNorm of a few numbers, in the compute dtype."""
+    dtype = compute_dtype(x)
+    x, up = x.to(dtype), None if up is None else up.to(dtype)
+    if hidden_clamp is not None:
+        x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
+    x = x * POWER_SCALE
+    x2 = x * x
+    powers = torch.stack((x2 * x, x2, x))
+    scaled_eps = torch.tensor([eps * POWER_SCALE**power for power in (6, 4, 2)], dtype=dtype).view(3, 1, 1)
+    inverse_rms = powers.square().mean(-1, keepdim=True).add_(scaled_eps).rsqrt_()
+    y = powers.mul_(inverse_rms.mul_(weight.to(dtype).view(3, 1, 1))).sum(0).add_(bias.to(dtype))
+    return y if up is None else y.mul_(up)
+
+
 def forward(
     x: Tensor,
     up: Tensor | None,
@@ -104,6 +124,8 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as inverse_rms (3, R)."""
+    if inverse_rms is None and x.numel() <= _FEW_ELEMENTS:
+        return _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp).to(out_dtype)
     out = torch.empty(x.shape, dtype=out_dtype)
     buffers = _Buffers(x, hidden_clamp)
     w, b = weight.to(buffers.dtype), bias.to(buffers.dtype)

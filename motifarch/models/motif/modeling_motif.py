@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from motif_kernels import flash
 from motifarch.layers import (
     IGNORE_INDEX,
+    CachePosition,
     DifferentialAttentionV2,
     GroupedDifferentialAttention,
     PaddingMask,
@@ -32,6 +33,7 @@ from motifarch.layers import (
     linear_cross_entropy,
 )
 
+from .caches import read_attention_mask, seen_tokens
 from .configuration_motif import MotifConfig
 
 # attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the rest are transformers'
@@ -114,6 +116,7 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
         max_seqlen: int | None = None,
         past_key_values: Cache | None = None,
         padding: PaddingMask | None = None,
+        cache_position: CachePosition | None = None,
     ) -> Tensor:
         """hidden_states (B, S, E) -> (B, S, E)."""
         hidden_states = hidden_states + self.self_attn(
@@ -123,6 +126,7 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
             max_seqlen=max_seqlen,
             past_key_values=past_key_values,
             padding=padding,
+            cache_position=cache_position,
         )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -138,6 +142,7 @@ class MotifPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = False
+    _can_compile_fullgraph = True
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *arguments: Any, **options: Any
@@ -209,6 +214,7 @@ class MotifModel(MotifPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         output_hidden_states: bool | None = None,
+        cache_leftpad: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
@@ -226,6 +232,8 @@ class MotifModel(MotifPreTrainedModel):
             cu_seq_lens_q: bounds of packed documents.
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
+            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds tokens: an attention_mask
+                of one size for all lengths.
             **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
 
         Returns:
@@ -233,7 +241,8 @@ class MotifModel(MotifPreTrainedModel):
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, an attention_mask that is not (B, cached +
-                S), padding together with packed documents, or a static cache.
+                S), padding together with packed documents, padding in a static cache that is not on the left, or
+                more tokens than a static cache has room for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -243,21 +252,20 @@ class MotifModel(MotifPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if past_key_values is not None and past_key_values.is_compileable:
-            # Its unwritten places would be taken for keys.
-            raise ValueError(
-                f"a {type(past_key_values).__name__} (cache_implementation 'static') is not supported; "
-                "use the default, a DynamicCache"
-            )
         if cu_seq_lens_q is None and attention_mask is None and past_key_values is None and _restarts(position_ids):
             cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids.expand(batch, seqlen))
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
             past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = seen_tokens(past_key_values, seqlen)
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + seqlen, device=hidden_states.device)[None]
+            position_ids = (torch.arange(seqlen, device=hidden_states.device) + seen)[None]
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
-        padding = self._padding(attention_mask, batch, seqlen, seen)
+        padding, leftpad = None, cache_leftpad
+        if attention_mask is not None:
+            padding, leftpad = read_attention_mask(attention_mask, batch, seqlen, seen, past_key_values)
+        cache_position = None
+        if past_key_values is not None:
+            cache_position = CachePosition(seen, batch, seqlen, leftpad=leftpad, device=hidden_states.device)
         if padding is not None and cu_seq_lens_q is not None:
             raise ValueError(
                 "cu_seq_lens_q and an attention_mask with padding were both given; packed documents hold no padding: "
@@ -275,6 +283,7 @@ class MotifModel(MotifPreTrainedModel):
                 max_seqlen=max_length_q,
                 past_key_values=past_key_values,
                 padding=padding,
+                cache_position=cache_position,
             )
             if every is not None:
                 every.append(hidden_states)
@@ -286,17 +295,6 @@ class MotifModel(MotifPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(every) if every is not None else None,
         )
-
-    @staticmethod
-    def _padding(attention_mask: Tensor | None, batch: int, seqlen: int, seen: int) -> PaddingMask | None:
-        if attention_mask is None:
-            return None
-        if tuple(attention_mask.shape) != (batch, seen + seqlen):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, seen + seqlen)}: "
-                f"{seen} cached and {seqlen} new tokens in each of {batch} rows"
-            )
-        return None if bool(attention_mask.all()) else PaddingMask(attention_mask, seqlen)
 
 
 @dataclass
@@ -345,6 +343,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         output_hidden_states: bool | None = None,
+        cache_leftpad: Tensor | None = None,
         **kwargs: Any,
     ) -> MotifCausalLMOutput:
         """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits for it).
@@ -365,6 +364,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents (one row).
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
+            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds tokens.
             **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and transformers' other
                 arguments (cu_seq_lens_k and max_length_k are those of q).
 
@@ -388,6 +388,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
             output_hidden_states=output_hidden_states,
+            cache_leftpad=cache_leftpad,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -415,6 +416,43 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             z_loss=z_loss,
         )
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """What transformers asks for a mask over a static cache: the layers make none of B x S x capacity."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of a generation step, as transformers prepares them; arguments are its own.
+
+        With a static cache the mask, which grows with each token, becomes the padding that it begins with: all tensors
+        of a decoding step keep their shapes, and a compiled model is compiled once.
+        """
+        mixin: Any = super()  # it types its self as a protocol that this class is not
+        inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        mask = inputs.get("attention_mask")
+        in_place = past_key_values is not None and past_key_values.is_compileable
+        if mask is not None and in_place and not is_first_iteration:
+            inputs["cache_leftpad"] = (mask == 0).sum(dim=1, dtype=torch.int32)
+            inputs["attention_mask"] = None
+        return inputs
 
     @staticmethod
     def _shift(

@@ -1,0 +1,402 @@
+"""Sampling from a causal language model: one prompt streamed, or many in batches."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
+)
+
+from motifarch.errors import UserError
+
+Prompt = str | list[dict[str, str]]
+"""Text to continue, or a conversation to answer: messages with "role" and "content"."""
+
+CACHES = ("dynamic", "static")
+
+# Batches are made of prompts of similar length among this many batches' worth: long enough to find some, and short
+# enough that a result does not wait long for those before it.
+_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue a prompt.
+
+    Attributes:
+        max_new_tokens: where to stop at the latest.
+        temperature: 0 always takes the likeliest token.
+        top_p: sample from the smallest set of tokens with this probability.
+        seed: with the prompt's number (counted from 0), decides the prompt's random draws.
+        cache: "dynamic" grows with the text; "static" has its final size at once, which lets a GPU's passes be
+            compiled.
+
+    Raises:
+        UserError: a value outside what is accepted.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+    cache: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        hot_enough = self.temperature >= 0 and math.isfinite(self.temperature)
+        for option, value, accepted, holds in (
+            ("--max-new-tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1),
+            ("--temperature", self.temperature, "0 or more, and finite", hot_enough),
+            ("--top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("--cache", self.cache, f"one of {', '.join(CACHES)}", self.cache in CACHES),
+        ):
+            if not holds:
+                raise UserError(f"{option} is {value}; it must be {accepted}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of a prompt.
+
+    Attributes:
+        text: the continuation or the reply, without the prompt.
+        tokens: how many the model made, the end-of-sequence token included.
+        finish: "eos" if the model ended the text, "length" if the room or max_new_tokens did.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+
+
+@dataclass
+class Speed:
+    """Time and tokens of the prompts so far; the prompts' own pass counts apart from the decoding after it.
+
+    Attributes:
+        prompts: how many were continued.
+        prompt_tokens: theirs, without padding.
+        prompt_seconds: until each batch had its first new tokens.
+        tokens: made by the model, the first ones and end-of-sequence tokens included, padding after these not.
+        decoded: tokens but for each prompt's first, which its own pass gave.
+        decode_seconds: from each batch's first new tokens to its last.
+    """
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    tokens: int = 0
+    decoded: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Decoded tokens per second, all rows of a batch together; None if no prompt got a second token."""
+        return self.decoded / self.decode_seconds if self.decoded else None
+
+    def __str__(self) -> str:
+        prompts = f"prompt {_tokens(self.prompt_tokens)}"
+        if self.prompts != 1:
+            prompts = f"{self.prompts:,} prompts, {_tokens(self.prompt_tokens)}"
+        rate = "" if self.rate is None else f" at {self.rate:,.1f} tokens/s"
+        return f"{prompts} in {self.prompt_seconds:.2f} s, {_tokens(self.tokens)}{rate}"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
+    """A prompt's token ids; messages go through the tokenizer's chat template, up to where the reply starts.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: text (an empty one starts a document) or messages.
+        name: what errors call the prompt.
+
+    Raises:
+        UserError: messages without a chat template or refused by it, text that is no Unicode, or an empty prompt for a
+            tokenizer without a token to start from.
+    """
+    text = prompt if isinstance(prompt, str) else _conversation(tokenizer, prompt, name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds {text[error.start]!a}, half of a surrogate pair, which is no character; remove it"
+        ) from None
+    # A chat template writes the special tokens itself.
+    ids: list[int] = tokenizer(text, add_special_tokens=isinstance(prompt, str), verbose=False).input_ids
+    if ids:
+        return ids
+    start = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError(
+            f"{name} is empty, and the tokenizer of {tokenizer.name_or_path} has no end-of-text or beginning-of-text "
+            "token to start a document from; give some text"
+        )
+    return [start]
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], name: str) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template, which {name} needs to become a "
+            "conversation; use --prompt without --chat, or set tokenizer.chat_template and save it there"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program of its own, and raises what it likes
+        raise UserError(
+            f"{name}: the chat template of {tokenizer.name_or_path} does not take these messages "
+            f"({_reason(error)}); change their roles, or leave out the system message"
+        ) from None
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 8,
+    stream: bool = False,
+    names: Sequence[str] | None = None,
+    speed: Speed | None = None,
+    report: Callable[[int], object] | None = None,
+) -> Iterator[Completion]:
+    """Continue prompts, several at once, and give the results in the prompts' order as they come.
+
+    All prompts are checked before the first is continued. Batches are made of prompts of similar length; one that
+    leaves less room than ``max_new_tokens`` is batched only with others that leave as much.
+
+    A prompt's random draws come from the seed and its number alone, so neither the other prompts nor the device change
+    them. Its text may still change with those, where rounding moves a token's probability across a draw or, at
+    temperature 0, decides between tokens that are as likely: padding and batch size change how a GPU sums.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: texts and conversations.
+        sampling: how; default ``Sampling()``.
+        batch_size: how many prompts to continue at once.
+        stream: print the text as it comes, after the prompt unless that is a conversation; for one prompt only.
+        names: what errors call the prompts; default their numbers.
+        speed: gets the time and tokens added.
+        report: called after each batch with its number of prompts.
+
+    Yields:
+        A completion for each prompt.
+
+    Raises:
+        UserError: what :func:`encode` raises, a prompt without room in the model's positions or with tokens that the
+            model does not have, a batch too large for the GPU's memory, or a cache that the model does not take.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
+    if stream and len(prompts) != 1:
+        raise UserError(f"{len(prompts)} prompts cannot be streamed; stream one, or leave stream=True out")
+    sampling = Sampling() if sampling is None else sampling
+    if names is None:
+        names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    rows = [encode(tokenizer, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+    limits = [min(sampling.max_new_tokens, _room(model, ids, name)) for ids, name in zip(rows, names, strict=True)]
+    skip_prompt = bool(prompts) and not isinstance(prompts[0], str)
+    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True) if stream else None
+    speed = Speed() if speed is None else speed
+
+    finished: dict[int, Completion] = {}
+    following = 0
+    for batch in _batches(rows, limits, batch_size):
+        made = _continue(model, tokenizer, [rows[i] for i in batch], batch, limits[batch[0]], sampling, streamer, speed)
+        for i, (new, finish) in zip(batch, made, strict=True):
+            context = rows[i] if isinstance(prompts[i], str) else []
+            shown = new[:-1] if finish == "eos" else new
+            finished[i] = Completion(_text(tokenizer, context, shown), len(new), finish)
+        if report is not None:
+            report(len(batch))
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+def _room(model: PreTrainedModel, ids: list[int], name: str) -> float:
+    """How many tokens the model's positions leave after a prompt; infinitely many for one without such a limit."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    known = weight.shape[0]
+    if max(ids) >= known:
+        raise UserError(
+            f"{name} has token {max(ids)} but the model only {known} tokens; its tokenizer is another model's: put the "
+            "model's own beside it"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return math.inf
+    if len(ids) >= positions:
+        raise UserError(f"{name} has {len(ids)} tokens but the model {positions} positions; shorten the prompt")
+    return positions - len(ids)
+
+
+def _batches(rows: Sequence[list[int]], limits: Sequence[float], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of rows to continue together.
+
+    Those of a batch have the same limit: a row past its own would hold up the rest at positions that the model does
+    not have. The longest come first, so that what does not fit into memory fails early.
+    """
+    for start in range(0, len(rows), _WINDOW * batch_size):
+        window = range(start, min(start + _WINDOW * batch_size, len(rows)))
+        order = sorted(window, key=lambda i: (limits[i], len(rows[i])), reverse=True)
+        for _, group in groupby(order, key=lambda i: limits[i]):
+            same = list(group)
+            for first in range(0, len(same), batch_size):
+                yield same[first : first + batch_size]
+
+
+@torch.inference_mode()
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    numbers: Sequence[int],
+    limit: float,
+    sampling: Sampling,
+    streamer: TextStreamer | None,
+    speed: Speed,
+) -> list[tuple[list[int], str]]:
+    """Each row's new tokens, the end-of-sequence token among them if there is one, and how it finished."""
+    ends = _end_tokens(model, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    first_tokens = _FirstTokens(model.device)
+    started = time.perf_counter()
+    try:
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=int(limit),
+            # None, not "dynamic": models with a state of their own kind warn of any name.
+            cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            # A folder's generation_config may ask for other sampling, or beams; here the options decide.
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            num_beams=1,
+            logits_processor=_processors(sampling, numbers),
+            stopping_criteria=StoppingCriteriaList([first_tokens]),
+            streamer=streamer,
+        )[:, width:].tolist()
+    except KeyboardInterrupt:
+        if streamer is not None:
+            streamer.end()  # what it still held back for a word to end
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{len(rows)} prompts of up to {width} tokens, and {int(limit)} new ones, do not fit into the GPU's "
+            "memory; lower --batch-size or --max-new-tokens"
+        ) from None
+    except ValueError as error:
+        if sampling.cache == "static":
+            raise UserError(
+                f"{type(model).__name__} does not work with --cache static ({_reason(error)}); use --cache dynamic"
+            ) from None
+        raise
+    ended = time.perf_counter()
+    made = []
+    for new in output:
+        end = next((place for place, token in enumerate(new) if token in ends), None)
+        made.append((new, "length") if end is None else (new[: end + 1], "eos"))
+    tokens = sum(len(new) for new, _ in made)
+    speed.prompts += len(rows)
+    speed.prompt_tokens += sum(map(len, rows))
+    speed.prompt_seconds += first_tokens.time - started
+    speed.tokens += tokens
+    speed.decoded += tokens - len(rows)
+    speed.decode_seconds += ended - first_tokens.time
+    return made
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All that end a text: chat models often end a turn with another token than a document."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
+
+
+def _processors(sampling: Sampling, numbers: Sequence[int]) -> LogitsProcessorList:
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    shape: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_p < 1:
+        shape.append(TopPLogitsWarper(float(sampling.top_p)))
+    return LogitsProcessorList([*shape, _Draw(sampling.seed, numbers)])
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn by its probability from a random sequence that is the row's own.
+
+    transformers' sampling draws for all rows from one sequence, so that a prompt's text would change with the prompts
+    beside it.
+    """
+
+    def __init__(self, seed: int, numbers: Sequence[int]) -> None:
+        self.sequences = [random.Random(f"{seed} {number}") for number in numbers]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores (B, V) -> (B, V), -inf but for the token drawn."""
+        below = scores.double().softmax(-1).cumsum(-1)
+        total = below[:, -1:]
+        draws = torch.tensor([[sequence.random()] for sequence in self.sequences], dtype=total.dtype).to(total.device)
+        # Short of the total even after rounding, and to the right of equal sums: never a token of probability 0.
+        target = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
+        drawn = torch.searchsorted(below, target, right=True)
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+
+
+class _FirstTokens(StoppingCriteria):
+    """Stops nothing: notes when the first new tokens were there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.time = math.nan
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if math.isnan(self.time):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the pass is only queued until here
+            self.time = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]) -> str:
+    """New tokens as text, decoded after what they continue: alone, some tokenizers drop a space at the start."""
+    before = str(tokenizer.decode(context, skip_special_tokens=True))
+    whole = str(tokenizer.decode(context + new, skip_special_tokens=True))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"

@@ -1,0 +1,186 @@
+"""Generation with every kind of cache: the tokens that no cache gives, in place, in blocks and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from helpers.agreement import assert_agrees
+from helpers.models import VARIANTS, random_ids, tiny_model
+from motifarch.models.paged_cache import PagedCache
+
+KINDS = ["dynamic", "static", "paged"]
+# A penalty, for a model of random weights soon says one word for ever.
+GREEDY = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5}
+
+
+def cache_of(kind, model, rows, places=256):
+    if kind == "paged":
+        return PagedCache(model.config, num_blocks=rows * -(-places // 16), block_size=16)
+    return StaticCache(model.config, max_cache_len=places) if kind == "static" else DynamicCache(config=model.config)
+
+
+def continued(model, cache, prompts, mask, count):
+    return model.generate(prompts, attention_mask=mask, past_key_values=cache, max_new_tokens=count, **GREEDY)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", ["gda 4:1", "diff_v1", "diff_v2 gated", "gda window", "softmax"])
+def test_two_hundred_tokens_in_float32(variant, kind, rows):
+    """Each token is the one that a pass without a cache finds likeliest, or as likely within float32's rounding."""
+    model = tiny_model(variant)
+    ids = random_ids(rows, 9)
+    out = continued(model, cache_of(kind, model, rows), ids, torch.ones_like(ids), 200)
+    assert out.shape == (rows, 209)
+    uncached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, use_cache=False, **GREEDY)
+    assert torch.equal(out, uncached)
+    assert len(set(out[0, 9:].tolist())) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padded_prompts_give_their_own_tokens(variant, kind):
+    model = tiny_model(variant, dtype=torch.float64)
+    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 17, 11)]
+    batch = torch.zeros(3, 17, dtype=torch.long)
+    for row, prompt in zip(batch, prompts, strict=True):
+        row[17 - len(prompt) :] = prompt
+    together = continued(model, cache_of(kind, model, 3, 64), batch, (batch != 0).long(), 20)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = continued(model, cache_of(kind, model, 1, 64), prompt[None], torch.ones_like(prompt)[None], 20)
+        assert torch.equal(row[17:], alone[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("chunks", [[30], [11, 19], [1] * 30, [5, 1, 1, 16, 7]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefill_in_chunks_equals_one_pass(variant, kind, chunks):
+    model = tiny_model(variant)
+    ids = random_ids(2, 30)
+    cache = cache_of(kind, model, 2, 48)
+    with torch.no_grad():
+        parts = [model(input_ids=c, past_key_values=cache, use_cache=True).logits for c in ids.split(chunks, dim=1)]
+        whole = model(input_ids=ids, use_cache=False).logits
+    assert int(cache.get_seq_length()) == 30
+    assert_agrees(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["gda", "diff_v2 gated", "gda window", "softmax"])
+def test_a_static_cache_is_compiled_once_for_all_lengths(variant, attention):
+    """No graph break, and padding or not, no compilation after the first as rows grow.
+
+    transformers keeps a window's fill as a Python number: a second compilation makes that a symbol, and a third
+    follows when the window is full.
+    """
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = tiny_model(variant, attn_implementation=attention)
+    ids, mask = random_ids(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    cache = StaticCache(model.config, max_cache_len=32)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    leftpad = torch.tensor([2, 0], dtype=torch.int32)
+    tokens = random_ids(2, 20, seed=5)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        for t in range(20):
+            new = tokens[:, t : t + 1]
+            position = torch.tensor([[5 + t]])
+            out = step(
+                input_ids=new.clone(), position_ids=position, past_key_values=cache, cache_leftpad=leftpad.clone()
+            )
+            ids = torch.cat((ids, new), dim=1)
+    whole = torch.cat((mask, torch.ones_like(tokens)), dim=1)
+    assert_agrees(out.logits[:, -1], model(input_ids=ids, attention_mask=whole, use_cache=False).logits[:, -1])
+    assert counter.frame_count <= (3 if "window" in variant else 1)
+
+
+@pytest.mark.parametrize("variant", ["gda", "softmax"])
+def test_generate_compiles_decoding_with_a_static_cache(variant):
+    """What transformers does by itself on a GPU."""
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model = tiny_model(variant, dtype=torch.float64)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    batch = random_ids(2, 8)
+    batch[0, :3] = 0
+    options = {"attention_mask": (batch != 0).long(), "max_new_tokens": 24} | GREEDY
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = model.generate(batch, cache_implementation="static", compile_config=compile_config, **options)
+    assert hasattr(model, "_compiled_call")
+    assert torch.equal(out, model.generate(batch, use_cache=False, **options))
+
+
+def test_a_static_cache_can_be_reset_and_used_again():
+    model = tiny_model()
+    cache = cache_of("static", model, 2, 48)
+    with torch.no_grad():
+        model(input_ids=random_ids(2, 20, seed=3), past_key_values=cache)
+        cache.reset()
+        again = model(input_ids=random_ids(2, 12), past_key_values=cache).logits
+        fresh = model(input_ids=random_ids(2, 12), use_cache=False).logits
+    assert_agrees(again, fresh)
+
+
+def test_a_paged_cache_takes_blocks_as_rows_grow_and_gives_them_back():
+    model = tiny_model()
+    cache = PagedCache(model.config, num_blocks=6, block_size=4)
+    with torch.no_grad():
+        model(input_ids=random_ids(2, 5), past_key_values=cache)
+        table = cache.append(*[torch.zeros(2, 0, 2, 16)] * 2, 0)[3]
+        assert table.shape == (2, 2)
+        assert len(set(table.flatten().tolist())) == 4
+        model(input_ids=random_ids(2, 7), past_key_values=cache)  # 12 tokens: all blocks
+        with pytest.raises(ValueError, match="6 blocks of 4 tokens, and 0 are left: 2 rows of 13 tokens need 2 more"):
+            model(input_ids=random_ids(2, 1), past_key_values=cache)
+        assert cache.get_seq_length() == 12
+        cache.reset()
+        again = model(input_ids=random_ids(1, 24), past_key_values=cache).logits
+    assert_agrees(again, model(input_ids=random_ids(1, 24), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("kind", ["static", "paged"])
+def test_no_gradients_through_a_cache_written_in_place(kind):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"Cache gives no gradients, for it is written in place; call under"):
+        model(input_ids=random_ids(1, 4), past_key_values=cache_of(kind, model, 1, 16))
+
+
+@pytest.mark.parametrize("variant", ["gda", "softmax"])
+def test_gradients_through_a_dynamic_cache(variant):
+    model, ids = tiny_model(variant), random_ids(2, 12)
+    whole = model(input_ids=ids, use_cache=False).logits[:, 8:]
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :8], past_key_values=cache)
+    part = model(input_ids=ids[:, 8:], past_key_values=cache).logits
+    expected = torch.autograd.grad(whole.square().sum(), list(model.parameters()), allow_unused=True)
+    found = torch.autograd.grad(part.square().sum(), list(model.parameters()), allow_unused=True)
+    for e, f in zip(expected, found, strict=True):
+        assert_agrees(f, e)
+
+
+def test_refuses_with_a_reason():
+    model = tiny_model()
+    cache = cache_of("static", model, 1, 16)
+    with torch.no_grad():
+        model(input_ids=random_ids(1, 12), past_key_values=cache)
+        with pytest.raises(ValueError, match="room for 16 tokens in a row, but 12 are cached and 5 are to be added"):
+            model(input_ids=random_ids(1, 5), past_key_values=cache)
+        right_padded = torch.tensor([[1, 1, 1, 0, 0]])
+        with pytest.raises(ValueError, match="pad prompts on the left"):
+            model(input_ids=random_ids(1, 5), attention_mask=right_padded, past_key_values=cache_of("static", model, 1))
+    with pytest.raises(ValueError, match="num_blocks is 0"):
+        PagedCache(model.config, num_blocks=0)
+    paged = cache_of("paged", model, 2)
+    with torch.no_grad():
+        model(input_ids=random_ids(2, 5), past_key_values=paged)
+        with pytest.raises(ValueError, match=r"holds 2 rows and 1 come; reset\(\) it"):
+            model(input_ids=random_ids(1, 5), past_key_values=paged)
+    with pytest.raises(NotImplementedError, match="beam search; take a DynamicCache"):
+        paged.reorder_cache(torch.tensor([0, 0]))
