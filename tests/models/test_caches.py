@@ -11,8 +11,9 @@ from helpers.models import VARIANTS, random_ids, tiny_model
 from motifarch.models.paged_cache import PagedCache
 
 KINDS = ["dynamic", "static", "paged"]
-# A penalty, for a model of random weights soon says one word for ever.
-GREEDY = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5}
+# A penalty, for a model of random weights soon says one word for ever; but then never the padding's token, which some
+# transformers punish for standing before a prompt.
+GREEDY = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5, "suppress_tokens": [0]}
 
 
 def cache_of(kind, model, rows, places=256):
