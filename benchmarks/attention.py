@@ -65,7 +65,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import attention_report, report
-from benchmarks.attention_check import Exact
+from benchmarks.attention_check import Exact, Truth
 from benchmarks.attention_contenders import CONTENDERS, OURS, Candidate, candidates, refusal, unavailable
 from benchmarks.attention_problems import LAYOUTS, Problem, describe, problem
 from benchmarks.kernels import DTYPES, Contender, device_slug, draw_from, fault, terminate_as_interrupt
@@ -108,7 +108,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def check(
-    candidate: Candidate, inputs: Mapping[str, Tensor], exact: Exact, grad: Tensor, tolerance: float
+    candidate: Candidate, inputs: Mapping[str, Tensor], exact: Truth, grad: Tensor, tolerance: float
 ) -> Checked | str:
     """Run a candidate's forms in turn until one runs, and hold its results to the exact ones.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ Index = tuple[int | slice, ...]
 _BLOCK = 1 << 24
 # Work beyond which float32 stands in for float64, which many GPUs are slow at; its error is far below any tolerance.
 _DOUBLE_FLOPS = 2e12
+
+
+class Truth(Protocol):
+    """What a contender's results are held to."""
+
+    @property
+    def grad(self) -> Tensor:
+        """The incoming gradient to check with, like the output."""
+
+    def errors(self, found: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """For the output and each gradient that was found, the "largest" and the "relative" error."""
 
 
 class Exact:

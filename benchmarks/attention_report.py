@@ -130,14 +130,14 @@ def mark_best(results: Sequence[dict[str, Any]]) -> None:
 
 
 def _seconds(result: Result) -> float:
-    seconds = result["seconds"]
-    return float(seconds.get("both", seconds["forward"])["median"])
+    seconds = result["seconds"]  # by direction, or where there is only one, of that
+    return float(seconds.get("both", seconds.get("forward", seconds))["median"])
 
 
-def label(result: Result) -> str:
+def label(result: Result, labels: Mapping[str, str] = CONTENDERS) -> str:
     """Contender, kernel and what was done to its inputs."""
     details = ", ".join(filter(None, (result["variant"], result["form"])))
-    return CONTENDERS[result["contender"]] + (f" ({details})" if details else "")
+    return labels[result["contender"]] + (f" ({details})" if details else "")
 
 
 def print_results(console: Console, content: Mapping[str, Any]) -> None:
@@ -151,7 +151,9 @@ def print_results(console: Console, content: Mapping[str, Any]) -> None:
             new = i == 0 or results[i - 1]["length"] != r["length"]
             head = (f"{r['length']:,}" if new else "", label(r))
             spreads = [r["seconds"].get(d) for d in DIRECTIONS]
-            cells = [(f"{scale * s['median']:,.1f}", f"{_half_spread(s):.0f}%") if s else ("-", "") for s in spreads]
+            cells = [
+                (f"{scale * s['median']:,.1f}", f"{report.half_spread(s):.0f}%") if s else ("-", "") for s in spreads
+            ]
             times.append((*head, *(text for pair in cells for text in pair)))
             peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / MEBIBYTE:,.1f}"
             rates.append(
@@ -183,11 +185,6 @@ def print_results(console: Console, content: Mapping[str, Any]) -> None:
 def _rate_unit(content: Mapping[str, Any]) -> tuple[str, float]:
     """Its name, and how many of it a TFLOP/s is."""
     return ("TFLOP/s", 1.0) if content["environment"]["device"] != "cpu" else ("GFLOP/s", 1e3)
-
-
-def _half_spread(spread: Mapping[str, float]) -> float:
-    """Half of the middle half's width, in per cent of the median."""
-    return 50 * (spread["upper"] - spread["lower"]) / spread["median"]
 
 
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:

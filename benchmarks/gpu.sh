@@ -18,10 +18,11 @@ set -uo pipefail
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
 parts=(
   "tests      110 -m pytest -m gpu -q tests/kernels"
-  "attention  230 -m benchmarks.attention --limit 190"
+  "attention  170 -m benchmarks.attention --limit 135"
+  "decode      75 -m benchmarks.decode --parts kernel --limit 45"
   "poly_norm   80 -m benchmarks.poly_norm --seconds 0.2"
-  "combine     90 -m benchmarks.combine --seconds 0.2"
-  "train_step  80 -m benchmarks.train_step --precisions bf16"
+  "combine     80 -m benchmarks.combine --seconds 0.2"
+  "train_step  75 -m benchmarks.train_step --precisions bf16"
 )
 # The same for parts that run only when they are named.
 on_request=(

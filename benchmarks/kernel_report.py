@@ -128,7 +128,7 @@ def print_results(console: Console, content: Mapping[str, Any], labels: Mapping[
         for r in results:
             head = (f"{r['columns']:,}", labels[r["contender"]])
             spreads = [r["seconds"][d] for d in DIRECTIONS]
-            cells = [(f"{scale * s['median']:,.1f}", f"±{_half_spread(s):.0f}%") for s in spreads]
+            cells = [(f"{scale * s['median']:,.1f}", f"±{report.half_spread(s):.0f}%") for s in spreads]
             times.append((*head, *(text for pair in cells for text in pair)))
             rates.append(
                 (
@@ -169,11 +169,6 @@ def print_results(console: Console, content: Mapping[str, Any], labels: Mapping[
         )
     if not content["aims"]:
         console.print("No aim was judged: that takes a full run at large sizes, and for most of them a GPU.")
-
-
-def _half_spread(spread: Mapping[str, float]) -> float:
-    """Half of the middle half's width, in per cent of the median."""
-    return 50 * (spread["upper"] - spread["lower"]) / spread["median"]
 
 
 def draw(path: Path, content: Mapping[str, Any], labels: Mapping[str, str]) -> None:

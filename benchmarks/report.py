@@ -58,6 +58,11 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, lower, upper)
 
 
+def half_spread(spread: Mapping[str, float]) -> float:
+    """Half of the middle half's width, in per cent of the median; of a :class:`Spread` as JSON has it."""
+    return 50 * (spread["upper"] - spread["lower"]) / spread["median"]
+
+
 def environment(module: str, device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
     """What someone needs to know to judge a result or to repeat it.
 
@@ -77,7 +82,7 @@ def environment(module: str, device: torch.device, packages: Iterable[str]) -> d
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1_minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "memory_bytes": _physical_memory(),
+        "memory_bytes": physical_memory(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
@@ -100,7 +105,8 @@ def _cpu() -> dict[str, Any]:
     return {"cpu": model, "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in flags]}
 
 
-def _physical_memory() -> int | None:
+def physical_memory() -> int | None:
+    """Bytes of memory that the machine has, or None where it does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.tune_problems import DTYPE, Attention, Epilogue, Problem, Rows
+from benchmarks.tune_problems import DTYPE, Attention, Decoding, Epilogue, Problem, Rows
 
 Entry = Mapping[str, Any]
 
@@ -129,6 +129,28 @@ def _attention_kernel(name: str) -> Kernel:
     return Kernel(name, tuple(classes), tolerance=0.15, spilled_bytes=64 if name == "attention_forward" else 512)
 
 
+def _decoding_kernel() -> Kernel:
+    # Few rows: what counts is how many bytes of keys and values are on their way at once.
+    tiles = tuple(
+        {"block_n": block_n, "num_warps": warps, "num_stages": stages}
+        for block_n, warps, stages in (
+            (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (32, 4, 2), (32, 4, 3), (32, 4, 4), (32, 8, 3),
+            (128, 4, 1), (128, 4, 2), (128, 8, 2), (16, 4, 4),
+        )
+    )  # fmt: skip
+    classes = []
+    for up_to, ((d, dv), others) in _WIDTHS.items():
+        # A cache that fills the GPU by its length, and one that does by its rows.
+        timed = (Decoding(d, dv, 4, 8, 32768, batch=1), Decoding(d, dv, 1, 1024 // d, 4096, batch=16))
+        small = Decoding(d, dv, 3, 2, 1000, batch=3)
+        also = (
+            dataclasses.replace(small, gate=True),
+            *(dataclasses.replace(small, width=d, value_width=dv) for d, dv in others),
+        )
+        classes.append(SizeClass(up_to, timed, also, tiles))
+    return Kernel("decoding_split", tuple(classes), tolerance=0.15, spilled_bytes=64)
+
+
 def _row_tiles(size: int | None) -> tuple[Entry, ...]:
     """Tiles that hold a few rows or a part of one, at 16 to 64 bytes of x a thread."""
     tiles = (8192, 16384, 32768, 65536) if size is None else (size // 4, size // 2, size, 2 * size, 4 * size)
@@ -202,6 +224,7 @@ def all_kernels() -> dict[str, Kernel]:
         *(_attention_kernel(name) for name in _ATTENTION),
         _head_kernel("attention_prepare", _walked_tiles(), _prepare, 0.15),
         _backend(),
+        _decoding_kernel(),
         _row_kernel("poly_norm_forward", (2048, 4096, 8192, 16384, 32768, 65536)),
         _row_kernel("poly_norm_backward", (2048, 4096, 8192, 16384)),
         _row_kernel("poly_norm_sums", (2048, 8192)),
@@ -220,6 +243,8 @@ def quick(kernel: Kernel) -> Kernel:
                 return dataclasses.replace(problem, rows=5)
             case Epilogue():
                 return dataclasses.replace(problem, tokens=20, noise_heads=2)
+            case Decoding():
+                return dataclasses.replace(problem, tokens=70, noise_heads=1, batch=2)
             case Attention():
                 return dataclasses.replace(problem, tokens=70, noise_heads=1, batch=2, window=problem.window and 30)
         return problem

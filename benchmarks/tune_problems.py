@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import Draw, draw_from
-from motif_kernels import diff_attn_func, tuning
+from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
 
 DTYPE = torch.bfloat16
 NORM_EPS = 1e-5
@@ -270,3 +270,45 @@ class Attention:
             return {"output": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
         return run
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One new token for each row against a full cache of ``tokens``, k1 and k2 side by side in it."""
+
+    width: int
+    value_width: int
+    ratio: int
+    noise_heads: int
+    """As many as key and value heads."""
+    tokens: int
+    batch: int
+    gate: bool = False
+    """In the place of the sub-norm."""
+
+    def size(self, kernel: str) -> int:
+        """Attention's size in the tables."""
+        return tuning.attention_size(self.width, self.value_width, DTYPE.itemsize)
+
+    def describe(self) -> str:
+        """In words."""
+        heads = f"({self.width}, {self.value_width}), {self.ratio * self.noise_heads}:{self.noise_heads} heads"
+        return f"{heads}, a token after {self.batch} x {self.tokens:,}" + (", epilogue gate" if self.gate else "")
+
+    def launches(self, kernel: str, device: torch.device) -> Launch:
+        """Of decoding_split, with the kernel that joins its parts: into how many it splits depends on its entry."""
+        draw = draw_from(0, DTYPE, device)
+        keys = draw(self.batch, self.tokens, self.noise_heads, 2 * self.width)
+        signal_heads = self.ratio * self.noise_heads
+        arguments: dict[str, Any] = {
+            "q1": draw(self.batch, 1, signal_heads, self.width),
+            "k1_cache": keys[..., : self.width],
+            "q2": draw(self.batch, 1, self.noise_heads, self.width),
+            "k2_cache": keys[..., self.width :],
+            "v_cache": draw(self.batch, self.tokens, self.noise_heads, self.value_width),
+            "lam": torch.full((), 0.5, device=device),
+            "cache_seqlens": torch.full((self.batch,), self.tokens, dtype=torch.int32, device=device),
+            "norm_weight": None if self.gate else torch.ones(self.value_width, device=device),
+            "gate": draw(self.batch, 1, signal_heads, self.value_width) if self.gate else None,
+        }
+        return lambda: {"output": diff_attn_with_kvcache(**arguments, causal=True, out_scale=0.8, backend="triton")}

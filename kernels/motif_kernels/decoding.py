@@ -14,6 +14,7 @@ from . import backends
 from .checks import check_attention, check_epilogue, may_read
 from .operators import attention as attention_operator
 from .operators import decoding as operator
+from .operators import needs_no_operator
 from .reference import compute_dtype
 
 # Queries times signal heads of a key head that are decoding; more are prefill, which the training kernels serve.
@@ -92,11 +93,14 @@ def diff_attn_with_kvcache(
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=compute_dtype(q1), device=q1.device)
     with torch.no_grad():
+        plain = needs_no_operator(q1)
         if k1 is not None and k2 is not None and v is not None:
-            operator.append_to_cache(k1_cache, k1, cache_seqlens, block_table)
-            operator.append_to_cache(k2_cache, k2, cache_seqlens, block_table)
-            operator.append_to_cache(v_cache, v, cache_seqlens, block_table)
-        return operator.attend_to_cache(
+            append = operator.append if plain else operator.append_to_cache
+            append(k1_cache, k1, cache_seqlens, block_table)
+            append(k2_cache, k2, cache_seqlens, block_table)
+            append(v_cache, v, cache_seqlens, block_table)
+        attend = operator.attend if plain else operator.attend_to_cache
+        return attend(
             q1,
             k1_cache,
             q2,

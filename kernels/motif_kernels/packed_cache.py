@@ -38,7 +38,7 @@ def attend(
     out_scale: float,
     backend: str,
 ) -> Tensor:
-    """Arguments and result are :func:`motif_kernels.operators.decoding.attend_to_cache`'s."""
+    """Arguments and result are :func:`motif_kernels.operators.decoding.attend`'s."""
     batch, seqlen_q = q1.shape[:2]
     capacity = k1_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     start = torch.zeros_like(lengths) if leftpad is None else leftpad

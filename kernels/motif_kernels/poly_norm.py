@@ -146,7 +146,8 @@ def _apply(
             x, up, weight, bias, eps, hidden_clamp, operators.result_dtype(x), group.group_name
         )[0]
     if operators.has_implementation(x.device):
-        return operator.poly_norm(x, up, weight, bias, eps, hidden_clamp, operators.result_dtype(x))
+        run = operator.forward if operators.needs_no_operator(x) else operator.poly_norm
+        return run(x, up, weight, bias, eps, hidden_clamp, operators.result_dtype(x))
     if hidden_clamp is not None:
         x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
     out = reference.poly_norm(x, weight, bias, eps=eps)

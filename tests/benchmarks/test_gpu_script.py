@@ -59,7 +59,7 @@ def test_a_part_that_fails_is_named_and_the_next_ones_run(environment: dict[str,
     assert "a typing error" in (out / "poly_norm.log").read_text()
     assert "== poly_norm: FAILED with exit status 3" in done.stdout
     parts = {"tests.log", "poly_norm.log", "combine.log", "combine.json", "train_step.log", "train_step.json"}
-    parts |= {"attention.log", "attention.json"}
+    parts |= {"attention.log", "attention.json", "decode.log", "decode.json"}
     assert packed(out) >= parts | {"gpu.log"}
     assert "results.tar.gz" not in packed(out)
     assert not (out / "tune.log").exists()
@@ -78,7 +78,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(environment: dict[str, s
     done = gpu(environment, tmp_path / "out", "poly")
     assert done.returncode == 2
     assert "there is no part poly" in done.stderr
-    assert "parts: tests attention poly_norm combine train_step; on request: tune\n" in done.stderr
+    assert "parts: tests attention decode poly_norm combine train_step; on request: tune\n" in done.stderr
 
 
 def test_a_part_on_request_runs_when_it_is_named(environment: dict[str, str], tmp_path: Path) -> None:

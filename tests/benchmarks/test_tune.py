@@ -157,7 +157,14 @@ def test_disagreement_is_relative_to_the_values_and_never_passes_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["attention_backward_keys", "attention_backward_queries", "attention_prepare", "poly_norm_backward"]
+    "name",
+    [
+        "attention_backward_keys",
+        "attention_backward_queries",
+        "attention_prepare",
+        "decoding_split",
+        "poly_norm_backward",
+    ],
 )
 def test_kernels_are_launched_alone_and_their_candidates_agree(name: str) -> None:
     kernel = quick(all_kernels()[name])

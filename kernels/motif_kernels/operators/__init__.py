@@ -36,6 +36,14 @@ def has_implementation(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") or (device.type == "cuda" and triton_is_installed())
 
 
+def needs_no_operator(x: torch.Tensor) -> bool:
+    """Whether a call may go straight to its implementation: nobody traces or differentiates it, and x is no subclass.
+
+    An operator's way through the dispatcher costs as much as the arithmetic of a token that is decoded.
+    """
+    return type(x) is torch.Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @constant
 def triton_is_installed() -> bool:
     """Whether there is a triton to import."""

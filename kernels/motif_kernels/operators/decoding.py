@@ -11,8 +11,7 @@ from torch import Tensor
 from ..checks import may_read
 
 
-@torch.library.custom_op("motif::append_to_cache", mutates_args=("cache",))
-def append_to_cache(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
+def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
     """Write tokens (B, Snew, H, W) behind the first ``lengths`` (B,) places of each row of a cache.
 
     The cache is (B, capacity, H, W), or with a block_table (B, blocks of a row) the pool (blocks, block size, H, W).
@@ -40,13 +39,15 @@ def append_to_cache(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table:
         cache[block_table.long().gather(1, positions // size), positions % size] = tokens
 
 
+append_to_cache = torch.library.custom_op("motif::append_to_cache", append, mutates_args=("cache",))
+
+
 @append_to_cache.register_fake
 def _(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
     return None
 
 
-@torch.library.custom_op("motif::diff_attention_with_kvcache", mutates_args=())
-def attend_to_cache(
+def attend(
     q1: Tensor,
     k1_cache: Tensor,
     q2: Tensor,
@@ -109,6 +110,9 @@ def attend_to_cache(
             **extra,
         )
     return out.contiguous()  # as the fake rule promises
+
+
+attend_to_cache = torch.library.custom_op("motif::diff_attention_with_kvcache", attend, mutates_args=())
 
 
 @attend_to_cache.register_fake

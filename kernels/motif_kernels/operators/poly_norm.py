@@ -32,8 +32,7 @@ def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
     return gradient.view(x.shape)
 
 
-@torch.library.custom_op("motif::poly_norm", mutates_args=())
-def poly_norm(
+def forward(
     x: Tensor,
     up: Tensor | None,
     weight: Tensor,
@@ -57,6 +56,9 @@ def poly_norm(
             out_dtype=out_dtype,
         )
     return out.view(x.shape)
+
+
+poly_norm = torch.library.custom_op("motif::poly_norm", forward, mutates_args=())
 
 
 @poly_norm.register_fake

@@ -257,7 +257,7 @@ def attend(
     norm_eps: float,
     out_scale: float,
 ) -> Tensor:
-    """Arguments and result are :func:`motif_kernels.operators.decoding.attend_to_cache`'s.
+    """Arguments and result are :func:`motif_kernels.operators.decoding.attend`'s.
 
     All caches have the same number of heads, which divides that of the noise heads.
     """
