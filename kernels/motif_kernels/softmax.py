@@ -20,8 +20,9 @@ def softmax_attn_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    return_max_logits: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in FlashAttention's conventions.
 
     Args:
@@ -31,20 +32,22 @@ def softmax_attn_func(
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: hide later keys, aligned to the bottom right.
         window_size: inclusive (left, right), -1 for unbounded.
+        return_max_logits: also return each head's largest scaled, visible logit over the batch; "reference" alone can.
         backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
 
     Returns:
-        Tensor (B, Sq, H, Dv) of q's dtype.
+        Tensor (B, Sq, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without gradient.
 
     Raises:
-        ValueError: heads that do not divide, or an unknown backend.
+        ValueError: heads that do not divide, or a backend that is unknown or cannot serve.
     """
     _check_heads(q, k, v)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if _choose_backend(backend) == "sdpa":
+    if _choose_backend(backend, return_max_logits) == "sdpa":
         return sdpa.attention(q, k, v, scale=scale, causal=causal, window_size=window_size)
     visible = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
-    return reference.attention(q, k, v, visible=visible, softmax_scale=scale)[0].to(q.dtype)
+    out, largest = reference.attention(q, k, v, visible=visible, softmax_scale=scale)
+    return (out.to(q.dtype), largest.float()) if return_max_logits else out.to(q.dtype)
 
 
 def softmax_attn_varlen_func(
@@ -59,8 +62,9 @@ def softmax_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
+    return_max_logits: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`softmax_attn_func` over packed documents.
 
     Args:
@@ -74,10 +78,11 @@ def softmax_attn_varlen_func(
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: bottom-right aligned within each document.
         window_size: inclusive (left, right) within each document.
+        return_max_logits: as there.
         backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
 
     Returns:
-        Tensor (total_q, H, Dv) of q's dtype.
+        Tensor (total_q, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without gradient.
 
     Raises:
         TypeError: cu_seqlens is not int32.
@@ -87,7 +92,7 @@ def softmax_attn_varlen_func(
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, q.device)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k, q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if _choose_backend(backend) == "sdpa":
+    if _choose_backend(backend, return_max_logits) == "sdpa":
         return sdpa.attention(
             q[None],
             k[None],
@@ -101,7 +106,8 @@ def softmax_attn_varlen_func(
     visible = reference.packed_visibility_mask(
         cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal=causal, window_size=window_size
     )
-    return reference.attention(q[None], k[None], v[None], visible=visible, softmax_scale=scale)[0][0].to(q.dtype)
+    out, largest = reference.attention(q[None], k[None], v[None], visible=visible, softmax_scale=scale)
+    return (out[0].to(q.dtype), largest.float()) if return_max_logits else out[0].to(q.dtype)
 
 
 def softmax_attn_with_kvcache(
@@ -154,17 +160,17 @@ def softmax_attn_with_kvcache(
         parts = []
         for rows in groups:
             held = slice(begins[rows.start], ends[rows.start])
-            parts.append(
-                softmax_attn_func(
-                    q[rows],
-                    k_cache[rows, held],
-                    v_cache[rows, held],
-                    softmax_scale=scale,
-                    causal=causal,
-                    window_size=window_size,
-                    backend=backend,
-                )
+            part = softmax_attn_func(
+                q[rows],
+                k_cache[rows, held],
+                v_cache[rows, held],
+                softmax_scale=scale,
+                causal=causal,
+                window_size=window_size,
+                backend=backend,
             )
+            assert isinstance(part, Tensor)
+            parts.append(part)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
     _choose_backend(backend)
     position = torch.arange(capacity, device=q.device)
@@ -184,12 +190,19 @@ def softmax_attn_with_kvcache(
     return out.masked_fill(~visible.any(-1)[..., None, None], 0.0)  # a row that sees nothing
 
 
-def _choose_backend(backend: str) -> str:
+def _choose_backend(backend: str, return_max_logits: bool = False) -> str:
     if backend not in BACKENDS:
         raise ValueError(
             f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}, which serve softmax attention"
         )
-    return "sdpa" if backend == "auto" else backend
+    if backend == "sdpa" and return_max_logits:
+        raise ValueError(
+            "backend 'sdpa' cannot serve return_max_logits=True: torch's scaled_dot_product_attention does not give "
+            "its logits; use 'reference' or 'auto'"
+        )
+    if backend == "auto":
+        return "reference" if return_max_logits else "sdpa"
+    return backend
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
