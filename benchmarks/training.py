@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from benchmarks.contenders import Entry, Sizes, match_parameters
 from motifarch.errors import UserError
 from motifarch.optim import build_adamw, clip_gradients
-from motifarch.parallel import build_mesh, open_world, parallelize
+from motifarch.parallel import Layout, Mesh, open_world, parallelize
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,7 +67,7 @@ class TrainStep:
             self.model: torch.nn.Module = entry.build(setup.sizes)
         self.setup, self.dtype = setup, DTYPES[precision]
         if not setup.autocast:
-            parallelize(self.model, build_mesh(setup.device, 1), compute_dtype=self.dtype)
+            parallelize(self.model, Mesh(setup.device, Layout().resolve(1)), compute_dtype=self.dtype)
         self.optimizer = build_adamw(self.model, lr=1e-4)
 
     def __call__(self, batch: Tensor) -> float:

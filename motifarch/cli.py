@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import json
 import os
 import re
 import sys
@@ -11,12 +10,14 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, tell_torchrun
 
 COMMANDS = {
     "train": ("motifarch.train.main", "train a model as a recipe says"),
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
+    "average": ("motifarch.average", "average a run's last checkpoints"),
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
+    "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
     "generate": ("motifarch.generate", "sample text from a folder"),
 }
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
@@ -91,22 +92,13 @@ def _fail(message: str, status: int, wait: bool = True) -> NoReturn:
     if _distributed():
         if wait and _rank():
             time.sleep(2)
-        _tell_torchrun(message)
+        tell_torchrun(message)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if _distributed():
         # A background save or another rank may never answer again: leave without asking.
         os._exit(status)
     sys.exit(status)
-
-
-def _tell_torchrun(message: str) -> None:
-    """Gives torchrun the message for the report that it ends with."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with open(path, "w", encoding="utf-8") as file:
-            extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,18 @@ Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .cache import CachePosition
 from .padding import PaddingMask
 from .rotary import PositionEmbeddings, apply_rotary
+from .ulysses import gather_heads, scatter_heads, sum_gradient
 
 
 class Attention(nn.Module):
@@ -49,6 +53,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, key_width, bias=bias, **factory)
         self.v_proj = nn.Linear(hidden_size, value_width, bias=bias, **factory)
         self.o_proj = nn.Linear(out_width, hidden_size, bias=bias, **factory)
+        self.tensor_group: ProcessGroup | None = None
+        """Ranks that each hold some of the heads (tensor parallelism): set from outside, with projections to match."""
+        self.context_group: ProcessGroup | None = None
+        """Ranks that each hold a part of the sequence (context parallelism): set from outside."""
+        self.record_max_logits = False
+        """Whether forward passes in training mode record each head's largest logit, for QK-clip."""
+        self.max_logits: tuple[Tensor, Tensor | None] | None = None
+        """Largest scaled, visible logits since this was last cleared, of the signal heads (Hs,) and noise heads (Hn,)
+        that this rank computes; None without noise heads."""
         self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
 
@@ -59,10 +72,17 @@ class Attention(nn.Module):
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
         if position_embeddings is not None:
             q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
         return q, k
+
+    def _shared(self, parameter: Tensor) -> Tensor:
+        """What all heads use: with tensor parallelism each rank's heads give a part of its gradient."""
+        return sum_gradient(parameter, self.tensor_group)
+
+    def _normalised(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        return F.rms_norm(x, (self.head_dim,), self._shared(norm.weight), norm.eps)
 
     def _append(
         self, key: Tensor, value: Tensor, past_key_values: Any | None, position: CachePosition | None, *, whole: bool
@@ -147,6 +167,19 @@ class Attention(nn.Module):
             "backend": self.backend,
         }
         per_query = per_query or {}
+        if self.record_max_logits and self.training:
+            dense, varlen = partial(self._record, dense), partial(self._record, varlen)
+        if self.context_group is not None:
+            return self._attend_in_context(
+                dense if cu_seqlens is None else varlen,
+                queries,
+                keys,
+                per_query,
+                cu_seqlens,
+                max_seqlen,
+                refused="a cache" if cache_bounds is not None else "padding" if padding is not None else None,
+                options=options,
+            )
         if cache_bounds is not None:
             caches = {f"{name}_cache": t for name, t in keys.items()}
             return with_kvcache(**queries, **caches, **per_query, **cache_bounds, **options)
@@ -182,6 +215,49 @@ class Attention(nn.Module):
         )
         padded = out.new_zeros(batch * seqlen, *out.shape[1:]).index_copy(0, packed.query_index, out)
         return padded.unflatten(0, (batch, seqlen))
+
+    def _record(self, attend: Callable[..., Any], **arguments: Any) -> Tensor:
+        """Attention that leaves its largest logits, or those of the calls before it, in :attr:`max_logits`."""
+        out, *found = attend(**arguments, return_max_logits=True)
+        if self.max_logits is not None:
+            found = [torch.maximum(f, t) for f, t in zip(found, self.max_logits, strict=False) if t is not None]
+        self.max_logits = found[0], found[1] if len(found) > 1 else None
+        return out  # type: ignore[no-any-return]
+
+    def _attend_in_context(
+        self,
+        attend: Callable[..., Any],
+        queries: dict[str, Tensor],
+        keys: dict[str, Tensor],
+        per_query: dict[str, Tensor | None],
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        *,
+        refused: str | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attention whose ranks hold parts of the sequence: they exchange these for heads, and back."""
+        assert self.context_group is not None
+        if refused is not None:
+            raise ValueError(f"context parallelism does not serve {refused}; pack documents instead (cu_seqlens)")
+        tensors = {n: t for n, t in (queries | keys | per_query).items() if t is not None}
+        # Lambda for each token and head, (B, S, Hs), lacks a width.
+        wide = [t[..., None] if t.ndim == 3 else t for t in tensors.values()]
+        exchanged = scatter_heads(wide, self.context_group)
+        whole: dict[str, Tensor | None] = dict.fromkeys(per_query)
+        for (name, tensor), arrived in zip(tensors.items(), exchanged, strict=True):
+            whole[name] = arrived.squeeze(-1) if tensor.ndim == 3 else arrived
+        if cu_seqlens is not None:
+            if max_seqlen is None:
+                raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
+            batch = next(iter(queries.values())).shape[0]
+            whole = {n: None if t is None else t.flatten(0, 1) for n, t in whole.items()}
+            bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            out = attend(**whole, **bounds, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options)
+            out = out.unflatten(0, (batch, -1))
+        else:
+            out = attend(**whole, **options)
+        return gather_heads(out, self.context_group)
 
 
 def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:

@@ -136,7 +136,7 @@ class DifferentialAttentionV2(Attention):
         """
         q, key = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1
-        q = q.unflatten(2, (self.num_noise_heads, group + 1))
+        q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
         lam = self.compute_lambda(hidden_states)
@@ -156,7 +156,7 @@ class DifferentialAttentionV2(Attention):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,
-            norm_weight=self.subln.weight if self.subln is not None else None,
+            norm_weight=self._shared(self.subln.weight) if self.subln is not None else None,
             norm_eps=self.subln.eps if self.subln is not None else 0.0,
             out_scale=1.0 - self.lambda_init if self.subln is not None else 1.0,
         )

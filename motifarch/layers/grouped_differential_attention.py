@@ -151,11 +151,11 @@ class GroupedDifferentialAttention(Attention):
         """
         q, k = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1
-        q = q.unflatten(2, (self.num_noise_heads, group + 1))
+        q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
         key = k.flatten(2).unflatten(-1, (-1, 2 * self.head_dim))  # (B, S, pairs, 2D): k1 and k2 side by side
         value = self.v_proj(hidden_states).unflatten(-1, (-1, 2 * self.head_dim))
         key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
-        lam = self.compute_lambda()
+        lam = self._shared(self.compute_lambda())
         self.last_lambda = lam.detach()
         k1, k2 = key.chunk(2, dim=-1)
         out = self._attend(
@@ -169,7 +169,7 @@ class GroupedDifferentialAttention(Attention):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             padding=padding,
-            norm_weight=self.subln.weight if self.subln is not None else None,
+            norm_weight=self._shared(self.subln.weight) if self.subln is not None else None,
             norm_eps=self.subln.eps if self.subln is not None else 0.0,
             out_scale=1.0 - self.lambda_init if self.subln is not None else 1.0,
         )

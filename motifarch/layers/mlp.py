@@ -55,7 +55,8 @@ class PolyNormMLP(_GatedMLP):
     def forward(self, x: Tensor) -> Tensor:
         """X (..., E) -> (..., E)."""
         act = self.act_fn
-        return self.down_proj(mul_poly_norm(self.gate_proj(x), self.up_proj(x), act.weight, act.bias, eps=act.eps))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(mul_poly_norm(gate, up, act.weight, act.bias, eps=act.eps, group=act.group))
 
 
 class SwiGLUMLP(_GatedMLP):

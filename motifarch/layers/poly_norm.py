@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from motif_kernels import poly_norm
 
@@ -24,6 +25,8 @@ class PolyNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.group: ProcessGroup | None = None
+        """Ranks that each hold some of the columns (tensor parallelism): set from outside."""
         self.weight = nn.Parameter(torch.empty(3, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -35,7 +38,7 @@ class PolyNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last dimension of x (..., N)."""
-        return poly_norm(x, self.weight, self.bias, eps=self.eps)
+        return poly_norm(x, self.weight, self.bias, eps=self.eps, group=self.group)
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

@@ -1,7 +1,33 @@
-"""Optimizers, learning-rate schedules and the guard against non-finite steps."""
+"""Optimizers, learning-rate schedules, the guards against bad steps, and averages of checkpoints."""
 
 from motifarch.optim.adamw import build_adamw, parameter_groups
-from motifarch.optim.guard import clip_gradients, step_if_finite
+from motifarch.optim.averaging import CheckpointMean
+from motifarch.optim.build import build_muon, build_optimizer
+from motifarch.optim.clip import clip_gradients
+from motifarch.optim.guard import step_if_finite
+from motifarch.optim.muon import Muon
+from motifarch.optim.newton_schulz import NS_COEFFICIENTS, newton_schulz
+from motifarch.optim.offload import offload_state
+from motifarch.optim.qk_clip import clip_heads, clip_layers
 from motifarch.optim.schedule import build_schedule, cosine, wsd
+from motifarch.optim.spike_guard import SpikeGuard
 
-__all__ = ["build_adamw", "build_schedule", "clip_gradients", "cosine", "parameter_groups", "step_if_finite", "wsd"]
+__all__ = [
+    "CheckpointMean",
+    "NS_COEFFICIENTS",
+    "Muon",
+    "SpikeGuard",
+    "build_adamw",
+    "build_muon",
+    "build_optimizer",
+    "build_schedule",
+    "clip_gradients",
+    "clip_heads",
+    "clip_layers",
+    "cosine",
+    "newton_schulz",
+    "offload_state",
+    "parameter_groups",
+    "step_if_finite",
+    "wsd",
+]

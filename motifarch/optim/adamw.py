@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings: bool = True) -> list[dict[str, Any]]:
@@ -18,15 +19,19 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings:
         decay_embeddings: Whether `nn.Embedding` weights are in it.
 
     Returns:
-        One or two optimizer groups, none of them empty.
+        Optimizer groups, none of them empty: decayed and not, for each mesh that parameters are sharded over.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim >= 2 and (decay_embeddings or id(parameter) not in embeddings)
-            groups[weight_decay if decayed else 0.0].append(parameter)
-    return [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+            # A fused kernel takes DTensors of one mesh only.
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((decayed, mesh), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0} for (decayed, _), params in groups.items()
+    ]
 
 
 def build_adamw(

@@ -1,14 +1,30 @@
 """Process groups, device meshes and sharding, applied to models from outside."""
 
+from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
+from motifarch.parallel.context import check_context_parallel, own_tokens
+from motifarch.parallel.initialize import initialize, own_part
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
-from motifarch.parallel.parallelize import build_mesh, parallelize, set_gradient_sync
+from motifarch.parallel.low_precision import check_low_precision
+from motifarch.parallel.mesh import Layout, Mesh
+from motifarch.parallel.parallelize import parallelize, set_gradient_sync
+from motifarch.parallel.tensor import check_tensor_parallel
+from motifarch.parallel.watchdog import Watchdog
 
 __all__ = [
+    "Layout",
+    "Mesh",
+    "Watchdog",
     "World",
-    "build_mesh",
+    "check_activation_checkpointing",
+    "check_context_parallel",
+    "check_low_precision",
+    "check_tensor_parallel",
+    "initialize",
     "launched_rank",
     "launched_world_size",
     "open_world",
+    "own_part",
+    "own_tokens",
     "parallelize",
     "set_gradient_sync",
 ]

@@ -1,6 +1,7 @@
 """The process group: gloo on CPUs, NCCL beside it on GPUs, and a world of one without torchrun."""
 
 import contextlib
+import datetime
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from motifarch.errors import UserError
+from motifarch.parallel.rendezvous import fresh_store
 
 T = TypeVar("T")
 
@@ -73,20 +76,32 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def collective_timeout(limit_s: float) -> datetime.timedelta:
+    """How long a collective may take where a step may take limit_s: longer, for the watchdog knows more to say."""
+    return datetime.timedelta(seconds=1.5 * limit_s + 10)
+
+
 @contextlib.contextmanager
-def open_world() -> Iterator[World]:
-    """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the end."""
+def open_world(limit_s: float = 1800.0) -> Iterator[World]:
+    """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the end.
+
+    Args:
+        limit_s: Longest time, in seconds, that a rank may be waited for.
+    """
+    timeout = collective_timeout(limit_s)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    alone = "RANK" not in os.environ
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        **({"init_method": f"tcp://localhost:{_free_port()}", "rank": 0, "world_size": 1} if alone else {}),  # type: ignore[arg-type]
-    )
+    where: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        where = {"init_method": f"tcp://localhost:{_free_port()}", "rank": 0, "world_size": 1}
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        where = {"store": fresh_store(store, rank, size, timeout), "rank": rank, "world_size": size}
+    dist.init_process_group(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, **where)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+        yield World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=timeout))
     except BaseException:
         # One failed rank among several can't leave in step with the others: it just exits.
         if dist.get_world_size() == 1:

@@ -1,46 +1,61 @@
-"""Shards a model from outside: activation checkpointing, compile, FSDP2, in this order.
+"""Cuts a model over a mesh, from outside.
+
+In this order: 8-bit products, tensor and context parallelism, checkpointing, compile, FSDP2.
 
 The model knows nothing of it. Expected of a model is `model.model.layers`, a ModuleList of decoder layers.
 """
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-
-def build_mesh(device_type: str, world_size: int) -> DeviceMesh:
-    """Returns a one-dimensional mesh of all ranks, over which parameters and data are both split."""
-    return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+from motifarch.parallel.activation_checkpointing import Recompute, apply_activation_checkpointing
+from motifarch.parallel.context import apply_context_parallel
+from motifarch.parallel.low_precision import Matmul, apply_low_precision
+from motifarch.parallel.mesh import Mesh
+from motifarch.parallel.tensor import apply_tensor_parallel
 
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: Mesh,
     *,
     compute_dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
+    matmul: Matmul = "compute",
+    emulate_matmul: bool = False,
+    activation_checkpointing: Recompute = "none",
     compile: bool = False,
 ) -> nn.Module:
-    """Shards each decoder layer, then the rest, with FSDP2; works in place, with one rank too.
+    """Cuts a model over the ranks of a mesh; works in place, with one rank too.
 
-    Every rank must hold the same full float32 model. Its parameters become DTensors: float32 shards, gathered in
-    compute_dtype for each layer's work, with gradients reduced in float32 to their mean over the ranks.
+    The model is on the meta device (`motifarch.parallel.initialize` then gives it weights), or the same on every
+    rank. Its parameters become DTensors: float32 shards, gathered in compute_dtype for each layer's work, with
+    gradients reduced in float32 to their mean over the ranks (`Layout.gradients` of them).
 
     Args:
         model: A causal language model with `model.model.layers`.
-        mesh: The ranks to shard over.
+        mesh: The ranks.
         compute_dtype: What matrices are multiplied in.
-        activation_checkpointing: Recompute each layer's activations in the backward pass.
+        matmul: What those of the inner decoder layers are multiplied in, if not compute_dtype.
+        emulate_matmul: Round as `matmul` says without the hardware for it.
+        activation_checkpointing: What the backward pass recomputes.
         compile: Compile each decoder layer.
 
     Returns:
         The same model.
 
+    Raises:
+        UserError: torchao or the model's sizes don't allow `matmul`.
+
     Source: Zhao et al., PyTorch FSDP, arXiv 2304.11277; `torch.distributed.fsdp.fully_shard`.
     """
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    # First, for it replaces the layers that tensor parallelism hangs itself on.
+    apply_low_precision(model, matmul, tensor=mesh.layout.tensor, emulate=emulate_matmul)
+    if mesh.tensor is not None:
+        apply_tensor_parallel(model, mesh.tensor)
+    if mesh.context is not None:
+        apply_context_parallel(model, mesh.context)
+    apply_activation_checkpointing(model, activation_checkpointing)
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     if compile:
         for layer in layers:
@@ -52,9 +67,9 @@ def parallelize(
         cast_forward_inputs=False,
     )
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh.parameters, mp_policy=policy)
     # Embedding, last norm and output projection: the root keeps tied matrices in one group.
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh.parameters, mp_policy=policy)
     return model
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from motifarch.errors import UserError
+from motifarch.optim import SpikeGuard
 from motifarch.train.manifest import (
     FORMAT,
     MANIFEST,
@@ -47,7 +48,7 @@ from motifarch.train.manifest import (
     write_json,
 )
 
-__all__ = ["Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
+__all__ = ["CheckpointWriter", "Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
 
 
 @dataclass
@@ -69,6 +70,9 @@ class TrainState:
     nonfinite: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
     """Skipped steps, on the device: in all, in a row up to now, and the longest row."""
 
+    spike_guard: SpikeGuard | None = None
+    """The guard against steps whose loss or gradient norm jumps, if the run has one."""
+
     def count_skipped(self, skipped: torch.Tensor) -> None:
         """Adds a step to `nonfinite` without waiting for the device; `skipped` is 1 or 0."""
         total, row, longest = self.nonfinite.unbind()
@@ -78,10 +82,13 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch.distributed.checkpoint takes it, keyed by full parameter names."""
+        progress: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite}
+        if self.spike_guard is not None:
+            progress["spike_guard"] = self.spike_guard.state_dict()
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer)["state"],
-            "progress": {"step": self.step, "tokens": self.tokens, "nonfinite": self.nonfinite},
+            "progress": progress,
         }
 
 
@@ -93,7 +100,7 @@ class _HashedResult(WriteResult):
     file_sha256: str = ""
 
 
-class _Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Writes a checkpoint's files, their hashes into a manifest, and renames the folder when all is there."""
 
     def __init__(self, final: Path, step: int, about: dict[str, Any]) -> None:
@@ -202,7 +209,7 @@ class Checkpointer:
             return
         self._saved_step = state.step
         final = checkpoints_folder(self.output) / checkpoint_name(state.step)
-        writer = _Writer(final, state.step, self.about)
+        writer = CheckpointWriter(final, state.step, self.about)
         content = state.state_dict()
         if self.asynchronous:
             # This stager copies CPU tensors too, so training may change them while they are written.
@@ -277,10 +284,13 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     """
     # Reading the state creates the moments, into which the load writes.
     content = state.state_dict()
+    if state.spike_guard is not None and not _holds_guard(checkpoint, state.spike_guard):
+        # The run had no guard before, or one with another window: this one starts afresh.
+        del content["progress"]["spike_guard"]
     try:
         dcp.load(content, checkpoint_id=str(checkpoint))
     except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(_mismatch(checkpoint, error)) from None
+        raise UserError(mismatch(checkpoint, error)) from None
     set_model_state_dict(state.model, content["model"])
     groups = get_optimizer_state_dict(state.model, state.optimizer)["param_groups"]
     set_optimizer_state_dict(
@@ -289,6 +299,14 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     progress = content["progress"]
     state.step, state.tokens = int(progress["step"]), int(progress["tokens"])
     state.nonfinite = progress["nonfinite"].to(state.nonfinite.device)
+    if state.spike_guard is not None and "spike_guard" in progress:
+        state.spike_guard.load_state_dict(progress["spike_guard"])
+
+
+def _holds_guard(checkpoint: Path, guard: SpikeGuard) -> bool:
+    """Whether a checkpoint holds a spike guard's state, with a window as long as this one's."""
+    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get("progress.spike_guard.history")
+    return isinstance(saved, TensorStorageMetadata) and saved.size == guard.history.shape
 
 
 def load_model_state(checkpoint: Path, model: nn.Module) -> None:
@@ -310,11 +328,11 @@ def load_model_state(checkpoint: Path, model: nn.Module) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(content, checkpoint_id=str(checkpoint), no_dist=True)
     except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(_mismatch(checkpoint, error)) from None
+        raise UserError(mismatch(checkpoint, error)) from None
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=True))
 
 
-def _mismatch(checkpoint: Path, error: BaseException) -> str:
+def mismatch(checkpoint: Path, error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         error = min(error.failures.items())[1][0]
     text = str(error).strip().splitlines()

@@ -10,16 +10,28 @@ import torch
 from motifarch.data import BatchLoader
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
-from motifarch.optim import build_adamw, build_schedule
-from motifarch.parallel import World, build_mesh, parallelize
-from motifarch.train.checkpoint import Checkpointer, TrainState, load_model_state, load_state
+from motifarch.optim import SpikeGuard, build_optimizer, build_schedule, offload_state
+from motifarch.parallel import (
+    Mesh,
+    Watchdog,
+    World,
+    check_context_parallel,
+    check_low_precision,
+    check_tensor_parallel,
+    initialize,
+    own_tokens,
+    parallelize,
+)
+from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
+from motifarch.train.feedback import feed_back, feedback_due
+from motifarch.train.first_weights import load_weights
 from motifarch.train.inputs import Inputs, find_parent
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from motifarch.train.picture import PICTURE, draw_loss
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress
-from motifarch.train.recipe import Recipe
+from motifarch.train.recipe import Recipe, layout_of
 from motifarch.train.record import RECORD, about_checkpoint, check_parent, write_record
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
@@ -51,7 +63,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     """
     output = Path(recipe.run.output)
     start = world.from_main(lambda: _decide(recipe, inputs, world))
-    state, flops_per_token = build_state(recipe, inputs, world, start.compute)
+    mesh = Mesh(world.device.type, layout_of(recipe).resolve(world.size))
+    state, flops_per_token = build_state(recipe, inputs, world, mesh, start.compute)
     if start.parent:
         load_state(start.parent, state)
         # A row of skipped steps that stopped the last start must not stop this one at once.
@@ -68,8 +81,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     )
     loader = BatchLoader(
         inputs.mixture,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data_rank,
+        world_size=mesh.layout.data,
         micro_batch_size=recipe.batch.micro_size,
         start_step=state.step,
         stop_step=recipe.run.steps,
@@ -99,8 +112,15 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         contextlib.closing(progress),
         contextlib.closing(metrics),
         contextlib.closing(iter(loader)) as batches,  # type: ignore[type-var]
+        # Last, so that after a timeout nothing else is waited for.
+        Watchdog(
+            world, output, first_s=recipe.distributed.timeout_first_s, limit_s=recipe.distributed.timeout_s
+        ) as watchdog,
     ):
+        watchdog.at(f"the data of step {state.step + 1}")
         for step, micro_batches in batches:
+            micro_batches = [own_tokens(b, mesh.context_rank, mesh.layout.context) for b in micro_batches]
+            watchdog.at(f"step {step + 1}")
             # One small message a step: the global number of targets, and whether anyone has to stop.
             targets, failed, *flags = world.sum(
                 [count_targets(micro_batches), int(checkpointer.failed), *signals.flags()]
@@ -110,6 +130,13 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             stopped_by = max((n for n, flag in zip(SIGNALS, flags, strict=True) if flag), default=0)
             if stopped_by:
                 break
+            if feedback_due(recipe, state.step):
+                watchdog.at("the mean of the last checkpoints", patient=True)
+                with metrics.paused():
+                    checkpointer.wait()
+                    steps = feed_back(state, recipe, start.parent, world)
+                progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
+            targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = recipe.optim.lr * schedule(step)
             result = train_step(
                 state,
@@ -119,6 +146,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 lr=lr,
                 clip=recipe.optim.clip,
                 z_loss_weight=recipe.optim.z_loss,
+                layout=mesh.layout,
+                qk_clip=recipe.optim.qk_clip,
             )
             metrics.add(
                 result,
@@ -132,13 +161,18 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             validate = bool(inputs.validation) and (last or state.step % recipe.validation.every == 0)
             save = last or state.step % recipe.checkpoint.every == 0
             if validate:
+                watchdog.at(f"the validation after step {state.step}", patient=True)
                 with metrics.paused():
-                    metrics.note(validation_loss=_validate(state, inputs, recipe, world))
+                    metrics.note(validation_loss=_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
                 _report(metrics, progress, state, recipe, checkpointer)
             if save:
+                watchdog.at(f"the checkpoint of step {state.step}", patient=True)
                 with metrics.paused():
                     checkpointer.save(state)
+            watchdog.first_step_done(keep=[checkpointer.group])
+            watchdog.at(f"the data of step {state.step + 1}")
+        watchdog.stop()
         _report(metrics, progress, state, recipe, checkpointer)
         checkpointer.save(state)
         checkpointer.wait()
@@ -147,35 +181,65 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def build_state(recipe: Recipe, inputs: Inputs, world: World, compute: str) -> tuple[TrainState, float]:
-    """Builds model and optimizer, sharded; every rank draws the same first weights, whatever their number.
+def build_state(recipe: Recipe, inputs: Inputs, world: World, mesh: Mesh, compute: str) -> tuple[TrainState, float]:
+    """Builds model and optimizer, sharded from the start; first weights do not depend on the ranks.
 
     Returns:
         The state at step 0, and the model FLOPs of one token, forward and backward.
+
+    Raises:
+        UserError: The model or its sequences can't be cut as the recipe asks.
     """
-    torch.manual_seed(recipe.run.seed)
-    model = MotifForCausalLM(inputs.model_config)
-    if recipe.run.init_from:
-        _init_from(Path(recipe.run.init_from), model)
+    config, layout = inputs.model_config, mesh.layout
+    check_tensor_parallel(config, layout.tensor)
+    check_context_parallel(config, inputs.seq_len, layout.context, layout.tensor)
+    with torch.device("meta"):
+        model = MotifForCausalLM(config).train()
     flops_per_token = model.flops_per_token(inputs.seq_len)
-    parallelize(
-        model.train().to(world.device),
-        build_mesh(world.device.type, world.size),
+    check_low_precision(
+        recipe.precision.matmul,
+        device=world.device,
         compute_dtype=getattr(torch, compute),
+        tokens=inputs.seq_len // layout.context,
+        model=model,
+        tensor=layout.tensor,
+    )
+    parallelize(
+        model,
+        mesh,
+        compute_dtype=getattr(torch, compute),
+        matmul=recipe.precision.matmul,
         activation_checkpointing=recipe.activation_checkpointing,
         compile=recipe.compile,
     )
+    initialize(model, world.device, recipe.run.seed)
+    for layer in model.model.layers:
+        layer.self_attn.record_max_logits = recipe.optim.qk_clip is not None  # type: ignore[union-attr]
+    if recipe.run.init_from:
+        load_weights(Path(recipe.run.init_from), model)
     optim = recipe.optim
-    optimizer = build_adamw(
+    optimizer = build_optimizer(
         model,
+        name=optim.name,
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         decay_embeddings=optim.decay_embeddings,
+        momentum=optim.momentum,
+        muon_lr_ratio=optim.muon_lr_ratio,
+        ns_coefficients=optim.ns_coefficients,
+        ns_dtype=getattr(torch, optim.ns_dtype),
+        muon_chunk_mib=optim.muon_chunk_mib,
     )
+    if optim.offload:
+        offload_state(optimizer)
     nonfinite = torch.zeros(3, dtype=torch.int64, device=world.device)
-    return TrainState(model, optimizer, nonfinite=nonfinite), flops_per_token
+    run = recipe.run
+    guard = None
+    if run.spike_sigma is not None:
+        guard = SpikeGuard(run.spike_sigma, run.spike_window, max_in_row=run.spike_max_in_row, device=world.device)
+    return TrainState(model, optimizer, nonfinite=nonfinite, spike_guard=guard), flops_per_token
 
 
 def decay_steps(recipe: Recipe) -> int:
@@ -204,27 +268,14 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
     return Start(parent, compute, [f"warning: {w}" for w in warnings])
 
 
-def _init_from(folder: Path, model: MotifForCausalLM) -> None:
-    if not folder.is_dir():
-        raise UserError(f"run.init_from is {folder}, which is no folder; give a checkpoint's or a Hugging Face folder")
-    if not (folder / "config.json").exists():
-        load_model_state(folder, model)
-        return
-    try:
-        weights = MotifForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-        model.load_state_dict(weights)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"run.init_from is {folder}, whose weights don't fit the recipe's model: {reason}") from None
-
-
-def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World) -> float:
+def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> float:
     return validation_loss(
         state.model,
         inputs.validation,
         world=world,
         sequences=recipe.validation.sequences,
         micro_size=recipe.batch.micro_size,
+        mesh=mesh,
     )
 
 
@@ -237,7 +288,8 @@ def _report(
         UserError: Too many skipped steps; the state, which they left untouched, is saved first.
     """
     total, _, longest = state.nonfinite.tolist()
-    metrics.note_all(skipped_total=total)
+    spikes = int(state.spike_guard.counts[2]) if state.spike_guard else 0
+    metrics.note_all(skipped_total=total + spikes)
     rows = metrics.flush()
     if rows:
         progress.update(rows[-1])

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     inputs = open_inputs(recipe)
     try:
-        with open_world() as world:
+        with open_world(recipe.distributed.timeout_first_s) as world:
             return train(recipe, inputs, world)
     except OSError as error:
         if error.errno not in _DISK:

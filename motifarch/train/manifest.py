@@ -95,10 +95,45 @@ def step_of(checkpoint: Path) -> int | None:
 
 def list_checkpoints(output: Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, newest first."""
-    folder = checkpoints_folder(output)
+    return _sorted(checkpoints_folder(output))
+
+
+def _sorted(folder: Path) -> list[Path]:
     found = [(step, p) for p in folder.iterdir() if (step := step_of(p)) is not None] if folder.is_dir() else []
     # At the same step the final name comes before the partial one.
     return [p for _, p in sorted(found, key=lambda sp: (-sp[0], sp[1].name))]
+
+
+def complete_checkpoints(
+    folder: Path,
+    *,
+    up_to: int | None = None,
+    limit: int | None = None,
+    hashes: bool = True,
+    warn: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Lists complete and undamaged checkpoints, newest first, each step once.
+
+    Args:
+        folder: Where checkpoints lie side by side.
+        up_to: Leaves out those of later steps.
+        limit: Stops when there are so many.
+        hashes: As in `damage`.
+        warn: Called with a message for each checkpoint that is passed over, naming it and the reason.
+    """
+    complete: dict[int, Path] = {}
+    for checkpoint in _sorted(folder):
+        step = step_of(checkpoint) or 0
+        if step in complete or (up_to is not None and step > up_to):
+            continue
+        if limit is not None and len(complete) == limit:
+            break
+        reason = damage(checkpoint, hashes)
+        if reason is None:
+            complete[step] = checkpoint
+        elif warn:
+            warn(f"passing over the checkpoint {checkpoint}: {reason}")
+    return list(complete.values())
 
 
 def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:

@@ -83,7 +83,8 @@ class MetricsLog:
     def add(self, result: StepResult, *, tokens: int, **row: Any) -> None:
         """Notes a step; `tokens` are those that went through the model, over all ranks, in this step."""
         self._rows.append(row)
-        values = [result.loss, result.z_loss, result.grad_norm, result.skipped]
+        spike = torch.zeros_like(result.skipped) if result.spike is None else result.spike
+        values = [result.loss, result.z_loss, result.grad_norm, result.skipped, spike]
         lambdas = result.lambdas.float() if result.lambdas is not None else result.loss.new_zeros(0)
         self._scalars.append(torch.cat([torch.stack([v.float() for v in values]), lambdas]))
         self._tokens += tokens
@@ -117,8 +118,14 @@ class MetricsLog:
             "memory_gib": peak_memory(self._device) / 2**30,
         }
         rows = []
-        for row, (loss, z_loss, grad_norm, skipped, *lambdas) in zip(self._rows, measured, strict=True):
-            read = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm, "skipped": int(skipped)}
+        for row, (loss, z_loss, grad_norm, skipped, spike, *lambdas) in zip(self._rows, measured, strict=True):
+            read = {
+                "loss": loss,
+                "z_loss": z_loss,
+                "grad_norm": grad_norm,
+                "skipped": int(skipped),
+                "spike": int(spike),
+            }
             rows.append(row | read | ({"lambda": lambdas} if lambdas else {}) | shared)
         if self._write:
             self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)

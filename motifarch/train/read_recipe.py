@@ -37,7 +37,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     """Reads a recipe from a command line.
 
     Args:
-        argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being optional.
+        argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being optional. A file's
+            `base` is read before it.
 
     Returns:
         The recipe, types checked; `motifarch.train.recipe.check_recipe` checks what holds between fields.
@@ -52,6 +53,7 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     if "--help" in args or "-h" in args:
         parser.print_help()
         raise SystemExit(0)
+    args = list(_with_bases(args))
     for name, value in _pairs(args):
         if name == "config":
             _check_names(_load_yaml(Path(value)), Recipe, value)
@@ -61,6 +63,22 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         return _instantiate(parser, parser.parse_args(args))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_explain(args, error)) from None
+
+
+def _with_bases(args: list[str]) -> Iterator[str]:
+    """The same arguments, each recipe's file preceded by those that it names as its base."""
+    for name, value in _pairs(args):
+        files = _bases(Path(value), []) if name == "config" else [value]
+        yield from (f"--{name}={file}" for file in files)
+
+
+def _bases(path: Path, above: list[Path]) -> list[Path]:
+    if path.resolve() in above:
+        raise UserError(f"the recipe {path} is its own base; let base name another file, or leave it out")
+    base = _load_yaml(path).get("base")
+    if not isinstance(base, str):  # left out, null, or refused with the other values
+        return [path]
+    return [*_bases(path.parent / base, [*above, path.resolve()]), path]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

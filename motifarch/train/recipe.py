@@ -4,10 +4,14 @@ A YAML file and the command line are read into `Recipe` by `motifarch.train.read
 overridden by its dotted name, for example ``--optim.lr 3e-4``.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from motifarch.errors import UserError
+from motifarch.parallel import Layout, check_activation_checkpointing
+from motifarch.parallel.activation_checkpointing import Recompute
+from motifarch.parallel.low_precision import Matmul
 
 
 @dataclass
@@ -34,6 +38,19 @@ class RunSection:
 
     max_nonfinite_total: int = 100
     """Stop when this many steps of the whole run had a non-finite loss or gradient."""
+
+    spike_sigma: float | None = None
+    """Skip a step whose loss or gradient norm is more than this many standard deviations above the mean of the last
+    accepted steps; null skips none. A low value (3) skips honest steps too, a high one (10) only the worst; OLMo-core
+    takes 6."""
+
+    spike_window: int = 128
+    """Accepted steps that a step is compared with; none is skipped before there are so many. A long window steadies the
+    statistics but falls behind a loss that changes fast."""
+
+    spike_max_in_row: int = 10
+    """After this many spikes one after another the next step is accepted and the window starts again: the level has
+    changed for good. Higher sits out longer stretches of bad data, and loses as many steps to a change that is real."""
 
 
 @dataclass
@@ -167,10 +184,37 @@ class BatchSection:
 
 @dataclass
 class OptimSection:
-    """AdamW and the schedule of its learning rate."""
+    """The optimizer and the schedule of its learning rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for the matrices inside the decoder layers, with AdamW for all else."""
 
     lr: float = 5e-4
     """Peak learning rate."""
+
+    muon_lr_ratio: float = 1.0
+    """`muon`: multiplies `lr` for Muon's matrices, whose updates have the size of AdamW's at 1."""
+
+    momentum: float = 0.95
+    """`muon`: decay rate of the mean gradient (Nesterov's)."""
+
+    ns_coefficients: Literal["polar_express", "keller_jordan"] = "polar_express"
+    """`muon`: the five Newton-Schulz steps' polynomials: one each, or one for all."""
+
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """`muon`: what Newton-Schulz computes in and ranks send. float32, at twice the bytes, is for comparing runs."""
+
+    muon_chunk_mib: int = 128
+    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes fewer, larger messages."""
+
+    qk_clip: float | None = None
+    """After each step, scale query and key heads whose largest logit was above this back to it (MuonClip; 100 is Kimi
+    K2's); null leaves them."""
+
+    offload: bool = False
+    """Keep the moments in CPU memory, on the GPU only while they are updated: frees 8 bytes a parameter of AdamW's (4
+    of Muon's) on the rank that holds it, and moves as much over the bus each way in every step. Results stay the same
+    in every bit."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
@@ -213,13 +257,39 @@ class PrecisionSection:
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 on a GPU, and on a CPU where a measured matrix product is at least 1.5 times as fast in it."""
 
+    matmul: Matmul = "compute"
+    """What the linear layers of all decoder layers but the first and the last multiply in: `compute`, as above; `fp8`,
+    rounded to 8 bits with a scale for each row, on Hopper and newer; `mxfp8`, with one for each 32 numbers, on
+    Blackwell. They need torchao (`pip install 'motifarch[low-precision]'`), bfloat16 and `compile` to be fast."""
+
 
 @dataclass
 class ParallelSection:
     """How the work is spread."""
 
+    replicate: int = 1
+    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one within fast links."""
+
     shard: int = -1
-    """Ranks that parameters are sharded over; -1 means all of them (the only choice yet)."""
+    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others leave."""
+
+    context: int = 1
+    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses)."""
+
+    tensor: int = 1
+    """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
+
+
+@dataclass
+class DistributedSection:
+    """How long the ranks wait for one another."""
+
+    timeout_first_s: float = 1800.0
+    """Seconds that the first step (compilation, first data) may take, and a save or a validation at any time."""
+
+    timeout_s: float = 600.0
+    """Seconds without a finished step after which a run is taken for hung and ended, with every rank's stack. Lower
+    finds a hang sooner; below the longest honest step it ends a healthy run."""
 
 
 @dataclass
@@ -234,6 +304,17 @@ class CheckpointSection:
 
     asynchronous: bool = True
     """Write in the background while training goes on."""
+
+
+@dataclass
+class AverageSection:
+    """Going on from the mean of the last checkpoints' weights, as Motif-2.6B did; moments stay."""
+
+    every: int = 0
+    """Steps between averages, a multiple of `checkpoint.every`; 0 never averages."""
+
+    last: int = 6
+    """Checkpoints to average; fewer while the run has fewer."""
 
 
 @dataclass
@@ -262,6 +343,9 @@ class LogSection:
 class Recipe:
     """Everything that decides a run."""
 
+    base: str | None = None
+    """Another recipe's file, relative to this one's folder, whose values hold where this one gives none."""
+
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -269,12 +353,15 @@ class Recipe:
     optim: OptimSection = field(default_factory=OptimSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    average: AverageSection = field(default_factory=AverageSection)
     validation: ValidationSection = field(default_factory=ValidationSection)
     log: LogSection = field(default_factory=LogSection)
 
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    activation_checkpointing: Recompute = "none"
+    """What the backward pass computes again: `none`; `full`, every layer: least memory, about a third more work;
+    `selective`, all but matrix products and attention; or a number n, every n-th layer."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile."""
@@ -297,14 +384,17 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
             "run.steps": run.steps,
             "run.max_nonfinite_in_row": run.max_nonfinite_in_row,
             "run.max_nonfinite_total": run.max_nonfinite_total,
+            "run.spike_max_in_row": run.spike_max_in_row,
             "model.vocab_multiple": recipe.model.vocab_multiple,
             "batch.size": batch.size,
             "batch.micro_size": batch.micro_size,
             "batch.warmup_start": batch.warmup_start,
             "batch.warmup_multiple": batch.warmup_multiple,
             "checkpoint.every": recipe.checkpoint.every,
+            "average.last": recipe.average.last,
             "validation.sequences": recipe.validation.sequences,
             "log.every": recipe.log.every,
+            "optim.muon_chunk_mib": optim.muon_chunk_mib,
         },
     )
     _at_least(
@@ -320,9 +410,29 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
             "optim.decay_steps": optim.decay_steps,
             "optim.min_lr_ratio": optim.min_lr_ratio,
             "checkpoint.keep_last": recipe.checkpoint.keep_last,
+            "average.every": recipe.average.every,
             "validation.every": recipe.validation.every,
         },
     )
+    patience = recipe.distributed
+    if not patience.timeout_s > 0:
+        raise UserError(f"distributed.timeout_s is {patience.timeout_s}; it must be above 0 seconds")
+    if not patience.timeout_first_s >= patience.timeout_s:
+        raise UserError(
+            f"distributed.timeout_first_s is {patience.timeout_first_s}, below distributed.timeout_s "
+            f"({patience.timeout_s}); the first step takes longest, so give it at least as much"
+        )
+    checkpoint, average = recipe.checkpoint, recipe.average
+    if average.every % checkpoint.every:
+        raise UserError(
+            f"average.every is {average.every}, which is no multiple of checkpoint.every ({checkpoint.every}): a mean "
+            "is taken where a checkpoint has just been written"
+        )
+    if average.every and 0 < checkpoint.keep_last < average.last:
+        raise UserError(
+            f"checkpoint.keep_last is {checkpoint.keep_last}, but average.last needs {average.last} checkpoints; keep "
+            "at least as many, or 0 for all"
+        )
     if not data.datasets:
         raise UserError("data.datasets is empty; give at least one entry, for example {path: data/stdlib}")
     for i, entry in enumerate(data.datasets):
@@ -331,8 +441,22 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
         raise UserError("data.datasets: every weight is 0; at least one must be above 0")
     if data.ramp_end < data.ramp_start:
         raise UserError(f"data.ramp_end is {data.ramp_end}, before data.ramp_start ({data.ramp_start})")
+    _at_least(2, {"run.spike_window": run.spike_window})
+    if run.spike_sigma is not None and not run.spike_sigma > 0:
+        raise UserError(f"run.spike_sigma is {run.spike_sigma}; it must be above 0, or null to skip no spikes")
     if not all(0 <= b < 1 for b in optim.betas):
         raise UserError(f"optim.betas is {list(optim.betas)}; each must be at least 0 and below 1")
+    if not 0 <= optim.momentum < 1:
+        raise UserError(f"optim.momentum is {optim.momentum}; it must be at least 0 and below 1")
+    if not optim.muon_lr_ratio > 0:
+        raise UserError(f"optim.muon_lr_ratio is {optim.muon_lr_ratio}; it must be above 0")
+    if optim.qk_clip is not None and not optim.qk_clip > 0:
+        raise UserError(f"optim.qk_clip is {optim.qk_clip}; it must be above 0, or null for no clipping")
+    if optim.qk_clip is not None and recipe.model.qk_norm:
+        raise UserError(
+            f"optim.qk_clip is {optim.qk_clip} and model.qk_norm is on: normalised queries and keys have bounded "
+            "logits, and their projections' scale changes nothing; use one or the other"
+        )
     if optim.clip is not None and optim.clip <= 0:
         raise UserError(f"optim.clip is {optim.clip}; it must be above 0, or null for no clipping")
     if optim.min_lr_ratio > 1:
@@ -353,16 +477,19 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
         raise UserError(f"optim.warmup_steps is {optim.warmup_steps}, more than run.steps ({run.steps})")
     if batch.warmup_start is not None and batch.warmup_start > batch.size:
         raise UserError(f"batch.warmup_start is {batch.warmup_start}, more than batch.size ({batch.size})")
-    if batch.size % world_size:
-        raise UserError(
-            f"batch.size is {batch.size}, which {world_size} ranks can't share evenly; use a multiple of {world_size}"
-        )
     if run.resume not in ("auto", "none") and run.init_from:
         raise UserError("run.resume names a checkpoint and run.init_from is set too; choose one of them")
-    if recipe.parallel.shard not in (-1, world_size):
+    check_activation_checkpointing(recipe.activation_checkpointing)
+    layout = layout_of(recipe).resolve(world_size)
+    if batch.size % layout.data:
         raise UserError(
-            f"parallel.shard is {recipe.parallel.shard}; accepted are -1 and the number of ranks ({world_size})"
+            f"batch.size is {batch.size}, which {layout.data} ranks can't share evenly; use a multiple of {layout.data}"
         )
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """How the recipe arranges the ranks; a -1 in it is open."""
+    return Layout(**dataclasses.asdict(recipe.parallel))
 
 
 def _at_least(lowest: float, fields: dict[str, float | int | None]) -> None:

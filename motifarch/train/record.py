@@ -43,6 +43,11 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
         UserError: The data, the tokenizer or the model differ.
     """
     about = read_manifest(parent)["about"]
+    if "average_of" in about:
+        raise UserError(
+            f"{parent} is an average and holds weights alone, so no run can resume from it; begin one with "
+            f"--run.init_from {parent} and another --run.output"
+        )
     now = inputs.fingerprints()
     fresh = "start a new run with --run.output (and --run.init_from to begin with these weights)"
     if about["tokenizer"] != now["tokenizer"]:

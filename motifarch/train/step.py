@@ -10,8 +10,8 @@ from torch import nn
 
 from motifarch.data import PackedDataset, collate
 from motifarch.layers import IGNORE_INDEX
-from motifarch.optim import clip_gradients, step_if_finite
-from motifarch.parallel import World, set_gradient_sync
+from motifarch.optim import clip_gradients, clip_layers, step_if_finite
+from motifarch.parallel import Layout, Mesh, World, own_tokens, set_gradient_sync
 from motifarch.train.checkpoint import TrainState
 
 
@@ -29,10 +29,13 @@ class StepResult:
     """Global gradient norm before clipping."""
 
     skipped: torch.Tensor
-    """1 where loss or gradient was not finite, and nothing was updated; else 0."""
+    """1 where loss or gradient was not finite or spiked, and nothing was updated; else 0."""
 
     lambdas: torch.Tensor | None
     """Mean lambda of each layer, (layers,), or None for softmax attention."""
+
+    spike: torch.Tensor | None = None
+    """1 where the step was skipped as a spike, else 0; None without a spike guard."""
 
 
 def count_targets(micro_batches: Sequence[dict[str, Any]]) -> int:
@@ -54,24 +57,30 @@ def train_step(
     lr: float,
     clip: float | None,
     z_loss_weight: float = 0.0,
+    layout: Layout | None = None,
+    qk_clip: float | None = None,
 ) -> StepResult:
-    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite.
+    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite or spikes.
 
     Args:
         state: Updated in place.
-        micro_batches: This rank's part of the global batch, on the CPU.
+        micro_batches: This rank's part of the global batch, rows and of each row tokens, on the CPU.
         world: The ranks.
         targets: Targets of the whole global batch, over all ranks.
         lr: Learning rate of this step.
         clip: Largest global gradient norm; None never clips.
         z_loss_weight: Weight of the z-loss.
+        layout: How the ranks are arranged; by default each has rows of its own.
+        qk_clip: Bound of attention logits (MuonClip), for layers that record theirs; None for none.
 
     Returns:
         The step's measurements, the same on every rank but for lambdas.
     """
-    # FSDP averages gradients over the ranks, so each rank divides its sum by its even share of the targets: the
-    # average is then the mean over all targets, however unevenly the ranks hold them.
-    share = torch.tensor(max(targets, 1) / world.size, device=world.device)
+    # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so each rank divides its
+    # sum by its even share of the targets: the average is then the mean over all targets, however unevenly the ranks
+    # hold them.
+    gradients = world.size if layout is None else layout.gradients
+    share = torch.tensor(max(targets, 1) / gradients, device=world.device)
     losses = torch.zeros(2, device=world.device)
     for i, batch in enumerate(micro_batches):
         set_gradient_sync(state.model, i == len(micro_batches) - 1)
@@ -85,17 +94,33 @@ def train_step(
     grad_norm = clip_gradients(state.model.parameters(), clip)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    skipped = step_if_finite(state.optimizer, losses.sum(), grad_norm)
+    measured = torch.stack([losses.sum(), grad_norm])
+    spike = None
+    if state.spike_guard is not None:
+        # Ranks that reduced in another order may differ in the last bit, and so in what they think of a step.
+        dist.broadcast(measured, src=0)
+        spike = state.spike_guard.check(*measured.unbind())
+    skipped = step_if_finite(state.optimizer, measured, skip=spike)
+    if qk_clip is not None:
+        layers: nn.ModuleList = state.model.model.layers  # type: ignore[union-attr, assignment]
+        clip_layers([layer.self_attn for layer in layers], tau=qk_clip, skip=skipped)  # type: ignore[misc]
     state.optimizer.zero_grad()
-    state.count_skipped(skipped)
+    state.count_skipped(skipped if spike is None else skipped - spike)
     state.step += 1
     state.tokens += targets
-    return StepResult(losses[0], losses[1], grad_norm, skipped, state.model.last_lambdas())  # type: ignore[operator]
+    lambdas = state.model.last_lambdas()  # type: ignore[operator]
+    return StepResult(losses[0], losses[1], grad_norm, skipped, lambdas, spike)
 
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, datasets: Sequence[PackedDataset], *, world: World, sequences: int, micro_size: int
+    model: nn.Module,
+    datasets: Sequence[PackedDataset],
+    *,
+    world: World,
+    sequences: int,
+    micro_size: int,
+    mesh: Mesh | None = None,
 ) -> float:
     """The mean cross-entropy over fixed validation rows, in nats a target.
 
@@ -105,6 +130,7 @@ def validation_loss(
         world: The ranks, which share the rows.
         sequences: Rows to use, over all datasets; fewer where there are fewer.
         micro_size: Rows in one forward pass.
+        mesh: How the ranks are arranged; by default each takes rows of its own.
     """
     rows = [
         (dataset, i * len(dataset) // count)
@@ -114,12 +140,15 @@ def validation_loss(
     ]
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for first in range(0, len(rows), micro_size * world.size):
-        mine = rows[first + world.rank : first + micro_size * world.size : world.size]
+    size, rank = (world.size, world.rank) if mesh is None else (mesh.layout.data, mesh.data_rank)
+    for first in range(0, len(rows), micro_size * size):
+        mine = rows[first + rank : first + micro_size * size : size]
         # Forward passes are collective: a rank without rows repeats one, with no targets.
         batch = collate([dataset[row] for dataset, row in mine or rows[:1]])
         if not mine:
             batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
+        if mesh is not None:
+            batch = own_tokens(batch, mesh.context_rank, mesh.layout.context)
         out = model(**to_device(batch, world.device), num_items_in_batch=torch.ones((), device=world.device))
         sums += torch.stack([out.loss.double(), sums.new_tensor(count_targets([batch]))])
     model.train()

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import build_adamw, clip_gradients
-from motifarch.parallel import build_mesh, open_world, parallelize
+from motifarch.parallel import Layout, Mesh, open_world, parallelize
 from motifarch.train.checkpoint import TrainState
 from motifarch.train.step import count_targets, train_step, validation_loss
 
@@ -50,7 +50,9 @@ def loader(data: Path, rank: int, ranks: int, micro: int) -> BatchLoader:
 def train_sharded(data: Path, output: Path, micro: int, options: dict[str, Any]) -> None:
     """STEPS steps with FSDP2; rank 0 saves losses, gradient norms and final weights."""
     with open_world() as world:
-        model = parallelize(build_model(options.pop("tied", True)).train(), build_mesh("cpu", world.size), **options)
+        model = parallelize(
+            build_model(options.pop("tied", True)).train(), Mesh("cpu", Layout().resolve(world.size)), **options
+        )
         state = TrainState(model, build_adamw(model, lr=LR))
         history = []
         for _, batches in loader(data, world.rank, world.size, micro):
@@ -88,7 +90,7 @@ def train_ddp(data: Path, output: Path) -> None:
 def skip_one_step(data: Path) -> None:
     """Three steps, the second with an infinite loss on one rank's part only by way of the z-loss's weight."""
     with open_world() as world:
-        model = parallelize(build_model().train(), build_mesh("cpu", world.size))
+        model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world.size)))
         state = TrainState(model, build_adamw(model, lr=LR))
 
         def local(tree: Any) -> Any:
@@ -122,7 +124,7 @@ def skip_one_step(data: Path) -> None:
 def validate(data: Path, output: Path, sequences: int) -> None:
     """The validation loss of the untrained model, saved by rank 0."""
     with open_world() as world:
-        model = parallelize(build_model().train(), build_mesh("cpu", world.size))
+        model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world.size)))
         datasets = [PackedDataset.open(data, "validation")]
         loss = validation_loss(model, datasets, world=world, sequences=sequences, micro_size=2)
         assert model.training

@@ -44,7 +44,7 @@ def assert_same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
         (1, 2, {}),  # four micro-batches accumulated
         (1, 3, {}),  # the last one smaller
         (2, 2, {}),
-        (2, 4, {"activation_checkpointing": True}),
+        (2, 4, {"activation_checkpointing": "full"}),
     ],
 )
 def test_sharded_equals_one_process(

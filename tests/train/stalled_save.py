@@ -7,7 +7,7 @@ from typing import Any
 from motifarch.cli import main
 from motifarch.train import checkpoint
 
-finish = checkpoint._Writer.finish
+finish = checkpoint.CheckpointWriter.finish
 
 
 def stall(writer: Any, *args: Any, **kwargs: Any) -> None:
@@ -17,5 +17,5 @@ def stall(writer: Any, *args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
-    checkpoint._Writer.finish = stall  # type: ignore[method-assign]
+    checkpoint.CheckpointWriter.finish = stall  # type: ignore[method-assign]
     main(["train", *sys.argv[1:]])

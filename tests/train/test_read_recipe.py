@@ -92,6 +92,34 @@ def test_slips_on_the_command_line(tmp_path: Path, arguments: list[str], message
         read_recipe([write(tmp_path, MINIMAL), *arguments])
 
 
+def test_a_recipe_may_have_a_base(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, MINIMAL | {"optim": {"lr": 1e-3, "clip": None}, "run": {"steps": 500}})
+    base = next(tmp_path.glob("*.yaml"))
+    middle = tmp_path / "deep" / "middle.yaml"
+    middle.write_text(yaml.safe_dump({"base": f"../{base.name}", "run": {"steps": 300, "seed": 4}}))
+    top = tmp_path / "deep" / "top.yaml"
+    top.write_text(yaml.safe_dump({"base": "middle.yaml", "run": {"seed": 5}}))
+    recipe = read_recipe([str(top), "--optim.eps", "1e-6"])
+    assert (recipe.run.steps, recipe.run.seed, recipe.optim.lr, recipe.optim.eps) == (300, 5, 1e-3, 1e-6)
+    assert recipe.optim.clip is None
+    assert recipe.data.datasets[0].path == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("top.yaml", r"top\.yaml is its own base"),
+        ("nowhere.yaml", r"nowhere\.yaml can't be read"),
+        (3, r"base is 3 .*accepted: text or null"),
+    ],
+)
+def test_a_base_that_is_none(tmp_path: Path, base: Any, message: str) -> None:
+    (tmp_path / "top.yaml").write_text(yaml.safe_dump(MINIMAL | {"base": base}))
+    with pytest.raises(UserError, match=message):
+        read_recipe([str(tmp_path / "top.yaml")])
+
+
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml can't be read: No such file"):
         read_recipe([str(tmp_path / "nowhere.yaml")])
@@ -110,7 +138,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         ("batch.warmup_start", 64, r"batch\.warmup_start is 64, more than batch\.size \(32\)"),
         ("data.ramp_start", 5, r"data\.ramp_end is 0, before data\.ramp_start \(5\)"),
         ("data.datasets", [], r"data\.datasets is empty"),
-        ("parallel.shard", 3, r"parallel\.shard is 3; accepted are -1 and the number of ranks \(2\)"),
+        ("parallel.shard", 3, r"parallel\.shard 3: the product is 3, which is not the 2 ranks that there are"),
     ],
 )
 def test_impossible_combinations(tmp_path: Path, field: str, value: Any, message: str) -> None:

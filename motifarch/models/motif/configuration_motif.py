@@ -13,6 +13,22 @@ from motifarch.layers.attention import check_heads
 ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
 ACTIVATIONS = ("poly_norm", "silu")
 
+SHARED_STYLE = "motif_shared"
+"""Name of the style of tensor parallelism that is ours: see `tensor_parallel.py`."""
+
+
+def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
+    """transformers' styles for the modules of a model: heads, the feed-forward's columns and words are shared."""
+    plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
+    columns = ["q_proj", "k_proj", "v_proj"]
+    if config.attention_type == "diff_v2":
+        columns += ["lambda_proj", "gate_proj"] if config.attention_gate else ["lambda_proj"]
+    plan |= {f"layers.*.self_attn.{name}": "colwise" for name in columns}
+    plan |= {f"layers.*.mlp.{name}": "colwise" for name in ("gate_proj", "up_proj")}
+    if config.hidden_act == "poly_norm":
+        plan["layers.*.mlp.act_fn"] = SHARED_STYLE
+    return plan | {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
+
 
 @strict
 class MotifConfig(PreTrainedConfig):
@@ -98,6 +114,8 @@ class MotifConfig(PreTrainedConfig):
         # transformers' caches read layer_types, or else take sliding_window as used.
         windowed = self.use_sliding_window and self.sliding_window is not None
         self.layer_types = ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
+        # Of the instance, for it depends on the fields; transformers leaves it out of what is saved.
+        self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
         self.validate_architecture()

@@ -33,6 +33,7 @@ from motifarch.layers import (
     linear_cross_entropy,
 )
 
+from . import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from .caches import read_attention_mask, seen_tokens
 from .configuration_motif import MotifConfig
 
@@ -312,6 +313,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MotifConfig) -> None:
         super().__init__(config)

@@ -1,0 +1,118 @@
+"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint to export or to start another run from."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+
+from motifarch.data.workspace import claim, new_folder
+from motifarch.errors import UserError
+from motifarch.optim.averaging import PREFIX, CheckpointMean
+from motifarch.train.checkpoint import CheckpointWriter, mismatch
+from motifarch.train.manifest import (
+    checkpoint_name,
+    checkpoints_folder,
+    complete_checkpoints,
+    read_manifest,
+    step_of,
+    write_json,
+)
+from motifarch.train.record import RECORD, read_record
+
+AVERAGE_OF = "average_of"
+"""What marks an average in a manifest and in a run's record: the steps."""
+
+
+class _MeanPlanner(DefaultSavePlanner):
+    """Gives each weight's mean when it is about to be written, and not before."""
+
+    def __init__(self, mean: CheckpointMean, weights: dict[str, torch.Tensor], progress: Progress) -> None:
+        super().__init__()
+        self._mean = mean
+        self._weights = weights
+        self._progress = progress
+        self._task = progress.add_task("averaging", total=len(weights))
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        name = write_item.index.fqn.removeprefix(PREFIX)
+        value = self._mean.mean({name: torch.empty_like(self._weights[name], device="cpu")})[name]
+        self._progress.advance(self._task)
+        return value
+
+
+def average(run: Path, output: Path, last: int) -> Path:
+    """Write the mean of a run's last complete checkpoints, one tensor at a time.
+
+    Args:
+        run: a run's output folder.
+        output: folder to write: a run's folder with one checkpoint. `motifarch export` takes the folder, and
+            `run.init_from` the checkpoint. An earlier average there is replaced once the new one is whole.
+        last: checkpoints to average.
+
+    Returns:
+        The checkpoint's folder. It holds weights, no moments.
+
+    Raises:
+        UserError: no run there, too few complete checkpoints, checkpoints that differ in shape, or an output that is
+            no average.
+    """
+    if last < 1:
+        raise UserError(f"--last is {last}; it must be at least 1")
+    record = read_record(run)
+    if "model_config" not in record:
+        raise UserError(f"{run / RECORD} is missing or damaged; give a run's output folder, such as runs/tiny_cpu")
+    if output.exists() and AVERAGE_OF not in read_record(output):
+        raise UserError(f"{output} exists and is no average; give another --output")
+    found = complete_checkpoints(checkpoints_folder(run), warn=lambda line: print(f"warning: {line}"), limit=last)
+    if len(found) < last:
+        raise UserError(
+            f"--last is {last}, but {run} holds {len(found)} complete checkpoint{'s' * (len(found) != 1)}; "
+            "use fewer, or keep more with checkpoint.keep_last"
+        )
+    steps = [step_of(checkpoint) or 0 for checkpoint in found]
+    about: dict[str, Any] = read_manifest(found[0])["about"] | {AVERAGE_OF: steps}
+    mean = CheckpointMean(found)
+    weights = mean.weights()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tensors"),
+        TimeRemainingColumn(),
+    )
+    with claim(output, print), new_folder(output) as folder, Progress(*columns, transient=True) as progress:
+        target = checkpoints_folder(folder) / checkpoint_name(steps[0])
+        target.parent.mkdir()
+        writer = CheckpointWriter(target, steps[0], about)
+        try:
+            planner = _MeanPlanner(mean, weights, progress)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
+        except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(mismatch(found[-1], error)) from None
+        write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": str(run)})
+    return checkpoints_folder(output) / target.name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of :func:`average`."""
+    parser = argparse.ArgumentParser(prog="motifarch average", description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's output folder")
+    parser.add_argument("--last", type=int, default=6, help="checkpoints to average (default: 6)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args(argv)
+    checkpoint = average(arguments.run, arguments.output, arguments.last)
+    steps = ", ".join(map(str, read_manifest(checkpoint)["about"][AVERAGE_OF]))
+    print(f"the mean of steps {steps} is in {checkpoint}")
+    print(f"  motifarch export {arguments.output}, or begin a run with --run.init_from {checkpoint}")
+    return 0

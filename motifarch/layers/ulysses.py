@@ -1,0 +1,77 @@
+"""A sequence's parts exchanged for heads, so that attention sees it whole (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Ranks of a group hold consecutive parts of one sequence, and all heads. One all-to-all gives each rank all of the
+sequence and its share of the heads; after attention another one brings everything back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import (
+    AsyncCollectiveTensor,
+    all_reduce,
+    all_to_all_single_autograd,
+)
+
+
+def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Part i of x's first dimension goes to rank i; what comes is in the order of the ranks."""
+    return all_to_all_single_autograd(x.contiguous(), None, None, group)  # type: ignore[no-any-return]
+
+
+def scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """(B, S / n, H, W) each, with heads and widths of their own, to (B, S, H / n, W); one message for each dtype.
+
+    Head i goes to rank ``i // (H / n)``: signal heads, noise heads and the keys they share stay together.
+
+    Args:
+        tensors: this rank's part of the sequence. The same tensor given twice is sent once.
+        group: the n ranks.
+
+    Raises:
+        ValueError: heads that the ranks cannot share.
+    """
+    ranks = dist.get_world_size(group)
+    for t in tensors:
+        if t.shape[2] % ranks:
+            raise ValueError(f"{t.shape[2]} heads cannot be shared by the {ranks} ranks of a context-parallel group")
+    unique = {id(t): t for t in tensors}
+    arrived: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(t.dtype for t in unique.values()):
+        sent = {i: t.unflatten(2, (ranks, -1)).flatten(3) for i, t in unique.items() if t.dtype == dtype}
+        widths = [t.shape[3] for t in sent.values()]
+        message = torch.cat(list(sent.values()), dim=3).movedim(2, 0)  # (n, B, S / n, widths)
+        whole = _exchange(message, group).movedim(0, 1).flatten(1, 2)  # (B, S, widths)
+        for i, part in zip(sent, whole.split(widths, dim=-1), strict=True):
+            arrived[i] = part.unflatten(-1, (-1, unique[i].shape[3]))
+    return [arrived[id(t)] for t in tensors]
+
+
+def gather_heads(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(B, S, H / n, W) to (B, S / n, H, W): undoes :func:`scatter_heads` for one tensor."""
+    ranks = dist.get_world_size(group)
+    message = x.unflatten(1, (ranks, -1)).movedim(1, 0)  # (n, B, S / n, H / n, W)
+    return _exchange(message, group).movedim(0, 2).flatten(2, 3)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = all_reduce(grad.contiguous(), "sum", ctx.group)  # type: ignore[attr-defined]
+        # What ends up as a parameter's gradient must be a plain tensor.
+        return total.wait() if isinstance(total, AsyncCollectiveTensor) else total, None
+
+
+def sum_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """X itself; its gradient is summed over the group, whose ranks each used x for their own heads."""
+    return x if group is None else _SumGradient.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,121 @@
+"""The optimizer that a recipe names, over a model's parameters."""
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from motifarch.optim.adamw import build_adamw, parameter_groups
+from motifarch.optim.muon import Muon
+from motifarch.optim.newton_schulz import NS_COEFFICIENTS
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices inside decoder layers: what Muon is for.
+
+    Embedding and output projection are left out, for their rows are words, each with a gradient of its own scale
+    (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and is a lambda.
+
+    Args:
+        model: With `model.model.layers`.
+
+    Returns:
+        Trainable two-dimensional parameters, in the model's order.
+    """
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
+    return [p for name, p in layers.named_parameters() if p.ndim == 2 and p.requires_grad and "lambda" not in name]
+
+
+def build_muon(
+    model: nn.Module,
+    *,
+    lr: float,
+    muon_lr_ratio: float = 1.0,
+    weight_decay: float = 0.1,
+    decay_embeddings: bool = True,
+    **options: Any,
+) -> Muon:
+    """Returns Muon for a model's hidden matrices and AdamW for its other parameters, as one optimizer.
+
+    Args:
+        model: With `model.model.layers`, sharded or not.
+        lr: Learning rate.
+        muon_lr_ratio: Multiplies it for the hidden matrices.
+        weight_decay: Decoupled weight decay of matrices; vectors and scalars have none.
+        decay_embeddings: Whether `nn.Embedding` weights are decayed too.
+        **options: Those of `Muon`.
+
+    Raises:
+        ValueError: A value out of its range.
+    """
+    matrices = {id(p) for p in hidden_matrices(model)}
+    groups: list[dict[str, Any]] = []
+    hidden: list[nn.Parameter] = []
+    for group in parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings):
+        hidden += [p for p in group["params"] if id(p) in matrices]
+        others = [p for p in group["params"] if id(p) not in matrices]
+        if others:
+            groups.append(group | {"params": others, "muon": False})
+    if hidden:
+        groups.insert(
+            0, {"params": hidden, "muon": True, "lr_ratio": muon_lr_ratio, "weight_decay": weight_decay}
+        )  # fmt: skip
+    return Muon(groups, lr, **options)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: Literal["adamw", "muon"],
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    decay_embeddings: bool = True,
+    momentum: float = 0.95,
+    muon_lr_ratio: float = 1.0,
+    ns_coefficients: str = "polar_express",
+    ns_dtype: torch.dtype = torch.bfloat16,
+    muon_chunk_mib: int = 128,
+) -> torch.optim.Optimizer:
+    """Returns an optimizer that can skip a step on the device (see `motifarch.optim.guard`).
+
+    Args:
+        model: The model, sharded or not; for Muon with `model.model.layers`.
+        name: "adamw", or "muon" for hidden matrices with AdamW for the rest.
+        lr: Learning rate.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay of matrices.
+        decay_embeddings: Whether the embedding is among them.
+        momentum: Muon's.
+        muon_lr_ratio: Multiplies the learning rate for Muon's matrices.
+        ns_coefficients: A name in `motifarch.optim.newton_schulz.NS_COEFFICIENTS`.
+        ns_dtype: What Newton-Schulz computes in.
+        muon_chunk_mib: MiB of whole matrices that a rank gathers at once.
+
+    Raises:
+        ValueError: An unknown name, or a value out of its range.
+    """
+    common: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decay_embeddings": decay_embeddings,
+    }
+    if name == "adamw":
+        return build_adamw(model, **common)
+    if name != "muon":
+        raise ValueError(f"unknown optimizer {name!r}; accepted are adamw and muon")
+    if ns_coefficients not in NS_COEFFICIENTS:
+        raise ValueError(f"unknown ns_coefficients {ns_coefficients!r}; accepted are {', '.join(NS_COEFFICIENTS)}")
+    return build_muon(
+        model,
+        **common,
+        muon_lr_ratio=muon_lr_ratio,
+        momentum=momentum,
+        ns_coefficients=NS_COEFFICIENTS[ns_coefficients],
+        ns_dtype=ns_dtype,
+        chunk_bytes=muon_chunk_mib << 20,
+    )

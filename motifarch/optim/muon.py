@@ -1,0 +1,245 @@
+"""Muon for matrices and AdamW for everything else, as one optimizer.
+
+Muon's update is the momentum with its singular values brought to 1 (Jordan et al., 2024). It is scaled by 0.2
+sqrt(max(rows, columns)), which gives it the root mean square that AdamW's updates have: one learning rate and one
+weight decay serve both (Liu et al., Muon is Scalable, arXiv 2502.16982).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from motifarch.optim.newton_schulz import NS_COEFFICIENTS, Coefficients, newton_schulz
+from motifarch.optim.parallel_muon import Family, split_families
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `muon: True` hold matrices and take Muon's steps; the others take AdamW's.
+
+    Each matrix is orthogonalised as a whole, also where it is a stack of heads' projections (the query heads of
+    signal and noise are one matrix). Sharded matrices go through Parallel Muon: see `motifarch.optim.parallel_muon`;
+    every rank must then have gradients for the same ones.
+
+    A group's learning rate is `lr * lr_ratio`, so a schedule may set one `lr` everywhere. State, all made at once so
+    that a checkpoint never needs a step to make it: `momentum_buffer`, or AdamW's `step`, `exp_avg`, `exp_avg_sq`.
+
+    Where the attribute `found_inf` (a scalar tensor on the device) is not 0, a step leaves parameters and state
+    bitwise as they were, and nobody waits for the device to know: see `motifarch.optim.step_if_finite`.
+
+    Args:
+        params: Parameters, or groups of them. What follows can be set in each group.
+        lr: Learning rate.
+        lr_ratio: Multiplies it.
+        muon: Muon's step, else AdamW's.
+        weight_decay: Decoupled: parameters shrink by `lr * lr_ratio * weight_decay` a step.
+        momentum: Muon's decay rate of the mean gradient.
+        nesterov: Step along the mean that the next gradient would find, if it were this one.
+        ns_coefficients: Newton-Schulz's quintics.
+        ns_dtype: What it computes in and ranks send. float32 is for comparisons: bfloat16's rounding differs with the
+            order of sums.
+        chunk_bytes: Bytes of whole matrices that a rank gathers at once.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's epsilon.
+
+    Raises:
+        ValueError: A value out of its range, or a parameter in a Muon group that is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        *,
+        lr_ratio: float = 1.0,
+        muon: bool = True,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = NS_COEFFICIENTS["polar_express"],
+        ns_dtype: torch.dtype = torch.bfloat16,
+        chunk_bytes: int = 128 << 20,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_ratio": lr_ratio,
+            "muon": muon,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "ns_dtype": ns_dtype,
+            "chunk_bytes": chunk_bytes,
+            "betas": betas,
+            "eps": eps,
+            # What torch's optimizers call it when a step can be skipped on the device.
+            "fused": True,
+        }
+        self._families: dict[tuple[Any, ...], list[tuple[list[nn.Parameter], Family]]] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what was pickled; how matrices are exchanged is worked out again when it is needed."""
+        super().__setstate__(state)
+        self._families = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, checks it and makes its state."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check(group)
+        for parameter in group["params"]:
+            if group["muon"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            else:
+                self.state[parameter] |= {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Computes the loss again, with gradients.
+
+        Returns:
+            The closure's value.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if group["muon"]:
+                self._muon(group, parameters, None if found_inf is None else found_inf != 0)
+            else:
+                self._adamw(group, parameters, found_inf)
+        return loss
+
+    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None) -> None:
+        """AdamW on the shards themselves, so one kernel takes DTensors of any meshes."""
+        states = [self.state[p] for p in parameters]
+        adamw(
+            [_local(p) for p in parameters],
+            [_local_gradient(p) for p in parameters],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"] * group["lr_ratio"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter], skip: torch.Tensor | None) -> None:
+        orthogonalize = partial(newton_schulz, coefficients=group["ns_coefficients"], dtype=group["ns_dtype"])
+        for matrices, family in self._families_of(group, parameters):
+            family.run(
+                partial(self._read, group, matrices, skip), orthogonalize, partial(_write, group, matrices, skip)
+            )  # fmt: skip
+
+    def _families_of(
+        self, group: dict[str, Any], parameters: list[nn.Parameter]
+    ) -> list[tuple[list[nn.Parameter], Family]]:
+        """How these parameters are exchanged: worked out once, for it costs a process group perhaps."""
+        key = (group["ns_dtype"], group["chunk_bytes"], *map(id, parameters))
+        if key not in self._families:
+            self._families[key] = [
+                (matrices, Family(matrices, dtype=group["ns_dtype"], chunk_bytes=group["chunk_bytes"]))
+                for numbers in split_families(parameters)
+                for matrices in [[parameters[i] for i in numbers]]
+            ]
+        return self._families[key]
+
+    def _read(
+        self, group: dict[str, Any], matrices: list[nn.Parameter], skip: torch.Tensor | None, numbers: list[int]
+    ) -> list[torch.Tensor]:
+        """Takes gradients into the momenta; returns the shards of what is to be orthogonalised."""
+        read = []
+        for matrix in (matrices[number] for number in numbers):
+            gradient = _local_gradient(matrix)
+            kept = _local(self.state[matrix]["momentum_buffer"])
+            mean = torch.lerp(kept, gradient, 1 - group["momentum"])
+            if skip is not None:
+                mean = torch.where(skip, kept, mean)
+            kept.copy_(mean)
+            ahead = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+            read.append(ahead.to(group["ns_dtype"]))
+        return read
+
+
+def _write(
+    group: dict[str, Any],
+    matrices: list[nn.Parameter],
+    skip: torch.Tensor | None,
+    numbers: list[int],
+    updates: list[torch.Tensor],
+) -> None:
+    """Decays the matrices' shards and moves them along their updates."""
+    lr = group["lr"] * group["lr_ratio"]
+    for matrix, update in zip((matrices[number] for number in numbers), updates, strict=True):
+        shard = _local(matrix)
+        moved = shard * (1 - lr * group["weight_decay"])
+        moved.add_(update, alpha=-lr * 0.2 * math.sqrt(max(matrix.shape)))
+        shard.copy_(moved if skip is None else torch.where(skip, shard, moved))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The shard of this rank, not a copy of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The gradient's shard that belongs to the parameter's, in its dtype."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+        if gradient.placements != parameter.placements:  # a partial sum, for example
+            gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+        gradient = gradient.to_local()
+    return gradient.to(parameter.dtype)
+
+
+def _check(group: dict[str, Any]) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        raise ValueError("lr is a tensor; this optimizer takes a number, which a schedule may set anew each step")
+    for name, (lowest, below) in {
+        "lr": (0.0, math.inf),
+        "lr_ratio": (0.0, math.inf),
+        "weight_decay": (0.0, math.inf),
+        "momentum": (0.0, 1.0),
+        "eps": (0.0, math.inf),
+        "chunk_bytes": (1, math.inf),
+    }.items():
+        if not lowest <= group[name] < below:
+            raise ValueError(f"{name} is {group[name]}; it must be at least {lowest} and below {below}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas is {group['betas']}; each must be at least 0 and below 1")
+    if not all(len(triple) == 3 for triple in group["ns_coefficients"]):
+        raise ValueError(f"ns_coefficients is {group['ns_coefficients']}; give a triple (a, b, c) for each step")
+    for parameter in group["params"] if group["muon"] else ():
+        if parameter.ndim != 2:
+            raise ValueError(
+                f"a Muon group has a parameter of the shape {tuple(parameter.shape)}; it takes matrices only, so put "
+                "others into a group with muon=False"
+            )

@@ -1,0 +1,132 @@
+"""Which rows and columns of a whole tensor each rank of a mesh holds, and which ranks hold one copy of it together.
+
+DTensor says where a shard begins; with tensor parallelism under FSDP2 a shard can be several stretches of rows, so
+here every stretch is named.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+Runs = tuple[tuple[int, int], ...]
+"""Stretches [start, stop) of consecutive indices, in the order in which a shard has them."""
+
+
+def _take(runs: Runs, start: int, stop: int) -> Runs:
+    """The indices at places start to stop of a shard."""
+    taken = []
+    for first, last in runs:
+        begin, end = max(start, 0), min(stop, last - first)
+        if begin < end:
+            taken.append((first + begin, first + end))
+        start, stop = start - (last - first), stop - (last - first)
+    return tuple(taken)
+
+
+def _part(runs: Runs, parts: int, index: int) -> Runs:
+    """As torch.chunk cuts: parts of equal size, rounded up, so that the last ones may be short or empty."""
+    size = -(-length(runs) // parts)
+    return _take(runs, index * size, (index + 1) * size)
+
+
+def length(runs: Runs) -> int:
+    """How many indices there are."""
+    return sum(stop - start for start, stop in runs)
+
+
+@cache
+def held_indices(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
+) -> tuple[Runs, ...]:
+    """The indices along each dimension that one rank of a mesh holds.
+
+    Args:
+        shape: Of the whole tensor.
+        mesh_shape: Ranks along each dimension of the mesh.
+        placements: One for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over tensor parallelism
+            makes (cut first into as many parts as the later mesh dimensions will, then each of those into shares).
+        coordinate: The rank's place in the mesh.
+
+    Returns:
+        One tuple of stretches for each dimension; a shard's rows lie in their order.
+
+    Raises:
+        ValueError: A placement that is none of these (a partial sum has no shards).
+    """
+    held: list[Runs] = [((0, size),) for size in shape]
+    for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
+        if isinstance(placement, _StridedShard):
+            factor, runs = int(placement.split_factor), held[placement.dim]
+            shares = [_part(_part(runs, factor, i), parts, index) for i in range(factor)]
+            held[placement.dim] = tuple(itertools.chain(*shares))
+        elif isinstance(placement, Shard):
+            held[placement.dim] = _part(held[placement.dim], parts, index)
+        elif not isinstance(placement, Replicate):
+            raise ValueError(f"the placement {placement} is not accepted here: use Shard or Replicate")
+    return tuple(held)
+
+
+def own_indices(tensor: torch.Tensor) -> tuple[Runs, ...]:
+    """The indices along each dimension that this rank holds of a tensor, all of them where it is no DTensor.
+
+    Raises:
+        ValueError: The local tensor is not the shard that its placements describe.
+    """
+    if not isinstance(tensor, DTensor):
+        return tuple(((0, size),) for size in tensor.shape)
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None  # who has a DTensor's shard is in its mesh
+    held = held_indices(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tensor.placements, tuple(coordinate))
+    local = tuple(tensor.to_local().shape)
+    if local != tuple(map(length, held)):
+        raise ValueError(
+            f"a tensor of {tuple(tensor.shape)} placed as {tensor.placements} has the local shape {local}, where "
+            f"{tuple(map(length, held))} is expected; shard it with fully_shard or distribute_tensor"
+        )
+    return held
+
+
+@dataclass(frozen=True)
+class CopyGroup:
+    """The ranks that hold one copy of a tensor together, each its own part."""
+
+    ranks: tuple[int, ...]
+    """Numbers in the world, rising: places in the process group."""
+
+    coordinates: tuple[tuple[int, ...], ...]
+    """Where in the mesh each of them is."""
+
+
+def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
+    """Finds the ranks that hold, with this one, a whole copy: those that differ in sharded mesh dimensions alone."""
+    mine = mesh.get_coordinate()
+    assert mine is not None
+    axes = [
+        range(size) if not isinstance(placement, Replicate) else (own,)
+        for size, placement, own in zip(mesh.shape, placements, mine, strict=True)
+    ]
+    found = sorted((int(mesh.mesh[place]), place) for place in itertools.product(*axes))
+    return CopyGroup(tuple(rank for rank, _ in found), tuple(place for _, place in found))
+
+
+def open_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """A process group of these ranks, which call this together: the mesh's own where there is one, else a new one.
+
+    Returns:
+        The group, or None for a single rank.
+    """
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    for group in mesh.get_all_groups():
+        if tuple(dist.get_process_group_ranks(group)) == ranks:
+            return group
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -1,0 +1,70 @@
+"""What of a model's activations is kept for the backward pass, and what is computed again."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from motifarch.errors import UserError
+
+Recompute = Literal["none", "full", "selective"] | int
+"""`full`: every decoder layer; `selective`: all but matrix products and attention; a number n: every n-th layer."""
+
+
+def check_activation_checkpointing(recompute: Recompute) -> None:
+    """Refuses what is no choice.
+
+    Raises:
+        UserError: naming the choices.
+    """
+    if recompute not in ("none", "full", "selective") and not (isinstance(recompute, int) and recompute >= 1):
+        raise UserError(
+            f"activation_checkpointing is {recompute!r}; accepted are none, full, selective, or a number n: every n-th "
+            "decoder layer"
+        )
+
+
+def _kept() -> set[Any]:
+    """Operators whose results are dear to compute again for the memory they take."""
+    names = [("aten", "mm"), ("aten", "addmm"), ("aten", "bmm"), ("aten", "_scaled_mm"), ("motif", "diff_attention")]
+    names += [("motif", "segmented_attention"), ("aten", "_scaled_dot_product_flash_attention_for_cpu")]
+    names += [("aten", "_scaled_dot_product_flash_attention"), ("aten", "_scaled_dot_product_efficient_attention")]
+    names += [("aten", "_scaled_dot_product_cudnn_attention")]
+    kept = set()
+    for namespace, name in names:
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is not None:
+            kept.add(packet.default)
+    return kept
+
+
+def _policy(kept: set[Any], context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> None:
+    """Lets a model's decoder layers be computed again in the backward pass, in place.
+
+    Args:
+        model: A causal language model whose `model.model.layers` are transformers' GradientCheckpointingLayers.
+        recompute: which, and what of them.
+
+    Raises:
+        UserError: `recompute` is no choice.
+    """
+    check_activation_checkpointing(recompute)
+    if recompute == "none":
+        return
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
+    every = recompute if isinstance(recompute, int) else 1
+    for i, layer in enumerate(layers):
+        if i % every:
+            continue
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if recompute == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept()))
+        # transformers' own switch of its GradientCheckpointingLayer, one layer at a time.
+        layer._gradient_checkpointing_func = partial(checkpoint, **options)  # type: ignore[assignment]
+        layer.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,214 @@
+"""Matrix products in 8 bits, through torchao: FP8 with a scale for each row, and MXFP8 with one for each 32 numbers.
+
+What is cut to 8 bits is only what a product reads, forward and backward: weights, moments, reductions and everything
+between the products stay as they are. The first and the last decoder layer, embedding, output projection and lambda
+keep the compute dtype: they are a small part of the work and the most sensitive one (Micikevicius et al., FP8 Formats
+for Deep Learning, arXiv 2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from motifarch.errors import UserError
+from motifarch.parallel.tensor import ROWS
+
+Matmul = Literal["compute", "fp8", "mxfp8"]
+"""`compute`: the compute dtype; `fp8`: E4M3 with a scale for each row; `mxfp8`: E4M3 with one for each 32 numbers."""
+
+# What the hardware's product wants its dimensions to be multiples of: a scaled block, or a row of 16 bytes.
+MULTIPLE = {"fp8": 16, "mxfp8": 32}
+_CAPABILITY = {"fp8": ((9, 0), "Hopper"), "mxfp8": ((10, 0), "Blackwell")}
+_NEWEST_NEEDED = {"fp8": "0.10", "mxfp8": "0.18"}
+
+
+def check_low_precision(
+    matmul: Matmul,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    tokens: int,
+    model: nn.Module | None = None,
+    tensor: int = 1,
+) -> None:
+    """Refuses what the hardware, the installed torchao or the model's sizes cannot do.
+
+    Args:
+        matmul: the recipe's `precision.matmul`.
+        device: where products are computed.
+        compute_dtype: dtype of what is not in 8 bits.
+        tokens: of one row on one rank: a weight's gradient is a product over them.
+        model: with `model.model.layers`; None leaves its sizes unchecked.
+        tensor: ranks of tensor parallelism, which share the matrices.
+
+    Raises:
+        UserError: naming what is there and what is needed.
+    """
+    if matmul == "compute":
+        return
+    _converter(matmul, emulate=False)
+    _check_hardware(matmul, device)
+    if compute_dtype != torch.bfloat16:
+        name = str(compute_dtype).removeprefix("torch.")
+        raise UserError(
+            f"precision.matmul is {matmul} and precision.compute {name}; its products give bfloat16, so "
+            "set precision.compute to bfloat16 (or auto, on a GPU)"
+        )
+    multiple = MULTIPLE[matmul]
+    if tokens % multiple:
+        raise UserError(
+            f"precision.matmul is {matmul}, which needs a multiple of {multiple} tokens in a row on each rank, but there "
+            f"are {tokens}; prepare the data with another sequence length, or change parallel.context"
+        )
+    if model is not None:
+        _check_sizes(model, matmul, tensor)
+
+
+def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, emulate: bool = False) -> list[str]:
+    """Lets a model's inner decoder layers multiply in 8 bits, in place; parameters and their names stay.
+
+    Call it before tensor parallelism: that hangs itself on the layers which this replaces.
+
+    Args:
+        model: a causal language model with `model.model.layers`.
+        matmul: the precision.
+        tensor: ranks of tensor parallelism that will share the matrices.
+        emulate: round as the hardware would, but multiply in the compute dtype: for any device, and slow.
+
+    Returns:
+        The names of the replaced linear layers.
+
+    Raises:
+        UserError: torchao is missing or too old, or the model has no layer, or one of a size, that can be converted.
+    """
+    if matmul == "compute":
+        return []
+    convert = _converter(matmul, emulate)
+    _check_sizes(model, matmul, tensor)
+    converted = []
+    for name, linear in list(_inner_linears(model)):
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, convert(linear).train(linear.training))
+        converted.append(name)
+    return converted
+
+
+def _inner_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of all decoder layers but the first and the last; lambda's give one number a head."""
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
+    for i, layer in enumerate(layers):
+        if 0 < i < len(layers) - 1:
+            for name, module in layer.named_modules():
+                if isinstance(module, nn.Linear) and "lambda" not in name:
+                    yield f"model.layers.{i}.{name}", module
+
+
+def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
+    multiple = MULTIPLE[matmul]
+    linears = list(_inner_linears(model))
+    if not linears:
+        count = len(model.model.layers)  # type: ignore[union-attr, arg-type]
+        raise UserError(
+            f"precision.matmul is {matmul} and model.num_hidden_layers {count}; the first and the last layer stay in "
+            "the compute dtype, so take at least 3 layers, or precision.matmul compute"
+        )
+    for name, linear in linears:
+        sizes = linear.in_features, linear.out_features
+        cut, whole = sizes if name.endswith(ROWS) else reversed(sizes)
+        if cut % (multiple * tensor) or whole % multiple:
+            each = f" on each of parallel.tensor {tensor} ranks" if tensor > 1 else ""
+            raise UserError(
+                f"precision.matmul is {matmul}, whose products need sizes that are multiples of {multiple}{each}, but "
+                f"{name} is {sizes[0]} by {sizes[1]}; change the model's widths, or take precision.matmul compute"
+            )
+
+
+def _check_hardware(matmul: Matmul, device: torch.device) -> None:
+    needed, generation = _CAPABILITY[matmul]
+    wanted = f"a GPU of compute capability {needed[0]}.{needed[1]} ({generation}) or newer"
+    if device.type != "cuda":
+        raise UserError(
+            f"precision.matmul is {matmul}, which needs {wanted}, but this run is on {device.type}; take "
+            "precision.matmul compute"
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < needed:
+        raise UserError(
+            f"precision.matmul is {matmul}, which needs {wanted}, but {torch.cuda.get_device_name(device)} has "
+            f"{found[0]}.{found[1]}; take precision.matmul {'fp8 or ' if matmul == 'mxfp8' and found >= (9, 0) else ''}"
+            "compute"
+        )
+    if matmul == "mxfp8" and not _has_mxfp8_kernels():
+        raise UserError(
+            f"precision.matmul is mxfp8, but torchao {_version()} came without its MXFP8 kernels for this Python and "
+            "CUDA; install a build of it that has them (CUDA 12.8 or newer), or take precision.matmul fp8"
+        )
+
+
+def _has_mxfp8_kernels() -> bool:
+    # torchao declares the operator for the GPU's sake, and registers a kernel if its compiled part could be loaded.
+    name = "mxfp8_quantize"
+    return hasattr(torch.ops.torchao, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"torchao::{name}", "CUDA"
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchao")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _converter(matmul: Matmul, emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
+    """What makes torchao's layer of an nn.Linear, with the same parameters.
+
+    Raises:
+        UserError: torchao is missing or lacks it.
+    """
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"precision.matmul is {matmul}, which needs torchao {_NEWEST_NEEDED[matmul]} or newer, and none is "
+            "installed; run pip install 'motifarch[low-precision]', or take precision.matmul compute"
+        ) from None
+    try:
+        return _fp8(emulate) if matmul == "fp8" else _mxfp8(emulate)
+    except (ImportError, AttributeError, TypeError):
+        raise UserError(
+            f"precision.matmul is {matmul}, which torchao {_version()} does not offer for training; it needs "
+            f"{_NEWEST_NEEDED[matmul]} or newer: run pip install --upgrade 'motifarch[low-precision]', or take "
+            "precision.matmul compute"
+        ) from None
+
+
+def _fp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
+
+    def convert(linear: nn.Linear) -> nn.Linear:
+        converted: nn.Linear = convert_to_float8_training(linear, config=config)
+        return converted
+
+    return convert
+
+
+def _mxfp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
+    from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    options: dict[str, Any] = {"kernel_preference": KernelPreference.EMULATED if emulate else KernelPreference.AUTO}
+
+    def convert(linear: nn.Linear) -> nn.Linear:
+        with torch.device("meta"):
+            converted: nn.Linear = MXFP8Linear(linear.in_features, linear.out_features, bias=False, **options)
+        converted.weight, converted.bias = linear.weight, linear.bias
+        return converted
+
+    return convert

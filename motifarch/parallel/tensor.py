@@ -1,0 +1,93 @@
+"""Tensor parallelism: ranks share heads, the feed-forward's width and the vocabulary (Megatron-LM, arXiv 1909.08053).
+
+Attention is cut by noise head: a rank has whole groups of signal heads with their noise head and the keys and values
+that they share. What all heads share (sub-norm, lambda, norms of queries and keys) every rank has; its gradient is
+summed in the layer. PolyNorm sums its moments over the ranks.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from motifarch.errors import UserError
+
+COLUMNS = ("q_proj", "k_proj", "v_proj", "lambda_proj", "gate_proj", "up_proj")
+ROWS = ("o_proj", "down_proj")
+
+
+def check_tensor_parallel(config: Any, ranks: int) -> None:
+    """Refuses a model that so many ranks cannot share.
+
+    Args:
+        config: a MotifConfig.
+        ranks: of tensor parallelism.
+
+    Raises:
+        UserError: naming the number that does not divide, and those that would.
+    """
+    for name, count in shared_counts(config).items():
+        if count % ranks:
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            raise UserError(
+                f"parallel.tensor is {ranks}, which does not divide the {count} {name}; it may be {fitting}"
+            )
+
+
+def shared_counts(config: Any) -> dict[str, int]:
+    """What ranks share whole pieces of, by name: noise groups, key/value heads, feed-forward columns, words."""
+    heads = head_counts(config)
+    return heads | {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
+
+
+def head_counts(config: Any) -> dict[str, int]:
+    """The groups of heads that must stay together, and the key/value heads (pairs, where they come in pairs)."""
+    paired = config.attention_type in ("gda", "diff_v1")
+    if config.attention_type == "softmax":
+        queries = {"heads (model.num_attention_heads)": config.num_attention_heads}
+    else:
+        queries = {"noise heads (model.num_noise_heads)": config.noise_heads}
+    keys = config.num_key_value_heads // (2 if paired else 1)
+    return queries | {f"key/value {'pairs' if paired else 'heads'} (model.num_key_value_heads)": keys}
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cuts a model's matrices over a one-dimensional mesh, in place; each rank keeps its own part.
+
+    Args:
+        model: a MotifForCausalLM, on the meta device or the same on every rank.
+        mesh: the ranks.
+    """
+    group = mesh.get_group()
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        for block, others in ((layer.self_attn, (None,)), (layer.mlp, ())):  # arguments after the hidden states
+            plan: dict[str, ParallelStyle] = {}
+            for name, _ in block.named_children():
+                if name in COLUMNS:
+                    plan[name] = ColwiseParallel()
+                elif name in ROWS:
+                    plan[name] = RowwiseParallel()
+            parallelize_module(block, mesh, plan)
+            # As a DTensor the input's gradient is summed over the ranks once, not once for each projection.
+            replicated = PrepareModuleInput(
+                input_layouts=(Replicate(), *others),
+                desired_input_layouts=(Replicate(), *others),
+                use_local_output=False,
+            )
+            parallelize_module(block, mesh, replicated)
+        layer.self_attn.tensor_group = group
+        if hasattr(layer.mlp, "act_fn"):
+            layer.mlp.act_fn.group = group
+    tied = model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
+    parallelize_module(model.get_submodule("model"), mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]

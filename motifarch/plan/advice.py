@@ -1,0 +1,88 @@
+"""What to change when a recipe does not fit: single fields first, each tried by planning it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from motifarch.errors import UserError
+from motifarch.plan.planning import Advice, Plan
+from motifarch.train.recipe import Recipe
+
+_STRONGER: dict[Any, list[Any]] = {"none": ["selective", "full"], "selective": ["full"], "full": []}
+
+
+def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """A copy of a recipe with some fields (dotted names) set."""
+    for name, value in changes.items():
+        section, _, fieldname = name.rpartition(".")
+        if section:
+            recipe = dataclasses.replace(
+                recipe, **{section: dataclasses.replace(getattr(recipe, section), **{fieldname: value})}
+            )
+        else:
+            recipe = dataclasses.replace(recipe, **{name: value})
+    return recipe
+
+
+def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Single changes that may lower the memory, those that cost least speed first."""
+    recipe, layout, rehearsal = plan.recipe, plan.rehearsal.layout, plan.rehearsal
+    for mode in _STRONGER.get(recipe.activation_checkpointing, ["full"]):
+        yield {"activation_checkpointing": mode}
+    if 1 < rehearsal.micro_batches <= 4:
+        # Without micro-batches to add up, gradients are reduced as soon as they are there. (More rows than that at once
+        # would take more than it saves.)
+        yield {"batch.micro_size": rehearsal.rows * rehearsal.micro_batches}
+    if layout.replicate > 1:
+        step = next(n for n in range(2, layout.replicate + 1) if layout.replicate % n == 0)
+        yield {"parallel.replicate": layout.replicate // step, "parallel.shard": layout.shard * step}
+    if rehearsal.rows > 1:
+        yield {"batch.micro_size": max(1, rehearsal.rows // 2)}
+    for name in ("tensor", "context"):
+        size = getattr(layout, name) * 2
+        for other in ("shard", "replicate"):
+            ranks = getattr(layout, other)
+            if ranks % 2 == 0:
+                yield {f"parallel.{name}": size, f"parallel.{other}": ranks // 2}
+                break
+    if recipe.optim.name == "muon" and recipe.optim.muon_chunk_mib > 32 and rehearsal.peak_phase == "optimizer":
+        yield {"optim.muon_chunk_mib": 32}
+
+
+def find_advice(
+    plan: Plan, replan: Callable[[Recipe], Plan], *, attempts: int = 10, say: Callable[[str], None] = lambda text: None
+) -> list[Advice]:
+    """Looks for changes that make a plan fit.
+
+    Args:
+        plan: one that does not fit.
+        replan: plans another recipe in the same way.
+        attempts: plans to make at most.
+        say: told what is being tried.
+
+    Returns:
+        The first single change that fits; else what was found by taking, again and again, the change that saves most.
+        The last entry is the answer if it fits; those before it were tried and do not.
+    """
+    tried: list[Advice] = []
+    base: dict[str, Any] = {}
+    while len(tried) < attempts:
+        best: tuple[Advice, Plan] | None = None
+        for change in candidates(plan):
+            if len(tried) >= attempts:
+                break
+            changes = base | change
+            say("trying " + ", ".join(f"{name} {value}" for name, value in changes.items()))
+            try:
+                other = replan(changed(plan.recipe, change))
+            except UserError:
+                continue  # the model or the batch can't be cut so
+            tried.append(Advice(changes, other.peak, other.fits, other.tokens_per_second))
+            if other.fits:
+                return tried
+            if best is None or other.peak < best[0].peak:
+                best = tried[-1], other
+        if best is None or best[0].peak >= plan.peak:
+            break
+        base, plan = best[0].changes, best[1]
+    return tried

@@ -1,0 +1,173 @@
+"""`motifarch plan`: what a recipe needs on a cluster, found on one CPU."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from motifarch.errors import UserError
+from motifarch.train.read_recipe import read_recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses as the rest of motifarch does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see motifarch plan --help")
+
+
+_ASSUMED = {
+    "matmul-efficiency": "part of the peak that products with weights reach",
+    "attention-efficiency": "part of the peak that attention reaches",
+    "memory-efficiency": "part of the memory bandwidth that other operators reach",
+    "link-efficiency": "part of the links' bandwidth that collectives reach",
+    "overlap": "part of the computing time that FSDP's and Muon's messages can hide behind",
+    "fusion": "with compile: how many times fewer bytes the layers' element-wise operators move",
+    "reserve": "part of the memory left to CUDA, NCCL and fragments",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the plan's own options; all others are the recipe's fields."""
+    from motifarch.plan.hardware import GPUS
+    from motifarch.plan.timing import Assumptions
+
+    parser = _Parser(
+        prog="motifarch plan",
+        usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
+        description="Say what a recipe needs on a number of GPUs: memory, traffic, operations, time. Needs no GPU.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help=f"their kind: {', '.join(GPUS)}")
+    parser.add_argument(
+        "--domain", type=int, metavar="N", help="GPUs in an NVLink domain (default: the machine's, 8 or 72)"
+    )
+    parser.add_argument("--network-gbit", type=float, metavar="X", help="network a GPU, Gbit/s (default: 400)")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens of a sequence (default: as the recipe's data was prepared)"
+    )
+    parser.add_argument(
+        "--tokens", type=float, metavar="X", help="tokens of the whole run, such as 5.5e12 (default: the recipe's steps)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there")
+    parser.add_argument("--no-advice", action="store_true", help="do not look for changes that would make it fit")
+    defaults = Assumptions()
+    for name, text in _ASSUMED.items():
+        value = getattr(defaults, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans as a command line says.
+
+    Args:
+        argv: ``RECIPE.yaml --gpus N --gpu NAME ... --section.field value ...``; the process's own where None.
+
+    Returns:
+        0 if the recipe fits, 1 if it does not.
+
+    Raises:
+        UserError: Something that the user can mend.
+    """
+    options, fields = build_parser().parse_known_args(argv)
+    assumptions = _assumptions(options)
+    from motifarch.plan.hardware import find_gpu
+
+    gpu = find_gpu(options.gpu)
+    if options.domain is not None:
+        if options.domain < 1:
+            raise UserError(f"--domain is {options.domain}; it must be at least 1 GPU")
+        gpu = dataclasses.replace(gpu, domain=options.domain)
+    if options.network_gbit is not None:
+        if not options.network_gbit > 0:
+            raise UserError(f"--network-gbit is {options.network_gbit}; it must be above 0")
+        gpu = dataclasses.replace(gpu, network=options.network_gbit * 1e9 / 8)
+    if options.tokens is not None and not options.tokens > 0:
+        raise UserError(f"--tokens is {options.tokens}; it must be above 0")
+    recipe = read_recipe([options.recipe, *fields])
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+    # Heavy imports only after everything has been read, so that a slip is reported at once.
+    from rich.console import Console
+
+    from motifarch.plan.advice import find_advice
+    from motifarch.plan.planning import Plan, make_plan
+    from motifarch.plan.report import render
+    from motifarch.train.recipe import Recipe
+
+    name = Path(options.recipe).name
+    known: dict[str, Any] = {"seq_len": options.seq_len, "tokens": options.tokens, "assumptions": assumptions}
+    tried: list[Plan] = []
+
+    def plan_it(other: Recipe) -> Plan:
+        tried.append(make_plan(other, gpu, options.gpus, **known))
+        return tried[-1]
+
+    with Console(stderr=True).status(f"running a step of {name} without data") as status:
+        plan = plan_it(recipe)
+        if not plan.fits and not options.no_advice:
+            plan.advice = find_advice(plan, plan_it, say=status.update)
+    Console().print(render(plan, name))
+    fitting = tried[-1] if plan.advice and plan.advice[-1].fits else None
+    _write(options, name, plan, fitting)
+    return 0 if plan.fits else 1
+
+
+def _assumptions(options: argparse.Namespace) -> Any:
+    from motifarch.plan.timing import Assumptions
+
+    values = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _ASSUMED}
+    for name, value in values.items():
+        highest = float("inf") if name == "fusion" else 1.0
+        lowest = 1.0 if name == "fusion" else 0.0
+        # A share of nothing would never end; overlap and reserve may be none.
+        if not lowest <= value <= highest or (value == 0 and name not in ("overlap", "reserve")):
+            accepted = "at least 1" if name == "fusion" else "between 0 and 1"
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {accepted}")
+    return Assumptions(**values)
+
+
+def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> None:
+    """Writes the files that were asked for."""
+    from motifarch.plan.picture import draw_memory
+    from motifarch.plan.report import as_text, to_json
+
+    content = json.dumps(to_json(plan), indent=2) + "\n"
+    try:
+        if options.json is not None:
+            _replace(options.json, content)
+        if options.output is None:
+            return
+        options.output.mkdir(parents=True, exist_ok=True)
+        _replace(options.output / "plan.json", content)
+        _replace(options.output / "plan.txt", as_text(plan, name))
+        bars = [("the recipe", plan)]
+        if fitting is not None:
+            changes = "\n".join(f"{k} {v}" for k, v in plan.advice[-1].changes.items())
+            bars.append((f"with\n{changes}", fitting))
+        draw_memory(bars, options.output / "plan.png", f"{name} on {plan.gpus} x {plan.gpu.name}")
+    except OSError as error:
+        raise UserError(f"can't write {error.filename}: {error.strerror}; give another --output or --json") from None
+    print(f"written: {options.output}/plan.txt, plan.json, plan.png")
+
+
+def _replace(path: Path, content: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

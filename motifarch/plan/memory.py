@@ -1,0 +1,163 @@
+"""What lies in a rank's memory while a step runs, by kind, and when it was most.
+
+Storages are followed from the operator that made them to their end, also where FSDP2 empties and refills them.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+PARAMETERS = "parameters"
+OPTIMIZER = "optimizer state"
+GRADIENTS = "gradients"
+WHOLE_GRADIENTS = "whole gradients between micro-batches"
+GATHERED = "gathered parameters"
+ACTIVATIONS = "activations"
+LOSS = "logits and loss"
+WORKING = "working memory"
+KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, WHOLE_GRADIENTS, GATHERED, ACTIVATIONS, LOSS, WORKING)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of this rank's shards."""
+    return sum(shard.numel() * shard.element_size() for shard in map(local, tensors))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of this rank's part of an optimizer's state."""
+    state = optimizer.state.values()
+    return local_bytes(v for values in state for v in values.values() if isinstance(v, torch.Tensor))
+
+
+@dataclass
+class _Block:
+    kind: str
+    bytes: int
+    alive: weakref.ref[torch.UntypedStorage]
+
+
+@dataclass
+class MemoryLedger:
+    """Live storages by kind, in bytes."""
+
+    now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """What lives."""
+
+    peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """What lived when it was most."""
+
+    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """The most there was of each kind, at a time of its own."""
+
+    peak_phase: str = ""
+    """What was being done then."""
+
+    _blocks: dict[int, _Block] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes that live."""
+        return sum(self.now.values())
+
+    def note(self, tensor: torch.Tensor, kind: str, *, again: bool = False) -> None:
+        """Begins to follow a tensor's storage.
+
+        Args:
+            tensor: any; one whose storage is known already changes nothing.
+            kind: one of KINDS.
+            again: give a known storage this kind.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        block = self._blocks.get(key)
+        if block is None:
+
+            def gone(_: object) -> None:
+                ended = self._blocks.pop(key)
+                self.now[ended.kind] -= ended.bytes
+
+            size = storage.nbytes()
+            self._blocks[key] = _Block(kind, size, weakref.ref(storage, gone))
+            self.now[kind] += size
+        elif again and block.kind != kind:
+            self._move(block, kind)
+
+    def rename(self, before: str, after: str) -> None:
+        """Everything alive of one kind becomes another."""
+        for block in self._blocks.values():
+            if block.kind == before:
+                self._move(block, after)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size."""
+        block = self._blocks.get(storage._cdata)
+        if block is not None:
+            self.now[block.kind] += storage.nbytes() - block.bytes
+            block.bytes = storage.nbytes()
+
+    def look(self, phase: str) -> None:
+        """Remembers the present, if it is the most there was."""
+        for kind, bytes_ in self.now.items():
+            self.highest[kind] = max(self.highest[kind], bytes_)
+        if self.total > sum(self.peak.values()):
+            self.peak, self.peak_phase = dict(self.now), phase
+
+    def _move(self, block: _Block, kind: str) -> None:
+        self.now[block.kind] -= block.bytes
+        self.now[kind] += block.bytes
+        block.kind = kind
+
+    @contextmanager
+    def following_resizes(self) -> Iterator[None]:
+        """FSDP2 frees parameters by emptying their storage, which no operator shows."""
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = original(storage, size)
+            self.resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, int]:
+    """What FSDP2 gathers: the largest decoder layer, and all that is outside of decoder layers, in bytes.
+
+    Args:
+        model: sharded, with `model.model.layers`.
+        compute_dtype: what parameters are gathered in.
+    """
+
+    def whole(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(_without_fsdp(p) for p in parameters) * compute_dtype.itemsize
+
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
+    inside = {id(p) for p in layers.parameters()}
+    return max(whole(layer.parameters()) for layer in layers), whole(p for p in model.parameters() if id(p) not in inside)
+
+
+def _without_fsdp(parameter: torch.Tensor) -> int:
+    """Numbers of a parameter that a rank computes with: tensor parallelism's part stays cut."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel()
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ()
+    count = parameter.numel()
+    for name, size, placement in zip(names, mesh.shape, parameter.placements, strict=True):
+        if name == "tensor" and hasattr(placement, "dim"):
+            count //= size
+    return count

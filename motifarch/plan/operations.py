@@ -1,0 +1,77 @@
+"""Floating-point operations of a step, as they are run: by part, by direction, and what is computed twice.
+
+Operators are counted by torch's flop counter's formulas, those of `motif_kernels.flops` for attention among them: a
+noise map once for its group, hidden pairs not at all. The `reference` backend multiplies whole maps, hidden pairs and
+all; of its products the visible share is counted, so that a plan on it says what the mathematics needs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from motif_kernels.flops import visible_pairs  # this import registers our operators' formulas
+from motifarch.models.motif import MotifConfig
+
+MATRICES, ATTENTION = "matrices", "attention"
+DIRECTIONS = ("forward", "backward", "recompute")
+
+
+def visible_share(config: MotifConfig, seq_len: int) -> float:
+    """The part of a sequence's (query, key) pairs that its causal mask and window show."""
+    return visible_pairs(seq_len, seq_len, True, config.window_size) / seq_len**2
+
+
+def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """An operator's operations, 0 where it multiplies no matrices.
+
+    Args:
+        func: the operator, as a dispatch mode gets it.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        out: what it returned.
+    """
+    formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def part_of(func: Any, phase: str) -> str:
+    """Whether an operator with operations multiplies by weights or computes attention."""
+    name = func._schema.name
+    # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's.
+    batched = name == "aten::bmm" and phase != "optimizer"
+    return ATTENTION if batched or "attention" in name else MATRICES
+
+
+def is_plain_attention(func: Any, phase: str) -> bool:
+    """Whether the operator is a product of whole attention maps."""
+    return bool(func._schema.name == "aten::bmm") and phase != "optimizer"
+
+
+# Operators that move no data on a GPU, or whose bytes are counted elsewhere.
+_FREE = ("empty", "new_empty", "detach", "lift", "is_", "sym_", "resize", "set_", "_local_scalar", "record_stream")
+
+
+def moved_bytes(func: Any, args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> int:
+    """Bytes that an operator reads and writes; 0 for views and for what takes its time in operations or on a link.
+
+    Args:
+        func: the operator, as a dispatch mode gets it.
+        args: its arguments, keyword arguments among them.
+        outputs: tensors that it returned; one that returns none writes what it reads.
+    """
+    namespace, _, name = func._schema.name.partition("::")
+    if func.is_view or namespace not in ("aten", "motif", "fsdp") or name.startswith(_FREE):
+        return 0
+    if func._overloadpacket in flop_registry:
+        return 0
+
+    def size(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        return sum(map(size, value)) if isinstance(value, list | tuple) else 0
+
+    if name == "embedding":  # the rows looked up, not the table
+        return 2 * size(outputs)
+    return size(args) + (size(outputs) if outputs else size(args))

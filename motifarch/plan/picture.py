@@ -1,0 +1,60 @@
+"""The picture of a plan: each GPU's memory at the height of a step, against what there is."""
+
+from pathlib import Path
+
+from motifarch.plan import memory
+from motifarch.plan.planning import Plan
+
+_COLOURS = {
+    memory.PARAMETERS: "#1f4e79",
+    memory.OPTIMIZER: "#4f81b0",
+    memory.GRADIENTS: "#9bb8d3",
+    memory.WHOLE_GRADIENTS: "#8e6bb0",
+    memory.GATHERED: "#2f8f7f",
+    memory.ACTIVATIONS: "#e0a030",
+    memory.LOSS: "#c0392b",
+    memory.WORKING: "#999999",
+}
+
+
+def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
+    """Draws a stacked bar for each plan.
+
+    Args:
+        plans: names and plans on one kind of GPU: the recipe's own, and what would fit in its place.
+        path: the PNG file to write.
+        title: the picture's title.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    gib = 2.0**30
+    first = plans[0][1]
+    figure, axis = plt.subplots(figsize=(9.5, 2.9 + 0.75 * len(plans)), layout="constrained")
+    for row, (_, plan) in enumerate(plans):
+        left = 0.0
+        for kind in memory.KINDS:
+            width = plan.rehearsal.peak[kind] / gib
+            axis.barh(row, width, left=left, height=0.55, color=_COLOURS[kind], label=kind if row == 0 else None)
+            if width > 0.03 * first.gpu.memory / gib:
+                axis.text(left + width / 2, row, f"{width:.1f}", ha="center", va="center", color="white", fontsize=9)
+            left += width
+        axis.text(left, row, f"  {left:.1f} GiB", va="center", fontweight="bold")
+    capacity, usable = first.gpu.memory / gib, first.usable / gib
+    axis.axvspan(usable, capacity, color="#dddddd", zorder=0, label="kept in reserve")
+    axis.axvline(capacity, color="black", linewidth=1.5, label=f"{first.gpu.name}: {capacity:.1f} GiB")
+    axis.set_yticks(range(len(plans)), [name for name, _ in plans])
+    axis.set_ylim(len(plans) - 0.4, -0.6)
+    axis.set_xlim(0, 1.13 * max(capacity, *(plan.peak / gib for _, plan in plans)))
+    axis.set_xlabel("GiB of a GPU's memory at the height of a step")
+    axis.set_title(title)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+    temporary.replace(path)

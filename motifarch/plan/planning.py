@@ -1,0 +1,212 @@
+"""A plan: what a recipe needs on a number of GPUs, and how long it takes there."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from motifarch.data.manifest import FILE_NAME, Manifest
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+from motifarch.plan import memory
+from motifarch.plan.hardware import Gpu
+from motifarch.plan.operations import DIRECTIONS
+from motifarch.plan.rehearsal import Rehearsal, rehearse
+from motifarch.plan.timing import Assumptions, StepTime, step_time
+from motifarch.train.inputs import _model_config
+from motifarch.train.recipe import Recipe, check_recipe
+
+
+@dataclass
+class Sequences:
+    """What a plan has to know of the data: as much as `motifarch.data.PackedDataset` says of a prepared folder."""
+
+    seq_len: int
+    vocab_size: int
+    eos_token_id: int
+    folder: str
+
+
+@dataclass
+class Plan:
+    """What was found; sizes in bytes for each GPU, times in seconds."""
+
+    gpu: Gpu
+    gpus: int
+    recipe: Recipe
+    seq_len: int
+    rehearsal: Rehearsal
+    assumptions: Assumptions
+    time: StepTime
+    tokens: float
+    """Of the whole run."""
+    advice: list["Advice"] = field(default_factory=list)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU's memory that a step may take."""
+        return self.gpu.memory * (1 - self.assumptions.reserve)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a step takes at its height."""
+        return sum(self.rehearsal.peak.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.peak <= self.usable
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all GPUs."""
+        return self.recipe.batch.size * self.seq_len
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of each kind when there is most of it; the heights of different kinds may fall at different times."""
+        r = self.rehearsal
+        exact = {
+            memory.PARAMETERS: r.parameters,
+            memory.OPTIMIZER: r.optimizer,
+            memory.GRADIENTS: r.gradients,
+            # FSDP2 gathers a layer while the one before it is being used.
+            memory.GATHERED: r.outside_layers + 2 * r.largest_layer,
+        }
+        return {kind: exact.get(kind, r.highest[kind]) for kind in memory.KINDS}
+
+    @property
+    def flops_per_token(self) -> dict[str, float]:
+        """Operations of one token by direction, and the attention's part in each as "... attention"."""
+        found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
+        scale = self.gpus / self.step_tokens
+        for (phase, part), count in self.rehearsal.operations.items():
+            if phase == "loss":
+                # The loss takes its gradients along: a product forward, two backward.
+                found["forward"] += count / 3 * scale
+                found["backward"] += count * 2 / 3 * scale
+            elif phase in DIRECTIONS:
+                found[phase] += count * scale
+                if part == "attention":
+                    found[f"{phase} attention"] += count * scale
+        return found
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all GPUs."""
+        return self.step_tokens / self.time.total
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs utilisation: operations without what is computed twice, over the peak."""
+        flops = self.flops_per_token
+        return (flops["forward"] + flops["backward"]) * self.tokens_per_second / (self.gpus * self.gpu.bf16_flops)
+
+    @property
+    def days(self) -> float:
+        """Of the whole run, without checkpoints, validation and failures."""
+        return self.tokens / self.tokens_per_second / 86400
+
+
+@dataclass
+class Advice:
+    """A change that makes a recipe fit, or that was tried and does not."""
+
+    changes: dict[str, Any]
+    """Recipe fields and their new values."""
+    peak: int
+    """Bytes at the height of a step."""
+    fits: bool
+    tokens_per_second: float
+
+
+def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
+    """The sequences' length and vocabulary, from what is prepared on this machine or from what the user says.
+
+    Args:
+        recipe: whose first dataset is looked at, if it is there.
+        seq_len: tokens of a sequence, in place of the data's; None for the data's.
+
+    Raises:
+        UserError: Neither says how long sequences are, or how large the vocabulary is.
+    """
+    folder = Path(recipe.data.datasets[0].path) if recipe.data.datasets else None
+    manifest = Manifest.read(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
+    missing = f"{folder} is not prepared here" if folder is not None else "data.datasets is empty"
+    if seq_len is None and manifest is None:
+        raise UserError(f"how long are sequences? {missing}; give --seq-len, in tokens")
+    if seq_len is not None and seq_len < 1:
+        raise UserError(f"--seq-len is {seq_len}; it must be at least 1 token")
+    vocab_size = manifest.vocab_size if manifest is not None else recipe.model.vocab_size
+    if vocab_size is None:
+        raise UserError(f"how large is the vocabulary? {missing} and model.vocab_size is null; give --model.vocab_size")
+    length = seq_len if seq_len is not None else manifest.seq_len  # type: ignore[union-attr]
+    return Sequences(length, vocab_size, manifest.eos_token_id if manifest is not None else 0, str(folder))
+
+
+def model_config(recipe: Recipe, sequences: Sequences) -> MotifConfig:
+    """The recipe's model, with the attention that a GPU runs where it can be rehearsed.
+
+    Raises:
+        UserError: The model section fits neither itself nor the sequences.
+    """
+    asked = recipe.model.attn_implementation
+    if recipe.model.attention_type == "softmax":
+        name = asked
+    elif asked is None or asked == "auto":
+        name = "triton"
+    else:
+        # flash-attn need not be installed here; torch's attention keeps and computes the same.
+        name = "sdpa" if asked.startswith("flash") else asked
+    model = dataclasses.replace(recipe.model, attn_implementation=name)
+    return _model_config(dataclasses.replace(recipe, model=model), sequences)  # type: ignore[arg-type]
+
+
+def make_plan(
+    recipe: Recipe,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    seq_len: int | None = None,
+    tokens: float | None = None,
+    assumptions: Assumptions | None = None,
+    rank: int = 0,
+) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        recipe: as `motifarch train` reads it.
+        gpu: the kind of GPU.
+        gpus: their number.
+        seq_len: tokens of a sequence; None asks the recipe's data.
+        tokens: of the whole run; None takes the recipe's steps.
+        assumptions: by default `Assumptions()`.
+        rank: whose memory and work are looked at; the first has the largest shards.
+
+    Raises:
+        UserError: The recipe can't run on so many GPUs, or what is missing to plan it.
+    """
+    if gpus < 1:
+        raise UserError(f"--gpus is {gpus}; it must be at least 1")
+    assumptions = assumptions or Assumptions()
+    sequences = find_sequences(recipe, seq_len)
+    check_recipe(recipe, gpus)
+    rehearsal = rehearse(
+        recipe,
+        model_config(recipe, sequences),
+        seq_len=sequences.seq_len,
+        gpus=gpus,
+        domain=gpu.domain,
+        compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
+        rank=rank,
+    )
+    return Plan(
+        gpu=gpu,
+        gpus=gpus,
+        recipe=recipe,
+        seq_len=sequences.seq_len,
+        rehearsal=rehearsal,
+        assumptions=assumptions,
+        time=step_time(rehearsal, gpu, assumptions, compiled=recipe.compile),
+        tokens=tokens if tokens is not None else float(recipe.run.steps * recipe.batch.size * sequences.seq_len),
+    )

@@ -1,0 +1,401 @@
+"""A training step of one rank of a whole cluster, on tensors without data and a process group without peers.
+
+Model, sharding, optimizer and step are those that training runs (`motifarch.train.loop.build_state`,
+`motifarch.train.step.train_step`); a dispatch mode sees every operator that the step calls on this rank.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from motif_kernels import backends
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+from motifarch.optim import parallel_muon
+from motifarch.parallel import Layout, Mesh, World
+from motifarch.plan import communication, memory, operations
+from motifarch.plan.communication import Groups, Traffic
+from motifarch.plan.memory import MemoryLedger
+from motifarch.train import loop
+from motifarch.train.recipe import Recipe, layout_of
+from motifarch.train.step import train_step
+
+_SHAPES = "_propagate_tensor_meta_non_cached"
+
+_KIND_OF_PHASE = {
+    "forward": memory.ACTIVATIONS,
+    "recompute": memory.ACTIVATIONS,
+    "loss": memory.LOSS,
+}
+
+
+@dataclass
+class PlannedInputs:
+    """What `build_state` asks of a run's inputs."""
+
+    model_config: MotifConfig
+    seq_len: int
+
+
+@dataclass
+class Rehearsal:
+    """What one rank did in a step, and what it held. Bytes and operations are this rank's."""
+
+    layout: Layout
+    rows: int
+    """Sequences that the rank runs through the model at once."""
+    micro_batches: int
+    parameters: int
+    """Bytes of the rank's shards."""
+    parameter_count: int
+    """Numbers in the whole model."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """Bytes kept for the backward pass when a micro-batch's forward pass is over."""
+    highest: dict[str, int]
+    """The most bytes that there were of each kind."""
+    peak: dict[str, int]
+    """Bytes by kind when they were most together."""
+    peak_phase: str
+    largest_layer: int
+    """Bytes of the largest decoder layer as it is gathered."""
+    outside_layers: int
+    """Bytes of what is gathered outside of the decoder layers, and stays from the forward pass to the backward's end."""
+    operations: dict[tuple[str, str], float]
+    """A step's operations by phase and part (`motifarch.plan.operations`)."""
+    moved: dict[str, float]
+    """Bytes that a step's other operators read and write, by phase."""
+    traffic: list[Traffic]
+
+
+@dataclass
+class _Tally:
+    """What is added up over a micro-batch, or over a step's end."""
+
+    operations: dict[tuple[str, str], float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    calls: dict[tuple[communication.Collective, str], float] = field(default_factory=dict)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator on plain tensors: after DTensor has cut it, and before it is forgotten."""
+
+    def __init__(self, visible_share: float) -> None:
+        super().__init__()
+        self.ledger = MemoryLedger()
+        self.tallies: list[_Tally] = [_Tally()]
+        self.stage = "other"
+        self.in_blocks = 0
+        self.asleep = False
+        self._share = visible_share
+
+    @property
+    def phase(self) -> str:
+        """What is being done: what is called within a backward pass, or records gradients there, is computed again."""
+        if torch._C._current_graph_task_id() != -1:
+            return "recompute" if self.in_blocks or torch.is_grad_enabled() else "backward"
+        return self.stage
+
+    def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a function does, nobody records."""
+
+        def run(*args: Any) -> Any:
+            before, self.asleep = self.asleep, True
+            try:
+                return function(*args)
+            finally:
+                self.asleep = before
+
+        return run
+
+    def watch(self, layers: Iterable[nn.Module]) -> None:
+        """Follows whether decoder layers' blocks are being called, also where a recomputation stops early.
+
+        Their own hooks stay outside of what is computed again.
+        """
+
+        def enter(*_: Any) -> None:
+            self.in_blocks += 1
+
+        def leave(*_: Any) -> None:
+            self.in_blocks -= 1
+
+        for block in (block for layer in layers for block in layer.children()):
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave, always_call=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
+            return NotImplemented  # they come again as what they are made of
+        kwargs = kwargs or {}
+        if self.asleep:
+            return func(*args, **kwargs)
+        phase = self.phase
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        tally = self.tallies[-1]
+        kind = _KIND_OF_PHASE.get(phase, memory.WORKING)
+        for tensor in outputs:
+            self.ledger.note(tensor, kind)
+        self._know(func, args, kwargs)
+        self.ledger.look(phase)
+        if work := operations.count(func, args, kwargs, out):
+            part = operations.part_of(func, phase)
+            share = self._share if operations.is_plain_attention(func, phase) else 1.0
+            tally.operations[phase, part] = tally.operations.get((phase, part), 0.0) + work * share
+        everything = [*args, *kwargs.values()]
+        tally.moved[phase] = tally.moved.get(phase, 0.0) + operations.moved_bytes(func, everything, outputs)
+        if call := communication.recognise(func, args, outputs):
+            tally.calls[call, phase] = tally.calls.get((call, phase), 0.0) + 1
+        return out
+
+    def _know(self, func: Any, args: Any, kwargs: Any) -> None:
+        """FSDP2's operators say what their tensors are."""
+        name = func._schema.name
+        known: list[tuple[Any, str]] = []
+        if name == "fsdp::all_gather_copy_in":
+            known = [(args[1], memory.GATHERED)]
+        elif name == "fsdp::split_with_sizes_copy":
+            known = [(kwargs["out"], memory.GATHERED)]
+        elif name == "c10d::_allgather_base_":
+            known = [(args[0], memory.GATHERED)]
+        elif name == "c10d::_reduce_scatter_base_":
+            known = [(args[0], memory.GRADIENTS)]
+        for tensors, kind in known:
+            for tensor in tree_leaves(tensors):
+                self.ledger.note(tensor, kind, again=True)
+
+
+@contextlib.contextmanager
+def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
+    """A world of so many ranks that is this process alone: collectives return at once and send nothing.
+
+    Raises:
+        RuntimeError: There is a process group already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a plan makes a process group of its own; call destroy_process_group() first")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)  # type: ignore[no-untyped-call]
+    try:
+        assert dist.group.WORLD is not None
+        yield World(rank, ranks, torch.device("cpu"), dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def _with_data(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a function read what it computes, such as ranks' numbers in a mesh."""
+
+    def run(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
+    """What of building and running needs weights' values or a GPU is passed over; nothing depends on either."""
+
+    def without_values(model: nn.Module, device: torch.device, seed: int) -> None:
+        with fake:
+            model.to_empty(device=device)
+
+    with (
+        mock.patch.object(loop, "initialize", without_values),
+        # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
+        mock.patch.object(backends, "refusal_by_triton_on", lambda device: None),
+        mock.patch.object(parallel_muon, "copy_group", _with_data(parallel_muon.copy_group)),
+        # DTensor finds shapes by running operators on whole tensors, which no rank does.
+        mock.patch.object(ShardingPropagator, _SHAPES, recorder.unseen(getattr(ShardingPropagator, _SHAPES))),
+    ):
+        yield
+
+
+def rehearse(
+    recipe: Recipe,
+    config: MotifConfig,
+    *,
+    seq_len: int,
+    gpus: int,
+    domain: int,
+    compute: str = "bfloat16",
+    rank: int = 0,
+) -> Rehearsal:
+    """Runs one training step of one rank without data.
+
+    A second micro-batch stands for all that follow it. Documents are as long as their rows, the most work that packed
+    rows can be.
+
+    Args:
+        recipe: checked for so many ranks.
+        config: the model, with the attention that the GPU will run.
+        seq_len: tokens of a sequence.
+        gpus: ranks of the run.
+        domain: GPUs in an NVLink domain.
+        compute: name of the dtype that matrices are multiplied in.
+        rank: which rank; the first has the largest shards.
+
+    Raises:
+        UserError: The model or its sequences can't be cut as the recipe asks.
+    """
+    # Neither changes what is allocated in an eager step; weights are not read.
+    recipe = dataclasses.replace(recipe, compile=False, run=dataclasses.replace(recipe.run, init_from=None))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder(operations.visible_share(config, seq_len))
+    ledger = recorder.ledger
+    with fake_world(gpus, rank) as world, _pretending(fake, recorder):
+        mesh = Mesh("cpu", layout_of(recipe).resolve(gpus))
+        layout = mesh.layout
+        state, _ = loop.build_state(recipe, PlannedInputs(config, seq_len), world, mesh, compute)  # type: ignore[arg-type]
+        model, optimizer = state.model, state.optimizer
+        rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data)
+        micro_batches = -(-recipe.batch.size // layout.data // rows)
+        found: dict[str, int] = {}
+
+        def before_micro_batch(*_: Any) -> None:
+            if len(recorder.tallies) == 2:
+                # Whatever the backward pass made and left: gradients that are not reduced yet.
+                ledger.rename(memory.WORKING, memory.WHOLE_GRADIENTS)
+                ledger.highest[memory.WORKING] = 0  # what follows is never less, and counts them apart
+            recorder.tallies.append(_Tally())
+            recorder.stage = "forward"
+
+        def before_loss(*_: Any) -> None:
+            recorder.stage = "loss"
+            found["activations"] = ledger.now[memory.ACTIVATIONS]
+
+        def before_optimizer(*_: Any) -> None:
+            recorder.tallies.append(_Tally())
+            recorder.stage = "optimizer"
+            found["gradients"] = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
+
+        def after_optimizer(*_: Any) -> None:
+            recorder.stage = "other"
+
+        with fake:
+            _make_state(optimizer)
+            for parameter in model.parameters():
+                ledger.note(memory.local(parameter), memory.PARAMETERS)
+            for values in optimizer.state.values():
+                for value in values.values():
+                    if isinstance(value, torch.Tensor):
+                        ledger.note(memory.local(value), memory.OPTIMIZER)
+            recorder.watch(model.model.layers)  # type: ignore[union-attr, arg-type]
+            model.register_forward_pre_hook(before_micro_batch)
+            model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]
+            optimizer.register_step_pre_hook(before_optimizer)
+            optimizer.register_step_post_hook(after_optimizer)
+            batch = _batch(rows, seq_len // layout.context)
+            targets = recipe.batch.size * seq_len
+            with recorder, ledger.following_resizes():
+                try:
+                    train_step(
+                        state,
+                        [batch] * min(micro_batches, 2),
+                        world=world,
+                        targets=targets,
+                        lr=recipe.optim.lr,
+                        clip=recipe.optim.clip,
+                        z_loss_weight=recipe.optim.z_loss,
+                        layout=layout,
+                        qk_clip=recipe.optim.qk_clip,
+                    )
+                except ValueError as error:
+                    raise UserError(f"the recipe's model can't be run as it says: {error}") from None
+        largest, outside = memory.gathered_bytes(model, getattr(torch, compute))
+        groups = Groups(_dimensions(mesh), domain)
+        total = _sum_up(recorder.tallies, micro_batches)
+        return Rehearsal(
+            layout=layout,
+            rows=rows,
+            micro_batches=micro_batches,
+            parameters=memory.local_bytes(model.parameters()),
+            parameter_count=sum(p.numel() for p in model.parameters()),
+            gradients=found["gradients"],
+            optimizer=memory.state_bytes(optimizer),
+            activations=found["activations"],
+            highest=dict(ledger.highest),
+            peak=dict(ledger.peak),
+            peak_phase=ledger.peak_phase,
+            largest_layer=largest,
+            outside_layers=outside,
+            operations=total.operations,
+            moved=total.moved,
+            traffic=_traffic(total, groups),
+        )
+
+
+def _batch(rows: int, tokens: int) -> dict[str, Any]:
+    return {
+        "input_ids": torch.empty(rows, tokens, dtype=torch.int64),
+        "shift_labels": torch.empty(rows, tokens, dtype=torch.int64),
+    }
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW makes its moments in its first step; every step after that runs with them in memory."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p not in optimizer.state for p in parameters):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _dimensions(mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """This rank's group in each dimension of the mesh that has more than one rank."""
+    found = {}
+    meshes = {"shard": mesh.parameters, "tensor": mesh.tensor}
+    if mesh.layout.replicate > 1:
+        meshes = {"replicate": mesh.parameters["replicate"], **meshes, "shard": mesh.parameters["shard"]}
+    for name, dimension in meshes.items():
+        if dimension is not None and dimension.size() > 1:
+            found[name] = tuple(dist.get_process_group_ranks(dimension.get_group()))
+    if mesh.context is not None:
+        found["context"] = tuple(dist.get_process_group_ranks(mesh.context))
+    return found
+
+
+def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
+    """The whole step: the first micro-batch stands for all but the last, which reduces gradients."""
+    total = _Tally()
+    last = len(tallies) - 2  # the tally after it is the optimizer's
+    for i, tally in enumerate(tallies):
+        weight = micro_batches - 1 if i == 1 and last > 1 else 1
+        for kept, added in (
+            (total.operations, tally.operations),
+            (total.moved, tally.moved),
+            (total.calls, tally.calls),
+        ):
+            for key, value in added.items():  # type: ignore[attr-defined]
+                kept[key] = kept.get(key, 0.0) + weight * value  # type: ignore[attr-defined]
+    return total
+
+
+def _traffic(total: _Tally, groups: Groups) -> list[Traffic]:
+    found: dict[tuple[str, str, tuple[int, ...]], Traffic] = {}
+    for (call, phase), calls in total.calls.items():
+        name, blocking = groups.describe(call, phase)
+        traffic = found.setdefault(
+            (name, call.kind, call.ranks),
+            Traffic(name, call.kind, len(call.ranks), groups.link(call.ranks), blocking),
+        )
+        traffic.calls += calls
+        traffic.sent += calls * call.sent
+    return sorted(found.values(), key=lambda t: -t.sent)

@@ -1,0 +1,191 @@
+"""A plan as text for people and as JSON for programs."""
+
+import dataclasses
+import io
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from motifarch.plan import memory
+from motifarch.plan.planning import Plan
+from motifarch.plan.timing import Assumptions
+from motifarch.train.read_recipe import to_dict
+
+_GIB, _GB = 2.0**30, 1e9
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Everything in a plan, with its units in the names; bytes are for each GPU."""
+    r = plan.rehearsal
+    return {
+        "gpu": dataclasses.asdict(plan.gpu),
+        "gpus": plan.gpus,
+        "layout": dataclasses.asdict(r.layout),
+        "parameter_count": r.parameter_count,
+        "seq_len": plan.seq_len,
+        "tokens_per_step": plan.step_tokens,
+        "rows_per_micro_batch": r.rows,
+        "micro_batches": r.micro_batches,
+        "fits": plan.fits,
+        "memory": {
+            "peak_bytes": plan.peak,
+            "peak_phase": r.peak_phase,
+            "usable_bytes": plan.usable,
+            "capacity_bytes": plan.gpu.memory,
+            "at_peak_bytes": r.peak,
+            "most_bytes": plan.memory,
+            "activations_kept_for_backward_bytes": r.activations,
+            "largest_gathered_layer_bytes": r.largest_layer,
+            "gathered_outside_layers_bytes": r.outside_layers,
+        },
+        "traffic": [dataclasses.asdict(t) for t in r.traffic],
+        "sent_bytes": _by_link(plan),
+        "flops_per_token": plan.flops_per_token,
+        "optimizer_flops_per_step_and_gpu": _optimizer_flops(plan),
+        "time_seconds": dataclasses.asdict(plan.time) | {"step": plan.time.total},
+        "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_second_and_gpu": plan.tokens_per_second / plan.gpus,
+        "model_flops_utilisation": plan.utilisation,
+        "tokens": plan.tokens,
+        "days": plan.days,
+        "gpu_hours": plan.days * 24 * plan.gpus,
+        "assumptions": dataclasses.asdict(plan.assumptions),
+        "advice": [dataclasses.asdict(a) for a in plan.advice],
+        "recipe": to_dict(plan.recipe),
+    }
+
+
+def _optimizer_flops(plan: Plan) -> float:
+    return sum(n for (phase, _), n in plan.rehearsal.operations.items() if phase == "optimizer")
+
+
+def _by_link(plan: Plan) -> dict[str, float]:
+    found = {"NVLink": 0.0, "network": 0.0}
+    for traffic in plan.rehearsal.traffic:
+        found[traffic.link] += traffic.sent
+    return found
+
+
+def render(plan: Plan, name: str) -> Group:
+    """What `motifarch plan` prints."""
+    return Group(_head(plan, name), _memory(plan), _traffic(plan), _work(plan), _time(plan), *_tail(plan))
+
+
+def as_text(plan: Plan, name: str) -> str:
+    """The same as plain text."""
+    written = io.StringIO()
+    Console(width=110, file=written).print(render(plan, name))
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def _head(plan: Plan, name: str) -> Text:
+    r = plan.rehearsal
+    sizes = dataclasses.asdict(r.layout)
+    micro = f"{r.micro_batches} micro-batch{'es' if r.micro_batches > 1 else ''} of {r.rows}"
+    return Text(
+        f"{name} on {plan.gpus} x {plan.gpu.name}, {plan.gpu.domain} to an NVLink domain\n"
+        f"{r.parameter_count:,} parameters; "
+        + " x ".join(f"{k} {v}" for k, v in sizes.items())
+        + f"\n{plan.recipe.batch.size:,} sequences of {plan.seq_len:,} tokens a step ({plan.step_tokens:,} tokens), "
+        f"{micro} on each rank; activation checkpointing {plan.recipe.activation_checkpointing}\n"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    r = plan.rehearsal
+    table = _table("Memory of a GPU (GiB)", "", "at the height of a step", "most of it")
+    for kind in memory.KINDS:
+        table.add_row(kind, f"{r.peak[kind] / _GIB:.2f}", f"{plan.memory[kind] / _GIB:.2f}")
+    table.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
+    table.add_row(
+        f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True
+    )
+    table.caption = (
+        f"The height is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the backward "
+        f"pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a time; what "
+        f"is outside of the layers is {r.outside_layers / _GIB:.2f}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _traffic(plan: Plan) -> Table:
+    table = _table("\nSent by a GPU in a step (GB)", "", "collective", "ranks", "calls", "NVLink", "network")
+    for t in plan.rehearsal.traffic:
+        cells = [f"{t.sent / _GB:.3f}" if t.link == link else "" for link in ("NVLink", "network")]
+        table.add_row(t.name, t.kind, str(t.ranks), f"{t.calls:,.0f}", *cells)
+    links = _by_link(plan)
+    table.add_row("together", "", "", "", *(f"{links[k] / _GB:.3f}" for k in ("NVLink", "network")), style="bold")
+    return table
+
+
+def _work(plan: Plan) -> Table:
+    flops = plan.flops_per_token
+    table = _table("\nOperations of a token (10^9)", "", "all", "of which attention")
+    for direction in ("forward", "backward", "recompute"):
+        label = "computed again" if direction == "recompute" else direction
+        table.add_row(label, f"{flops[direction] / 1e9:.2f}", f"{flops[direction + ' attention'] / 1e9:.2f}")
+    if optimizer := _optimizer_flops(plan):
+        table.caption = f"Newton-Schulz takes {optimizer / 1e12:.1f} x 10^12 a step on the busiest GPU."
+        table.caption_justify = "left"
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    t = plan.time
+    table = _table("\nTime of a step (seconds, estimated)", "", "")
+    for label, seconds in (
+        ("products with weights", t.matrices),
+        ("attention", t.attention),
+        ("element-wise operators, casts, copies", t.elementwise),
+        ("optimizer", t.optimizer),
+        ("waiting for tensor-parallel and Ulysses messages", t.waiting),
+        ("waiting for FSDP, HSDP and Muon", t.exposed),
+    ):
+        table.add_row(label, f"{seconds:.3f}")
+    table.add_row("together", f"{t.total:.3f}", style="bold")
+    speed = plan.tokens_per_second
+    table.add_row("tokens a second", f"{speed:,.0f}")
+    table.add_row("tokens a second and GPU", f"{speed / plan.gpus:,.0f}")
+    table.add_row("model FLOPs utilisation", f"{plan.utilisation:.1%}")
+    table.add_row(f"days to {plan.tokens:.4g} tokens", f"{plan.days:,.2f}")
+    table.add_row("GPU-hours", f"{plan.days * 24 * plan.gpus:,.0f}")
+    return table
+
+
+def _tail(plan: Plan) -> list[Text]:
+    options = ", ".join(
+        f"--{f.name.replace('_', '-')} {getattr(plan.assumptions, f.name):g}" for f in dataclasses.fields(Assumptions)
+    )
+    gpu = plan.gpu
+    lines = [
+        Text(
+            f"\nAssumed, not measured: {options}; {gpu.bf16_flops / 1e12:,.0f} x 10^12 bf16 operations, "
+            f"{gpu.memory_bandwidth / 1e12:g} TB/s memory, {gpu.nvlink / _GB:g} GB/s NVLink and {gpu.network / _GB:g} "
+            f"GB/s network a GPU each way ({gpu.source}); documents as long as their rows; no latencies.\n"
+        )
+    ]
+    if plan.recipe.precision.compute == "float32":
+        lines.append(Text("precision.compute is float32: memory holds, but the times are those of bf16 products.\n"))
+    if plan.fits:
+        lines.append(Text(f"It fits: {(plan.usable - plan.peak) / _GIB:.1f} GiB are free.", style="bold green"))
+        return lines
+    lines.append(Text(f"It does not fit: {(plan.peak - plan.usable) / _GIB:.1f} GiB are missing.", style="bold red"))
+    for advice in plan.advice:
+        change = " ".join(f"--{name} {value}" for name, value in advice.changes.items())
+        verdict = "fits" if advice.fits else "does not fit"
+        speed = advice.tokens_per_second / plan.tokens_per_second
+        text = f"  {change}: {advice.peak / _GIB:.1f} GiB, {verdict}, {speed:.2f} times the tokens a second"
+        lines.append(Text(text, style="bold green" if advice.fits else ""))
+    if not any(a.fits for a in plan.advice):
+        lines.append(Text("Nothing tried fits; take more GPUs, GPUs with more memory, or a smaller model."))
+    return lines

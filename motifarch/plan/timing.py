@@ -1,0 +1,95 @@
+"""How long a step takes, from what a rank computes, moves and sends, under stated assumptions."""
+
+from dataclasses import dataclass
+
+from motifarch.plan.communication import Traffic
+from motifarch.plan.hardware import Gpu
+from motifarch.plan.operations import ATTENTION, MATRICES
+from motifarch.plan.rehearsal import Rehearsal
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted. None of it was measured on the GPU that is planned for."""
+
+    matmul_efficiency: float = 0.7
+    """Part of the peak that products with weights reach."""
+
+    attention_efficiency: float = 0.35
+    """Part of the peak that attention reaches, by the operations of its mathematics: what the deterministic backward
+    multiplies twice is a part of it."""
+
+    memory_efficiency: float = 0.8
+    """Part of the memory bandwidth that norms, rotations, casts and the optimizer reach."""
+
+    link_efficiency: float = 0.8
+    """Part of NVLink's and the network's bandwidth that large collectives reach."""
+
+    overlap: float = 0.9
+    """Part of the computing time that FSDP's, HSDP's and Muon's messages can hide behind."""
+
+    fusion: float = 3.0
+    """With `compile`: how many times fewer bytes the decoder layers' element-wise operators move."""
+
+    reserve: float = 0.06
+    """Part of the memory left to the CUDA context, NCCL's buffers and the allocator's fragments."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Where a step's seconds go; they add up to `total`."""
+
+    matrices: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    waiting: float
+    """For tensor-parallel and Ulysses messages, which computation needs at once."""
+    exposed: float
+    """For FSDP's, HSDP's and Muon's, as far as computation can't hide them."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of a step."""
+        return self.matrices + self.attention + self.elementwise + self.optimizer + self.waiting + self.exposed
+
+
+def step_time(rehearsal: Rehearsal, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
+    """Estimates a step's time.
+
+    Latencies are left out, so a step of many small messages takes longer.
+
+    Args:
+        rehearsal: what the rank did.
+        gpu: on what.
+        assumed: how well.
+        compiled: whether decoder layers are compiled.
+    """
+
+    def work(part: str, optimizer: bool) -> float:
+        return sum(n for (phase, p), n in rehearsal.operations.items() if p == part and (phase == "optimizer") == optimizer)
+
+    def sent(traffic: Traffic) -> float:
+        bandwidth = gpu.nvlink if traffic.link == "NVLink" else gpu.network
+        return traffic.sent / (bandwidth * assumed.link_efficiency)
+
+    matmul, bandwidth = gpu.bf16_flops * assumed.matmul_efficiency, gpu.memory_bandwidth * assumed.memory_efficiency
+    moved = sum(
+        n / (assumed.fusion if compiled and phase in ("forward", "recompute", "backward") else 1.0)
+        for phase, n in rehearsal.moved.items()
+        if phase != "optimizer"
+    )
+    matrices = work(MATRICES, False) / matmul
+    attention = work(ATTENTION, False) / (gpu.bf16_flops * assumed.attention_efficiency)
+    optimizer = work(MATRICES, True) / matmul + rehearsal.moved.get("optimizer", 0.0) / bandwidth
+    computing = matrices + attention + moved / bandwidth
+    muon = sum(sent(t) for t in rehearsal.traffic if t.name == "Muon")
+    others = sum(sent(t) for t in rehearsal.traffic if not t.blocking and t.name != "Muon")
+    return StepTime(
+        matrices=matrices,
+        attention=attention,
+        elementwise=moved / bandwidth,
+        optimizer=optimizer,
+        waiting=sum(sent(t) for t in rehearsal.traffic if t.blocking),
+        exposed=max(0.0, others - assumed.overlap * computing) + max(0.0, muon - assumed.overlap * optimizer),
+    )

@@ -1,0 +1,124 @@
+"""Ten training steps under a layout of ranks, for comparison with one process: functions that ranks run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from helpers.models import tiny_config
+from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.optim import build_optimizer
+from motifarch.parallel import Layout, Mesh, initialize, open_world, own_tokens, parallelize
+from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
+from motifarch.train.step import count_targets, train_step, validation_loss
+
+# Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above that.
+STEPS, LR, EPSILON, CLIP, Z_LOSS = 10, 2e-3, 1e-6, 0.5, 1e-3
+
+# Heads that two ranks of tensor and two of context parallelism can share together.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gda": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 8, "qk_norm": True},
+    "gda window": {
+        "num_attention_heads": 12,
+        "num_noise_heads": 4,
+        "num_key_value_heads": 8,
+        "sliding_window": 7,
+        "use_sliding_window": True,
+        "tie_word_embeddings": True,
+    },
+    "diff_v1": {"num_attention_heads": 8, "num_key_value_heads": 8},
+    "diff_v2 gated": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 4},
+    "softmax": {"num_attention_heads": 4, "num_key_value_heads": 4},
+}
+
+
+def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {"lr": LR, "eps": EPSILON}
+    if name == "muon":
+        options |= {"ns_dtype": torch.float32, "muon_chunk_mib": 1}
+    return build_optimizer(model, name=name, **options)  # type: ignore[arg-type]
+
+
+@dataclass
+class Case:
+    """One run: what is trained, on how many ranks of which kind."""
+
+    name: str
+    variant: str
+    layout: Layout
+    optimizer: str = "adamw"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of parallelize."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's config besides the variant's."""
+    qk_clip: float | None = None
+    steps: int = STEPS
+    """Where it ends."""
+    save: Path | None = None
+    """Folder for a checkpoint after half of the steps."""
+    load: Path | None = None
+    """A checkpoint to go on from."""
+
+
+def build(case: Case, mesh: Mesh) -> TrainState:
+    overrides = {"vocab_size": 320, "initializer_range": 0.1} | VARIANTS[case.variant] | case.model
+    with torch.device("meta"):
+        model = MotifForCausalLM(tiny_config(case.variant, **overrides)).train()
+    parallelize(model, mesh, **case.options)
+    initialize(model, torch.device("cpu"), seed=0)
+    for layer in model.model.layers:
+        layer.self_attn.record_max_logits = case.qk_clip is not None
+    return TrainState(model, optimizer_of(case.optimizer, model))
+
+
+def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
+    """Trains every case; rank 0 saves its losses, gradient norms, validation loss and final weights."""
+    with open_world() as world:
+        results = {}
+        for case in cases:
+            mesh = Mesh("cpu", case.layout.resolve(world.size))
+            state = build(case, mesh)
+            if case.load:
+                load_state(case.load, state)
+            component = MixtureComponent(PackedDataset.open(data))
+            loader = BatchLoader(
+                Mixture([component], seed=0, batch_schedule=BatchSchedule(8)),
+                rank=mesh.data_rank,
+                world_size=mesh.layout.data,
+                micro_batch_size=2,
+                start_step=state.step,
+                stop_step=case.steps,
+            )
+            history, saver = [], None
+            for _, whole in loader:
+                batches = [own_tokens(b, mesh.context_rank, mesh.layout.context) for b in whole]
+                (targets,) = world.sum([count_targets(batches)])
+                result = train_step(
+                    state,
+                    batches,
+                    world=world,
+                    targets=targets // mesh.layout.tensor,
+                    lr=LR,
+                    clip=CLIP,
+                    z_loss_weight=Z_LOSS,
+                    layout=mesh.layout,
+                    qk_clip=case.qk_clip,
+                )
+                history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
+                if case.save and state.step == case.steps // 2:
+                    saver = Checkpointer(case.save, asynchronous=True)
+                    saver.save(state)
+            if saver:
+                saver.wait()
+            datasets = [PackedDataset.open(data, "validation")]
+            validation = validation_loss(state.model, datasets, world=world, sequences=7, micro_size=2, mesh=mesh)
+            content = state.state_dict()["model"]
+            weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in content.items()}
+            results[case.name] = (history, validation, {k: v.clone() for k, v in weights.items()})
+        if world.is_main:
+            torch.save(results, output)

@@ -1,0 +1,242 @@
+"""Muon on sharded matrices against Muon on whole ones, and what it sends: functions that ranks run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from helpers.sharded_training import build_model
+from motifarch.optim import Muon, build_muon, step_if_finite
+from motifarch.optim.shards import own_indices
+from motifarch.parallel import Layout, Mesh, World, open_world, parallelize
+
+STEPS = 10
+# Rows that no number of ranks divides, fewer rows than ranks, tall and wide, two of one shape.
+SHAPES = [(12, 8), (7, 16), (1, 6), (3, 20), (33, 10), (12, 8), (5, 5)]
+
+
+def placements(ranks: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]:
+    """Meshes of all ranks with ways to place a matrix on them."""
+    line = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    yield from ((line, (p,)) for p in (Shard(0), Shard(1), Replicate()))
+    if ranks == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("first", "second"))
+        yield from (
+            (square, pair)
+            for pair in (
+                (Shard(0), Shard(1)),
+                (Shard(1), Shard(0)),
+                (Shard(0), Shard(0)),
+                (Replicate(), Shard(0)),
+                (Shard(1), Replicate()),
+            )
+        )
+
+
+def fsdp_and_tensor_parallel(ranks: int, shapes: list[tuple[int, int]]) -> nn.Module:
+    """Linear layers cut over two ranks by rows and by columns in turn, then by FSDP2 over all pairs."""
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
+    model = nn.Sequential(*[nn.Linear(columns, rows, bias=False) for rows, columns in shapes])
+    styles = (ColwiseParallel(), RowwiseParallel())
+    parallelize_module(model, mesh["tensor"], {str(i): styles[i % 2] for i in range(len(shapes))})
+    for layer in model:
+        fully_shard(layer, mesh=mesh["data"])
+    return model
+
+
+def sharded_copies(ranks: int) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """The same matrices placed in every way, and whole, with random values."""
+    torch.manual_seed(0)
+    sharded, whole = [], []
+    for mesh, placed in placements(ranks):
+        for shape in SHAPES:
+            value = torch.randn(shape)
+            whole.append(value.clone())  # a replicated DTensor may be the tensor it was made of
+            sharded.append(nn.Parameter(distribute_tensor(value, mesh, placed)))
+    # Where the rows are cut twice, first by tensor parallelism: _StridedShard. Uneven both ways.
+    shapes = [(10, 6), (7, 12), (6, 9), (20, 8), (2, 4), (7, 6)]
+    torch.manual_seed(1)
+    whole += [nn.Linear(columns, rows, bias=False).weight.detach() for rows, columns in shapes]
+    torch.manual_seed(1)
+    return [*sharded, *fsdp_and_tensor_parallel(ranks, shapes).parameters()], whole
+
+
+def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a matrix placed like another one, which torch placed."""
+    rows, columns = own_indices(like)
+    part = torch.cat([whole[a:b] for a, b in rows] or [whole[:0]])
+    return torch.cat([part[:, a:b] for a, b in columns] or [part[:, :0]], dim=1)
+
+
+def give_gradients(sharded: list[nn.Parameter], whole: list[nn.Parameter]) -> None:
+    for part, full in zip(sharded, whole, strict=True):
+        full.grad = torch.randn_like(full)
+        local = own_part(full.grad, part)
+        assert isinstance(part, DTensor)
+        part.grad = DTensor.from_local(
+            local, part.device_mesh, part.placements, shape=part.shape, stride=part.stride()
+        )  # fmt: skip
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Notes the bytes that this rank puts into every all-to-all, its own part included."""
+    calls: list[int] = []
+    plain: Callable[..., Any] = dist.all_to_all_single
+
+    def count(output: torch.Tensor, given: torch.Tensor, *sizes: Any, **options: Any) -> Any:
+        calls.append(given.numel() * given.itemsize)
+        return plain(output, given, *sizes, **options)
+
+    dist.all_to_all_single = count
+    try:
+        yield calls
+    finally:
+        dist.all_to_all_single = plain
+
+
+def check_steps(chunk_sizes: list[int]) -> None:
+    """All that follows, in one process group: starting one takes longer than any of it."""
+    with open_world() as world:
+        for chunk_bytes in chunk_sizes:
+            compare_with_whole(world, chunk_bytes)
+            count_messages(world, chunk_bytes)
+        skip_a_step(world)
+
+
+def compare_with_whole(world: World, chunk_bytes: int) -> None:
+    """STEPS steps on every placement at once, with a second reading of what each rank holds."""
+    parameters, values = sharded_copies(world.size)
+    whole = [nn.Parameter(v.clone()) for v in values]
+    for parameter, value in zip(parameters, values, strict=True):
+        assert torch.equal(parameter.to_local(), own_part(value, parameter))
+    sharded = Muon(parameters, 1e-2, ns_dtype=torch.float32, chunk_bytes=chunk_bytes)
+    plain = Muon(whole, 1e-2, ns_dtype=torch.float32)
+    for _ in range(STEPS):
+        give_gradients(parameters, whole)
+        sharded.step()
+        plain.step()
+    for part, full, start in zip(parameters, whole, values, strict=True):
+        assert (full - start).abs().max() > 1e-2  # steps that would show a difference
+        momentum = sharded.state[part]["momentum_buffer"]
+        for found, expected in ((part, full), (momentum, plain.state[full]["momentum_buffer"])):
+            torch.testing.assert_close(found.to_local(), own_part(expected, part), rtol=0, atol=1e-5)
+
+
+def count_messages(world: World, chunk_bytes: int) -> None:
+    """All-to-alls and bytes of one step, added up over the ranks."""
+    mesh = init_device_mesh("cpu", (world.size,))
+    matrices = [nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])) for shape in SHAPES]
+    for dtype in (torch.bfloat16, torch.float32):
+        optimizer = Muon(matrices, ns_dtype=dtype, chunk_bytes=chunk_bytes)
+        give_gradients(matrices, [nn.Parameter(m.full_tensor()) for m in matrices])
+        with counted() as calls:
+            optimizer.step()
+        (((_, family),),) = optimizer._families.values()
+        assert len(calls) == 2 * len(family.chunks)
+        if chunk_bytes == 1:
+            assert len(family.chunks) == -(-len(SHAPES) // world.size)
+        bytes_ = sum(rows * columns for rows, columns in SHAPES) * dtype.itemsize
+        # The first call is a gathering and the last one a scattering; in between one or the other comes first.
+        total = world.sum([sum(calls), calls[0] if len(calls) == 2 else 0])
+        assert total == [2 * bytes_, bytes_ if len(calls) == 2 else 0]
+
+
+def skip_a_step(world: World) -> None:
+    """A step with a gradient that is not finite on one rank changes nothing on any."""
+    model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world.size)))
+    optimizer = build_muon(model, lr=1e-2)
+
+    def snapshot() -> list[torch.Tensor]:
+        tensors = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+
+    def step(value: float) -> int:
+        for p in model.parameters():
+            p.grad = p.detach() + 1
+        if world.rank == world.size - 1:
+            for p in model.parameters():
+                assert isinstance(p.grad, DTensor)
+                p.grad.to_local().add_(value)
+        return int(step_if_finite(optimizer, torch.tensor(value)))
+
+    assert step(0.0) == 0
+    before = snapshot()
+    assert step(torch.inf) == 1
+    assert all(map(torch.equal, before, snapshot()))
+    assert step(0.0) == 0
+    changed = [not torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True) if a.numel()]
+    assert all(changed)
+
+
+def _trained(world_size: int, seed: int, steps: int) -> tuple[nn.Module, Muon]:
+    model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world_size)))
+    optimizer = build_muon(model, lr=1e-2, ns_dtype=torch.float32)
+    for i in range(steps):
+        torch.manual_seed(seed + i)
+        _random_step(model, optimizer)
+    return model, optimizer
+
+
+def _random_step(model: nn.Module, optimizer: Muon) -> None:
+    for p in model.parameters():
+        assert isinstance(p, DTensor)
+        p.grad = distribute_tensor(torch.randn(p.shape), p.device_mesh, p.placements)
+    optimizer.step()
+
+
+def round_trip(folder: Path) -> None:
+    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it as a checkpoint too."""
+    with open_world() as world:
+        model, optimizer = _trained(world.size, 0, 2)
+        for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):
+            # The other one's own steps make its state differ, so that what isn't loaded shows.
+            other, fresh = _trained(world.size, 7, 3)
+            other.load_state_dict(model.state_dict())
+            taken = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+            set_optimizer_state_dict(other, fresh, taken, options=options)
+            twin, twin_optimizer = _trained(world.size, 0, 2)
+            for m, o in ((other, fresh), (twin, twin_optimizer)):
+                torch.manual_seed(99)
+                _random_step(m, o)
+            for a, b in zip(other.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(a.to_local(), b.to_local())
+        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)["state"]}, checkpoint_id=folder)
+        state = {
+            name: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
+            for name, values in get_optimizer_state_dict(model, optimizer)["state"].items()
+        }
+        if world.is_main:
+            torch.save(state, folder.with_suffix(".pt"))
+
+
+def load_elsewhere(folder: Path) -> None:
+    """Reads that checkpoint with another number of ranks."""
+    with open_world() as world:
+        model, optimizer = _trained(world.size, 0, 0)
+        state = get_optimizer_state_dict(model, optimizer)["state"]
+        assert all(not v.any() for values in state.values() for v in values.values())  # no step was needed to make it
+        dcp.load({"optimizer": state}, checkpoint_id=folder)
+        expected = torch.load(folder.with_suffix(".pt"))
+        assert state.keys() == expected.keys()
+        for name, values in state.items():
+            for key, value in values.items():
+                found = value.full_tensor() if isinstance(value, DTensor) else value
+                assert torch.equal(found, expected[name][key]), (name, key)

@@ -1,0 +1,72 @@
+"""QK-clip on sharded layers against the same on a whole one: functions that ranks run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from motifarch.layers import DifferentialAttentionV2, GroupedDifferentialAttention
+from motifarch.layers.attention import Attention
+from motifarch.optim import clip_heads, clip_layers
+from motifarch.optim.shards import own_indices
+from motifarch.parallel import open_world
+
+_SIZES: dict[str, Any] = {"num_noise_heads": 4, "num_kv_heads": 8, "head_dim": 6, "layer_idx": 0, "bias": True}
+
+
+def clip_on_ranks() -> None:
+    """Layers cut by FSDP2, heads across ranks, and by tensor parallelism before it; maxima gathered too."""
+    with open_world() as world:
+        for tensor in (1, 2):
+            torch.manual_seed(0)
+            layers: list[Attention] = [
+                GroupedDifferentialAttention(10, num_heads=12, **_SIZES),
+                DifferentialAttentionV2(10, num_heads=8, **(_SIZES | {"num_kv_heads": 2, "head_dim": 5})),
+            ]
+            whole = copy.deepcopy(layers)
+            heads = [(8, 4), (4, 4)]
+            # What each rank has seen: different data, of which the largest counts.
+            seen = [
+                [tuple(torch.rand(n) * 20 for n in counts) for counts in heads] for _ in range(world.size)
+            ]  # fmt: skip
+            mesh = init_device_mesh("cpu", (world.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+            part = mesh["tensor"].get_local_rank()
+            for layer, maxima in zip(layers, seen[world.rank], strict=True):
+                if tensor > 1:
+                    parallelize_module(layer, mesh["tensor"], {n: ColwiseParallel() for n in ("q_proj", "k_proj")})
+                    layer.tensor_group = mesh["tensor"].get_group()
+                fully_shard(layer, mesh=mesh["data"])
+                layer.max_logits = tuple(m.chunk(tensor)[part] for m in maxima)  # type: ignore[assignment]
+            clip_layers(layers, tau=7.0)
+
+            for number, (layer, full) in enumerate(zip(layers, whole, strict=True)):
+                largest = []
+                for kind in range(2):
+                    # A rank of tensor parallelism looks at its own heads alone.
+                    by_rank = [
+                        torch.stack(
+                            [seen[r][number][kind].chunk(tensor)[p] for r in range(world.size) if r % tensor == p]
+                        ).amax(0)
+                        for p in range(tensor)
+                    ]
+                    largest.append(torch.cat(by_rank))
+                start = full.q_proj.weight.detach().clone()
+                clip_heads(full, *largest, tau=7.0)
+                assert not torch.equal(full.q_proj.weight, start)
+                for name in ("q_proj", "k_proj"):
+                    _same(getattr(layer, name), getattr(full, name))
+        dist.barrier()
+
+
+def _same(sharded: nn.Linear, whole: nn.Linear) -> None:
+    for found, expected in ((sharded.weight, whole.weight), (sharded.bias, whole.bias)):
+        rows = own_indices(found)[0]
+        local = torch.cat([expected[a:b] for a, b in rows] or [expected[:0]])
+        assert torch.equal(found.to_local(), local)  # type: ignore[operator]

@@ -1,0 +1,71 @@
+"""Training under every layout of ranks, with one process as the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.distributed import on_ranks
+from helpers.layouts import STEPS, VARIANTS, Case, train_cases
+from motifarch.parallel import Layout
+
+LAYOUTS = {
+    2: {"fsdp": Layout(), "tensor 2": Layout(tensor=2), "context 2": Layout(context=2)},
+    4: {
+        "hsdp 2x2": Layout(replicate=2),
+        "tensor 2 x fsdp 2": Layout(tensor=2),
+        "context 2 x fsdp 2": Layout(context=2),
+        "tensor 2 x context 2": Layout(tensor=2, context=2),
+    },
+}
+# Muon, with logits that grow past QK-clip's bound on the way.
+MUON: dict[str, Any] = {"variant": "gda window", "optimizer": "muon", "qk_clip": 0.5}
+# Data parallelism does not know what attention is: one variant will do. Two ranks have shown the rest.
+_FEW = {"fsdp": ["gda"], "hsdp 2x2": ["gda"]} | dict.fromkeys(
+    ("tensor 2 x fsdp 2", "context 2 x fsdp 2", "tensor 2 x context 2"), ["gda", "diff_v2 gated"]
+)
+
+
+def cases(ranks: int) -> list[Case]:
+    adamw = [
+        Case(f"{variant}, {name}", variant, layout)
+        for name, layout in LAYOUTS[ranks].items()
+        for variant in _FEW.get(name, VARIANTS)
+    ]
+    return adamw + [Case(f"muon, {name}", layout=layout, **MUON) for name, layout in LAYOUTS[ranks].items()]
+
+
+@pytest.fixture(scope="module")
+def truth(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each variant on one process."""
+    output = tmp_path_factory.mktemp("layouts") / "one.pt"
+    alone = [Case(v, v, Layout()) for v in VARIANTS] + [Case("muon", layout=Layout(), **MUON)]
+    on_ranks(1, train_cases, data, output, alone)
+    return torch.load(output)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases of a number of ranks, in one process group."""
+    output = tmp_path_factory.mktemp("layouts") / "several.pt"
+    on_ranks(request.param, train_cases, data, output, cases(request.param))
+    return torch.load(output)  # type: ignore[no-any-return]
+
+
+def assert_same(found: Any, expected: Any, name: str) -> None:
+    for f, e, what in zip(found[:2], expected[:2], ("history", "validation"), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(f), torch.tensor(e), rtol=1e-5, atol=1e-5, msg=lambda m, w=what: f"{name}, {w}: {m}"
+        )
+    assert found[2].keys() == expected[2].keys()
+    for key, value in found[2].items():
+        torch.testing.assert_close(value, expected[2][key], rtol=0, atol=1e-5, msg=lambda m, k=key: f"{name}, {k}: {m}")
+
+
+def test_equal_to_one_process(trained: dict[str, Any], truth: dict[str, Any]) -> None:
+    for name, found in trained.items():
+        assert len(found[0]) == STEPS
+        assert_same(found, truth[name.split(",")[0]], name)

@@ -1,0 +1,53 @@
+"""Layouts of ranks: what is left is filled in, and what cannot be is refused with the numbers that can."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.models import tiny_config
+from motifarch.errors import UserError
+from motifarch.parallel import Layout, check_context_parallel, check_tensor_parallel
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "filled"),
+    [
+        (Layout(), 8, Layout(1, 8, 1, 1)),
+        (Layout(replicate=-1, shard=8, tensor=2), 64, Layout(4, 8, 1, 2)),
+        (Layout(replicate=2, shard=2, context=2, tensor=2), 16, Layout(2, 2, 2, 2)),
+        (Layout(shard=1, context=-1), 4, Layout(1, 1, 4, 1)),
+    ],
+)
+def test_fills_in(layout: Layout, ranks: int, filled: Layout) -> None:
+    assert layout.resolve(ranks) == filled
+    assert filled.ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(replicate=-1), r"parallel\.replicate and parallel\.shard are -1; only one"),
+        (Layout(tensor=0), r"parallel\.tensor is 0; it must be at least 1, or -1"),
+        (Layout(tensor=3), r"parallel\.tensor 3: the product is 3, which does not divide the 8 ranks"),
+        (Layout(shard=2, context=2), r"parallel\.shard 2, parallel\.context 2: the product is 4, which is not the 8"),
+    ],
+)
+def test_refuses_layouts(layout: Layout, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        layout.resolve(8)
+
+
+def test_refuses_heads_that_ranks_cannot_share() -> None:
+    config = tiny_config("gda", vocab_size=96, num_attention_heads=18, num_noise_heads=6, num_key_value_heads=12)
+    check_tensor_parallel(config, 2)
+    check_context_parallel(config, 24, 3, tensor=2)
+    with pytest.raises(UserError, match=r"parallel\.tensor is 4, .* 6 noise heads .*; it may be 1, 2, 3, 6"):
+        check_tensor_parallel(config, 4)
+    with pytest.raises(UserError, match=r"parallel\.context is 2 \(times parallel\.tensor 2\), .* it may be 1, 3"):
+        check_context_parallel(config, 24, 2, tensor=2)
+    with pytest.raises(UserError, match=r"parallel\.context is 5, which does not divide sequences of 24 tokens"):
+        check_context_parallel(config, 24, 5)
+    with pytest.raises(UserError, match=r"3 key/value pairs \(model\.num_key_value_heads\); it may be 1, 3"):
+        check_tensor_parallel(tiny_config("gda", num_attention_heads=18, num_noise_heads=6, num_key_value_heads=6), 2)
+    with pytest.raises(UserError, match=r"97 words; it may be 1, 97"):
+        check_tensor_parallel(tiny_config("softmax"), 2)

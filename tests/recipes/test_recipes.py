@@ -1,0 +1,150 @@
+"""Every recipe of a large run: it fits its number of GPUs and its published model, and a shrunken copy trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from motifarch.data import BatchSchedule
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.train.inputs import _OURS
+from motifarch.train.main import main
+from motifarch.train.metrics import read_metrics
+from motifarch.train.read_recipe import read_recipe
+from motifarch.train.recipe import Recipe, check_recipe, layout_of
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "trainer"))
+LARGE = [path for path in FILES if path.parent.name.startswith("motif_") and path.stem != "base"]
+PUBLISHED = {"motif_2.6b": 2_597_218_432, "motif_2_12.7b": 12_703_860_896}
+BUDGET = {"motif_2.6b": 2.4e12, "motif_2_12.7b": 5.5e12}
+NODE = 8
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def gpus(path: Path) -> int:
+    """The number in a file's name, as in b200_768; 8 where there is none."""
+    found = re.match(r"(?:b200|h100)_(\d+)", path.stem)
+    return int(found[1]) if found else NODE
+
+
+def seq_len(path: Path) -> int:
+    return 16384 if "long_16k" in path.stem else 4096
+
+
+def schedule(recipe: Recipe) -> BatchSchedule:
+    batch = recipe.batch
+    multiple = batch.warmup_multiple or 1
+    return BatchSchedule(batch.size, start=batch.warmup_start, warmup_steps=batch.warmup_steps, multiple=multiple)
+
+
+def parameters(recipe: Recipe) -> int:
+    fields = {k: v for k, v in dataclasses.asdict(recipe.model).items() if k not in _OURS}
+    with torch.device("meta"):
+        model = MotifForCausalLM(MotifConfig(**(fields | {"vocab_size": fields["vocab_size"] or 32768})))
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_all_recipes_are_here() -> None:
+    assert {name(path) for path in FILES} >= {
+        f"{model}/{cluster}" for model in PUBLISHED for cluster in ("base", "b200_64", "b200_256", "b200_768", "h100_8")
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_it_holds_on_its_gpus(path: Path) -> None:
+    recipe, count = read_recipe([str(path)]), gpus(path)
+    check_recipe(recipe, count)
+    layout = layout_of(recipe).resolve(count)
+    sizes = schedule(recipe)
+    # No rank is without rows, and no micro-batch is larger than what is left for a rank.
+    for step in (0, recipe.batch.warmup_steps // 2, recipe.run.steps - 1):
+        assert sizes.batch_size(step) % layout.data == 0
+        assert sizes.batch_size(step) // layout.data >= recipe.batch.micro_size
+    if path in LARGE:
+        # A copy of the parameters fills a node, so that gathering them stays on NVLink.
+        assert layout.shard * layout.context * layout.tensor == NODE
+        assert layout.replicate == count // NODE
+    assert recipe.model.max_position_embeddings >= seq_len(path)
+
+
+@pytest.mark.parametrize("path", LARGE, ids=name)
+def test_its_model_has_the_published_size(path: Path) -> None:
+    assert parameters(read_recipe([str(path)])) == PUBLISHED[path.parent.name]
+
+
+@pytest.mark.parametrize("path", [p for p in LARGE if "long" not in p.stem], ids=name)
+def test_its_steps_are_the_published_tokens(path: Path) -> None:
+    recipe = read_recipe([str(path)])
+    tokens = schedule(recipe).samples_before(recipe.run.steps) * seq_len(path)
+    assert tokens == pytest.approx(BUDGET[path.parent.name], rel=1e-3)
+    if path.parent.name == "motif_2.6b":
+        per_step = recipe.batch.size * seq_len(path)
+        assert (recipe.run.steps - (recipe.optim.decay_steps or 0)) * per_step == pytest.approx(2e12, rel=1e-3)
+        assert recipe.average.every * per_step == pytest.approx(8e9, rel=0.01)
+        assert recipe.average.every == recipe.average.last * recipe.checkpoint.every
+
+
+def test_the_ablation_compares_equals() -> None:
+    sizes = {path.stem: parameters(read_recipe([str(path)])) for path in FILES if path.parent.name == "ablation_300m"}
+    assert len(sizes) >= 3
+    assert all(size == pytest.approx(3e8, rel=0.02) for size in sizes.values()), sizes
+    assert max(sizes.values()) < 1.01 * min(sizes.values())
+
+
+def shrunken(path: Path, data: Path, output: Path) -> list[str]:
+    """Overrides that leave a recipe's kind and ratios, and make it two steps of a tiny model on one process."""
+    recipe = read_recipe([str(path)])
+    model, batch = recipe.model, recipe.batch
+    end = ", weight_end: 0.5" if recipe.data.ramp_end else ""
+    fields: dict[str, object] = {
+        "run.output": output,
+        "run.steps": 2,
+        "model.vocab_size": "null",
+        "model.hidden_size": model.hidden_size // 64,
+        "model.intermediate_size": model.intermediate_size // 64,
+        "model.num_hidden_layers": 2,
+        "model.head_dim": 8,
+        "data.datasets": f"[{{path: {data}, weight: 1.0{end}}}, {{path: {data}, weight: 0.5}}]",
+        "data.ramp_end": 2 if recipe.data.ramp_end else 0,
+        "batch.size": 4,
+        "batch.micro_size": 2,
+        "batch.warmup_start": 2 if batch.warmup_start else "null",
+        "batch.warmup_steps": 1 if batch.warmup_start else 0,
+        "batch.warmup_multiple": 2 if batch.warmup_multiple else "null",
+        "optim.warmup_steps": 1,
+        "optim.decay_steps": 1,
+        "precision.compute": "float32",
+        "parallel.replicate": 1,
+        "parallel.shard": -1,
+        "parallel.context": 1,
+        "parallel.tensor": 1,
+        "compile": "false",
+        "checkpoint.every": 1,
+        "average.every": 1 if recipe.average.every else 0,
+        "validation.every": 2,
+        "validation.sequences": 4,
+        "log.every": 1,
+        "log.tensorboard": "false",
+    }
+    return [str(path), *(f"--{field}={value}" for field, value in fields.items())]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("base", "b200_256")], ids=name)
+def test_two_steps_of_a_shrunken_copy(
+    path: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shrunken(path, data, tmp_path / "run")) == 0
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < second["validation_loss"] < 10
+    assert first["skipped"] == second["skipped"] == 0
+    assert second["loss"] != first["loss"]
+    averaged = "the mean of the checkpoints of steps 1" in capfd.readouterr().out
+    assert averaged == bool(read_recipe([str(path)]).average.every)

@@ -1,0 +1,74 @@
+"""A rank that dies or hangs: what is reported, and that torchrun's restart continues the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.distributed import torchrun
+from helpers.tiny import write_recipe
+from motifarch.errors import UserError
+from motifarch.train.main import main
+from motifarch.train.metrics import read_metrics
+
+TROUBLE = Path(__file__).with_name("trouble_once.py")
+LENGTH = ("--run.steps", "24", "--checkpoint.every", "8", "--log.every", "2")
+PATIENCE = ("--distributed.timeout_s", "3", "--distributed.timeout_first_s", "60")
+
+
+def losses(output: Path) -> list[tuple[int, Any, Any]]:
+    rows = read_metrics(output / "metrics.jsonl")
+    return [(row["step"], row["loss"], row.get("validation_loss")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[tuple[int, Any, Any]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = torchrun(2, "-m", "motifarch.train", write_recipe(folder, data), *LENGTH)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "run" / "stacks").exists()
+    return losses(folder / "run")
+
+
+def test_a_killed_and_a_hung_rank_are_restarted_and_the_run_goes_on(
+    recipe: Path, tmp_path: Path, undisturbed: list[tuple[int, Any, Any]]
+) -> None:
+    troubles = ("--max-restarts", "2", TROUBLE, tmp_path, "kill:11,hang:19")
+    done = torchrun(2, *troubles, recipe, *LENGTH, *PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "had_trouble_at_11").exists()
+    assert "resuming after step 8" in done.stdout
+    assert "resuming after step 16" in done.stdout
+    assert losses(tmp_path / "run") == undisturbed
+
+    # The killed one is missed by the other; the hung one is named, with where it stands.
+    stacks = tmp_path / "run" / "stacks"
+    lost, hung = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "lost another rank" in lost
+    for words in ("rank 1 never arrived at step 20", "last seen at the data of step 20", str(stacks / "rank_1.txt")):
+        assert words in hung
+    assert "sleep_for_ever" in (stacks / "rank_1.txt").read_text()
+    # The other one waited for it, in the sum over all ranks.
+    waited = (stacks / "rank_0.txt").read_text()
+    assert "launch.py" in waited
+    assert "in sum" in waited
+
+
+def test_without_restarts_torchrun_ends_with_the_report(recipe: Path, tmp_path: Path) -> None:
+    done = torchrun(2, TROUBLE, tmp_path, "hang:3", recipe, *LENGTH, *PATIENCE)
+    assert done.returncode != 0
+    assert "rank 1 never arrived at step 4" in done.stderr.rpartition("Root Cause")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--distributed.timeout_s", "0"), r"distributed\.timeout_s is 0\.0; it must be above 0"),
+        (("--distributed.timeout_first_s", "9"), r"timeout_first_s is 9\.0, below distributed\.timeout_s \(600\.0\)"),
+    ],
+)
+def test_bad_settings_are_refused(recipe: Path, options: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([str(recipe), *options])
