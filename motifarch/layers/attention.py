@@ -219,8 +219,9 @@ class Attention(nn.Module):
     def _record(self, attend: Callable[..., Any], **arguments: Any) -> Tensor:
         """Attention that leaves its largest logits, or those of the calls before it, in :attr:`max_logits`."""
         out, *found = attend(**arguments, return_max_logits=True)
-        if self.max_logits is not None:
-            found = [torch.maximum(f, t) for f, t in zip(found, self.max_logits, strict=False) if t is not None]
+        before = self.max_logits or (None, None)
+        # A maximum in the first call too: a call that is computed again must do what it did, or checkpointing is lost.
+        found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
         self.max_logits = found[0], found[1] if len(found) > 1 else None
         return out  # type: ignore[no-any-return]
 

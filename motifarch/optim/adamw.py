@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings:
         decay_embeddings: Whether `nn.Embedding` weights are in it.
 
     Returns:
-        Optimizer groups, none of them empty: decayed and not, for each mesh that parameters are sharded over.
+        Optimizer groups, none of them empty: decayed first, then not, one for each mesh that parameters are sharded over.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
@@ -30,7 +30,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups.setdefault((decayed, mesh), []).append(parameter)
     return [
-        {"params": params, "weight_decay": weight_decay if decayed else 0.0} for (decayed, _), params in groups.items()
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for (decayed, _), params in sorted(groups.items(), key=lambda group: not group[0][0])
     ]
 
 

@@ -6,6 +6,7 @@ Model, sharding, optimizer and step are those that training runs (`motifarch.tra
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -143,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
             return NotImplemented  # they come again as what they are made of
         kwargs = kwargs or {}
-        if self.asleep:
+        if self.asleep or func.namespace == "prim":  # a tensor's device is asked for by an operator too
             return func(*args, **kwargs)
         phase = self.phase
         out = func(*args, **kwargs)
@@ -192,10 +194,23 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
         raise RuntimeError("a plan makes a process group of its own; call destroy_process_group() first")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)  # type: ignore[no-untyped-call]
     try:
+        _forget_meshes()
         assert dist.group.WORLD is not None
         yield World(rank, ranks, torch.device("cpu"), dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Empties DTensor's caches: to them, a mesh of an earlier world that has the same numbers is the same mesh."""
+    _clear_sharding_prop_cache()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torch.distributed.tensor"):
+            for value in list(vars(module).values()):
+                if not isinstance(value, type) and callable(clear := getattr(value, "cache_clear", None)):
+                    clear()
+    vars(ShardingPropagator)["_propagate_tensor_meta_cached"].cache_clear()
 
 
 def _with_data(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,8 @@ fi
 : "${SLURM_JOB_ID:?is not set: submit this script with sbatch}"
 
 gpus="${GPUS:-${SLURM_GPUS_ON_NODE:-8}}"
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+# sed reads all that is written; `head` would leave scontrol with a broken pipe, and so end this script.
+head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 port="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 mkdir -p logs
 

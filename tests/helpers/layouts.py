@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from helpers.models import tiny_config
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
-from motifarch.models.motif import MotifForCausalLM
-from motifarch.optim import build_optimizer
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.optim import build_optimizer, offload_state
 from motifarch.parallel import Layout, Mesh, initialize, open_world, own_tokens, parallelize
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
+from motifarch.train.first_weights import load_weights
 from motifarch.train.step import count_targets, train_step, validation_loss
 
 # Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above that.
@@ -63,17 +64,31 @@ class Case:
     """Folder for a checkpoint after half of the steps."""
     load: Path | None = None
     """A checkpoint to go on from."""
+    init_from: Path | None = None
+    """A checkpoint or a Hugging Face folder to take the first weights from."""
+    offload: bool = False
+    """Keep moments in CPU memory, the optimizer stepping in pieces."""
+
+    @property
+    def config(self) -> MotifConfig:
+        """What the model is made from."""
+        overrides = {"vocab_size": 320, "initializer_range": 0.1} | VARIANTS[self.variant] | self.model
+        return tiny_config(self.variant, **overrides)
 
 
 def build(case: Case, mesh: Mesh) -> TrainState:
-    overrides = {"vocab_size": 320, "initializer_range": 0.1} | VARIANTS[case.variant] | case.model
     with torch.device("meta"):
-        model = MotifForCausalLM(tiny_config(case.variant, **overrides)).train()
+        model = MotifForCausalLM(case.config).train()
     parallelize(model, mesh, **case.options)
     initialize(model, torch.device("cpu"), seed=0)
+    if case.init_from:
+        load_weights(case.init_from, model)
     for layer in model.model.layers:
         layer.self_attn.record_max_logits = case.qk_clip is not None
-    return TrainState(model, optimizer_of(case.optimizer, model))
+    optimizer = optimizer_of(case.optimizer, model)
+    if case.offload:
+        offload_state(optimizer, piece_bytes=8192)
+    return TrainState(model, optimizer)
 
 
 def train_cases(data: Path, output: Path, cases: list[Case]) -> None:

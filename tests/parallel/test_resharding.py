@@ -1,0 +1,113 @@
+"""One state on different meshes: checkpoints that go on elsewhere, first weights, and weights from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.distributed import on_ranks
+from helpers.layouts import STEPS, Case, train_cases
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.parallel import Layout
+from motifarch.train.checkpoint import load_model_state
+from motifarch.train.manifest import checkpoint_name, checkpoints_folder
+
+FSDP, TENSOR = Layout(), Layout(tensor=2)  # of 4 ranks, the second is TP 2 x FSDP 2
+# Tied matrices and Muon in one of them.
+RUNS = {"gda": "adamw", "gda window": "muon"}
+
+
+def step(folder: Path) -> Path:
+    """Where a run leaves its checkpoint."""
+    return checkpoints_folder(folder) / checkpoint_name(STEPS // 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resharding")
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> MotifForCausalLM:
+    """A model in a Hugging Face folder of several files."""
+    torch.manual_seed(1)
+    model = MotifForCausalLM(Case("", "gda", FSDP).config)
+    model.save_pretrained(folder / "source", max_shard_size="20KB")
+    assert len(list((folder / "source").glob("*.safetensors"))) > 2
+    return model
+
+
+@pytest.fixture(scope="module")
+def four(data: Path, folder: Path, source: MotifForCausalLM) -> dict[str, Any]:
+    """What four ranks make: runs that write a checkpoint, those that go on from it, and models at their start."""
+    cases = []
+    for variant, optimizer in RUNS.items():
+        cases.append(Case(f"{variant}, straight", variant, FSDP, optimizer, save=folder / variant))
+        cases.append(Case(f"{variant}, tensor", variant, TENSOR, optimizer, load=step(folder / variant)))
+    cases.append(Case("gda, offloaded", "gda", TENSOR, load=step(folder / "gda"), offload=True))
+    for name, layout in {"fsdp 4": FSDP, "hsdp 2x2": Layout(replicate=2), "tensor 2 x fsdp 2": TENSOR}.items():
+        cases.append(Case(f"start, {name}", "gda", layout, steps=0))
+    cases.append(Case("start, tensor 2 x context 2", "gda", Layout(tensor=2, context=2), steps=0))
+    cases.append(Case("from folder", "gda", TENSOR, steps=0, init_from=folder / "source"))
+    for variant in RUNS:
+        cases.append(Case(f"from checkpoint, {variant}", variant, TENSOR, steps=0, init_from=step(folder / variant)))
+    on_ranks(4, train_cases, data, folder / "four.pt", cases)
+    return torch.load(folder / "four.pt")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def one(data: Path, folder: Path, four: dict[str, Any]) -> dict[str, Any]:
+    """What one process makes of the same checkpoints, and its own start."""
+    cases = [Case(v, v, FSDP, optimizer, load=step(folder / v)) for v, optimizer in RUNS.items()]
+    on_ranks(1, train_cases, data, folder / "one.pt", [*cases, Case("start", "gda", FSDP, steps=0)])
+    return torch.load(folder / "one.pt")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("variant", RUNS)
+@pytest.mark.parametrize("where", ["tensor 2 x fsdp 2", "one process"])
+def test_a_checkpoint_of_fsdp_goes_on_elsewhere(
+    four: dict[str, Any], one: dict[str, Any], variant: str, where: str
+) -> None:
+    losses, validation, weights = four[f"{variant}, straight"]
+    resumed = one[variant] if where == "one process" else four[f"{variant}, tensor"]
+    assert len(losses) == STEPS
+    rest = torch.tensor(losses)[STEPS // 2 :]
+    assert rest[0, 0] - rest[-1, 0] > 0.1
+    torch.testing.assert_close(torch.tensor(resumed[0]), rest, rtol=1e-5, atol=1e-5)
+    assert resumed[1] == pytest.approx(validation, abs=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(resumed[2][name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_offloaded_moments_change_no_bit_of_a_sharded_run(four: dict[str, Any]) -> None:
+    assert four["gda, offloaded"][:2] == four["gda, tensor"][:2]
+    torch.testing.assert_close(four["gda, offloaded"][2], four["gda, tensor"][2], rtol=0, atol=0)
+
+
+def test_first_weights_are_the_same_bits_on_one_two_and_four_ranks(
+    data: Path, folder: Path, four: dict[str, Any], one: dict[str, Any]
+) -> None:
+    two = [Case("start, fsdp 2", "gda", FSDP, steps=0), Case("start, tensor 2", "gda", TENSOR, steps=0)]
+    on_ranks(2, train_cases, data, folder / "two.pt", two)
+    starts = {n: r[2] for n, r in (four | torch.load(folder / "two.pt")).items() if n.startswith("start")}
+    assert len(starts) == 6
+    for weights in starts.values():
+        torch.testing.assert_close(weights, one["start"][2], rtol=0, atol=0)
+
+
+def test_a_hugging_face_folder_becomes_sharded_weights(four: dict[str, Any], source: MotifForCausalLM) -> None:
+    torch.testing.assert_close(four["from folder"][2], dict(source.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", RUNS)
+def test_a_checkpoint_becomes_sharded_weights(folder: Path, four: dict[str, Any], variant: str) -> None:
+    model = MotifForCausalLM(Case("", variant, FSDP).config)
+    load_model_state(step(folder / variant), model)
+    torch.testing.assert_close(
+        four[f"from checkpoint, {variant}"][2], dict(model.state_dict()), rtol=0, atol=0
+    )  # fmt: skip
+    start, later = four["start, fsdp 4"][2], four[f"from checkpoint, {variant}"][2]
+    assert not torch.equal(start["model.embed_tokens.weight"], later["model.embed_tokens.weight"])

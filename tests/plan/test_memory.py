@@ -1,0 +1,121 @@
+"""A plan's bytes are those that real ranks allocate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.distributed import on_ranks
+from helpers.planned import SEQ_LEN, config_of, measure_ranks, small_recipe
+
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.plan import find_gpu, make_plan, memory
+from motifarch.plan.memory import MemoryLedger
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "FSDP 4": {"parallel__shard": 4},
+    "TP 2 x FSDP 2": {"parallel__shard": 2, "parallel__tensor": 2},
+    "HSDP 2 x 2": {"parallel__shard": 2, "parallel__replicate": 2},
+    "CP 2 x FSDP 2": {"parallel__shard": 2, "parallel__context": 2},
+}
+CASES = {
+    f"{layout}, {name}": small_recipe(optim__name=name, **fields)
+    for layout, fields in LAYOUTS.items()
+    for name in ("adamw", "muon")
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, int]]]:
+    """What each of four real ranks allocated, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(4, measure_ranks, folder, CASES)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_of_real_ranks(case: str, measured: list[dict[str, dict[str, int]]]) -> None:
+    for rank in (0, 3):
+        found = make_plan(CASES[case], find_gpu("h100"), 4, seq_len=SEQ_LEN, rank=rank).rehearsal
+        real = measured[rank][case]
+        assert real["parameters"] > 0
+        assert {name: getattr(found, name) for name in real} == real
+
+
+@pytest.mark.parametrize("variant", ["gda", "diff_v1", "diff_v2", "softmax"])
+def test_activations_are_what_a_real_forward_pass_keeps(variant: str) -> None:
+    recipe = small_recipe(variant, parallel__shard=1, batch__micro_size=2, batch__size=2)
+    recipe.model.attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = MotifForCausalLM(config_of(recipe, "eager")).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    ids = torch.randint(0, 320, (2, 256))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.model(input_ids=ids)
+    planned = make_plan(recipe, find_gpu("h100"), 1, seq_len=256).rehearsal.activations
+    # The plan also has what is alive without being saved: the hidden states that the loss takes, tables of positions.
+    assert sum(kept.values()) <= planned <= 1.05 * sum(kept.values())
+
+
+def test_recomputing_keeps_less() -> None:
+    def activations(mode: Any) -> int:
+        recipe = small_recipe(activation_checkpointing=mode)
+        return make_plan(recipe, find_gpu("h100"), 4, seq_len=256).rehearsal.activations
+
+    assert activations("full") < activations(2) < activations("none")
+    assert activations("full") < activations("selective") < activations("none")
+
+
+def test_micro_batches_keep_whole_gradients() -> None:
+    """Before the last micro-batch nothing is reduced: each rank holds float32 gradients of the whole model."""
+    single = make_plan(small_recipe(batch__micro_size=4), find_gpu("h100"), 4, seq_len=SEQ_LEN)
+    several = make_plan(small_recipe(batch__micro_size=1), find_gpu("h100"), 4, seq_len=SEQ_LEN)
+    assert single.memory[memory.WHOLE_GRADIENTS] == 0
+    whole = 4 * several.rehearsal.parameter_count
+    assert whole <= several.memory[memory.WHOLE_GRADIENTS] <= 1.05 * whole
+
+
+def test_gathered_layers() -> None:
+    """What FSDP2 gathers is a layer's parameters in the compute dtype, and with tensor parallelism its part."""
+    recipe = small_recipe(precision__compute="bfloat16")
+    model = MotifForCausalLM(config_of(recipe))
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    found = make_plan(recipe, find_gpu("h100"), 4, seq_len=SEQ_LEN)
+    outside = found.rehearsal.parameter_count - 2 * layer
+    assert found.rehearsal.largest_layer == 2 * layer
+    assert found.rehearsal.outside_layers == 2 * outside
+    assert found.memory[memory.GATHERED] == 2 * outside + 4 * layer
+    halved = make_plan(small_recipe(parallel__tensor=2), find_gpu("h100"), 4, seq_len=SEQ_LEN).rehearsal
+    matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
+    assert halved.largest_layer == 4 * (layer - matrices // 2)
+
+
+def test_the_ledger_follows_storages() -> None:
+    ledger = MemoryLedger()
+    first, second = torch.empty(10), torch.empty(4, dtype=torch.float64)
+    ledger.note(first, memory.ACTIVATIONS)
+    ledger.note(first[2:5], memory.LOSS)  # a view is no memory of its own
+    ledger.note(second, memory.WORKING)
+    ledger.look("forward")
+    assert (ledger.now[memory.ACTIVATIONS], ledger.now[memory.LOSS], ledger.now[memory.WORKING]) == (40, 0, 32)
+    with ledger.following_resizes():
+        second.untyped_storage().resize_(0)
+    assert ledger.total == 40
+    ledger.note(first, memory.GATHERED, again=True)
+    assert ledger.now[memory.GATHERED] == 40
+    del first
+    assert ledger.total == 0
+    assert sum(ledger.peak.values()) == 72
