@@ -61,8 +61,8 @@ def check_low_precision(
     multiple = MULTIPLE[matmul]
     if tokens % multiple:
         raise UserError(
-            f"precision.matmul is {matmul}, which needs a multiple of {multiple} tokens in a row on each rank, but there "
-            f"are {tokens}; prepare the data with another sequence length, or change parallel.context"
+            f"precision.matmul is {matmul}, which needs a multiple of {multiple} tokens in a row on each rank, but "
+            f"there are {tokens}; prepare the data with another sequence length, or change parallel.context"
         )
     if model is not None:
         _check_sizes(model, matmul, tensor)

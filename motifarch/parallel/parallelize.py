@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from motifarch.parallel.activation_checkpointing import Recompute, apply_activation_checkpointing
+from motifarch.parallel.compilation import apply_compile
 from motifarch.parallel.context import apply_context_parallel
 from motifarch.parallel.low_precision import Matmul, apply_low_precision
 from motifarch.parallel.mesh import Mesh
@@ -56,16 +57,15 @@ def parallelize(
     if mesh.context is not None:
         apply_context_parallel(model, mesh.context)
     apply_activation_checkpointing(model, activation_checkpointing)
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     if compile:
-        for layer in layers:
-            layer.compile()
+        apply_compile(model)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
         # Hidden states are in compute_dtype already; casting would only round the float32 rotary tables.
         cast_forward_inputs=False,
     )
+    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     for layer in layers:
         fully_shard(layer, mesh=mesh.parameters, mp_policy=policy)
     # Embedding, last norm and output projection: the root keeps tied matrices in one group.

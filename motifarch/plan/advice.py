@@ -36,6 +36,8 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     if layout.replicate > 1:
         step = next(n for n in range(2, layout.replicate + 1) if layout.replicate % n == 0)
         yield {"parallel.replicate": layout.replicate // step, "parallel.shard": layout.shard * step}
+    if not recipe.optim.offload:
+        yield {"optim.offload": True}
     if rehearsal.rows > 1:
         yield {"batch.micro_size": max(1, rehearsal.rows // 2)}
     for name in ("tensor", "context"):

@@ -124,11 +124,11 @@ def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor])
     namespace, _, operator = name.partition("::")
     if name in _HIDDEN:
         x = args[1] if operator.endswith("backward") else args[0]
-        group = next(a for a in reversed(args) if isinstance(a, str))
-        ranks = _ranks(group)
+        ranks = _ranks(next(a for a in reversed(args) if isinstance(a, str)))
         return Collective("all-reduce", ranks, 4 * (3 * math.prod(x.shape[:-1]) + 1)) if len(ranks) > 1 else None
     if namespace not in ("c10d", "_c10d_functional") or operator not in _OPERATORS:
         return None
+    group: Any
     if namespace == "c10d":
         group = next(a for a in args if isinstance(a, torch.ScriptObject | dist.ProcessGroup))
     else:

@@ -28,6 +28,9 @@ class Gpu:
     network: float
     """Bytes a second to others: one 400 Gbit/s adapter a GPU, as the reference designs of all these have."""
 
+    host: float
+    """Bytes a second to the CPU's memory: PCIe 5, or NVLink-C2C."""
+
     domain: int
     """GPUs in an NVLink domain."""
 
@@ -37,16 +40,16 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu(
-        "H100 SXM", 989.4e12, 80e9, 3.35e12, 450e9, 50e9, 8, "https://www.nvidia.com/en-us/data-center/h100/"
+        "H100 SXM", 989.4e12, 80e9, 3.35e12, 450e9, 50e9, 64e9, 8, "https://www.nvidia.com/en-us/data-center/h100/"
     ),
     "h200": Gpu(
-        "H200 SXM", 989.4e12, 141e9, 4.8e12, 450e9, 50e9, 8, "https://www.nvidia.com/en-us/data-center/h200/"
+        "H200 SXM", 989.4e12, 141e9, 4.8e12, 450e9, 50e9, 64e9, 8, "https://www.nvidia.com/en-us/data-center/h200/"
     ),
     "b200": Gpu(
-        "B200 (HGX)", 2250e12, 180e9, 8e12, 900e9, 50e9, 8, "https://www.nvidia.com/en-us/data-center/hgx/"
+        "B200 (HGX)", 2250e12, 180e9, 8e12, 900e9, 50e9, 64e9, 8, "https://www.nvidia.com/en-us/data-center/hgx/"
     ),
     "gb200": Gpu(
-        "GB200 (NVL72)", 2500e12, 186e9, 8e12, 900e9, 50e9, 72, "https://www.nvidia.com/en-us/data-center/gb200-nvl72/"
+        "GB200 (NVL72)", 2500e12, 186e9, 8e12, 900e9, 50e9, 450e9, 72, "https://www.nvidia.com/en-us/data-center/gb200-nvl72/"
     ),
 }  # fmt: skip
 """Datasheets give matrix products with sparsity, which is twice the dense figure, and NVLink in both directions."""

@@ -53,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--seq-len", type=int, metavar="N", help="tokens of a sequence (default: as the recipe's data was prepared)"
     )
     parser.add_argument(
-        "--tokens", type=float, metavar="X", help="tokens of the whole run, such as 5.5e12 (default: the recipe's steps)"
+        "--tokens",
+        type=float,
+        metavar="X",
+        help="tokens of the whole run, such as 5.5e12 (default: the recipe's steps)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there")

@@ -33,10 +33,23 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(shard.numel() * shard.element_size() for shard in map(local, tensors))
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of this rank's part of an optimizer's state."""
-    state = optimizer.state.values()
-    return local_bytes(v for values in state for v in values.values() if isinstance(v, torch.Tensor))
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, *, offloaded: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """An optimizer's state: what lies on the GPU between steps, and what in the CPU's memory.
+
+    Args:
+        optimizer: whose state has been made.
+        offloaded: whether `motifarch.optim.offload_state` keeps its moments, which have their parameters' shape.
+    """
+    here: list[torch.Tensor] = []
+    there: list[torch.Tensor] = []
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                moved = offloaded and name != "step" and value.shape == parameter.shape
+                (there if moved else here).append(value)
+    return here, there
 
 
 @dataclass
@@ -91,6 +104,13 @@ class MemoryLedger:
             self.now[kind] += size
         elif again and block.kind != kind:
             self._move(block, kind)
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Counts a tensor's storage as nothing: on a GPU it would lie in the CPU's memory."""
+        self.note(tensor, WORKING)
+        block = self._blocks[tensor.untyped_storage()._cdata]
+        self.now[block.kind] -= block.bytes
+        block.bytes = 0
 
     def rename(self, before: str, after: str) -> None:
         """Everything alive of one kind becomes another."""
@@ -147,7 +167,9 @@ def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, i
 
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     inside = {id(p) for p in layers.parameters()}
-    return max(whole(layer.parameters()) for layer in layers), whole(p for p in model.parameters() if id(p) not in inside)
+    return max(whole(layer.parameters()) for layer in layers), whole(
+        p for p in model.parameters() if id(p) not in inside
+    )
 
 
 def _without_fsdp(parameter: torch.Tensor) -> int:

@@ -41,7 +41,8 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
             if width > 0.03 * first.gpu.memory / gib:
                 axis.text(left + width / 2, row, f"{width:.1f}", ha="center", va="center", color="white", fontsize=9)
             left += width
-        axis.text(left, row, f"  {left:.1f} GiB", va="center", fontweight="bold")
+        backing = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axis.text(1.012 * left, row, f"{left:.1f} GiB", va="center", fontweight="bold", bbox=backing)
     capacity, usable = first.gpu.memory / gib, first.usable / gib
     axis.axvspan(usable, capacity, color="#dddddd", zorder=0, label="kept in reserve")
     axis.axvline(capacity, color="black", linewidth=1.5, label=f"{first.gpu.name}: {capacity:.1f} GiB")

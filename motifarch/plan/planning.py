@@ -1,10 +1,12 @@
 """A plan: what a recipe needs on a number of GPUs, and how long it takes there."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from motifarch.data import BatchSchedule
 from motifarch.data.manifest import FILE_NAME, Manifest
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
@@ -208,5 +210,18 @@ def make_plan(
         rehearsal=rehearsal,
         assumptions=assumptions,
         time=step_time(rehearsal, gpu, assumptions, compiled=recipe.compile),
-        tokens=tokens if tokens is not None else float(recipe.run.steps * recipe.batch.size * sequences.seq_len),
+        tokens=tokens if tokens is not None else float(_samples(recipe) * sequences.seq_len),
     )
+
+
+def _samples(recipe: Recipe) -> int:
+    """Sequences of the recipe's whole run, the smaller batches of its beginning among them."""
+    batch = recipe.batch
+    start = batch.size if batch.warmup_start is None else batch.warmup_start
+    schedule = BatchSchedule(
+        batch.size,
+        start=start,
+        warmup_steps=batch.warmup_steps,
+        multiple=batch.warmup_multiple or math.gcd(start, batch.size),
+    )
+    return schedule.samples_before(recipe.run.steps)

@@ -67,6 +67,8 @@ class Rehearsal:
     """Numbers in the whole model."""
     gradients: int
     optimizer: int
+    offloaded: int
+    """Bytes of the optimizer's state in the CPU's memory."""
     activations: int
     """Bytes kept for the backward pass when a micro-batch's forward pass is over."""
     highest: dict[str, int]
@@ -77,7 +79,7 @@ class Rehearsal:
     largest_layer: int
     """Bytes of the largest decoder layer as it is gathered."""
     outside_layers: int
-    """Bytes of what is gathered outside of the decoder layers, and stays from the forward pass to the backward's end."""
+    """Bytes of what is gathered outside of the decoder layers, and stays until the backward pass ends."""
     operations: dict[tuple[str, str], float]
     """A step's operations by phase and part (`motifarch.plan.operations`)."""
     moved: dict[str, float]
@@ -234,7 +236,7 @@ def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
     with (
         mock.patch.object(loop, "initialize", without_values),
         # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
-        mock.patch.object(backends, "refusal_by_triton_on", lambda device: None),
+        mock.patch.object(backends, "refusal_by_triton_on", return_value=None),
         mock.patch.object(parallel_muon, "copy_group", _with_data(parallel_muon.copy_group)),
         # DTensor finds shapes by running operators on whole tensors, which no rank does.
         mock.patch.object(ShardingPropagator, _SHAPES, recorder.unseen(getattr(ShardingPropagator, _SHAPES))),
@@ -269,8 +271,14 @@ def rehearse(
     Raises:
         UserError: The model or its sequences can't be cut as the recipe asks.
     """
-    # Neither changes what is allocated in an eager step; weights are not read.
-    recipe = dataclasses.replace(recipe, compile=False, run=dataclasses.replace(recipe.run, init_from=None))
+    # An eager step in the compute dtype stands for a compiled one and for 8-bit products, which are for GPUs alone;
+    # first weights are not read.
+    recipe = dataclasses.replace(
+        recipe,
+        compile=False,
+        run=dataclasses.replace(recipe.run, init_from=None),
+        precision=dataclasses.replace(recipe.precision, matmul="compute"),
+    )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(operations.visible_share(config, seq_len))
     ledger = recorder.ledger
@@ -296,7 +304,8 @@ def rehearse(
             found["activations"] = ledger.now[memory.ACTIVATIONS]
 
         def before_optimizer(*_: Any) -> None:
-            recorder.tallies.append(_Tally())
+            if "gradients" not in found:  # an offloaded optimizer steps in pieces
+                recorder.tallies.append(_Tally())
             recorder.stage = "optimizer"
             found["gradients"] = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
@@ -307,10 +316,11 @@ def rehearse(
             _make_state(optimizer)
             for parameter in model.parameters():
                 ledger.note(memory.local(parameter), memory.PARAMETERS)
-            for values in optimizer.state.values():
-                for value in values.values():
-                    if isinstance(value, torch.Tensor):
-                        ledger.note(memory.local(value), memory.OPTIMIZER)
+            here, there = memory.optimizer_state(optimizer, offloaded=recipe.optim.offload)
+            for value in here:
+                ledger.note(memory.local(value), memory.OPTIMIZER)
+            for value in there:
+                ledger.leave_out(memory.local(value))
             recorder.watch(model.model.layers)  # type: ignore[union-attr, arg-type]
             model.register_forward_pre_hook(before_micro_batch)
             model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]
@@ -343,7 +353,8 @@ def rehearse(
             parameters=memory.local_bytes(model.parameters()),
             parameter_count=sum(p.numel() for p in model.parameters()),
             gradients=found["gradients"],
-            optimizer=memory.state_bytes(optimizer),
+            optimizer=memory.local_bytes(here),
+            offloaded=memory.local_bytes(there),
             activations=found["activations"],
             highest=dict(ledger.highest),
             peak=dict(ledger.peak),
@@ -393,14 +404,15 @@ def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
     last = len(tallies) - 2  # the tally after it is the optimizer's
     for i, tally in enumerate(tallies):
         weight = micro_batches - 1 if i == 1 and last > 1 else 1
-        for kept, added in (
-            (total.operations, tally.operations),
-            (total.moved, tally.moved),
-            (total.calls, tally.calls),
-        ):
-            for key, value in added.items():  # type: ignore[attr-defined]
-                kept[key] = kept.get(key, 0.0) + weight * value  # type: ignore[attr-defined]
+        _add(total.operations, tally.operations, weight)
+        _add(total.moved, tally.moved, weight)
+        _add(total.calls, tally.calls, weight)
     return total
+
+
+def _add(kept: dict[Any, float], added: dict[Any, float], weight: float) -> None:
+    for key, value in added.items():
+        kept[key] = kept.get(key, 0.0) + weight * value
 
 
 def _traffic(total: _Tally, groups: Groups) -> list[Traffic]:

@@ -32,6 +32,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "memory": {
             "peak_bytes": plan.peak,
             "peak_phase": r.peak_phase,
+            "offloaded_bytes": r.offloaded,
             "usable_bytes": plan.usable,
             "capacity_bytes": plan.gpu.memory,
             "at_peak_bytes": r.peak,
@@ -106,14 +107,14 @@ def _memory(plan: Plan) -> Table:
     for kind in memory.KINDS:
         table.add_row(kind, f"{r.peak[kind] / _GIB:.2f}", f"{plan.memory[kind] / _GIB:.2f}")
     table.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
-    table.add_row(
-        f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True
-    )
+    table.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
     table.caption = (
-        f"The height is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the backward "
-        f"pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a time; what "
-        f"is outside of the layers is {r.outside_layers / _GIB:.2f}."
+        f"The height is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the "
+        f"backward pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a "
+        f"time; what is outside of the layers is {r.outside_layers / _GIB:.2f}."
     )
+    if r.offloaded:
+        table.caption = f"{table.caption} {r.offloaded / _GIB:.2f} of moments lie in the CPU's memory."
     table.caption_justify = "left"
     return table
 
@@ -176,6 +177,10 @@ def _tail(plan: Plan) -> list[Text]:
     ]
     if plan.recipe.precision.compute == "float32":
         lines.append(Text("precision.compute is float32: memory holds, but the times are those of bf16 products.\n"))
+    if plan.recipe.precision.matmul != "compute":
+        matmul = plan.recipe.precision.matmul
+        text = f"precision.matmul is {matmul}, and the plan is for bf16 products: a longest time.\n"
+        lines.append(Text(text))
     if plan.fits:
         lines.append(Text(f"It fits: {(plan.usable - plan.peak) / _GIB:.1f} GiB are free.", style="bold green"))
         return lines

@@ -67,7 +67,9 @@ def step_time(rehearsal: Rehearsal, gpu: Gpu, assumed: Assumptions, *, compiled:
     """
 
     def work(part: str, optimizer: bool) -> float:
-        return sum(n for (phase, p), n in rehearsal.operations.items() if p == part and (phase == "optimizer") == optimizer)
+        return sum(
+            n for (phase, p), n in rehearsal.operations.items() if p == part and (phase == "optimizer") == optimizer
+        )
 
     def sent(traffic: Traffic) -> float:
         bandwidth = gpu.nvlink if traffic.link == "NVLink" else gpu.network
@@ -82,6 +84,7 @@ def step_time(rehearsal: Rehearsal, gpu: Gpu, assumed: Assumptions, *, compiled:
     matrices = work(MATRICES, False) / matmul
     attention = work(ATTENTION, False) / (gpu.bf16_flops * assumed.attention_efficiency)
     optimizer = work(MATRICES, True) / matmul + rehearsal.moved.get("optimizer", 0.0) / bandwidth
+    optimizer += 2 * rehearsal.offloaded / (gpu.host * assumed.link_efficiency)  # there and back
     computing = matrices + attention + moved / bandwidth
     muon = sum(sent(t) for t in rehearsal.traffic if t.name == "Muon")
     others = sum(sent(t) for t in rehearsal.traffic if not t.blocking and t.name != "Muon")

@@ -24,7 +24,12 @@ def run(model: Any) -> dict[str, Any]:
     with torch.no_grad():
         result: dict[str, Any] = {"logits": model(input_ids=ids, attention_mask=mask).logits}
         for cache in ("dynamic", "static"):
-            options = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+            options = {
+                "max_new_tokens": NEW,
+                "do_sample": False,
+                "cache_implementation": cache,
+                "disable_compile": True,
+            }
             result[cache] = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
     loss = model.train()(input_ids=ids, labels=ids).loss
     loss.backward()

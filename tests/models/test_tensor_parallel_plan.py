@@ -53,7 +53,9 @@ def test_two_ranks_give_what_one_gives(folders: dict[str, Path], shared: dict[st
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
     assert found["gradients"].keys() == expected["gradients"].keys()
     for key, gradient in expected["gradients"].items():
-        torch.testing.assert_close(found["gradients"][key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found["gradients"][key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
     # Norms, lambdas and PolyNorm's few numbers are all that a rank has whole.
     assert found["held"] < 0.55 * whole
     assert all(dict(model.named_parameters())[key].ndim == 1 for key in found["whole"])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.distributed import on_ranks
+from helpers.distributed import on_ranks, torchrun
 from helpers.layouts import VARIANTS, Case, train_cases
 from helpers.models import tiny_config
+from helpers.tiny import write_recipe
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.parallel import Layout, check_low_precision
@@ -22,7 +23,7 @@ pytest.importorskip("torchao", reason="needs torchao (pip install 'motifarch[low
 
 # Sizes of which two ranks of tensor parallelism have multiples of 32 each.
 MODEL = {"num_hidden_layers": 4, "intermediate_size": 64, "head_dim": 16}
-STEPS = 4
+STEPS = 3
 GPU = torch.device("cuda", 0)
 
 
@@ -39,14 +40,14 @@ def options(matmul: str) -> dict[str, Any]:
 @pytest.mark.parametrize("variant", ["gda", "diff_v2 gated"])
 def test_inner_layers_are_replaced_and_nothing_else(variant: str, matmul: Any, kind: str) -> None:
     model = model_of(variant)
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     names = apply_low_precision(model, matmul, emulate=True)
     found = {name for name, module in model.named_modules() if type(module).__name__ == kind}
     projections = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
     if variant == "diff_v2 gated":
         projections.append("self_attn.gate_proj")  # but not lambda_proj
     assert found == set(names) == {f"model.layers.{i}.{p}" for i in (1, 2) for p in projections}
-    assert {name: parameter for name, parameter in model.named_parameters()} == before
+    assert dict(model.named_parameters()) == before
     assert model.training == model.model.layers[1].mlp.up_proj.training
 
 
@@ -123,6 +124,16 @@ def test_what_does_not_fit_is_refused(matmul: str, arguments: dict[str, Any], me
 def test_what_fits_is_not() -> None:
     check(model=model_of("gda"), tensor=2)
     check("compute", device=torch.device("cpu"), compute_dtype=torch.float32, tokens=5)
+
+
+def test_a_run_without_the_hardware_says_so_and_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this GPU may have the hardware")
+    recipe = write_recipe(tmp_path, data)
+    done = torchrun(0, "-m", "motifarch.train", recipe, "--precision.matmul", "fp8")
+    assert done.returncode == 2
+    assert "error: precision.matmul is fp8, which needs a GPU of compute capability 9.0 (Hopper)" in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_blackwell_without_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
 from helpers.distributed import on_ranks
 from helpers.planned import SEQ_LEN, config_of, measure_ranks, small_recipe
-
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import find_gpu, make_plan, memory
 from motifarch.plan.memory import MemoryLedger

@@ -18,7 +18,7 @@ SHARED_STYLE = "motif_shared"
 
 
 def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
-    """transformers' styles for the modules of a model: heads, the feed-forward's columns and words are shared."""
+    """Styles of transformers for the modules of a model: heads, the feed-forward's columns and words are shared."""
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]
     if config.attention_type == "diff_v2":

@@ -1,0 +1,76 @@
+"""What a plan says of messages, against sizes worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from helpers.planned import SEQ_LEN, config_of, small_recipe
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.plan import GPUS, make_plan
+from motifarch.plan.communication import Traffic
+
+
+def traffic(gpus: int, domain: int = 8, **fields: Any) -> dict[tuple[str, str], Traffic]:
+    gpu = dataclasses.replace(GPUS["h100"], domain=domain)
+    plan = make_plan(small_recipe(**fields), gpu, gpus, seq_len=SEQ_LEN)
+    return {(t.name, t.kind): t for t in plan.rehearsal.traffic}
+
+
+def sizes() -> tuple[int, int]:
+    """Numbers of the decoder layers, and of what is outside of them."""
+    model = MotifForCausalLM(config_of(small_recipe()))
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    return layers, sum(p.numel() for p in model.parameters()) - layers
+
+
+@pytest.mark.parametrize("micro_size", [4, 1])
+def test_fsdp_gathers_twice_and_reduces_once(micro_size: int) -> None:
+    """Layers are gathered forward and backward in every micro-batch, the rest once; gradients travel in the last."""
+    layers, outside = sizes()
+    found = traffic(4, batch__micro_size=micro_size)
+    micro_batches = 4 // micro_size
+    gathered = micro_batches * (2 * layers + outside) * 4 * 3 / 4
+    # Shards are padded to equal size, which the small vectors of a small model show.
+    assert found["FSDP", "all-gather"].sent == pytest.approx(gathered, rel=2e-2)
+    assert found["FSDP", "reduce-scatter"].sent == pytest.approx((layers + outside) * 4 * 3 / 4, rel=2e-2)
+    assert found["FSDP", "all-gather"].calls == micro_batches * (2 * 2 + 1)
+
+
+def test_hsdp_all_reduces_shards() -> None:
+    layers, outside = sizes()
+    found = traffic(8, domain=4, parallel__replicate=2, parallel__shard=4, batch__micro_size=1)
+    assert found["HSDP", "all-reduce"].sent == pytest.approx((layers + outside) / 4 * 4 * 2 * 1 / 2, rel=2e-2)
+    assert found["HSDP", "all-reduce"].link == "network"
+    assert found["FSDP", "all-gather"].link == "NVLink"
+    assert traffic(8, domain=8, parallel__replicate=2)["HSDP", "all-reduce"].link == "NVLink"
+    assert traffic(8, domain=2, parallel__replicate=2)["FSDP", "all-gather"].link == "network"
+
+
+def test_tensor_parallel_messages() -> None:
+    """Hidden states once each way and block, PolyNorm's three sums a row once each way."""
+    found = traffic(2, parallel__tensor=2, batch__size=2)["tensor parallel", "all-reduce"]
+    rows = 2 * SEQ_LEN
+    hidden = rows * 64 * 4  # float32
+    layers = 2 * (2 * 2 * hidden + 2 * 4 * (3 * rows + 1))
+    loss = hidden + rows * 4 * 3  # d_hidden, the largest logits, and two sums
+    embedding = hidden
+    assert found.sent == pytest.approx(layers + loss + embedding, rel=2e-2)
+    assert found.blocking
+
+
+def test_ulysses_and_muon_messages() -> None:
+    """Queries, keys and values out and the attention's result back, each way; whole matrices there and back."""
+    found = traffic(2, parallel__context=2, batch__size=2, optim__name="muon")
+    rows = 2 * SEQ_LEN // 2
+    heads = (12 + 8 + 8) * 8 + 8 * 16  # q, k, v, and 8 signal heads of width 16
+    assert found["Ulysses", "all-to-all"].sent == pytest.approx(2 * 2 * rows * heads * 4 / 2)
+    assert found["Ulysses", "all-to-all"].calls == 2 * 2 * 2
+    model = MotifForCausalLM(config_of(small_recipe()))
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    muon = found["Muon", "all-to-all"]
+    # bf16, there and back; a rank owns about half of the matrices and sends its part of the others.
+    assert muon.sent == pytest.approx(2 * matrices / 2 * 2 / 2, rel=0.2)
+    assert muon.calls == 2
