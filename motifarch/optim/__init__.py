@@ -13,8 +13,8 @@ from motifarch.optim.schedule import build_schedule, cosine, wsd
 from motifarch.optim.spike_guard import SpikeGuard
 
 __all__ = [
-    "CheckpointMean",
     "NS_COEFFICIENTS",
+    "CheckpointMean",
     "Muon",
     "SpikeGuard",
     "build_adamw",

@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings:
         decay_embeddings: Whether `nn.Embedding` weights are in it.
 
     Returns:
-        Optimizer groups, none of them empty: decayed first, then not, one for each mesh that parameters are sharded over.
+        Optimizer groups, none of them empty: decayed first, then not, one for each mesh of shards.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}

@@ -21,7 +21,7 @@ NS_COEFFICIENTS: dict[str, Coefficients] = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
-    # One quintic, as steep at 0 as it can be: singular values end between about 0.7 and 1.2 (Jordan et al., Muon, 2024).
+    # One quintic, as steep at 0 as it can be: singular values end between 0.7 and 1.2 (Jordan et al., Muon, 2024).
     "keller_jordan": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 

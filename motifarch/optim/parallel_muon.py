@@ -139,21 +139,21 @@ class Family:
             write: Takes numbers of matrices and this rank's parts of their updates, which are its own only while it
                 runs.
         """
-        gathering = self._gather(self.chunks[0], read)
+        gathering: _Transfer | None = self._gather(self.chunks[0], read)
         scattering: _Transfer | None = None
-        for following in [*self.chunks[1:], None]:
-            current, arrived = gathering.chunk, gathering.wait()
-            del gathering
-            if following is not None:
-                gathering = self._gather(following, read)
-            stacks = self._assemble(current, arrived)
-            del arrived
-            done = self._scatter(current, {shape: orthogonalize(stack) for shape, stack in stacks.items()})
+        following = iter(self.chunks[1:])
+        while gathering is not None:
+            chunk, arrived = gathering.chunk, gathering.wait()
+            upcoming = next(following, None)
+            gathering = None if upcoming is None else self._gather(upcoming, read)
+            stacks = self._assemble(chunk, arrived)
+            del arrived  # whole matrices take its place
+            done = self._scatter(chunk, {shape: orthogonalize(stack) for shape, stack in stacks.items()})
             if scattering is not None:
                 self._write(scattering, write)
             scattering = done
-        assert scattering is not None
-        self._write(scattering, write)
+        if scattering is not None:
+            self._write(scattering, write)
 
     def _gather(self, chunk: Chunk, read: Callable[[list[int]], list[torch.Tensor]]) -> _Transfer:
         """Sends this rank's parts to the owners, lying owner by owner and matrix by matrix."""

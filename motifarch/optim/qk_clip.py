@@ -158,9 +158,7 @@ def _split(gamma: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Ten
 def _scale_heads(projection: nn.Linear, factors: torch.Tensor, head_dim: int) -> None:
     """Multiplies each head's rows of weight and bias, where this rank has them."""
     rows = factors.repeat_interleave(head_dim)
-    for parameter in (projection.weight, projection.bias):
-        if parameter is None:
-            continue
+    for parameter in projection.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if local.numel():
             own = torch.cat([rows[start:stop] for start, stop in own_indices(parameter)[0]])

@@ -205,7 +205,7 @@ class OptimSection:
     """`muon`: what Newton-Schulz computes in and ranks send. float32, at twice the bytes, is for comparing runs."""
 
     muon_chunk_mib: int = 128
-    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes fewer, larger messages."""
+    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes larger messages."""
 
     qk_clip: float | None = None
     """After each step, scale query and key heads whose largest logit was above this back to it (MuonClip; 100 is Kimi

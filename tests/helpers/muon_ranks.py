@@ -203,7 +203,7 @@ def _random_step(model: nn.Module, optimizer: Muon) -> None:
 
 
 def round_trip(folder: Path) -> None:
-    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it as a checkpoint too."""
+    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it too."""
     with open_world() as world:
         model, optimizer = _trained(world.size, 0, 2)
         for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):
