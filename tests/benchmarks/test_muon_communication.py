@@ -1,0 +1,31 @@
+"""The counts of Muon's messages, on two processes and a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.muon_communication import KINDS, main
+
+
+def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "counts.json"
+    assert main(["--quick", "--output", str(output)]) == 0
+    content = json.loads(output.read_text())
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    ours, torchs = content["results"]["parallel"], content["results"]["torch"]
+    assert ours["collectives"] == dict.fromkeys(KINDS, 0) | {"all_to_all": 2 * ours["chunks"]}
+    # Of two processes each lacks half of its matrices' bytes on the way there, and half on the way back.
+    assert sum(ours["bytes"].values()) == content["least_bytes"] == 2 * content["numbers"]
+    assert sum(torchs["collectives"].values()) > content["matrices"]
+    assert sum(torchs["bytes"].values()) > content["least_bytes"]
+    # Two steps in bfloat16, each of at most lr * 0.2 * sqrt(rows): both optimizers did the same.
+    assert content["largest_difference_of_weights"] < 2e-3
+    assert "Parallel Muon" in capsys.readouterr().out
+
+
+def test_slips(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--processes", "0"]) == 2
+    assert "--processes is 0; it must be at least 1" in capsys.readouterr().err
