@@ -21,8 +21,8 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(ours["bytes"].values()) == content["least_bytes"] == 2 * content["numbers"]
     assert sum(torchs["collectives"].values()) > content["matrices"]
     assert sum(torchs["bytes"].values()) > content["least_bytes"]
-    # Two steps in bfloat16, each of at most lr * 0.2 * sqrt(rows): both optimizers did the same.
-    assert content["largest_difference_of_weights"] < 2e-3
+    # Both did the same but for bfloat16's rounding: the two steps move weights by 4e-3 in the root mean square.
+    assert content["largest_difference_of_weights"] < 1e-3
     assert "Parallel Muon" in capsys.readouterr().out
 
 
