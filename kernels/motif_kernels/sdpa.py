@@ -107,8 +107,11 @@ def _plan(
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pad the narrower of (q, k) and v with zeros, which add nothing to a product and columns of 0 to the output."""
     width = max(q.shape[-1], v.shape[-1])
-    q, k = F.pad(q, (0, width - q.shape[-1])), F.pad(k, (0, width - k.shape[-1]))
-    return q, k, F.pad(v, (0, width - v.shape[-1]))
+
+    def widened(t: Tensor) -> Tensor:
+        return t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))  # a pad of 0 would copy
+
+    return widened(q), widened(k), widened(v)
 
 
 def _attend(
