@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .attention import diff_attn_varlen_func
+from .operators.decoding import Options, Tensors
 
 
 def _places(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,30 +18,11 @@ def _places(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor
     return block_table.long()[:, position // size], (position % size).expand(batch, -1)
 
 
-def attend(
-    q1: Tensor,
-    k1_cache: Tensor,
-    q2: Tensor,
-    k2_cache: Tensor,
-    v_cache: Tensor,
-    lam: Tensor,
-    lengths: Tensor,
-    *,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    norm_eps: float,
-    out_scale: float,
-    backend: str,
-) -> Tensor:
-    """Arguments and result are :func:`motif_kernels.operators.decoding.attend`'s."""
+def attend(tensors: Tensors, options: Options) -> Tensor:
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`."""
+    q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
     batch, seqlen_q = q1.shape[:2]
-    capacity = k1_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    capacity = tensors.capacity
     start = torch.zeros_like(lengths) if leftpad is None else leftpad
     position = torch.arange(capacity, device=q1.device)
     held = (position >= start[:, None]) & (position < lengths[:, None])
@@ -57,14 +39,14 @@ def attend(
         torch.cat((counts.new_zeros(1), counts.cumsum(0))).int(),
         seqlen_q,
         capacity,
-        softmax_scale=softmax_scale,
-        window_size=(left, right),
-        softcap=softcap,
+        softmax_scale=options.softmax_scale,
+        window_size=(options.left, options.right),
+        softcap=options.softcap,
         norm_weight=norm_weight,
-        norm_eps=norm_eps,
-        out_scale=out_scale,
+        norm_eps=options.norm_eps,
+        out_scale=options.out_scale,
         gate=None if gate is None else gate.flatten(0, 1),
-        backend=backend,
+        backend=options.packed_backend,
     )
     assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, seqlen_q))

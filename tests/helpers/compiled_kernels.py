@@ -186,6 +186,7 @@ def _attention_call(
 
 def _decoding() -> None:
     """One new token against a cache: the promised widths, groups that share a key head, both kinds of cache."""
+    from motif_kernels.operators.decoding import Options, Tensors
     from motif_kernels.triton import cache_append, decoding
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -198,26 +199,20 @@ def _decoding() -> None:
         for group, noises, paged in ((1, 1, False), (4, 1, False), (1, 4, True), (4, 2, True)):
             q1 = torch.empty(2, 1, 2 * group * noises, d, dtype=torch.bfloat16)
             q2, k = (torch.empty(2, n, h, d, dtype=torch.bfloat16) for n, h in ((1, 2 * noises), (256, 2)))
-            decoding.attend(
-                q1,
-                k,
-                q2,
-                k,
-                torch.empty(2, 256, 2, dv, dtype=torch.bfloat16),
-                torch.empty(()),
-                torch.empty(2, dtype=torch.int32),
+            tensors = Tensors(
+                q1=q1,
+                k1_cache=k,
+                q2=q2,
+                k2_cache=k,
+                v_cache=torch.empty(2, 256, 2, dv, dtype=torch.bfloat16),
+                lam=torch.empty(()),
+                lengths=torch.empty(2, dtype=torch.int32),
                 leftpad=None,
                 block_table=torch.empty(2, 1, dtype=torch.int32) if paged else None,
-                num_splits=2,
-                softmax_scale=d**-0.5,
-                left=-1,
-                right=0,
-                softcap=0.0,
                 norm_weight=torch.empty(dv),
-                norm_eps=1e-5,
-                out_scale=0.5,
                 gate=None,
             )
+            decoding.attend(tensors, Options(2, d**-0.5, -1, 0, 0.0, 1e-5, 0.5, "triton", ""))
 
 
 def _entries(kernel: str) -> list[dict[str, Any]]:

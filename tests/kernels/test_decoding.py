@@ -322,26 +322,10 @@ def test_the_kernel_reads_no_further_than_the_cache(is_paged):
     table = torch.tensor([[0], [-3], [99]], dtype=torch.int32) if is_paged else None
 
     def result(lengths, table, leftpad):
-        return attend(
-            q,
-            cache,
-            q[:, :, :1],
-            cache,
-            cache,
-            torch.tensor(0.3),
-            lengths,
-            leftpad=leftpad,
-            block_table=table,
-            norm_weight=None,
-            gate=None,
-            num_splits=2,
-            softmax_scale=0.25,
-            left=-1,
-            right=0,
-            softcap=0.0,
-            norm_eps=1e-5,
-            out_scale=1.0,
+        tensors = operator.Tensors(
+            q, cache, q[:, :, :1], cache, cache, torch.tensor(0.3), lengths, leftpad, table, None, None
         )
+        return attend(tensors, operator.Options(2, 0.25, -1, 0, 0.0, 1e-5, 1.0, "triton", ""))
 
     held = torch.full((3,), 16, dtype=torch.int32)
     clean = torch.tensor([[0], [0], [2]], dtype=torch.int32) if is_paged else None

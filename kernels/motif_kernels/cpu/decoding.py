@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..operators import implementation
 from ..operators.combine import FAMILY
+from ..operators.decoding import Options, Tensors
 from ..reference import compute_dtype
 
 
@@ -73,30 +74,13 @@ def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor |
     return cache[blocks].flatten(1, 2)[:, begin - skipped : end - skipped]
 
 
-def attend(
-    q1: Tensor,
-    k1_cache: Tensor,
-    q2: Tensor,
-    k2_cache: Tensor,
-    v_cache: Tensor,
-    lam: Tensor,
-    lengths: Tensor,
-    *,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    norm_eps: float,
-    out_scale: float,
-) -> Tensor:
-    """Arguments and result are :func:`motif_kernels.operators.decoding.attend`'s.
+def attend(tensors: Tensors, options: Options) -> Tensor:
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`.
 
     All caches have the same number of heads, which divides the noise heads'.
     """
+    q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
+    left, right = options.left, options.right
     batch, seqlen_q = q1.shape[:2]
     kv_heads, width = v_cache.shape[2:]
     ends = lengths.tolist()
@@ -127,7 +111,12 @@ def attend(
         if hidden is not None:
             hidden = hidden.repeat_interleave(signals + noises, dim=0)
         part = _attend(
-            queries[rows], k.transpose(1, 2), v.transpose(1, 2), hidden, scale=softmax_scale, softcap=softcap
+            queries[rows],
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            hidden,
+            scale=options.softmax_scale,
+            softcap=options.softcap,
         )
         if out is None:
             out = part
@@ -145,8 +134,8 @@ def attend(
             lam.reshape(tokens, -1) if lam.ndim == 3 else lam,
             norm_weight,
             None if gate is None else gate.reshape(tokens, -1, width),
-            norm_eps=norm_eps,
-            out_scale=out_scale,
+            norm_eps=options.norm_eps,
+            out_scale=options.out_scale,
             out_dtype=q1.dtype,
         )
         .view(batch, seqlen_q, -1, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,72 +47,75 @@ def _(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None
     return None
 
 
-def attend(
-    q1: Tensor,
-    k1_cache: Tensor,
-    q2: Tensor,
-    k2_cache: Tensor,
-    v_cache: Tensor,
-    lam: Tensor,
-    lengths: Tensor,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    num_splits: int | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    norm_eps: float,
-    out_scale: float,
-    implementation: str,
-    packed_backend: str,
-) -> Tensor:
-    """The output (B, Sq, Hs, Dv); ``lengths`` (B,) int32 counts the tokens held, the queries' own among them.
+class Tensors(NamedTuple):
+    """The tensors of one call, new tokens already cached; :func:`motif_kernels.diff_attn_with_kvcache`'s shapes."""
 
-    ``implementation`` is "triton", "cpu" or "packed": the module that runs it, all under the same arguments;
-    ``packed_backend`` is what "packed" hands the packed rows to.
+    q1: Tensor
+    k1_cache: Tensor
+    q2: Tensor
+    k2_cache: Tensor
+    v_cache: Tensor
+    lam: Tensor
+    lengths: Tensor
+    """(B,) int32, the tokens that rows hold, the queries' own among them."""
+    leftpad: Tensor | None
+    block_table: Tensor | None
+    norm_weight: Tensor | None
+    gate: Tensor | None
+
+    @property
+    def capacity(self) -> int:
+        """Places of a row."""
+        return self.k1_cache.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
+
+
+class Options(NamedTuple):
+    """The numbers of one call, and who serves it."""
+
+    num_splits: int | None
+    softmax_scale: float
+    left: int
+    """Keys seen to the left of a query's position, -1 for all."""
+    right: int
+    """Likewise to the right; 0 is causal."""
+    softcap: float
+    norm_eps: float
+    out_scale: float
+    implementation: str
+    """"triton", "cpu" or "packed": the module that runs the call."""
+    packed_backend: str
+    """What "packed" hands the packed rows to."""
+
+
+_MODULES = {"triton": "..triton.decoding", "cpu": "..cpu.decoding", "packed": "..packed_cache"}
+
+
+def attend(*arguments: Any) -> Tensor:
+    """The output (B, Sq, Hs, Dv) of a call, given as its :class:`Tensors` and :class:`Options` one after the other.
 
     Raises:
         ValueError: lengths past the capacity, or a block outside the pool (where values may be read).
     """
-    capacity = k1_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    check_block_table(block_table, len(k1_cache))
-    check_room(lengths, 0, capacity)
-    if not q1.numel() or not v_cache.numel() or not capacity:
+    tensors, options = Tensors(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
+    q1, v_cache = tensors.q1, tensors.v_cache
+    check_block_table(tensors.block_table, len(v_cache))
+    check_room(tensors.lengths, 0, tensors.capacity)
+    if not q1.numel() or not v_cache.numel() or not tensors.capacity:
         return q1.new_zeros(*q1.shape[:-1], v_cache.shape[-1])
-    module = {"triton": "..triton.decoding", "cpu": "..cpu.decoding", "packed": "..packed_cache"}[implementation]
-    extra: dict[str, Any] = {}
-    if implementation == "triton":
-        extra = {"num_splits": num_splits}
-    elif implementation == "packed":
-        extra = {"backend": packed_backend}
+    module = importlib.import_module(_MODULES[options.implementation], __package__)
     with torch.cuda.device_of(q1):
-        out = importlib.import_module(module, __package__).attend(
-            q1,
-            k1_cache,
-            q2,
-            k2_cache,
-            v_cache,
-            lam,
-            lengths,
-            leftpad=leftpad,
-            block_table=block_table,
-            norm_weight=norm_weight,
-            gate=gate,
-            softmax_scale=softmax_scale,
-            left=left,
-            right=right,
-            softcap=softcap,
-            norm_eps=norm_eps,
-            out_scale=out_scale,
-            **extra,
-        )
+        out: Tensor = module.attend(tensors, options)
     return out.contiguous()  # as the fake rule promises
 
 
-attend_to_cache = torch.library.custom_op("motif::diff_attention_with_kvcache", attend, mutates_args=())
+_COUNT = len(Tensors._fields)
+_SCHEMA = (
+    "(Tensor q1, Tensor k1_cache, Tensor q2, Tensor k2_cache, Tensor v_cache, Tensor lam, Tensor lengths, "
+    "Tensor? leftpad, Tensor? block_table, Tensor? norm_weight, Tensor? gate, int? num_splits, float softmax_scale, "
+    "int left, int right, float softcap, float norm_eps, float out_scale, str implementation, str packed_backend) "
+    "-> Tensor"
+)
+attend_to_cache = torch.library.custom_op("motif::diff_attention_with_kvcache", attend, mutates_args=(), schema=_SCHEMA)
 
 
 @attend_to_cache.register_fake

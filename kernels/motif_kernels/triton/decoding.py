@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operators.decoding import Options, Tensors
 from ..tuning import attention_size, launch_choice
 from .attention_tiles import product, to_logits
 
@@ -236,37 +237,19 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def attend(
-    q1: Tensor,
-    k1_cache: Tensor,
-    q2: Tensor,
-    k2_cache: Tensor,
-    v_cache: Tensor,
-    lam: Tensor,
-    lengths: Tensor,
-    *,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
-    norm_weight: Tensor | None,
-    gate: Tensor | None,
-    num_splits: int | None,
-    softmax_scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    norm_eps: float,
-    out_scale: float,
-) -> Tensor:
-    """Arguments and result are :func:`motif_kernels.operators.decoding.attend`'s.
+def attend(tensors: Tensors, options: Options) -> Tensor:
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`.
 
     All caches have the same number of heads, which divides that of the noise heads.
     """
+    q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
+    num_splits, left, right = options.num_splits, options.left, options.right
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     gate = gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate
     batch, seqlen_q, heads, d = q1.shape
     noise_heads, kv_heads, dv = q2.shape[2], v_cache.shape[2], v_cache.shape[3]
     page_size = k1_cache.shape[1]
-    capacity = page_size * (1 if block_table is None else block_table.shape[1])
+    capacity = tensors.capacity
     choice = launch_choice("decoding_split", attention_size(d, dv, q1.element_size()), q1.device)
     if num_splits is None:
         # Two programs a processor, as long as a part is worth a program of its own.
@@ -306,8 +289,8 @@ def attend(
         left,
         right,
         kv_heads,
-        SCALE=softmax_scale,
-        SOFTCAP=softcap,
+        SCALE=options.softmax_scale,
+        SOFTCAP=options.softcap,
         HAS_LEFT=left >= 0,
         HAS_RIGHT=right >= 0,
         GROUP=heads // noise_heads,
@@ -337,8 +320,8 @@ def attend(
         seqlen_q,
         num_splits,
         noise_heads,
-        out_scale,
-        NORM_EPS=norm_eps,
+        options.out_scale,
+        NORM_EPS=options.norm_eps,
         GROUP=heads // noise_heads,
         **widths,
         num_warps=4,
