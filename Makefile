@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OLDEST := .venv-oldest
 
+# A file's tests share what they set up, so a file goes to one worker; tests/conftest.py says in which order.
+PYTEST_OPTIONS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -35,7 +38,7 @@ train: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/tiny_cpu.sh
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -51,7 +54,7 @@ test-oldest: $(VENV)/.installed-dev
 	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs data build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# Files that take minutes. They come first, so that no worker is left alone with one at the end.
+LONG = (
+    "test_readme.py",
+    "test_triton_attention.py",
+    "test_layouts.py",
+    "test_resume.py",
+    "test_restart.py",
+    "test_trainer.py",
+    "test_parallel_muon.py",
+    "test_compilation.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; none is available")

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -95,7 +94,7 @@ def open_world(limit_s: float = 1800.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     where: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        where = {"init_method": f"tcp://localhost:{_free_port()}", "rank": 0, "world_size": 1}
+        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         where = {"store": fresh_store(store, rank, size, timeout), "rank": rank, "world_size": size}
@@ -108,9 +107,3 @@ def open_world(limit_s: float = 1800.0) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])

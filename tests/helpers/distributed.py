@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 120
+"""Seconds for one command, and without news of a condition."""
+
+RANKS_TIMEOUT = 400
+"""Seconds for one call on several ranks, which may try many layouts."""
 
 
 def torchrun_command(ranks: int, *args: str | Path) -> list[str]:
@@ -54,10 +60,21 @@ def started(ranks: int, *args: str | Path, cwd: Path | None = None) -> Iterator[
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILLs a process and its children at once, as a lost machine would."""
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    for victim in (pid, *children):
-        os.kill(victim, signal.SIGKILL)
+    """SIGKILLs a process and all that descends from it at once, as a lost machine would.
+
+    What is left alive would keep the pipes open that the test reads to their end.
+    """
+    for victim in (pid, *_descendants(pid)):
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
+    return children + [grandchild for child in children for grandchild in _descendants(child)]
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
@@ -71,16 +88,17 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
-    """Calls a module-level function on each rank, with torchrun's environment set; fails where any rank does."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_call, args=(ranks, port, function, args), nprocs=ranks)
+    """Calls a module-level function on each rank, with torchrun's environment set; fails where any rank does.
+
+    The store is this process's own, so that no port can be taken between choosing and using it. A rank that takes too
+    long writes where it stands and ends, and the others with it.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_call, args=(ranks, store.port, function, args), nprocs=ranks)
 
 
 def _call(rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    import torch
-
+    faulthandler.dump_traceback_later(RANKS_TIMEOUT, exit=True)
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -88,5 +106,10 @@ def _call(rank: int, ranks: int, port: int, function: Callable[..., Any], args: 
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     function(*args)
+    # No tidy end: process groups that the function left open may wait for one another in it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
