@@ -1,4 +1,4 @@
-"""Every code block of the README is run: Python as it stands, shell commands in a folder with some text."""
+"""Every code block of the READMEs is run: Python as it stands, shell commands in a folder with some text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), r
 MAKE = [code.strip() for language, code in BLOCKS if language == "bash" and code.startswith("make ")]
 SHELL = [code for language, code in BLOCKS if language == "bash" and not code.startswith("make ")]
 PYTHON = [code for language, code in BLOCKS if language == "python"]
+LAYERS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "motifarch/layers/README.md").read_text(), re.MULTILINE | re.DOTALL
+)
 
 
 def environment() -> dict[str, str]:
@@ -29,7 +32,7 @@ def test_every_block_is_run_by_a_test_below():
     assert PYTHON
 
 
-@pytest.mark.parametrize("code", PYTHON)
+@pytest.mark.parametrize("code", PYTHON + LAYERS)
 def test_python_blocks(code, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False

@@ -26,6 +26,9 @@ class Attention(nn.Module):
     A subclass sets the widths of its projections and says how heads are split into signal and noise.
     """
 
+    paired_kv = False
+    """Whether key heads come in pairs, one for signal and one for noise, with values of double width."""
+
     def __init__(
         self,
         hidden_size: int,
@@ -39,6 +42,7 @@ class Attention(nn.Module):
         qk_norm: bool,
         qk_norm_eps: float,
         window_size: tuple[int, int],
+        causal: bool,
         softmax_scale: float | None,
         bias: bool,
         backend: str,
@@ -48,7 +52,8 @@ class Attention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head_dim, self.layer_idx = head_dim, layer_idx
-        self.window_size, self.softmax_scale, self.backend = tuple(window_size), softmax_scale, backend
+        self.window_size, self.causal = tuple(window_size), causal
+        self.softmax_scale, self.backend = softmax_scale, backend
         self.q_proj = nn.Linear(hidden_size, query_width, bias=bias, **factory)
         self.k_proj = nn.Linear(hidden_size, key_width, bias=bias, **factory)
         self.v_proj = nn.Linear(hidden_size, value_width, bias=bias, **factory)
@@ -101,10 +106,12 @@ class Attention(nn.Module):
             the attention to a cache takes.
 
         Raises:
-            ValueError: gradients are wanted through a cache that is written in place.
+            ValueError: gradients are wanted through a cache that is written in place, or the layer is not causal.
         """
         if past_key_values is None:
             return key, value, None
+        if not self.causal:
+            raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
         in_place = bool(getattr(past_key_values, "is_compileable", False)) or hasattr(past_key_values, "append")
         if in_place and torch.is_grad_enabled() and key.requires_grad:
@@ -162,7 +169,7 @@ class Attention(nn.Module):
         """
         options |= {
             "softmax_scale": self.softmax_scale,
-            "causal": True,
+            "causal": self.causal,
             "window_size": self.window_size,
             "backend": self.backend,
         }

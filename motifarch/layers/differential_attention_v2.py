@@ -35,7 +35,8 @@ class DifferentialAttentionV2(Attention):
         norm_eps: the sub-norm's epsilon.
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.
-        window_size: inclusive (left, right) attention window, -1 for unbounded; the layer is causal all the same.
+        window_size: inclusive (left, right) attention window, -1 for unbounded.
+        causal: a token sees none after it; False is for encoders, and takes no cache.
         softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
         bias: biases in the four projections (never in lambda's or the gate's).
         backend: motif_kernels' backend.
@@ -62,6 +63,7 @@ class DifferentialAttentionV2(Attention):
         qk_norm: bool = False,
         qk_norm_eps: float = 1e-6,
         window_size: tuple[int, int] = (-1, -1),
+        causal: bool = True,
         softmax_scale: float | None = None,
         bias: bool = False,
         backend: str = "auto",
@@ -84,6 +86,7 @@ class DifferentialAttentionV2(Attention):
             qk_norm=qk_norm,
             qk_norm_eps=qk_norm_eps,
             window_size=window_size,
+            causal=causal,
             softmax_scale=softmax_scale,
             bias=bias,
             backend=backend,
@@ -115,7 +118,7 @@ class DifferentialAttentionV2(Attention):
         padding: PaddingMask | None = None,
         cache_position: CachePosition | None = None,
     ) -> Tensor:
-        """Causal attention over a batch, packed documents, or new tokens after a cache.
+        """Attention over a batch, packed documents, or new tokens after a cache.
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).

@@ -43,13 +43,15 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.base, self.attention_scaling = head_dim, base, attention_scaling
         # Plain attributes, not buffers: a buffer would be lost in meta-device construction and rounded by
         # model.bfloat16().
-        self._scaled = None if inv_freq is None else inv_freq.detach().float()
+        self._inv_freq = None if inv_freq is None else inv_freq.detach()
+        self._in_use: Tensor | None = None
 
     def inverse_frequencies(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (D / 2,) angles a position adds."""
-        if self._scaled is not None:
-            self._scaled = self._scaled.to(device)
-            return self._scaled.to(dtype)
+        if self._inv_freq is not None:
+            if self._in_use is None or (self._in_use.device, self._in_use.dtype) != (device, dtype):
+                self._in_use = self._inv_freq.to(device=device, dtype=dtype)
+            return self._in_use
         exponents = torch.arange(0, self.head_dim, 2, device=device, dtype=dtype) / self.head_dim
         return self.base**-exponents
 

@@ -26,7 +26,8 @@ class SoftmaxAttention(Attention):
         layer_idx: position in the model from 0: the cache's key.
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.
-        window_size: inclusive (left, right) attention window, -1 for unbounded; the layer is causal all the same.
+        window_size: inclusive (left, right) attention window, -1 for unbounded.
+        causal: a token sees none after it; False is for encoders, and takes no cache.
         softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
         bias: biases in the four projections.
         backend: motif_kernels' backend.
@@ -50,6 +51,7 @@ class SoftmaxAttention(Attention):
         qk_norm: bool = False,
         qk_norm_eps: float = 1e-6,
         window_size: tuple[int, int] = (-1, -1),
+        causal: bool = True,
         softmax_scale: float | None = None,
         bias: bool = False,
         backend: str = "auto",
@@ -69,6 +71,7 @@ class SoftmaxAttention(Attention):
             qk_norm=qk_norm,
             qk_norm_eps=qk_norm_eps,
             window_size=window_size,
+            causal=causal,
             softmax_scale=softmax_scale,
             bias=bias,
             backend=backend,
@@ -88,7 +91,7 @@ class SoftmaxAttention(Attention):
         padding: PaddingMask | None = None,
         cache_position: CachePosition | None = None,
     ) -> Tensor:
-        """Causal attention over a batch, packed documents, or new tokens after a cache.
+        """Attention over a batch, packed documents, or new tokens after a cache.
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).

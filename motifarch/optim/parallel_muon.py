@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from motifarch.optim.newton_schulz import newton_schulz_flops
-from motifarch.optim.shards import Runs, copy_group, held_indices, length, open_group, own_indices
+from motifarch.shards import Runs, copy_group, held_indices, length, open_group, own_indices
 
 Chunk = list[list[int]]
 """The matrices of a chunk by their owner, as numbers in the list of all."""

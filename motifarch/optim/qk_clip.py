@@ -5,9 +5,9 @@ gamma = tau / S from then on. Logits are linear in queries and in keys, so this 
 biases):
 
 - a key head that one query head alone uses: both take sqrt(gamma);
-- a key head that several query heads use (grouped queries; a group's signal heads on k1; DIFF V2, where signal and
-  noise share one key head): it stays as it is and the query head takes gamma, as Kimi K2 does with the rotary key that
-  all of its heads share. Scaling such a key would change heads that are below the bound.
+- a key head that several query heads use (grouped queries; a group's signal heads on k1; DIFF V2 and GDA without
+  paired_kv, where signal and noise share one key head): it stays as it is and the query head takes gamma, as Kimi K2
+  does with the rotary key that all of its heads share. Scaling such a key would change heads that are below the bound.
 
 So on the same data no head's largest logit is above tau afterwards, a head that was above is exactly at tau, and every
 other head computes what it did before. Momenta are left alone.
@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from motifarch.layers import DifferentialAttentionV2, SoftmaxAttention
+from motifarch.layers import SoftmaxAttention
 from motifarch.layers.attention import Attention
-from motifarch.optim.shards import own_indices
+from motifarch.shards import own_indices
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
 """Largest scaled, visible logit of each signal head (Hs,) and noise head (Hn,), float32; None without noise heads."""
@@ -61,12 +61,12 @@ def clip_heads(
         query, key = _split(signal, key_heads)
     else:
         noise = _gamma(max_noise, tau, skip)
-        if isinstance(layer, DifferentialAttentionV2):
-            key = torch.ones(key_heads, device=signal.device)
-        else:
+        if layer.paired_kv:
             signal, signal_key = _split(signal, key_heads // 2)
             noise, noise_key = _split(noise, key_heads // 2)
             key = torch.stack([signal_key, noise_key], dim=1).flatten()
+        else:
+            key = torch.ones(key_heads, device=signal.device)
         # Query heads lie in blocks of a noise head's signal heads and itself.
         query = torch.cat([signal.view(len(noise), -1), noise[:, None]], dim=1).flatten()
     _scale_heads(layer.q_proj, query, layer.head_dim)

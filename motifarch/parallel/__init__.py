@@ -2,7 +2,7 @@
 
 from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
 from motifarch.parallel.context import check_context_parallel, own_tokens
-from motifarch.parallel.initialize import initialize, own_part
+from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
 from motifarch.parallel.mesh import Layout, Mesh
@@ -23,7 +23,6 @@ __all__ = [
     "launched_rank",
     "launched_world_size",
     "open_world",
-    "own_part",
     "own_tokens",
     "parallelize",
     "set_gradient_sync",

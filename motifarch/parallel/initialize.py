@@ -8,26 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-
-def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What a rank keeps of a whole tensor that is sharded as ``like`` is; a view.
-
-    Args:
-        whole: of like's (global) shape, on every rank.
-        like: a DTensor, or a plain tensor, which is kept whole.
-    """
-    if not isinstance(like, DTensor):
-        return whole
-    # The last dimension of a mesh cuts first: tensor parallelism before FSDP.
-    for dim in reversed(range(like.device_mesh.ndim)):
-        # FSDP's shards over tensor parallelism's are of a kind of their own, to which is_shard says no.
-        cut: int | None = getattr(like.placements[dim], "dim", None)
-        if cut is not None:
-            parts = whole.chunk(like.device_mesh.size(dim), cut)
-            rank = like.device_mesh.get_local_rank(dim)
-            # Chunks are as many as there are rows at most: later ranks then have none.
-            whole = parts[rank] if rank < len(parts) else whole.narrow(cut, 0, 0)
-    return whole
+from motifarch.shards import own_part
 
 
 def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from motifarch.errors import UserError
-from motifarch.parallel.tensor import ROWS
+from motifarch.parallel.tensor import projection_styles
 
 Matmul = Literal["compute", "fp8", "mxfp8"]
 """`compute`: the compute dtype; `fp8`: E4M3 with a scale for each row; `mxfp8`: E4M3 with one for each 32 numbers."""
@@ -117,8 +117,9 @@ def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
             "the compute dtype, so take at least 3 layers, or precision.matmul compute"
         )
     for name, linear in linears:
+        *_, block, projection = name.split(".")
         sizes = linear.in_features, linear.out_features
-        cut, whole = sizes if name.endswith(ROWS) else reversed(sizes)
+        cut, whole = sizes if projection_styles(model.config, block)[projection] == "rowwise" else reversed(sizes)
         if cut % (multiple * tensor) or whole % multiple:
             each = f" on each of parallel.tensor {tensor} ranks" if tensor > 1 else ""
             raise UserError(

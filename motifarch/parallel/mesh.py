@@ -11,21 +11,22 @@ from motifarch.errors import UserError
 DIMENSIONS = ("replicate", "shard", "context", "tensor")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
     """How many ranks there are along each dimension of the mesh; neighbours in rank differ in the last one first."""
 
     replicate: int = 1
-    """Copies of the sharded parameters (HSDP): gradients are averaged between them, parameters never gathered."""
+    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one within fast links.
+    Gradients are averaged between them; parameters are gathered within one."""
 
     shard: int = -1
-    """Ranks that share a copy (FSDP), each with batch rows of its own."""
+    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others leave."""
 
     context: int = 1
-    """Ranks that share the tokens of a row, and parameters as `shard` does (Ulysses)."""
+    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses)."""
 
     tensor: int = 1
-    """Ranks that share the heads, the feed-forward's width and the vocabulary."""
+    """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
 
     @property
     def ranks(self) -> int:

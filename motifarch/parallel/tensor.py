@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
@@ -20,8 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 from motifarch.errors import UserError
 
-COLUMNS = ("q_proj", "k_proj", "v_proj", "lambda_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
+_STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
@@ -50,13 +48,24 @@ def shared_counts(config: Any) -> dict[str, int]:
 
 def head_counts(config: Any) -> dict[str, int]:
     """The groups of heads that must stay together, and the key/value heads (pairs, where they come in pairs)."""
-    paired = config.attention_type in ("gda", "diff_v1")
     if config.attention_type == "softmax":
         queries = {"heads (model.num_attention_heads)": config.num_attention_heads}
     else:
         queries = {"noise heads (model.num_noise_heads)": config.noise_heads}
-    keys = config.num_key_value_heads // (2 if paired else 1)
-    return queries | {f"key/value {'pairs' if paired else 'heads'} (model.num_key_value_heads)": keys}
+    keys = config.num_key_value_heads // (2 if config.has_paired_kv else 1)
+    return queries | {f"key/value {'pairs' if config.has_paired_kv else 'heads'} (model.num_key_value_heads)": keys}
+
+
+def projection_styles(config: Any, block: str) -> dict[str, str]:
+    """How the model declares that a block's projections are cut, "colwise" or "rowwise", by their names.
+
+    Args:
+        config: a MotifConfig, whose `base_model_tp_plan` is transformers' too.
+        block: of a decoder layer: "self_attn" or "mlp".
+    """
+    prefix = f"layers.*.{block}."
+    plan: dict[str, str] = config.base_model_tp_plan
+    return {n.removeprefix(prefix): s for n, s in plan.items() if n.startswith(prefix) and s in _STYLES}
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -67,15 +76,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: the ranks.
     """
     group = mesh.get_group()
+    styles = {name: projection_styles(model.config, name) for name in ("self_attn", "mlp")}
     for layer in model.model.layers:  # type: ignore[union-attr]
-        for block, others in ((layer.self_attn, (None,)), (layer.mlp, ())):  # arguments after the hidden states
-            plan: dict[str, ParallelStyle] = {}
-            for name, _ in block.named_children():
-                if name in COLUMNS:
-                    plan[name] = ColwiseParallel()
-                elif name in ROWS:
-                    plan[name] = RowwiseParallel()
-            parallelize_module(block, mesh, plan)
+        for name, others in (("self_attn", (None,)), ("mlp", ())):  # arguments after the hidden states
+            block = layer.get_submodule(name)
+            parallelize_module(block, mesh, {n: _STYLES[style]() for n, style in styles[name].items()})
             # As a DTensor the input's gradient is summed over the ranks once, not once for each projection.
             replicated = PrepareModuleInput(
                 input_layouts=(Replicate(), *others),

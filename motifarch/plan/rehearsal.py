@@ -33,7 +33,7 @@ from motifarch.plan import communication, memory, operations
 from motifarch.plan.communication import Groups, Traffic
 from motifarch.plan.memory import MemoryLedger
 from motifarch.train import loop
-from motifarch.train.recipe import Recipe, layout_of
+from motifarch.train.recipe import Recipe
 from motifarch.train.step import train_step
 
 _SHAPES = "_propagate_tensor_meta_non_cached"
@@ -283,7 +283,7 @@ def rehearse(
     recorder = _Recorder(operations.visible_share(config, seq_len))
     ledger = recorder.ledger
     with fake_world(gpus, rank) as world, _pretending(fake, recorder):
-        mesh = Mesh("cpu", layout_of(recipe).resolve(gpus))
+        mesh = Mesh("cpu", recipe.parallel.resolve(gpus))
         layout = mesh.layout
         state, _ = loop.build_state(recipe, PlannedInputs(config, seq_len), world, mesh, compute)  # type: ignore[arg-type]
         model, optimizer = state.model, state.optimizer

@@ -1,21 +1,20 @@
 """A run's first weights from a checkpoint or a Hugging Face folder: every rank reads what it keeps."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from motifarch.errors import UserError
-from motifarch.parallel import own_part
+from motifarch.models.motif import MotifConfig
+from motifarch.shards import own_part
 from motifarch.train.checkpoint import mismatch
 from motifarch.train.manifest import damage
+from motifarch.weight_files import WeightFiles
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -41,10 +40,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         return
     missing = set(weights)
     try:
-        for name, tensor in _tensors(folder):
+        files = WeightFiles(folder)
+        for name in files.names:
             if name not in weights:
                 raise ValueError(f"it has {name}, which the model has not")
-            own = weights[name]
+            tensor, own = files.read(name), weights[name]
             if tensor.shape != own.shape:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(own.shape)} in the model")
             (own.to_local() if isinstance(own, DTensor) else own).copy_(own_part(tensor, own))
@@ -53,17 +53,45 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         if missing - tied:
             raise ValueError(f"it lacks {', '.join(sorted(missing - tied)[:3])}")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"run.init_from is {folder}, whose weights don't fit the recipe's model: {reason}") from None
+    except ValueError as error:
+        raise UserError(f"run.init_from is {folder}, whose weights don't fit the recipe's model: {error}") from None
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for file in files:
-        with safe_open(folder / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                yield name, tensors.get_tensor(name)
+def config_differences(folder: Path, config: MotifConfig) -> list[str]:
+    """What a folder's model computes otherwise than the recipe's, though its tensors may have the same shapes.
+
+    Args:
+        folder: a Motif model's Hugging Face folder, or another of those that :func:`load_weights` takes, of which
+            nothing is known.
+        config: the recipe's.
+
+    Returns:
+        A line for each field; a change may be meant, as a longer context's rope_theta is.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = MotifConfig.from_dict(fields) if fields["model_type"].lower() == "motif" else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    pairs = [(name, getattr(theirs, name), getattr(config, name)) for name in _SHAPELESS] if theirs else []
+    return [
+        f"run.init_from is {folder}, whose model has {name} {was!r}, but the recipe's {now!r}: it computes another "
+        "function, unless that is meant, set the model section to the same"
+        for name, was, now in pairs
+        if was != now
+    ]
+
+
+# Fields that decide what a model computes, but no tensor's shape.
+_SHAPELESS = (
+    "attention_type",
+    "noise_heads",
+    "lambda_init",
+    "lambda_init_depth_offset",
+    "hidden_act",
+    "poly_norm_eps",
+    "rms_norm_eps",
+    "attn_rms_norm_eps",
+    "rope_parameters",
+    "window_size",
+)

@@ -24,14 +24,14 @@ from motifarch.parallel import (
 )
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.feedback import feed_back, feedback_due
-from motifarch.train.first_weights import load_weights
+from motifarch.train.first_weights import config_differences, load_weights
 from motifarch.train.inputs import Inputs, find_parent
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from motifarch.train.picture import PICTURE, draw_loss
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress
-from motifarch.train.recipe import Recipe, layout_of
+from motifarch.train.recipe import Recipe
 from motifarch.train.record import RECORD, about_checkpoint, check_parent, write_record
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
@@ -63,7 +63,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     """
     output = Path(recipe.run.output)
     start = world.from_main(lambda: _decide(recipe, inputs, world))
-    mesh = Mesh(world.device.type, layout_of(recipe).resolve(world.size))
+    mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
     state, flops_per_token = build_state(recipe, inputs, world, mesh, start.compute)
     if start.parent:
         load_state(start.parent, state)
@@ -263,6 +263,8 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
         warnings += check_parent(parent, recipe, inputs)
         if compute == "auto":
             compute = read_manifest(parent)["about"]["compute"]
+    elif recipe.run.init_from:
+        warnings += config_differences(Path(recipe.run.init_from), inputs.model_config)
     if compute == "auto":
         compute = choose_compute(world.device)
     return Start(parent, compute, [f"warning: {w}" for w in warnings])
@@ -313,7 +315,9 @@ def _report(
 def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> str:
     parameters = sum(p.numel() for p in state.model.parameters())
     where = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}, {start.compute}"
-    begin = f"resuming after step {state.step} from {start.parent}" if start.parent else "from scratch"
+    begin = f"with the weights of {recipe.run.init_from}" if recipe.run.init_from else "from scratch"
+    if start.parent:
+        begin = f"resuming after step {state.step} from {start.parent}"
     return f"{parameters:,} parameters, {where}, {begin}, into {recipe.run.output}"
 
 

@@ -4,9 +4,8 @@ A YAML file and the command line are read into `Recipe` by `motifarch.train.read
 overridden by its dotted name, for example ``--optim.lr 3e-4``.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from motifarch.errors import UserError
 from motifarch.parallel import Layout, check_activation_checkpointing
@@ -87,6 +86,10 @@ class ModelSection:
     attention_type: Literal["gda", "diff_v1", "diff_v2", "softmax"] = "gda"
     """Grouped differential attention, DIFF V1, DIFF V2, or plain softmax attention."""
 
+    paired_kv: bool | None = None
+    """`gda`, `diff_v1`: keys in pairs for signal and noise, with values of twice head_dim; null means yes, false leaves
+    ordinary key/value heads."""
+
     attention_gate: bool = False
     """`diff_v2`: an elementwise sigmoid gate on the difference."""
 
@@ -98,6 +101,9 @@ class ModelSection:
 
     lambda_init_depth_offset: int | None = None
     """Added to the layer's index in lambda_init; null means -1 for `gda`, 0 for `diff_v1`."""
+
+    lambda_init: float | None = None
+    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes the one by depth."""
 
     hidden_act: Literal["poly_norm", "silu"] = "poly_norm"
     """Activation of the feed-forward block: PolyNorm, or SiLU (SwiGLU)."""
@@ -111,6 +117,9 @@ class ModelSection:
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
 
+    rope_scaling: dict[str, Any] | None = None
+    """Scaling of its frequencies, as in a model's config.json: a `rope_type` (linear, yarn, llama3) and its numbers."""
+
     rms_norm_eps: float = 1e-6
     """Epsilon of the layers' RMS norms."""
 
@@ -119,6 +128,9 @@ class ModelSection:
 
     tie_word_embeddings: bool = True
     """Whether the output projection is the embedding's matrix."""
+
+    use_bias: bool = False
+    """Whether linear layers have biases, as in models made of Qwen2's."""
 
     sliding_window: int | None = None
     """Tokens that a token sees, itself included; used with `use_sliding_window`."""
@@ -264,23 +276,6 @@ class PrecisionSection:
 
 
 @dataclass
-class ParallelSection:
-    """How the work is spread."""
-
-    replicate: int = 1
-    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one within fast links."""
-
-    shard: int = -1
-    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others leave."""
-
-    context: int = 1
-    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses)."""
-
-    tensor: int = 1
-    """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
-
-
-@dataclass
 class DistributedSection:
     """How long the ranks wait for one another."""
 
@@ -352,7 +347,7 @@ class Recipe:
     batch: BatchSection = field(default_factory=BatchSection)
     optim: OptimSection = field(default_factory=OptimSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
-    parallel: ParallelSection = field(default_factory=ParallelSection)
+    parallel: Layout = field(default_factory=Layout)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     average: AverageSection = field(default_factory=AverageSection)
@@ -480,16 +475,11 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
     if run.resume not in ("auto", "none") and run.init_from:
         raise UserError("run.resume names a checkpoint and run.init_from is set too; choose one of them")
     check_activation_checkpointing(recipe.activation_checkpointing)
-    layout = layout_of(recipe).resolve(world_size)
+    layout = recipe.parallel.resolve(world_size)
     if batch.size % layout.data:
         raise UserError(
             f"batch.size is {batch.size}, which {layout.data} ranks can't share evenly; use a multiple of {layout.data}"
         )
-
-
-def layout_of(recipe: Recipe) -> Layout:
-    """How the recipe arranges the ranks; a -1 in it is open."""
-    return Layout(**dataclasses.asdict(recipe.parallel))
 
 
 def _at_least(lowest: float, fields: dict[str, float | int | None]) -> None:

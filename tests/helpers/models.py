@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "use_sliding_window": True,
     },
+    "gda narrow": {"num_key_value_heads": 2, "paired_kv": False, "sub_norm": False, "lambda_init": 0.3},
     "gda tied": {"tie_word_embeddings": True, "qk_norm": True},
 }
 

@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from helpers.sharded_training import build_model
 from motifarch.optim import Muon, build_muon, step_if_finite
-from motifarch.optim.shards import own_indices
 from motifarch.parallel import Layout, Mesh, World, open_world, parallelize
+from motifarch.shards import own_part
 
 STEPS = 10
 # Rows that no number of ranks divides, fewer rows than ranks, tall and wide, two of one shape.
@@ -76,13 +76,6 @@ def sharded_copies(ranks: int) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
     whole += [nn.Linear(columns, rows, bias=False).weight.detach() for rows, columns in shapes]
     torch.manual_seed(1)
     return [*sharded, *fsdp_and_tensor_parallel(ranks, shapes).parameters()], whole
-
-
-def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a matrix placed like another one, which torch placed."""
-    rows, columns = own_indices(like)
-    part = torch.cat([whole[a:b] for a, b in rows] or [whole[:0]])
-    return torch.cat([part[:, a:b] for a, b in columns] or [part[:, :0]], dim=1)
 
 
 def give_gradients(sharded: list[nn.Parameter], whole: list[nn.Parameter]) -> None:

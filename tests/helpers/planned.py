@@ -14,7 +14,7 @@ from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Mesh, open_world
 from motifarch.plan.rehearsal import PlannedInputs
 from motifarch.train.loop import build_state
-from motifarch.train.recipe import DatasetEntry, Recipe, layout_of
+from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.step import train_step
 
 SEQ_LEN = 32
@@ -38,6 +38,7 @@ FIELDS: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "gda": {},
+    "gda narrow": {"model.num_key_value_heads": 4, "model.paired_kv": False, "model.sub_norm": False},
     "diff_v1": {"model.attention_type": "diff_v1", "model.num_noise_heads": None, "model.num_key_value_heads": 12},
     "diff_v2": {"model.attention_type": "diff_v2", "model.num_key_value_heads": 4, "model.attention_gate": True},
     "softmax": {
@@ -71,7 +72,7 @@ def measure_ranks(output: Path, recipes: dict[str, Recipe]) -> None:
     with open_world() as world:
         measured = {}
         for name, recipe in recipes.items():
-            mesh = Mesh("cpu", layout_of(recipe).resolve(world.size))
+            mesh = Mesh("cpu", recipe.parallel.resolve(world.size))
             state, _ = build_state(recipe, PlannedInputs(config_of(recipe), SEQ_LEN), world, mesh, "float32")  # type: ignore[arg-type]
             found: dict[str, int] = {}
 

@@ -15,8 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from motifarch.layers import DifferentialAttentionV2, GroupedDifferentialAttention
 from motifarch.layers.attention import Attention
 from motifarch.optim import clip_heads, clip_layers
-from motifarch.optim.shards import own_indices
 from motifarch.parallel import open_world
+from motifarch.shards import own_indices
 
 _SIZES: dict[str, Any] = {"num_noise_heads": 4, "num_kv_heads": 8, "head_dim": 6, "layer_idx": 0, "bias": True}
 

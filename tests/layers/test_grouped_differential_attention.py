@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from transformers import DiffLlamaConfig
+from transformers import DiffLlamaConfig, DynamicCache, LlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention, DiffLlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from helpers import timm_diff_attention
 from helpers.agreement import assert_agrees, randomise
@@ -15,6 +16,7 @@ from motifarch.layers import (
     DifferentialAttention,
     GroupedDifferentialAttention,
     RotaryEmbedding,
+    SoftmaxAttention,
     default_lambda_init,
 )
 
@@ -22,11 +24,15 @@ EMBED, D = 24, 8
 
 
 def plain_gda(layer, x, *, lambda_init, sub_norm=True, qk_norm=False, window=None, scale=D**-0.5):
-    """One row x (S, E): blocks of g signal heads and a noise head, pairs of key heads, values of double width."""
-    blocks, pairs = layer.num_noise_heads, layer.num_kv_heads // 2
+    """One row x (S, E): blocks of g signal heads and a noise head, pairs of key heads, values of double width.
+
+    Without pairs a key head serves signal and noise, and values are of single width.
+    """
+    keys = 2 if layer.paired_kv else 1  # of a pair
+    blocks, pairs = layer.num_noise_heads, layer.num_kv_heads // keys
     q = (x @ layer.q_proj.weight.T).split(D, dim=-1)
     k = (x @ layer.k_proj.weight.T).split(D, dim=-1)
-    v = (x @ layer.v_proj.weight.T).split(2 * D, dim=-1)
+    v = (x @ layer.v_proj.weight.T).split(keys * D, dim=-1)
     if qk_norm:
         q = [rms_norm(t, layer.q_norm.weight, 1e-6) for t in q]
         k = [rms_norm(t, layer.k_norm.weight, 1e-6) for t in k]
@@ -36,9 +42,9 @@ def plain_gda(layer, x, *, lambda_init, sub_norm=True, qk_norm=False, window=Non
     heads = []
     for n in range(blocks):
         pair = n // (blocks // pairs)
-        noise = attend(q[n * size + size - 1], k[2 * pair + 1], v[pair], scale=scale, window=window)
+        noise = attend(q[n * size + size - 1], k[keys * pair + keys - 1], v[pair], scale=scale, window=window)
         for j in range(size - 1):
-            signal = attend(q[n * size + j], k[2 * pair], v[pair], scale=scale, window=window)
+            signal = attend(q[n * size + j], k[keys * pair], v[pair], scale=scale, window=window)
             out = signal - lam * noise
             if sub_norm:
                 out = (1 - lambda_init) * rms_norm(out, layer.subln.weight, 1e-5)
@@ -47,14 +53,15 @@ def plain_gda(layer, x, *, lambda_init, sub_norm=True, qk_norm=False, window=Non
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize(("kv_heads", "paired"), [(2, True), (4, True), (1, False), (2, False)])
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
-def test_every_head_ratio_is_the_formula(ratio, kv_heads, backend):
+def test_every_head_ratio_is_the_formula(ratio, kv_heads, paired, backend):
     layer = GroupedDifferentialAttention(
         EMBED,
         num_heads=2 * (ratio + 1),
         num_noise_heads=2,
         num_kv_heads=kv_heads,
+        paired_kv=paired,
         head_dim=D,
         layer_idx=2,
         backend=backend,
@@ -68,6 +75,7 @@ def test_every_head_ratio_is_the_formula(ratio, kv_heads, backend):
     assert_agrees(ours, plain, 1e-10)
 
 
+@pytest.mark.parametrize("paired", [True, False], ids=["pairs", "narrow"])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(
     ("options", "plain_options"),
@@ -80,12 +88,13 @@ def test_every_head_ratio_is_the_formula(ratio, kv_heads, backend):
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_options_are_the_formula_s(options, plain_options, backend):
+def test_options_are_the_formula_s(options, plain_options, backend, paired):
     layer = GroupedDifferentialAttention(
         EMBED,
         num_heads=6,
         num_noise_heads=2,
-        num_kv_heads=4,
+        num_kv_heads=4 if paired else 2,
+        paired_kv=paired,
         head_dim=D,
         layer_idx=0,
         backend=backend,
@@ -150,6 +159,66 @@ def test_diff_v1_agrees_with_diffllama(kv_heads):
     for name, p in theirs.named_parameters():
         kind = name.split(".")[0]
         assert_agrees(named[name].grad, interleave(p.grad, sizes[kind]) if kind in sizes else p.grad, name=name)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(("ratio", "kv_heads"), [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_without_pairs_and_lambda_it_is_softmax_attention(ratio, kv_heads, backend, qk_norm):
+    """Of the signal heads, as Llama's: output, cached keys and values, and gradients; lambda's is its own."""
+    heads = 4
+    noise = heads // ratio
+    options = {"num_kv_heads": kv_heads, "head_dim": D, "layer_idx": 0, "qk_norm": qk_norm, "backend": backend}
+    ours = GroupedDifferentialAttention(
+        EMBED,
+        num_heads=heads + noise,
+        num_noise_heads=noise,
+        paired_kv=False,
+        sub_norm=False,
+        lambda_init=0.0,
+        **options,
+    )
+    if qk_norm:
+        theirs = SoftmaxAttention(EMBED, num_heads=heads, **options)
+    else:
+        config = LlamaConfig(hidden_size=EMBED, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=D)
+        config._attn_implementation = "eager"
+        theirs = LlamaAttention(config, layer_idx=0)
+    randomise(theirs)
+    queries = theirs.q_proj.weight.detach().view(noise, ratio * D, EMBED)
+    with torch.no_grad():
+        ours.load_state_dict(
+            theirs.state_dict()
+            | {"q_proj.weight": torch.cat([queries, torch.randn(noise, D, EMBED)], dim=1).flatten(0, 1)}
+            | {"lambda_q1": torch.zeros(D), "lambda_q2": torch.zeros(D)}
+            | {name: getattr(ours, name) for name in ("lambda_k1", "lambda_k2")}
+        )
+    x1 = torch.randn(2, 13, EMBED, requires_grad=True)
+    x2 = x1.detach().clone().requires_grad_()
+    tables = RotaryEmbedding(D)(torch.arange(13)[None])
+    mask = torch.full((13, 13), -torch.inf).triu(1)[None, None]
+    out1, out2 = ours(x1, tables), theirs(x2, tables) if qk_norm else theirs(x2, tables, mask)[0]
+    assert_agrees(out1, out2)
+    grad = torch.randn(out1.shape)
+    out1.backward(grad)
+    out2.backward(grad)
+    assert_agrees(x1.grad, x2.grad)
+    for name in ("k_proj", "v_proj", "o_proj"):
+        assert_agrees(getattr(ours, name).weight.grad, getattr(theirs, name).weight.grad, name=name)
+    signal = ours.q_proj.weight.grad.view(noise, ratio + 1, D, EMBED)[:, :ratio]
+    assert_agrees(signal.flatten(0, 2), theirs.q_proj.weight.grad)
+    # Lambda leaves 0 with the first step: its gradient is not 0, nor is that of the vectors that are.
+    assert ours.lambda_q1.grad.norm() > 1e-3
+    assert ours.lambda_q2.grad.norm() > 1e-3
+
+    with torch.no_grad():
+        cache = DynamicCache()
+        parts = [
+            ours(part, tuple(t[:, list(where)] for t in tables), past_key_values=cache)
+            for part, where in zip(x1.split([9, 1, 3], dim=1), (range(9), [9], range(10, 13)), strict=True)
+        ]
+    assert_agrees(torch.cat(parts, dim=1), out2)
+    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, kv_heads, 13, D)
 
 
 needs_timm = pytest.mark.skipif(not timm_diff_attention.is_installed(), reason="timm is not installed")
@@ -266,6 +335,14 @@ def test_heads_that_do_not_divide_are_refused(heads, message):
     with pytest.raises(ValueError, match=message):
         GroupedDifferentialAttention(
             EMBED, num_heads=num_heads, num_noise_heads=noise, num_kv_heads=kv, head_dim=D, layer_idx=0
+        )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 3, 0])
+def test_without_pairs_noise_heads_are_a_multiple_of_key_value_heads(kv_heads):
+    with pytest.raises(ValueError, match=f"num_noise_heads=2 is not a multiple of the {kv_heads} key/value heads"):
+        GroupedDifferentialAttention(
+            EMBED, num_heads=6, num_noise_heads=2, num_kv_heads=kv_heads, paired_kv=False, head_dim=D, layer_idx=0
         )
 
 

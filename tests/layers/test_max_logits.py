@@ -8,7 +8,7 @@ import torch
 from helpers.models import packed, random_ids, tiny_model
 
 
-@pytest.mark.parametrize("variant", ["gda 4:1", "diff_v1", "diff_v2 gated", "softmax", "gda window"])
+@pytest.mark.parametrize("variant", ["gda 4:1", "gda narrow", "diff_v1", "diff_v2 gated", "softmax", "gda window"])
 def test_records_the_largest_over_calls_until_cleared(variant):
     """Against the logits of one head, worked out one by one; packed documents give what they give alone."""
     model = tiny_model(variant, dtype=torch.float64).train()

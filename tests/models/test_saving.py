@@ -7,40 +7,8 @@ import torch
 from safetensors import safe_open
 
 from helpers.models import VARIANTS, random_ids, tiny_config, tiny_model
+from helpers.released import MOTIF_12B, YARN
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-
-RELEASED_12B = {
-    "model_type": "Motif",
-    "architectures": ["MotifForCausalLM"],
-    "vocab_size": 219_520,
-    "hidden_size": 4096,
-    "intermediate_size": 16_384,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 16,
-    "num_noise_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "poly_norm",
-    "max_position_embeddings": 32_768,
-    "rope_theta": 1_000_000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "use_bias": False,
-    "k_ratio": 1,
-}
-RELEASED_2B = {
-    "model_type": "Motif",
-    "vocab_size": 219_520,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "hidden_act": "poly_norm",
-    "max_position_embeddings": 16_384,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-}
 
 
 def layer_names(i):
@@ -76,31 +44,6 @@ def test_tensor_names_are_the_released_models_(tmp_path, tied):
     tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
     names = layer_names(0) | layer_names(1) | {"model.embed_tokens.weight", "model.norm.weight"}
     assert saved_names(tmp_path) == names | (set() if tied else {"lm_head.weight"})
-
-
-@pytest.mark.parametrize(
-    ("released", "parameters", "tensors"),
-    [(RELEASED_12B, 12_703_860_896, 643), (RELEASED_2B, 2_597_218_432, 514)],
-    ids=["Motif-2-12.7B", "Motif-2.6B"],
-)
-def test_released_sizes(released, parameters, tensors):
-    with torch.device("meta"):
-        model = MotifForCausalLM(MotifConfig.from_dict(released))
-    state = model.state_dict()
-    if released["tie_word_embeddings"]:
-        assert state.pop("lm_head.weight") is not None
-    assert len(state) == tensors
-    assert sum(t.numel() for t in state.values()) == parameters
-    shapes = {n: tuple(state[f"model.layers.0.self_attn.{n}_proj.weight"].shape) for n in "qkvo"}
-    if released is RELEASED_12B:
-        assert shapes == {"q": (5120, 4096), "k": (2048, 4096), "v": (2048, 4096), "o": (4096, 8192)}
-    else:
-        assert set(shapes.values()) == {(2048, 2048)}
-    attention = model.model.layers[0].self_attn
-    assert attention.lambda_q1.shape == (128,)
-    assert attention.subln.weight.shape == (256,)
-    assert attention.num_noise_heads == 8
-    assert attention.lambda_init == pytest.approx(-0.0099, abs=1e-4)  # depth counted from -1
 
 
 def test_tied_weights_come_back_tied(tmp_path):
@@ -148,9 +91,6 @@ def test_a_materialised_meta_model_computes_like_its_source():
     assert torch.equal(model(input_ids=ids).logits, source(input_ids=ids).logits)
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
 @pytest.mark.parametrize("rope", [{}, {"rope_theta": 5e5, "rope_scaling": dict(YARN)}], ids=["default", "yarn"])
 def test_rotary_tables_stay_in_float32(tmp_path, rope):
     source = tiny_model(**rope)
@@ -165,8 +105,16 @@ def test_rotary_tables_stay_in_float32(tmp_path, rope):
             assert torch.equal(ours, theirs)
 
 
+def test_a_pass_on_the_meta_device_leaves_scaled_rotary_tables_whole():
+    rotary, positions = tiny_model(rope_scaling=dict(YARN)).model.rotary_emb, torch.arange(9)[None]
+    before = rotary(positions)
+    assert rotary(positions.to("meta"))[0].is_meta
+    for ours, expected in zip(rotary(positions), before, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_config_is_written_with_the_old_rotary_fields_too(tmp_path):
-    config = MotifConfig.from_dict(RELEASED_12B | {"rope_scaling": YARN | {"original_max_position_embeddings": 8192}})
+    config = MotifConfig.from_dict(MOTIF_12B | {"rope_scaling": YARN | {"original_max_position_embeddings": 8192}})
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "Motif"

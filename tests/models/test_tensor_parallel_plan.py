@@ -18,6 +18,7 @@ from motifarch.models.motif.tensor_parallel import check_shared_heads
 CASES: dict[str, dict[str, Any]] = {
     "gda": {},
     "gda tied": {},
+    "gda narrow": {},
     "diff_v1": {},
     "diff_v2 gated": {"num_key_value_heads": 2},
     "softmax": {},
@@ -72,6 +73,8 @@ def test_heads_that_do_not_divide_are_refused() -> None:
     layers = tiny_model("gda").model.layers
     with pytest.raises(ValueError, match=r"4 ranks .* the 2 noise heads .* tp_size may be 1, 2$"):
         check_shared_heads(layers[0].self_attn, 4)
+    with pytest.raises(ValueError, match=r"2 ranks .* the 1 key/value heads .* tp_size may be 1$"):
+        check_shared_heads(tiny_model("gda narrow", num_key_value_heads=1).model.layers[0].self_attn, 2)
     with pytest.raises(ValueError, match=r"2 ranks .* the 1 key/value heads .* tp_size may be 1$"):
         check_shared_heads(tiny_model("diff_v2 gated").model.layers[0].self_attn, 2)
     check_shared_heads(layers[0].self_attn, 2)

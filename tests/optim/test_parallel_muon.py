@@ -12,7 +12,7 @@ from helpers.distributed import on_ranks
 from helpers.muon_ranks import check_steps, load_elsewhere, round_trip
 from motifarch.optim.newton_schulz import newton_schulz_flops
 from motifarch.optim.parallel_muon import plan_chunks
-from motifarch.optim.shards import held_indices
+from motifarch.shards import held_indices
 
 
 @pytest.mark.parametrize(("ranks", "chunk_sizes"), [(2, [1, 1 << 20]), (4, [1, 1500])])

@@ -39,6 +39,11 @@ LAYERS: dict[str, tuple[Callable[..., Attention], dict[str, int], tuple[bool, bo
         {"num_heads": 12, "num_noise_heads": 4, "num_kv_heads": 4},
         (False, False),
     ),
+    "gda 2:1, one key for both": (
+        GroupedDifferentialAttention,
+        {"num_heads": 6, "num_noise_heads": 2, "num_kv_heads": 2, "paired_kv": False},
+        (False, False),
+    ),
     "diff_v2": (DifferentialAttentionV2, {"num_heads": 8, "num_kv_heads": 4}, (False, False)),
     "diff_v2 2:1": (
         DifferentialAttentionV2,
@@ -81,7 +86,7 @@ def measure(layer: Attention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch
         assert torch.equal(maxima, again)
         return maxima, None
     signal, noise = head_order(layer)
-    k1, k2 = (k, k) if isinstance(layer, DifferentialAttentionV2) else (k[:, :, ::2], k[:, :, 1::2])
+    k1, k2 = (k[:, :, ::2], k[:, :, 1::2]) if layer.paired_kv else (k, k)
     _, max_signal, max_noise = diff_attn_func(
         q[:, :, signal], k1, q[:, :, noise], k2, k1, 0.5, causal=True, return_max_logits=True, backend="reference"
     )

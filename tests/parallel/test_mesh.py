@@ -49,5 +49,9 @@ def test_refuses_heads_that_ranks_cannot_share() -> None:
         check_context_parallel(config, 24, 5)
     with pytest.raises(UserError, match=r"3 key/value pairs \(model\.num_key_value_heads\); it may be 1, 3"):
         check_tensor_parallel(tiny_config("gda", num_attention_heads=18, num_noise_heads=6, num_key_value_heads=6), 2)
+    narrow = {"num_attention_heads": 18, "num_noise_heads": 6, "num_key_value_heads": 3}
+    with pytest.raises(UserError, match=r"3 key/value heads \(model\.num_key_value_heads\); it may be 1, 3"):
+        check_tensor_parallel(tiny_config("gda narrow", **narrow), 2)
+    check_tensor_parallel(tiny_config("gda narrow", vocab_size=96, **narrow), 3)
     with pytest.raises(UserError, match=r"97 words; it may be 1, 97"):
         check_tensor_parallel(tiny_config("softmax"), 2)

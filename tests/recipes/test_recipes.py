@@ -15,7 +15,7 @@ from motifarch.train.inputs import _OURS
 from motifarch.train.main import main
 from motifarch.train.metrics import read_metrics
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import Recipe, check_recipe, layout_of
+from motifarch.train.recipe import Recipe, check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "trainer"))
@@ -62,7 +62,7 @@ def test_all_recipes_are_here() -> None:
 def test_it_holds_on_its_gpus(path: Path) -> None:
     recipe, count = read_recipe([str(path)]), gpus(path)
     check_recipe(recipe, count)
-    layout = layout_of(recipe).resolve(count)
+    layout = recipe.parallel.resolve(count)
     sizes = schedule(recipe)
     # No rank is without rows, and no micro-batch is larger than what is left for a rank.
     for step in (0, recipe.batch.warmup_steps // 2, recipe.run.steps - 1):

@@ -12,6 +12,7 @@ import pytest
 from helpers.distributed import torchrun
 from helpers.tiny import prepare_text, write_recipe
 from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.main import main
 from motifarch.train.manifest import find_newest, list_checkpoints
 from motifarch.train.metrics import read_metrics
@@ -154,11 +155,27 @@ def test_init_from_takes_weights_alone(
     weights = str(output / "checkpoints" / "step_00000004")
     fresh = ["--run.output", str(tmp_path / "tuned"), "--run.init_from", weights]
     assert main([str(recipe), *TINY_RUN, *fresh]) == 0
-    assert "from scratch" in capfd.readouterr().out
+    assert f"with the weights of {weights}, into" in capfd.readouterr().out
     first = read_metrics(tmp_path / "tuned" / "metrics.jsonl")[0]
     assert first["step"] == 1
     assert first["loss"] < read_metrics(output / "metrics.jsonl")[0]["loss"]
     assert json.loads((tmp_path / "tuned" / "run.json").read_text())["parent"]["checkpoint"] == weights
+
+
+def test_init_from_says_what_the_folder_computed_otherwise(
+    finished: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, output = finished
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    fields = json.loads((output / "run.json").read_text())["model_config"]
+    fields = {k: v for k, v in fields.items() if k != "rope_parameters"} | {"rope_scaling": scaling}
+    MotifForCausalLM(MotifConfig(**fields | {"rms_norm_eps": 1e-3})).save_pretrained(tmp_path / "folder")
+    begin = ["--run.init_from", str(tmp_path / "folder"), "--run.output", str(tmp_path / "tuned")]
+    assert main([str(recipe), *TINY_RUN, *begin, "--model.rope_scaling", json.dumps(scaling)]) == 0
+    warnings = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "folder, whose model has rms_norm_eps 0.001, but the recipe's 1e-06" in warnings[0]
+    assert json.loads((tmp_path / "tuned" / "run.json").read_text())["model_config"]["rope_scaling"] == scaling
 
 
 def test_the_run_stops_after_too_many_nonfinite_steps(recipe: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from motifarch._registration import register_models
 from motifarch.layers.attention import check_heads
 
-ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
-ACTIVATIONS = ("poly_norm", "silu")
+from .unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
+
+PAIRED_TYPES = ("gda", "diff_v1")
+"""Attention types whose lambda is a parameter of the layer, and whose keys may come in pairs."""
 
 SHARED_STYLE = "motif_shared"
 """Name of the style of tensor parallelism that is ours: see `tensor_parallel.py`."""
@@ -40,15 +42,19 @@ class MotifConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward block.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads, signal and noise together.
-        num_key_value_heads: key/value heads; with "gda" and "diff_v1" they come in pairs. Default: num_attention_heads.
+        num_key_value_heads: key/value heads; with paired_kv they come in pairs. Default: num_attention_heads.
         head_dim: width D of a query/key head; default hidden_size // num_attention_heads.
         num_noise_heads: noise heads; None means half of the heads.
         attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or "softmax".
+        paired_kv: whether keys come in pairs, one for signal and one for noise, with values of twice head_dim; false
+            leaves ordinary key/value heads and their cache. None means yes for "gda" and "diff_v1"; no other type has
+            pairs.
         attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
         sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1", no for "diff_v2".
         qk_norm: RMS-normalise query and key heads.
         lambda_init_depth_offset: added to the layer index (from 0) in ``0.8 - 0.6 exp(-0.3 depth)``; None means -1
             for "gda", which is how the released checkpoints count, and 0 for "diff_v1", the paper's count.
+        lambda_init: the constant of every layer's lambda with "gda" and "diff_v1", instead of the one by depth.
         hidden_act: "poly_norm" (PolyNorm times up) or "silu" (SwiGLU).
         poly_norm_eps: PolyNorm's epsilon.
         rms_norm_eps: epsilon of the layer norms.
@@ -57,7 +63,7 @@ class MotifConfig(PreTrainedConfig):
         rope_parameters: transformers' rotary parameters; the released files' ``rope_theta`` and ``rope_scaling`` are
             accepted.
         sliding_window: tokens a query sees, itself included; used if use_sliding_window.
-        use_sliding_window: switch for sliding_window.
+        use_sliding_window: switch for sliding_window, in all layers.
         use_bias: biases in the linear layers.
         tie_word_embeddings: share the embedding with the output projection.
         initializer_range: standard deviation of the initial weights.
@@ -66,7 +72,7 @@ class MotifConfig(PreTrainedConfig):
         use_cache: keep keys and values in generation.
 
     Raises:
-        ValueError: heads that do not divide, or a value that no layer supports.
+        ValueError: heads that do not divide, or a field, other models' included, that asks for what no layer computes.
     """
 
     model_type = "Motif"
@@ -82,10 +88,12 @@ class MotifConfig(PreTrainedConfig):
     head_dim: int | None = 128
     num_noise_heads: int | None = 8
     attention_type: str = "gda"
+    paired_kv: bool | None = None
     attention_gate: bool = False
     sub_norm: bool | None = None
     qk_norm: bool = False
     lambda_init_depth_offset: int | None = None
+    lambda_init: float | int | None = None
     hidden_act: str = "poly_norm"
     poly_norm_eps: float = 1e-6
     rms_norm_eps: float = 1e-6
@@ -94,7 +102,6 @@ class MotifConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = False
-    layer_types: list[str] | None = None
     use_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -111,21 +118,39 @@ class MotifConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # transformers' caches read layer_types, or else take sliding_window as used.
-        windowed = self.use_sliding_window and self.sliding_window is not None
-        self.layer_types = ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
+        layer_types = kwargs.pop("layer_types", None)
+        refuse_contradicting_rope(self.rope_parameters, kwargs)
+        # Copies, for transformers fills them in.
+        self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
+        if kwargs.get("rope_scaling"):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
         # Of the instance, for it depends on the fields; transformers leaves it out of what is saved.
         self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
         self.validate_architecture()
+        refuse_mixed_windows(self, layer_types)
         register_models()
 
     @classmethod
+    def get_config_dict(cls, *arguments: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A folder's fields, and the options that are left over, as transformers reads them."""
+        fields, unused = super().get_config_dict(*arguments, **options)
+        if fields.get("model_type") == cls.model_type.lower():
+            fields["model_type"] = cls.model_type  # transformers would warn of a model of another kind
+        return fields, unused
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config from a saved one; heads that it does not name follow from its other fields, not from 12.7B's."""
-        derived = dict.fromkeys(("num_noise_heads", "num_key_value_heads", "head_dim"))
-        return super().from_dict(derived | config_dict, **kwargs)
+        """A config from a saved one.
+
+        Heads that it does not name follow from its other fields, not from 12.7B's; a theta that it does not name is
+        10,000, as for every reader of such files.
+        """
+        absent: dict[str, Any] = dict.fromkeys(("num_noise_heads", "num_key_value_heads", "head_dim"))
+        if not any("rope_theta" in (fields or {}) for fields in (config_dict, config_dict.get("rope_parameters"))):
+            absent["rope_theta"] = 10_000.0
+        return super().from_dict(absent | config_dict | {"model_type": cls.model_type}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; rotary parameters under the released files' names too, so that other readers find them."""
@@ -133,6 +158,7 @@ class MotifConfig(PreTrainedConfig):
         parameters = dict(output.get("rope_parameters") or {})
         output["rope_theta"] = parameters.pop("rope_theta", self.default_theta)
         output["rope_scaling"] = parameters if parameters.get("rope_type", "default") != "default" else None
+        output["layer_types"] = self.layer_types
         return output
 
     @property
@@ -145,10 +171,23 @@ class MotifConfig(PreTrainedConfig):
         return self.num_noise_heads
 
     @property
+    def has_paired_kv(self) -> bool:
+        """Whether key/value heads come in pairs, with the default filled in."""
+        if self.paired_kv is None:
+            return self.attention_type in PAIRED_TYPES
+        return self.paired_kv
+
+    @property
     def value_width(self) -> int:
         """Width Dv of a value head as attention sees it."""
         assert self.head_dim is not None  # filled in by __post_init__
-        return 2 * self.head_dim if self.attention_type in ("gda", "diff_v1") else self.head_dim
+        return 2 * self.head_dim if self.has_paired_kv else self.head_dim
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches read; without it they would take sliding_window as used."""
+        windowed = self.window_size != (-1, -1)
+        return ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -159,15 +198,7 @@ class MotifConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse combinations that no layer can compute; transformers calls this when a config is made."""
-        for name, accepted in (("attention_type", ATTENTION_TYPES), ("hidden_act", ACTIVATIONS)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported; choose one of {', '.join(accepted)}"
-                )
-        if self.k_ratio not in (None, 1):
-            raise ValueError(f"k_ratio={self.k_ratio} is not supported; only 1 is")
-        if self.attention_dropout:
-            raise ValueError(f"attention_dropout={self.attention_dropout} is not supported; only 0 is")
+        refuse_unsupported(self)
         if self.use_sliding_window and (self.sliding_window or 0) < 1:
             raise ValueError(
                 f"use_sliding_window is on but sliding_window={self.sliding_window}; give at least 1 token"
@@ -176,6 +207,22 @@ class MotifConfig(PreTrainedConfig):
         assert self.head_dim is not None
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
+        if self.attention_type not in PAIRED_TYPES:
+            if self.paired_kv:
+                raise ValueError(
+                    f"paired_kv is on, but keys come in pairs with attention_type {' and '.join(PAIRED_TYPES)} only, "
+                    f"not {self.attention_type!r}; leave it null"
+                )
+            if self.lambda_init is not None:
+                raise ValueError(
+                    f"lambda_init={self.lambda_init} works with attention_type {' and '.join(PAIRED_TYPES)} only, "
+                    f"not {self.attention_type!r}; leave it null"
+                )
+        if self.lambda_init is not None and self.lambda_init_depth_offset is not None:
+            raise ValueError(
+                f"lambda_init={self.lambda_init} and lambda_init_depth_offset={self.lambda_init_depth_offset} are both "
+                "given; give the constant or where its depth is counted from"
+            )
         if self.attention_type == "softmax":
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
@@ -195,5 +242,5 @@ class MotifConfig(PreTrainedConfig):
             self.num_attention_heads,
             self.noise_heads,
             self.num_key_value_heads,
-            paired_keys=self.attention_type != "diff_v2",
+            paired_keys=self.has_paired_kv,
         )

@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 
 from motif_kernels import flash
@@ -25,7 +24,6 @@ from motifarch.layers import (
     PaddingMask,
     PolyNorm,
     PolyNormMLP,
-    RotaryEmbedding,
     SoftmaxAttention,
     SwiGLUMLP,
     cu_seqlens_from_position_ids,
@@ -36,6 +34,8 @@ from motifarch.layers import (
 from . import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from .caches import read_attention_mask, seen_tokens
 from .configuration_motif import MotifConfig
+from .loading import WholeOrNothing
+from .rotary import build_rotary
 
 # attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the rest are transformers'
 # names. Any "flash_..." is whichever flash-attn is installed.
@@ -66,28 +66,24 @@ def build_attention(config: MotifConfig, layer_idx: int) -> nn.Module:
             gate=config.attention_gate,
             sub_norm=bool(config.sub_norm),
         )
-    offset = config.lambda_init_depth_offset
-    if offset is None:
-        offset = -1 if config.attention_type == "gda" else 0
     return GroupedDifferentialAttention(
         config.hidden_size,
         **common,
         **differential,
+        paired_kv=config.has_paired_kv,
         sub_norm=config.sub_norm is not False,
-        lambda_init=default_lambda_init(layer_idx + offset),
+        lambda_init=lambda_init_of(config, layer_idx),
     )
 
 
-def build_rotary(config: MotifConfig) -> RotaryEmbedding:
-    """Rotary embeddings with the config's theta and, if any, its scaling (YaRN and the others transformers knows)."""
-    assert config.head_dim is not None  # filled in by the config
-    parameters = config.rope_parameters or {}
-    kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", config.default_theta)
-    if kind == "default":
-        return RotaryEmbedding(config.head_dim, base=theta)
-    with torch.device("cpu"):  # real numbers, also while the model is built on the meta device
-        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
-    return RotaryEmbedding(config.head_dim, base=theta, inv_freq=inv_freq, attention_scaling=attention_scaling)
+def lambda_init_of(config: MotifConfig, layer_idx: int) -> float:
+    """The constant in a layer's lambda, with "gda" and "diff_v1"."""
+    if config.lambda_init is not None:
+        return float(config.lambda_init)
+    offset = config.lambda_init_depth_offset
+    if offset is None:
+        offset = -1 if config.attention_type == "gda" else 0
+    return default_lambda_init(layer_idx + offset)
 
 
 def _restarts(position_ids: Tensor | None) -> TypeGuard[Tensor]:
@@ -132,7 +128,7 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class MotifPreTrainedModel(PreTrainedModel):
+class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
     """What transformers needs to know of every Motif model."""
 
     config_class = MotifConfig
@@ -184,7 +180,11 @@ class MotifModel(MotifPreTrainedModel):
         config: a MotifConfig.
     """
 
+    # A causal language model's folder serves the model inside it.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
     def __init__(self, config: MotifConfig) -> None:
+        config.validate_architecture()  # fields may have been set after it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MotifDecoderLayer(config, i) for i in range(config.num_hidden_layers))

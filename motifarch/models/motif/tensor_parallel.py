@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from motifarch.layers import GroupedDifferentialAttention, PolyNorm
+from motifarch.layers import PolyNorm
 from motifarch.layers.attention import Attention
 
 from .configuration_motif import SHARED_STYLE
@@ -50,8 +50,8 @@ def check_shared_heads(attention: Any, ranks: int) -> None:
     """
     noise = getattr(attention, "num_noise_heads", None)
     queries = ("attention heads", attention.num_heads) if noise is None else ("noise heads", noise)
-    paired = isinstance(attention, GroupedDifferentialAttention)
-    keys = ("key/value pairs", attention.num_kv_heads // 2) if paired else ("key/value heads", attention.num_kv_heads)
+    paired, kv_heads = attention.paired_kv, attention.num_kv_heads
+    keys = ("key/value pairs", kv_heads // 2) if paired else ("key/value heads", kv_heads)
     for name, count in (queries, keys):
         if count % ranks:
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)

@@ -93,6 +93,24 @@ def own_indices(tensor: torch.Tensor) -> tuple[Runs, ...]:
     return held
 
 
+def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a whole tensor that is sharded as another is.
+
+    Args:
+        whole: Of like's (global) shape, on every rank.
+        like: A DTensor, or a plain tensor, which is kept whole.
+
+    Raises:
+        ValueError: The local part of ``like`` is not the shard that its placements describe.
+    """
+    for dim, runs in enumerate(own_indices(like)):
+        if runs != ((0, whole.shape[dim]),):
+            # A rank may hold no row at all, and torch.cat takes no empty list.
+            parts = [whole.narrow(dim, start, stop - start) for start, stop in runs or ((0, 0),)]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return whole
+
+
 @dataclass(frozen=True)
 class CopyGroup:
     """The ranks that hold one copy of a tensor together, each its own part."""

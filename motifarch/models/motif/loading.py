@@ -1,0 +1,83 @@
+"""Loading a folder whole or not at all: transformers fills what is missing with random numbers, and only warns."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from motifarch.weight_files import ModelFolderError, WeightFiles, file_names, listed
+
+
+class WholeOrNothing:
+    """Goes before PreTrainedModel among a model's base classes, and makes its ``from_pretrained`` strict."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The ``from_pretrained`` of transformers, which takes more arguments than are named here.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a name on a hub; None with ``state_dict`` and ``config``.
+            *model_args: of the model's constructor.
+            ignore_mismatched_sizes: accept tensors of another shape: they start at random.
+            output_loading_info: return the report too, and accept missing and unexpected tensors: the caller looks.
+            **kwargs: transformers' others.
+
+        Raises:
+            ModelFolderError: a tensor is missing, unexpected or of another shape; a local folder's file is missing or
+                damaged, or its index names what is not there. Nothing is written.
+        """
+        name = pretrained_model_name_or_path
+        in_safetensors = kwargs.get("use_safetensors") is not False and kwargs.get("gguf_file") is None
+        if name is not None and os.path.isdir(name) and kwargs.get("state_dict") is None and in_safetensors:
+            check_weight_files(Path(name) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+        parent: Any = super()
+        model, report = parent.from_pretrained(
+            name,
+            *model_args,
+            # Mismatches are then reported, where transformers would leave them to its log and raise without a name.
+            ignore_mismatched_sizes=ignore_mismatched_sizes or not output_loading_info,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if output_loading_info:
+            return model, report
+        problems = _problems(report, ignore_mismatched_sizes)
+        if problems:
+            source = "the state_dict" if kwargs.get("state_dict") is not None else str(name)
+            raise ModelFolderError(
+                f"{source} does not fit {cls.__name__} with its config: {'; '.join(problems)}. Tensors and config must "
+                "be one model's; output_loading_info=True loads what fits, and starts what is missing at random"
+            )
+        return model
+
+
+def check_weight_files(folder: Path, variant: str | None = None) -> None:
+    """Opens the safetensors files that transformers would read from a folder, without reading any tensor.
+
+    Args:
+        folder: a local model folder; one with no safetensors files is left to transformers.
+        variant: part of the files' names, as transformers takes it.
+
+    Raises:
+        ModelFolderError: a file is missing, truncated or damaged, or lacks a tensor that the index says it holds.
+    """
+    if any((folder / name).is_file() for name in file_names(variant)):
+        WeightFiles(folder, variant)
+
+
+def _problems(report: dict[str, Any], ignore_mismatched_sizes: bool) -> list[str]:
+    problems = [
+        f"{kind} {listed(report[f'{kind}_keys'])}" for kind in ("missing", "unexpected") if report[f"{kind}_keys"]
+    ]
+    if report["mismatched_keys"] and not ignore_mismatched_sizes:
+        shapes = {f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in report["mismatched_keys"]}
+        problems.append(f"of another shape {listed(shapes)}")
+    return problems

@@ -1,0 +1,160 @@
+"""What a config may say that no layer here computes: refused by name, for loading would silently compute another thing.
+
+Fields that concern training or generation alone, or that no computation reads, are not looked at: they stay in the
+config and are written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_motif import MotifConfig
+
+ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
+ACTIVATIONS = ("poly_norm", "silu")
+
+ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "attention_type": ATTENTION_TYPES,
+    "hidden_act": ACTIVATIONS,
+    "k_ratio": (1,),
+    "attention_dropout": (0,),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({},),
+    "sliding_window_pattern": (1,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    # The family's later models bear the same model_type: their attention is latent, their feed-forward routed.
+    "num_experts": (0, 1),
+    "q_lora_rank": (),
+    "kv_lora_rank": (),
+}
+"""A field's values; null, like a field that is not there, is always accepted."""
+
+BIASES = ("attention_bias", "qkv_bias", "mlp_bias")
+"""Other models' names for parts of use_bias."""
+
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""Rotary types whose frequencies do not depend on the length of a row, and what each needs besides rope_theta."""
+
+
+def refuse_unsupported(config: MotifConfig) -> None:
+    """Refuses a field's value, biases in a part of the layers, and rotary parameters that no layer can honour.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    for name, accepted in ACCEPTED.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in accepted:
+            raise ValueError(f"{name}={value!r} is not supported; {_choice(accepted)}")
+    for name in BIASES:
+        value = getattr(config, name, None)
+        if value is not None and bool(value) != config.use_bias:
+            raise ValueError(
+                f"{name}={value} is not supported with use_bias={config.use_bias}; all linear layers have biases "
+                f"(use_bias true) or none has: set {name} to the same, or leave it out"
+            )
+    _refuse_quantization(getattr(config, "quantization_config", None))
+    _refuse_rope(config.rope_parameters or {})
+
+
+def refuse_mixed_windows(config: MotifConfig, layer_types: list[str] | None) -> None:
+    """Refuses a window in some layers only.
+
+    Args:
+        config: its `layer_types` are what is computed.
+        layer_types: what the folder says, or None.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    computed = "sliding_attention" if config.window_size != (-1, -1) else "full_attention"
+    others = sorted(set(layer_types or ()) - {computed})
+    if others:
+        raise ValueError(
+            f"layer_types has {', '.join(map(repr, others))} but use_sliding_window={config.use_sliding_window} with "
+            f"sliding_window={config.sliding_window} makes every layer {computed!r}; all layers have one window or "
+            "none: change these fields, or leave layer_types out"
+        )
+    full = getattr(config, "max_window_layers", None)
+    if full and config.use_sliding_window:
+        raise ValueError(
+            f"max_window_layers={full} is not supported with use_sliding_window on: it leaves the first {full} layers "
+            "without the window, and all layers have one window here; set it to 0, or use_sliding_window to false"
+        )
+
+
+def refuse_contradicting_rope(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
+    """Refuses a config whose rope_parameters and older rope_theta and rope_scaling say different things.
+
+    Folders are written with both, and one edited by hand may say what would be overlooked.
+
+    Args:
+        parameters: rope_parameters, or None.
+        older: a config's other fields.
+
+    Raises:
+        ValueError: naming the field and both values.
+    """
+    said = dict(older.get("rope_scaling") or {})
+    if older.get("rope_theta") is not None:
+        said["rope_theta"] = older["rope_theta"]
+    for name, value in said.items():
+        newer = (parameters or {}).get(name, value)
+        if newer != value:
+            field = "rope_theta" if name == "rope_theta" else f"rope_scaling's {name}"
+            raise ValueError(
+                f"{field} is {value!r} but rope_parameters has {name}={newer!r}; make them equal, or leave "
+                "rope_parameters out"
+            )
+
+
+def _choice(accepted: tuple[Any, ...]) -> str:
+    if not accepted:
+        return "leave it out if the model does without"
+    return f"only {accepted[0]} is" if len(accepted) == 1 else f"choose one of {', '.join(map(str, accepted))}"
+
+
+def _refuse_quantization(settings: Any) -> None:
+    """Refuses a method that transformers would only warn of, to read packed numbers as weights."""
+    if not isinstance(settings, Mapping):  # an object is one that transformers made
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if not AutoHfQuantizer.supports_quant_method(dict(settings)):
+        raise ValueError(
+            f"quantization_config has quant_method={settings.get('quant_method')!r}, which the installed transformers "
+            "does not know; load the folder of unquantized weights"
+        )
+
+
+def _refuse_rope(parameters: Mapping[str, Any]) -> None:
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            f"rope_parameters is given by kind of layer ({', '.join(nested)}); all layers share one set here: give "
+            "rope_type and rope_theta themselves"
+        )
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_NEEDS:
+        raise ValueError(f"rope_type={kind!r} is not supported; choose one of {', '.join(ROPE_NEEDS)}")
+    missing = [name for name in ROPE_NEEDS[kind] if name not in parameters]
+    if missing:
+        raise ValueError(f"rope_type={kind!r} needs {' and '.join(missing)}, which rope_scaling does not have")
+    for name, least in (("rope_theta", 1), ("factor", 0), ("original_max_position_embeddings", 0)):
+        value = parameters.get(name, 2)
+        by_lengths = name == "factor" and kind == "yarn" and value is None  # transformers then divides the two lengths
+        if not by_lengths and (not isinstance(value, int | float) or value <= least):
+            raise ValueError(f"{name}={value!r} must be a number above {least}")
+    rotated = parameters.get("partial_rotary_factor")
+    if rotated not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={rotated} is not supported; only 1 is: whole heads are rotated")
