@@ -1,0 +1,114 @@
+"""Do two model folders compute the same? Both are run a layer at a time, so that neither has to fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motifarch.models.motif import MotifConfig
+from motifarch.models.motif.modeling_motif import MotifDecoderLayer
+from motifarch.models.motif.rotary import build_rotary
+
+from .description import Description
+from .folders import SourceFolder
+
+_TOKENS = 32
+_VOCABULARY_ROWS = 2**14
+"""Rows of the output projection that are held in float32 at a time."""
+
+
+class Weights(Protocol):
+    """A Motif model's config and tensors: a folder's, or those that a description makes."""
+
+    config: dict[str, Any]
+    names: list[str]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its name."""
+        ...
+
+
+class Described:
+    """The model that a description makes of a source folder, read like a folder, without writing it.
+
+    Args:
+        description: of a Motif model.
+        source: the folder that it reads.
+    """
+
+    def __init__(self, description: Description, source: SourceFolder) -> None:
+        self.config, self.names = description.config, list(description.tensors)
+        self._tensors, self._source = description.tensors, source
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, made of those of the source."""
+        origin = self._tensors[name]
+        return origin.make(*map(self._source.read, origin.sources))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of two models are apart."""
+
+    largest: float
+    """The largest absolute difference."""
+    spread: float
+    """The standard deviation of the first model's logits, to compare it with."""
+    tokens: int
+    """Random tokens that both read."""
+
+
+def difference(first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None) -> Difference:
+    """Compares two Motif models on random tokens, in float32 arithmetic whatever the weights' dtype.
+
+    Args:
+        first: a model.
+        second: another, of the same vocabulary.
+        on_layer: called after each layer of either.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(MotifConfig.from_dict(first.config).vocab_size, (1, _TOKENS), generator=generator)
+    one, other = (logits(folder, ids, on_layer) for folder in (first, second))
+    return Difference(float((one - other).abs().max()), float(one.std()), ids.numel())
+
+
+@torch.no_grad()
+def logits(
+    folder: Weights,
+    ids: Tensor,
+    on_layer: Callable[[], None] = lambda: None,
+    *,
+    before_layer: Callable[[nn.Module], None] = lambda layer: None,
+) -> Tensor:
+    """A model's logits in float32, with one layer's weights in memory at a time.
+
+    Args:
+        folder: a Motif model's weights.
+        ids: token ids (B, S).
+        on_layer: called after each layer.
+        before_layer: called with each layer before it runs.
+
+    Returns:
+        (B, S, vocabulary), float32.
+    """
+    config = MotifConfig.from_dict(folder.config)
+    hidden = folder.read("model.embed_tokens.weight")[ids].float()
+    positions = build_rotary(config)(torch.arange(ids.shape[1])[None], torch.float32)
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        with torch.device("meta"):
+            layer = MotifDecoderLayer(config, i).eval()
+        weights = {n.removeprefix(prefix): folder.read(n).float() for n in folder.names if n.startswith(prefix)}
+        layer.load_state_dict(weights, assign=True)
+        before_layer(layer)
+        hidden = layer(hidden, positions)
+        on_layer()
+    norm = folder.read("model.norm.weight").float()
+    hidden = F.rms_norm(hidden, norm.shape, norm, config.rms_norm_eps)
+    head = folder.read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight")
+    return torch.cat([hidden @ rows.float().T for rows in head.split(_VOCABULARY_ROWS)], dim=-1)

@@ -1,0 +1,118 @@
+"""Depth: new blocks between the old ones, each of which starts as the identity (LLaMA-Pro, arXiv 2401.02415).
+
+A new block copies the one before it, but its o_proj and down_proj are zero, so that it adds nothing to the residual
+stream until it has learnt to.
+
+In differential attention with a constant ``lambda_init`` the constant depends on the layer's index, which a new block
+shifts for those after it: ``lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init``, and the sub-norm's output is scaled
+by ``1 - lambda_init``. Both are made up for in the layer's own parameters: ``exp(q2 . k2)`` takes what the constant
+gains (``exp(q1 . k1)`` where the other would not stay positive), and the sub-norm's weight the ratio of the scales.
+In bfloat16 the vectors still hold their products (they are rounded together), but the sub-norm's weight is rounded: the
+step says so. All tensors of a folder keep one dtype, for ``from_pretrained`` would round the others to it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from torch import Tensor
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+from motifarch.models.motif.modeling_motif import lambda_init_of
+
+from .description import Description, Origin, Step
+from .lambdas import shift_lambda
+from .width import coarsest, dtype_name, rounding
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_SILENT = ("self_attn.o_proj.", "mlp.down_proj.")
+_LAMBDAS = tuple(f"self_attn.lambda_{name}" for name in ("q1", "k1", "q2", "k2"))
+_SUB_NORM = "self_attn.subln.weight"
+
+
+def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
+    """The layers of a deeper model, new ones spread evenly: which old layer each copies, and whether it is new.
+
+    Args:
+        old: layers of the model that grows.
+        new: layers after it.
+    """
+    extra = new - old
+    # The last of them comes after the last layer, as in LLaMA-Pro.
+    after = [-(-(i + 1) * old // extra) - 1 for i in range(extra)]
+    return [(i, fresh) for i in range(old) for fresh in (False, *[True] * after.count(i))]
+
+
+def deepen(description: Description, layers: int) -> Description:
+    """Adds blocks that start as the identity, up to a number of layers; the model computes the same function.
+
+    Args:
+        description: of a Motif model.
+        layers: num_hidden_layers of the grown model.
+
+    Raises:
+        UserError: fewer layers than there are.
+    """
+    config = MotifConfig.from_dict(description.config)
+    old = config.num_hidden_layers
+    if layers < old:
+        raise UserError(f"--layers is {layers}, but the model has {old}; a model can only grow")
+    if layers == old:
+        return description
+    parts: list[dict[str, Origin]] = [{} for _ in range(old)]
+    tensors = {}
+    for name, origin in description.tensors.items():
+        if match := _LAYER.fullmatch(name):
+            parts[int(match[1])][match[2]] = origin
+        else:
+            tensors[name] = origin
+    places = interleaved(old, layers)
+    for i, (copied, new) in enumerate(places):
+        layer = _moved(parts[copied], config, copied, i)
+        if new:
+            layer |= {
+                name: Origin.constant(0.0, origin.shape, origin.dtype)
+                for name, origin in layer.items()
+                if name.startswith(_SILENT)
+            }
+        tensors |= {f"model.layers.{i}.{name}": origin for name, origin in layer.items()}
+    fresh = [i for i, (_, new) in enumerate(places) if new]
+    summary = f"num_hidden_layers {old} -> {layers}, new blocks {', '.join(map(str, fresh))} start as the identity"
+    return description.changed({"num_hidden_layers": layers}, tensors, Step(summary, _loss(description, config)))
+
+
+def _moved(layer: dict[str, Origin], config: MotifConfig, old: int, new: int) -> dict[str, Origin]:
+    """The tensors of a layer at another index, where they compute what they did."""
+    if _LAMBDAS[0] not in layer:
+        return dict(layer)
+    before, after = lambda_init_of(config, old), lambda_init_of(config, new)
+    if before == after:
+        return dict(layer)
+    vectors = [layer[name] for name in _LAMBDAS]
+    changed = {
+        name: Origin.joined(vectors, layer[name].shape, partial(_shifted, place=place, shift=before - after))
+        for place, name in enumerate(_LAMBDAS)
+    }
+    if _SUB_NORM in layer:
+        ratio = (1 - before) / (1 - after)
+        changed[_SUB_NORM] = layer[_SUB_NORM].then(layer[_SUB_NORM].shape, lambda weight: weight * ratio)
+    return layer | changed
+
+
+def _shifted(*vectors: Tensor, place: int, shift: float) -> Tensor:
+    q1, k1, q2, k2 = vectors
+    return shift_lambda(q1, k1, q2, k2, shift)[place]
+
+
+def _loss(description: Description, config: MotifConfig) -> str | None:
+    coarse = coarsest(description)
+    scaled = any(name.endswith(_SUB_NORM) for name in description.tensors) and config.lambda_init is None
+    if coarse is None or not scaled:
+        return None
+    return (
+        f"a layer at another index has another lambda_init, for which its sub-norm's weight makes up: in "
+        f"{dtype_name(coarse)} that is rounded, by up to {rounding(coarse):.2%} of each attention "
+        f"output; --dtype float32 keeps the function"
+    )

@@ -1,0 +1,77 @@
+"""`motifarch grow --to`: the command line's options for softmax models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from motifarch.errors import UserError
+
+from .description import Description, describe
+from .folders import SourceFolder
+from .from_softmax import from_softmax
+from .from_softmax_probe import closest, probe_ids
+from .from_softmax_sources import FAMILIES, as_motif
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options to a parser."""
+    group = parser.add_argument_group(
+        "from a softmax model",
+        f"SOURCE may be a model of {', '.join(FAMILIES)}, or a Motif model with softmax attention",
+    )
+    group.add_argument(
+        "--to", choices=("diff_v2", "gda"), help="make it a differential model that starts as the same function"
+    )
+    group.add_argument(
+        "--ratio",
+        type=int,
+        metavar="G",
+        help="signal heads for each noise head (default: 1 for diff_v2; for gda as many as share a key/value head)",
+    )
+    group.add_argument("--sub-norm", action="store_true", help="normalise each head's output; needs --approximate")
+    group.add_argument(
+        "--approximate", action="store_true", help="allow what cannot start as the same function, and say how far it is"
+    )
+    group.add_argument(
+        "--probe", type=Path, metavar="TEXT", help="with --approximate: measure on this text file, not on random tokens"
+    )
+
+
+def refuse_without_to(arguments: argparse.Namespace) -> None:
+    """Refuses the other options where --to is not given.
+
+    Raises:
+        UserError: naming them.
+    """
+    given = [f"--{n.replace('_', '-')}" for n in ("ratio", "sub_norm", "approximate", "probe") if vars(arguments)[n]]
+    if given:
+        raise UserError(f"{', '.join(given)} works with --to diff_v2 or --to gda only; give that too, or leave it out")
+
+
+def convert(
+    source: SourceFolder, arguments: argparse.Namespace, dtype: torch.dtype | None
+) -> tuple[Description, Description]:
+    """What the options ask for.
+
+    Args:
+        source: the softmax model's folder.
+        arguments: the command line's.
+        dtype: of the new weights; None keeps the source's.
+
+    Returns:
+        The source as a Motif model, and the differential model.
+
+    Raises:
+        UserError: something does not fit; the message names it and the fix.
+    """
+    description = describe(source, dtype)
+    options = {"ratio": arguments.ratio, "sub_norm": arguments.sub_norm, "seed": arguments.seed}
+    if not arguments.approximate:
+        if arguments.probe is not None:
+            raise UserError("--probe is measured on with --approximate only; an exact conversion needs none")
+        return as_motif(description), from_softmax(description, arguments.to, **options)
+    ids = probe_ids(source, arguments.probe, arguments.seed)
+    return as_motif(description), closest(source, description, arguments.to, ids, **options)

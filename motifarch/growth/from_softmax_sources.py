@@ -1,0 +1,166 @@
+"""Softmax models of other families as Motif models with softmax attention: the same tensors under the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+
+from .description import Description, Origin, Step
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""By their configs' model_type: pre-norm blocks with the tensor names and the mathematics of Motif's."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not change with the sequence's length."""
+
+_SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def as_motif(description: Description) -> Description:
+    """A softmax model as a Motif model of ``attention_type`` "softmax", which is the same function.
+
+    Motif models have biases in all linear layers or in none: where a model has some, the others start at zero.
+
+    Args:
+        description: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax attention, which is
+            returned as it is.
+
+    Raises:
+        UserError: the model is of another family, its config has a field that MotifConfig cannot honour, or its tensors
+            are not those that its config describes.
+    """
+    if str(description.config.get("model_type")).lower() == "motif":
+        kind = description.config.get("attention_type", "gda")
+        if kind != "softmax":
+            raise UserError(
+                f"config.json is a Motif model's with attention_type {kind!r}, which is differential already"
+            )
+        return description
+    source = _read_config(description)
+    given = _own_tensors(description, source)
+    window = _window(source)
+    bias = any(name.endswith("_proj.bias") for name in given)
+    try:
+        config = MotifConfig(
+            **{name: getattr(source, name) for name in _SAME_FIELDS},
+            attention_type="softmax",
+            num_noise_heads=None,
+            head_dim=getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
+            qk_norm=source.model_type == "qwen3",
+            rope_parameters=dict(source.rope_parameters),
+            sliding_window=window,
+            use_sliding_window=window is not None,
+            use_bias=bias,
+        )
+    except ValueError as error:
+        raise UserError(f"no Motif model can take this {source.model_type} model's place: {error}") from None
+    with torch.device("meta"):
+        state = MotifForCausalLM(config).state_dict()
+    dtype = given["model.embed_tokens.weight"].dtype
+    tensors = {
+        name: given[name] if name in given else Origin.constant(0.0, tuple(tensor.shape), dtype)
+        for name, tensor in state.items()
+        if name in given or name.endswith("_proj.bias")
+    }
+    summary = f"{source.model_type} -> Motif with softmax attention"
+    if absent := sorted({name.split(".")[-2] for name in tensors if name not in given}):
+        summary += f"; biases that the source has not start at zero: {', '.join(absent)}"
+    # Of the source's other fields only the weights' dtype means anything to a Motif model.
+    kept = {name: description.config[name] for name in ("dtype", "torch_dtype") if name in description.config}
+    fields = config.to_dict() | {"architectures": ["MotifForCausalLM"]} | kept
+    return Description(fields, tensors, (*description.steps, Step(summary)))
+
+
+def _read_config(description: Description) -> PreTrainedConfig:
+    """The source's config as transformers reads it, once nothing in it stands against a conversion."""
+    kind = description.config.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"config.json has model_type {kind!r}; softmax models of {', '.join(FAMILIES)} can be converted"
+        )
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(description.config)
+    except Exception as error:  # transformers' validation has several kinds of its own
+        raise UserError(f"config.json is no valid {kind} config: {' '.join(str(error).split())}") from None
+    parameters = config.rope_parameters or {}
+    accepted: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("hidden_act", config.hidden_act, ("silu",)),
+        ("attention_dropout", config.attention_dropout, (0, None)),
+        ("rope_parameters.rope_type", parameters.get("rope_type", "default"), ROPE_TYPES),
+        ("rope_parameters.partial_rotary_factor", parameters.get("partial_rotary_factor", 1), (1,)),
+        ("quantization_config", getattr(config, "quantization_config", None), (None,)),
+    ]
+    for name, value, values in accepted:
+        if value not in values:
+            raise UserError(
+                f"config.json has {name} {value!r}, which no Motif model computes; "
+                f"{' or '.join(str(v) for v in values)} can be converted"
+            )
+    types = set(getattr(config, "layer_types", None) or ())
+    if len(types) > 1 or types - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"config.json has layer_types of {', '.join(sorted(types))} (Qwen's follow from max_window_layers), and "
+            "all layers of a Motif model attend alike; full_attention or sliding_attention in every layer can be "
+            "converted"
+        )
+    return config
+
+
+def _own_tensors(description: Description, config: PreTrainedConfig) -> dict[str, Origin]:
+    """The folder's tensors, if they are those of the model that its config describes.
+
+    Older folders hold rotary tables, and a tied embedding under a second name, besides: these are left out.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    left_out = ["lm_head.weight"] if config.tie_word_embeddings else []
+    for name in left_out:
+        del expected[name]
+    found = {
+        name: origin
+        for name, origin in description.tensors.items()
+        if name not in left_out and not name.endswith("rotary_emb.inv_freq")
+    }
+    for problem, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("has, in addition,", found.keys() - expected.keys()),
+        ("has another shape for", {n for n in expected.keys() & found.keys() if expected[n] != found[n].shape}),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(
+                f"the folder's weights are not those of the {type(model).__name__} that config.json describes: it "
+                f"{problem} {listed}; give a folder as save_pretrained writes it"
+            )
+    return found
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    """Tokens that a query sees in every layer, or None for all."""
+    if config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        window: int | None = config.sliding_window
+        return window
+    return None

@@ -1,0 +1,201 @@
+"""Growing a folder: the plan, its check against the model that will load it, and the writing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.train.manifest import sha256, write_json
+
+from .compare import Described, Difference, difference
+from .depth import deepen
+from .description import Description, describe
+from .folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
+from .layouts import Factors, factors_to, motif_config
+from .width import Noise, untie, widen
+
+RECORD = "growth.json"
+
+
+def plan(
+    source: SourceFolder,
+    factors: Factors | MotifConfig,
+    *,
+    noise: Noise | None = None,
+    dtype: torch.dtype | None = None,
+) -> Description:
+    """Describes the grown model, and makes sure that its folder will load.
+
+    Args:
+        source: a Motif model's folder.
+        factors: how it grows, or the layout that it is to have.
+        noise: makes copies differ; see :func:`motifarch.growth.width.widen`.
+        dtype: of the grown weights; None keeps the source's.
+
+    Raises:
+        UserError: the source is no Motif model or its tensors do not fit its config, or the growth does not fit it.
+    """
+    config = motif_config(source.config, source.path / CONFIG)
+    if isinstance(factors, MotifConfig):
+        factors = factors_to(config, factors)
+    description = describe(source, dtype)
+    if config.tie_word_embeddings and "lm_head.weight" in description.tensors:
+        # Some folders hold the tied matrix twice; models load the embedding.
+        tensors = {name: origin for name, origin in description.tensors.items() if name != "lm_head.weight"}
+        description = dataclasses.replace(description, tensors=tensors)
+    _check_tensors(description, f"{source.path} does not hold what its {CONFIG} describes")
+    if factors.untie:
+        description = untie(description)
+    description = widen(
+        description,
+        hidden=factors.hidden,
+        feed_forward=factors.feed_forward,
+        heads=factors.heads,
+        signal_heads=factors.signal_heads,
+        noise=noise,
+    )
+    if factors.layers is not None:
+        description = deepen(description, factors.layers)
+    if not description.steps:
+        raise UserError(
+            "nothing grows: give a factor above 1 (--hidden, --feed-forward, --signal-heads, --heads), more --layers, "
+            "or a larger layout with --like"
+        )
+    for derived in ("layer_types", "auto_map"):  # of the old depth; code that came with the old layout
+        description.config.pop(derived, None)
+    _check_tensors(description, "the grown tensors do not fit their config")
+    return description
+
+
+def write(
+    description: Description,
+    source: SourceFolder,
+    output: Path,
+    *,
+    record: dict[str, Any] | None = None,
+    check: bool = True,
+    base: Description | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    console: Console | None = None,
+) -> Difference | None:
+    """Makes the tensors of a description one at a time and writes the folder, which appears when it is whole.
+
+    Besides the weights it gets config.json, the source's tokenizer and generation files, and `growth.json`: the
+    source's files with their SHA-256, the steps with what each could not keep, and the difference measured.
+
+    Args:
+        description: what to write.
+        source: the folder that it reads.
+        output: the folder to make.
+        record: more fields for `growth.json`.
+        check: whether to run both models, a layer at a time, and compare their logits.
+        base: the Motif model that the source is, for the check; default: what the folder says.
+        max_shard_bytes: of a file.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The difference of the logits, None without the check.
+
+    Raises:
+        UserError: the output exists or lies within the source, or a file can't be read or written.
+    """
+    if source.path.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(f"{output} lies within the source {source.path}, which is left as it is; give another output")
+    console = Console(stderr=True) if console is None else console
+    total = sum(bytes_of(origin.shape, origin.dtype) for origin in description.tensors.values())
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    measured: Difference | None = None
+    with (
+        FolderWriter(
+            output,
+            description.config,
+            max_shard_bytes=max_shard_bytes,
+            carry_from=source.path,
+            report=console.print,
+        ) as writer,
+        bar,
+    ):
+        task = bar.add_task("writing", total=total)
+        for name, origin in description.tensors.items():
+            writer.write(name, origin.make(*map(source.read, origin.sources)))
+            bar.advance(task, bytes_of(origin.shape, origin.dtype))
+        writer.finish()
+        if check:
+            grown = SourceFolder(writer.folder)
+            first = source if base is None else Described(base, source)
+            layers = [MotifConfig.from_dict(folder.config).num_hidden_layers for folder in (first, grown)]
+            task = bar.add_task("comparing", total=sum(layers))
+            measured = difference(first, grown, lambda: bar.advance(task))
+        task = bar.add_task("recording", total=None)
+        origin_files = [source.path / CONFIG, *source.files]
+        content = {
+            "source": {
+                "folder": source.path.name,
+                "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in origin_files},
+            },
+            "steps": [dataclasses.asdict(step) for step in description.steps],
+            "logits": dataclasses.asdict(measured) if measured else None,
+        }
+        write_json(writer.folder / RECORD, content | (record or {}))
+    return measured
+
+
+def grow(
+    source: Path,
+    output: Path,
+    factors: Factors | MotifConfig,
+    *,
+    noise: Noise | None = None,
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+) -> Difference | None:
+    """Makes a larger model of a Motif model's folder, which computes the same function at the start.
+
+    Args:
+        source: a Hugging Face folder; it is only read.
+        output: the folder to make.
+        factors: how the model grows, or the layout that it is to have.
+        noise: makes copies differ, so that training can tell them apart; it cancels in what they compute.
+        dtype: of the grown weights; None keeps the source's.
+        check: whether to compare the logits of both models.
+
+    Returns:
+        The difference of the logits, None without the check.
+
+    Raises:
+        UserError: something does not fit, is missing or is damaged; the message names it and the fix.
+    """
+    folder = SourceFolder(source)
+    return write(plan(folder, factors, noise=noise, dtype=dtype), folder, output, check=check)
+
+
+def _check_tensors(description: Description, message: str) -> None:
+    """Compares names and shapes with those of the model that the config makes."""
+    with torch.device("meta"):
+        config = MotifConfig.from_dict(description.config)
+        state = MotifForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for name in (*state, *description.tensors):
+        if name not in description.tensors:
+            raise UserError(f"{message}: {name} is missing")
+        if name not in state:
+            raise UserError(f"{message}: {name} is no tensor of this model")
+        if tuple(state[name].shape) != description.tensors[name].shape:
+            raise UserError(
+                f"{message}: {name} is {description.tensors[name].shape}, where {tuple(state[name].shape)} is expected"
+            )

@@ -1,0 +1,114 @@
+"""`motifarch grow`: a larger model from a smaller one, computing the same function at the start."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+
+from .description import Description
+from .folders import SourceFolder
+from .from_softmax_options import add_arguments, convert, refuse_without_to
+from .grow import plan, write
+from .layouts import LAYOUTS, Factors, read_layout
+from .width import Noise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of :func:`motifarch.growth.grow`.
+
+    Args:
+        argv: its arguments; the process's own where None.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: something does not fit, is missing or is damaged.
+    """
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False)
+    noise = None if arguments.noise is None else Noise(arguments.noise, arguments.seed)
+    source, dtype, factors = SourceFolder(arguments.source), DTYPES.get(arguments.dtype), _factors(arguments)
+    if arguments.to is None:
+        refuse_without_to(arguments)
+        base, description = None, plan(source, factors, noise=noise, dtype=dtype)
+    elif factors != Factors() or noise is not None:
+        raise UserError("--to changes the attention and grows nothing; convert first, then grow the folder it makes")
+    else:
+        base, description = convert(source, arguments, dtype)
+    _announce(description, console)
+    check = arguments.check and not (base and description.steps[-1].loss)  # that loss has been measured
+    measured = write(description, source, arguments.output, check=check, base=base, console=console)
+    if measured is not None:
+        console.print(
+            f"logits of both models differ by at most {measured.largest:.1e} on {measured.tokens} random tokens "
+            f"(their standard deviation is {measured.spread:.2g})",
+            soft_wrap=True,
+        )
+    print(f"grown to {arguments.output}")
+    return 0
+
+
+def _announce(description: Description, console: Console) -> None:
+    for step in description.steps:
+        console.print(step.summary, soft_wrap=True)
+        if step.loss:
+            console.print(f"  not exact: {step.loss}", soft_wrap=True, style="yellow")
+    parameters = sum(torch.Size(origin.shape).numel() for origin in description.tensors.values())
+    console.print(f"{parameters:,} parameters in {len(description.tensors):,} tensors", soft_wrap=True)
+
+
+def _factors(arguments: argparse.Namespace) -> Factors | MotifConfig:
+    own = Factors(
+        hidden=arguments.hidden,
+        feed_forward=arguments.feed_forward,
+        heads=arguments.heads,
+        signal_heads=arguments.signal_heads,
+        layers=arguments.layers,
+        untie=arguments.untie,
+    )
+    if arguments.like is None:
+        return own
+    if own != Factors():
+        raise UserError("--like says how much everything grows; give it, or the factors, but not both")
+    return read_layout(arguments.like)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="motifarch grow", description=__doc__)
+    parser.add_argument("source", type=Path, help="a Motif model's Hugging Face folder; it is only read")
+    parser.add_argument("output", type=Path, help="the folder to make; it must not exist")
+    parser.add_argument(
+        "--like", metavar="LAYOUT", help=f"grow into this layout: {', '.join(LAYOUTS)}, or a Motif model's folder"
+    )
+    for name, multiplied in {
+        "--hidden": "the hidden size",
+        "--feed-forward": "the feed-forward width",
+        "--signal-heads": "signal heads; noise and key/value heads stay",
+        "--heads": "all heads: signal, noise and key/value",
+    }.items():
+        parser.add_argument(name, type=int, default=1, metavar="N", help=f"multiply {multiplied}")
+    parser.add_argument("--layers", type=int, metavar="N", help="layers afterwards; new ones start as the identity")
+    parser.add_argument("--untie", action="store_true", help="give a tied output projection a matrix of its own")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        metavar="X",
+        help="make copies differ by noise of X standard deviations that cancels in what they compute, such as 0.01",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the grown weights (default: the source's)")
+    add_arguments(parser)
+    parser.add_argument(
+        "--no-check", dest="check", action="store_false", help="do not run both models to compare their logits"
+    )
+    return parser

@@ -1,0 +1,294 @@
+"""Width and heads: every unit of a layer is copied, and whoever reads the copies divides by their number.
+
+Width by whole multiples is HyperCloning (Samragh et al., arXiv 2409.12903). Multiplying signal heads alone is
+group-differentiated growth, which Motif-2-12.7B's grouped differential attention was grown by (arXiv 2511.07464,
+2510.06949).
+
+The axes of a Motif model's tensors lie in a few spaces (the residual stream, a block's feed-forward units, its query
+heads ...). To grow a space is to say, for each place of the larger one, which place of the smaller it copies. A tensor
+that writes into the space repeats its rows; one that reads from it repeats its columns and divides by the copies. RMS
+norms and PolyNorm are means over a space in which every place has as many copies as any other: they don't change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig
+
+from .description import Description, Origin, Step
+
+HIDDEN, FEED_FORWARD = "hidden", "feed_forward"
+QUERIES, KEYS = "queries", "keys"  # outputs of q_proj, and of k_proj and v_proj
+SIGNALS, SIGNAL_HEADS = "signals", "signal_heads"  # what signal heads put out, and one number for each of them
+
+# Of each linear layer, the space that it writes into and the space that it reads.
+_LINEAR: dict[str, tuple[str | None, str]] = {
+    "lm_head": (None, HIDDEN),
+    "self_attn.q_proj": (QUERIES, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, SIGNALS),
+    "self_attn.lambda_proj": (SIGNAL_HEADS, HIDDEN),
+    "self_attn.gate_proj": (SIGNALS, HIDDEN),
+    "mlp.gate_proj": (FEED_FORWARD, HIDDEN),
+    "mlp.up_proj": (FEED_FORWARD, HIDDEN),
+    "mlp.down_proj": (HIDDEN, FEED_FORWARD),
+}
+# The space of each row or column of the others; those that are not here belong to no space that grows.
+_OTHERS: dict[str, tuple[str | None, ...]] = {
+    "model.embed_tokens.weight": (None, HIDDEN),
+    "input_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "model.norm.weight": (HIDDEN,),
+}
+_IN_LAYER = re.compile(r"model\.layers\.\d+\.")
+
+_NOISE_ELEMENTS = 2**22
+"""Numbers of noise that are drawn at a time."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How a space grows."""
+
+    index: Tensor
+    """(new size,), int64: the old place that each new one copies."""
+    times: int
+    """Copies of each place, in spaces that are read."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise that makes copies differ, so that training can tell them apart, and that cancels in what they compute."""
+
+    scale: float
+    """Its standard deviation, in those of the tensor that it is added to."""
+    seed: int = 0
+
+
+def tiled(size: int, times: int) -> Copies:
+    """A space repeated as a whole: 0 1 2 0 1 2."""
+    return Copies(torch.arange(size).repeat(times), times)
+
+
+def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[str, Copies]:
+    """How the spaces of an attention layer grow.
+
+    Query heads lie as blocks of [g signal heads, 1 noise head], one block for each noise head, and all heads of a block
+    read one key/value head (or pair). A block's signal heads are therefore repeated within it, and blocks and
+    key/value heads are repeated as a whole.
+
+    Args:
+        config: of the model that grows.
+        heads: multiplies all heads: signal, noise and key/value.
+        signal_heads: multiplies signal heads once more.
+    """
+    assert config.head_dim is not None  # filled in by the config
+    assert config.num_key_value_heads is not None
+    blocks = config.noise_heads or config.num_attention_heads
+    group = config.num_attention_heads // blocks - (1 if config.noise_heads else 0)
+
+    def signals(width: int) -> Copies:
+        index = torch.arange(blocks * group * width).view(blocks, group, width)
+        return Copies(index.repeat(heads, signal_heads, 1).flatten(), heads * signal_heads)
+
+    queries = torch.arange(config.num_attention_heads * config.head_dim).view(blocks, -1, config.head_dim)
+    queries = torch.cat([queries[:, :group].repeat(1, signal_heads, 1), queries[:, group:]], dim=1)
+    return {
+        QUERIES: Copies(queries.repeat(heads, 1, 1).flatten(), heads),
+        KEYS: tiled(config.num_key_value_heads * config.head_dim, heads),
+        SIGNALS: signals(config.value_width),
+        SIGNAL_HEADS: signals(1),
+    }
+
+
+def widen(
+    description: Description,
+    *,
+    hidden: int = 1,
+    feed_forward: int = 1,
+    heads: int = 1,
+    signal_heads: int = 1,
+    noise: Noise | None = None,
+) -> Description:
+    """Multiplies widths and heads by whole numbers; the model computes the same function.
+
+    The embedding repeats its columns, so that the residual stream holds each number ``hidden`` times. A tied embedding
+    stays tied: the final norm's weight is divided by ``hidden``, because the embedding can't be, being read and
+    written alike.
+
+    Args:
+        description: of a Motif model.
+        hidden: multiplies hidden_size.
+        feed_forward: multiplies intermediate_size.
+        heads: multiplies all heads: signal, noise and key/value.
+        signal_heads: multiplies the signal heads of each group, and leaves noise and key/value heads as they are.
+        noise: added to the weights that read copies, so that it cancels; None adds none. A tied output projection gets
+            none.
+
+    Raises:
+        UserError: a factor below 1, signal heads of a model that has no noise heads, or noise where nothing is copied.
+    """
+    factors = {"hidden": hidden, "feed_forward": feed_forward, "heads": heads, "signal_heads": signal_heads}
+    for name, factor in factors.items():
+        if factor < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {factor}; give a whole multiple, at least 1")
+    if noise is not None and not (math.isfinite(noise.scale) and noise.scale > 0):
+        raise UserError(f"--noise is {noise.scale}; give a positive number of standard deviations, such as 0.01")
+    if all(factor == 1 for factor in factors.values()):
+        if noise is not None:
+            raise UserError("--noise has nothing to tell apart: give a factor that copies units, or leave it out")
+        return description
+    config = MotifConfig.from_dict(description.config)
+    if signal_heads > 1 and not config.noise_heads:
+        raise UserError(
+            f"--signal-heads {signal_heads}: this model's attention_type is {config.attention_type!r}, which has no "
+            "noise heads apart from which signal heads could grow; multiply all heads with --heads"
+        )
+    copies = head_copies(config, heads=heads, signal_heads=signal_heads) | {
+        HIDDEN: tiled(config.hidden_size, hidden),
+        FEED_FORWARD: tiled(config.intermediate_size, feed_forward),
+    }
+    # A space that does not grow needs no work.
+    copies = {space: c for space, c in copies.items() if not torch.equal(c.index, torch.arange(len(c.index)))}
+    tensors = {name: _grown(name, origin, copies, noise) for name, origin in description.tensors.items()}
+    if config.tie_word_embeddings and hidden > 1:
+        final = tensors["model.norm.weight"]
+        tensors["model.norm.weight"] = final.then(final.shape, lambda weight: weight / hidden)
+    fields = _config_fields(config, factors)
+    return description.changed(fields, tensors, _step(description, config, fields, factors, noise))
+
+
+def untie(description: Description) -> Description:
+    """Gives the output projection a matrix of its own, equal to the embedding."""
+    if not description.config.get("tie_word_embeddings"):
+        return description
+    tensors = description.tensors | {"lm_head.weight": description.tensors["model.embed_tokens.weight"]}
+    step = Step("output projection: tied to the embedding -> a copy of it")
+    return description.changed({"tie_word_embeddings": False}, tensors, step)
+
+
+def _axes(name: str) -> tuple[tuple[str | None, ...], int | None]:
+    """The space of each dimension of a tensor, and which dimension is read."""
+    place = _IN_LAYER.sub("", name)
+    module, _, kind = place.rpartition(".")
+    if module in _LINEAR:
+        write, read = _LINEAR[module]
+        return ((write, read), 1) if kind == "weight" else ((write,), None)
+    return _OTHERS.get(place, ()), None
+
+
+def _grown(name: str, origin: Origin, copies: dict[str, Copies], noise: Noise | None) -> Origin:
+    axes, read = _axes(name)
+    chosen = {dim: copies[space] for dim, space in enumerate(axes) if space in copies}
+    if not chosen:
+        return origin
+    shape = tuple(len(chosen[dim].index) if dim in chosen else size for dim, size in enumerate(origin.shape))
+    grown = origin.then(shape, partial(_copy, chosen=chosen, read=read))
+    if noise is None or read not in chosen or chosen[read].times == 1:
+        return grown
+    seed = int.from_bytes(hashlib.sha256(f"{noise.seed} {name}".encode()).digest()[:8])
+    return grown.then(shape, partial(_add_noise, copies=chosen[read], scale=noise.scale, seed=seed))
+
+
+def _copy(tensor: Tensor, *, chosen: dict[int, Copies], read: int | None) -> Tensor:
+    for dim, copies in chosen.items():
+        tensor = tensor.index_select(dim, copies.index)
+        if dim == read:
+            tensor = tensor.div_(copies.times)
+    return tensor
+
+
+def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Tensor:
+    """Adds noise, in place, that sums to 0 over the columns that copy one column; weight is (rows, columns)."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    # Without its mean over the copies, noise is smaller by this much.
+    std = float(weight.std()) * scale * math.sqrt(copies.times / (copies.times - 1))
+    old, dtype = weight.shape[1] // copies.times, torch.promote_types(weight.dtype, torch.float32)
+    for rows in weight.split(max(1, _NOISE_ELEMENTS // weight.shape[1])):
+        noise = torch.randn(rows.shape, generator=generator).to(dtype) * std
+        mean = noise.new_zeros(len(rows), old).index_add_(1, copies.index, noise).div_(copies.times)
+        noise -= mean.index_select(1, copies.index)
+        rows.copy_(rows + noise)
+    return weight
+
+
+def _config_fields(config: MotifConfig, factors: dict[str, int]) -> dict[str, object]:
+    """The fields of the grown config that differ, or that its reader would derive from those that differ."""
+    assert config.num_key_value_heads is not None
+    noise_heads = config.noise_heads * factors["heads"]
+    signal = (config.num_attention_heads - config.noise_heads) * factors["heads"] * factors["signal_heads"]
+    fields: dict[str, object] = {
+        "hidden_size": config.hidden_size * factors["hidden"],
+        "intermediate_size": config.intermediate_size * factors["feed_forward"],
+        "num_attention_heads": signal + noise_heads,
+        "num_key_value_heads": config.num_key_value_heads * factors["heads"],
+        "head_dim": config.head_dim,
+    }
+    if config.noise_heads:
+        fields["num_noise_heads"] = noise_heads
+    if config.attention_type == "diff_v1" and factors["signal_heads"] > 1:
+        fields["attention_type"] = "gda"  # DIFF V1 has one signal head for each noise head
+        if config.lambda_init is None and config.lambda_init_depth_offset is None:
+            fields["lambda_init_depth_offset"] = 0  # DIFF V1's count of depth, which is not GDA's
+    return fields
+
+
+def _step(
+    description: Description,
+    config: MotifConfig,
+    fields: dict[str, object],
+    factors: dict[str, int],
+    noise: Noise | None,
+) -> Step:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads")
+    old = {name: getattr(config, name) for name in names} | {"num_noise_heads": config.noise_heads}
+    changes = [f"{name} {old[name]} -> {fields[name]}" for name in names if fields.get(name, old[name]) != old[name]]
+    if fields.get("attention_type"):
+        changes.append(f"attention_type {config.attention_type} -> {fields['attention_type']}")
+    if noise is not None:
+        changes.append(f"noise of {noise.scale} standard deviations that cancels (seed {noise.seed})")
+    return Step(", ".join(changes), _loss(description, factors, noise))
+
+
+def _loss(description: Description, factors: dict[str, int], noise: Noise | None) -> str | None:
+    coarse = coarsest(description)
+    if coarse is None:
+        return None
+    divisors = {factors["hidden"], factors["feed_forward"], factors["heads"] * factors["signal_heads"]}
+    odd = sorted(d for d in divisors if d & (d - 1))
+    reasons = [f"no exact {' or '.join(f'1/{d}' for d in odd)} of a weight"] if odd else []
+    if noise is not None:
+        reasons.append("no room for noise that cancels exactly")
+    if not reasons:
+        return None
+    return (
+        f"{dtype_name(coarse)} has {' and '.join(reasons)}: each weight that reads copies is rounded, by up to "
+        f"{rounding(coarse):.2%} of itself; --dtype float32 keeps the function"
+    )
+
+
+def coarsest(description: Description) -> torch.dtype | None:
+    """The dtype with the fewest digits among the weights, if it has fewer than float32."""
+    dtypes = {origin.dtype for origin in description.tensors.values()}
+    dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
+    return dtype if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configs have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of a number rounded to a dtype."""
+    return torch.finfo(dtype).eps / 2
