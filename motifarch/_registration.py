@@ -15,14 +15,16 @@ from motif_kernels.after_import import after_import
 _AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
 
 # Folders of the released models say "Motif"; "motif" is accepted as well.
-_MODEL_TYPES = ("Motif", "motif")
+MODEL_TYPES = ("Motif", "motif")
 
 
 def _register_config(auto_configs: ModuleType) -> None:
+    from .integrations.configuration import MODEL_TYPE, PatchedConfig
     from .models.motif.configuration_motif import MotifConfig
 
-    for model_type in _MODEL_TYPES:
+    for model_type in MODEL_TYPES:
         auto_configs.CONFIG_MAPPING.register(model_type, MotifConfig, exist_ok=True)
+    auto_configs.CONFIG_MAPPING.register(MODEL_TYPE, PatchedConfig, exist_ok=True)
 
 
 @functools.cache

@@ -1,0 +1,181 @@
+"""The attention function of patched models, and what calls the kernels for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
+from motifarch.layers import PaddingMask
+from motifarch.layers.padding import PackedTokens
+
+from .masks import VisibleKeys, visible_keys
+
+IMPLEMENTATION = "motifarch_differential"
+"""The patched models' ``config._attn_implementation``."""
+
+
+def differential_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: VisibleKeys | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    differential_lambda: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of patched models, in the shape that transformers calls.
+
+    Args:
+        module: a patched attention module.
+        query: (B, H + Hn, S, D), signal heads before noise heads, normalised and rotated.
+        key: (B, Hk, Sk, D), those of a cache included.
+        value: (B, Hk, Sk, D).
+        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's mask.
+        scaling: multiplies the logits.
+        dropout: must be 0.
+        sliding_window: W, keys that a query sees, its own included; None for all.
+        softcap: soft cap of the logits.
+        differential_lambda: a scalar tensor or (B, S, H).
+        cu_seq_lens_q: bounds of packed documents, where the caller gives them.
+        max_length_q: the longest of those.
+
+    Returns:
+        (B, S, H, D), and None for the attention maps.
+
+    Raises:
+        ValueError: a mask of another kind, dropout, or gradients through a padded cache.
+    """
+    if differential_lambda is None:
+        raise ValueError(f"{IMPLEMENTATION!r} serves patched attention modules only; {type(module).__name__} is none")
+    query, key, value = as_kernels_take(query, key, value)
+    signal, noise = query.split([module.signal_heads, module.noise_heads], dim=2)
+    out = attend_heads(
+        module,
+        (signal, key, noise, key, value),
+        differential_lambda,
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        cu_seq_lens_q=cu_seq_lens_q,
+        max_length_q=max_length_q,
+    )
+    return out, None
+
+
+def as_kernels_take(*tensors: Tensor) -> list[Tensor]:
+    """Tensors (B, heads, S, width) of a transformers module as (B, S, heads, width), in autocast's dtype if on."""
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        tensors = tuple(t.to(torch.get_autocast_dtype(t.device.type)) for t in tensors)
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def attend_heads(
+    module: Any,
+    heads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    lam: Tensor,
+    attention_mask: VisibleKeys | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+) -> Tensor:
+    """Differential attention of heads that a module's projections gave, with what transformers says of the call.
+
+    Args:
+        module: has ``subln`` (or None), ``out_scale`` and ``backend``.
+        heads: q1, k1, q2, k2 and v, (B, S, heads, width); k1 and k2 may be the same tensor.
+        lam: a scalar tensor or (B, S, Hs).
+        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's mask.
+        scaling: multiplies the logits.
+        dropout: must be 0.
+        sliding_window: W, keys that a query sees, its own included; None for all.
+        softcap: soft cap of the logits.
+        cu_seq_lens_q: bounds of packed documents, where the caller gives them.
+        max_length_q: the longest of those.
+
+    Returns:
+        (B, S, Hs, Dv).
+
+    Raises:
+        ValueError: a mask of another kind, dropout, or gradients through a padded cache.
+    """
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}, which differential attention does not have; set it to 0")
+    options = {
+        "softmax_scale": scaling,
+        "causal": True,
+        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "softcap": softcap or 0.0,
+        "norm_weight": None if module.subln is None else module.subln.weight,
+        "norm_eps": 0.0 if module.subln is None else module.subln.eps,
+        "out_scale": module.out_scale,
+        "backend": module.backend,
+    }
+    if attention_mask is None and cu_seq_lens_q is not None:
+        if max_length_q is None:
+            raise ValueError("cu_seq_lens_q was given without max_length_q; give both for packed documents")
+        attention_mask = VisibleKeys(documents=(cu_seq_lens_q, int(max_length_q)))
+    return _attend(heads, lam, attention_mask, options)
+
+
+def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> Any:
+    """Attention of (B, S, heads, width) tensors q1, k1, q2, k2 and v, by the kernels that suit what is visible."""
+    q1, k1, q2, k2, v = heads
+    if visible is None:
+        return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
+    if not isinstance(visible, VisibleKeys):
+        raise ValueError(
+            "attention_mask is a mask of its own making, of every query and key; a patched model's attention is causal "
+            "and takes masks of padding, (B, tokens)"
+        )
+    places, padding = k1.shape[1], visible.padding
+    if visible.lengths is not None:
+        if not (torch.is_grad_enabled() and (q1.requires_grad or k1.requires_grad)):
+            options |= {"cache_leftpad": visible.leftpad}
+            return diff_attn_with_kvcache(q1, k1, q2, k2, v, lam, visible.lengths, **options)
+        if not visible.whole:
+            raise ValueError("a cache of fixed size gives no gradients; call under torch.no_grad(), or without a cache")
+        if visible.leftpad is None:
+            return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
+        padding = PaddingMask(torch.arange(places, device=k1.device) >= visible.leftpad[:, None], q1.shape[1])
+    return _attend_packed(heads, lam, visible.documents if padding is None else padding.pack(places), options)
+
+
+def _attend_packed(heads: Any, lam: Tensor, packed: Any, options: dict[str, Any]) -> Any:
+    """Attention of tensors (B, S, heads, width): documents with their bounds, or the real tokens of a padded batch."""
+    out: Any
+    batch, length = heads[0].shape[:2]
+    shared = heads[1] is heads[3]
+    q1, k1, q2, k2, v = (t.flatten(0, 1) for t in heads)
+    lam = lam.flatten(0, 1) if lam.ndim else lam
+    if not isinstance(packed, PackedTokens):
+        bounds, longest = packed
+        k2 = k1 if shared else k2
+        out = diff_attn_varlen_func(q1, k1, q2, k2, v, lam, bounds, bounds, longest, longest, **options)
+        return out.unflatten(0, (batch, length))
+    queries, keys, *bounds = packed
+    q1, q2, k1, v = q1[queries], q2[queries], k1[keys], v[keys]
+    k2 = k1 if shared else k2[keys]
+    lam = lam[queries] if lam.ndim else lam
+    out = diff_attn_varlen_func(q1, k1, q2, k2, v, lam, *bounds, **options)
+    return out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, queries, out).unflatten(0, (batch, length))
+
+
+AttentionInterface.register(IMPLEMENTATION, differential_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, visible_keys)

@@ -1,0 +1,130 @@
+"""Which keys a call of a transformers model sees: its mask, read for kernels that take bounds instead of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from motifarch.layers import PaddingMask
+
+
+@dataclass(frozen=True)
+class VisibleKeys:
+    """What hides keys besides the causal order and a layer's window. One of the three, all without the others.
+
+    Args:
+        padding: which tokens of a padded batch are real.
+        documents: (documents + 1,) int32 bounds of packed documents in the B * S tokens, and the longest one's length.
+        lengths: (B,) int32, how many of a cache's places are filled, the new tokens included.
+        leftpad: with lengths: (B,) int32, how many places at their start are padding.
+        whole: with lengths: every place of the cache is filled, as far as the host knows.
+    """
+
+    padding: PaddingMask | None = None
+    documents: tuple[Tensor, int] | None = None
+    lengths: Tensor | None = None
+    leftpad: Tensor | None = None
+    whole: bool = False
+
+
+def visible_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **_: Any,
+) -> VisibleKeys | None:
+    """The mask function of patched models, which transformers calls once for each kind of layer.
+
+    Args:
+        batch_size: B.
+        q_length: S, the new tokens.
+        kv_length: keys that the layers will get, S and what their cache holds.
+        q_offset: tokens before the first new one; a scalar tensor with a static cache.
+        kv_offset: tokens before the first key that the layers will get (a sliding-window cache drops the oldest).
+        mask_function: transformers' rule for which position sees which.
+        attention_mask: (B, q_offset + S) bool, False for padding, or None.
+        device: where the model runs.
+        config: the model's.
+
+    Returns:
+        None where causal order and window say it all.
+
+    Raises:
+        ValueError: a mask that kernels with bounds cannot honour: not causal, of another shape, or padding between
+            real tokens.
+    """
+    if not getattr(config, "is_causal", True):
+        raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
+    at_start = isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length
+    if attention_mask is not None:
+        attention_mask = _checked(attention_mask, q_offset, q_length)
+    if at_start:
+        if attention_mask is not None:
+            return VisibleKeys(padding=PaddingMask(attention_mask, q_length))
+        documents = _documents(mask_function, batch_size, q_length, device)
+        return None if documents is None else VisibleKeys(documents=documents)
+    added = q_length - kv_offset
+    if isinstance(q_offset, Tensor):
+        lengths = (q_offset.to(device=device, dtype=torch.int32) + added).expand(batch_size).contiguous()
+    else:
+        lengths = torch.full((batch_size,), q_offset + added, dtype=torch.int32, device=device)
+    leftpad = None
+    if attention_mask is not None:
+        before = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, dtype=torch.int32)
+        leftpad = (before - kv_offset).clamp(min=0)
+    whole = isinstance(q_offset, int) and q_offset + added == kv_length
+    return VisibleKeys(lengths=lengths, leftpad=leftpad, whole=whole)
+
+
+def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | None:
+    """The mask (B, tokens), or None if it hides nothing."""
+    if isinstance(q_offset, int) and mask.shape[1] != q_offset + q_length:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; it must have {q_offset + q_length} columns: {q_offset} "
+            f"cached and {q_length} new tokens"
+        )
+    # In a row with padding on either side, or both, real tokens begin once.
+    begins = mask[:, :1].sum(dim=1) + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+    fits = (begins <= 1).all()
+    if not isinstance(q_offset, int) or q_offset > 0:
+        fits = fits & mask[:, -1].all()
+    message = (
+        "attention_mask has padding between or, with a cache, behind real tokens, which a patched model's attention "
+        "cannot hide: pad on the left (tokenizer.padding_side = 'left')"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+        return mask
+    if not bool(fits):
+        raise ValueError(message)
+    return None if bool(mask.all()) else mask
+
+
+def _documents(
+    mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str
+) -> tuple[Tensor, int] | None:
+    """Bounds of packed documents, (documents + 1,) int32, and the longest one's length; None for one document a row.
+
+    A token that does not see the one before it starts a document: so the rule itself is asked, however it came about.
+    """
+    if mask_function is causal_mask_function or length < 2:
+        return None
+    rows = torch.arange(batch, device=device)[:, None]
+    places = torch.arange(1, length, device=device)[None]
+    joined = mask_function(rows, 0, places, places - 1).expand(batch, -1)
+    if bool(joined.all()):
+        return None
+    starts = torch.nn.functional.pad(~joined, (1, 0), value=True).flatten().nonzero().flatten()
+    bounds = torch.nn.functional.pad(starts, (0, 1), value=batch * length).int()
+    return bounds, int(bounds.diff().max())

@@ -1,0 +1,72 @@
+"""What patching a model did to it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Column, Table
+
+
+@dataclass
+class ModuleReport:
+    """One module of the model.
+
+    Args:
+        name: where it is.
+        what: what it is now, in a few words.
+        kept: what of it stays as it was.
+        added: names of its new parameters.
+        lost: what it had and has no more, by name.
+        merged: how key/value heads were merged; empty if they were not.
+        exact: whether it starts as the same function, up to rounding.
+    """
+
+    name: str
+    what: str
+    kept: list[str]
+    added: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    merged: str = ""
+    exact: bool = True
+
+
+@dataclass
+class PatchReport:
+    """What :func:`motifarch.integrations.patch` did, module by module; prints as a table.
+
+    Args:
+        summary: in a sentence.
+        modules: in the model's order.
+    """
+
+    summary: str
+    modules: list[ModuleReport]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model starts as the same function."""
+        return all(m.exact for m in self.modules)
+
+    @property
+    def added(self) -> list[str]:
+        """Names of the model's new parameters."""
+        return [f"{m.name}.{parameter}" for m in self.modules for parameter in m.added]
+
+    def __iter__(self) -> Iterator[ModuleReport]:
+        """The modules."""
+        return iter(self.modules)
+
+    def __str__(self) -> str:
+        """A line, and a table of 140 columns."""
+        columns = [Column(name, overflow="fold") for name in ("is now", "kept", "added", "lost", "same start")]
+        table = Table(Column("module", no_wrap=True), *columns)
+        for m in self.modules:
+            lost = ", ".join([*m.lost, *([m.merged] if m.merged else [])])
+            table.add_row(m.name, m.what, ", ".join(m.kept), ", ".join(m.added), lost, "yes" if m.exact else "no")
+        text = io.StringIO()
+        Console(file=text, width=140).print(table)
+        start = "starts as the same function" if self.exact else "does not start as the same function"
+        return f"{self.summary}; the model {start}.\n{text.getvalue()}"

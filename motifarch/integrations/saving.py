@@ -1,0 +1,122 @@
+"""Patched models in folders: saved by ``save_pretrained``, loaded by the Auto classes once motifarch is imported.
+
+A patched model is of a class of its own, made from its host's, and so is its config
+(:mod:`motifarch.integrations.configuration`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from motifarch.errors import UserError
+from motifarch.layers import PolyNorm
+
+from .configuration import MODEL_TYPE, PATCH, PatchedConfigMixin
+
+_cache: Any = functools.cache  # which mypy thinks has no use for these classes
+
+
+class PatchedModelMixin:
+    """Mixed into a host's model class: what is built is patched as its config says."""
+
+    def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        from .patching import rebuild
+
+        host: Any = super()
+        host.__init__(config, *arguments, **options)
+        model: Any = self
+        if not any(isinstance(m, PatchedModelMixin) for m in model.modules() if m is not self):  # made by AutoModel
+            rebuild(model)
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Any = None, **_: Any) -> Any:
+        """What transformers asks for a mask over a static cache: the model itself reads the mask of padding."""
+        return attention_mask
+
+    def _init_weights(self, module: nn.Module) -> None:
+        host: Any = super()
+        host._init_weights(module)
+        if isinstance(module, PolyNorm):
+            init.constant_(module.weight, 1 / 3)
+            init.zeros_(module.bias)
+        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+            if hasattr(module, name):
+                init.normal_(getattr(module, name), std=0.1)
+
+
+@_cache
+def patched_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The patched class of a host's config class."""
+    names = {"model_type": MODEL_TYPE, "__module__": __name__}
+    return type(f"Patched{host.__name__}", (PatchedConfigMixin, host), names)
+
+
+@_cache
+def patched_model_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The patched class of a host's model class."""
+    names = {"config_class": patched_config_class(host.config_class), "__module__": __name__}
+    return type(f"Patched{host.__name__}", (PatchedModelMixin, host), names)
+
+
+@_cache
+def register(host: Any) -> type[PreTrainedConfig]:
+    """Make the Auto classes know a host's patched classes; returns that of its config."""
+    config = patched_config_class(host)
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        if isinstance(auto, type) and mapping is not None and host in mapping and isinstance(mapping[host], type):
+            auto.register(config, patched_model_class(mapping[host]), exist_ok=True)  # type: ignore[attr-defined]
+    return config
+
+
+def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Make a model that was patched in place, and its config, of their patched classes."""
+    config: Any = model.config
+    config.__class__ = register(type(config))
+    vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
+    setattr(config, PATCH, record)
+    model.__class__ = patched_model_class(type(model))
+    # How the host's checkpoint was laid out is nothing to go back to: the patched model saves the names that it has.
+    model._weight_conversions = None  # type: ignore[assignment]
+
+
+def load_patched(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a patched model that ``save_pretrained`` wrote, of the class that it had.
+
+    Args:
+        folder: its folder.
+        **options: those of transformers' ``from_pretrained`` (dtype, device_map, ...).
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: no patched model there, a transformers without its class, or a tensor missing or unexpected.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged; give the folder that a patched model was saved to") from None
+    if not isinstance(saved, dict) or saved.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{folder} holds no model patched by motifarch; load it with transformers, then patch it")
+    name = str((saved.get("architectures") or [""])[0]).removeprefix("Patched")
+    host = getattr(transformers, name, None)
+    if not (isinstance(host, type) and issubclass(host, PreTrainedModel)):
+        raise UserError(f"{path} names the architecture {name!r}, which transformers {transformers.__version__} lacks")
+    loaded: Any = patched_model_class(host).from_pretrained(folder, output_loading_info=True, **options)
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys"):
+        if info[kind]:
+            raise UserError(f"{folder}: {kind.replace('_keys', '')} tensors: {', '.join(sorted(info[kind])[:5])}")
+    return model  # type: ignore[no-any-return]
