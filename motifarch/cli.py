@@ -17,6 +17,8 @@ COMMANDS = {
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
     "average": ("motifarch.average", "average a run's last checkpoints"),
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
+    "eval": ("motifarch.evaluate", "score a folder on lm-eval's tasks"),
+    "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
     "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
     "generate": ("motifarch.generate", "sample text from a folder"),
 }

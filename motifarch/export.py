@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from motifarch.data.workspace import claim, new_folder
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.portable import CODE_FILE, add_code
 from motifarch.train.checkpoint import find_newest, load_model_state
 from motifarch.train.manifest import MANIFEST, read_manifest, sha256, step_of, write_json
 from motifarch.train.record import RECORD
@@ -22,7 +23,14 @@ from motifarch.train.record import RECORD
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def export(source: Path, output: Path | None = None, *, dtype: str = "float32", tokenizer: str | None = None) -> Path:
+def export(
+    source: Path,
+    output: Path | None = None,
+    *,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    with_code: bool = False,
+) -> Path:
     """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer and the run's record.
 
     Args:
@@ -31,6 +39,7 @@ def export(source: Path, output: Path | None = None, *, dtype: str = "float32", 
             new one is whole.
         dtype: "float32", as trained, or "bfloat16".
         tokenizer: a tokenizer folder; default that of the run's data.
+        with_code: write the model code too, so that the folder loads without motifarch.
 
     Returns:
         The folder written.
@@ -55,6 +64,8 @@ def export(source: Path, output: Path | None = None, *, dtype: str = "float32", 
         shutil.copyfile(run / RECORD, folder / RECORD)
         origin = {"checkpoint": str(checkpoint), "manifest_sha256": sha256(checkpoint / MANIFEST)}
         write_json(folder / "export.json", {**origin, "step": read_manifest(checkpoint)["step"], "dtype": dtype})
+        if with_code:
+            add_code(folder)
     return output
 
 
@@ -94,13 +105,49 @@ def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedToke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`export`."""
+    """The command line of :func:`export`, and with --with-code on a model's folder of :func:`add_code`."""
     parser = argparse.ArgumentParser(prog="motifarch export", description=__doc__)
-    parser.add_argument("source", type=Path, help="a run's output folder, or one checkpoint's folder")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a run's output folder, or one checkpoint's folder; with --with-code also a Motif model's Hugging Face "
+        "folder, to which the code is added in place",
+    )
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the saved weights (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
     parser.add_argument("--tokenizer", help="a tokenizer folder (default: that of the run's data)")
+    parser.add_argument(
+        "--with-code",
+        action="store_true",
+        help=f"write the model code too ({CODE_FILE}, plain PyTorch): the folder then loads without motifarch, by "
+        "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+    )
     arguments = parser.parse_args(argv)
-    folder = export(arguments.source, arguments.output, dtype=arguments.dtype, tokenizer=arguments.tokenizer)
+    source: Path = arguments.source
+    if (source / "config.json").is_file():
+        _add_code_to_model(arguments)
+        print(f"model code added to {source}: it loads without motifarch, with trust_remote_code=True")
+        return 0
+    folder = export(
+        source,
+        arguments.output,
+        dtype=arguments.dtype or "float32",
+        tokenizer=arguments.tokenizer,
+        with_code=arguments.with_code,
+    )
     print(f"exported to {folder}")
     return 0
+
+
+def _add_code_to_model(arguments: argparse.Namespace) -> None:
+    if not arguments.with_code:
+        raise UserError(
+            f"{arguments.source} is a Hugging Face folder already; add --with-code to make it load without motifarch"
+        )
+    for name in ("output", "dtype", "tokenizer"):
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name} is for exporting a run; {arguments.source} is a Hugging Face folder, to which --with-code "
+                f"adds the code in place: leave --{name} out"
+            )
+    add_code(arguments.source)

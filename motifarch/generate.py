@@ -31,21 +31,40 @@ _SPEED_HELP = (
 )
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, ready to generate, on the GPU if there is one.
-
-    Raises:
-        UserError: the folder is missing or does not load.
-    """
+def check_folder(folder: Path) -> None:
+    """Refuse what is no Hugging Face model folder, with a UserError."""
     if not (folder / "config.json").is_file():
         hint = f"; export it first: motifarch export {folder}" if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder} is no Hugging Face model folder (it has no config.json){hint}")
+
+
+def load(
+    folder: Path, *, dtype: str = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, ready to generate or to be evaluated.
+
+    Args:
+        folder: a Hugging Face folder.
+        dtype: of the weights; "auto" leaves them as they are saved.
+        device: default: the GPU if there is one.
+
+    Raises:
+        UserError: the folder is missing or does not load, or there is no such device.
+    """
+    check_folder(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {device!r} is not there ({reason}); give cpu, or cuda on a machine with a GPU"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not load: {str(error).strip().splitlines()[0]}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device=device).eval(), tokenizer  # type: ignore[call-arg]  # transformers hides its signature
 
 

@@ -1,0 +1,307 @@
+"""`motifarch eval`: a Hugging Face folder on the tasks of lm-evaluation-harness (lm-eval), or on tasks of your own."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+import motifarch
+from motifarch.errors import UserError
+from motifarch.generate import check_folder, load
+from motifarch.train.manifest import write_json
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_GROUP = re.compile(r"^group\s*:", re.MULTILINE)
+
+
+def evaluate(
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    limit: float | None = None,
+    batch_size: int | str = 1,
+    num_fewshot: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Scores of a model, as lm-eval's ``simple_evaluate`` gives them.
+
+    Log-likelihoods are summed in float32, whatever the model computes in.
+
+    Args:
+        folder: a Hugging Face folder: exported, released or any causal language model's.
+        tasks: names of lm-eval's tasks, groups and tags (``mmlu_*`` for many), YAML files of tasks, or folders of them.
+        limit: examples of each task, or below 1 a share of them; all by default.
+        batch_size: rows at once, or "auto" for as many as the memory holds.
+        num_fewshot: solved examples before each question; by default what each task says. (A task that says 0 keeps 0.)
+        dtype: of the weights; "auto" leaves them as they are saved.
+        device: default: the GPU if there is one.
+
+    Returns:
+        lm-eval's results: "results" by task and metric, "groups", "configs", "n-shot", "n-samples", "versions", ...
+
+    Raises:
+        UserError: lm-eval is missing, a task is unknown or cannot be loaded, or the folder does not load.
+    """
+    check_folder(folder)
+    _check_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    # Before the model, which may take minutes to load.
+    manager = index_tasks(tasks)
+    found = load_tasks(manager, resolve_tasks(manager, tasks))
+    model, tokenizer = load(folder, dtype=dtype, device=device)
+    with _quiet():  # it warns that a loaded model is no name of one
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    results = simple_evaluate(
+        harness,
+        tasks=found,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        device=str(model.device),
+        limit=limit,
+        log_samples=False,
+    )
+    return {"motifarch": motifarch.__version__, "folder": str(folder), **results}
+
+
+def _check_harness() -> None:
+    try:
+        importlib.import_module("lm_eval")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"motifarch eval needs lm-eval, which is not installed ({error}): pip install 'motifarch[eval]'"
+        ) from None
+
+
+def index_tasks(tasks: Sequence[str]) -> TaskManager:
+    """lm-eval's index of what is asked for: tasks in files and folders, and lm-eval's own where a name may mean one.
+
+    Args:
+        tasks: names, patterns, YAML files and folders.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    from lm_eval.tasks import TaskManager
+
+    paths = [Path(task) for task in tasks if _is_path(task)]
+    # A group's file names its tasks, which may be its neighbours.
+    folders = [path if path.is_dir() else path.parent for path in paths if path.is_dir() or _GROUP.search(_read(path))]
+    manager = TaskManager(include_path=[str(path) for path in folders], include_defaults=False)
+    names = {task for task in tasks if not _is_path(task)} | _grouped(manager)
+    if names <= set(manager.all_tasks):
+        return manager
+    with Console(stderr=True).status("indexing lm-eval's own tasks"):  # some 15,000: that takes seconds
+        return TaskManager(include_path=[str(path) for path in folders])
+
+
+def resolve_tasks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
+    """What to load, each once: names, and paths of YAML files; of a folder its groups and the tasks in none of them.
+
+    Args:
+        manager: from :func:`index_tasks`.
+        tasks: names, patterns, YAML files and folders.
+
+    Raises:
+        UserError: there is no such task, or no task in a folder.
+    """
+    specs: list[str] = []
+    for task in tasks:
+        if not _is_path(task):
+            specs += _named(manager, task)
+        else:
+            specs += _at(manager, Path(task))
+    return list(dict.fromkeys(specs))
+
+
+def load_tasks(manager: TaskManager, specs: Sequence[str]) -> list[Any]:
+    """Tasks and groups of them, with their data.
+
+    Args:
+        manager: from :func:`index_tasks`.
+        specs: from :func:`resolve_tasks`.
+
+    Raises:
+        UserError: some cannot be loaded, would run code that a model wrote, or are asked for twice.
+    """
+    found = [item for spec in specs for item in _load(manager, spec)]
+    try:
+        manager.load(found)
+    except ValueError as error:
+        raise UserError(f"a task is asked for twice, alone or in groups: {error}; name it once") from None
+    return found
+
+
+def _is_path(task: str) -> bool:
+    return "/" in task or task.endswith((".yaml", ".yml")) or Path(task).is_dir()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the task {file} cannot be read ({error}); give a YAML file, or a folder of them") from None
+
+
+def _grouped(manager: TaskManager) -> set[str]:
+    """Names of tasks and groups that a group holds."""
+    members = [member for name in manager.all_groups for member in (manager.task_index[name].cfg or {}).get("task", [])]
+    names = [member.get("task") if isinstance(member, dict) else member for member in members]
+    return {name for name in names if isinstance(name, str)}
+
+
+def _named(manager: TaskManager, task: str) -> list[str]:
+    names: list[str] = manager.match_tasks([task])
+    if not names:
+        close = difflib.get_close_matches(task, manager.all_tasks, n=4, cutoff=0.5)
+        hint = f"; close to it are {', '.join(close)}" if close else ""
+        raise UserError(f"lm-eval has no task {task!r}{hint}; `lm-eval ls tasks` lists all")
+    return names
+
+
+def _at(manager: TaskManager, path: Path) -> list[str]:
+    """What the index has from a file, or from a folder's files; else the file, for lm-eval to read."""
+    files = {name: manager.task_index[name].yaml_path for name in manager.all_tasks}
+    names = [name for name, file in files.items() if file and file.resolve().is_relative_to(path.resolve())]
+    if not path.is_dir():
+        return names or [str(path)]
+    if not names:
+        raise UserError(f"{path} holds no task that lm-eval can read: a .yaml file with `task: NAME` and its settings")
+    grouped = _grouped(manager)
+    return [name for name in names if name not in grouped]
+
+
+def _load(manager: TaskManager, spec: str) -> list[Any]:
+    try:
+        loaded = manager.load([spec])
+    except ConnectionError as error:
+        raise UserError(
+            f"task {spec!r} needs a data set from the Hugging Face Hub, which is out of reach ({error}): connect, or "
+            "download it once where there is a network and take the cache along (HF_HOME)"
+        ) from None
+    except Exception as error:  # a task is code and settings of anybody's: errors of every kind
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"task {spec!r} cannot be loaded ({reason}); mend its settings or data, or leave it out"
+        ) from None
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"task {name!r} runs code that the model writes, which motifarch eval does not; leave it out"
+            )
+    groups = loaded.get("groups", {})
+    inner = {child for children in loaded.get("group_map", {}).values() for child in children}
+    return [item for name, item in {**groups, **loaded["tasks"]}.items() if name not in inner]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``motifarch eval``."""
+    parser = argparse.ArgumentParser(
+        prog="motifarch eval",
+        description=__doc__,
+        epilog="Needs lm-eval (pip install 'motifarch[eval]'). Most of its tasks fetch data from the Hugging Face Hub.",
+    )
+    parser.add_argument(
+        "folder", type=Path, help="a folder that motifarch export wrote, or any causal language model's"
+    )
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="TASK,...",
+        help="names of lm-eval's tasks or groups (a * stands for anything), YAML files, or folders of YAML files",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="N",
+        help="only the first N examples of each task, or that share of them if N is below 1 (to try things out: such "
+        "scores compare with nothing)",
+    )
+    parser.add_argument("--batch-size", default="1", metavar="N", help="rows at once, or auto (default: 1)")
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved examples before each question (default: what each task says; one that says 0 keeps 0)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all results there, as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``motifarch eval``.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    arguments = build_parser().parse_args(argv)
+    tasks = [task for task in (part.strip() for part in arguments.tasks.split(",")) if task]
+    _check(arguments, tasks)
+    batch_size = arguments.batch_size
+    results = evaluate(
+        arguments.folder,
+        tasks,
+        limit=arguments.limit,
+        batch_size=batch_size if batch_size == "auto" else int(batch_size),
+        num_fewshot=arguments.num_fewshot,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    if arguments.output is not None:
+        write_json(arguments.output, json.loads(json.dumps(results, default=handle_non_serializable)))
+        print(f"written to {arguments.output}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace, tasks: list[str]) -> None:
+    """Refuses settings at once, before anything is loaded."""
+    if not tasks:
+        raise UserError(f"--tasks {arguments.tasks!r} names no task; give names or files, with commas between")
+    limit, size, shots, output = arguments.limit, arguments.batch_size, arguments.num_fewshot, arguments.output
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise UserError(f"--limit is {limit:g}; give a number of examples, or a share of them between 0 and 1")
+    if size != "auto" and not (size.isdecimal() and int(size)):
+        raise UserError(f"--batch-size is {size!r}; it must be a whole number of at least 1, or auto")
+    if shots is not None and shots < 0:
+        raise UserError(f"--num-fewshot is {shots}; it must be at least 0")
+    if output is not None:
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder; give a file")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}; give another") from None

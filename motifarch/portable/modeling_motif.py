@@ -1,0 +1,451 @@
+"""The Motif models in one file, for transformers and PyTorch alone: grouped differential attention and PolyNorm.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Sources: differential attention (DIFF V1, arXiv 2410.05258), grouped differential attention (arXiv 2510.06949), DIFF V2
+(Microsoft, January 2026), PolyNorm (arXiv 2411.03884). With motifarch installed, ``import motifarch`` first and its own
+classes, which compute the same faster, load the folder instead.
+
+Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width, Hs signal and Hn noise heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+
+
+class MotifConfig(PreTrainedConfig):
+    """Configuration of a Motif model.
+
+    Args:
+        num_attention_heads: query heads, signal and noise together.
+        num_key_value_heads: None means num_attention_heads.
+        head_dim: D; None means hidden_size // num_attention_heads.
+        num_noise_heads: None means half of the heads.
+        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or "softmax".
+        paired_kv: keys in pairs, one for signal and one for noise, and values of width 2D; None means yes for "gda"
+            and "diff_v1".
+        attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
+        sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1".
+        lambda_init: the constant of every layer's lambda; None means the one by depth.
+        lambda_init_depth_offset: added to the layer's index for that depth; None means -1 for "gda", 0 for "diff_v1".
+        sliding_window: tokens a query sees, itself included, if use_sliding_window.
+    """
+
+    model_type = "Motif"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 219_520
+    hidden_size: int = 4096
+    intermediate_size: int = 16_384
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 40
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_noise_heads: int | None = None
+    attention_type: str = "gda"
+    paired_kv: bool | None = None
+    attention_gate: bool = False
+    sub_norm: bool | None = None
+    qk_norm: bool = False
+    lambda_init: float | int | None = None
+    lambda_init_depth_offset: int | None = None
+    hidden_act: str = "poly_norm"
+    poly_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    attn_rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 32_768
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    use_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill in what follows from other fields."""
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_noise_heads is None or self.attention_type == "diff_v1":
+            self.num_noise_heads = self.num_attention_heads // 2
+        static_lambda = self.attention_type in ("gda", "diff_v1")
+        self.paired_kv = static_lambda if self.paired_kv is None else self.paired_kv
+        self.sub_norm = static_lambda if self.sub_norm is None else self.sub_norm
+        self.layer_types = [self.mask_kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def mask_kind(self) -> str:
+        """What transformers calls the masks of all layers."""
+        windowed = self.use_sliding_window and self.sliding_window is not None
+        return "sliding_attention" if windowed else "full_attention"
+
+
+class PolyNorm(nn.Module):
+    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)``, in float32 (not rounded)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((3,), 1 / 3))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., N) -> (..., N)."""
+        x = _wide(x)
+        w0, w1, w2 = self.weight.to(x.dtype)
+        return w0 * self._scaled(x**3) + w1 * self._scaled(x**2) + w2 * self._scaled(x) + self.bias.to(x.dtype)
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        # Divided before the sum: sixth powers of large inputs would overflow it.
+        return z * torch.rsqrt((z.square() / z.shape[-1]).sum(dim=-1, keepdim=True) + self.eps)
+
+
+class MotifMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))`` with PolyNorm or SiLU."""
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__()
+        size, width, bias = config.hidden_size, config.intermediate_size, config.use_bias
+        self.gate_proj = nn.Linear(size, width, bias=bias)
+        self.up_proj = nn.Linear(size, width, bias=bias)
+        self.down_proj = nn.Linear(width, size, bias=bias)
+        self.act_fn = PolyNorm(config.poly_norm_eps) if config.hidden_act == "poly_norm" else nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, S, E) -> (B, S, E)."""
+        up = self.up_proj(x)
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * up).to(up.dtype))
+
+
+class MotifRotaryEmbedding(nn.Module):
+    """Cosines and sines of each position's angles, in float32 whatever the model computes in."""
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__()
+        parameters = config.rope_parameters or {}
+        kind, width = parameters.get("rope_type", "default"), config.head_dim
+        assert width is not None  # filled in by the config
+        # No buffer: it would be lost on the meta device and rounded by model.bfloat16().
+        with torch.device("cpu"):
+            if kind == "default":
+                exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+                self._inv_freq, self._scaling = parameters.get("rope_theta", 10_000.0) ** -exponents, 1.0
+            else:
+                self._inv_freq, self._scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> PositionEmbeddings:
+        """Positions (B or 1, S) -> two tables (B or 1, 1, S, D / 2)."""
+        self._inv_freq = self._inv_freq.to(position_ids.device)
+        angles = position_ids[:, None, :, None].float() * self._inv_freq
+        return angles.cos() * self._scaling, angles.sin() * self._scaling
+
+
+class MotifAttention(nn.Module):
+    """``softmax(Q1 K1^T) V - lambda softmax(Q2 K2^T) V``, then sub-norm or gate; or plain softmax attention.
+
+    Query heads lie as Hn blocks of [Hs / Hn signal heads, 1 noise head].
+    """
+
+    def __init__(self, config: MotifConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.kind, self.paired = layer_idx, config.attention_type, config.paired_kv
+        heads, kv_heads, noise_heads = config.num_attention_heads, config.num_key_value_heads, config.num_noise_heads
+        width = config.head_dim
+        assert width is not None  # these three are filled in by the config
+        assert kv_heads is not None
+        assert noise_heads is not None
+        self.head_dim, self.value_width = width, 2 * width if self.paired else width
+        self.block = 1 if self.kind == "softmax" else heads // noise_heads
+        signal_heads = heads if self.kind == "softmax" else heads - noise_heads
+        size, bias = config.hidden_size, config.use_bias
+        self.q_proj = nn.Linear(size, heads * width, bias=bias)
+        self.k_proj = nn.Linear(size, kv_heads * width, bias=bias)
+        self.v_proj = nn.Linear(size, kv_heads * width, bias=bias)
+        self.o_proj = nn.Linear(signal_heads * self.value_width, size, bias=bias)
+        self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.lambda_init, self.gate_proj, self.subln = 0.0, None, None
+        if self.kind == "softmax":
+            return
+        if self.kind == "diff_v2":
+            self.lambda_proj = nn.Linear(size, signal_heads, bias=False)
+            if config.attention_gate:
+                self.gate_proj = nn.Linear(size, signal_heads * width, bias=False)
+        else:
+            self.lambda_init = _lambda_init(config, layer_idx)
+            self.lambda_q1 = nn.Parameter(0.1 * torch.randn(width))
+            self.lambda_k1 = nn.Parameter(0.1 * torch.randn(width))
+            self.lambda_q2 = nn.Parameter(0.1 * torch.randn(width))
+            self.lambda_k2 = nn.Parameter(0.1 * torch.randn(width))
+        if config.sub_norm:
+            self.subln = nn.RMSNorm(self.value_width, eps=config.attn_rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: PositionEmbeddings,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> Tensor:
+        """hidden_states (B, S, E), attention_mask (B, 1, S, keys) or None for plain causal -> (B, S, E)."""
+        query = self.q_norm(self._heads(self.q_proj(hidden_states), self.head_dim))
+        key = self.k_norm(self._heads(self.k_proj(hidden_states), self.head_dim))
+        query, key = _rotate(query, position_embeddings), _rotate(key, position_embeddings)
+        key = self._heads(key.transpose(1, 2).flatten(2), self.value_width)  # of a pair, k1 and k2 side by side
+        value = self._heads(self.v_proj(hidden_states), self.value_width)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.kind == "softmax":
+            out = _attend(query, key, value, attention_mask)
+        else:
+            out = self._difference(hidden_states, query, key, value, attention_mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+
+    def _difference(
+        self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Signal minus noise and what follows, (B, Hs, S, Dv), in float32."""
+        query = query.unflatten(1, (-1, self.block))
+        signal, noise = query[:, :, :-1].flatten(1, 2), query[:, :, -1]
+        key1, key2 = key.chunk(2, dim=-1) if self.paired else (key, key)
+        out = _wide(_attend(signal, key1, value, attention_mask))
+        noise_out = _wide(_attend(noise, key2, value, attention_mask))
+        out = out - self._lambda(hidden_states) * noise_out.repeat_interleave(self.block - 1, dim=1)
+        if self.subln is not None:
+            weight = self.subln.weight.to(out.dtype)
+            out = F.rms_norm(out, (self.value_width,), weight, self.subln.eps) * (1.0 - self.lambda_init)
+        if self.gate_proj is not None:
+            out = out * torch.sigmoid(_wide(self._heads(self.gate_proj(hidden_states), self.value_width)))
+        return out
+
+    def _lambda(self, hidden_states: Tensor) -> Tensor:
+        """A scalar of the layer, or with "diff_v2" one for each token and signal head, (B, Hs, S, 1)."""
+        if self.kind == "diff_v2":
+            return torch.sigmoid(_wide(self.lambda_proj(hidden_states))).transpose(1, 2)[..., None]
+        first = (_wide(self.lambda_q1) * _wide(self.lambda_k1)).sum()
+        second = (_wide(self.lambda_q2) * _wide(self.lambda_k2)).sum()
+        return first.exp() - second.exp() + self.lambda_init
+
+    @staticmethod
+    def _heads(x: Tensor, width: int) -> Tensor:
+        """X (B, S, heads * width) -> (B, heads, S, width)."""
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _lambda_init(config: MotifConfig, layer_idx: int) -> float:
+    if config.lambda_init is not None:
+        return float(config.lambda_init)
+    offset = config.lambda_init_depth_offset
+    if offset is None:
+        offset = -1 if config.attention_type == "gda" else 0  # the released checkpoints count from -1, the paper from 0
+    return 0.8 - 0.6 * math.exp(-0.3 * (layer_idx + offset))
+
+
+def _rotate(x: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
+    cos, sin = position_embeddings
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Attention of (B, H, S, D) to keys and values with fewer heads; without a mask, causal."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    causal = attention_mask is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal)
+
+
+class MotifDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward block, each added to the residual stream."""
+
+    def __init__(self, config: MotifConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MotifAttention(config, layer_idx)
+        self.mlp = MotifMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: PositionEmbeddings,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """hidden_states (B, S, E) -> (B, S, E)."""
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, past_key_values)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MotifPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every Motif model."""
+
+    config_class = MotifConfig
+    config: MotifConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MotifDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PolyNorm):
+            init.constant_(module.weight, 1 / 3)
+            init.zeros_(module.bias)
+        elif isinstance(module, MotifAttention) and module.kind in ("gda", "diff_v1"):
+            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(vector, mean=0.0, std=0.1)
+
+
+class MotifModel(MotifPreTrainedModel):
+    """Embedding, decoder layers and final norm."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MotifDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MotifRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, S, E) of input_ids (B, S) or inputs_embeds (B, S, E), after what the cache holds.
+
+        Raises:
+            ValueError: neither or both of input_ids and inputs_embeds.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
+        mask = self._mask(hidden_states, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(position_ids)
+        every = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_embeddings, mask, past_key_values)
+            every.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*every[:-1], hidden_states) if wanted else None,
+        )
+
+    def _mask(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+    ) -> Tensor | None:
+        """(B, 1, S, keys) of what each token sees; None where that is all up to itself."""
+        kind = self.config.mask_kind
+        if isinstance(attention_mask, dict):  # generate() makes it for a cache of fixed size
+            return attention_mask[kind]
+        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        return make(  # type: ignore[return-value]  # a BlockMask is for another implementation
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+
+class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
+    """A Motif model with its language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MotifConfig) -> None:
+        super().__init__(config)
+        self.model = MotifModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, S, vocabulary), of the last ``logits_to_keep`` tokens alone if it is not 0, and labels' mean loss.
+
+        Labels (B, S) are aligned with input_ids, -100 for none, and shifted here.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
