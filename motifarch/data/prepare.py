@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,13 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         nonlocal told
         told = True
         print(line, flush=True)
-        raise_if_interrupted()
 
     try:
-        with _remembered_interrupts() as raise_if_interrupted, _bars_only_on_a_terminal():
-            # The libraries take seconds to import: after the options are checked, and where Ctrl-C is answered.
-            from motifarch.data.pipeline import prepare
+        # The libraries take seconds to import: after the options are checked, and where Ctrl-C is answered.
+        from motifarch.data.pipeline import prepare
 
+        with _bars_only_on_a_terminal():
             made = prepare(settings, report)
     except KeyboardInterrupt:
         state = "is as it was" if before else "was not made"
@@ -151,31 +149,6 @@ def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
             f"{counts.blocks:,} blocks of {made.seq_len}"
         )
     print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
-
-
-@contextmanager
-def _remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Gives a check that raises KeyboardInterrupt again where there was one.
-
-    Python drops an exception that is raised inside a destructor or a callback of the garbage collector, and an
-    interrupt can meet one there.
-    """
-    seen = False
-
-    def remember(*_: object) -> None:
-        nonlocal seen
-        seen = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if seen:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
