@@ -45,8 +45,12 @@ def test_our_recipes_are_read(path: Path) -> None:
 
 def test_every_model_field_is_a_config_field() -> None:
     fields = {f.name for f in dataclasses.fields(ModelSection)} - _OURS
-    # rope_theta and attn_implementation are taken by transformers' config class itself.
-    assert fields - {f.name for f in dataclasses.fields(MotifConfig)} == {"rope_theta", "attn_implementation"}
+    # rope_theta, rope_scaling and attn_implementation are taken by transformers' config class itself.
+    assert fields - {f.name for f in dataclasses.fields(MotifConfig)} == {
+        "rope_theta",
+        "rope_scaling",
+        "attn_implementation",
+    }
     config = MotifConfig(**(dataclasses.asdict(ModelSection()) | {"num_attention_heads": 6, "vocab_size": 64}))
     assert config.rope_parameters["rope_theta"] == 10000.0
 
