@@ -14,6 +14,7 @@ import motifarch
 from helpers.grown import largest_difference, loaded, saved
 from helpers.models import random_ids, tiny_model
 from helpers.python_process import run_python
+from helpers.released import MOTIF_2B
 from motifarch.errors import UserError
 from motifarch.growth import Factors, SourceFolder, grow
 from motifarch.growth.grow import plan
@@ -23,23 +24,6 @@ from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 assert motifarch  # registers the model type
 
-MOTIF_2B = {
-    "model_type": "Motif",
-    "architectures": ["MotifForCausalLM"],
-    "vocab_size": 219_520,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "hidden_act": "poly_norm",
-    "max_position_embeddings": 16_384,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "auto_map": {"AutoModelForCausalLM": "modeling_motif.MotifForCausalLM"},
-    "a_field_of_theirs": 5,
-}
 SMALL_RATIOS = {  # Motif-2.6B's layout, all sizes but the heads' numbers divided
     "vocab_size": 97,
     "hidden_size": 16,
@@ -97,7 +81,7 @@ def test_the_2_6b_layout_becomes_the_12_7b_layout(tmp_path, factors):
     assert not config.tie_word_embeddings
     assert config.rope_parameters["rope_theta"] == 500_000.0
     assert config.max_position_embeddings == 16_384
-    assert description.config["a_field_of_theirs"] == 5
+    assert description.config["loss_reduction"] == "mean"
     assert "auto_map" not in description.config
     losses = [step.loss for step in description.steps]
     assert [loss is None for loss in losses] == [True, True, False]  # doublings are exact; new depths round sub-norms
@@ -260,7 +244,7 @@ MISFITS = {
     "a truncated file": (
         lambda f: os.truncate(f / "model.safetensors", 50_000),
         ["--hidden", "2"],
-        "model.safetensors is damaged or cut short",
+        "model.safetensors is truncated or damaged",
     ),
 }
 
