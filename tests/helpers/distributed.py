@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -94,7 +95,9 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
     long writes where it stands and ends, and the others with it.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(_call, args=(ranks, store.port, function, args), nprocs=ranks)
+    # Forked by a server that has imported what takes long, once for all tests.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["motifarch.train.loop"])
+    mp.start_processes(_call, args=(ranks, store.port, function, args), nprocs=ranks, start_method="forkserver")
 
 
 def _call(rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
