@@ -49,10 +49,9 @@ def test_shell_blocks(code, tmp_path):
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]
     for source in sources:
         (tmp_path / "docs" / "notes" / f"{source.stem}.txt").write_text(source.read_text())
+    # The commands count here, not the text that the model makes.
     assert "--run.steps 300" in code
-    code = code.replace(
-        "--run.steps 300", "--run.steps 30 --optim.warmup_steps 5"
-    )  # the commands count here, not the text
+    code = code.replace("--run.steps 300", "--run.steps 30 --optim.warmup_steps 5 --optim.decay_steps 9")
     result = subprocess.run(
         ["bash", "-euc", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
