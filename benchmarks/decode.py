@@ -62,6 +62,7 @@ from benchmarks.decode_generate import judge as judge_generate
 from benchmarks.decode_problems import DECODED, Decoding, Exact, decoding, too_large
 from benchmarks.kernels import DTYPES, device_slug, terminate_as_interrupt
 from benchmarks.timing import Clock, clock_for, copy_bandwidth
+from motifarch.environment import physical_memory
 from motifarch.errors import UserError
 
 PACKAGES = ("motifarch", "torch", "transformers", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -74,7 +75,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0] * 9 // 10
-    return (report.physical_memory() or 8 << 30) // 2
+    return (physical_memory() or 8 << 30) // 2
 
 
 def measure(

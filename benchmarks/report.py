@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,15 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from motifarch.environment import environment as machine
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-# CPU instructions that decide how fast a benchmark runs, as /proc/cpuinfo names them.
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
 
 # Told apart by people with any colour vision (Okabe and Ito); grey is for what is only there to compare with.
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442", "#000000")
@@ -70,67 +64,8 @@ def environment(module: str, device: torch.device, packages: Iterable[str]) -> d
         module: the benchmark as ``python -m`` takes it.
         device: what it ran on.
         packages: distributions whose versions matter; those not installed are null.
-
-    Returns:
-        A dictionary for JSON: date (UTC), command, device, CPU, threads, load, memory, versions, git commit.
     """
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        **_cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_1_minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "memory_bytes": physical_memory(),
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "git": _git(),
-    }
-    if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["device_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
-    return found
-
-
-def _cpu() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {"cpu": platform.processor() or platform.machine(), "cpu_flags": []}
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    return {"cpu": model, "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in flags]}
-
-
-def physical_memory() -> int | None:
-    """Bytes of memory that the machine has, or None where it does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether files differ from it; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return machine(shlex.join(["python", "-m", module, *sys.argv[1:]]), device, packages)
 
 
 def describe(env: Mapping[str, Any]) -> str:

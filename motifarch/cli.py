@@ -17,6 +17,8 @@ COMMANDS = {
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
     "average": ("motifarch.average", "average a run's last checkpoints"),
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
+    "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),
+    "benchmark all": ("motifarch.study.all_benchmarks", "run every benchmark this machine can, into one report"),
     "eval": ("motifarch.evaluate", "score a folder on lm-eval's tasks"),
     "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
     "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
@@ -27,7 +29,7 @@ _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|r
 
 def usage() -> str:
     """The overview that `motifarch --help` prints."""
-    lines = [f"  motifarch {name:<14}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  motifarch {name:<22}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: motifarch COMMAND ...", "", *lines, "", "Each command explains itself with --help."])
 
 
@@ -68,10 +70,11 @@ def run(argv: list[str]) -> int:
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return importlib.import_module(COMMANDS[name][0]).main(argv[words:]) or 0
-    if argv[0] == "data" and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+    of_two_words = {name.split()[0] for name in COMMANDS if " " in name}
+    if argv[0] in of_two_words and (len(argv) == 1 or argv[1] in ("-h", "--help")):
         print(usage())
         return 0
-    given = " ".join(argv[:2]) if argv[0] == "data" else argv[0]
+    given = " ".join(argv[:2]) if argv[0] in of_two_words else argv[0]
     close = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(f"unknown command {given!r}{hint} (the commands are {', '.join(COMMANDS)})")

@@ -82,6 +82,39 @@ def packed_visibility_mask(
     return mask
 
 
+def attention_map(
+    q: Tensor, k: Tensor, *, visible: Tensor, softmax_scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The softmax's probabilities, with grouped key heads; a row that sees nothing is 0.
+
+    Args:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D), H a multiple of Hk.
+        visible: (Sq, Sk) bool, True where a query sees a key.
+        softmax_scale: multiplies the logits.
+        softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
+
+    Returns:
+        The map (B, H, Sq, Sk) in the compute dtype, and each head's largest visible logit (H,).
+    """
+    dtype = compute_dtype(q, k)
+    heads = q.shape[2]
+    q, k = q.to(dtype), k.to(dtype)
+    k = k.repeat_interleave(heads // k.shape[2], dim=2)
+
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    hidden = ~visible
+    logits = logits.masked_fill(hidden, -torch.inf)
+    max_logits = (
+        logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
+    )
+    # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros and then cleared.
+    blind_rows = hidden.all(dim=-1)[:, None]
+    return logits.masked_fill(blind_rows, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0), max_logits
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -105,22 +138,9 @@ def attention(
         The output (B, Sq, H, Dv) in the compute dtype, and each head's largest visible logit (H,).
     """
     dtype = compute_dtype(q, k, v)
-    heads = q.shape[2]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    k = k.repeat_interleave(heads // k.shape[2], dim=2)
-    v = v.repeat_interleave(heads // v.shape[2], dim=2)
-
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    hidden = ~visible
-    logits = logits.masked_fill(hidden, -torch.inf)
-    max_logits = (
-        logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
-    )
-    # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros and then cleared.
-    blind_rows = hidden.all(dim=-1)[:, None]
-    probabilities = logits.masked_fill(blind_rows, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    probabilities, max_logits = attention_map(q, k, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, v), max_logits
 
 

@@ -52,7 +52,7 @@ class Progress:
             f"loss {row['loss']:.4f}",
             f"lr {row['learning_rate']:.2e}",
             f"{row['tokens_per_second']:,.0f} tokens/s",
-            f"{_duration(seconds)} left",
+            f"{duration(seconds)} left",
         ]
         if "validation_loss" in row:
             parts.insert(2, f"validation {row['validation_loss']:.4f}")
@@ -67,7 +67,8 @@ class Progress:
             self._live = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: 1:02:03, or 2:03 below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -112,6 +112,16 @@ def train_step(
     return StepResult(losses[0], losses[1], grad_norm, skipped, lambdas, spike)
 
 
+def spread_rows(datasets: Sequence[PackedDataset], sequences: int) -> list[tuple[PackedDataset, int]]:
+    """So many rows over all splits together, the same number of each and evenly spread; fewer where there are fewer."""
+    return [
+        (dataset, i * len(dataset) // count)
+        for dataset in datasets
+        for count in [min(len(dataset), -(-sequences // len(datasets)))]
+        for i in range(count)
+    ]
+
+
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
@@ -132,12 +142,7 @@ def validation_loss(
         micro_size: Rows in one forward pass.
         mesh: How the ranks are arranged; by default each takes rows of its own.
     """
-    rows = [
-        (dataset, i * len(dataset) // count)
-        for dataset in datasets
-        for count in [min(len(dataset), -(-sequences // len(datasets)))]
-        for i in range(count)
-    ]
+    rows = spread_rows(datasets, sequences)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     size, rank = (world.size, world.rank) if mesh is None else (mesh.layout.data, mesh.data_rank)

@@ -18,7 +18,7 @@ from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe, check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "trainer"))
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "study", "trainer"))
 LARGE = [path for path in FILES if path.parent.name.startswith("motif_") and path.stem != "base"]
 PUBLISHED = {"motif_2.6b": 2_597_218_432, "motif_2_12.7b": 12_703_860_896}
 BUDGET = {"motif_2.6b": 2.4e12, "motif_2_12.7b": 5.5e12}

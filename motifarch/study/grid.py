@@ -1,0 +1,329 @@
+"""The grid of a head-ratio study: variants x sizes x seeds, read from YAML, and the rules between its fields."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from motifarch.errors import UserError
+from motifarch.study.measure import MeasureOptions
+from motifarch.train.recipe import DatasetEntry, ModelSection, Recipe, check_recipe
+from motifarch.typed_yaml import TypedYaml
+
+Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]
+Match = Literal["parameters", "operations", "kv_cache"]
+
+DECIDED = (
+    "base",
+    *(f"run.{name}" for name in ("output", "steps", "seed", "resume", "init_from")),
+    *(f"model.{name}" for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
+    *(f"model.{name}" for name in ("num_noise_heads", "num_key_value_heads", "head_dim", "attention_type")),
+    *(f"model.{name}" for name in ("paired_kv", "hidden_act")),
+    "data.datasets",
+    "batch.warmup_start",
+    "optim.lr",
+)
+"""Fields of a run's recipe that the study sets for each run."""
+
+
+@dataclass
+class VariantSpec:
+    """An attention and an activation."""
+
+    attention: Attention
+    """`softmax_mha` (as many key/value heads as query heads), `softmax_gqa`, `diff_v1` (1:1), `gda`, or `diff_v2`."""
+
+    ratio: int | None = None
+    """`gda`: signal heads for each noise head."""
+
+    activation: Literal["poly_norm", "silu"] = "poly_norm"
+    """PolyNorm, or SiLU (SwiGLU)."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it, such as "gda 4:1 poly_norm"."""
+        ratio = f" {self.ratio}:1" if self.attention == "gda" else ""
+        return f"{self.attention.replace('softmax_', 'softmax ')}{ratio} {self.activation}"
+
+    @property
+    def folder(self) -> str:
+        """Its name as a folder's."""
+        return self.name.replace(" ", "_").replace(":", "to")
+
+
+@dataclass
+class SizeSpec:
+    """What the variants of one size share. Key/value and noise heads stay, signal heads follow from the ratio."""
+
+    name: str
+    """Names the size in tables and folders, such as 2m."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    num_hidden_layers: int
+    """Decoder layers."""
+
+    head_dim: int
+    """Width of a query/key head."""
+
+    num_noise_heads: int
+    """Noise heads of DIFF V1 and GDA."""
+
+    intermediate_size: int
+    """Width of the feed-forward block in the reference variant; the others' follow from the matching."""
+
+    intermediate_multiple: int = 8
+    """Feed-forward widths are multiples of this: smaller matches more closely, larger computes faster."""
+
+    num_key_value_heads: int | None = None
+    """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head."""
+
+    num_query_heads: int | None = None
+    """Query heads of softmax attention, and half of DIFF V2's; null means hidden_size / head_dim."""
+
+    tokens: int | None = None
+    """Training tokens of a run; null means the study's."""
+
+    ranks: int = 1
+    """Processes (on GPUs: GPUs) that one run takes; several share it by torchrun."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default filled in."""
+        return 2 * self.num_noise_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def query_heads(self) -> int:
+        """Softmax attention's query heads, with the default filled in."""
+        return self.hidden_size // self.head_dim if self.num_query_heads is None else self.num_query_heads
+
+
+@dataclass
+class StudyData:
+    """The text; prepared first where `path` is missing and `source` says from what."""
+
+    path: str
+    """A folder written by `motifarch data prepare`."""
+
+    source: list[str] = field(default_factory=list)
+    """What to prepare it from, as `motifarch data prepare --source` takes it; empty never prepares."""
+
+    seq_len: int = 512
+    """Tokens of a sequence."""
+
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer; null trains one on the text."""
+
+    vocab_size: int = 4096
+    """Tokens of a trained tokenizer."""
+
+    validation_fraction: float = 0.05
+    """Part of the documents kept for validation."""
+
+    max_documents: int | None = None
+    """Read only so many documents of each source."""
+
+
+@dataclass
+class LearningRate:
+    """One learning rate for all variants, or the best of several for each."""
+
+    given: float | None = None
+    """The peak learning rate of every variant at the smallest size."""
+
+    sweep: list[float] = field(default_factory=list)
+    """Rates that each variant tries at the smallest size, with the first seed; the lowest validation loss wins."""
+
+    tokens: int | None = None
+    """Training tokens of a run of the sweep; null means a quarter of the study's."""
+
+    transfer: Literal["same", "inverse_width"] = "same"
+    """Larger sizes take the smallest one's rate as it is, or times smallest / own hidden_size, as muP does."""
+
+
+@dataclass
+class Grid:
+    """A study: every variant at every size with every seed."""
+
+    data: StudyData
+    """The text."""
+
+    sizes: list[SizeSpec]
+    """Models to make each variant in."""
+
+    variants: list[VariantSpec]
+    """What is compared."""
+
+    tokens: int
+    """Training tokens of a run."""
+
+    learning_rate: LearningRate
+    """Given, or swept for each variant."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Each seeds first weights and data order, alike for all variants."""
+
+    match: Match = "parameters"
+    """What is made equal: `parameters`; `operations`, of training a token at the data's seq_len, attention included; or
+    `kv_cache`, the bytes a token keeps in generation (parameters are then matched as nearly as they can be)."""
+
+    reference: str | None = None
+    """Name of the variant that the others are matched to, such as "gda 4:1 poly_norm"; null means the first."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    """Everything else of a run, as `motifarch train` takes it: batch, optim, validation, initializer_range, ..."""
+
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    """How much is measured after training: the retrieval probe, attention statistics, decoding speed."""
+
+    @property
+    def reference_variant(self) -> VariantSpec:
+        """The variant that the others are matched to."""
+        return next((v for v in self.variants if v.name == self.reference), self.variants[0])
+
+    def steps(self, size: SizeSpec, tokens: int | None = None) -> int:
+        """Optimizer steps of a run: the fewest that read at least its tokens."""
+        tokens = tokens or size.tokens or self.tokens
+        return -(-tokens // (self.recipe.batch.size * self.data.seq_len))
+
+
+_GRIDS = TypedYaml(
+    Grid,
+    "study",
+    prog="motifarch benchmark head-ratio",
+    usage="%(prog)s STUDY.yaml --output DIR [options] [--section.field VALUE ...]",
+    description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs.",
+)
+
+
+def read_grid(argv: Sequence[str]) -> Grid:
+    """Reads and checks a grid.
+
+    Args:
+        argv: ``STUDY.yaml --section.field value ...``.
+
+    Raises:
+        UserError: A missing or unreadable file, an unknown field, a value that is not accepted.
+    """
+    grid = _GRIDS.read(argv)
+    check_grid(grid)
+    return grid
+
+
+def print_fields() -> None:
+    """Prints every field of a grid with its meaning."""
+    _GRIDS.parser().print_help()
+
+
+def check_grid(grid: Grid) -> None:
+    """Refuses impossible values and combinations.
+
+    Raises:
+        UserError: Naming the field, its value and what is accepted.
+    """
+    for name in ("sizes", "variants", "seeds"):
+        if not getattr(grid, name):
+            raise UserError(f"{name} is empty; give at least one entry")
+    _at_least_one("tokens", grid.tokens)
+    _check_variants(grid)
+    _unique("sizes", [s.name for s in grid.sizes])
+    for i, size in enumerate(grid.sizes):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", size.name):
+            raise UserError(
+                f"sizes[{i}].name is {size.name!r}; use letters, digits, dots and dashes: it names a folder"
+            )
+        for f in dataclasses.fields(size):
+            if isinstance(value := getattr(size, f.name), int):
+                _at_least_one(f"sizes[{i}].{f.name}", value)
+    _unique("seeds", grid.seeds)
+    if any(seed < 0 for seed in grid.seeds):
+        raise UserError(f"seeds is {grid.seeds}; each must be at least 0")
+    _check_learning_rate(grid.learning_rate)
+    _at_least_one("recipe.batch.size", grid.recipe.batch.size)
+    _at_least_one("data.seq_len", grid.data.seq_len)
+    _check_recipe(grid)
+
+
+def _check_variants(grid: Grid) -> None:
+    for i, variant in enumerate(grid.variants):
+        if variant.attention == "gda" and (variant.ratio or 0) < 1:
+            raise UserError(f"variants[{i}].ratio is {variant.ratio}; gda needs its signal heads for each noise head")
+        if variant.attention != "gda" and variant.ratio is not None:
+            raise UserError(
+                f"variants[{i}].ratio is {variant.ratio}, but {variant.attention} has no choice of ratio; leave it "
+                "out, or let attention be gda"
+            )
+    names = [v.name for v in grid.variants]
+    _unique("variants", names)
+    if grid.reference is not None and grid.reference not in names:
+        raise UserError(f"reference is {grid.reference!r}, which is no variant; accepted: {', '.join(names)}")
+
+
+def _check_learning_rate(rate: LearningRate) -> None:
+    if (rate.given is None) == (not rate.sweep):
+        raise UserError(
+            f"learning_rate.given is {rate.given} and learning_rate.sweep is {rate.sweep}; give one of them: a rate, "
+            "or a list of rates for each variant to choose from (null and '[]' take back what a file gives)"
+        )
+    for value in [*rate.sweep, *([] if rate.given is None else [rate.given])]:
+        if not value > 0:
+            raise UserError(f"learning_rate holds {value}; each rate must be above 0")
+    _unique("learning_rate.sweep", rate.sweep)
+    if len(rate.sweep) == 1:
+        raise UserError(f"learning_rate.sweep is {rate.sweep}; give at least two rates, or the one as given")
+    if rate.tokens is not None:
+        _at_least_one("learning_rate.tokens", rate.tokens)
+
+
+def _check_recipe(grid: Grid) -> None:
+    default = Recipe()
+    for name in DECIDED:
+        if (value := _field(grid.recipe, name)) != _field(default, name):
+            raise UserError(
+                f"recipe.{name} is {value!r}, but the study decides it for each run; leave it out (sizes, variants, "
+                "seeds, tokens, data and learning_rate say what it becomes)"
+            )
+    if grid.recipe.validation.every < 1:
+        raise UserError("recipe.validation.every is 0; a study compares validation losses, so give steps between them")
+    if grid.data.seq_len > grid.recipe.model.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len is {grid.data.seq_len}, more than recipe.model.max_position_embeddings "
+            f"({grid.recipe.model.max_position_embeddings})"
+        )
+    for size in grid.sizes:
+        # The fields that the study decides are filled in with something that passes.
+        sample = dataclasses.replace(
+            grid.recipe,
+            run=dataclasses.replace(grid.recipe.run, steps=grid.steps(size)),
+            data=dataclasses.replace(grid.recipe.data, datasets=[DatasetEntry(grid.data.path)]),
+        )
+        try:
+            check_recipe(sample, size.ranks)
+        except UserError as error:
+            raise UserError(f"the study's recipe at size {size.name} ({grid.steps(size)} steps): {error}") from None
+
+
+def _field(recipe: Recipe, dotted: str) -> Any:
+    value: Any = recipe
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} is {value}; it must be at least 1")
+
+
+def _unique(name: str, values: Iterable[Any]) -> None:
+    seen = list(values)
+    for value in seen:
+        if seen.count(value) > 1:
+            raise UserError(f"{name} holds {value} twice; leave one out")
+
+
+def model_section(grid: Grid, fields: dict[str, Any]) -> ModelSection:
+    """The recipe's model with a variant's fields."""
+    return dataclasses.replace(grid.recipe.model, **fields)

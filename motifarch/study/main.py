@@ -1,0 +1,84 @@
+"""`motifarch benchmark head-ratio`: variants of attention, made equal, trained, measured and reported."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from motifarch.errors import UserError
+from motifarch.study.grid import print_fields, read_grid
+
+# Narrower terminals fold its lines, which loses less than cutting its cells.
+_TABLE_WIDTH = 120
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command's own options; all others are the grid's fields."""
+    parser = argparse.ArgumentParser(
+        prog="motifarch benchmark head-ratio",
+        usage="%(prog)s STUDY.yaml --output DIR [options] [--field VALUE ...]",
+        description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs. "
+        "Interrupted, the same command goes on where it was.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("study", metavar="STUDY.yaml", help="the grid: variants, sizes, seeds, tokens")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="everything is written there")
+    parser.add_argument("--dry-run", action="store_true", help="print the matched variants and stop")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: one a GPU; on a CPU, 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: cores / jobs)")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try failed runs again, from their last checkpoints"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="show what moved since an earlier study's results.json"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a study as a command line says.
+
+    Args:
+        argv: ``STUDY.yaml --output DIR ... --field value ...``; the process's own where None.
+
+    Returns:
+        0 if every run finished; 1 if some failed; 130 or 143 after Ctrl-C or SIGTERM, and the same command goes on.
+
+    Raises:
+        UserError: Something that the user can mend.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(args):
+        build_parser().print_help()
+        print("\nThe grid's fields, each of which can be overridden:\n")
+        print_fields()
+        return 0
+    options, fields = build_parser().parse_known_args(args)
+    for name in ("jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    grid = read_grid([options.study, *fields])
+
+    # Heavy imports only after the grid has been read, so that a slip in it is reported at once.
+    from rich.console import Console
+
+    from motifarch.study.comparison import read_results
+    from motifarch.study.conduct import conduct
+    from motifarch.study.data import describe, ensure_data, look
+    from motifarch.study.matching import match
+    from motifarch.study.table import tables
+
+    console = Console(highlight=False)
+    options.compare = read_results(options.compare) if options.compare else None
+    manifest = look(grid.data) if options.dry_run else ensure_data(grid.data)
+    matched = match(grid, describe(grid.data, manifest))
+    for table in tables(grid, matched):
+        Console(width=max(console.width, _TABLE_WIDTH), highlight=False).print(table)
+    if options.dry_run:
+        return 0
+    assert manifest is not None
+    command = shlex.join(["motifarch", "benchmark", "head-ratio", *args])
+    return conduct(grid, matched, options, command=command, fingerprint=manifest.fingerprint, console=console)

@@ -1,0 +1,210 @@
+"""What is measured of a finished run besides its losses: the retrieval probe, attention statistics and speed.
+
+As a process: ``python -m motifarch.study.measure RUN --output FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from motifarch.data import PackedDataset
+from motifarch.data.tokenizer import load_tokenizer
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.study.attention_statistics import attention_statistics, gradient_norm_spikes
+from motifarch.study.probe import DEPTHS, find_lines, model_scorer, probe
+from motifarch.study.speed import decoding_speed, training_speed
+from motifarch.train.checkpoint import find_newest, load_model_state
+from motifarch.train.manifest import write_json
+from motifarch.train.metrics import METRICS, read_metrics
+from motifarch.train.record import RECORD, read_record
+from motifarch.train.step import spread_rows
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How much is measured: more takes longer and errs less."""
+
+    lengths: tuple[int, ...] = ()
+    """Tokens of the probe's contexts; empty for a quarter, a half and all of the training sequences' length."""
+
+    depths: tuple[float, ...] = DEPTHS
+    """Where in them the lines lie, from 0 to 1, ascending."""
+
+    samples: int = 64
+    """Contexts of each length, an even number."""
+
+    probe_rows: int = 8
+    """Contexts that go through the model at once."""
+
+    attention_rows: int = 8
+    """Validation rows for the attention statistics, evenly spread."""
+
+    prefill_tokens: int | None = None
+    """Prompt in the cache when decoding is timed; null for the training sequences' length."""
+
+    new_tokens: int = 64
+    """Tokens decoded after it."""
+
+    repeats: int = 5
+    """Timed repeats of that, after one that is not counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("probe_rows", "attention_rows", "prefill_tokens", "new_tokens", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
+
+def measure(
+    run: Path,
+    *,
+    seed: int,
+    device: str = "cpu",
+    options: MeasureOptions | None = None,
+    show: Callable[[str], object] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures the newest complete checkpoint of a run.
+
+    Args:
+        run: the run's output folder.
+        seed: of the probe's questions: runs on the same data with the same seed and options are asked the same.
+        device: for example "cpu" or "cuda".
+        options: how much; default ``MeasureOptions()``.
+        show: told what is being measured.
+
+    Returns:
+        For JSON: "probe" (as :func:`motifarch.study.probe.probe` describes it), "attention" (
+        :func:`motifarch.study.attention_statistics.attention_statistics`, and gradient_norm_spikes of the whole run)
+        and "speed" (:func:`motifarch.study.speed.training_speed` and :func:`~motifarch.study.speed.decoding_speed`).
+        Probe and attention are computed in float32, and decoding is timed in the precision that the run computed in,
+        which "speed" has as decode_dtype.
+
+    Raises:
+        UserError: there is no finished run, or its data is gone; the message names the fix.
+    """
+    options = MeasureOptions() if options is None else options
+    show("checkpoint")
+    record = _read(run)
+    model = _load_model(run, record, device)
+    datasets = [PackedDataset.open(entry["path"], "validation") for entry in record["recipe"]["data"]["datasets"]]
+    lines = find_lines(load_tokenizer(datasets[0].folder / "tokenizer"), datasets[0])
+    metrics = read_metrics(run / METRICS)
+    seq_len = datasets[0].seq_len
+    asked = probe(
+        model_scorer(model),
+        lines,
+        datasets,
+        lengths=options.lengths or [seq_len // 4, seq_len // 2, seq_len],
+        samples=options.samples,
+        seed=seed,
+        depths=options.depths,
+        rows=options.probe_rows,
+        show=show,
+    )
+    show("attention")
+    rows = [dataset[row] for dataset, row in spread_rows(datasets, options.attention_rows)]
+    attention = attention_statistics(model, rows)
+    show("decoding")
+    decoding = _time_decoding(model, datasets[0], record["compute"], options)
+    return {
+        "probe": asked,
+        "attention": {**attention, "gradient_norm_spikes": gradient_norm_spikes(metrics)},
+        "speed": {**training_speed(metrics), **decoding},
+    }
+
+
+def _read(run: Path) -> dict[str, Any]:
+    record = read_record(run)
+    if missing := [name for name in ("model_config", "recipe", "compute") if name not in record]:
+        raise UserError(
+            f"{run / RECORD} is missing or damaged (it has no {', '.join(missing)}); give the output folder of a "
+            "motifarch train run"
+        )
+    return record
+
+
+def _load_model(run: Path, record: dict[str, Any], device: str) -> MotifForCausalLM:
+    """The newest complete checkpoint, float32, in evaluation mode."""
+    checkpoint = find_newest(run)
+    if checkpoint is None:
+        raise UserError(f"{run} holds no complete checkpoint; train the run to its end first")
+    model = MotifForCausalLM(MotifConfig(**record["model_config"]))
+    load_model_state(checkpoint, model)
+    try:
+        model.to(device=device)  # type: ignore[call-arg]  # transformers hides its signature
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"device {device!r} cannot be used ({reason}); give cpu, or cuda on a machine with a GPU"
+        ) from None
+    return model.float().eval()
+
+
+def _time_decoding(
+    model: MotifForCausalLM, data: PackedDataset, compute: str, options: MeasureOptions
+) -> dict[str, float | int | str]:
+    """Decoding in the run's precision, which leaves the model in it."""
+    model.to(dtype=getattr(torch, compute))  # type: ignore[call-arg]
+    positions: int = model.config.max_position_embeddings
+    prefill = min(options.prefill_tokens or data.seq_len, positions - options.new_tokens - 1)
+    if prefill < 1:
+        raise UserError(
+            f"new_tokens is {options.new_tokens}, but the model has {positions} positions: give at most {positions - 2}"
+        )
+    ids: list[int] = []
+    for row in range(len(data)):
+        if len(ids) > prefill:
+            break
+        ids += data[row].input_ids[:-1].tolist()
+    ids = (ids * (prefill // len(ids) + 1))[: prefill + 1]
+    prompt = torch.tensor([ids], device=model.device)
+    speed = decoding_speed(model, prompt, new_tokens=options.new_tokens, repeats=options.repeats)
+    return {**speed, "decode_dtype": compute}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of :func:`measure`."""
+    defaults = MeasureOptions()
+    parser = argparse.ArgumentParser(prog="python -m motifarch.study.measure", description=__doc__)
+    parser.add_argument("run", type=Path, help="the output folder of a finished motifarch train run")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the probe's questions (default: 0)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    for field in dataclasses.fields(MeasureOptions):
+        default = getattr(defaults, field.name)
+        many = isinstance(default, tuple)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=float if field.name == "depths" else int,
+            nargs="+" if many else None,
+            default=default,
+            help=f"default: {' '.join(map(str, default)) if many and default else default or 'from the run'}",
+        )
+    arguments = vars(parser.parse_args(argv))
+    run, output, seed, device = (arguments.pop(name) for name in ("run", "output", "seed", "device"))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+    options = MeasureOptions(**values)
+    with Console(stderr=True).status("") as status:
+        found = measure(run, seed=seed, device=device, options=options, show=status.update)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, found)
+    print(f"measured {run} into {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
