@@ -1,10 +1,11 @@
 """The study's text: prepared where it is missing, and what the models have to know of it."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from motifarch.data.manifest import FILE_NAME, Manifest
-from motifarch.data.prepare import main as prepare
 from motifarch.errors import UserError
 from motifarch.study.grid import StudyData
 
@@ -37,8 +38,12 @@ def ensure_data(data: StudyData) -> Manifest:
         }
         argv = [text for source in data.source for text in ("--source", source)]
         argv += [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        if prepare(argv):
+        # A process of its own, as all that a study runs: forking a pool is safe only where nothing else has run.
+        done = subprocess.run([sys.executable, "-m", "motifarch.data.prepare", *argv], check=False)
+        if done.returncode == 130:
             raise KeyboardInterrupt
+        if done.returncode:
+            raise UserError(f"data.source {', '.join(data.source)} could not be prepared: the reason stands above")
     manifest = Manifest.read(Path(data.path))
     if manifest.seq_len != data.seq_len:
         raise UserError(
