@@ -23,6 +23,10 @@ from motifarch.study.svg import (
 
 WIDTH = 640
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 150, 44, 58
+# Of a letter of a bold label, at the size that phones need.
+_LETTER = 9.9
+# Room for "worse" to the right of the line of no difference.
+_WORSE = 84
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,9 @@ def lines(
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points if top is None or y <= top]
     low, high = bounds([*ys, *([0.0] if zero else [])])
-    x = Scale(min(xs, default=0), max(xs, default=1), _LEFT, WIDTH - _RIGHT)
-    y = Scale(low, high, height - _BOTTOM, _TOP)
+    right = max(_RIGHT, 26 + _LETTER * max((len(s.label) for s in shown), default=0))
+    x = Scale(min(xs, default=0), max(xs, default=1), _LEFT, WIDTH - right)
+    y = Scale(low, high, height - _BOTTOM, _TOP if y_label else 12)
     x_ticks = [(v, f"{v:g}") for v in _whole(xs)] if whole else None
     parts = [grid(x, y, x_label, y_label, x_ticks=x_ticks, zero=zero)]
     ends = [max(min(y(s.points[-1][1]), y.start), y.end) for s in shown]
@@ -174,8 +179,10 @@ def intervals(title: str, description: str, rows: Sequence[Interval], x_label: s
     """Differences with their intervals around the line of no difference, a row each."""
     height = 62 + 36 * len(rows) + 50
     ends = [v for row in rows for e in (row.wide, row.narrow) if e for v in (e.lower, e.upper, e.mean) if v is not None]
-    left = 16 + 9.2 * max((len(row.label) for row in rows), default=0)
+    left = 16 + _LETTER * max((len(row.label) for row in rows), default=0)
     x = Scale(*bounds([*ends, 0.0]), left, WIDTH - 12)
+    if x(0.0) > WIDTH - _WORSE:
+        x = Scale(x.low, x.high, left, WIDTH - _WORSE)
     bottom = height - 50
     parts = []
     ticks = x.ticks(5)
@@ -205,10 +212,12 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    top: float,
+    middle: float = 0.0,
+    reach: float,
     write: Callable[[float], str],
+    letters: int = 0,
 ) -> str:
-    """A table of shares in colour, with the figures written into it.
+    """A table in colour, blue above a middle and orange below it, with the figures written into it.
 
     Args:
         title: of the drawing.
@@ -216,12 +225,15 @@ def heat_map(
         values: by row and column; what is not finite stays blank.
         rows: names down the side.
         columns: names along the bottom.
-        top: what is this high has the deepest colour; 0 and below have the palest.
+        middle: what has the palest colour: the value that means nothing was found.
+        reach: how far from it the deepest colours are.
         write: a value as it is written into its cell.
+        letters: of the longest figure in maps that are to have cells of one size.
     """
-    left, cell_h, width = 74, 40, 340
-    cell_w = (width - left) / max(1, len(columns))
-    height = 30 + cell_h * len(rows) + 54
+    longest = max([letters, *(len(write(v)) for line in values for v in line if math.isfinite(v))])
+    left = 12 + _LETTER * max(map(len, rows), default=0)
+    cell_h, cell_w = 40, max(266 / max(1, len(columns)), 4 + _LETTER * longest)
+    width, height = math.ceil(left + cell_w * len(columns)), 30 + cell_h * len(rows) + 54
     parts = [text(0, 16, "length", class_="axis")]
     for r, (name, line) in enumerate(zip(rows, values, strict=True)):
         at = 26 + cell_h * r
@@ -229,10 +241,10 @@ def heat_map(
         for c, value in enumerate(line):
             if not math.isfinite(value):
                 continue
-            share = min(max(value / top, 0.0), 1.0)
+            fill = shade((value - middle) / reach if reach else 0.0)
             size = {"width": cell_w - 2, "height": cell_h - 2, "rx": 2}
-            parts.append(element("rect", "", x=left + c * cell_w, y=at, fill=_blue(share), **size))
-            look = "cell on-dark" if share > 0.5 else "cell on-light"
+            parts.append(element("rect", "", x=left + c * cell_w, y=at, fill=fill, **size))
+            look = "cell on-dark" if luminance(fill) < _DARK else "cell on-light"
             place = left + (c + 0.5) * cell_w - 1
             parts.append(text(place, at + cell_h / 2 + 4, write(value), class_=look, text_anchor="middle"))
     for c, name in enumerate(columns):
@@ -242,7 +254,25 @@ def heat_map(
     return drawing(title, description, width, height, parts)
 
 
-def _blue(share: float) -> str:
-    """From near white to deep blue; its lightness falls evenly, so that it reads in grey too."""
-    light, dark = (234, 242, 248), (10, 66, 110)
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(light, dark, strict=True))
+# Below this luminance white is the clearer text, above it black (WCAG 2: each has 4.5:1 or more on its side).
+_DARK = 0.179
+_PALE = (243, 243, 241)
+_BLUES, _ORANGES = ((112, 171, 219), (8, 62, 108)), ((235, 160, 92), (132, 50, 0))
+
+
+def shade(share: float) -> str:
+    """From deep orange (-1) over near white (0) to deep blue (1).
+
+    Lightness falls steadily to both sides, so that the size of a value reads in grey too; its sign is in its figure.
+    """
+    middle, deep = _BLUES if share > 0 else _ORANGES
+    place = 2 * min(abs(share), 1.0)
+    start, end, way = (_PALE, middle, place) if place <= 1 else (middle, deep, place - 1)
+    return "#" + "".join(f"{round(a + (b - a) * way):02x}" for a, b in zip(start, end, strict=True))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb``, from 0 to 1, after WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -87,6 +88,8 @@ class Document:
     lead: str
     """The report in one or two sentences."""
     sections: Sequence[Section] = field(default_factory=list)
+    more: str = ""
+    """A paragraph that belongs to it."""
 
 
 def named(items: Sequence[str]) -> str:
@@ -99,6 +102,29 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def decimals(values: Iterable[float], figures: int = 3) -> int:
+    """Decimals, from none to three, that give the largest of some values so many significant figures."""
+    largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    return min(max(figures - 1 - math.floor(math.log10(largest)), 0), 3) if largest else figures - 1
+
+
+def number(value: float, digits: int) -> str:
+    """A figure with a real minus sign, which one that is rounded to 0 does not have."""
+    written = f"{value:,.{digits}f}"
+    return written.replace("-", "−" if any(c in "123456789" for c in written) else "")
+
+
 def signed(value: float, digits: int = 4) -> str:
-    """A difference, with a real minus sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """A difference, with its sign."""
+    written = number(value, digits)
+    return f"+{written}" if value > 0 and float(f"{value:.{digits}f}") else written
+
+
+def percent(share: float) -> str:
+    """A relative difference."""
+    return f"{signed(100 * share, 2)}%"
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter."""
+    return text[0].upper() + text[1:]

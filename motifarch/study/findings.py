@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
-from motifarch.study.statistics import Estimate, Noise, Paired, estimate, holm, paired, shared_noise, with_noise
+from motifarch.study.statistics import (
+    CONFIDENCE,
+    Estimate,
+    Noise,
+    Paired,
+    estimate,
+    holm,
+    paired,
+    shared_noise,
+    with_noise,
+)
 
+ALPHA = 1 - CONFIDENCE
 ACTIVATIONS = {"poly_norm": "PolyNorm", "silu": "SwiGLU"}
 _WORDS = {"gda": "GDA", "diff": "DIFF", "diff_v1": "DIFF V1", "diff_v2": "DIFF V2", "mha": "MHA", "gqa": "GQA"}
 _WORDS |= {"v1": "V1", "v2": "V2"}
@@ -35,10 +47,22 @@ class Variant:
         """Attention and feed-forward."""
         return f"{self.label}, {self.activation}"
 
+    @property
+    def ratio(self) -> int | None:
+        """Signal heads for each noise head of DIFF V1 (1) and GDA; None for layers of another kind."""
+        return (self.row.get("ratio") or 1) if self.row["attention"] in ("diff_v1", "gda") else None
+
+    @property
+    def signal_heads(self) -> int | None:
+        """Query heads that are no noise heads; None where the results do not say."""
+        model = self.row.get("model", {})
+        heads: int | None = model.get("num_attention_heads")
+        return None if heads is None else heads - (model.get("num_noise_heads") or 0)
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the one that it differs from in one thing."""
+    """A variant against another that it differs from in one thing."""
 
     variant: Variant
     reference: Variant
@@ -50,6 +74,31 @@ class Comparison:
     """The same difference with the noise of all variants of its size, and p; None where that is unknown."""
     shared_p_holm: float | None
 
+    @property
+    def mean(self) -> float:
+        """Variant minus reference; 0 where no pair finished."""
+        return self.paired.difference.mean if self.paired else 0.0
+
+    @property
+    def significant(self) -> bool:
+        """Whether it is beyond what the pair's own seeds explain, after correction."""
+        return self.p_holm is not None and self.p_holm <= ALPHA
+
+    @property
+    def significant_if_equally_noisy(self) -> bool:
+        """Whether it is beyond the noise of all variants together, after correction."""
+        return self.shared_p_holm is not None and self.shared_p_holm <= ALPHA
+
+    def reversed(self) -> Comparison:
+        """The same with the roles exchanged."""
+        return replace(
+            self,
+            variant=self.reference,
+            reference=self.variant,
+            paired=self.paired and replace(self.paired, difference=-self.paired.difference),
+            shared=self.shared and (-self.shared[0], self.shared[1]),
+        )
+
 
 class Study:
     """A study's results, asked by name."""
@@ -57,18 +106,15 @@ class Study:
     def __init__(self, results: Mapping[str, Any]) -> None:
         """Reads what ``results.json`` holds."""
         self.results = results
-        self.variants = [_variant(row) for row in results["variants"]]
-        self.runs: list[Run] = list(results["runs"])
-
-    @cached_property
-    def sizes(self) -> list[str]:
-        """In the results' order."""
-        return list(dict.fromkeys(v.size for v in self.variants))
-
-    @cached_property
-    def activations(self) -> list[str]:
+        found = [_variant(row) for row in results["variants"]]
+        self.sizes = list(dict.fromkeys(v.size for v in found))
+        self.activations = list(dict.fromkeys(v.activation for v in found))
         """Feed-forwards that occur."""
-        return list(dict.fromkeys(v.activation for v in self.variants))
+        # Softmax attention, rising head ratios, the rest: whatever the order in which a grid names them.
+        self.variants = sorted(
+            found, key=lambda v: (self.sizes.index(v.size), self.activations.index(v.activation), *_order(v))
+        )
+        self.runs: list[Run] = list(results["runs"])
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -88,6 +134,34 @@ class Study:
                 if found:
                     yield size, activation, found
 
+    @cached_property
+    def main_group(self) -> list[Variant]:
+        """The one to speak of first: of the largest models, that with most head ratios and variants."""
+        groups = [group for _, _, group in self.groups()]
+        most = max(max(v.row["parameters"] for v in group) for group in groups)
+        sizes = {v.size for v in self.variants if v.row["parameters"] == most}
+        return max((g for g in groups if g[0].size in sizes), key=lambda g: (len(self.ratios(g)), len(g)))
+
+    def panels(self) -> list[tuple[str, list[Variant]]]:
+        """What is drawn together, with a title: groups; one that is a single variant joins its size's largest."""
+        groups = list(self.groups())
+        found = []
+        for size in self.sizes:
+            own = [(activation, group) for s, activation, group in groups if s == size]
+            largest = max(own, key=lambda named: len(named[1]))
+            alone = [v for named in own if named is not largest and len(named[1]) == 1 for v in named[1]]
+            for activation, group in own:
+                if (activation, group) == largest:
+                    found.append((self.group_title(size, activation), [*group, *alone]))
+                elif len(group) > 1:
+                    found.append((self.group_title(size, activation), group))
+        return found
+
+    def label_in(self, panel: Sequence[Variant], variant: Variant) -> str:
+        """A variant's attention, and its feed-forward where that is not its panel's."""
+        alike = variant.activation == panel[0].activation
+        return variant.label if alike else f"{variant.label} {variant.activation}"
+
     def group_title(self, size: str, activation: str) -> str:
         """A group in words, with no more of them than it takes to tell it from the others."""
         several = len(self.sizes) > 1
@@ -96,7 +170,8 @@ class Study:
     def title(self, variant: Variant) -> str:
         """A variant in words, likewise."""
         parts = [variant.label]
-        if len(self.activations) > 1:
+        compared = {activation for _, activation, group in self.groups() if len(group) > 1}
+        if len(compared) > 1 or variant.activation != self.main_group[0].activation:
             parts.append(variant.activation)
         if len(self.sizes) > 1:
             parts.append(variant.size)
@@ -122,6 +197,16 @@ class Study:
                 found[run["seed"]] = float(value)
         return found
 
+    def by_layer(self, variant: Variant, name: str) -> list[tuple[int, float]]:
+        """An attention statistic, mean over seeds: (layer, value), layers counted from 0."""
+        runs = [(run.get("attention") or {}).get("layers") or [] for run in self.runs_of(variant)]
+        found = []
+        for i in range(max(map(len, runs), default=0)):
+            values = [v for layers in runs if i < len(layers) and (v := layers[i].get(name)) is not None]
+            if values:
+                found.append((i, math.fsum(values) / len(values)))
+        return found
+
     def loss(self, variant: Variant) -> Estimate | None:
         """Validation loss at the end, over seeds."""
         return estimate(list(self.values(variant, "validation_loss").values()))
@@ -133,22 +218,34 @@ class Study:
         """
 
         def rank(variant: Variant) -> int:
-            attention, ratio = variant.row["attention"], variant.row.get("ratio")
-            if attention == "diff_v1" or (attention == "gda" and ratio == 1):
+            if variant.ratio == 1:
                 return 0
-            return 1 if attention.startswith("softmax") else 2
+            return 1 if variant.row["attention"].startswith("softmax") else 2
 
         return min(variants, key=rank)
 
-    def best(self, variants: Sequence[Variant]) -> Variant | None:
-        """The lowest mean loss among those with the most finished seeds; None where nothing finished.
+    def ratios(self, variants: Sequence[Variant]) -> list[Variant]:
+        """Those with a head ratio, rising."""
+        return sorted((v for v in variants if v.ratio is not None), key=lambda v: v.ratio or 0)
 
-        A variant of which only a lucky seed is left would win otherwise: seeds differ by more than variants do.
+    def best(self, variants: Sequence[Variant]) -> Variant | None:
+        """The lowest mean loss on the seeds that all of them finished; None where nothing finished.
+
+        Variants with more failed runs than others do not count: of one that diverges, only lucky seeds are left.
         """
-        losses = {v.name: e for v in variants if (e := self.loss(v)) is not None}
-        most = max((e.n for e in losses.values()), default=0)
-        means = {name: e.mean for name, e in losses.items() if e.n == most}
-        return min((v for v in variants if v.name in means), key=lambda v: means[v.name], default=None)
+        losses = {v.name: values for v in variants if (values := self.values(v, "validation_loss"))}
+        size = {v.size for v in variants}
+        failed = [r["variant"] for r in self.runs if r["status"] == "failed" and r["size"] in size]
+        fewest = min((failed.count(name) for name in losses), default=0)
+        chosen = [v for v in variants if v.name in losses and failed.count(v.name) == fewest]
+        shared = set.intersection(*(set(losses[v.name]) for v in chosen)) if chosen else set()
+
+        def mean(variant: Variant) -> float:
+            own = losses[variant.name]
+            seeds = shared or own.keys()
+            return math.fsum(own[seed] for seed in seeds) / len(seeds)
+
+        return min(chosen, key=mean, default=None)
 
     @cached_property
     def noise(self) -> dict[str, Noise | None]:
@@ -158,20 +255,36 @@ class Study:
             for size in self.sizes
         }
 
+    def paired(self, variant: Variant, reference: Variant) -> Paired | None:
+        """Their losses seed by seed; None where no seed finished for both."""
+        return paired(self.values(variant, "validation_loss"), self.values(reference, "validation_loss"))
+
+    def compared(self, variant: Variant, reference: Variant) -> Comparison | None:
+        """The comparison of two variants; None where it is none of :attr:`comparisons`."""
+        for found in self.comparisons:
+            if (found.variant, found.reference) == (variant, reference):
+                return found
+            if (found.variant, found.reference) == (reference, variant):
+                return found.reversed()
+        return None
+
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Every variant against its group's reference, and PolyNorm against SwiGLU under the same attention.
+        """Every variant against its group's reference, head ratios with each other, and PolyNorm against SwiGLU.
 
-        Together they are the one family that p values are corrected for.
+        Together they are the one family that p values are corrected for. All pairs of ratios are in it, so that the
+        best one may be compared with the rest although it was found by looking.
         """
         pairs = []
         for _, _, group in self.groups():
             reference = self.reference(group)
             pairs += [(v, reference) for v in group if v is not reference]
+            others = [v for v in self.ratios(group) if v is not reference]
+            pairs += [(higher, lower) for lower, higher in combinations(others, 2)]
         plain = {(v.size, v.label): v for v in self.variants if v.activation == ACTIVATIONS["silu"]}
         others = [v for v in self.variants if v.activation != ACTIVATIONS["silu"]]
         pairs += [(v, plain[v.size, v.label]) for v in others if (v.size, v.label) in plain]
-        tests = [paired(self.values(v, "validation_loss"), self.values(r, "validation_loss")) for v, r in pairs]
+        tests = [self.paired(v, r) for v, r in pairs]
         shared = [
             with_noise(test.difference, noise) if test and (noise := self.noise[v.size]) else None
             for (v, _), test in zip(pairs, tests, strict=True)
@@ -182,6 +295,12 @@ class Study:
             Comparison(v, r, test, p, judged, shared_p)
             for (v, r), test, p, judged, shared_p in zip(pairs, tests, corrected, shared, shared_corrected, strict=True)
         ]
+
+
+def _order(variant: Variant) -> tuple[int, int]:
+    if variant.ratio is not None:
+        return 1, variant.ratio
+    return (0 if variant.row["attention"].startswith("softmax") else 2), 0
 
 
 def _variant(row: Mapping[str, Any]) -> Variant:

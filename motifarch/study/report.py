@@ -9,13 +9,17 @@ from typing import Any
 from motifarch.errors import UserError
 from motifarch.study import comparison
 from motifarch.study.benchmark_figures import aims, tables
-from motifarch.study.document import Block, Code, Document, Picture, Section, Table, Text, named, plural
+from motifarch.study.document import Block, Code, Document, Picture, Section, Table, Text, plural
 from motifarch.study.findings import Study
+from motifarch.study.report_answer import answer
+from motifarch.study.report_curves import curves
 from motifarch.study.report_html import to_html
-from motifarch.study.report_losses import curves, differences, losses
+from motifarch.study.report_limits import limits
+from motifarch.study.report_losses import differences, losses
 from motifarch.study.report_markdown import to_markdown
-from motifarch.study.report_measures import attention, costs, probe
-from motifarch.study.report_record import environment_table, failures, matching, reproduction
+from motifarch.study.report_measures import attention, costs
+from motifarch.study.report_probe import probe
+from motifarch.study.report_record import environment_table, failures, matching, reproduction, short_error
 from motifarch.study.report_summary import summary
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -34,7 +38,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
     """
     document = make_document(results, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((HTML, to_html(document)), (MARKDOWN, to_markdown(document))):
+    for name, content in ((HTML, to_html(document)), (MARKDOWN, to_markdown(document, page=HTML))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(folder / name)
@@ -44,25 +48,20 @@ def make_document(results: Mapping[str, Any], folder: Path) -> Document:
     """The report before it is written; see :func:`write_report`."""
     kind = results.get("kind")
     if kind == comparison.STUDY:
-        return Document("Which head ratio is best?", _lead(Study(results)), _study_sections(results))
+        study = Study(results)
+        lead, more = answer(study, study.main_group)
+        return Document("Which head ratio is best?", lead, _study_sections(study), more)
     if kind == comparison.ALL:
         return _all_benchmarks(results, folder)
     raise UserError(f"results of kind {kind!r} have no report; give a study's results.json or an all.json")
 
 
-def _lead(study: Study) -> str:
-    labels = list(dict.fromkeys(v.label for v in study.variants))
-    return (
-        f"{named(labels)}, matched in cost and trained on the same data: {len(study.finished)} of "
-        f"{plural(len(study.runs), 'run')} finished, on {plural(len(study.seeds), 'seed')}."
-    )
-
-
-def _study_sections(results: Mapping[str, Any]) -> list[Section]:
-    study = Study(results)
+def _study_sections(study: Study) -> list[Section]:
+    moved = study.results.get("comparison")
     sections: list[Section | None] = [
         summary(study),
-        comparison.section(results["comparison"]) if results.get("comparison") else None,
+        limits(study),
+        comparison.section(moved) if moved else None,
         losses(study),
         differences(study),
         curves(study),
@@ -79,7 +78,9 @@ def _study_sections(results: Mapping[str, Any]) -> list[Section]:
 def _all_benchmarks(results: Mapping[str, Any], folder: Path) -> Document:
     parts = results["parts"]
     done = [p for p in parts if p["status"] == "finished"]
-    rows = [(p["title"], p["status"].replace("_", " "), _duration(p), p.get("reason") or "") for p in parts]
+    rows = [
+        (p["title"], p["status"].replace("_", " "), _duration(p), short_error(p.get("reason") or "")) for p in parts
+    ]
     overview = Section(
         "What ran",
         [
@@ -93,8 +94,9 @@ def _all_benchmarks(results: Mapping[str, Any], folder: Path) -> Document:
         sections.append(comparison.section(results["comparison"]))
     for part in done:
         if part["content"].get("kind") == comparison.STUDY:
-            inner = _study_sections(part["content"])
-            sections.append(Section(part["title"], [Text(_lead(Study(part["content"])))], inner))
+            study = Study(part["content"])
+            told = [Text(text) for text in answer(study, study.main_group) if text]
+            sections.append(Section(part["title"], told, _study_sections(study)))
         else:
             sections.append(_benchmark(part, folder))
     environment = results["environment"]

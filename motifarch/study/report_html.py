@@ -31,6 +31,7 @@ def to_html(document: Document) -> str:
 <header>
 <h1>{escape(document.title)}</h1>
 <p class="lead">{_inline(document.lead)}</p>
+{f"<p>{_inline(document.more)}</p>" if document.more else ""}
 <nav aria-label="Contents"><ol>{contents}</ol></nav>
 </header>
 {body}
@@ -91,8 +92,8 @@ def _table(table: Table) -> str:
     # A box that scrolls has to be reachable with the keyboard, and to say what it is.
     label = escape(table.caption, quote=True)
     return (
-        f'<div class="box" role="region" tabindex="0" aria-label="{label}"><table><caption>{_inline(table.caption)}'
-        f"</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<div class="box" role="region" tabindex="0" aria-label="{label}"><table>'
+        f"<caption><span>{_inline(table.caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from motifarch.study import charts
-from motifarch.study.document import Block, Picture, Section, Table, Text, named, plural, signed
-from motifarch.study.findings import ACTIVATIONS, Comparison, Run, Study, Variant
+from motifarch.study.document import Block, Picture, Section, Table, Text, named, number, percent, plural, signed
+from motifarch.study.findings import ACTIVATIONS, ALPHA, Comparison, Study, Variant
 from motifarch.study.statistics import CONFIDENCE, POWER, Estimate
-from motifarch.train.picture import smooth
 
-ALPHA = 1 - CONFIDENCE
 # Colours and markers of the attentions that studies are about; others take what is left.
 _KINDS = ("softmax MHA", "softmax GQA", "DIFF V1", "GDA 2:1", "GDA 3:1", "GDA 4:1", "GDA 7:1", "DIFF V2")
 LOSS = "validation loss, nats a token"
@@ -37,23 +33,13 @@ def written(estimate: Estimate | None, digits: int = 4) -> str:
     if estimate is None:
         return "–"
     half = estimate.half
-    return f"{estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+    return number(estimate.mean, digits) + (f" ± {number(half, digits)}" if half else "")
 
 
 def _p(value: float | None) -> str:
     if value is None:
         return "–"
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def mean_difference(comparison: Comparison) -> float:
-    """Variant minus reference; 0 where no pair finished."""
-    return comparison.paired.difference.mean if comparison.paired else 0.0
-
-
-def significant(comparison: Comparison) -> bool:
-    """Whether it is beyond what seeds explain, after correction."""
-    return comparison.p_holm is not None and comparison.p_holm <= ALPHA
 
 
 def losses(study: Study) -> Section:
@@ -63,9 +49,9 @@ def losses(study: Study) -> Section:
         blocks.append(_ratio_picture(study, size))
         blocks.append(_loss_table(study, size))
     note = (
-        f"Mean over seeds ± half of the {CONFIDENCE:.0%} interval (Student's t); a variant with one finished seed has "
-        "no interval. Bold: lowest mean of its group, among those with most finished seeds. Intervals of single "
-        "variants hold what seeds do to all of them alike; for differences, see below."
+        f"Mean over seeds ± half of the {CONFIDENCE:.0%} interval (Student's t); one seed has none. Bold: lowest mean "
+        "on the seeds that all finished, variants with failed runs left out. A seed moves all variants alike, and that "
+        "is in these intervals: to compare variants, see the paired differences."
     )
     return Section("Head ratio against loss", [*blocks, Text(note, note=True)])
 
@@ -98,17 +84,16 @@ def _loss_table(study: Study, size: str) -> Table:
         start = study.loss(reference)
         for v in group:
             loss = study.loss(v)
-            marks = [name for name, other in (("lowest", best), ("reference", reference)) if v is other]
-            relative = f"{100 * (loss.mean / start.mean - 1):+.2f}%".replace("-", "−") if loss and start else "–"
+            relative = percent(loss.mean / start.mean - 1) if loss and start and v is not reference else "–"
             seeds = " ".join(f"{x:.4f}" for _, x in sorted(study.values(v, "validation_loss").items()))
-            if v is best:
+            # A variant that has none to be compared with is neither.
+            mark = " (reference)" if v is reference and len(group) > 1 else ""
+            if v is best and len(group) > 1:
                 strong.append(len(rows))
-            rows.append(
-                (study.title(v), ", ".join(marks), written(loss), relative, str(loss.n if loss else 0), seeds or "–")
-            )
+            rows.append((f"{study.title(v)}{mark}", written(loss), relative, str(loss.n if loss else 0), seeds or "–"))
     several = f", {size}" if len(study.sizes) > 1 else ""
-    columns = ("Variant", "Mark", "Loss", "Against reference", "Seeds", "Each seed")
-    return Table(f"Validation loss at the end, nats a token{several}", columns, rows, 2, frozenset(strong))
+    columns = ("Variant", "Loss", "Against reference", "Seeds", "Each seed")
+    return Table(f"Validation loss at the end, nats a token{several}", columns, rows, strong=frozenset(strong))
 
 
 def differences(study: Study) -> Section:
@@ -116,42 +101,45 @@ def differences(study: Study) -> Section:
     blocks: list[Block] = []
     for title, found in _families(study):
         shown = [c for c in found if c.paired]
-        rows = [
-            charts.Interval(
-                _row_name(study, c),
-                kind(study, c.variant),
-                c.paired.difference,
-                c.shared[0] if c.shared else None,
-                hollow(c.variant),
-            )
-            for c in shown
-            if c.paired
-        ]
-        told = "; ".join(f"{_row_name(study, c)} {_difference(c)}" for c in shown) or "no pairs of finished runs"
-        note = "Thin: interval from the pair's own seeds; thick: from the noise of all variants together."
-        drawn = charts.intervals(title, told, rows, "difference in validation loss, nats a token")
-        blocks.append(Picture(title, f"{title}: {told}.", note, drawn))
+        blocks.append(_difference_picture(study, title, shown))
         blocks.append(_difference_table(study, title, found))
     if not blocks:
         return Section("Paired differences", [Text("There are no two variants to compare.")])
     count = len([c for c in study.comparisons if c.paired])
     noise = [f"{n.sd:.4f} ({n.freedom} degrees of freedom)" for n in study.noise.values() if n]
     notes = [
-        "Variant minus reference on the same seeds, where both finished: such pairs share first weights' scale and "
-        f"data order. Below zero is better. p is of the two-sided paired t test; Holm's correction is over all "
-        f"{plural(count, 'comparison')} on this page, so that the chance of any false alarm among them is at most "
-        f"{ALPHA:.0%}. Bold: significant after it. Fewer than two pairs give no interval and no test.",
-        "Detectable: the smallest true difference that the pair's own test would find with "
-        f"{POWER:.0%} chance, uncorrected.",
+        f"Variant minus reference on the seeds that both finished, ± half of the {CONFIDENCE:.0%} interval; below zero "
+        "is better. Pairs share data order and the scale of first weights. p: two-sided paired t test. p (Holm): "
+        f"corrected over all {plural(count, 'comparison')} on this page, so that any false alarm among them has a "
+        f"chance of at most {ALPHA:.0%}; intervals are not corrected. Bold: significant after it. Fewer than two pairs "
+        "give no interval and no test.",
+        f"Detectable: the smallest true difference that the pair's test finds with {POWER:.0%} chance, uncorrected.",
     ]
     if noise:
         notes.append(
-            f"Shared noise: all variants are taken to be equally noisy, and one run's standard deviation, "
-            f"{named(noise)}, is estimated from all of them once variants and seeds are accounted for (a "
-            "randomised block design). It sees more, and is right only as far as that holds."
+            f"Shared noise: one run's standard deviation, {named(noise)}, from all variants once their means and the "
+            "seeds' are taken out (a randomised block design). It sees more, and holds as far as variants are equally "
+            "noisy."
         )
-    notes.append("The lowest mean was found by looking, so it has no test of its own against the rest.")
     return Section("Paired differences", [*blocks, *(Text(note, note=True) for note in notes)])
+
+
+def _difference_picture(study: Study, title: str, shown: Sequence[Comparison]) -> Picture:
+    rows = [
+        charts.Interval(
+            _row_name(study, c),
+            kind(study, c.variant),
+            c.paired.difference,
+            c.shared[0] if c.shared else None,
+            hollow(c.variant),
+        )
+        for c in shown
+        if c.paired
+    ]
+    told = "; ".join(f"{_row_name(study, c)} {_difference(c)}" for c in shown) or "no pairs of finished runs"
+    note = "Thin: interval from the pair's own seeds; thick: from the noise of all variants together."
+    drawn = charts.intervals(title, told, rows, "difference in validation loss, nats a token")
+    return Picture(title, f"{title}: {told}.", note, drawn)
 
 
 def _families(study: Study) -> list[tuple[str, list[Comparison]]]:
@@ -159,9 +147,13 @@ def _families(study: Study) -> list[tuple[str, list[Comparison]]]:
     for size, activation, group in study.groups():
         reference = study.reference(group)
         chosen = [c for c in study.comparisons if c.reference is reference and c.variant in group]
+        where = f", {study.group_title(size, activation)}" if len(study.panels()) > 1 else ""
         if chosen:
-            where = f", {study.group_title(size, activation)}" if len(list(study.groups())) > 1 else ""
             found.append((f"Difference from {reference.label}{where}", chosen))
+        ratios = study.ratios(group)
+        between = [c for c in study.comparisons if c.variant in ratios and c.reference in ratios and c not in chosen]
+        if between:
+            found.append((f"Differences between head ratios{where}", between))
     activations = [c for c in study.comparisons if c.variant.label == c.reference.label]
     if activations:
         found.append(("Difference of PolyNorm from SwiGLU under the same attention", activations))
@@ -169,10 +161,10 @@ def _families(study: Study) -> list[tuple[str, list[Comparison]]]:
 
 
 def _row_name(study: Study, comparison: Comparison) -> str:
-    v = comparison.variant
-    if v.label == comparison.reference.label and len(study.sizes) > 1:
-        return f"{v.label}, {v.size}"
-    return v.label
+    v, reference = comparison.variant, comparison.reference
+    if v.ratio and reference.ratio and reference.ratio != 1:
+        return f"{v.label} less {reference.ratio}:1"
+    return f"{v.label}, {v.size}" if v.label == reference.label and len(study.sizes) > 1 else v.label
 
 
 def _difference(comparison: Comparison) -> str:
@@ -189,93 +181,13 @@ def _difference_table(study: Study, title: str, found: Sequence[Comparison]) -> 
             rows.append((_row_name(study, c), "no pair finished", *["–"] * 7))
             continue
         start = study.loss(c.reference)
-        share = f"{100 * c.paired.difference.mean / start.mean:+.2f}%".replace("-", "−") if start else "–"
+        share = percent(c.mean / start.mean) if start else "–"
         shared = (f"± {c.shared[0].half:.4f}", _p(c.shared_p_holm)) if c.shared else ("–", "–")
         detectable = f"{c.paired.detectable:.4f}" if c.paired.detectable is not None else "–"
         cells = (_difference(c), share, str(len(c.paired.seeds)), _p(c.paired.p), _p(c.p_holm), detectable, *shared)
         rows.append((_row_name(study, c), *cells))
-        if significant(c):
+        if c.significant:
             strong.append(i)
-    columns = ("Variant", "Difference", "Relative", "Pairs", "p", "p, Holm", "Detectable", "Shared noise", "p, Holm")
+    tests = ("Pairs", "p", "p (Holm)", "Detectable", "Shared noise", "Shared p (Holm)")
+    columns = ("Variant", "Difference", "Relative", *tests)
     return Table(title, columns, rows, 1, frozenset(strong))
-
-
-def curves(study: Study) -> Section:
-    """Losses over tokens and over time."""
-    sections = []
-    for size, activation, group in study.groups():
-        blocks = _curves_of(study, study.group_title(size, activation), group)
-        sections.append(Section(f"Curves: {study.group_title(size, activation)}", blocks))
-    note = "Each line is the mean over a variant's finished seeds."
-    if len(sections) == 1:
-        return Section("Loss curves", [Text(note, note=True), *sections[0].blocks])
-    return Section("Loss curves", [Text(note, note=True)], sections)
-
-
-def _curves_of(study: Study, title: str, group: Sequence[Variant]) -> list[Block]:
-    reference = study.reference(group)
-    training, validation, timed = [], [], []
-    baseline = _mean_curve(study.runs_of(reference), "validation", 0, 2)
-    for v in group:
-        runs = study.runs_of(v)
-        look = (v.label, kind(study, v))
-        train = _mean_curve(runs, "curve", 0, 2)
-        level = smooth([y for _, y in train], 1 - 1 / min(50, 1 + len(train) / 25))
-        training.append(charts.Series(*look, [(x, y) for (x, _), y in zip(train, level, strict=True)], hollow(v)))
-        own = _mean_curve(runs, "validation", 0, 2)
-        if baseline and own:
-            at = np.interp([x for x, _ in own], [x for x, _ in baseline], [y for _, y in baseline])
-            points = [(x, y - float(b)) for (x, y), b in zip(own, at, strict=True)]
-            validation.append(charts.Series(*look, points, hollow(v)))
-        timed.append(charts.Series(*look, _mean_curve(runs, "validation", 1, 2), hollow(v)))
-    found: list[Block] = []
-    for name, series, x, y, options in (
-        ("Training loss, smoothed", training, "tokens", "training loss, nats a token", {"top": _top(training)}),
-        (
-            f"Validation loss less that of {reference.label}",
-            validation,
-            "tokens",
-            "difference, nats a token",
-            {"zero": True},
-        ),
-        ("Validation loss against time", timed, "seconds of training", LOSS, {"top": _top(timed)}),
-    ):
-        if any(s.points for s in series):
-            told = "; ".join(f"{s.label} {s.points[-1][1]:.4f}".replace("-", "−") for s in series if s.points)
-            description = f"{name}, over {x}, {title}; at the end: {told}."
-            drawn = charts.lines(f"{name}, {title}", description, series, x, y, **options)  # type: ignore[arg-type]
-            found.append(Picture(name, description, _how_to_read(name), drawn))
-    return found or [Text("No run of this group finished.")]
-
-
-def _how_to_read(name: str) -> str:
-    notes = {
-        "Training loss, smoothed": "The first descent is cut off.",
-        "Validation loss against time": "Seconds of the machine that ran it, whatever else it did meanwhile.",
-    }
-    return notes.get(name, "Below zero is better than the reference.")
-
-
-def _after(points: Sequence[tuple[float, float]], share: float) -> float:
-    """The value once that share of the way has passed."""
-    last = points[-1][0]
-    return next((y for x, y in points if x >= share * last), points[-1][1])
-
-
-def _top(series: Sequence[charts.Series]) -> float | None:
-    """Where to cut a chart off: the first descent is alike for all, and would flatten the rest."""
-    return max((_after(s.points, 0.2) for s in series if s.points), default=None)
-
-
-def _mean_curve(runs: Sequence[Run], field: str, x: int, y: int) -> list[tuple[float, float]]:
-    """The mean over runs, at the first run's tokens (or seconds, on average)."""
-    found = [[row for row in run.get(field) or () if row[y] is not None] for run in runs]
-    found = [rows for rows in found if rows]
-    if not found:
-        return []
-    at = np.array([row[0] for row in found[0]], dtype=float)
-    columns = [
-        np.mean([np.interp(at, [r[0] for r in rows], [r[c] for r in rows]) for rows in found], axis=0) for c in (0, 1)
-    ]
-    values = np.mean([np.interp(at, [r[0] for r in rows], [r[y] for r in rows]) for rows in found], axis=0)
-    return [(float(a), float(b)) for a, b in zip(columns[x], values, strict=True)]

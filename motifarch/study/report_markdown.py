@@ -1,19 +1,31 @@
-"""A document as Markdown: the same statements and tables; drawings give way to their descriptions."""
+"""A document as Markdown: the same statements and tables; its drawings are in the page alone, which it links to."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from motifarch.study.document import Block, Code, Document, Items, Picture, Pictures, Section, Table, Text
 
 
-def to_markdown(document: Document) -> str:
-    """The whole text."""
-    parts = [f"# {document.title}", document.lead, *(_section(s, 2) for s in document.sections)]
-    return "\n\n".join(parts) + "\n"
+def to_markdown(document: Document, *, page: str) -> str:
+    """The whole text.
+
+    Args:
+        document: what to write.
+        page: the same as a page, relative to where the text will lie; named once, for its drawings.
+    """
+    link = f"All charts, in one page that needs no network: [{page}]({page})."
+    top = filter(None, [f"# {document.title}", document.lead, document.more, link])
+    return "\n\n".join([*top, *_sections(document.sections, 2)]) + "\n"
 
 
-def _section(section: Section, level: int) -> str:
-    parts = [f"{'#' * level} {section.title}", *(_block(block) for block in section.blocks)]
-    return "\n\n".join([*parts, *(_section(s, level + 1) for s in section.sections)])
+def _sections(sections: Sequence[Section], level: int) -> Iterator[str]:
+    for section in sections:
+        parts = [*filter(None, map(_block, section.blocks)), *_sections(section.sections, level + 1)]
+        # One of drawings and how to read them has nothing left.
+        if parts and not all(isinstance(b, Picture) or (isinstance(b, Text) and b.note) for b in section.blocks):
+            yield f"{'#' * level} {section.title}"
+            yield from parts
 
 
 def _block(block: Block) -> str:
@@ -27,15 +39,9 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Picture():
-            return _picture(block)
+            return f"![{block.description}]({block.file})" if block.file else ""
         case Pictures():
-            return "\n\n".join([block.caption, *(_picture(p) for p in block.pictures)])
-
-
-def _picture(picture: Picture) -> str:
-    if picture.file:
-        return f"![{picture.description}]({picture.file})"
-    return f"*Picture in report.html: {picture.title}.* {picture.description}"
+            return ""
 
 
 def _table(table: Table) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
-from motifarch.study.document import Block, Code, Section, Table, Text
-from motifarch.study.findings import Study
+from motifarch.study.document import Block, Code, Section, Table, Text, percent
+from motifarch.study.findings import Study, Variant
 
+# Folders from the root on, before the name of a file.
+_FOLDERS = re.compile(r"(?<![\w.…/:])/(?:[\w.+@~-]+/)+")
 _MATCHED = {
     "parameters": "parameters",
     "operations": "training operations a token",
@@ -21,7 +24,7 @@ def matching(study: Study) -> Section:
     """The matched variants with their deviations."""
     about = study.results["matching"]
     by = _MATCHED.get(about["by"], about["by"])
-    title = next((v.title for v in study.variants if v.name == about.get("reference")), None)
+    title = next((study.title(v) for v in study.variants if v.name == about.get("reference")), None)
     to = f" of {title}" if title else ""
     rows = []
     for v in study.variants:
@@ -35,15 +38,15 @@ def matching(study: Study) -> Section:
                 _count(row["parameters"]),
                 f"{row['training_flops_per_token'] / 1e6:,.2f}",
                 _count(row["kv_bytes_per_token"]),
-                f"{100 * row['deviation']:+.2f}%".replace("-", "−"),
+                percent(row["deviation"]),
             )
         )
     columns = ["Variant", "Signal heads", "Noise heads", "KV heads", "Feed-forward width", "Parameters"]
     columns += ["Training MFLOP a token", "KV bytes a token", "Deviation"]
     text = (
-        f"Variants have equal {by}, to {about['tolerance']:.1%}{to}; a variant that could not be brought within that "
-        "was refused before anything ran. Head width, noise heads and key/value heads stay fixed where they can, "
-        "signal heads follow from the ratio, and the feed-forward width takes up the difference."
+        f"Variants have equal {by}, to {100 * about['tolerance']:g}%{to}; one that could not be brought so near was "
+        "refused before anything ran. Head width, noise heads and key/value heads stay fixed where they can, signal "
+        "heads follow from the ratio, and the feed-forward width takes up the difference."
     )
     return Section("What was made equal", [Text(text), Table(f"Variants, matched by {by}", columns, rows)])
 
@@ -63,7 +66,7 @@ def failures(study: Study) -> Section | None:
             titles.get((run["variant"], run["size"]), str(run["variant"])),
             str(run["seed"]),
             "not run" if run["status"] == "missing" else str(run["status"]),
-            _short(run.get("error")),
+            short_error(run.get("error") or "–"),
         )
         for run in failed
     ]
@@ -76,9 +79,9 @@ def failures(study: Study) -> Section | None:
     )
 
 
-def _short(error: str | None, limit: int = 400) -> str:
-    """The last lines of an error, where the reason is."""
-    error = " ".join((error or "–").split())
+def short_error(error: str, limit: int = 400) -> str:
+    """The last lines of an error, where the reason is, without the folders of the machine that it happened on."""
+    error = _FOLDERS.sub("…/", " ".join(error.split()))
     return error if len(error) <= limit else f"… {error[-limit:]}"
 
 
@@ -86,17 +89,7 @@ def reproduction(study: Study) -> Section:
     """Machine, versions, commands, seeds, learning rates and the grid."""
     results = study.results
     blocks: list[Block] = [Code(str(results["command"])), environment_table(results["environment"])]
-    rates = [
-        (
-            study.title(v),
-            f"{v.row['learning_rate']:.3g}" if v.row["learning_rate"] else "–",
-            v.row["learning_rate_from"] or "–",
-        )
-        for v in study.variants
-    ]
-    blocks.append(Table("Peak learning rates", ("Variant", "Learning rate", "From"), rates))
-    if results.get("sweep"):
-        blocks.append(_sweep(study))
+    blocks.append(_learning_rates(study))
     blocks.append(Text(f"Seeds: {', '.join(map(str, study.seeds))}. Each run's steps and tokens:"))
     runs = sorted({(r["size"], r.get("steps") or 0, r.get("tokens") or 0) for r in study.finished})
     lengths = [(size, f"{steps:,}", f"{tokens:,}") for size, steps, tokens in runs]
@@ -105,17 +98,30 @@ def reproduction(study: Study) -> Section:
     return Section("To repeat it", blocks, [Section("The study's settings", [Code(grid)])])
 
 
-def _sweep(study: Study) -> Table:
-    titles = {(v.name, v.size): study.title(v) for v in study.variants}
+def _learning_rates(study: Study) -> Table:
+    """Each variant's, and the loss of those that were tried."""
+    tried = {(r["variant"], r["size"], r["learning_rate"]): r for r in study.results.get("sweep") or ()}
+    rates = sorted({rate for _, _, rate in tried})
+
+    def outcome(v: Variant, rate: float) -> str:
+        run = tried.get((v.name, v.size, rate))
+        if run is None:
+            return "–"
+        return f"{run['validation_loss']:.4f}" if run.get("validation_loss") is not None else str(run["status"])
+
     rows = [
         (
-            titles.get((run["variant"], run["size"]), run["variant"]),
-            f"{run['learning_rate']:.3g}",
-            f"{run['validation_loss']:.4f}" if run.get("validation_loss") is not None else run["status"],
+            study.title(v),
+            *(outcome(v, rate) for rate in rates),
+            f"{v.row['learning_rate']:.3g}" if v.row["learning_rate"] else "–",
+            v.row["learning_rate_from"] or "–",
         )
-        for run in study.results["sweep"]
+        for v in study.variants
     ]
-    return Table("Learning rates tried", ("Variant", "Learning rate", "Validation loss"), rows)
+    caption = "Peak learning rates" + (
+        ", and the validation loss of short runs with each that was tried" if rates else ""
+    )
+    return Table(caption, ("Variant", *(f"{rate:g}" for rate in rates), "Learning rate", "From"), rows)
 
 
 def environment_table(environment: Mapping[str, Any]) -> Table:

@@ -10,12 +10,12 @@ def _series(colours: tuple[str, ...]) -> str:
 
 
 _LIGHT_PAGE = (
-    "--paper: #fdfcfa; --ink: #1c2126; --soft: #586069; --faint: #e4e0d8; --band: #f4f1ea; --accent: #0063a6; "
-    + _series(_LIGHT)
+    "--paper: #fdfcfa; --ink: #1c2126; --soft: #586069; --faint: #e4e0d8; --band: #f4f1ea; --shade: #0002; "
+    "--accent: #0063a6; " + _series(_LIGHT)
 )
 _DARK_PAGE = (
-    "--paper: #15181b; --ink: #e6e4df; --soft: #a4a9ae; --faint: #343a40; --band: #1e2327; --accent: #7cc0f5; "
-    + _series(_DARK)
+    "--paper: #15181b; --ink: #e6e4df; --soft: #a4a9ae; --faint: #343a40; --band: #1e2327; --shade: #000a; "
+    "--accent: #7cc0f5; " + _series(_DARK)
 )
 _SERIES_RULES = "\n".join(
     f"svg .s{i} {{ stroke: var(--s{i}); fill: var(--s{i}); }} svg .t{i} {{ fill: var(--s{i}); }}"
@@ -58,7 +58,12 @@ pre {{
   background: var(--band); padding: .9rem 1rem; border-radius: 4px; margin: 0 0 1rem;
   white-space: pre-wrap; overflow-wrap: anywhere;
 }}
-.box {{ overflow-x: auto; margin: 1.5rem 0; }}
+/* Its right edge is shaded for as long as there is more to the right. */
+.box {{
+  overflow-x: auto; margin: 1.5rem 0;
+  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / .9rem 100% no-repeat scroll;
+}}
 .box:focus-visible {{ outline: 2px solid var(--accent); outline-offset: 3px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.4; }}
 table {{ font-variant-numeric: tabular-nums; }}
@@ -66,7 +71,7 @@ caption {{ caption-side: top; text-align: left; font-weight: 600; padding: 0 0 .
 th, td {{ padding: .42rem .6rem; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--faint); }}
 th:first-child, td:first-child {{ padding-left: 0; }} th:last-child, td:last-child {{ padding-right: 0; }}
 th {{ font-weight: 500; }} thead th {{ color: var(--soft); vertical-align: bottom; border-bottom-color: var(--soft); }}
-th.w, td.w {{ text-align: left; }} td.n {{ white-space: nowrap; }} tbody th {{ min-width: 8rem; }}
+th.w, td.w {{ text-align: left; }} td.n {{ white-space: nowrap; }} tbody th {{ min-width: 9rem; }}
 td.w {{ min-width: 9rem; overflow-wrap: anywhere; }}
 tr.strong > * {{ font-weight: 700; background: var(--band); }}
 figure {{ margin: 1.75rem 0 2rem; }}
@@ -84,6 +89,7 @@ svg .tick, svg .axis {{ fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .label {{ font-weight: 600; }}
 {_SERIES_RULES}
 svg .line {{ fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }}
+svg .bold {{ stroke-width: 3; }}
 svg .thick {{ stroke-width: 5; stroke-linecap: butt; opacity: .55; }}
 svg .dashed {{ stroke-dasharray: 5 4; }}
 svg .solid {{ stroke: var(--paper); stroke-width: 1; }}
@@ -94,14 +100,18 @@ svg .leader, svg .trail {{ fill: none; stroke: var(--soft); stroke-width: 1; }}
 svg .leader {{ opacity: .6; }}
 svg .seed {{ fill: var(--soft); }}
 svg .cell {{ font-weight: 600; font-variant-numeric: tabular-nums; }}
-svg .on-light {{ fill: #14212b; }} svg .on-dark {{ fill: #fff; }}
+svg .on-light {{ fill: #000; }} svg .on-dark {{ fill: #fff; }}
 @media (max-width: 34rem) {{
   main {{ padding: 2rem 1rem 4rem; }}
   h1 {{ font-size: 1.9rem; }} h2 {{ font-size: 1.4rem; margin-top: 3.25rem; }}
   .lead {{ font-size: 1.1rem; }} nav ol {{ columns: 1; }}
   figure > svg text {{ font-size: 18px; }} figure > svg .label {{ font-size: 16.5px; }}
   .grid svg text {{ font-size: 15px; }}
-  tbody th {{ min-width: 9rem; }} td.w {{ min-width: 6rem; }}
+  td.w {{ min-width: 6rem; }} tbody th {{ min-width: 7.5rem; max-width: 9rem; }}
+  /* A row keeps its name while its figures are scrolled, and the caption stays in view. */
+  caption span {{ display: block; position: sticky; left: 0; width: fit-content; max-width: calc(100vw - 2rem); }}
+  tbody th, thead th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
+  tbody tr.strong th {{ background: var(--band); }}
   figure > img {{ width: 46rem; }}
 }}
 @media print {{
@@ -113,11 +123,11 @@ svg .on-light {{ fill: #14212b; }} svg .on-dark {{ fill: #fff; }}
   h1 {{ font-size: 22pt; }} h2 {{ font-size: 15pt; margin-top: 24pt; }} h3 {{ font-size: 11.5pt; margin-top: 16pt; }}
   h2, h3, caption, figcaption, p:has(+ .grid) {{ break-after: avoid; }}
   p, li {{ orphans: 3; widows: 3; }}
-  figure, tr, pre {{ break-inside: avoid; }}
+  figure, tr {{ break-inside: avoid; }}
   p, ul, figure, pre {{ max-width: 150mm; }}
   figure > svg {{ max-width: 125mm; }}
   .grid {{ grid-template-columns: repeat(3, 1fr); gap: 10pt; }}
-  .box {{ overflow: visible; }}
+  .box {{ overflow: visible; background: none; }}
   thead {{ display: table-header-group; }}
   table {{ font-size: 7.6pt; }} th, td {{ padding: 2.5pt 4pt; }}
   td.n {{ white-space: normal; }} tbody th, td.w {{ min-width: 0; }}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -41,6 +41,11 @@ class Estimate:
     def half(self) -> float | None:
         """Half of the interval's width."""
         return None if self.lower is None or self.upper is None else (self.upper - self.lower) / 2
+
+    def __neg__(self) -> Estimate:
+        """Of the values with the other sign."""
+        lower, upper = (None if end is None else -end for end in (self.upper, self.lower))
+        return replace(self, mean=-self.mean, lower=lower, upper=upper)
 
 
 @dataclass(frozen=True)

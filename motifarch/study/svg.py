@@ -15,7 +15,7 @@ from html import escape
 import numpy as np
 from scipy import optimize
 
-MARKERS = ("circle", "square", "up", "diamond", "down", "disc", "hexagon", "cross")
+MARKERS = ("circle", "square", "up", "diamond", "down", "star", "plus", "cross")
 
 
 def element(name: str, content: str = "", **attributes: object) -> str:
@@ -62,15 +62,20 @@ def marker(kind: int, x: float, y: float, size: float = 4.5, *, hollow: bool = F
     shape = MARKERS[kind % len(MARKERS)]
     title = element("title", escape(note)) if note else ""
     look = f"s{kind % len(MARKERS)} {'hollow' if hollow else 'solid'}"
-    if shape in ("circle", "disc"):
+    if shape == "circle":
         return element("circle", title, cx=x, cy=y, r=size, class_=look)
-    if shape == "cross":
-        path = f"M{x - size:.1f} {y - size:.1f}l{2 * size} {2 * size}m{-2 * size} 0l{2 * size} {-2 * size}"
-        return element("path", title, d=path, class_=f"s{kind % len(MARKERS)} line")
+    if shape in ("cross", "plus"):
+        a, b = (size, size) if shape == "cross" else (1.3 * size, 0.0)
+        path = f"M{x - a:.1f} {y - b:.1f}L{x + a:.1f} {y + b:.1f}M{x - b:.1f} {y + a:.1f}L{x + b:.1f} {y - a:.1f}"
+        return element("path", title, d=path, class_=f"s{kind % len(MARKERS)} line{' bold' if not hollow else ''}")
     corners = {"square": (4, 45, 1.25), "diamond": (4, 0, 1.3), "up": (3, -90, 1.35), "down": (3, 90, 1.35)}
-    n, turn, scale = corners.get(shape, (6, 0, 1.15))
+    n, turn, scale = corners.get(shape, (10, -90, 1.5))
     angles = [math.radians(turn + 360 / n * i) for i in range(n)]
-    points = " ".join(f"{x + scale * size * math.cos(a):.1f},{y + scale * size * math.sin(a):.1f}" for a in angles)
+    # Every second corner of a star lies further in.
+    radii = [scale * size * (0.48 if shape == "star" and i % 2 else 1) for i in range(n)]
+    points = " ".join(
+        f"{x + r * math.cos(a):.1f},{y + r * math.sin(a):.1f}" for r, a in zip(radii, angles, strict=True)
+    )
     return element("polygon", title, points=points, class_=look)
 
 
@@ -96,12 +101,16 @@ class Scale:
         return [float(t) for t in found if self.low - slack <= t <= self.high + slack]
 
 
+# Unit, its letter, and the largest tick from which it is used.
+_UNITS = ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 2e3))
+
+
 def round_labels(ticks: Sequence[float]) -> list[str]:
     """Ticks in as few digits as tell them apart; large numbers with k, M or G."""
     if not ticks:
         return []
     largest = max(abs(t) for t in ticks)
-    unit, suffix = next(((u, s) for u, s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= 2 * u), (1.0, ""))
+    unit, suffix = next(((u, s) for u, s, least in _UNITS if largest >= least), (1.0, ""))
     step = (ticks[1] - ticks[0]) / unit if len(ticks) > 1 else largest / unit or 1.0
     digits = max(0, -math.floor(math.log10(abs(step)) + 1e-9)) if step else 0
     if abs(step) * 10**digits % 1 > 1e-6:  # a step of 2.5

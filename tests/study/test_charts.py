@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from motifarch.study.charts import WIDTH, Dot, Interval, Series, by_ratio, heat_map, intervals, lines
+from motifarch.study.charts import WIDTH, Dot, Interval, Series, by_ratio, heat_map, intervals, lines, luminance, shade
 from motifarch.study.statistics import Estimate, estimate
-from motifarch.study.svg import Scale, round_labels, spread_out
+from motifarch.study.svg import MARKERS, Scale, marker, round_labels, spread_out
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -65,17 +65,47 @@ def test_intervals_and_dots_stand_within_the_drawing() -> None:
 
 
 def test_heat_maps_write_each_figure_and_leave_gaps() -> None:
-    drawing = heat_map(
-        "t", "d", [[0.0, 1.0], [0.5, math.nan]], ["128", "256"], ["10%", "90%"], top=1.0, write="{:.1f}".format
-    )
+    values = [[0.0, 1.0], [0.5, math.nan], [-0.5, -1.0]]
+    drawing = heat_map("t", "d", values, ["128", "256", "512"], ["10%", "90%"], reach=1.0, write="{:.1f}".format)
     root = parse(drawing)
     cells = [t for t in root.iter(f"{SVG}text") if "cell" in t.get("class", "")]
-    assert [t.text for t in cells] == ["0.0", "1.0", "0.5"]
-    fills = [r.get("fill") for r in root.iter(f"{SVG}rect")]
-    lightness = [int(f[1:3], 16) + int(f[3:5], 16) + int(f[5:], 16) for f in fills]
-    assert lightness[0] > lightness[2] > lightness[1]
+    assert [t.text for t in cells] == ["0.0", "1.0", "0.5", "-0.5", "-1.0"]
+    nothing, deep, half, below, deepest = [r.get("fill") for r in root.iter(f"{SVG}rect")]
+    assert luminance(nothing) > luminance(half) > luminance(deep)
+    assert luminance(nothing) > luminance(below) > luminance(deepest)
+    # Blue above, orange below.
+    assert [int(f[1:3], 16) > int(f[5:], 16) for f in (deep, half, below, deepest)] == [False, False, True, True]
     # Written light on dark and dark on light.
-    assert [("on-dark" in t.get("class")) for t in cells] == [False, True, False]
+    assert [("on-dark" in t.get("class")) for t in cells] == [False, True, False, False, True]
+
+
+def test_a_heat_maps_middle_is_what_it_is_told() -> None:
+    drawing = heat_map("t", "d", [[20.0, 100.0, 0.0]], ["128"], ["1", "2", "3"], middle=20.0, reach=80.0, write=str)
+    fills = [r.get("fill") for r in parse(drawing).iter(f"{SVG}rect")]
+    assert fills == [shade(0.0), shade(1.0), shade(-0.25)]
+
+
+def test_figures_stand_out_from_every_shade() -> None:
+    """At least 4.5:1, black or white (WCAG 2, 1.4.3)."""
+    for i in range(-100, 101):
+        drawing = heat_map("t", "d", [[i / 100]], ["128"], ["10%"], reach=1.0, write=str)
+        paper = luminance(shade(i / 100))
+        ink = 1.0 if "on-dark" in drawing else 0.0
+        low, high = sorted((paper, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_every_kind_of_series_has_a_mark_of_its_own() -> None:
+    drawn = [re.sub(r'class="[^"]*"', "", marker(kind, 50.0, 50.0)) for kind in range(len(MARKERS))]
+    assert len(set(drawn)) == len(MARKERS)
+
+
+def test_better_and_worse_stay_within_the_drawing() -> None:
+    for mean in (-0.2, 0.2):
+        rows = [Interval("GDA 4:1", 5, Estimate(mean, 3, 0.1, mean - 0.01, mean + 0.01), None)]
+        root = parse(intervals("t", "d", rows, "difference"))
+        (worse,) = [t for t in root.iter(f"{SVG}text") if t.text == "worse →"]
+        assert float(worse.get("x")) + 70 <= WIDTH
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=9))

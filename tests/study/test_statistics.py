@@ -120,6 +120,24 @@ def test_holm_is_statsmodels() -> None:
     assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
 
 
+@pytest.mark.parametrize(
+    ("p", "adjusted"),
+    [
+        # The worked example of many texts on it.
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        # What statsmodels' multipletests(p, method="holm") gives.
+        ([0.011, 0.02, 0.001, 0.2, 0.011], [0.044, 0.044, 0.005, 0.2, 0.044]),
+    ],
+)
+def test_holm_gives_known_numbers(p: list[float], adjusted: list[float]) -> None:
+    assert holm(p) == pytest.approx(adjusted)
+
+
+def test_a_negated_estimate_is_that_of_the_negated_values() -> None:
+    values = [0.1, -0.3, 0.4]
+    assert -estimate(values) == estimate([-v for v in values])
+
+
 def test_holm_leaves_out_what_could_not_be_tested() -> None:
     assert holm([0.01, None, 0.04]) == [0.02, None, 0.04]
 
