@@ -41,7 +41,9 @@ One that runs out of memory is reported, and the others go on.
 
 TFLOP/s count the mathematics alone: for each visible pair of query and key and each group of g signal heads and their
 noise head (g + 1)(2D + 2Dv) forward and g(6D + 4Dv) + 6D backward. What a method computes beyond that, such as a
-second pass over the pairs, padding or hidden pairs, is no work done.
+second pass over the pairs, padding or hidden pairs, is no work done. The floor, the least time for a direction, is that
+work at the rate of a large matrix product, or every input, output and gradient moved once at the bandwidth of a large
+copy, both measured in the same run: whichever is longer.
 
 Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the width of the middle
 half. On a GPU it is the device's time with a cold L2 cache and the launches queued (timing.py). Peak memory is the most
@@ -70,7 +72,7 @@ from benchmarks.attention_contenders import CONTENDERS, OURS, Candidate, candida
 from benchmarks.attention_problems import LAYOUTS, Problem, describe, problem
 from benchmarks.kernels import DTYPES, Contender, device_slug, draw_from, fault, terminate_as_interrupt
 from benchmarks.memory import peak_bytes
-from benchmarks.timing import Clock, Timing, Work, clock_for, time_in_turns
+from benchmarks.timing import Clock, Limits, Timing, Work, clock_for, measure_limits, time_in_turns
 from motifarch.errors import UserError
 
 PACKAGES = ("motifarch", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12")
@@ -181,7 +183,14 @@ def _release() -> None:
 
 
 def measure(
-    problem: Problem, names: Sequence[str], device: torch.device, clock: Clock, *, seconds: float, minimum: int
+    problem: Problem,
+    names: Sequence[str],
+    device: torch.device,
+    clock: Clock,
+    *,
+    seconds: float,
+    minimum: int,
+    limits: Limits,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Check, weigh and time the contenders on a problem.
 
@@ -222,7 +231,8 @@ def measure(
     for c in out_of_memory:
         refuse(c.candidate, c.form, "it ran out of memory")
 
-    flops, results = problem.flops(), []
+    flops, moved, results = problem.flops(), problem.bytes_moved(), []
+    floors = {d: limits.floor(moved[d], flops[d], problem.dtype) for d in flops}
     for c, timings in timed:
         spreads = {d: report.spread([t.seconds for t in timings[d]]) for d in timings}
         host = {d: statistics.median(t.host_seconds for t in timings[d]) for d in timings}
@@ -232,8 +242,11 @@ def measure(
             | {
                 "pairs": problem.pairs,
                 "flops": flops,
+                "bytes": moved,
+                "floor_seconds": {d: floor._asdict() for d, floor in floors.items()},
                 "seconds": {d: spread._asdict() for d, spread in spreads.items()},
                 "tflops": {d: flops[d] / spread.median * 1e-12 for d, spread in spreads.items()},
+                "share_of_floor": {d: floors[d].floor / spread.median for d, spread in spreads.items()},
                 "repetitions": len(timings["forward"]),
                 **({"host_seconds": host} if device.type == "cuda" else {}),
                 "peak_bytes": c.peak,
@@ -348,7 +361,9 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
     default = runs / "attention_quick.json" if arguments.quick else results / f"attention_{device_slug(device)}.json"
     path = arguments.output or default
     settings = ("seconds", "limit", "threads", "device", "quick", "tokens", "head_divisor")
-    todo = list(problems(arguments))
+    todo, clock = list(problems(arguments)), clock_for(device)
+    dtypes = {name: DTYPES[name] for name in arguments.dtypes}
+    limits = measure_limits(device, clock, dtypes, seconds=arguments.seconds, quick=arguments.quick)
     content: dict[str, Any] = {
         "benchmark": "attention",
         "format": 1,
@@ -358,6 +373,7 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
         "layouts": {n: dataclasses.asdict(LAYOUTS[n]) | {"label": describe(LAYOUTS[n])} for n in arguments.layouts},
         "contenders": {name: CONTENDERS[name] for name in arguments.contenders},
         "left_out": arguments.left_out,
+        **limits.content(),
         "tolerances": TOLERANCES,
         "documents": {f"{p.name} {p.length}": p.documents for p in todo if p.documents},
         "results": [],
@@ -366,7 +382,7 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
         "not_begun": [],
         "aims": [],
     }
-    clock, begun = clock_for(device), time.monotonic()
+    begun = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt), report.progress(console) as bar, terminate_as_interrupt():
         task = bar.add_task("", total=len(todo))
         for p in todo:
@@ -379,7 +395,7 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
             reasons = choose(p, arguments, device)
             names = [name for name, reason in reasons.items() if reason is None]
             minimum = 2 if arguments.quick else 5 if device.type == "cuda" else 3
-            found, refused = measure(p, names, device, clock, seconds=arguments.seconds, minimum=minimum)
+            found, refused = measure(p, names, device, clock, seconds=arguments.seconds, minimum=minimum, limits=limits)
             content["results"] += found
             content["refused"] += refused
             content["skipped"] += [

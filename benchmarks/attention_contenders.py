@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from benchmarks.attention_problems import Problem, epilogue
 from benchmarks.kernel_report import DIRECTIONS
 from benchmarks.kernels import DTYPES
 from motif_kernels import attention as public
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, flash
 from motif_kernels.reference import visibility_mask
 
 CONTENDERS = {
@@ -59,6 +60,8 @@ def unavailable(device: torch.device) -> dict[str, str]:
     reasons: dict[str, str] = {}
     if device.type != "cuda":
         reasons |= dict.fromkeys(("triton", "triton_fast", "flash"), "it needs a GPU")
+    elif flash.installed() is None:
+        reasons["flash"] = "flash-attn is not installed"
     for name, backend in _BACKENDS.items():
         if backend not in public.BACKENDS:
             reasons[name] = f"motif_kernels has no backend {backend!r}"
@@ -69,6 +72,9 @@ def refusal(problem: Problem, name: str, device: torch.device) -> str | None:
     """Why a contender is not tried on a problem, or None."""
     if name == "four" and problem.layout.value_width == problem.layout.width:
         return "values are as wide as keys: there is nothing to split"
+    if name == "flash":
+        layout, dtype = problem.layout, DTYPES[problem.dtype]
+        return flash.refusal(device=device, dtype=dtype, head_dim=layout.width, value_dim=layout.value_width)
     if name == "naive":
         heads = problem.heads["q1"] + problem.heads["q2"]
         needed = _MAPS_AT_ONCE * 4 * problem.batch * heads * problem.rows**2
@@ -234,6 +240,10 @@ def varlen(problem: Problem, device: torch.device) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        # Not every torch has this option; those without it take grouped queries as they come.
+        options: dict[str, Any] = {}
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = q.shape[-2] != k.shape[-2]
         packed = [t.flatten(0, -3) for t in (q, k, v)]
         out = varlen_attn(
             packed[0],
@@ -245,7 +255,7 @@ def varlen(problem: Problem, device: torch.device) -> Attend:
             longest,
             scale=problem.scale,
             window_size=problem.window_size,
-            enable_gqa=q.shape[-2] != k.shape[-2],
+            **options,
         )
         assert isinstance(out, Tensor)  # no log-sum-exp was asked for
         return out.view(*q.shape[:-1], v.shape[-1])

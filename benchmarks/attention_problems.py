@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_report import DIRECTIONS
-from benchmarks.kernels import Draw
+from benchmarks.kernels import DTYPES, Draw
 
 NORM_EPS = 1e-5
 OUT_SCALE = 0.8
@@ -191,6 +191,21 @@ class Problem:
         """What the mathematics needs in each direction."""
         return {d: self.pairs * self.noise_heads * flops for d, flops in self.layout.flops_per_pair().items()}
 
+    def bytes_moved(self) -> dict[str, int]:
+        """The least bytes that each direction moves: every tensor it needs or gives, once.
+
+        Forward reads the inputs and writes the output. Backward reads them, the output and its gradient, and writes a
+        gradient for each input. Parameters of a head's width or less are left out.
+        """
+        element = DTYPES[self.dtype].itemsize
+        names = ["q1", "k1", "q2", "v"] + ([] if self.layout.shared_keys else ["k2"])
+        inputs = element * sum(math.prod(self.shape(name)) for name in names)
+        if self.layout.shared_keys:
+            inputs += torch.float32.itemsize * math.prod(self.shape("lambda"))
+        output = element * math.prod(self.shape("output"))
+        forward, backward = inputs + output, 2 * inputs + 2 * output
+        return dict(zip(DIRECTIONS, (forward, backward, forward + backward), strict=True))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor with heads: (batch, rows, heads, width), without batch in packed layouts; lambda has no width."""
         rows = (self.rows,) if self.documents else (self.batch, self.rows)
@@ -211,6 +226,8 @@ class Problem:
 
 def epilogue(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The keyword arguments, after lambda, of what follows the two attentions."""
+    if "gate" in inputs:
+        return {"gate": inputs["gate"]}
     if "norm_weight" not in inputs:
         return {}
     return {"norm_weight": inputs["norm_weight"], "norm_eps": NORM_EPS, "out_scale": OUT_SCALE}

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.attention_contenders import CONTENDERS
 from benchmarks.attention_problems import LAYOUTS, Layout, describe
-from benchmarks.kernel_report import DIRECTIONS, MEBIBYTE
+from benchmarks.kernel_report import DIRECTIONS, MEBIBYTE, floor_row, print_limits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,6 +145,7 @@ def print_results(console: Console, content: Mapping[str, Any]) -> None:
     cuda = content["environment"]["device"] != "cpu"
     unit, scale = ("µs", 1e6) if cuda else ("ms", 1e3)
     work, tera = _rate_unit(content)
+    print_limits(console, content)
     for (name, dtype), results in _groups(content["results"]).items():
         times, rates = [], []
         for i, r in enumerate(results):
@@ -155,15 +156,17 @@ def print_results(console: Console, content: Mapping[str, Any]) -> None:
                 (f"{scale * s['median']:,.1f}", f"{report.half_spread(s):.0f}%") if s else ("-", "") for s in spreads
             ]
             times.append((*head, *(text for pair in cells for text in pair)))
+            if i + 1 == len(results) or results[i + 1]["length"] != r["length"]:
+                times.append(("", *floor_row(scale, r["floor_seconds"])))
             peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / MEBIBYTE:,.1f}"
-            rates.append(
-                (*head, *(f"{tera * r['tflops'][d]:,.1f}" if d in r["tflops"] else "-" for d in DIRECTIONS), peak)
-            )
+            done = [f"{tera * r['tflops'][d]:,.1f}" if d in r["tflops"] else "-" for d in DIRECTIONS]
+            shares = [f"{100 * r['share_of_floor'][d]:.0f}%" if d in r["share_of_floor"] else "" for d in DIRECTIONS]
+            rates.append((*head, *(text for pair in zip(done, shares, strict=True) for text in pair), peak))
         tokens = sorted({r["tokens"] for r in results})
         title = f"{describe(LAYOUTS[name])}, {dtype}, {' or '.join(f'{t:,}' for t in tokens)} tokens"
         headings = [text for d in ("fwd", "bwd", "both") for text in (f"{d}\n{unit}", "±")]
         console.print(report.table(f"{title}: time", ["length", "", *headings], times, text_columns=2))
-        headings = [f"fwd\n{work}", f"bwd\n{work}", f"both\n{work}", "peak\nMiB"]
+        headings = [*(text for d in ("fwd", "bwd", "both") for text in (f"{d}\n{work}", "of\nfloor")), "peak\nMiB"]
         console.print(report.table(f"{title}: work and memory", ["length", "", *headings], rates, text_columns=2))
     for r in content["refused"]:
         size = f"{describe(LAYOUTS[r['layout']])}, {r['dtype']}, {r['length']:,}"

@@ -23,7 +23,9 @@ where they are installed. Tables and picture show the fastest, the JSON file all
 contender's output is held to the plain formula in float64; one that is off is refused by name, and not timed.
 
 GB/s is over the bytes that must be read: each cached key and value once. What a method reads beyond that is no work
-done. The share is of the bandwidth of a large copy, reads and writes counted, measured in the same run.
+done. The share is of the bandwidth of a large copy, reads and writes counted, measured in the same run. The floor is
+the least time that those bytes take, or the products of queries, keys and values at the rate of a large matrix product:
+whichever is longer.
 
 Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the width of the middle
 half. On a GPU it is the device's time with a cold L2 cache and the launches queued (timing.py).
@@ -61,7 +63,7 @@ from benchmarks.decode_generate import MODELS as DEFAULT_MODELS
 from benchmarks.decode_generate import judge as judge_generate
 from benchmarks.decode_problems import DECODED, Decoding, Exact, decoding, too_large
 from benchmarks.kernels import DTYPES, device_slug, terminate_as_interrupt
-from benchmarks.timing import Clock, clock_for, copy_bandwidth
+from benchmarks.timing import Clock, Limits, clock_for, measure_limits
 from motifarch.environment import physical_memory
 from motifarch.errors import UserError
 
@@ -86,7 +88,7 @@ def measure(
     *,
     seconds: float,
     minimum: int,
-    bandwidth: float,
+    limits: Limits,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Check and time the contenders on a problem.
 
@@ -97,7 +99,7 @@ def measure(
         clock: its clock.
         seconds: of measuring for each candidate, for at least
         minimum: repetitions.
-        bandwidth: bytes a second of a copy.
+        limits: what the device can do.
 
     Returns:
         A result for each kernel of each contender that gave right numbers, and a refusal for each other.
@@ -122,6 +124,7 @@ def measure(
     for c in out_of_memory:
         refuse(c.candidate, c.form, "it ran out of memory")
     results: list[dict[str, Any]] = []
+    floor = limits.floor(problem.cache_bytes, problem.flops, problem.dtype)
     for c, timings in timed:
         spread = report.spread([t.seconds for t in timings["forward"]])
         rate = problem.cache_bytes / spread.median
@@ -133,7 +136,9 @@ def measure(
                 "bytes": problem.cache_bytes,
                 "seconds": spread._asdict(),
                 "gb_per_second": rate * 1e-9,
-                "copy_share": rate / bandwidth,
+                "copy_share": rate / limits.bytes_per_second,
+                "floor_seconds": floor._asdict(),
+                "share_of_floor": floor.floor / spread.median,
                 "repetitions": len(timings["forward"]),
                 **({"host_seconds": host} if device.type == "cuda" else {}),
                 "errors": c.errors,
@@ -265,10 +270,10 @@ class Run:
         for name, reason in arguments.left_out.items():
             self.console.print(f"{CONTENDERS[name]} is left out: {reason}", style="dim")
         clock, begun = clock_for(device), time.monotonic()
-        copied = (4 << 20) if arguments.quick else (1 << 30) if device.type == "cuda" else (256 << 20)
-        bandwidth = copy_bandwidth(device, clock, bytes_=copied, seconds=min(arguments.seconds, 1.0))
+        dtypes = {name: DTYPES[name] for name in arguments.dtypes}
+        limits = measure_limits(device, clock, dtypes, seconds=arguments.seconds, quick=arguments.quick)
         content |= {
-            "copy": {"bytes": copied, "gb_per_second": bandwidth * 1e-9},
+            **limits.content(),
             "layouts": {name: describe(LAYOUTS[name]) for name in arguments.layouts},
             "contenders": {name: CONTENDERS[name] for name in arguments.contenders},
             "left_out": arguments.left_out,
@@ -285,11 +290,11 @@ class Run:
                     continue
                 bar.update(task, description=p.describe())
                 self.announce(p.describe())
-                self._measure(p, clock, bandwidth)
+                self._measure(p, clock, limits)
                 self.keep()
                 bar.advance(task)
 
-    def _measure(self, problem: Decoding, clock: Clock, bandwidth: float) -> None:
+    def _measure(self, problem: Decoding, clock: Clock, limits: Limits) -> None:
         def skip(reason: str) -> None:
             self.content["skipped"].append(problem.cell() | {"reason": reason})
 
@@ -305,7 +310,7 @@ class Run:
                 clock,
                 seconds=self.arguments.seconds,
                 minimum=minimum,
-                bandwidth=bandwidth,
+                limits=limits,
             )
         except Exception as error:
             if not is_out_of_memory(error):

@@ -59,6 +59,12 @@ class Decoding:
         width = 2 * self.layout.width + self.layout.value_width
         return self.batch * self.context * self.kv_heads * width * DTYPES[self.dtype].itemsize
 
+    @property
+    def flops(self) -> int:
+        """What the mathematics needs: two products for each query head and cached token."""
+        heads = self.signal_heads + self.noise_heads
+        return self.batch * self.context * heads * 2 * (self.layout.width + self.layout.value_width)
+
     def cell(self) -> dict[str, Any]:
         """What results of this problem are filed under."""
         return {"layout": self.name, "dtype": self.dtype, "batch": self.batch, "context": self.context}

@@ -16,6 +16,7 @@ from benchmarks.attention_report import label
 from benchmarks.contenders import CONTENDERS as MODELS
 from benchmarks.decode_contenders import CONTENDERS, OURS
 from benchmarks.decode_generate import DIFFLLAMA
+from benchmarks.kernel_report import print_limits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +108,7 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], Cells]:
 
 def print_kernels(console: Console, content: Mapping[str, Any]) -> None:
     """The tables of each contender's best kernel, who was refused, and the sizes that were skipped."""
-    console.print(f"copy bandwidth: {content['copy']['gb_per_second']:,.1f} GB/s, read and written")
+    print_limits(console, content)
     for (name, dtype), cells in _groups(content["results"]).items():
         rows = []
         for (batch, context), cell in cells.items():
@@ -120,11 +121,15 @@ def print_kernels(console: Console, content: Mapping[str, Any]) -> None:
                         label(r, CONTENDERS),
                         *(f"{1e6 * seconds['median']:,.1f}", f"{report.half_spread(seconds):.0f}%"),
                         *(f"{r['gb_per_second']:,.1f}", f"{100 * r['copy_share']:.0f}%"),
+                        f"{100 * r['share_of_floor']:.0f}%",
                         f"{seconds['median'] / ours['seconds']['median']:.2f}" if ours else "-",
                     )
                 )
+            floor = next(iter(cell.values()))["floor_seconds"]
+            limiting = "bytes" if floor["floor"] == floor["bytes"] else "operations"
+            rows.append(("", f"floor, by {limiting}", f"{1e6 * floor['floor']:,.1f}", "", "", "", "", ""))
         title = f"{describe(LAYOUTS[name])}, {dtype}: one new token a row"
-        headings = ["rows x\ncontext", "", "µs", "±", "GB/s", "of\ncopy", "of ours'\ntime"]
+        headings = ["rows x\ncontext", "", "µs", "±", "GB/s", "of\ncopy", "of\nfloor", "of ours'\ntime"]
         console.print(report.table(title, headings, rows, text_columns=2))
     for r in content["refused"]:
         console.print(f"[red]refused[/red] {label(r, CONTENDERS)} at {_size(r)}: {r['reason']}", soft_wrap=True)

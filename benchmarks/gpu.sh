@@ -1,31 +1,40 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with a GPU: one command, nothing to install, no network.
 #
-#     benchmarks/gpu.sh OUT              # every part, in ten minutes at most
-#     benchmarks/gpu.sh OUT poly_norm    # only that part; several may be named
-#     benchmarks/gpu.sh OUT tune         # a launch table for this GPU, OUT/tune.json; runs only when it is named
+#     benchmarks/gpu.sh OUT              # tests and benchmarks, in ten minutes at most
+#     benchmarks/gpu.sh OUT attention    # only that part; several may be named
+#
+# These run only when they are named, in a second and further calls; the first two fit in one:
+#
+#     benchmarks/gpu.sh OUT train_300m   # its twenty layers compile for longer than they are timed
+#     benchmarks/gpu.sh OUT sanitize     # memcheck of every kernel
+#     benchmarks/gpu.sh OUT study        # a head-ratio study: the same command again goes on with it
+#     benchmarks/gpu.sh OUT tune         # a launch table for this GPU, OUT/tune.json
 #
 # For each part, OUT gets a log with the tables and, for a benchmark, a JSON file and a picture, as they come. After
 # each part, and when this script is stopped, all of it is packed into OUT/results.tar.gz. A part that fails does not
 # keep the next from running: the exit status is 1 then, and the last line names it.
 #
 # Without a GPU the same parts run at tiny sizes, to prove the script. PYTHON names the interpreter; the packages need
-# not be installed as such.
+# not be installed as such. Only the study needs more than torch, triton and transformers bring (see benchmarks/study.py).
 
 set -uo pipefail
 
 # Name, limit in seconds, arguments of python; most important first. The limits add up to less than ten minutes.
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
 parts=(
-  "tests      110 -m pytest -m gpu -q tests/kernels"
-  "attention  170 -m benchmarks.attention --limit 135"
-  "decode      75 -m benchmarks.decode --parts kernel --limit 45"
-  "poly_norm   80 -m benchmarks.poly_norm --seconds 0.2"
-  "combine     80 -m benchmarks.combine --seconds 0.2"
-  "train_step  75 -m benchmarks.train_step --precisions bf16"
+  "tests      140 -m pytest -m gpu -q tests/kernels"
+  "attention  125 -m benchmarks.attention --limit 105"
+  "poly_norm   60 -m benchmarks.poly_norm --seconds 0.15"
+  "combine     60 -m benchmarks.combine --seconds 0.15"
+  "decode      60 -m benchmarks.decode --parts kernel --limit 45"
+  "train_2.6b 125 -m benchmarks.train_step --shape 2.6b --precisions bf16 --compile --limit 105"
 )
-# The same for parts that run only when they are named.
+# The same for parts that run only when they are named; each fits in a call of ten minutes.
 on_request=(
+  "train_300m 300 -m benchmarks.train_step --shape 300m --precisions bf16 --compile --limit 280"
+  "sanitize   290 -m benchmarks.sanitize --limit 270"
+  "study      590 -m benchmarks.study --limit 520"
   "tune       590 -m benchmarks.tune --limit 500"
 )
 
@@ -82,11 +91,16 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   echo "torch sees no GPU: tiny sizes, which prove the script and measure nothing" | tee -a "$out/gpu.log"
 fi
 
+# The tests' time is mostly that of compiling kernels, which takes cores.
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(( $(nproc) < 14 ? $(nproc) : 14 ))")
+
 failed=()
 for part in "${parts[@]}"; do
   read -r name limit arguments <<<"$part"
   [[ $chosen == "  " || $chosen == *" $name "* ]] || continue
   read -ra command <<<"$arguments"
+  [[ $name == tests ]] && command+=(${workers[@]+"${workers[@]}"})
   [[ ${command[1]} == benchmarks.* ]] && command+=(--output "$out/$name.json" ${quick[@]+"${quick[@]}"})
   log="$out/$name.log"
   echo "== $name, at most $limit s: python ${command[*]}" | tee -a "$out/gpu.log"

@@ -11,9 +11,21 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.timing import Limits
 
 MEBIBYTE = 1 << 20
 DIRECTIONS = ("forward", "backward", "both")
+
+
+def add_rates(result: dict[str, Any], limits: Limits) -> None:
+    """Add what the times of a result mean: its bandwidth, its floor, and the share of either that it reached."""
+    seconds = {d: result["seconds"][d]["median"] for d in DIRECTIONS}
+    rates = {d: result["bytes"][d] / seconds[d] for d in DIRECTIONS}
+    floors = {d: limits.floor(result["bytes"][d]) for d in DIRECTIONS}
+    result["gb_per_second"] = {d: rate * 1e-9 for d, rate in rates.items()}
+    result["copy_share"] = {d: rate / limits.bytes_per_second for d, rate in rates.items()}
+    result["floor_seconds"] = {d: floor._asdict() for d, floor in floors.items()}
+    result["share_of_floor"] = {d: floor.floor / seconds[d] for d, floor in floors.items()}
 
 
 @dataclass(frozen=True)
@@ -119,17 +131,34 @@ def _groups(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, int], 
     return groups
 
 
+def print_limits(console: Console, content: Mapping[str, Any]) -> None:
+    """What floors are reckoned from."""
+    console.print(f"copy bandwidth: {content['copy']['gb_per_second']:,.1f} GB/s, read and written")
+    if matrix := content.get("matrix"):
+        rates = ", ".join(f"{name} {rate:,.3g}" for name, rate in matrix["tflops"].items())
+        console.print(f"matrix products of {matrix['size']:,}: {rates} TFLOP/s")
+
+
+def floor_row(scale: float, floors: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+    """A table of times' last row for a size: its name and, for each direction, the floor and an empty spread."""
+    limiting = {"bytes" if f["floor"] == f["bytes"] else "operations" for f in floors.values()}
+    times = [text for d in DIRECTIONS for text in (f"{scale * floors[d]['floor']:,.1f}", "")]
+    return (f"floor, by {' or '.join(sorted(limiting))}", *times)
+
+
 def print_results(console: Console, content: Mapping[str, Any], labels: Mapping[str, str]) -> None:
     """The tables of times and of bandwidth and memory, the refusals and the aims."""
     unit, scale = ("µs", 1e6) if content["environment"]["device"] != "cpu" else ("ms", 1e3)
-    console.print(f"copy bandwidth: {content['copy']['gb_per_second']:,.1f} GB/s, read and written")
+    print_limits(console, content)
     for (function, dtype, rows), results in _groups(content["results"]).items():
         times, rates = [], []
-        for r in results:
+        for i, r in enumerate(results):
             head = (f"{r['columns']:,}", labels[r["contender"]])
             spreads = [r["seconds"][d] for d in DIRECTIONS]
             cells = [(f"{scale * s['median']:,.1f}", f"±{report.half_spread(s):.0f}%") for s in spreads]
             times.append((*head, *(text for pair in cells for text in pair)))
+            if i + 1 == len(results) or results[i + 1]["columns"] != r["columns"]:
+                times.append((head[0], *floor_row(scale, r["floor_seconds"])))
             rates.append(
                 (
                     *head,
@@ -147,9 +176,9 @@ def print_results(console: Console, content: Mapping[str, Any], labels: Mapping[
             "fwd\nGB/s",
             "bwd\nGB/s",
             "both\nGB/s",
-            "of\ncopy",
-            "of\ncopy",
-            "of\ncopy",
+            "of\nfloor",
+            "of\nfloor",
+            "of\nfloor",
             "saved\nMiB",
             "peak\nMiB",
         ]

@@ -13,7 +13,9 @@ beside it in the JSON.
 
 *GB/s* is over the bytes that the mathematics must move: each input read once and each result written once, parameters
 of a row's length or less left out. The share is of the bandwidth of a large copy, measured in the same run; on a
-CPU, tensors that fit its caches may go beyond it.
+CPU, tensors that fit its caches may go beyond it. It is also the share of the floor, the least time that the bytes
+take at that bandwidth: the arithmetic is a few vector operations an element, without a matrix product, and has no floor
+of its own worth telling.
 
 *Memory.* Saved: the storages that autograd keeps for the backward, in all and beyond the inputs. Peak: the most that a
 forward and backward hold at once, the inputs and the incoming gradient included, by the allocator's own count.
@@ -40,7 +42,7 @@ from torch import Tensor
 from benchmarks import kernel_report, report
 from benchmarks.kernel_report import DIRECTIONS
 from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.timing import Clock, Work, clock_for, copy_bandwidth, time_in_turns
+from benchmarks.timing import Clock, Work, clock_for, measure_limits, time_in_turns
 from motifarch.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -383,8 +385,7 @@ def run(
     path = arguments.output or (report.ROOT / "runs" / f"{benchmark}_quick.json" if arguments.quick else default)
 
     clock = clock_for(device)
-    copied = (4 << 20) if arguments.quick else (1 << 30) if device.type == "cuda" else (256 << 20)
-    bandwidth = copy_bandwidth(device, clock, bytes_=copied, seconds=min(arguments.seconds, 1.0))
+    limits = measure_limits(device, clock, {}, seconds=arguments.seconds, quick=arguments.quick)
     content: dict[str, Any] = {
         "benchmark": benchmark,
         "format": 1,
@@ -393,7 +394,7 @@ def run(
         "settings": {name: getattr(arguments, name) for name in ("seconds", "threads", "device", "quick")},
         "contenders": {name: CONTENDERS[name] for name in arguments.contenders},
         "left_out": arguments.left_out,
-        "copy": {"bytes": copied, "gb_per_second": bandwidth * 1e-9},
+        **limits.content(),
         "tolerances": TOLERANCES,
         "results": [],
         "refused": [],
@@ -415,9 +416,7 @@ def run(
                     minimum=2 if arguments.quick else 5,
                 )
                 for result in results:
-                    rate = {d: result["bytes"][d] / result["seconds"][d]["median"] for d in DIRECTIONS}
-                    result["gb_per_second"] = {d: value * 1e-9 for d, value in rate.items()}
-                    result["copy_share"] = {d: value / bandwidth for d, value in rate.items()}
+                    kernel_report.add_rates(result, limits)
                 content["results"] += results
                 content["refused"] += refused
                 report.write_json(path, content)

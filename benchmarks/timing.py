@@ -1,4 +1,9 @@
-"""Seconds of a few calls that take turns, on the clock of the device they run on, and the bandwidth of a copy."""
+"""Seconds of a few calls that take turns, on the clock of the device they run on, and what that device can do at most.
+
+A kernel's *floor* is the least time in which a device could do its work, going by what it was measured to do in the
+same run: the bytes over the bandwidth of a copy, or the operations over the rate of a matrix product, whichever is
+longer.
+"""
 
 from __future__ import annotations
 
@@ -142,5 +147,86 @@ def copy_bandwidth(device: torch.device, clock: Clock, *, bytes_: int, seconds: 
     """Bytes a second that copying a large tensor moves, reads and writes counted; the median of several copies."""
     source = torch.ones(bytes_, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    timings = time_in_turns({"": {"": Work(lambda _: target.copy_(source))}}, clock, seconds=seconds, minimum=7)
-    return 2 * bytes_ / statistics.median(t.seconds for t in timings[""][""])
+    return 2 * bytes_ / _median_seconds(lambda: target.copy_(source), clock, seconds)
+
+
+def matrix_rate(device: torch.device, clock: Clock, dtype: torch.dtype, *, size: int, seconds: float) -> float:
+    """Operations a second of torch's product of two square matrices of that size; the median of several products.
+
+    The numbers are random: a GPU's clock falls with the bits that change, and zeros are multiplied faster.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), clock, seconds)
+
+
+def _median_seconds(call: Callable[[], object], clock: Clock, seconds: float) -> float:
+    turns = {"": {"": Work(lambda _: call())}}
+    timings = time_in_turns(turns, clock, seconds=seconds, minimum=7, warmup=3)
+    return statistics.median(t.seconds for t in timings[""][""])
+
+
+class Floor(NamedTuple):
+    """The seconds that a piece of work takes at least."""
+
+    bytes: float
+    """For what it must move."""
+    operations: float | None
+    """For its matrix products; None where it has none worth counting."""
+    floor: float
+    """The larger of both."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device was measured to do."""
+
+    copied: int
+    """Bytes of the tensor that was copied."""
+    bytes_per_second: float
+    """Of its copy, reads and writes counted."""
+    matrix_size: int
+    operations_per_second: Mapping[str, float]
+    """Of a matrix product, by the name of its dtype."""
+
+    def floor(self, bytes_: float, operations: float | None = None, dtype: str = "") -> Floor:
+        """The floor of a piece of work.
+
+        Args:
+            bytes_: that it must move.
+            operations: of its matrix products, or None.
+            dtype: theirs, one of those measured.
+        """
+        by_bytes = bytes_ / self.bytes_per_second
+        by_operations = None if operations is None else operations / self.operations_per_second[dtype]
+        return Floor(by_bytes, by_operations, max(by_bytes, by_operations or 0.0))
+
+    def content(self) -> dict[str, Any]:
+        """For a results file: "copy" and, where products were measured, "matrix"."""
+        found: dict[str, Any] = {"copy": {"bytes": self.copied, "gb_per_second": self.bytes_per_second * 1e-9}}
+        if self.operations_per_second:
+            tflops = {name: rate * 1e-12 for name, rate in self.operations_per_second.items()}
+            found["matrix"] = {"size": self.matrix_size, "tflops": tflops}
+        return found
+
+
+def measure_limits(
+    device: torch.device, clock: Clock, dtypes: Mapping[str, torch.dtype], *, seconds: float, quick: bool
+) -> Limits:
+    """Measure what a device can do.
+
+    Args:
+        device: which.
+        clock: its clock.
+        dtypes: whose matrix products to time, by name; for kernels that have none, nothing.
+        seconds: of measuring each, one at most.
+        quick: tiny sizes, whose rates mean nothing.
+    """
+    cuda, seconds = device.type == "cuda", min(seconds, 1.0)
+    copied = (4 << 20) if quick else (1 << 30) if cuda else (256 << 20)
+    # Large enough that a GPU is busy from end to end; a CPU's cores are with far less.
+    size = 128 if quick else 8192 if cuda else 1024
+    bandwidth = copy_bandwidth(device, clock, bytes_=copied, seconds=seconds)
+    rates = {name: matrix_rate(device, clock, dtype, size=size, seconds=seconds) for name, dtype in dtypes.items()}
+    return Limits(copied, bandwidth, size, rates)

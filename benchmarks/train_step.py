@@ -1,403 +1,439 @@
-"""Tokens per second and peak memory of a full training step, ours against transformers' DiffLlama and Llama.
+"""A full training step: tokens per second, work done, peak memory and costs, against transformers' Llama and DiffLlama.
 
-    python -m benchmarks.train_step                      # about ten minutes on two cores
-    python -m benchmarks.train_step --quick              # a smoke test of a minute, with no meaning
-    python -m benchmarks.train_step --profile gda        # where one model's step goes, operator by operator
+    python -m benchmarks.train_step                               # about ten minutes on two cores
+    python -m benchmarks.train_step --shape 300m --compile        # 300 million parameters, on a GPU
+    python -m benchmarks.train_step --shape 2.6b --compile        # Motif-2.6B's shape, a few layers of it, on a GPU
+    python -m benchmarks.train_step --quick --shape 300m --compile  # the same command at a tiny size, with no meaning
+    python -m benchmarks.train_step --profile gda                 # where one model's step goes, operator by operator
 
 A step is forward, loss, backward, gradient clipping, AdamW (torch's fused one) and zero_grad, over random tokens. The
 models have equal hidden size, layers and head width, and equal numbers of parameters to 3% (see contenders.py). Each
-takes its loss its own way, as its users get it: transformers' models from whole logits, ours in chunks.
+takes its loss its own way, as its users get it: transformers' models from whole logits, ours in chunks. Llama is
+measured with every attention that it can have here, and its fastest is what others are held to.
 
 Every model is trained as motifarch's own loop trains: FSDP2 on a world of one, float32 master weights, and bfloat16
-copies of them for the work where the precision is bf16. With ``--autocast``, plain modules under ``torch.autocast``
-instead.
+copies of them for the work where the precision is bf16; with ``--compile`` each decoder layer through torch.compile, by
+the function that ``compile: true`` calls, the rest as it is, for every model. With ``--autocast``, plain modules under
+``torch.autocast`` instead of FSDP2.
 
-*Speed.* All models are in memory together and take turns, a step each, in an order that rotates from round to round, so
-that a drift of the machine's speed hits all alike. The figure is the median round, with the quartiles beside it.
+*Processes.* Each model, length and precision has a fresh process, which is asked for one thing at a time. While one is
+timed, the others wait. One that fails, runs out of memory or dies is reported with the reason, and the others go on.
 
-*Memory.* Each model, length and precision has a fresh process. On a CPU it counts what the process's resident set
-rises, at its highest, above what it was before the model was built: weights, gradients, optimizer states, activations,
-work space, and what the allocator keeps. Libraries loaded on first use are not in it: a tiny model of the same kind
-takes a step first. On a GPU it is ``torch.cuda.max_memory_allocated``.
+*Speed.* The models take turns, a step each (on a GPU five, after one that is not timed), in an order that rotates from
+round to round, so that a drift of the machine's speed hits all alike. The figure is the median step, with the
+quartiles. Between turns a model keeps weights and Adam's moments, 12 bytes a parameter, on a GPU nothing else: six of
+the 300m or 2.6b shape are 23 GB, and the one whose turn it is adds some 25 GB. ``--memory-steps`` steps come before all
+turns; the first is reported by itself, for what is compiled is compiled in it.
+
+*Work.* Model operations of a token are counted by MotifForCausalLM.flops_per_token, transformers' models as ours with
+the same matrices and maps; nothing that is recomputed is in it. MFU is their rate over the GPU's dense bf16 peak.
+
+*Memory.* On a CPU it is what the process's resident set rises, at its highest in the first steps, above what it was
+before the model was built: weights, gradients, optimizer states, activations, work space, and what the allocator keeps.
+Libraries loaded on first use are not in it: a tiny model of the same kind takes a step first. On a GPU it is
+``torch.cuda.max_memory_allocated``.
+
+*Costs.* Of GDA and the fastest Llama (``--costs``), at the longest length: the five GPU kernels, on a CPU operators,
+with the most time of their own, and their share of all.
+
+``--limit`` shares its seconds among precisions and lengths: in each, models get ready in the order of ``--models`` for
+two thirds of the time (on a GPU two or more at once: compiling takes long and one core), then take turns, and costs
+come last. Figures are written as they come.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import gc
 import itertools
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.profiler import ProfilerActivity, profile
+from rich.progress import Progress
 
-from benchmarks import report
-from benchmarks.contenders import CONTENDERS, Entry, Sizes, match_parameters
-from benchmarks.training import DTYPES, Setup, TrainStep, peak_memory, time_rounds
+from benchmarks import report, train_step_report
+from benchmarks.contenders import CONTENDERS, LLAMAS, Entry, Sizes, match_parameters
+from benchmarks.kernels import device_slug, terminate_as_interrupt
+from benchmarks.shapes import SHAPES, default_shape, find_peak
+from benchmarks.train_profile import operator_table
+from benchmarks.train_worker import Prepared, Worker
+from benchmarks.training import DTYPES, Failed, OutOfTime, Setup, TrainStep, take_turns
 from motifarch.errors import UserError
 
 MODULE = "benchmarks.train_step"
-PACKAGES = ("motifarch", "torch", "transformers")
-GDA = ("gda", "gda_narrow")
-DIFFLLAMA = ("diffllama_sdpa", "diffllama_eager")
-MEBIBYTE = 1 << 20
+PACKAGES = ("motifarch", "torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4")
+_GETTING_READY = 2 / 3  # the part of a limit for building, compiling and first steps
+_GETTING_READY_BYTES = 36 << 30  # what a model of a shape needs at most, and what the others keep meanwhile
+_TURNS = 0.9  # when the last round may begin
+_PATIENCE = 60.0  # seconds beyond the limit for a round that has begun
+_PROFILED_STEPS = 2
 
 
-@dataclass(frozen=True)
-class Aim:
-    """What a GDA 4:1 is meant to reach at a length: a ratio to a rival's figure."""
+class Benchmark:
+    """A run: what it measures, and the file that it writes."""
 
-    rival: str
-    seq_len: int
-    measure: str
-    """"tokens_per_second" (at least) or "peak_memory_bytes" (below)."""
-    bound: float
+    def __init__(
+        self, arguments: argparse.Namespace, setup: Setup, entries: Mapping[str, Entry], env: dict[str, Any], path: Path
+    ):
+        self.arguments, self.setup, self.entries, self.path = arguments, setup, entries, path
+        self.ends = None if arguments.limit is None else time.monotonic() + arguments.limit
+        gpu, text = None, "no MFU: that takes a GPU"
+        if setup.device == "cuda":
+            gpu, text = find_peak(torch.cuda.get_device_name())
+        settings = ("rounds", "steps", "warmup", "memory_steps", "limit", "quick")
+        shape = {"name": arguments.shape, "text": SHAPES[arguments.shape].text}
+        self.content: dict[str, Any] = {
+            "benchmark": "train_step",
+            "format": 1,
+            "complete": False,
+            "environment": env,
+            "settings": dataclasses.asdict(setup) | {name: getattr(arguments, name) for name in settings},
+            "shape": shape,
+            "peak": {"gpu": gpu and gpu.name, "bf16_flops": gpu and gpu.bf16_flops, "text": text}
+            | {"source": gpu and gpu.source},
+            "models": [entry.describe() for entry in entries.values()],
+            "left_out": arguments.left_out,
+            "results": [],
+            "failed": [],
+            "not_begun": [],
+            "profiles": [],
+            "aims": [],
+        }
 
-    def describe(self, model: str) -> str:
-        """In words."""
-        ours = CONTENDERS[model].label
-        rival = "DiffLlama" if self.rival == "diffllama" else CONTENDERS[self.rival].label
-        if self.measure == "tokens_per_second":
-            return f"{ours}: speed at {self.seq_len} tokens is at least {self.bound:g} of {rival}'s"
-        return f"{ours}: peak memory at {self.seq_len} tokens is below {rival}'s"
+    def measure(self, console: Console) -> None:
+        """Everything, a precision and length after the other."""
+        todo = list(itertools.product(self.arguments.precisions, self.arguments.seq_lens))
+        per_cell = self.arguments.memory_steps + self.arguments.rounds + self.arguments.warmup
+        with report.progress(console) as bar:
+            task = bar.add_task("", total=len(todo) * len(self.entries) * per_cell)
+            for i, (precision, seq_len) in enumerate(todo):
+                left = None if self.ends is None else self.ends - time.monotonic()
+                if left is not None and left <= 0:
+                    self.content["not_begun"].append({"precision": precision, "seq_len": seq_len})
+                    continue
+                cell = Cell(self, precision, seq_len, None if left is None else left / (len(todo) - i))
+                if not console.is_terminal:  # a log file shows no bar while it moves
+                    console.print(f"{precision}, {seq_len} tokens")
+                cell.measure(bar, task, profile=seq_len == max(self.arguments.seq_lens))
+                bar.update(task, completed=(i + 1) * len(self.entries) * per_cell)
+            bar.update(task, description="measured")
+        self.content["complete"] = True
+
+    def save(self) -> None:
+        """Write the figures there are."""
+        self.content["aims"] = [] if self.arguments.quick else train_step_report.judge(self.content["results"])
+        report.write_json(self.path, self.content)
 
 
-AIMS = (
-    Aim("diffllama", 512, "tokens_per_second", 1.0),
-    Aim("diffllama", 2048, "tokens_per_second", 1.2),
-    Aim("llama", 512, "tokens_per_second", 0.85),
-    Aim("diffllama", 512, "peak_memory_bytes", 1.0),
-    Aim("diffllama", 2048, "peak_memory_bytes", 1.0),
-)
+class Cell:
+    """One precision and length."""
 
+    def __init__(self, benchmark: Benchmark, precision: str, seq_len: int, seconds: float | None):
+        self.benchmark, self.precision, self.seq_len = benchmark, precision, seq_len
+        self.begun, self.seconds = time.monotonic(), seconds
+        self.prepared: dict[str, Prepared] = {}
+        self.others = list(benchmark.content["results"])
+        self.during = "getting ready"
 
-def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Hold measured results to the aims, one entry for each aim and precision that was measured.
+    def left(self, share: float = 1.0) -> float | None:
+        """Seconds until a share of the time is over, at least 0; None without a limit."""
+        return None if self.seconds is None else max(0.0, self.begun + share * self.seconds - time.monotonic())
 
-    DiffLlama stands for the faster of its attentions, in speed and in memory.
-    """
-    cells = {(r["precision"], r["seq_len"], r["model"]): r for r in results}
-    judged = []
-    for precision, model in itertools.product(dict.fromkeys(r["precision"] for r in results), GDA):
-        for aim in AIMS:
-            ours = cells.get((precision, aim.seq_len, model))
-            names = DIFFLLAMA if aim.rival == "diffllama" else (aim.rival,)
-            rivals = [cells[key] for name in names if (key := (precision, aim.seq_len, name)) in cells]
-            if ours is None or not rivals:
-                continue
-            rival = max(rivals, key=lambda r: r["tokens_per_second"]["median"])
-            if aim.measure == "tokens_per_second":
-                ratio = ours[aim.measure]["median"] / rival[aim.measure]["median"]
-                met = ratio >= aim.bound
-            else:
-                ratio = ours[aim.measure] / rival[aim.measure]
-                met = ratio < aim.bound
-            judged.append(
+    def fail(self, name: str, error: Failed) -> None:
+        """Note who could not go on."""
+        row = {"model": name, "precision": self.precision, "seq_len": self.seq_len, "during": self.during}
+        known = dataclasses.asdict(self.prepared[name]) if name in self.prepared else {}
+        row |= {"reason": str(error), "out_of_time": isinstance(error, OutOfTime)}
+        self.benchmark.content["failed"].append(row | known)
+        self.benchmark.save()
+
+    def measure(self, bar: Progress, task: Any, *, profile: bool) -> None:
+        """Get ready, take turns, profile."""
+        arguments = self.benchmark.arguments
+        with contextlib.ExitStack() as processes:
+            workers = {
+                name: processes.enter_context(Worker(entry, self.benchmark.setup, self.precision, self.seq_len))
+                for name, entry in self.benchmark.entries.items()
+            }
+
+            def show(name: str) -> None:
+                where = f"{self.precision}, {self.seq_len} tokens, {self.during}"
+                bar.update(task, description=f"{where}: {CONTENDERS[name].label}")
+
+            self.get_ready(workers, show, partial(bar.advance, task, arguments.memory_steps))
+            self.during = "taking turns"
+
+            def on_turn(name: str) -> None:
+                show(name)
+                bar.advance(task)
+
+            take_turns(
+                {name: partial(self.turn, workers[name]) for name in self.prepared},
+                rounds=arguments.rounds,
+                warmup=arguments.warmup,
+                on_turn=on_turn,
+                on_round=self.note,
+                on_failure=self.fail,
+                out_of_time=lambda: self.left(_TURNS) == 0,
+            )
+            self.during = "profiling"
+            for name in self.to_profile() if profile else ():
+                show(name)
+                try:
+                    costs = workers[name].profile(_PROFILED_STEPS, self.left())
+                except Failed as error:
+                    self.fail(name, error)
+                    continue
+                where = {"model": name, "precision": self.precision, "seq_len": self.seq_len}
+                self.benchmark.content["profiles"].append(where | dict(costs))
+        self.benchmark.save()
+
+    def get_ready(self, workers: Mapping[str, Worker], show: Callable[[str], None], done: Callable[[], None]) -> None:
+        """Build, compile and weigh the models, as many at once as a GPU has room for, on a CPU one after the other."""
+        at_once = 1
+        if self.benchmark.setup.device == "cuda":
+            at_once = max(1, torch.cuda.get_device_properties(0).total_memory // _GETTING_READY_BYTES)
+
+        def prepare(name: str) -> Prepared:
+            show(name)
+            return workers[name].prepare(self.benchmark.arguments.memory_steps, self.left(_GETTING_READY))
+
+        with ThreadPoolExecutor(at_once) as pool:
+            futures = {name: pool.submit(prepare, name) for name in workers}
+            try:
+                for name, future in futures.items():
+                    try:
+                        self.prepared[name] = future.result()
+                    except Failed as error:
+                        self.fail(name, error)
+                    done()
+            except BaseException:  # the pool is left only when its threads have an answer
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in workers.values():
+                    worker.process.kill()
+                raise
+
+    def turn(self, worker: Worker) -> list[float]:
+        """Seconds of a turn's steps; one that hangs does not keep the rest of a limited run from ending."""
+        left = self.left()
+        return worker.time(self.benchmark.arguments.steps, None if left is None else left + _PATIENCE)
+
+    def to_profile(self) -> list[str]:
+        """Those of ``--costs`` that were timed; of the Llamas the fastest."""
+        timed = self.benchmark.content["results"][len(self.others) :]
+        best = train_step_report.fastest(timed, LLAMAS)
+        given = self.benchmark.arguments.costs
+        names = given if given is not None else ["gda", *([best["model"]] if best else [])]
+        return [name for name in names if any(r["model"] == name for r in timed)]
+
+    def note(self, seconds: Mapping[str, list[float]]) -> None:
+        """Set this cell's results to what all rounds so far say, and write the file."""
+        setup, peak = self.benchmark.setup, self.benchmark.content["peak"]["bf16_flops"]
+        results = []
+        for name, values in seconds.items():
+            speed = report.spread([setup.tokens_per_step / s for s in values])
+            operations = self.benchmark.entries[name].operations_per_token(setup.sizes, self.seq_len)
+            rate = operations * speed.median
+            results.append(
                 {
-                    "aim": aim.describe(model),
-                    "precision": precision,
-                    "seq_len": aim.seq_len,
-                    "model": model,
-                    "rival": rival["model"],
-                    "measure": aim.measure,
-                    "bound": aim.bound,
-                    "ratio": ratio,
-                    "met": met,
+                    "model": name,
+                    "precision": self.precision,
+                    "seq_len": self.seq_len,
+                    "tokens_per_step": setup.tokens_per_step,
+                    "tokens_per_second": speed._asdict(),
+                    "flops_per_token": operations,
+                    "model_tflops": rate * 1e-12,
+                    "mfu": rate / peak if peak and self.precision == "bf16" else None,
+                    "seconds": values,
+                    **dataclasses.asdict(self.prepared[name]),
                 }
             )
-    return judged
+        self.benchmark.content["results"] = self.others + results
+        self.benchmark.save()
 
 
-def measure(
-    setup: Setup, entries: dict[str, Entry], arguments: argparse.Namespace, console: Console
-) -> list[dict[str, Any]]:
-    """All figures, one dictionary for each precision, length and model."""
-    cells = [(p, s, name) for p in arguments.precisions for s in arguments.seq_lens for name in entries]
-    seconds: dict[tuple[str, int, str], list[float]] = {}
-    peaks: dict[tuple[str, int, str], int] = {}
-    total = len(cells) * (arguments.warmup + arguments.rounds + 1)
-    with report.progress(console) as bar:
-        task = bar.add_task("", total=total)
-        begun = itertools.count()
-
-        def show(what: str, name: str) -> None:
-            bar.update(task, completed=next(begun), description=f"{what}: {CONTENDERS[name].label}")
-
-        def announce(what: str) -> str:
-            # A log file shows no bar while it moves.
-            if not console.is_terminal:
-                console.print(what)
-            return what
-
-        # Memory first: the fork server is then made by a process that has no model and no threads of its own yet.
-        for (precision, seq_len), group in itertools.groupby(cells, key=lambda cell: cell[:2]):
-            what = announce(f"memory, {precision}, {seq_len} tokens")
-            for _, _, name in group:
-                show(what, name)
-                peaks[precision, seq_len, name] = peak_memory(
-                    entries[name], setup, precision, seq_len, arguments.memory_steps
-                )
-        for precision in arguments.precisions:
-            with setup.world():
-                steps = {name: TrainStep(entry, setup, precision) for name, entry in entries.items()}
-                for seq_len in arguments.seq_lens:
-                    timed = time_rounds(
-                        steps,
-                        setup.batch(seq_len),
-                        rounds=arguments.rounds,
-                        warmup=arguments.warmup,
-                        on_step=partial(show, announce(f"speed, {precision}, {seq_len} tokens")),
-                    )
-                    seconds |= {(precision, seq_len, name): values for name, values in timed.items()}
-                del steps
-                gc.collect()
-        bar.update(task, completed=total, description="measured")
-    results = []
-    for precision, seq_len, name in cells:
-        values = seconds[precision, seq_len, name]
-        tokens = setup.batch(seq_len).numel()
-        results.append(
-            {
-                "model": name,
-                "precision": precision,
-                "seq_len": seq_len,
-                "tokens_per_step": tokens,
-                "tokens_per_second": report.spread([tokens / s for s in values])._asdict(),
-                "seconds": values,
-                "peak_memory_bytes": peaks[precision, seq_len, name],
-            }
-        )
-    return results
-
-
-def print_results(console: Console, content: dict[str, Any]) -> None:
-    """The tables: one of the models, one for each precision and length, and the aims."""
-    labels = {m["name"]: m["label"] for m in content["models"]}
-    console.print(
-        report.table(
-            "Models",
-            ("model", "library", "attention", "MLP", "MLP\nwidth", "parameters", "of\nLlama"),
-            [
-                (
-                    *(m["label"], m["library"], m["attention"], m["feed_forward"]),
-                    *(f"{m['intermediate_size']:,}", f"{m['parameters']:,}", f"{m['relative_parameters']:.3f}"),
-                )
-                for m in content["models"]
-            ],
-            text_columns=4,
-        )
-    )
-    results = content["results"]
-    for precision, seq_len in dict.fromkeys((r["precision"], r["seq_len"]) for r in results):
-        cell = {r["model"]: r for r in results if (r["precision"], r["seq_len"]) == (precision, seq_len)}
-        speed = {name: r["tokens_per_second"]["median"] for name, r in cell.items()}
-        fastest = max((name for name in DIFFLLAMA if name in cell), key=speed.__getitem__, default=None)
-
-        def over(name: str | None, value: float, figures: dict[str, float]) -> str:
-            return f"{value / figures[name]:.2f}" if name in figures else "-"
-
-        memory = {name: r["peak_memory_bytes"] for name, r in cell.items()}
-        rows = [
-            (
-                labels[name],
-                f"{speed[name]:,.0f}",
-                f"±{50 * (r['tokens_per_second']['upper'] - r['tokens_per_second']['lower']) / speed[name]:.1f}%",
-                *(over("llama", speed[name], speed), over(fastest, speed[name], speed)),
-                f"{memory[name] / MEBIBYTE:,.0f}",
-                *(over("llama", memory[name], memory), over(fastest, memory[name], memory)),
-            )
-            for name, r in cell.items()
-        ]
-        headings = ["model", "tokens\nper s", "middle\nhalf", "of\nLlama", "of Diff-\nLlama"]
-        headings += ["peak\nMiB", "of\nLlama", "of Diff-\nLlama"]
-        console.print(report.table(f"{precision}, sequences of {seq_len} tokens", headings, rows))
-    for aim in content["aims"]:
-        verdict = "[green]met[/green]    " if aim["met"] else "[red]not met[/red]"
-        rival = f", against {labels[aim['rival']]}" if aim["rival"] in DIFFLLAMA else ""
-        console.print(
-            f"{verdict}  {aim['precision']:<8} {aim['aim']}: [bold]{aim['ratio']:.3f}[/bold]{rival}", soft_wrap=True
-        )
-    if not content["aims"]:
-        console.print("No aim was judged: that takes a full run with a GDA and its rivals at 512 or 2,048 tokens.")
-
-
-def draw(path: Path, content: dict[str, Any]) -> None:
-    """The picture: speed relative to Llama (without it, to the first model) and peak memory, a row a precision."""
-    labels = {m["name"]: m["label"] for m in content["models"]}
-    base = "llama" if "llama" in labels else next(iter(labels))
-    colours = dict(zip(labels.values(), report.COLOURS, strict=False)) | {labels[base]: report.GREY}
-    cells = {(r["precision"], r["seq_len"], r["model"]): r for r in content["results"]}
-    precisions, seq_lens = (list(dict.fromkeys(r[key] for r in content["results"])) for key in ("precision", "seq_len"))
-    groups = [f"{s:,} tokens" for s in seq_lens]
-    figure, axes = report.figure(len(precisions), 2, size=(13, 1.2 + 3.4 * len(precisions)))
-    for precision, (left, right) in zip(precisions, axes, strict=True):
-        reference = {s: cells[precision, s, base]["tokens_per_second"]["median"] for s in seq_lens}
-        speed, ends, memory = {}, {}, {}
-        for name, label in labels.items():
-            row = [cells[precision, s, name] for s in seq_lens]
-            per_second = [{k: v / reference[r["seq_len"]] for k, v in r["tokens_per_second"].items()} for r in row]
-            speed[label] = [p["median"] for p in per_second]
-            ends[label] = [(p["lower"], p["upper"]) for p in per_second]
-            memory[label] = [r["peak_memory_bytes"] / (1 << 30) for r in row]
-        report.grouped_bars(left, groups, speed, colours=colours, errors=ends, reference=1.0)
-        left.set_ylabel(f"tokens/s relative to {labels[base]}")
-        left.set_title(f"{precision}: speed (whiskers: middle half of rounds)", fontsize=10)
-        report.grouped_bars(right, groups, memory, colours=colours)
-        right.set_ylabel("peak memory (GiB)")
-        right.set_title(f"{precision}: memory", fontsize=10)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-    figure.suptitle("A full training step at equal parameters\n" + report.describe(content["environment"]), fontsize=11)
-    report.write_picture(path, figure)
-
-
-def print_profile(
-    setup: Setup, entry: Entry, precisions: list[str], seq_lens: list[int], steps: int, console: Console
-) -> None:
+def print_profile(setup: Setup, entry: Entry, arguments: argparse.Namespace, console: Console) -> None:
     """The operators that one model's step spends its time in, by their own time without the operators they call."""
-    cuda = setup.device == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    for precision in precisions:
+    for precision in arguments.precisions:
         with setup.world():
             step = TrainStep(entry, setup, precision)
-            for seq_len in seq_lens:
+            for seq_len in arguments.seq_lens:
                 batch = setup.batch(seq_len)
                 for _ in range(2):
                     step(batch)
-                with profile(activities=activities) as profiler:
-                    for _ in range(steps):
-                        step(batch)
+                steps = arguments.rounds
                 console.rule(f"{entry.contender.label}, {precision}, {seq_len} tokens, {steps} steps")
-                order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
                 # Longer than a console is wide: printed as it is.
-                print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=64))
+                print(operator_table(partial(step, batch), steps, setup.device))
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, *_, counted = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    made = argparse.ArgumentParser(
         prog=f"python -m {MODULE}",
         description=summary,
-        epilog=counted,
+        epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sizes = Sizes()
-    add = parser.add_argument
+    add = made.add_argument
     names = ", ".join(CONTENDERS)
-    add("--models", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="MODEL", help=f"of {names}")
-    add("--seq-lens", nargs="+", type=int, help="tokens of a row; default 512 2048")
-    add("--precisions", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: all")
-    add("--tokens-per-step", type=int, help="tokens of a batch, at every length; default 2048")
-    add("--rounds", type=int, help="timed steps of each model; default 9")
-    add("--warmup", type=int, help="untimed steps of each model before them; default 2")
-    add("--memory-steps", type=int, default=3, help="steps in which peak memory is sought; default 3")
-    add("--hidden-size", type=int, default=sizes.hidden_size, help="default %(default)s")
-    add("--layers", type=int, default=sizes.num_layers, help="default %(default)s")
-    add("--head-dim", type=int, default=sizes.head_dim, help="default %(default)s")
-    add("--vocab-size", type=int, default=sizes.vocab_size, help="default %(default)s")
-    add("--intermediate-size", type=int, help="Llama's feed-forward width; default 1408 or 11/4 of the hidden size")
+    shapes = "; ".join(f"{name} is {shape.text}" for name, shape in SHAPES.items())
+    add("--shape", choices=list(SHAPES), help=f"sizes and batches; default 300m on a GPU, else small: {shapes}")
+    add("--models", nargs="+", choices=list(CONTENDERS), metavar="MODEL", help=f"default: the shape's; of {names}")
+    add("--seq-lens", nargs="+", type=int, help="tokens of a row; default: the shape's, 512 2048 or 4096")
+    add("--precisions", nargs="+", choices=list(DTYPES), help="default: all for small, else bf16")
+    add("--tokens-per-step", type=int, help="tokens of a batch, at every length; default 2048 for small, else 16384")
+    add("--compile", action="store_true", help="every model's decoder layers through torch.compile")
+    add("--rounds", type=int, help="rounds of turns; default 9, on a GPU 3")
+    add("--steps", type=int, help="timed steps of a turn; default 1, on a GPU 5")
+    add("--warmup", type=int, help="untimed rounds before them; default 1, on a GPU 0")
+    add("--memory-steps", type=int, default=3, help="first steps, in which peak memory is sought; default %(default)s")
+    add("--limit", type=float, help="seconds in all; what does not fit is said; default: none")
+    add("--costs", nargs="*", choices=list(CONTENDERS), metavar="MODEL", help="default: gda and the fastest Llama")
+    for name in ("hidden_size", "num_layers", "head_dim", "vocab_size"):
+        add(f"--{name.removeprefix('num_').replace('_', '-')}", dest=name, type=int, help="default: the shape's")
+    add("--intermediate-size", type=int, help="Llama's feed-forward width; default: grows with the hidden size")
     add("--gda-heads", type=int, help="query heads of the first GDA; default 5/4 of Llama's, as in Motif-2-12.7B")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
     add("--autocast", action="store_true", help="bf16 by torch.autocast on plain modules, without FSDP2")
-    add(
-        "--output",
-        type=Path,
-        help="JSON file, a picture beside it; default benchmarks/results/train_step_DEVICE.json",
-    )
+    add("--output", type=Path, help="JSON file, a picture beside it; default benchmarks/results/train_step_DEVICE.json")
     add("--quick", action="store_true", help="tiny models, a smoke test; writes to runs/ unless told otherwise")
     add("--profile", choices=list(CONTENDERS), metavar="MODEL", help="print one model's top operators, measure nothing")
-    arguments = parser.parse_args(argv)
-    quick = arguments.quick
-    arguments.seq_lens = arguments.seq_lens or ([16, 64] if quick else [512, 2048])
-    arguments.tokens_per_step = arguments.tokens_per_step or (64 if quick else 2048)
-    arguments.rounds = arguments.rounds or (3 if quick else 9)
-    arguments.warmup = arguments.warmup if arguments.warmup is not None else (1 if quick else 2)
-    arguments.models = list(dict.fromkeys(arguments.models))
-    if arguments.profile:
-        arguments.models = [arguments.profile]
-    return arguments
+    return made
 
 
-def _sizes(arguments: argparse.Namespace) -> Sizes:
-    if arguments.quick:
-        return Sizes(128, 2, 16, 256, 352, 8, max(arguments.seq_lens), arguments.gda_heads)
-    width = arguments.intermediate_size or arguments.hidden_size * 11 // 4
-    return Sizes(
-        hidden_size=arguments.hidden_size,
-        num_layers=arguments.layers,
-        head_dim=arguments.head_dim,
-        vocab_size=arguments.vocab_size,
-        intermediate_size=width,
-        max_positions=max(arguments.seq_lens),
-        gda_heads=arguments.gda_heads,
-    )
-
-
-def run(arguments: argparse.Namespace, console: Console) -> None:
-    """Measure and report as the command line asks.
+def resolve(arguments: argparse.Namespace) -> Setup:
+    """Fill in the defaults that depend on device and shape, and check.
 
     Raises:
-        UserError: sizes that no model can have, or lengths that do not divide the batch.
+        UserError: a number or a length that has no meaning, or a model that cannot run here.
     """
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda, quick = arguments.device == "cuda", arguments.quick
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    arguments.shape = arguments.shape or default_shape(arguments.device)
+    shape = SHAPES[arguments.shape]
+    arguments.seq_lens = arguments.seq_lens or ([16, 64][-len(shape.seq_lens) :] if quick else list(shape.seq_lens))
+    arguments.precisions = arguments.precisions or list(shape.precisions)
+    defaults = {
+        "tokens_per_step": 64 if quick else shape.tokens_per_step,
+        "rounds": 3 if quick or cuda else 9,
+        "steps": 5 if cuda else 1,
+        "warmup": 0 if quick or cuda else 1,
+    }
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    for name, least in {"rounds": 1, "steps": 1, "memory_steps": 2, "threads": 1, "warmup": 0}.items():
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}")
+    if arguments.limit is not None and not arguments.limit > 0:
+        raise UserError(f"--limit is {arguments.limit}; it must be above 0")
     for seq_len in arguments.seq_lens:
         if seq_len < 2 or arguments.tokens_per_step % seq_len:
             raise UserError(
                 f"--tokens-per-step {arguments.tokens_per_step} is not a whole number of rows of {seq_len} tokens; "
                 "all lengths must have batches of the same tokens, so choose a multiple of each of --seq-lens"
             )
-    for name in ("rounds", "memory_steps", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _choose_models(arguments)
     torch.set_num_threads(arguments.threads)
-    setup = Setup(_sizes(arguments), arguments.tokens_per_step, device, arguments.threads, arguments.autocast)
+    device, threads = arguments.device, arguments.threads
+    return Setup(
+        _sizes(arguments), arguments.tokens_per_step, device, threads, arguments.autocast, compile=arguments.compile
+    )
+
+
+def _choose_models(arguments: argparse.Namespace) -> None:
+    """Those that can run here; one that was asked for by name must."""
+    if arguments.profile:
+        arguments.models = [arguments.profile]
+    asked = dict.fromkeys(arguments.models or SHAPES[arguments.shape].models)
+    reasons = {name: CONTENDERS[name].unavailable(arguments.device) for name in asked}
+    missing = {name: reason for name, reason in reasons.items() if reason}
+    if arguments.models and missing:
+        name, reason = next(iter(missing.items()))
+        raise UserError(f"{name} cannot be measured here: {reason}; leave it out of --models")
+    arguments.left_out = missing
+    arguments.models = [name for name in asked if name not in missing]
+
+
+def _sizes(arguments: argparse.Namespace) -> Sizes:
+    shape = SHAPES[arguments.shape].sizes
+    names = ("hidden_size", "num_layers", "head_dim", "vocab_size", "intermediate_size", "gda_heads")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "hidden_size" in given:
+        given.setdefault("intermediate_size", shape.intermediate_size * given["hidden_size"] // shape.hidden_size)
+    sizes = dataclasses.replace(shape, **given)
+    if arguments.quick:
+        sizes = sizes.shrunk()
+    return dataclasses.replace(sizes, max_positions=max(arguments.seq_lens))
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Measure and report as the command line asks.
+
+    Returns:
+        The exit status: 1 if one of ours failed, nothing could be measured, or it was stopped before the end.
+
+    Raises:
+        UserError: sizes that no model can have, or options that have no meaning.
+    """
+    setup = resolve(arguments)
     entries = match_parameters(arguments.models, setup.sizes)
     if arguments.profile:
-        entry = entries[arguments.profile]
-        print_profile(setup, entry, arguments.precisions, arguments.seq_lens, arguments.rounds, console)
-        return
-    env = report.environment(MODULE, torch.device(device), PACKAGES)
+        print_profile(setup, entries[arguments.profile], arguments, console)
+        return 0
+    device = torch.device(arguments.device)
+    env = report.environment(MODULE, device, PACKAGES)
     console.print(report.describe(env), style="dim")
+    console.print(f"{arguments.shape}: {SHAPES[arguments.shape].text}", style="dim")
     if warning := report.busy_warning(env):
         console.print(f"warning: {warning}", style="yellow")
-    results = measure(setup, entries, arguments, console)
-    content = {
-        "benchmark": "train_step",
-        "format": 1,
-        "environment": env,
-        "settings": dataclasses.asdict(setup) | {"rounds": arguments.rounds, "warmup": arguments.warmup},
-        "models": [entry.describe() for entry in entries.values()],
-        "results": results,
-        "aims": [] if arguments.quick else judge(results),
-    }
-    print_results(console, content)
-    default = report.RESULTS / f"train_step_{device}.json"
-    path = arguments.output or (report.ROOT / "runs" / "train_step_quick.json" if arguments.quick else default)
-    report.write_json(path, content)
-    picture = path.with_suffix(".png")
-    draw(picture, content)
-    console.print(f"figures: {path}\npicture: {picture}", soft_wrap=True)
+    small = arguments.shape == "small"
+    name = f"train_step_{device_slug(device)}{'' if small else '_' + arguments.shape}.json"
+    default = report.ROOT / "runs" / "train_step_quick.json" if arguments.quick else report.RESULTS / name
+    benchmark = Benchmark(arguments, setup, entries, env, arguments.output or default)
+    with contextlib.suppress(KeyboardInterrupt), terminate_as_interrupt():
+        benchmark.measure(console)
+    return finish(benchmark, console)
+
+
+def finish(benchmark: Benchmark, console: Console) -> int:
+    """Write and show what was measured; the exit status."""
+    content, path = benchmark.content, benchmark.path
+    if not content["complete"]:
+        console.print("stopped: the figures so far follow", style="yellow")
+    benchmark.save()
+    train_step_report.print_results(console, content)
+    console.print(f"figures: {path}", soft_wrap=True)
+    if content["results"]:
+        train_step_report.draw(path.with_suffix(".png"), content)
+        console.print(f"picture: {path.with_suffix('.png')}", soft_wrap=True)
+    broken = [f["model"] for f in content["failed"] if not f["out_of_time"]]
+    ours = any(CONTENDERS[name].library == "motifarch" for name in broken)
+    return int(not content["complete"] or ours or not content["results"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    console = Console()
-    arguments = _parse(argv)
+    arguments = parser().parse_args(argv)
     try:
-        run(arguments, console)
+        return run(arguments, Console())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

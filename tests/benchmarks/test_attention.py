@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,17 +16,27 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import attention
+from benchmarks import attention, attention_contenders
 from benchmarks.attention_check import Exact
-from benchmarks.attention_contenders import Candidate, backend, candidates, compose, flex, refusal, varlen
+from benchmarks.attention_contenders import (
+    Candidate,
+    backend,
+    candidates,
+    compose,
+    flex,
+    refusal,
+    unavailable,
+    varlen,
+)
 from benchmarks.attention_problems import LAYOUTS, Problem, mix_documents, problem
 from benchmarks.attention_report import judge, mark_best, print_results
 from benchmarks.kernel_report import DIRECTIONS
 from benchmarks.kernels import DTYPES, Contender, draw_from
-from benchmarks.timing import Clock, CpuClock, Timing, Work
+from benchmarks.timing import Clock, CpuClock, Limits, Timing, Work
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LIMITS = Limits(1, 1e9, 1, dict.fromkeys(DTYPES, 1e12))
 MASKS = ["v1_64", "v1_64_w128", "v1_64_packed", "gda4_64", "gda4_128_w128", "gda4_128_packed", "v2_64"]
 
 
@@ -65,11 +76,16 @@ def test_a_quick_run_measures_what_runs_on_a_cpu(tmp_path: Path) -> None:
         assert r["repetitions"] >= 2
         assert r["flops"]["both"] == r["flops"]["forward"] + r["flops"]["backward"]
         directions = ("forward",) if r["contender"] == "flex" else DIRECTIONS
-        assert r["seconds"].keys() == r["tflops"].keys() == set(directions)
+        assert r["seconds"].keys() == r["tflops"].keys() == r["share_of_floor"].keys() == set(directions)
         for d in directions:
             seconds = r["seconds"][d]
             assert 0 < seconds["lower"] <= seconds["median"] <= seconds["upper"]
             assert r["tflops"][d] == pytest.approx(r["flops"][d] / seconds["median"] * 1e-12)
+            floor = r["floor_seconds"][d]
+            assert floor["bytes"] == pytest.approx(r["bytes"][d] * 1e-9 / content["copy"]["gb_per_second"])
+            assert floor["operations"] == pytest.approx(r["flops"][d] * 1e-12 / content["matrix"]["tflops"]["bf16"])
+            assert floor["floor"] == max(floor["bytes"], floor["operations"])
+            assert r["share_of_floor"][d] == pytest.approx(floor["floor"] / seconds["median"])
         gradients = {"q1", "k1", "q2", "v", "lambda"} | (set() if layout["shared_keys"] else {"k2", "norm_weight"})
         if r["contender"] == "flex":
             assert (r["peak_bytes"], r["errors"].keys()) == (None, {"output"})
@@ -77,6 +93,7 @@ def test_a_quick_run_measures_what_runs_on_a_cpu(tmp_path: Path) -> None:
             assert r["peak_bytes"] > 0
             assert r["errors"].keys() == gradients | {"output"}
         assert all(e["relative"] <= content["tolerances"]["bf16"] for e in r["errors"].values())
+    assert "floor, by " in done.stdout
     compositions = {"sdpa", "two", "four", "naive"}
     assert found == {
         "v1_64": compositions | {"flex"},
@@ -98,6 +115,20 @@ def test_work_for_a_pair_in_units_of_the_width(name: str, forward: int, backward
     layout = LAYOUTS[name]
     counted = {d: flops / layout.width for d, flops in layout.flops_per_pair().items()}
     assert counted == {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_bytes_are_those_of_every_tensor_once(name: str) -> None:
+    """Vectors of a head's width or less are left out, as in the other benchmarks."""
+    p = small(name, "bf16")
+    inputs = {n: t for n, t in inputs_of(p).items() if t.ndim > 1}
+    out = backend(p, "naive", CPU)(inputs_of(p))
+    given = sum(t.nbytes for t in inputs.values())
+    moved = p.bytes_moved()
+    assert moved["forward"] == given + out.nbytes
+    # Inputs, output and its gradient are read, a gradient of each input is written.
+    assert moved["backward"] == 2 * given + 2 * out.nbytes
+    assert moved["both"] == moved["forward"] + moved["backward"]
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -177,22 +208,35 @@ def test_flex_attention_has_the_layouts_masks(name: str) -> None:
     assert exact.errors({"output": out})["output"]["relative"] < 1e-4
 
 
+@pytest.mark.parametrize("option", [True, False], ids=["with enable_gqa", "without it, as some torch"])
 @pytest.mark.parametrize("name", ["v1_64_w128", "gda4_128_packed"])
-def test_varlen_is_given_every_sequence_and_window(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_is_given_every_sequence_and_window(name: str, option: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel needs a GPU; in its place stands the naive formula with the same arguments."""
     from torch.nn.attention import varlen as library
 
     from motif_kernels.reference import attention as naive
     from motif_kernels.reference import packed_visibility_mask
 
-    def stand_in(q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, *_: int, **rest: Any) -> Tensor:
-        assert rest["enable_gqa"] == (q.shape[1] != k.shape[1])
-        visible = packed_visibility_mask(
-            bounds_q, bounds_k, len(q), len(k), causal=False, window_size=rest["window_size"]
-        )
-        return naive(q[None], k[None], v[None], visible=visible, softmax_scale=rest["scale"])[0][0]
+    def old(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds_q: Tensor,
+        bounds_k: Tensor,
+        longest_q: int,
+        longest_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+    ) -> Tensor:
+        visible = packed_visibility_mask(bounds_q, bounds_k, len(q), len(k), causal=False, window_size=window_size)
+        return naive(q[None], k[None], v[None], visible=visible, softmax_scale=scale)[0][0]
 
-    monkeypatch.setattr(library, "varlen_attn", stand_in)
+    def new(q: Tensor, k: Tensor, *rest: Any, enable_gqa: bool, **options: Any) -> Tensor:
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return old(q, k, *rest, **options)
+
+    monkeypatch.setattr(library, "varlen_attn", new if option else old)
     p = small(name)
     inputs = inputs_of(p)
     exact = Exact(p, inputs, draw_from(1, torch.float32, CPU))
@@ -229,7 +273,7 @@ def test_a_wrong_contender_is_refused_by_name_and_the_others_are_timed(
 
     both = [Candidate("two", "flash", [("", wrong)]), Candidate("sdpa", "", [("", right)])]
     monkeypatch.setattr(attention, "candidates", lambda *_: both)
-    results, refused = attention.measure(p, ["two", "sdpa"], CPU, CpuClock(), seconds=0, minimum=2)
+    results, refused = attention.measure(p, ["two", "sdpa"], CPU, CpuClock(), seconds=0, minimum=2, limits=LIMITS)
     assert [r["contender"] for r in results] == ["sdpa"]
     (refusal_,) = refused
     assert (refusal_["contender"], refusal_["layout"]) == ("two", "gda4_64")
@@ -318,7 +362,7 @@ def test_one_that_runs_out_of_memory_is_reported_and_the_others_go_on(
 
     both = [Candidate("naive", "", [("", hungry)]), Candidate("sdpa", "", [("", right)])]
     monkeypatch.setattr(attention, "candidates", lambda *_: both)
-    results, refused = attention.measure(p, [], CPU, TurnClock(), seconds=0, minimum=4)
+    results, refused = attention.measure(p, [], CPU, TurnClock(), seconds=0, minimum=4, limits=LIMITS)
     assert [(r["contender"], r["repetitions"]) for r in results] == [("sdpa", 4)]
     assert [(r["contender"], r["reason"]) for r in refused] == [("naive", "it ran out of memory")]
 
@@ -327,6 +371,21 @@ def test_the_naive_formula_is_not_tried_where_its_maps_do_not_fit() -> None:
     assert refusal(problem("v1_64", "bf16", 512, tokens=512, head_divisor=8), "naive", CPU) is None
     reason = refusal(problem("v1_64", "bf16", 16384, tokens=16384), "naive", CPU)
     assert reason == "its maps would take about 256 GiB"
+
+
+def test_without_flash_attn_its_backend_is_left_out_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal of one of ours is a failure of the run."""
+    monkeypatch.setattr(attention_contenders.flash, "installed", lambda: None)
+    assert unavailable(CUDA) == {"flash": "flash-attn is not installed"}
+    monkeypatch.setattr(attention_contenders.flash, "installed", lambda: 3)
+    assert unavailable(CUDA) == {}
+    monkeypatch.setattr(
+        attention_contenders.flash,
+        "refusal",
+        lambda *, device, dtype, head_dim, value_dim: "too wide" if value_dim == 256 else None,
+    )
+    assert refusal(problem("gda4_128", "bf16", 512, tokens=512), "flash", CUDA) == "too wide"
+    assert refusal(problem("v1_64", "bf16", 512, tokens=512), "flash", CUDA) is None
 
 
 def result(
@@ -340,6 +399,8 @@ def result(
         "form": "",
         "seconds": {d: {"median": both, "lower": both, "upper": both} for d in DIRECTIONS},
         "tflops": dict.fromkeys(DIRECTIONS, 1 / both),
+        "floor_seconds": {d: {"bytes": 0.2, "operations": 0.5, "floor": 0.5} for d in DIRECTIONS},
+        "share_of_floor": dict.fromkeys(DIRECTIONS, 0.5 / both),
         "peak_bytes": peak,
         "best": True,
     }
@@ -399,6 +460,8 @@ def test_the_better_kernel_is_shown_and_aims_and_refusals_are_printed(capsys: py
     assert [r["best"] for r in results] == [True, False, True]
     content = {
         "environment": {"device": "NVIDIA H100"},
+        "copy": {"gb_per_second": 3000.0},
+        "matrix": {"size": 8192, "tflops": {"bf16": 798.0}},
         "results": results,
         "refused": [result("v1_64", 4096, "naive", 1.0) | {"reason": "it ran out of memory"}],
         "not_begun": [problem("v2_64", "bf16", 8192, tokens=8192).cell()],
@@ -406,6 +469,10 @@ def test_the_better_kernel_is_shown_and_aims_and_refusals_are_printed(capsys: py
     }
     print_results(Console(width=100), content)
     printed = capsys.readouterr().out
+    assert "copy bandwidth: 3,000.0 GB/s" in printed
+    assert "matrix products of 8,192: bf16 798 TFLOP/s" in printed
+    assert re.search(r"floor, by operations +500,000\.0 +500,000\.0 +500,000\.0", printed)  # microseconds
+    assert re.search(r"4,096 +ours, deterministic +1\.0 +50% +1\.0 +50% +1\.0 +50%", printed)
     assert "four calls (cuDNN)" in printed
     assert "four calls (flash)" not in printed
     assert "refused naive formula at DIFF V1 (64, 128), bf16, 4,096: it ran out of memory" in printed

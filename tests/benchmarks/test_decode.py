@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -80,6 +81,13 @@ def test_a_quick_run_measures_both_parts(tmp_path: Path) -> None:
         assert r["bytes"] == r["batch"] * r["context"] * widths * {"float32": 4, "bf16": 2}[r["dtype"]]
         assert r["gb_per_second"] == pytest.approx(r["bytes"] / r["seconds"]["median"] * 1e-9)
         assert r["copy_share"] == pytest.approx(r["gb_per_second"] / bandwidth)
+        floor = r["floor_seconds"]
+        # Two products of keys 64 or 128 wide and values twice that, for each query head of the one key head left.
+        flops = {"gda4_128": 5 * 2 * (128 + 256), "v1_64": 2 * 2 * 2 * (64 + 128)}[r["layout"]]
+        rate = content["matrix"]["tflops"][r["dtype"]] * 1e12
+        assert floor["operations"] == pytest.approx(r["batch"] * r["context"] * flops / rate)
+        assert floor["bytes"] == pytest.approx(r["bytes"] / bandwidth * 1e-9)
+        assert r["share_of_floor"] == pytest.approx(max(floor.values()) / r["seconds"]["median"])
         assert r["errors"]["output"]["relative"] <= content["tolerances"][r["dtype"]]
     layouts = ("gda4_128", "v1_64")
     assert cells.keys() == {(n, d, b, 96) for n in layouts for d in ("float32", "bf16") for b in (1, 2)}
@@ -316,6 +324,8 @@ def kernel_result(contender: str, seconds: float, share: float = 0.9, **rest: An
     cell = {"layout": "gda4_128", "dtype": "bf16", "batch": 1, "context": 32768, "variant": "", "form": ""}
     spread = {"median": seconds, "lower": seconds, "upper": seconds}
     figures = {"seconds": spread, "copy_share": share, "gb_per_second": 1000 * share, "best": True}
+    figures["floor_seconds"] = {"bytes": seconds * share, "operations": 0.0, "floor": seconds * share}
+    figures["share_of_floor"] = share
     return cell | figures | {"contender": contender} | rest
 
 
@@ -385,6 +395,7 @@ def test_the_best_kernel_is_shown_with_aims_and_refusals(capsys: pytest.CaptureF
         console, [*judge_kernels(results, CUDA), *judge_generate([generated("gda", 1), generated(MODELS[4], 1)])]
     )
     printed = capsys.readouterr().out
+    assert re.search(r"floor, by bytes +90\.0", printed)  # microseconds, of the first
     assert "two calls (flash, joined keys)" in printed
     assert "cuDNN" not in printed
     assert "2.00" in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -58,11 +59,13 @@ def test_a_part_that_fails_is_named_and_the_next_ones_run(environment: dict[str,
     assert done.stdout.splitlines()[-1] == "failed: poly_norm"
     assert "a typing error" in (out / "poly_norm.log").read_text()
     assert "== poly_norm: FAILED with exit status 3" in done.stdout
-    parts = {"tests.log", "poly_norm.log", "combine.log", "combine.json", "train_step.log", "train_step.json"}
-    parts |= {"attention.log", "attention.json", "decode.log", "decode.json"}
-    assert packed(out) >= parts | {"gpu.log"}
+    measured = ("attention", "combine", "decode", "train_2.6b")
+    assert packed(out) >= {"gpu.log", "tests.log", "poly_norm.log"} | {
+        f"{m}.{s}" for m in measured for s in ("log", "json")
+    }
     assert "results.tar.gz" not in packed(out)
-    assert not (out / "tune.log").exists()
+    for name in ("train_300m", "sanitize", "study", "tune"):
+        assert not (out / f"{name}.log").exists()
     assert "--quick" in (out / "combine.log").read_text()
 
 
@@ -71,14 +74,27 @@ def test_only_the_parts_that_are_named_run(environment: dict[str, str], tmp_path
     done = gpu(environment, out, "combine", "tests")
     assert done.returncode == 0, done.stdout
     assert packed(out) == {"gpu.log", "tests.log", "combine.log", "combine.json"}
-    assert (out / "tests.log").read_text() == "arguments: -m pytest -m gpu -q tests/kernels\n"
+    assert re.fullmatch(r"arguments: -m pytest -m gpu -q tests/kernels -n \d+\n", (out / "tests.log").read_text())
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones(environment: dict[str, str], tmp_path: Path) -> None:
     done = gpu(environment, tmp_path / "out", "poly")
     assert done.returncode == 2
     assert "there is no part poly" in done.stderr
-    assert "parts: tests attention decode poly_norm combine train_step; on request: tune\n" in done.stderr
+    known = "tests attention poly_norm combine decode train_2.6b; on request: train_300m sanitize study tune\n"
+    assert f"parts: {known}" in done.stderr
+
+
+def test_the_limits_of_a_call_add_up_to_ten_minutes_at_most() -> None:
+    by_default, on_request = SCRIPT.read_text().split("on_request=(", 1)
+
+    def limits(text: str) -> list[int]:
+        return [int(limit) for limit in re.findall(r'^  "\S+ +(\d+) -m ', text, flags=re.MULTILINE)]
+
+    assert len(limits(by_default)) == 6
+    assert sum(limits(by_default)) < 600
+    assert len(limits(on_request)) == 4
+    assert max(limits(on_request)) < 600
 
 
 def test_a_part_on_request_runs_when_it_is_named(environment: dict[str, str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,18 @@ from benchmarks import combine, kernels, poly_norm
 from benchmarks.kernel_report import DIRECTIONS, judge, print_results
 from benchmarks.kernels import CONTENDERS, TOLERANCES, device_slug, draw_from, errors_of, fault, measure
 from benchmarks.memory import peak_bytes, saved_bytes
-from benchmarks.timing import Clock, CpuClock, CudaClock, Timing, Work, time_in_turns
+from benchmarks.timing import (
+    Clock,
+    CpuClock,
+    CudaClock,
+    Limits,
+    Timing,
+    Work,
+    copy_bandwidth,
+    matrix_rate,
+    measure_limits,
+    time_in_turns,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,6 +68,10 @@ def assert_complete(printed: str, content: dict[str, Any], contenders: set[str],
             rate = r["bytes"][direction] / seconds["median"]
             assert r["gb_per_second"][direction] == pytest.approx(rate * 1e-9)
             assert r["copy_share"][direction] == pytest.approx(rate * 1e-9 / content["copy"]["gb_per_second"])
+            floor = r["floor_seconds"][direction]
+            assert floor["bytes"] == pytest.approx(r["bytes"][direction] * 1e-9 / content["copy"]["gb_per_second"])
+            assert (floor["floor"], floor["operations"]) == (floor["bytes"], None)
+            assert r["share_of_floor"][direction] == pytest.approx(r["copy_share"][direction])
         assert r["bytes"]["both"] == r["bytes"]["forward"] + r["bytes"]["backward"]
         assert r["repetitions"] >= 2
         for error in r["errors"].values():
@@ -67,6 +83,7 @@ def assert_complete(printed: str, content: dict[str, Any], contenders: set[str],
     assert all(names == contenders for names in cells.values())
     for function, dtype, _ in cells:
         assert f"{function}, {dtype}, " in printed
+    assert "floor, by bytes" in printed
     for name in contenders:
         assert CONTENDERS[name] in printed
 
@@ -302,6 +319,24 @@ def test_timing_ends_at_the_most_repetitions() -> None:
     assert timings["a"]["it"] == [Timing(1.0, 0.5)] * 4
 
 
+def test_limits_are_what_the_clock_says() -> None:
+    assert copy_bandwidth(CPU, TurnClock(), bytes_=1000, seconds=0) == 2000  # read and written in a second
+    assert matrix_rate(CPU, TurnClock(), torch.bfloat16, size=16, seconds=0) == 2 * 16**3
+    limits = measure_limits(CPU, TurnClock(), {"bf16": torch.bfloat16}, seconds=0, quick=True)
+    assert limits.content() == {
+        "copy": {"bytes": 4 << 20, "gb_per_second": (8 << 20) * 1e-9},
+        "matrix": {"size": 128, "tflops": {"bf16": 2 * 128**3 * 1e-12}},
+    }
+    assert "matrix" not in measure_limits(CPU, TurnClock(), {}, seconds=0, quick=True).content()
+
+
+def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
+    limits = Limits(1, 100.0, 1, {"bf16": 1000.0, "float32": 10.0})
+    assert limits.floor(50, 200, "bf16")._asdict() == {"bytes": 0.5, "operations": 0.2, "floor": 0.5}
+    assert limits.floor(50, 200, "float32")._asdict() == {"bytes": 0.5, "operations": 20.0, "floor": 20.0}
+    assert limits.floor(50)._asdict() == {"bytes": 0.5, "operations": None, "floor": 0.5}
+
+
 class FakeEvent:
     """An event of a GPU that waits for as long as it was told to sleep."""
 
@@ -380,6 +415,8 @@ def result(
         "seconds": {d: {"median": s, "lower": s, "upper": s} for d, s in seconds.items()},
         "gb_per_second": {d: 1 / s for d, s in seconds.items()},
         "copy_share": {d: 1 / s for d, s in seconds.items()},
+        "floor_seconds": {d: {"bytes": 0.5, "operations": None, "floor": 0.5} for d in seconds},
+        "share_of_floor": {d: 0.5 / s for d, s in seconds.items()},
         "saved_bytes": {"total": 1, "beyond_inputs": 0},
         "peak_bytes": {"eager": 10, "ours": 5}.get(contender, 7),
     }
@@ -444,6 +481,7 @@ def test_aims_and_refusals_are_printed(capsys: pytest.CaptureFixture[str]) -> No
     }
     print_results(Console(width=100), content, CONTENDERS)
     printed = capsys.readouterr().out
+    assert re.search(r"4,096 +floor, by bytes +500,000\.0 +500,000\.0 +500,000\.0", printed)  # microseconds
     assert "refused liger-kernel at poly_norm, bf16, 8,192 x 4,096: its output is off by 3" in printed
     assert (
         "not met  poly_norm, bf16, backward: at least 80% of copy bandwidth: 0.50 at worst (8,192 x 4,096)" in printed

@@ -6,36 +6,32 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.compiled import ARCHITECTURES, FAMILIES, compile_family
+from benchmarks.report import RESULTS
 from motif_kernels.tuning import tables
 
-TESTS = Path(__file__).resolve().parents[1]
 SHARED_MEMORY = 227 * 1024  # bytes a block may use, on both
 TENSOR_MEMORY = 512  # columns, on Blackwell
 
 
-@pytest.mark.parametrize("arch", [90, 100])
-@pytest.mark.parametrize("family", ["poly_norm", "combine", "attention", "decoding"])
-def test_spills_and_memory_within_bounds(family: str, arch: int) -> None:
-    pytest.importorskip("triton", reason="compiling needs triton")
-    # A process of its own: here, kernels may be interpreted, which is decided when triton is imported.
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "helpers.compiled_kernels", "--json", str(arch), family]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spills_and_memory_within_bounds_and_as_reported(family: str, arch: int) -> None:
+    triton = pytest.importorskip("triton", reason="compiling needs triton")
+    kernels = compile_family(arch, family)
     assert len(kernels) > 20
     assert not [k for k in kernels if k["stack"] > _stack_bound(k)]
     assert not [k for k in kernels if k["shared"] > SHARED_MEMORY]
     # More would still compile, but could not be launched.
     assert not [k for k in kernels if k["tensor_memory"] > TENSOR_MEMORY]
+    reported = json.loads((RESULTS / "compiled.json").read_text())
+    if reported["environment"]["versions"]["triton"] == triton.__version__:
+        found = [k for k in reported["kernels"] if (k["arch"], k["family"]) == (arch, family)]
+        assert kernels == found, "kernels have changed: python -m benchmarks.compiled writes the report anew"
 
 
 def _stack_bound(kernel: dict[str, Any]) -> int:

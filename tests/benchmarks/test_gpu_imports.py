@@ -1,0 +1,81 @@
+"""What a machine with a GPU may lack: the GPU tests are collected and the benchmarks imported without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MISSING = (
+    "datasets",
+    "jsonargparse",
+    "multiprocess",
+    "liger_kernel",
+    "flash_attn",
+    "flash_attn_interface",
+    "torchao",
+    "lm_eval",
+    "playwright",
+)
+BENCHMARKS = ("attention", "combine", "decode", "poly_norm", "sanitize", "study", "train_step", "tune")
+
+# Read by every interpreter as it starts: what it names is not to be found, as where it is not installed.
+HIDE = f"""
+from importlib.machinery import PathFinder
+
+missing = {MISSING!r}
+find_spec = PathFinder.find_spec
+
+
+def find(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in missing else find_spec(name, path, target)
+
+
+PathFinder.find_spec = classmethod(find)
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process in which they are missing."""
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    # As benchmarks/gpu.sh has it, which runs what is not installed.
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "kernels")))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def python(environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_gpu_tests_are_collected(bare: dict[str, str]) -> None:
+    printed = python(
+        bare, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/kernels"
+    )
+    for test in (
+        "test_triton_attention.py::test_error_rule[cuda-",
+        "test_poly_norm.py::test_error_rule_forward_and_backward[cuda-",
+        "test_combine.py::test_error_rule[cuda-",
+        "test_decoding.py::test_on_a_device[",
+        "test_on_gpu.py::test_the_same_bits_in_every_run[GDA 4:1-cuda]",
+        "test_on_gpu.py::test_a_compiled_model_is_as_near_to_float64_as_an_eager_one[cuda-inductor]",
+    ):
+        assert f"tests/kernels/{test}" in printed
+
+
+def test_the_benchmarks_are_imported(bare: dict[str, str]) -> None:
+    code = f"""
+        import importlib, importlib.util
+        assert not any(importlib.util.find_spec(name) for name in {MISSING!r})
+        for name in {BENCHMARKS!r}:
+            importlib.import_module("benchmarks." + name).main
+        """
+    python(bare, "-c", textwrap.dedent(code))
