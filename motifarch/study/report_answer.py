@@ -29,7 +29,8 @@ def answer(study: Study, group: Sequence[Variant]) -> tuple[str, str]:
     others = [c for v in ratios if v is not best and (c := study.compared(best, v)) and c.paired]
     first = next((c for c in others if c.reference.ratio == 1), max(others, key=lambda c: c.mean, default=None))
     rest = _rest(best, [c for c in others if c is not first]) if any(map(_told_apart, others)) else ""
-    more = [rest, _outside(study, best, group), claim(study, group)]
+    price = _price(study, best, first.reference) if first else ""
+    more = [price, rest, _outside(study, best, group), claim(study, group)]
     several = len([g for _, _, g in study.groups() if len(study.ratios(g)) > 1]) > 1
     where = f"{study.group_title(best.size, best.activation)}: " if several else ""
     count = f"{len(ratios)} head ratios"
@@ -55,6 +56,20 @@ def _answer(study: Study, best: Variant, count: str, first: Comparison | None, o
     elif not any(map(_told_apart, others)):
         told = f"No head ratio is shown to be best. {told}"
     return f"{told}, {_size(study, first)} {_ratio(first.reference)}. {_verdict(first)}"
+
+
+def _price(study: Study, best: Variant, reference: Variant) -> str:
+    """What the best takes more or less of than the one it is compared with: equal in one cost is not in all."""
+    by = study.results["matching"]["by"]
+    shares = {what: best.row[key] / reference.row[key] - 1 for k, (key, what) in COSTS.items() if k != by}
+    said = [
+        f"{100 * abs(share):.1f}% {'more' if share > 0 else 'fewer'} {what}"
+        for what, share in shares.items()
+        if abs(share) >= study.results["matching"]["tolerance"]
+    ]
+    if not said:
+        return ""
+    return f"At equal {COSTS[by][1]}, {_ratio(best)} takes {named(said)} than {_ratio(reference)}."
 
 
 def _told_apart(comparison: Comparison) -> bool:

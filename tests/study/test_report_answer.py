@@ -47,6 +47,19 @@ def test_a_ratio_that_beats_each_other_one_is_called_the_best_with_its_differenc
     assert "GDA 2:1 and GDA 7:1 are worse too." in more
 
 
+def test_a_better_ratio_that_costs_more_says_so() -> None:
+    found = study({ONE: 2.6, TWO: 2.5, FOUR: 2.4, SEVEN: 2.45}, 1e-4)
+    rows = {v.name: v.row for v in found.variants}
+    for key in ("training_flops_per_token", "kv_bytes_per_token"):
+        rows[FOUR][key] = rows[ONE][key]
+    assert "takes" not in told(found)[1]
+    rows[FOUR]["training_flops_per_token"] = 1.163 * rows[ONE]["training_flops_per_token"]
+    _, more = told(found)
+    assert more.startswith(
+        "At equal parameters, GDA 4:1 takes 16.3% more training operations a token than DIFF V1 (1:1)."
+    )
+
+
 def test_where_only_some_ratios_are_worse_the_rest_are_named() -> None:
     first, more = told(study({ONE: 2.6, TWO: 2.4001, FOUR: 2.4, SEVEN: 2.5}, 1e-3))
     assert first.startswith("GDA 4:1 has the lowest mean validation loss of 4 head ratios")
