@@ -168,6 +168,8 @@ class Runner:
             start_new_session=True,
         )
         self._processes.add(process)
+        if time.monotonic() >= self.deadline:  # stop() came between
+            _end(process)
         try:
             output, _ = process.communicate(timeout=left)
         except subprocess.TimeoutExpired:

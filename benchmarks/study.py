@@ -1,11 +1,11 @@
-"""The head-ratio study as a part of benchmarks/gpu.sh: in calls of some minutes, on text that lies on the machine.
+"""The head-ratio study as a part of benchmarks/gpu.sh: some minutes at a time, on text that lies on the machine.
 
-    python -m benchmarks.study --output OUT/study.json --limit 560     # on a GPU; the same command goes on
+    python -m benchmarks.study --output OUT/study.json --limit 450     # on a GPU; the same command goes on
     python -m benchmarks.study --quick                                 # a smoke test on tiny models, with no meaning
 
 The grid is recipes/study/gpu_short.yaml. Its text is the Python sources on the machine: the standard library's and the
-installed packages', prepared once. Runs are kept in runs/, so that a call goes on where the one before it stopped; the
-report of what there is lies beside the JSON file as HTML and Markdown.
+installed packages', prepared once. Runs are kept in runs/, so that each start goes on where the one before stopped.
+The report of what there is lies beside the JSON file as HTML and Markdown.
 
 Preparing text and reading a grid take the packages datasets and jsonargparse, which motifarch depends on. On a machine
 that lacks them and reaches no network, put a folder with them on PYTHONPATH; without, this says so and does nothing.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,8 +32,8 @@ GRID = Path("recipes/study/gpu_short.yaml")
 NEEDED = ("datasets", "multiprocess", "jsonargparse")
 # Of each source: enough for several times the grid's tokens, and prepared in a minute or two.
 _DOCUMENTS = 30_000
-# A study that was asked to stop saves and reports.
-_PATIENCE_S = 60
+# A study that was asked to stop waits up to two minutes for its runs to save, and reports.
+_PATIENCE_S = 130
 
 _TINY = (
     "{name: tiny, hidden_size: 64, num_hidden_layers: 2, head_dim: 16, num_noise_heads: 1, "
@@ -75,7 +76,8 @@ def prepare(folder: Path, *, quick: bool) -> list[str]:
 
 def study(data: Path, output: Path, *, quick: bool) -> list[str]:
     """The command that runs the study on that text, or goes on with it."""
-    argv = [str(GRID), "--output", str(output), "--data.path", str(data)]
+    # The text is prepared: a source in the record would be the grid's own, which this is not.
+    argv = [str(GRID), "--output", str(output), "--data.path", str(data), "--data.source", "[]"]
     if quick:
         argv += ["--data.seq_len", "64", *(word for name, value in _QUICK.items() for word in (f"--{name}", value))]
     return [sys.executable, "-m", "motifarch.cli", "benchmark", "head-ratio", *argv]
@@ -86,10 +88,16 @@ def finish(command: Sequence[str], deadline: float) -> int | None:
     process = subprocess.Popen(command, cwd=report.ROOT)
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.terminate()
-        process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
         return None
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its runs are tied to it, and save
+                process.wait()
 
 
 def keep(folder: Path, output: Path) -> bool:
@@ -109,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=summary)
     add = parser.add_argument
     add("--output", type=Path, help="JSON file; default runs/study_gpu.json")
-    add("--limit", type=float, default=560, metavar="SECONDS", help="stop then, and go on next time; default 560")
+    add("--limit", type=float, default=450, metavar="SECONDS", help="stop then, and go on next time; default 450")
     add("--quick", action="store_true", help="tiny models, a smoke test")
     options = parser.parse_args(argv)
     if missing := missing_packages():
@@ -119,16 +127,18 @@ def main(argv: list[str] | None = None) -> int:
     name = "study_quick" if options.quick else "study_gpu"
     runs, data = Path("runs", name), Path("data", name)
     output = (options.output or report.ROOT / runs.with_suffix(".json")).absolute()
-    with terminate_as_interrupt():
-        status = finish(prepare(data, quick=options.quick), deadline)
-        if status == 0:
-            status = finish(study(data, runs, quick=options.quick), deadline)
-    found = keep(report.ROOT / runs, output)
+    try:
+        with terminate_as_interrupt():
+            status = finish(prepare(data, quick=options.quick), deadline)
+            if status == 0:
+                status = finish(study(data, runs, quick=options.quick), deadline)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGTERM
     if status is None:
         print(f"stopped after {options.limit:.0f} s; the same command goes on")
-    if found:
+    if keep(report.ROOT / runs, output):
         print(f"figures: {output}, and the report beside it")
-    # A call that ran out of time has done its part.
+    # One that has used its time up has done its part.
     return status or 0
 
 

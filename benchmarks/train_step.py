@@ -21,9 +21,9 @@ timed, the others wait. One that fails, runs out of memory or dies is reported w
 
 *Speed.* The models take turns, a step each (on a GPU five, after one that is not timed), in an order that rotates from
 round to round, so that a drift of the machine's speed hits all alike. The figure is the median step, with the
-quartiles. Between turns a model keeps weights and Adam's moments, 12 bytes a parameter, on a GPU nothing else: six of
-the 300m or 2.6b shape are 23 GB, and the one whose turn it is adds some 25 GB. ``--memory-steps`` steps come before all
-turns; the first is reported by itself, for what is compiled is compiled in it.
+quartiles. Between turns a model keeps weights and Adam's moments, 12 bytes a parameter, and on a GPU its CUDA context:
+six of the 300m or 2.6b shape are 23 GB and the contexts, and the one whose turn it is adds some 30 GB.
+``--memory-steps`` steps come before all turns; the first is reported by itself, for what is compiled is compiled in it.
 
 *Work.* Model operations of a token are counted by MotifForCausalLM.flops_per_token, transformers' models as ours with
 the same matrices and maps; nothing that is recomputed is in it. MFU is their rate over the GPU's dense bf16 peak.
@@ -37,8 +37,8 @@ Libraries loaded on first use are not in it: a tiny model of the same kind takes
 with the most time of their own, and their share of all.
 
 ``--limit`` shares its seconds among precisions and lengths: in each, models get ready in the order of ``--models`` for
-two thirds of the time (on a GPU two or more at once: compiling takes long and one core), then take turns, and costs
-come last. Figures are written as they come.
+two thirds of the time (to be compiled on a GPU, as many at once as fit, for that takes long and one core), then take
+turns, and costs come last. Figures are written as they come.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -199,7 +200,7 @@ class Cell:
     def get_ready(self, workers: Mapping[str, Worker], show: Callable[[str], None], done: Callable[[], None]) -> None:
         """Build, compile and weigh the models, as many at once as a GPU has room for, on a CPU one after the other."""
         at_once = 1
-        if self.benchmark.setup.device == "cuda":
+        if self.benchmark.setup.device == "cuda" and self.benchmark.setup.compile:  # else there is little to wait for
             at_once = max(1, torch.cuda.get_device_properties(0).total_memory // _GETTING_READY_BYTES)
 
         def prepare(name: str) -> Prepared:
@@ -207,8 +208,8 @@ class Cell:
             return workers[name].prepare(self.benchmark.arguments.memory_steps, self.left(_GETTING_READY))
 
         with ThreadPoolExecutor(at_once) as pool:
-            futures = {name: pool.submit(prepare, name) for name in workers}
             try:
+                futures = {name: pool.submit(prepare, name) for name in workers}
                 for name, future in futures.items():
                     try:
                         self.prepared[name] = future.result()
@@ -407,7 +408,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     benchmark = Benchmark(arguments, setup, entries, env, arguments.output or default)
     with contextlib.suppress(KeyboardInterrupt), terminate_as_interrupt():
         benchmark.measure(console)
-    return finish(benchmark, console)
+    # A time limit that ends only now need not cost the tables and the picture.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        return finish(benchmark, console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish(benchmark: Benchmark, console: Console) -> int:

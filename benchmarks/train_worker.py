@@ -79,13 +79,14 @@ class Worker:
             self._pipe.send((request, argument))
             if not self._pipe.poll(timeout):
                 self.process.kill()  # a compiler that hangs may not listen
+                self.process.join()  # until then it keeps its memory from the others
                 raise OutOfTime("the time was over")
             fine, answer = self._pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            raise Failed(
-                f"its process ended with exit code {self.process.exitcode}; -9 usually means that memory ran out"
-            ) from None
+            code = self.process.exitcode
+            hint = ", which mostly means that memory ran out" if code == -signal.SIGKILL else ""
+            raise Failed(f"its process ended with exit code {code}{hint}") from None
         if not fine:
             self.close()
             raise Failed(answer)

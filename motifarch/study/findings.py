@@ -228,16 +228,21 @@ class Study:
         """Those with a head ratio, rising."""
         return sorted((v for v in variants if v.ratio is not None), key=lambda v: v.ratio or 0)
 
-    def best(self, variants: Sequence[Variant]) -> Variant | None:
-        """The lowest mean loss on the seeds that all of them finished; None where nothing finished.
+    def eligible(self, variants: Sequence[Variant]) -> list[Variant]:
+        """Those that can be the best: with finished runs, and no more failed ones than others.
 
-        Variants with more failed runs than others do not count: of one that diverges, only lucky seeds are left.
+        Of a variant that diverges, only lucky seeds are left.
         """
-        losses = {v.name: values for v in variants if (values := self.values(v, "validation_loss"))}
+        finished = [v for v in variants if self.values(v, "validation_loss")]
         size = {v.size for v in variants}
         failed = [r["variant"] for r in self.runs if r["status"] == "failed" and r["size"] in size]
-        fewest = min((failed.count(name) for name in losses), default=0)
-        chosen = [v for v in variants if v.name in losses and failed.count(v.name) == fewest]
+        fewest = min((failed.count(v.name) for v in finished), default=0)
+        return [v for v in finished if failed.count(v.name) == fewest]
+
+    def best(self, variants: Sequence[Variant]) -> Variant | None:
+        """The lowest mean loss of the eligible, on the seeds that all of them finished; None where nothing finished."""
+        chosen = self.eligible(variants)
+        losses = {v.name: self.values(v, "validation_loss") for v in chosen}
         shared = set.intersection(*(set(losses[v.name]) for v in chosen)) if chosen else set()
 
         def mean(variant: Variant) -> float:

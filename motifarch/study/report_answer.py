@@ -27,14 +27,18 @@ def answer(study: Study, group: Sequence[Variant]) -> tuple[str, str]:
         return f"Only one head ratio has finished runs, {_ratio(best)}: there is nothing to compare it with.", ""
     # Of those that ran on its seeds: against 1:1, which the paper improves on, or against the next best.
     others = [c for v in ratios if v is not best and (c := study.compared(best, v)) and c.paired]
-    first = next((c for c in others if c.reference.ratio == 1), max(others, key=lambda c: c.mean, default=None))
+    eligible = study.eligible(ratios)
+    rivals = [c for c in others if c.reference in eligible] or others
+    first = next((c for c in rivals if c.reference.ratio == 1), max(rivals, key=lambda c: c.mean, default=None))
     rest = _rest(best, [c for c in others if c is not first]) if any(map(_told_apart, others)) else ""
     price = _price(study, best, first.reference) if first else ""
     more = [price, rest, _outside(study, best, group), claim(study, group)]
     several = len([g for _, _, g in study.groups() if len(study.ratios(g)) > 1]) > 1
     where = f"{study.group_title(best.size, best.activation)}: " if several else ""
-    count = f"{len(ratios)} head ratios"
-    if len(ratios) < len(study.ratios(group)):
+    count = f"{len(eligible)} head ratios"
+    if len(eligible) < len(ratios):
+        count += " whose runs failed least"
+    elif len(ratios) < len(study.ratios(group)):
         count += " that have finished runs"
     return f"{where}{_answer(study, best, count, first, others)}", " ".join(filter(None, more))
 
@@ -157,16 +161,15 @@ def claim(study: Study, group: Sequence[Variant]) -> str:
     here = f"here {CLAIMED_RATIO}:1's loss is {abs(100 * share):.2f}% {'lower' if share >= 0 else 'higher'}"
     if not _told_apart(found):
         return f"{reported}; {here}, which neither supports nor refutes it."
+    given = "" if found.significant else ", if all variants are equally noisy"
     if share < 0:
-        return f"{reported}; {here}, which contradicts it at this size."
+        return f"{reported}; {here}{given}, which contradicts it at this size."
     judged = found.paired.difference if found.significant or found.shared is None else found.shared[0]
     if judged.lower is None or judged.upper is None:
         return ""
     least, most = -judged.upper / start.mean, -judged.lower / start.mean
     interval = f"{CONFIDENCE:.0%} interval {100 * least:.2f}% to {100 * most:.2f}%"
-    less, more = most < CLAIMED_SHARE, least > CLAIMED_SHARE
-    how = "the same direction, but less" if less else "the same direction, and more" if more else "which agrees with it"
-    return f"{reported}; {here} ({interval}), {how}."
+    return f"{reported}; {here} ({interval}{given}), in the same direction."
 
 
 def facts(study: Study) -> str:

@@ -23,7 +23,7 @@ MODELS = [name for name, c in CONTENDERS.items() if c.unavailable("cpu") is None
 TINY = Sizes(128, num_layers=1, head_dim=16, vocab_size=64, intermediate_size=352, intermediate_multiple=8)
 
 
-# What the machine with the GPU lacks: importing one of these raises ImportError, in every process of a command.
+# What a machine with a GPU may lack: importing one of these raises ImportError, in every process of a command.
 LACKING = ["datasets", "jsonargparse", "multiprocess", "liger_kernel", "flash_attn", "torchao"]
 
 
