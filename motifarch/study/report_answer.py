@@ -73,7 +73,7 @@ def _price(study: Study, best: Variant, reference: Variant) -> str:
     ]
     if not said:
         return ""
-    return f"At equal {COSTS[by][1]}, {_ratio(best)} takes {named(said)} than {_ratio(reference)}."
+    return f"At equal {COSTS[by][1]}, {_ratio(best)} needs {named(said)} than {_ratio(reference)}."
 
 
 def _told_apart(comparison: Comparison) -> bool:

@@ -52,11 +52,11 @@ def test_a_better_ratio_that_costs_more_says_so() -> None:
     rows = {v.name: v.row for v in found.variants}
     for key in ("training_flops_per_token", "kv_bytes_per_token"):
         rows[FOUR][key] = rows[ONE][key]
-    assert "takes" not in told(found)[1]
+    assert "needs" not in told(found)[1]
     rows[FOUR]["training_flops_per_token"] = 1.163 * rows[ONE]["training_flops_per_token"]
     _, more = told(found)
     assert more.startswith(
-        "At equal parameters, GDA 4:1 takes 16.3% more training operations a token than DIFF V1 (1:1)."
+        "At equal parameters, GDA 4:1 needs 16.3% more training operations a token than DIFF V1 (1:1)."
     )
 
 
