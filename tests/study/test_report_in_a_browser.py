@@ -147,7 +147,7 @@ def test_figures_of_heat_maps_fit_their_cells_and_stand_out_from_them(page: Any)
 def test_the_answer_and_the_limits_come_before_the_figures(page: Any) -> None:
     heads = page.locator("h2, h3").all_inner_texts()
     assert heads.index("In short") < heads.index("Limits") < heads.index("Head ratio against loss")
-    assert "of 4 head ratios" in page.locator("main").inner_text().split("Head ratio against loss")[0]
+    assert "of 3 head ratios" in page.locator("main").inner_text().split("Head ratio against loss")[0]
 
 
 def test_headings_are_in_order_and_tables_say_what_their_heads_are_of(page: Any) -> None:
