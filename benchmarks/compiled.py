@@ -29,7 +29,6 @@ MODULE = "benchmarks.compiled"
 FAMILIES = ("poly_norm", "combine", "attention", "decoding")
 ARCHITECTURES = {90: "Hopper", 100: "Blackwell"}
 NEEDS = ("registers", "stack", "shared", "tensor_memory")
-_TESTS = report.ROOT / "tests"
 
 
 def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
@@ -47,8 +46,8 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
         RuntimeError: it did not compile.
     """
     # A process of its own: whether kernels are interpreted is decided when triton is imported.
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(_TESTS), *sys.path])}
-    command = [sys.executable, "-m", "helpers.compiled_kernels", "--json", str(arch), family]
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(report.ROOT), *sys.path])}
+    command = [sys.executable, "-m", "benchmarks.compiled_kernels", "--json", str(arch), family]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError(f"{family} does not compile for sm_{arch}: {done.stderr.strip()}")

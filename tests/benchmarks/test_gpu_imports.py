@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -10,43 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from helpers.bare_machine import MISSING, without_packages
+
 ROOT = Path(__file__).parents[2]
-MISSING = (
-    "datasets",
-    "jsonargparse",
-    "multiprocess",
-    "liger_kernel",
-    "flash_attn",
-    "flash_attn_interface",
-    "torchao",
-    "lm_eval",
-    "playwright",
-)
 BENCHMARKS = ("attention", "combine", "decode", "poly_norm", "sanitize", "study", "train_step", "tune")
-
-# Read by every interpreter as it starts: what it names is not to be found, as where it is not installed.
-HIDE = f"""
-from importlib.machinery import PathFinder
-
-missing = {MISSING!r}
-find_spec = PathFinder.find_spec
-
-
-def find(cls, name, path=None, target=None):
-    return None if name.partition(".")[0] in missing else find_spec(name, path, target)
-
-
-PathFinder.find_spec = classmethod(find)
-"""
 
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
     """The environment of a process in which they are missing."""
-    (tmp_path / "sitecustomize.py").write_text(HIDE)
     # As benchmarks/gpu.sh has it, which runs what is not installed.
-    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "kernels")))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return without_packages(tmp_path, ROOT, ROOT / "kernels")
 
 
 def python(environment: dict[str, str], *arguments: str) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,20 @@ from benchmarks.contenders import CONTENDERS, Sizes, match_parameters
 from benchmarks.train_step import main
 from benchmarks.train_step_report import AIMS, judge, print_results
 from benchmarks.training import Failed, take_turns
+from helpers.bare_machine import without_packages
 
 ROOT = Path(__file__).parents[2]
 MODELS = [name for name, c in CONTENDERS.items() if c.unavailable("cpu") is None]
 TINY = Sizes(128, num_layers=1, head_dim=16, vocab_size=64, intermediate_size=352, intermediate_multiple=8)
 
 
-# What a machine with a GPU may lack: importing one of these raises ImportError, in every process of a command.
-LACKING = ["datasets", "jsonargparse", "multiprocess", "liger_kernel", "flash_attn", "torchao"]
-
-
-def quick(output: Path, *arguments: str, lacking: Path | None = None) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    if lacking is not None:
-        (lacking / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING}))\n")
-        environment["PYTHONPATH"] = str(lacking)
+def quick(output: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.train_step", "--quick", "--device", "cpu", "--output", output, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=environment,
+        env={**environment, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -102,7 +95,7 @@ def test_the_figures_are_complete(smoke: tuple[str, dict[str, Any], Path]) -> No
 def test_a_shape_is_measured_with_what_a_gpu_machine_has(tmp_path: Path) -> None:
     path = tmp_path / "shape.json"
     arguments = ["--shape", "300m", "--models", "gda", "llama", "--rounds", "1", "--limit", "400"]
-    printed = quick(path, *arguments, lacking=tmp_path)
+    printed = quick(path, *arguments, environment=without_packages(tmp_path, ROOT, ROOT / "kernels"))
     content = json.loads(path.read_text())
     assert content["shape"]["name"] == "300m"
     assert content["settings"]["compile"] is False

@@ -1,6 +1,6 @@
 """Every shipped kernel configuration, compiled for Hopper and Blackwell: spills and memory within their bounds.
 
-``cd tests && python -m helpers.compiled_kernels 90 attention`` prints what is checked here.
+``TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels 90 attention`` prints what is checked here.
 """
 
 from __future__ import annotations

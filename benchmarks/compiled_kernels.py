@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there, exactly as they would be launched on it, and read what they need.
 
-    TRITON_INTERPRET=0 python -m helpers.compiled_kernels 90|100 [FAMILY...]      (from tests/)
+    TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels 90|100 [FAMILY...]
 
 Triton asks its driver which GPU to compile for; here the answer is made up, and a launch stops after compiling. So the
 code under test chooses its own configuration, from CPU tensors, and what is compiled is what users run. Prints a table,
@@ -59,7 +59,7 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
 
     compiled: dict[str, Usage] = {}
     run, table = triton.JITFunction.run, tuning._table
-    tuning._table = lambda device: tuning.merged_table(GPUS[arch])
+    tuning._table = lambda device: tuning.merged_table(GPUS[arch])  # type: ignore[assignment]  # a stand-in without its cache
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)

@@ -1,0 +1,45 @@
+"""A machine with a GPU that lacks packages which benchmarks/gpu.sh must do without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MISSING = (
+    "datasets",
+    "jsonargparse",
+    "multiprocess",
+    "liger_kernel",
+    "flash_attn",
+    "flash_attn_interface",
+    "torchao",
+    "lm_eval",
+    "playwright",
+)
+
+# Read by every interpreter as it starts: what it names is not to be found, as where it is not installed.
+_HIDE = f"""
+from importlib.machinery import PathFinder
+
+missing = {MISSING!r}
+find_spec = PathFinder.find_spec
+
+
+def find(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in missing else find_spec(name, path, target)
+
+
+PathFinder.find_spec = classmethod(find)
+"""
+
+
+def without_packages(folder: Path, *search: Path) -> dict[str, str]:
+    """The environment of processes in which they are missing, those that such a process starts included.
+
+    Args:
+        folder: an empty one, for the file that hides them.
+        search: folders to import from besides.
+    """
+    (folder / "sitecustomize.py").write_text(_HIDE)
+    path = os.pathsep.join(map(str, (folder, *search)))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
