@@ -1,53 +1,60 @@
-"""Differential attention by every way there is to compute it: time, TFLOP/s and peak memory, forward and backward.
+"""Differential attention by every way there is to compute it: time, TFLOP/s and peak memory,
+forward and backward.
 
     python -m benchmarks.attention                       # about four minutes on a GPU, two to three on two CPU cores
     python -m benchmarks.attention --all                 # on a GPU: every layout at 512 to 32K, and much longer
     python -m benchmarks.attention --quick               # a smoke test, with no meaning
     python -m benchmarks.attention --layouts v1_64 gda4_128 --lengths 4096 16384 --contenders triton two four
 
-All is causal, and the tokens of all sequences together stay the same (16,384 on a GPU, 2,048 on a CPU, or one longer
-sequence). Layouts are named for their kind, their D and their window: v1 is DIFF V1, one noise head for each signal
-head; gda2 and gda4 are GDA with 2 and 4 signal heads for each noise head, heads as in Motif-2-12.7B; both have values
-twice as wide as keys. v2 is DIFF V2: values as wide as keys, the same keys for signal and noise, lambda for each token
-and head. A window of 128 is 128 keys for each query, its own included. Packed layouts are documents in one sequence, a
-fixed mixture that is even over all magnitudes up to the length, many of them shorter than 512. On a CPU there is an
-eighth of the heads.
+All is causal, and the tokens of all sequences together stay the same (16,384 on a GPU, 2,048 on a
+CPU, or one longer sequence). Layouts are named for their kind, their D and their window: v1 is DIFF
+V1, one noise head for each signal head; gda2 and gda4 are GDA with 2 and 4 signal heads for each
+noise head, heads as in Motif-2-12.7B; both have values twice as wide as keys. v2 is DIFF V2: values
+as wide as keys, the same keys for signal and noise, lambda for each token and head. A window of 128
+is 128 keys for each query, its own included. Packed layouts are documents in one sequence, a fixed
+mixture that is even over all magnitudes up to the length, many of them shorter than 512. On a CPU
+there is an eighth of the heads.
 
-Every contender computes the same function from the same inputs, from queries, keys and values to the finished output
-and back to all gradients: the difference with lambda and, in DIFF V1 and GDA, the sub-norm. Compositions take
-motif_kernels' diff_combine for that, the best there is for them; the fused kernel does it by itself. Noise heads are
-never repeated.
+Every contender computes the same function from the same inputs, from queries, keys and values to
+the finished output and back to all gradients: the difference with lambda and, in DIFF V1 and GDA,
+the sub-norm. Compositions take motif_kernels' diff_combine for that, the best there is for them;
+the fused kernel does it by itself. Noise heads are never repeated.
 
 Contenders:
 
     ours             motif_kernels' fused kernel (triton), in its deterministic and its other mode, and its backends
                      that compose: sdpa, and flash where flash-attn is installed
     two calls        torch's scaled_dot_product_attention for signal and for noise, values at their full width; where
-                     a kernel needs equal widths keys are padded, where it has no grouped queries keys are repeated
+                     a kernel needs equal widths keys are padded, where it has no grouped queries
+                     keys are repeated
     four calls       the same with each call on one half of the values, as the papers' implementations do; DIFF V2's
                      values need no halves
     FlexAttention    compiled (not timed), its block mask made before, two calls; on a CPU its forward alone, for there
-                     it has no backward. By default at one length of a few layouts: it compiles for long
+                     it has no backward. By default at one length of a few layouts: it compiles for
+                     long
     naive formula    with maps in memory, where they fit
 
-Two and four calls are measured with cuDNN and with flash attention; tables and picture show the faster, the JSON file
-both. Windows and documents take torch's varlen_attn on a GPU (the same flash attention), on a CPU a mask and a call for
-each document.
+Two and four calls are measured with cuDNN and with flash attention; tables and picture show the
+faster, the JSON file both. Windows and documents take torch's varlen_attn on a GPU
+(the same flash attention), on a CPU a mask and a call for each document.
 
-Right first: at its size, each contender's output and gradients are held to the plain formula in float64 (float32 where
-that is too much work) on two slices: the first sequence and key head, and the last, with all query heads that use it.
-The incoming gradient is 0 elsewhere, and so must the gradients be. One that is off is refused by name, and not timed.
-One that runs out of memory is reported, and the others go on.
+Right first: at its size, each contender's output and gradients are held to the plain formula in
+float64 (float32 where that is too much work) on two slices: the first sequence and key head, and
+the last, with all query heads that use it. The incoming gradient is 0 elsewhere, and so must the
+gradients be. One that is off is refused by name, and not timed. One that runs out of memory is
+reported, and the others go on.
 
-TFLOP/s count the mathematics alone: for each visible pair of query and key and each group of g signal heads and their
-noise head (g + 1)(2D + 2Dv) forward and g(6D + 4Dv) + 6D backward. What a method computes beyond that, such as a
-second pass over the pairs, padding or hidden pairs, is no work done. The floor, the least time for a direction, is that
-work at the rate of a large matrix product, or every input, output and gradient moved once at the bandwidth of a large
-copy, both measured in the same run: whichever is longer.
+TFLOP/s count the mathematics alone: for each visible pair of query and key and each group of g
+signal heads and their noise head (g + 1)(2D + 2Dv) forward and g(6D + 4Dv) + 6D backward. What a
+method computes beyond that, such as a second pass over the pairs, padding or hidden pairs, is no
+work done. The floor, the least time for a direction, is that work at the rate of a large matrix
+product, or every input, output and gradient moved once at the bandwidth of a large copy, both
+measured in the same run: whichever is longer.
 
-Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the width of the middle
-half. On a GPU it is the device's time with a cold L2 cache and the launches queued (timing.py). Peak memory is the most
-that forward and backward hold at once, the inputs and the incoming gradient included.
+Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the
+width of the middle half. On a GPU it is the device's time with a cold L2 cache and the launches
+queued (timing.py). Peak memory is the most that forward and backward hold at once, the inputs and
+the incoming gradient included.
 """
 
 from __future__ import annotations
@@ -80,8 +87,9 @@ ALL_LENGTHS = [512 << i for i in range(7)]
 CPU_LAYOUTS = ["v1_64", "gda4_128", "v2_64", "v1_64_w128", "v1_64_packed"]
 QUICK_LAYOUTS = ["v1_64", "gda4_128_w128", "v2_64", "v1_64_packed"]
 
-# Largest error of an element, relative to |exact| + the root mean square: several times what rounding does to
-# gradients of attention, far below what a wrong mask, a wrong head or an element that nothing wrote would show.
+# Largest error of an element, relative to |exact| + the root mean square: several times what
+# rounding does to gradients of attention, far below what a wrong mask, a wrong head or an element
+# that nothing wrote would show.
 TOLERANCES = {"float32": 1e-3, "bf16": 0.15}
 
 
@@ -128,7 +136,8 @@ def check(
         try:
             results = trial.both() if "both" in candidate.directions else (trial.forward(),)
         except Exception as error:  # whatever a rival's library raises, the others are still measured
-            # What a kernel without the right widths or heads says matters least; the last form is the most modest.
+            # What a kernel without the right widths or heads says matters least; the last form is
+            # the most modest.
             reason = reason_of(error)
             if is_out_of_memory(error):
                 break
@@ -195,7 +204,8 @@ def measure(
     """Check, weigh and time the contenders on a problem.
 
     Returns:
-        A result for each kernel of each contender that gave right numbers, and a refusal for each other.
+        A result for each kernel of each contender that gave right numbers, and a refusal for each
+        other.
     """
     draw = draw_from(0, DTYPES[problem.dtype], device)
     inputs = {name: tensor.requires_grad_() for name, tensor in problem.make(draw).items()}
@@ -344,10 +354,12 @@ def choose(problem: Problem, arguments: argparse.Namespace, device: torch.device
 
 
 def run(arguments: argparse.Namespace, device: torch.device, console: Console) -> int:
-    """Measure what the (resolved) command line asks for and report; the JSON file is written anew after each size.
+    """Measure what the (resolved) command line asks for and report; the JSON file is written anew
+    after each size.
 
     Returns:
-        The exit status: 1 if motif_kernels was refused anywhere, or if it was stopped before the end.
+        The exit status: 1 if motif_kernels was refused anywhere, or if it was stopped before the
+        end.
     """
     env = report.environment("benchmarks.attention", device, PACKAGES)
     if device.type == "cuda":

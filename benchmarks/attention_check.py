@@ -1,4 +1,6 @@
-"""Attention held to exact arithmetic at the very size it is timed at, on slices that are cheap enough."""
+"""Attention held to exact arithmetic at the very size it is timed at, on slices that are cheap
+enough.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ Index = tuple[int | slice, ...]
 
 # Elements of the maps of a block of queries.
 _BLOCK = 1 << 24
-# Work beyond which float32 stands in for float64, which many GPUs are slow at; its error is far below any tolerance.
+# Work beyond which float32 stands in for float64, which many GPUs are slow at; its error is far
+# below any tolerance.
 _DOUBLE_FLOPS = 2e12
 
 
@@ -29,15 +32,19 @@ class Truth(Protocol):
         """The incoming gradient to check with, like the output."""
 
     def errors(self, found: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """For the output and each gradient that was found, the "largest" and the "relative" error."""
+        """For the output and each gradient that was found, the "largest" and the "relative"
+        error.
+        """
 
 
 class Exact:
-    """The plain formula in float64 (float32 where that is too much work) for two slices of a problem.
+    """The plain formula in float64 (float32 where that is too much work) for two slices of a
+    problem.
 
-    A slice is one sequence and one key and value head with all query heads that use it: the first of both, and the last
-    of both. The incoming gradient is 0 outside of the slices, so that what they give is all that the parameters'
-    gradients have, and every other gradient must be exactly 0 elsewhere. The output elsewhere must be finite.
+    A slice is one sequence and one key and value head with all query heads that use it: the first
+    of both, and the last of both. The incoming gradient is 0 outside of the slices, so that what
+    they give is all that the parameters' gradients have, and every other gradient must be exactly 0
+    elsewhere. The output elsewhere must be finite.
 
     Attributes:
         grad: the incoming gradient to check with, like the output.
@@ -121,8 +128,8 @@ class Exact:
             found: "output" and the gradient of each input, by its name; gradients may be left out.
 
         Returns:
-            For each: the "largest" error, and the largest "relative" to |exact| + root mean square of the exact values,
-            of its row or of all, whichever is larger.
+            For each: the "largest" error, and the largest "relative" to |exact| + root mean square
+            of the exact values, of its row or of all, whichever is larger.
         """
         errors = {}
         for name, tensor in found.items():
@@ -133,7 +140,8 @@ class Exact:
             parts = [(tensor if whole else tensor[index]) for index in ([()] if whole else self.indices[name])]
             off = [(part.to(self.dtype) - t).abs() for part, t in zip(parts, exact, strict=True)]
             largest = [t.max().item() for t in off]
-            # The first keys are seen by all: their gradients, and the rounding of these, are far above the others'.
+            # The first keys are seen by all: their gradients, and the rounding of these, are far
+            # above the others'.
             sizes = [t.abs() + _row_mean(t).clamp(min=size) for t in exact]
             relative = [(o / s).max().item() for o, s in zip(off, sizes, strict=True)]
             if name == "output":

@@ -36,7 +36,9 @@ _BACKENDS = {"triton": "triton", "triton_fast": "triton", "sdpa": "sdpa", "flash
 Function = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name -> the output."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Softmax attention of q, k and v, (batch, rows, heads, width), or (rows, heads, width) in packed layouts."""
+"""Softmax attention of q, k and v, (batch, rows, heads, width), or (rows, heads, width) in packed
+layouts.
+"""
 
 # The naive formula holds several maps in float32 at once, and its backward more.
 _MAPS_AT_ONCE = 8
@@ -130,7 +132,9 @@ def backend(problem: Problem, name: str, device: torch.device) -> Function:
 
 
 def compose(attend: Attend, calls: int) -> Function:
-    """Differential attention from two calls of softmax attention, or from four, each on half of the values' width."""
+    """Differential attention from two calls of softmax attention, or from four, each on half of the
+    values' width.
+    """
 
     def once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if calls == 2:
@@ -146,7 +150,9 @@ def compose(attend: Attend, calls: int) -> Function:
 
 
 def padded(attend: Attend) -> Attend:
-    """For kernels with one width: zeros widen the narrower of (q, k) and v, and are cut off the output."""
+    """For kernels with one width: zeros widen the narrower of (q, k) and v, and are cut off the
+    output.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = max(q.shape[-1], v.shape[-1])
@@ -171,7 +177,9 @@ def repeated(attend: Attend) -> Attend:
 
 
 def _forms(problem: Problem, attend: Attend, calls: int) -> list[tuple[str, Function]]:
-    """A kernel as it is and, where heads or widths ask for it, with its inputs widened or repeated."""
+    """A kernel as it is and, where heads or widths ask for it, with its inputs widened or
+    repeated.
+    """
     heads = problem.heads
     forms = [("", attend)]
     if heads["q1"] != heads["k1"] or heads["q2"] != heads["k2"]:
@@ -182,10 +190,13 @@ def _forms(problem: Problem, attend: Attend, calls: int) -> list[tuple[str, Func
 
 
 def _libraries(problem: Problem, device: torch.device) -> dict[str, Attend]:
-    """The softmax attentions of torch itself for a problem's mask, by the names of their kernels."""
+    """The softmax attentions of torch itself for a problem's mask, by the names of their
+    kernels.
+    """
     if device.type == "cuda":
         if problem.documents or problem.layout.window:
-            # scaled_dot_product_attention has no windows and no documents; the same flash kernel behind this one does.
+            # scaled_dot_product_attention has no windows and no documents; the same flash kernel
+            # behind this one does.
             return {"flash": varlen(problem, device)}
         return {
             "cuDNN": scaled_dot_product(problem, device, SDPBackend.CUDNN_ATTENTION),
@@ -197,7 +208,9 @@ def _libraries(problem: Problem, device: torch.device) -> dict[str, Attend]:
 
 
 def scaled_dot_product(problem: Problem, device: torch.device, kernel: SDPBackend) -> Attend:
-    """The scaled_dot_product_attention of torch by one of its kernels; a window is a mask, made here."""
+    """The scaled_dot_product_attention of torch by one of its kernels; a window is a mask, made
+    here.
+    """
     mask = None
     if problem.layout.window and not problem.documents:
         visible = visibility_mask(problem.rows, problem.rows, window_size=problem.window_size, device=device)

@@ -1,4 +1,6 @@
-"""What the attention benchmark measures: layouts of heads, masks, inputs, and their work counted by the mathematics."""
+"""What the attention benchmark measures: layouts of heads, masks, inputs, and their work counted by
+the mathematics.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Layout:
     noise_per_kv: int = 1
     """Noise heads that share a key head and a value head."""
     shared_keys: bool = False
-    """Signal and noise have the same keys, and lambda is one for each token and signal head: DIFF V2."""
+    """Signal and noise have the same keys, and lambda is one for each token and signal head: DIFF
+    V2.
+    """
     window: int | None = None
     """How many keys a query sees, its own included; None for all up to its own."""
     packed: bool = False
@@ -51,10 +55,12 @@ class Layout:
         return not self.shared_keys
 
     def flops_per_pair(self) -> dict[str, int]:
-        """What a visible pair of query and key costs each group of a noise head and its signal heads.
+        """What a visible pair of query and key costs each group of a noise head and its signal
+        heads.
 
-        Forward: two products for each of the g + 1 maps. Backward, in one pass: for each signal head its logits again,
-        dP, dV, dQ and dK; the noise head shares dP and dV and has three products left.
+        Forward: two products for each of the g + 1 maps. Backward, in one pass: for each signal
+        head its logits again, dP, dV, dQ and dK; the noise head shares dP and dV and has three
+        products left.
         """
         d, dv = self.width, self.value_width
         forward = (self.ratio + 1) * (2 * d + 2 * dv)
@@ -104,7 +110,9 @@ def describe(layout: Layout) -> str:
 
 
 def mix_documents(total: int, longest: int) -> tuple[int, ...]:
-    """Lengths that add up to ``total``: one is ``longest``, the others are spread evenly over all magnitudes below."""
+    """Lengths that add up to ``total``: one is ``longest``, the others are spread evenly over all
+    magnitudes below.
+    """
     source = random.Random(0)
     lengths = [min(longest, total)]
     while (left := total - sum(lengths)) > 0:
@@ -194,8 +202,9 @@ class Problem:
     def bytes_moved(self) -> dict[str, int]:
         """The least bytes that each direction moves: every tensor it needs or gives, once.
 
-        Forward reads the inputs and writes the output. Backward reads them, the output and its gradient, and writes a
-        gradient for each input. Parameters of a head's width or less are left out.
+        Forward reads the inputs and writes the output. Backward reads them, the output and its
+        gradient, and writes a gradient for each input. Parameters of a head's width or less are
+        left out.
         """
         element = DTYPES[self.dtype].itemsize
         names = ["q1", "k1", "q2", "v"] + ([] if self.layout.shared_keys else ["k2"])
@@ -207,7 +216,9 @@ class Problem:
         return dict(zip(DIRECTIONS, (forward, backward, forward + backward), strict=True))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor with heads: (batch, rows, heads, width), without batch in packed layouts; lambda has no width."""
+        """Of a tensor with heads: (batch, rows, heads, width), without batch in packed layouts;
+        lambda has no width.
+        """
         rows = (self.rows,) if self.documents else (self.batch, self.rows)
         width = {"lambda": (), "v": (self.layout.value_width,), "output": (self.layout.value_width,)}
         return (*rows, self.heads[name], *width.get(name, (self.layout.width,)))
@@ -217,7 +228,8 @@ class Problem:
         names = ("q1", "k1", "q2", "v") if self.layout.shared_keys else ("q1", "k1", "q2", "k2", "v")
         inputs = {name: draw(*self.shape(name)) for name in names}
         logits = draw(*(self.shape("lambda") if self.layout.shared_keys else ()), dtype=torch.float32)
-        # Not near 1: there the first rows, which see the same few values twice, cancel to little but rounding.
+        # Not near 1: there the first rows, which see the same few values twice, cancel to little
+        # but rounding.
         inputs["lambda"] = 0.2 + 0.5 * torch.sigmoid(logits)
         if self.layout.sub_norm:
             inputs["norm_weight"] = 1 + 0.1 * draw(self.layout.value_width, dtype=torch.float32)

@@ -1,4 +1,6 @@
-"""The tables, the aims and the picture of the attention benchmark, from the figures in its JSON file."""
+"""The tables, the aims and the picture of the attention benchmark, from the figures in its JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ class Aim:
 
     text: str
     measure: str
-    """"speed": how many times faster than the best rival, forward and backward together; "peak_bytes": how much of the
-    least rival's memory."""
+    """"speed": how many times faster than the best rival, forward and backward together;
+    "peak_bytes": how much of the least rival's memory.
+    """
     bound: float
     rivals: Sequence[str]
     widths: Sequence[tuple[int, int]] = ()
@@ -119,7 +122,9 @@ def judge(results: Sequence[Result], device: torch.device) -> list[dict[str, Any
 
 
 def mark_best(results: Sequence[dict[str, Any]]) -> None:
-    """Set "best" on each contender's fastest kernel, forward and backward together, of one problem's results."""
+    """Set "best" on each contender's fastest kernel, forward and backward together, of one
+    problem's results.
+    """
     fastest: dict[str, Result] = {}
     for r in results:
         best = fastest.get(r["contender"])
@@ -200,7 +205,9 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def draw(path: Path, content: Mapping[str, Any]) -> None:
-    """The picture: for each layout the work done a second in each direction by length, and peak memory."""
+    """The picture: for each layout the work done a second in each direction by length, and peak
+    memory.
+    """
     groups, (unit, tera) = _groups(content["results"]), _rate_unit(content)
     names = [name for name in CONTENDERS if any(r["contender"] == name for found in groups.values() for r in found)]
     figure, axes = report.figure(len(groups), 4, size=(20, 1.4 + 2.9 * len(groups)))

@@ -1,22 +1,25 @@
-"""The differential epilogue, signal minus lambda times noise and then sub-norm, gate or neither: time and memory.
+"""The differential epilogue, signal minus lambda times noise and then sub-norm, gate or neither:
+time and memory.
 
     python -m benchmarks.combine                         # on a CPU two to three minutes on two cores
     python -m benchmarks.combine --quick                 # a smoke test, with no meaning
     python -m benchmarks.combine --layouts gda --epilogues none sub-norm gate --columns 4096 8192
 
-A row is a token: its length is the signal heads times their width. The layouts, at the size they are named for:
+A row is a token: its length is the signal heads times their width. The layouts, at the size they
+are named for:
 
     gda      GDA 4:1, 32 signal and 8 noise heads of 256, lambda one number, as Motif-2-12.7B has it (row 8,192)
     diff_v1  DIFF V1, 16 and 16 heads of 128, lambda one number (row 2,048)
     diff_v2  DIFF V2, 32 and 32 heads of 128, lambda for each token and head (row 4,096)
 
-Other row lengths have other numbers of heads of the same width, in the same ratio: that is what a wider model changes.
-By default each layout has its own epilogue (GDA and V1 the sub-norm, V2 none) at its own size, on a GPU at every
-length from 2,048 to 32,768, and the other epilogues at its own size (on a CPU for GDA alone).
+Other row lengths have other numbers of heads of the same width, in the same ratio: that is what a
+wider model changes. By default each layout has its own epilogue (GDA and V1 the sub-norm, V2 none)
+at its own size, on a GPU at every length from 2,048 to 32,768, and the other epilogues at its own
+size (on a CPU for GDA alone).
 
-Bytes: what each epilogue's mathematics must read and write, the noise heads once and never repeated. Without sub-norm
-or gate the backward needs no signal. lambda for each token and head is float32 and counted; a single lambda and the
-sub-norm's weight are not.
+Bytes: what each epilogue's mathematics must read and write, the noise heads once and never
+repeated. Without sub-norm or gate the backward needs no signal. lambda for each token and head is
+float32 and counted; a single lambda and the sub-norm's weight are not.
 """
 
 from __future__ import annotations

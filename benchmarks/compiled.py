@@ -1,10 +1,12 @@
-"""What every shipped kernel configuration needs of a GPU: registers, spills, shared and tensor memory. No GPU needed.
+"""What every shipped kernel configuration needs of a GPU: registers, spills, shared and tensor
+memory. No GPU needed.
 
     python -m benchmarks.compiled                        # some ten minutes of two cores, less with Triton's cache
 
-Each kernel is compiled for Hopper (sm_90) and Blackwell (sm_100) exactly as it would be launched, and read with the
-cuobjdump that triton brings. benchmarks/results/compiled.json has every configuration; the tests compile them again and
-hold them to bounds, and to that file where triton's version is the same. Nothing here is a time.
+Each kernel is compiled for Hopper (sm_90) and Blackwell (sm_100) exactly as it would be launched,
+and read with the cuobjdump that triton brings. benchmarks/results/compiled.json has every
+configuration; the tests compile them again and hold them to bounds, and to that file where triton's
+version is the same. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
         family: one of FAMILIES.
 
     Returns:
-        For each: family, kernel, arch, registers and stack bytes (spills) a thread, shared memory bytes and tensor
-        memory columns a block, and the constants that it was compiled with.
+        For each: family, kernel, arch, registers and stack bytes (spills) a thread, shared memory
+        bytes and tensor memory columns a block, and the constants that it was compiled with.
 
     Raises:
         RuntimeError: it did not compile.
@@ -56,7 +58,9 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
 
 
 def summarise(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most that any configuration of a kernel needs, and how many configurations there are, by kernel and arch."""
+    """The most that any configuration of a kernel needs, and how many configurations there are, by
+    kernel and arch.
+    """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for usage in kernels:
         groups.setdefault((usage["kernel"], usage["arch"]), []).append(usage)

@@ -1,11 +1,12 @@
-"""Compile kernels for a GPU that is not there, exactly as they would be launched on it, and read what they need.
+"""Compile kernels for a GPU that is not there, exactly as they would be launched on it, and read
+what they need.
 
     TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels 90|100 [FAMILY...]
 
-Triton asks its driver which GPU to compile for; here the answer is made up, and a launch stops after compiling. So the
-code under test chooses its own configuration, from CPU tensors, and what is compiled is what users run. Prints a table,
-or with --json one object a line: registers and stack bytes (spills) a thread, shared memory bytes and tensor memory
-columns a block.
+Triton asks its driver which GPU to compile for; here the answer is made up, and a launch stops
+after compiling. So the code under test chooses its own configuration, from CPU tensors, and what is
+compiled is what users run. Prints a table, or with --json one object a line: registers and stack
+bytes (spills) a thread, shared memory bytes and tensor memory columns a block.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Usage(NamedTuple):
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[list[Usage]]:
-    """Within, launching a kernel only compiles it for sm_<arch>; what was compiled is in the list."""
+    """Within, launching a kernel only compiles it for sm_<arch>; what was compiled is in the
+    list.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -83,7 +86,9 @@ def compile_only(arch: int) -> Iterator[list[Usage]]:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and stack bytes a thread, from the cuobjdump that triton's package carries."""
+    """Registers a thread and stack bytes a thread, from the cuobjdump that triton's package
+    carries.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -97,7 +102,9 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _poly_norm() -> None:
-    """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole rows and sharded."""
+    """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole
+    rows and sharded.
+    """
     from motif_kernels.triton import poly_norm
 
     weight, bias = torch.ones(3), torch.ones(1)
@@ -135,7 +142,9 @@ def _combine() -> None:
 
 
 def _attention() -> None:
-    """Every pair of widths that is promised: whole and grouped, every epilogue, masks, and both backward modes."""
+    """Every pair of widths that is promised: whole and grouped, every epilogue, masks, and both
+    backward modes.
+    """
     for d, dv in WIDTHS:
         for options in CALLS:
             _attention_call(torch.bfloat16, d, dv, **options)
@@ -185,7 +194,9 @@ def _attention_call(
 
 
 def _decoding() -> None:
-    """One new token against a cache: the promised widths, groups that share a key head, both kinds of cache."""
+    """One new token against a cache: the promised widths, groups that share a key head, both kinds
+    of cache.
+    """
     from motif_kernels.operators.decoding import Options, Tensors
     from motif_kernels.triton import cache_append, decoding
 

@@ -1,21 +1,23 @@
 """The models that benchmarks compare: ours and those of transformers, made equal where they can be.
 
-All have one hidden size, number of layers, head width and vocabulary, embeddings tied in all or in none, and no biases;
-the width of the feed-forward block is what is left to make the numbers of parameters equal. The heads are what a fair
-user would choose, H = hidden_size / head_dim:
+All have one hidden size, number of layers, head width and vocabulary, embeddings tied in all or in
+none, and no biases; the width of the feed-forward block is what is left to make the numbers of
+parameters equal. The heads are what a fair user would choose, H = hidden_size / head_dim:
 
-- Llama and the softmax baseline: H query heads and as many key/value heads. Llama comes with each attention that it
-  can be given: torch's own choice, cuDNN's through torch, and each generation of flash-attn that is installed.
-- DiffLlama and DIFF V1: H query heads, which are H/2 pairs of signal and noise, over H key/value heads. Their
-  projections have Llama's shapes, as the paper (arXiv 2410.05258) asks.
+- Llama and the softmax baseline: H query heads and as many key/value heads. Llama comes with each
+  attention that it can be given: torch's own choice, cuDNN's through torch, and each generation of
+  flash-attn that is installed.
+- DiffLlama and DIFF V1: H query heads, which are H/2 pairs of signal and noise, over H key/value
+  heads. Their projections have Llama's shapes, as the paper (arXiv 2410.05258) asks.
 - DIFF V2: 2H query heads over H key/value heads, as its authors ask.
-- GDA 4:1: the proportions of the released Motif-2-12.7B (hidden size 4096, heads of 128): H signal heads, H/4 noise
-  heads and H/2 key/value heads, so that twice the hidden size reaches the output projection. ``gda_heads`` sets another
-  number.
-- GDA 4:1, narrow: H/2 signal heads, H/8 noise heads and H/4 key/value heads. The signal heads are as many as DIFF V1's
-  and the output projection has Llama's shape; only the noise heads are fewer.
+- GDA 4:1: the proportions of the released Motif-2-12.7B (hidden size 4096, heads of 128): H signal
+  heads, H/4 noise heads and H/2 key/value heads, so that twice the hidden size reaches the output
+  projection. ``gda_heads`` sets another number.
+- GDA 4:1, narrow: H/2 signal heads, H/8 noise heads and H/4 key/value heads. The signal heads are
+  as many as DIFF V1's and the output projection has Llama's shape; only the noise heads are fewer.
 
-Ours take "auto": on a GPU the kernels that its table names, else the fused ones; on a CPU torch's attention.
+Ours take "auto": on a GPU the kernels that its table names, else the fused ones; on a CPU torch's
+attention.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Sizes:
     """Feed-forward widths are multiples of this, as fast matrix products want."""
     max_positions: int = 2048
     gda_heads: int | None = None
-    """Query heads of the first GDA 4:1, signal and noise, a multiple of 5; None for Motif-2-12.7B's proportions."""
+    """Query heads of the first GDA 4:1, signal and noise, a multiple of 5; None for Motif-2-12.7B's
+    proportions.
+    """
     tied: bool = False
     """Whether the output projection is the embedding."""
 
@@ -131,7 +135,8 @@ def _common(sizes: Sizes, intermediate_size: int) -> dict[str, Any]:
 
 def _cudnn_attention(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
     """The attention of transformers through torch, by cuDNN's kernel alone."""
-    # Inside what is compiled, for a kernel chosen around it would be no part of what the caches of torch.compile know.
+    # Inside what is compiled, for a kernel chosen around it would be no part of what the caches of
+    # torch.compile know.
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa_attention_forward(*arguments, **options)
 
@@ -196,10 +201,14 @@ class Contender:
     feed_forward: str
     builder: _Builder
     twin: Callable[[Sizes, int, str], MotifForCausalLM]
-    """Builds our model with the same matrices and attention maps, which counts its own operations; ours are it."""
+    """Builds our model with the same matrices and attention maps, which counts its own operations;
+    ours are it.
+    """
 
     def build(self, sizes: Sizes, intermediate_size: int) -> PreTrainedModel:
-        """The model in float32 and training mode, on torch's default device, initialised from its global generator."""
+        """The model in float32 and training mode, on torch's default device, initialised from its
+        global generator.
+        """
         return self.builder(sizes, intermediate_size, self.attention).train()
 
     def unavailable(self, device: str) -> str | None:
@@ -277,10 +286,12 @@ class Entry:
         return model
 
     def operations_per_token(self, sizes: Sizes, seq_len: int) -> float:
-        """Operations of one token's forward and backward pass, by :meth:`MotifForCausalLM.flops_per_token`'s rule.
+        """Operations of one token's forward and backward pass, by
+        :meth:`MotifForCausalLM.flops_per_token`'s rule.
 
-        Six for each weight of a linear layer, the output projection included, and causal attention at half of the full
-        map, its backward pass twice its forward; what is computed again is not counted.
+        Six for each weight of a linear layer, the output projection included, and causal attention
+        at half of the full map, its backward pass twice its forward; what is computed again is not
+        counted.
         """
         with torch.device("meta"):
             twin = self.contender.twin(sizes, self.intermediate_size, "auto")
@@ -299,12 +310,14 @@ class Entry:
 
 def _count(name: str, sizes: Sizes, intermediate_size: int) -> int:
     with torch.device("meta"):
-        # By an attention that is everywhere: its parameters are the same, and flash-attn may not be installed.
+        # By an attention that is everywhere: its parameters are the same, and flash-attn may not be
+        # installed.
         return count_parameters(CONTENDERS[name].builder(sizes, intermediate_size, "eager"))
 
 
 def match_parameters(names: Iterable[str], sizes: Sizes) -> dict[str, Entry]:
-    """Give each contender the feed-forward width that makes its parameters most nearly the reference's.
+    """Give each contender the feed-forward width that makes its parameters most nearly the
+    reference's.
 
     Raises:
         UserError: impossible sizes, or a contender that stays more than 3% away.

@@ -1,4 +1,5 @@
-"""Decoding against a key/value cache: the kernel beside what there was, and generate beside DiffLlama and Llama.
+"""Decoding against a key/value cache: the kernel beside what there was, and generate beside
+DiffLlama and Llama.
 
     python -m benchmarks.decode                          # kernels on a GPU, a minute; generate on a CPU, some eight
     python -m benchmarks.decode --parts kernel generate  # both, wherever it runs
@@ -6,10 +7,11 @@
     python -m benchmarks.decode --batches 1 8 --contexts 131072 --contenders triton two one
     python -m benchmarks.decode --parts generate --cells float32:8x512 --cache dynamic
 
-*Kernel.* One new token for each row, all rows' caches full. Layouts are attention.py's: gda4_128 is GDA 4:1 with the
-heads of Motif-2-12.7B (32 signal, 8 noise, 8 pairs of keys of 128, 8 values of 256), v1_64 is DIFF V1 with 16 pairs of
-heads of 64. The cache lies as the layers keep it, k1 and k2 side by side. What does not fit the memory is skipped.
-Contenders, all from queries and caches to the finished output:
+*Kernel.* One new token for each row, all rows' caches full. Layouts are attention.py's: gda4_128 is
+GDA 4:1 with the heads of Motif-2-12.7B (32 signal, 8 noise, 8 pairs of keys of 128, 8 values of
+256), v1_64 is DIFF V1 with 16 pairs of heads of 64. The cache lies as the layers keep it, k1 and k2
+side by side. What does not fit the memory is skipped. Contenders, all from queries and caches to
+the finished output:
 
     ours             diff_attn_with_kvcache: the Triton kernel, on a CPU the sdpa backend
     four calls       softmax attention for signal and for noise, each for both halves of the values, as the papers' code
@@ -18,22 +20,25 @@ Contenders, all from queries and caches to the finished output:
     one call         signal and noise queries together in that way, as heads of one call
     FlexAttention    compiled (not timed), two calls; only where it is named, for it compiles for long
 
-Calls are made with every kernel there is: torch's cuDNN, flash and memory-efficient ones, and flash-attn 2, 3 and 4
-where they are installed. Tables and picture show the fastest, the JSON file all. Right first: at its size, each
-contender's output is held to the plain formula in float64; one that is off is refused by name, and not timed.
+Calls are made with every kernel there is: torch's cuDNN, flash and memory-efficient ones, and
+flash-attn 2, 3 and 4 where they are installed. Tables and picture show the fastest, the JSON file
+all. Right first: at its size, each contender's output is held to the plain formula in float64; one
+that is off is refused by name, and not timed.
 
-GB/s is over the bytes that must be read: each cached key and value once. What a method reads beyond that is no work
-done. The share is of the bandwidth of a large copy, reads and writes counted, measured in the same run. The floor is
-the least time that those bytes take, or the products of queries, keys and values at the rate of a large matrix product:
-whichever is longer.
+GB/s is over the bytes that must be read: each cached key and value once. What a method reads beyond
+that is no work done. The share is of the bandwidth of a large copy, reads and writes counted,
+measured in the same run. The floor is the least time that those bytes take, or the products of
+queries, keys and values at the rate of a large matrix product: whichever is longer.
 
-Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the width of the middle
-half. On a GPU it is the device's time with a cold L2 cache and the launches queued (timing.py).
+Time: contenders take turns, in an order that rotates; the figure is the median, and ± half the
+width of the middle half. On a GPU it is the device's time with a cold L2 cache and the launches
+queued (timing.py).
 
-*Generate.* transformers' generate, greedy, a fixed number of new tokens, random weights and prompts; models of equal
-hidden size, layers and head width with equal numbers of parameters to 3% (contenders.py). The prompt is in the cache
-before the clock starts: each call gets a copy of it, and its time is new tokens alone. Nobody is compiled. Models take
-turns, a call each; tokens per second are of all rows together, the median with the middle half beside it.
+*Generate.* transformers' generate, greedy, a fixed number of new tokens, random weights and
+prompts; models of equal hidden size, layers and head width with equal numbers of parameters to 3%
+(contenders.py). The prompt is in the cache before the clock starts: each call gets a copy of it,
+and its time is new tokens alone. Nobody is compiled. Models take turns, a call each; tokens per
+second are of all rows together, the median with the middle half beside it.
 """
 
 from __future__ import annotations
@@ -73,7 +78,9 @@ SETTINGS = ("parts", "seconds", "limit", "threads", "device", "quick", "head_div
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a problem may take: nine tenths of what a GPU has free, half of a machine's memory on a CPU."""
+    """Bytes that a problem may take: nine tenths of what a GPU has free, half of a machine's memory
+    on a CPU.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0] * 9 // 10
@@ -102,7 +109,8 @@ def measure(
         limits: what the device can do.
 
     Returns:
-        A result for each kernel of each contender that gave right numbers, and a refusal for each other.
+        A result for each kernel of each contender that gave right numbers, and a refusal for each
+        other.
     """
     refused: list[dict[str, Any]] = []
 
@@ -235,7 +243,9 @@ def problems(arguments: argparse.Namespace) -> Iterator[Decoding]:
 
 
 class Run:
-    """A benchmark run: what is measured goes into ``content``, and with each size anew into the file."""
+    """A benchmark run: what is measured goes into ``content``, and with each size anew into the
+    file.
+    """
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device, console: Console):
         self.arguments, self.device, self.console = arguments, device, console
@@ -347,7 +357,9 @@ class Run:
             bar.update(task, completed=total, description="measured")
 
     def pictures(self) -> dict[Path, Any]:
-        """Where the pictures go, and what draws each: the first part's beside the file has its name."""
+        """Where the pictures go, and what draws each: the first part's beside the file has its
+        name.
+        """
         drawn: dict[Path, Any] = {}
         for part, key, draw in (
             ("kernel", "results", decode_report.draw_kernels),
@@ -359,7 +371,9 @@ class Run:
         return drawn
 
     def finish(self) -> int:
-        """Judge, print and draw; the exit status: 1 if ours was refused anywhere, or if it was stopped."""
+        """Judge, print and draw; the exit status: 1 if ours was refused anywhere, or if it was
+        stopped.
+        """
         content, console = self.content, self.console
         if not content["complete"]:
             console.print("stopped: the figures so far follow", style="yellow")
@@ -383,7 +397,8 @@ def run(arguments: argparse.Namespace, device: torch.device, console: Console) -
     """Measure what the (resolved) command line asks for and report.
 
     Returns:
-        The exit status: 1 if motif_kernels was refused anywhere, or if it was stopped before the end.
+        The exit status: 1 if motif_kernels was refused anywhere, or if it was stopped before the
+        end.
     """
     made = Run(arguments, device, console)
     with contextlib.suppress(KeyboardInterrupt), terminate_as_interrupt():

@@ -1,4 +1,6 @@
-"""The ways to decode differential attention against a cache that the decoding benchmark compares."""
+"""The ways to decode differential attention against a cache that the decoding benchmark
+compares.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,11 @@ def unavailable(device: torch.device) -> dict[str, str]:
 
 @functools.cache
 def flash_attn_libraries() -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
-    """What flash-attn reads a cache with, by generation, and for each generation without one the reason.
+    """What flash-attn reads a cache with, by generation, and for each generation without one the
+    reason.
 
-    It is ``flash_attn_with_kvcache``; of a generation that has none, ``flash_attn_func``: all caches here are full.
+    It is ``flash_attn_with_kvcache``; of a generation that has none, ``flash_attn_func``: all
+    caches here are full.
     """
     found: dict[str, Callable[..., Any]] = {}
     missing: dict[str, str] = {}
@@ -89,7 +93,9 @@ def ours(problem: Decoding, backend: str, device: torch.device) -> Function:
 
 
 def forms_of(name: str, attend: Attend) -> list[tuple[str, Function]]:
-    """A kernel as four, two or one calls; two calls join the keys where it wants values as wide as keys."""
+    """A kernel as four, two or one calls; two calls join the keys where it wants values as wide as
+    keys.
+    """
     if name == "four":
         return [("", compose(attend, 4))]
     if name == "two":
@@ -104,7 +110,9 @@ def _joined_queries(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _two_joined(attend: Attend) -> Function:
-    """Two calls over the pairs of keys as they lie side by side: no key is copied, each is read twice."""
+    """Two calls over the pairs of keys as they lie side by side: no key is copied, each is read
+    twice.
+    """
     twice = compose(attend, 2)
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
@@ -115,7 +123,9 @@ def _two_joined(attend: Attend) -> Function:
 
 
 def _one_joined(attend: Attend) -> Function:
-    """One call over them: a key head's signal and noise queries are its heads, half of each zeros."""
+    """One call over them: a key head's signal and noise queries are its heads, half of each
+    zeros.
+    """
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
         kv_heads = t["keys"].shape[2]
@@ -140,8 +150,8 @@ def _libraries(problem: Decoding, device: torch.device) -> dict[str, Attend]:
 def scaled_dot_product(scale: float, kernel: SDPBackend) -> Attend:
     """The scaled_dot_product_attention of torch by one of its kernels.
 
-    A single query has no later keys to hide, and so the query heads of a key head go in as its rows: every kernel
-    takes that, also one without grouped queries.
+    A single query has no later keys to hide, and so the query heads of a key head go in as its
+    rows: every kernel takes that, also one without grouped queries.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ MODELS = ("gda", "gda_narrow", "diff_v1", "softmax", "diffllama_sdpa", "diffllam
 DIFFERENTIAL = ("gda", "gda_narrow", "diff_v1")
 DIFFLLAMA = ("diffllama_sdpa", "diffllama_eager")
 
-# The prompt goes through the models so many tokens at a time: eager attention maps of a long one would fill the memory.
+# The prompt goes through the models so many tokens at a time: eager attention maps of a long one
+# would fill the memory.
 _PROMPT_PART = 256
 
 
@@ -79,7 +80,9 @@ class Setup:
     """"cpu" or "cuda"."""
 
     def build(self, entry: Entry, precision: str) -> PreTrainedModel:
-        """The model in evaluation mode, weights random; ours choose their attention for a GPU themselves."""
+        """The model in evaluation mode, weights random; ours choose their attention for a GPU
+        themselves.
+        """
         torch.manual_seed(0)
         contender = entry.contender
         with torch.device(self.device):
@@ -199,7 +202,8 @@ def measure_all(
     show: Callable[[str, str], None],
     keep: Callable[[Cell, list[dict[str, Any]]], None],
 ) -> None:
-    """Measure all cells; the models of a precision are built once and stay until another one's turn.
+    """Measure all cells; the models of a precision are built once and stay until another one's
+    turn.
 
     Args:
         cells: the sizes, in order.
@@ -222,7 +226,9 @@ def measure_all(
 
 
 def judge(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Hold our differential models to the aim at each size: 1.3 times DiffLlama, the faster of its attentions."""
+    """Hold our differential models to the aim at each size: 1.3 times DiffLlama, the faster of its
+    attentions.
+    """
     judged = []
     sizes = dict.fromkeys((r["precision"], r["batch"], r["context"]) for r in results)
     for precision, batch, context in sizes:

@@ -1,4 +1,6 @@
-"""What the decoding benchmark's kernels are given: one new token a row against a full cache, and the exact output."""
+"""What the decoding benchmark's kernels are given: one new token a row against a full cache, and
+the exact output.
+"""
 
 from __future__ import annotations
 
@@ -80,11 +82,13 @@ class Decoding:
     def make(self, device: torch.device) -> dict[str, Tensor]:
         """Random inputs, caches as the layers keep them: "k1" and "k2" are the halves of "keys".
 
-        The oldest and the newest key are turned to the queries so far that together they weigh about as much as all
-        the others: a kernel that leaves out an end, or a part, is then found out at any length.
+        The oldest and the newest key are turned to the queries so far that together they weigh
+        about as much as all the others: a kernel that leaves out an end, or a part, is then found
+        out at any length.
 
         Returns:
-            q1 (B, 1, Hs, D), q2 (B, 1, Hn, D), keys (B, S, Hk, 2D), k1, k2, v (B, S, Hk, Dv), lambda (), norm_weight.
+            q1 (B, 1, Hs, D), q2 (B, 1, Hn, D), keys (B, S, Hk, 2D), k1, k2, v (B, S, Hk, Dv),
+            lambda (), norm_weight.
         """
         generator = torch.Generator(device).manual_seed(0)
         dtype, d, dv = DTYPES[self.dtype], self.layout.width, self.layout.value_width
@@ -179,7 +183,9 @@ class Exact:
         return slice(start * share, stop * share)
 
     def errors(self, found: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """How far "output" is off: the "largest" error, and the largest "relative" to |exact| + root mean square."""
+        """How far "output" is off: the "largest" error, and the largest "relative" to |exact| +
+        root mean square.
+        """
         output = found["output"]
         if output.shape != self.output.shape:
             return {"output": {"largest": math.inf, "relative": math.inf}}

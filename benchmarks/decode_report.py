@@ -1,4 +1,6 @@
-"""The tables, the aims and the pictures of the decoding benchmark, from the figures in its JSON file."""
+"""The tables, the aims and the pictures of the decoding benchmark, from the figures in its JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,16 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Aim:
-    """What the decoding kernel is meant to reach on a GPU, in bf16, at every batch with at least 32K tokens a row."""
+    """What the decoding kernel is meant to reach on a GPU, in bf16, at every batch with at least
+    32K tokens a row.
+    """
 
     text: str
     bound: float
     rival: str | None = None
-    """How many times faster than this contender's best; without one, the share of the copy bandwidth."""
+    """How many times faster than this contender's best; without one, the share of the copy
+    bandwidth.
+    """
 
     def ratio(self, ours: Result, cell: Mapping[str, Result]) -> float | None:
         """The measured figure, or None where the rival was not measured."""
@@ -107,7 +113,9 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], Cells]:
 
 
 def print_kernels(console: Console, content: Mapping[str, Any]) -> None:
-    """The tables of each contender's best kernel, who was refused, and the sizes that were skipped."""
+    """The tables of each contender's best kernel, who was refused, and the sizes that were
+    skipped.
+    """
     print_limits(console, content)
     for (name, dtype), cells in _groups(content["results"]).items():
         rows = []
@@ -207,7 +215,9 @@ def print_aims(console: Console, aims: Sequence[Result]) -> None:
 
 
 def draw_kernels(path: Path, content: Mapping[str, Any]) -> None:
-    """The picture: the share of the copy bandwidth by context, a row a layout and a panel a batch."""
+    """The picture: the share of the copy bandwidth by context, a row a layout and a panel a
+    batch.
+    """
     groups = _groups(content["results"])
     batches = sorted({batch for cells in groups.values() for batch, _ in cells})
     found = {who for cells in groups.values() for cell in cells.values() for who in cell}
@@ -245,7 +255,9 @@ def _panel(axis: Axes, cells: Mapping[int, Mapping[str, Result]], names: Sequenc
 
 
 def draw_generate(path: Path, content: Mapping[str, Any]) -> None:
-    """The picture: tokens per second relative to Llama's (without it, to the first model's), a panel a precision."""
+    """The picture: tokens per second relative to Llama's (without it, to the first model's), a
+    panel a precision.
+    """
     sizes = _by_size(content["generated"])
     names = [m["name"] for m in content["models"]]
     base = "llama" if "llama" in names else names[0]

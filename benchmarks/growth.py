@@ -4,14 +4,15 @@
     python -m benchmarks.growth                                    # about ten minutes on two cores
     python -m benchmarks.growth --small-steps 20 --steps 20 --every 10
 
-A small model (GDA 1:1) is trained, then grown as Motif-2-12.7B was grown from Motif-2.6B: hidden size and feed-forward
-width doubled, signal heads multiplied by four (GDA 4:1), a quarter more layers, the output projection untied. The grown
-model goes on training, on data that the small one has not seen. A model of the large layout is trained from scratch for
-as many tokens as both together. All runs use the same recipe: AdamW at a constant rate after a warm-up, so that losses
-can be compared at any number of tokens; each begins with a fresh optimizer.
+A small model (GDA 1:1) is trained, then grown as Motif-2-12.7B was grown from Motif-2.6B: hidden
+size and feed-forward width doubled, signal heads multiplied by four (GDA 4:1), a quarter more
+layers, the output projection untied. The grown model goes on training, on data that the small one
+has not seen. A model of the large layout is trained from scratch for as many tokens as both
+together. All runs use the same recipe: AdamW at a constant rate after a warm-up, so that losses can
+be compared at any number of tokens; each begins with a fresh optimizer.
 
-The picture has the validation losses three times: against the large model's own tokens, against all tokens (the small
-model's included), and against all compute.
+The picture has the validation losses three times: against the large model's own tokens, against all
+tokens (the small model's included), and against all compute.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Setup:
     def recipe(self, run: str, folder: Path) -> dict[str, Any]:
         """The recipe of a run, for `motifarch train`."""
         steps = {"small": self.small_steps, "grown": self.steps, "scratch": self.small_steps + self.steps}[run]
-        # The seed chooses the data's order as well: the grown model reads another than the small one has read.
+        # The seed chooses the data's order as well: the grown model reads another than the small
+        # one has read.
         seed = self.seed + (run == "grown")
         return {
             "run": {"steps": steps, "seed": seed, "output": str(folder / run)}
@@ -101,7 +103,8 @@ def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
     """Trains a model.
 
     Returns:
-        Its size, and its validation losses with the steps, tokens and floating-point operations before each.
+        Its size, and its validation losses with the steps, tokens and floating-point operations
+        before each.
 
     Raises:
         UserError: the run failed; what it said is on the screen.
@@ -146,7 +149,8 @@ def measure(setup: Setup, folder: Path, console: Console) -> dict[str, Any]:
 def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], list[float]]]:
     """What to draw against "large tokens", "tokens" or "flops": run -> places and losses.
 
-    The grown model's curve begins with the small model's last loss, for that is what it computes at the start.
+    The grown model's curve begins with the small model's last loss, for that is what it computes at
+    the start.
     """
     runs = content["runs"]
     small, grown, scratch = (runs[run] for run in RUNS)

@@ -1,8 +1,10 @@
-"""Small calls of every kernel, forward and backward, for what must hold at any size: no stray access, the same bits.
+"""Small calls of every kernel, forward and backward, for what must hold at any size: no stray
+access, the same bits.
 
-Sizes are such as kernels find hardest: rows that no tile divides, heads whose width is no power of two, documents of
-one token, caches that end in the middle of a page. On a CPU the attention kernels are interpreted, which takes
-TRITON_INTERPRET=1, and everything is in float32, for Triton's interpreter is wrong in bfloat16.
+Sizes are such as kernels find hardest: rows that no tile divides, heads whose width is no power of
+two, documents of one token, caches that end in the middle of a page. On a CPU the attention kernels
+are interpreted, which takes TRITON_INTERPRET=1, and everything is in float32, for Triton's
+interpreter is wrong in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ Results = dict[str, Tensor]
 Call = Callable[[], Results]
 """Gives the output and, where there is a backward, the gradient of each input."""
 Make = Callable[[Draw, str, torch.device, int], Call]
-"""Inputs from a source of random numbers, with a dtype's name, on a device, of so many rows; -> the call on them."""
+"""Inputs from a source of random numbers, with a dtype's name, on a device, of so many rows; -> the
+call on them.
+"""
 
 
 def differentiable(
     function: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], draw: Draw
 ) -> Call:
-    """A call of ``function`` and of its backward, from fresh leaves and with one incoming gradient for all calls."""
+    """A call of ``function`` and of its backward, from fresh leaves and with one incoming gradient
+    for all calls.
+    """
     grad: Tensor | None = None
 
     def call() -> Results:
@@ -46,7 +52,9 @@ def differentiable(
 def attention(
     layout: Layout, draw: Draw, dtype: str, device: torch.device, rows: int, *, gate: bool = False, fast: bool = False
 ) -> Call:
-    """The fused attention on two sequences of ``rows`` tokens, or on documents; ``fast`` is not deterministic."""
+    """The fused attention on two sequences of ``rows`` tokens, or on documents; ``fast`` is not
+    deterministic.
+    """
     documents = (1, rows, 17, rows // 2) if layout.packed else ()
     batch = 1 if documents else 2
     problem = Problem("", layout, dtype, rows, batch, layout.noise_heads, documents)
@@ -58,7 +66,9 @@ def attention(
 
 
 def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: int, paged: bool) -> Call:
-    """New tokens appended to caches of up to ``rows`` tokens, and attended to, in three parts; no backward."""
+    """New tokens appended to caches of up to ``rows`` tokens, and attended to, in three parts; no
+    backward.
+    """
     heads, noise_heads, kv_heads, page = 8, 2, 1, 16
     pages = -(-rows // page)
     capacity = (3 * pages, page) if paged else (3, rows)
@@ -135,7 +145,9 @@ FAMILIES: dict[str, dict[str, Make]] = {
         for layout, kind in (("gda", "sub-norm"), ("gda", "gate"), ("diff_v1", "sub-norm"), ("diff_v2", "none"))
     },
 }
-"""Family -> name of the case -> how it is made. All but the one-pass backward give the same bits every time."""
+"""Family -> name of the case -> how it is made. All but the one-pass backward give the same bits
+every time.
+"""
 
 CASES = {name: make for family in FAMILIES.values() for name, make in family.items()}
 
@@ -143,7 +155,8 @@ CASES = {name: make for family in FAMILIES.values() for name, make in family.ite
 def make(case: str, device: torch.device, rows: int) -> Call:
     """A case of :data:`CASES` with so many rows: bf16 on a GPU, float32 on a CPU."""
     dtype = "bf16" if device.type == "cuda" else "float32"
-    # Drawn on the CPU: under a sanitizer every kernel of a GPU's generator would be looked at as well.
+    # Drawn on the CPU: under a sanitizer every kernel of a GPU's generator would be looked at as
+    # well.
     source = draw_from(0, DTYPES[dtype], torch.device("cpu"))
 
     def draw(*shape: int, dtype: torch.dtype | None = None) -> Tensor:

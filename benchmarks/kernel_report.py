@@ -18,7 +18,9 @@ DIRECTIONS = ("forward", "backward", "both")
 
 
 def add_rates(result: dict[str, Any], limits: Limits) -> None:
-    """Add what the times of a result mean: its bandwidth, its floor, and the share of either that it reached."""
+    """Add what the times of a result mean: its bandwidth, its floor, and the share of either that
+    it reached.
+    """
     seconds = {d: result["seconds"][d]["median"] for d in DIRECTIONS}
     rates = {d: result["bytes"][d] / seconds[d] for d in DIRECTIONS}
     floors = {d: limits.floor(result["bytes"][d]) for d in DIRECTIONS}
@@ -34,7 +36,9 @@ class Aim:
 
     text: str
     measure: str
-    """"copy_share", "speed" (how many times faster than the rival) or "peak_bytes" (the share of the rival's)."""
+    """"copy_share", "speed" (how many times faster than the rival) or "peak_bytes"
+    (the share of the rival's).
+    """
     bound: float
     directions: Sequence[str] = ("both",)
     rival: str = "ours"
@@ -84,7 +88,8 @@ CPU_AIMS = (
 
 
 def judge(results: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Hold results to the aims of the device: for each function, aim and direction, the worst of its sizes.
+    """Hold results to the aims of the device: for each function, aim and direction, the worst of
+    its sizes.
 
     What was not measured is not judged.
     """
@@ -140,7 +145,9 @@ def print_limits(console: Console, content: Mapping[str, Any]) -> None:
 
 
 def floor_row(scale: float, floors: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
-    """A table of times' last row for a size: its name and, for each direction, the floor and an empty spread."""
+    """A table of times' last row for a size: its name and, for each direction, the floor and an
+    empty spread.
+    """
     limiting = {"bytes" if f["floor"] == f["bytes"] else "operations" for f in floors.values()}
     times = [text for d in DIRECTIONS for text in (f"{scale * floors[d]['floor']:,.1f}", "")]
     return (f"floor, by {' or '.join(sorted(limiting))}", *times)
@@ -203,7 +210,8 @@ def print_results(console: Console, content: Mapping[str, Any], labels: Mapping[
 def draw(path: Path, content: Mapping[str, Any], labels: Mapping[str, str]) -> None:
     """The picture: shares of the copy bandwidth for each direction, and peak memory.
 
-    A function that was measured at several row lengths has a row of panels; those of one length share one.
+    A function that was measured at several row lengths has a row of panels; those of one length
+    share one.
     """
     results = content["results"]
     lengths: dict[str, set[int]] = {}

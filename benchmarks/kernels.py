@@ -1,24 +1,28 @@
-"""What the benchmarks of memory-bound kernels share: contenders held to float64, timed, weighed and judged.
+"""What the benchmarks of memory-bound kernels share: contenders held to float64, timed, weighed and
+judged.
 
-Contenders: *eager* is the plain formula, float32 arithmetic and one rounding at the end; *compile* is torch.compile of
-that same function, static shapes; *liger* is liger-kernel, on a GPU and where it is installed; *ours* is motif_kernels.
+Contenders: *eager* is the plain formula, float32 arithmetic and one rounding at the end; *compile*
+is torch.compile of that same function, static shapes; *liger* is liger-kernel, on a GPU and where
+it is installed; *ours* is motif_kernels.
 
-*Right first.* Before it is timed, every contender's output and gradients are held to the formula in float64. One that
-is off is refused by name, reported, and not timed.
+*Right first.* Before it is timed, every contender's output and gradients are held to the formula in
+float64. One that is off is refused by name, reported, and not timed.
 
-*Time.* Contenders take turns, in an order that rotates. A turn is a forward, a backward of a fresh forward, and both
-together, each timed by itself; inputs require gradients, as in training. The figure is the median, with quartiles. On a
-GPU it is the device's time with a cold L2 cache and the launches queued (timing.py); the host's time to launch is kept
-beside it in the JSON.
+*Time.* Contenders take turns, in an order that rotates. A turn is a forward, a backward of a fresh
+forward, and both together, each timed by itself; inputs require gradients, as in training. The
+figure is the median, with quartiles. On a GPU it is the device's time with a cold L2 cache and the
+launches queued (timing.py); the host's time to launch is kept beside it in the JSON.
 
-*GB/s* is over the bytes that the mathematics must move: each input read once and each result written once, parameters
-of a row's length or less left out. The share is of the bandwidth of a large copy, measured in the same run; on a
-CPU, tensors that fit its caches may go beyond it. It is also the share of the floor, the least time that the bytes
-take at that bandwidth: the arithmetic is a few vector operations an element, without a matrix product, and has no floor
-of its own worth telling.
+*GB/s* is over the bytes that the mathematics must move: each input read once and each result
+written once, parameters of a row's length or less left out. The share is of the bandwidth of a
+large copy, measured in the same run; on a CPU, tensors that fit its caches may go beyond it. It is
+also the share of the floor, the least time that the bytes take at that bandwidth: the arithmetic is
+a few vector operations an element, without a matrix product, and has no floor of its own worth
+telling.
 
-*Memory.* Saved: the storages that autograd keeps for the backward, in all and beyond the inputs. Peak: the most that a
-forward and backward hold at once, the inputs and the incoming gradient included, by the allocator's own count.
+*Memory.* Saved: the storages that autograd keeps for the backward, in all and beyond the inputs.
+Peak: the most that a forward and backward hold at once, the inputs and the incoming gradient
+included, by the allocator's own count.
 """
 
 from __future__ import annotations
@@ -54,8 +58,9 @@ CONTENDERS = {
 }
 PACKAGES = ("motifarch", "torch", "triton", "liger-kernel")
 
-# Largest error of an element, relative to |exact| + the root mean square: an order above what rounding does, liger's
-# powers in bf16 included, and far below what a wrong formula or an element that nothing wrote would show.
+# Largest error of an element, relative to |exact| + the root mean square: an order above what
+# rounding does, liger's powers in bf16 included, and far below what a wrong formula or an element
+# that nothing wrote would show.
 TOLERANCES = {"float32": 1e-3, "bf16": 6e-2}
 
 Draw = Callable[..., Tensor]
@@ -66,7 +71,8 @@ Draw = Callable[..., Tensor]
 class Problem:
     """One function at one size.
 
-    Tensors of two or more dimensions have a row (a token) for each index of the first; others are parameters.
+    Tensors of two or more dimensions have a row (a token) for each index of the first; others are
+    parameters.
     """
 
     function: str
@@ -100,7 +106,8 @@ class Contender:
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, overwrites: bool):
         self.function, self.inputs = function, list(inputs)
         self._given = grad
-        # One that writes its result over the incoming gradient gets its own, restored before each repetition.
+        # One that writes its result over the incoming gradient gets its own, restored before each
+        # repetition.
         self.grad = grad.clone() if overwrites else grad
 
     def forward(self, _: object = None) -> Tensor:
@@ -224,7 +231,8 @@ def measure(
     """Check, weigh and time the contenders on a problem.
 
     Returns:
-        A result for each contender that gave right numbers, without GB/s yet, and a refusal for each other.
+        A result for each contender that gave right numbers, without GB/s yet, and a refusal for
+        each other.
     """
     draw = draw_from(0, DTYPES[problem.dtype], device)
     inputs = {name: tensor.requires_grad_() for name, tensor in problem.make(draw).items()}
@@ -300,7 +308,8 @@ def parser(benchmark: str, doc: str | None, *, rows: str, columns: str) -> argpa
 
     Args:
         benchmark: its name, as in ``python -m benchmarks.NAME``.
-        doc: its module's docstring: the first paragraph is the summary, the rest stands below the options.
+        doc: its module's docstring: the first paragraph is the summary, the rest stands below the
+            options.
         rows: the default, in words.
         columns: likewise.
     """
@@ -372,7 +381,8 @@ def run(
         console: what to print to.
 
     Returns:
-        The exit status: 1 if our own function was refused anywhere, or if it was stopped before the end.
+        The exit status: 1 if our own function was refused anywhere, or if it was stopped before the
+        end.
     """
     module, problems = f"benchmarks.{benchmark}", list(problems)
     env = report.environment(module, device, PACKAGES)
@@ -437,7 +447,9 @@ def run(
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """A time limit's SIGTERM ends the measuring as ctrl-C does, with tables and picture of what there is."""
+    """A time limit's SIGTERM ends the measuring as ctrl-C does, with tables and picture of what
+    there is.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

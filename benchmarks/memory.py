@@ -1,4 +1,6 @@
-"""What a differentiable function keeps for its backward, and the most that a computation holds at once."""
+"""What a differentiable function keeps for its backward, and the most that a computation holds at
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The profiler that counts a CPU's allocations announces each start and stop otherwise. Read when it first starts.
+# The profiler that counts a CPU's allocations announces each start and stop otherwise. Read when it
+# first starts.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
@@ -31,7 +34,9 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``function`` and its result hold at once, beyond what was allocated before."""
+    """The most bytes that ``function`` and its result hold at once, beyond what was allocated
+    before.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,15 +1,18 @@
-"""What Muon sends: Parallel Muon and torch.optim.Muon on the same model, cut by FSDP2 over real processes.
+"""What Muon sends: Parallel Muon and torch.optim.Muon on the same model, cut by FSDP2 over real
+processes.
 
     python -m benchmarks.muon_communication              # four gloo processes, about a minute on two cores
     python -m benchmarks.muon_communication --quick      # two processes and a tiny model
 
-Counts are exact and the same on any machine; nothing is timed. One step of each optimizer is watched below DTensor:
-every collective, and the bytes that it brings to each rank from other ranks, added up over the ranks. The least that a
-step can bring is each matrix's foreign part to one owner, and the update's part back to those who hold it.
+Counts are exact and the same on any machine; nothing is timed. One step of each optimizer is
+watched below DTensor: every collective, and the bytes that it brings to each rank from other ranks,
+added up over the ranks. The least that a step can bring is each matrix's foreign part to one owner,
+and the update's part back to those who hold it.
 
-torch.optim.Muon does its arithmetic on DTensors: each product of a Newton-Schulz step gathers or sums what it needs.
-Where DTensor exchanges rows for columns it gathers everything on gloo; what is counted is the all-to-all of a GPU.
-Both compute in bfloat16 with Keller Jordan's coefficients, the only ones that torch's takes.
+torch.optim.Muon does its arithmetic on DTensors: each product of a Newton-Schulz step gathers or
+sums what it needs. Where DTensor exchanges rows for columns it gathers everything on gloo; what is
+counted is the all-to-all of a GPU. Both compute in bfloat16 with Keller Jordan's coefficients, the
+only ones that torch's takes.
 """
 
 from __future__ import annotations
@@ -87,7 +90,9 @@ class Setup:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes every collective that this process takes part in: its kind, and the bytes that come from other ranks."""
+    """Notes every collective that this process takes part in: its kind, and the bytes that come
+    from other ranks.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +100,9 @@ class CollectiveCounter(TorchDispatchMode):
         self.messages: list[tuple[str, float]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Counts a collective and lets it run; DTensor's operators are asked for what they consist of."""
+        """Counts a collective and lets it run; DTensor's operators are asked for what they consist
+        of.
+        """
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         result = function(*args, **(kwargs or {}))
@@ -127,7 +134,9 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _received(name: str, args: tuple[Any, ...]) -> float:
-    """Bytes that a collective of all ranks brings to this one from others; sums as a ring of ranks does them."""
+    """Bytes that a collective of all ranks brings to this one from others; sums as a ring of ranks
+    does them.
+    """
     ranks, size = dist.get_world_size(), args[0].numel() * args[0].itemsize
     share = size * (ranks - 1) / ranks
     if name == "c10d::alltoall_base_":  # arguments: output, input, group, sizes received, sizes sent
@@ -177,7 +186,8 @@ def _measure(rank: int, setup: Setup, port: int, path: Path) -> None:
                 "setup": dataclasses.asdict(setup),
                 "matrices": len(matrices),
                 "numbers": numbers,
-                # A rank lacks (n - 1) / n of what it owns, and of its parts' updates others own as much.
+                # A rank lacks (n - 1) / n of what it owns, and of its parts' updates others own as
+                # much.
                 "least_bytes": round(2 * numbers * 2 * (world.size - 1) / world.size),
                 "largest_difference_of_weights": difference,
                 "results": found,

@@ -1,4 +1,6 @@
-"""A kernel that reads past the end of its tensor: what a sanitizer must find before its silence means anything."""
+"""A kernel that reads past the end of its tensor: what a sanitizer must find before its silence
+means anything.
+"""
 
 from __future__ import annotations
 

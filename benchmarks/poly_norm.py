@@ -4,10 +4,10 @@
     python -m benchmarks.poly_norm --quick               # a smoke test, with no meaning
     python -m benchmarks.poly_norm --functions mul_poly_norm --columns 8192
 
-Bytes an element, in bf16: PolyNorm reads x and writes y, 4 forward, and reads x and the
-gradient and writes x's, 6 backward; with the product there is another input and another gradient, 6 and 10. The three
-weights and the bias are float32. liger-kernel's PolyNorm writes its gradient over the incoming one, as it does by
-default; it has no product, which is left to PyTorch as its users would.
+Bytes an element, in bf16: PolyNorm reads x and writes y, 4 forward, and reads x and the gradient
+and writes x's, 6 backward; with the product there is another input and another gradient, 6 and 10.
+The three weights and the bias are float32. liger-kernel's PolyNorm writes its gradient over the
+incoming one, as it does by default; it has no product, which is left to PyTorch as its users would.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ EPS = 1e-6
 
 
 def plain_poly_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The formula of arXiv 2411.03884 as one writes it down: float32 (float64 for float64) and one rounding."""
+    """The formula of arXiv 2411.03884 as one writes it down: float32 (float64 for float64) and one
+    rounding.
+    """
     return _plain(x, weight, bias).to(x.dtype)
 
 

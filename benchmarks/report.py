@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Told apart by people with any colour vision (Okabe and Ito); grey is for what is only there to compare with.
+# Told apart by people with any colour vision (Okabe and Ito); grey is for what is only there to
+# compare with.
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#f0e442", "#000000")
 GREY = "#999999"
 
@@ -53,7 +54,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def half_spread(spread: Mapping[str, float]) -> float:
-    """Half of the middle half's width, in per cent of the median; of a :class:`Spread` as JSON has it."""
+    """Half of the middle half's width, in per cent of the median; of a :class:`Spread` as JSON has
+    it.
+    """
     return 50 * (spread["upper"] - spread["lower"]) / spread["median"]
 
 
@@ -106,7 +109,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         title: above the table.
         columns: headings; two short lines leave room for more columns.
         rows: cells, as text.
-        text_columns: that many first columns are words, aligned left; the others are numbers, aligned right.
+        text_columns: that many first columns are words, aligned left; the others are numbers,
+            aligned right.
     """
     built = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, collapse_padding=True)
     for i, heading in enumerate(columns):
@@ -117,7 +121,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it: readers find the old file or the new one, never a part."""
+    """Write JSON under a temporary name and rename it: readers find the old file or the new one,
+    never a part.
+    """
     _write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 

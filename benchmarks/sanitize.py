@@ -1,16 +1,19 @@
-"""NVIDIA's compute-sanitizer memcheck over small cases of every kernel: no access outside of a tensor.
+"""NVIDIA's compute-sanitizer memcheck over small cases of every kernel: no access outside of a
+tensor.
 
     python -m benchmarks.sanitize --output sanitize.json     # on a GPU, with CUDA's compute-sanitizer
     python -m benchmarks.sanitize --quick                    # the same cases without the sanitizer, to prove them
     python -m benchmarks.sanitize --run "GDA 4:1" decode     # cases in this process: what the sanitizer is given
 
-Each family of kernels (kernel_cases.py) has a process of its own, forward and backward. It runs without the sanitizer
-first, so that Triton has compiled its kernels to disk, and then under it. Torch does not keep freed memory
-(PYTORCH_NO_CUDA_MEMORY_CACHING), so that each tensor is an allocation whose ends the sanitizer knows. Where a family
-has errors, each of its cases is run by itself, to tell which. A kernel that reads past its tensor on purpose shows that
-the sanitizer sees such things here: without that error nothing that is clean means anything, and the run has failed.
+Each family of kernels (kernel_cases.py) has a process of its own, forward and backward. It runs
+without the sanitizer first, so that Triton has compiled its kernels to disk, and then under it.
+Torch does not keep freed memory (PYTORCH_NO_CUDA_MEMORY_CACHING), so that each tensor is an
+allocation whose ends the sanitizer knows. Where a family has errors, each of its cases is run by
+itself, to tell which. A kernel that reads past its tensor on purpose shows that the sanitizer sees
+such things here: without that error nothing that is clean means anything, and the run has failed.
 
-The exit status is 0 if everything was clean, or if there is no compute-sanitizer, which is said and written; else 1.
+The exit status is 0 if everything was clean, or if there is no compute-sanitizer, which is said and
+written; else 1.
 """
 
 from __future__ import annotations
@@ -77,7 +80,9 @@ class Outcome:
 
 
 def find_sanitizer() -> str | None:
-    """The path of compute-sanitizer: on the PATH, in CUDA_HOME or where CUDA is installed by default."""
+    """The path of compute-sanitizer: on the PATH, in CUDA_HOME or where CUDA is installed by
+    default.
+    """
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     places = [os.environ.get("PATH", ""), *(str(Path(home, "bin")) for home in homes if home)]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
@@ -245,7 +250,9 @@ def run_cases(cases: Sequence[str], device: torch.device) -> None:
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
-    """In a word: "clean", "errors", or "failed" where something did not run to its end or the sanitizer is blind."""
+    """In a word: "clean", "errors", or "failed" where something did not run to its end or the
+    sanitizer is blind.
+    """
     if all(o.good for o in outcomes):
         return "clean"
     return "errors" if any(o.errors for o in outcomes if o.family != PLANTED) else "failed"

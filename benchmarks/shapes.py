@@ -1,4 +1,6 @@
-"""The models and batches that the training-step benchmark knows by name, and the peaks that GPUs promise."""
+"""The models and batches that the training-step benchmark knows by name, and the peaks that GPUs
+promise.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,8 @@ def find_peak(device_name: str) -> tuple[Gpu | None, str]:
         device_name: as torch.cuda.get_device_name says it, such as "NVIDIA H100 80GB HBM3".
 
     Returns:
-        The GPU, or None for one that is not in the table of motifarch plan; and a sentence that says which it is, or
-        why there is none.
+        The GPU, or None for one that is not in the table of motifarch plan; and a sentence that
+        says which it is, or why there is none.
     """
     words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
     # Boards of the same name with a lower peak, and slices of one.

@@ -1,14 +1,17 @@
-"""The head-ratio study as a part of benchmarks/gpu.sh: some minutes at a time, on text that lies on the machine.
+"""The head-ratio study as a part of benchmarks/gpu.sh: some minutes at a time, on text that lies on
+the machine.
 
     python -m benchmarks.study --output OUT/study.json --limit 450     # on a GPU; the same command goes on
     python -m benchmarks.study --quick                                 # a smoke test on tiny models, with no meaning
 
-The grid is recipes/study/gpu_short.yaml. Its text is the Python sources on the machine: the standard library's and the
-installed packages', prepared once. Runs are kept in runs/, so that each start goes on where the one before stopped.
-The report of what there is lies beside the JSON file as HTML and Markdown.
+The grid is recipes/study/gpu_short.yaml. Its text is the Python sources on the machine: the
+standard library's and the installed packages', prepared once. Runs are kept in runs/, so that each
+start goes on where the one before stopped. The report of what there is lies beside the JSON file as
+HTML and Markdown.
 
-Preparing text and reading a grid take the packages datasets and jsonargparse, which motifarch depends on. On a machine
-that lacks them and reaches no network, put a folder with them on PYTHONPATH; without, this says so and does nothing.
+Preparing text and reading a grid take the packages datasets and jsonargparse, which motifarch
+depends on. On a machine that lacks them and reaches no network, put a folder with them on
+PYTHONPATH; without, this says so and does nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.kernels import terminate_as_interrupt
 
-# Relative to the repository, in which the commands run: a record of them then says nothing of the machine's folders.
+# Relative to the repository, in which the commands run: a record of them then says nothing of the
+# machine's folders.
 GRID = Path("recipes/study/gpu_short.yaml")
 NEEDED = ("datasets", "multiprocess", "jsonargparse")
 # Of each source: enough for several times the grid's tokens, and prepared in a minute or two.
@@ -84,7 +88,9 @@ def study(data: Path, output: Path, *, quick: bool) -> list[str]:
 
 
 def finish(command: Sequence[str], deadline: float) -> int | None:
-    """Runs a command up to a moment of time.monotonic(); its exit status, None if it had to be stopped."""
+    """Runs a command up to a moment of time.monotonic(); its exit status, None if it had to be
+    stopped.
+    """
     process = subprocess.Popen(command, cwd=report.ROOT)
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))

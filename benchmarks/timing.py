@@ -1,8 +1,9 @@
-"""Seconds of a few calls that take turns, on the clock of the device they run on, and what that device can do at most.
+"""Seconds of a few calls that take turns, on the clock of the device they run on, and what that
+device can do at most.
 
-A kernel's *floor* is the least time in which a device could do its work, going by what it was measured to do in the
-same run: the bytes over the bandwidth of a copy, or the operations over the rate of a matrix product, whichever is
-longer.
+A kernel's *floor* is the least time in which a device could do its work, going by what it was
+measured to do in the same run: the bytes over the bandwidth of a copy, or the operations over the
+rate of a matrix product, whichever is longer.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import torch
 
 @dataclass(eq=False)
 class Work:
-    """A call to time. Each repetition prepares afresh, untimed, and hands the call what that returned."""
+    """A call to time. Each repetition prepares afresh, untimed, and hands the call what that
+    returned.
+    """
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
     lead: float = 100e-6
-    """Seconds by which the host should be ahead of a GPU when the call begins there; grows until it suffices."""
+    """Seconds by which the host should be ahead of a GPU when the call begins there; grows until it
+    suffices.
+    """
 
 
 class Timing(NamedTuple):
@@ -59,11 +64,12 @@ class CpuClock(Clock):
 
 
 class CudaClock(Clock):
-    """The GPU's own time between two events, from a cold second-level cache and with the launches already queued.
+    """The GPU's own time between two events, from a cold second-level cache and with the launches
+    already queued.
 
-    Before the call a buffer larger than the L2 cache is overwritten, and the GPU is kept waiting until the host has
-    issued everything: short kernels are then not charged for the time that Python takes to launch them, which in a
-    training step passes while earlier kernels run.
+    Before the call a buffer larger than the L2 cache is overwritten, and the GPU is kept waiting
+    until the host has issued everything: short kernels are then not charged for the time that
+    Python takes to launch them, which in a training step passes while earlier kernels run.
     """
 
     _LONGEST_LEAD = 20e-3
@@ -74,7 +80,9 @@ class CudaClock(Clock):
         self._flush = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device=device)
 
     def time(self, work: Work) -> Timing:
-        """Prepare, then run and time the call; again, with a longer lead, where the host came too late."""
+        """Prepare, then run and time the call; again, with a longer lead, where the host came too
+        late.
+        """
         while True:
             given = work.prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -128,7 +136,8 @@ def time_in_turns(
             begun = time.perf_counter()
         if i >= minimum and time.perf_counter() - begun >= seconds * len(names):
             break
-        # Nobody always follows the same contender, whose leavings in caches and allocator it would inherit.
+        # Nobody always follows the same contender, whose leavings in caches and allocator it would
+        # inherit.
         first = i % len(names)
         gc.collect()
         gc.disable()
@@ -144,16 +153,20 @@ def time_in_turns(
 
 
 def copy_bandwidth(device: torch.device, clock: Clock, *, bytes_: int, seconds: float) -> float:
-    """Bytes a second that copying a large tensor moves, reads and writes counted; the median of several copies."""
+    """Bytes a second that copying a large tensor moves, reads and writes counted; the median of
+    several copies.
+    """
     source = torch.ones(bytes_, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * bytes_ / _median_seconds(lambda: target.copy_(source), clock, seconds)
 
 
 def matrix_rate(device: torch.device, clock: Clock, dtype: torch.dtype, *, size: int, seconds: float) -> float:
-    """Operations a second of torch's product of two square matrices of that size; the median of several products.
+    """Operations a second of torch's product of two square matrices of that size; the median of
+    several products.
 
-    The numbers are random: a GPU's clock falls with the bits that change, and zeros are multiplied faster.
+    The numbers are random: a GPU's clock falls with the bits that change, and zeros are multiplied
+    faster.
     """
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))

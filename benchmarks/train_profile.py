@@ -67,8 +67,8 @@ def cut_up(averages: Iterable[Any], steps: int, wall_seconds: float, *, cuda: bo
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     found: list[Cost] = []
     for event in averages:
-        # On a GPU a named range lasts as long as the kernels in it, which are listed themselves. On a CPU what is left
-        # of one is Python's own time.
+        # On a GPU a named range lasts as long as the kernels in it, which are listed themselves. On
+        # a CPU what is left of one is Python's own time.
         if event.device_type != wanted or (cuda and (event.is_user_annotation or event.key.startswith("step: "))):
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -90,7 +90,9 @@ def cut_up(averages: Iterable[Any], steps: int, wall_seconds: float, *, cuda: bo
 
 
 def operator_table(step: Callable[[], object], steps: int, device: str, rows: int = 25) -> str:
-    """Operators of some warm steps, by their own time without the operators they call, as torch's profiler prints."""
+    """Operators of some warm steps, by their own time without the operators they call, as torch's
+    profiler prints.
+    """
     cuda = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:

@@ -1,4 +1,5 @@
-"""A full training step: tokens per second, work done, peak memory and costs, against transformers' Llama and DiffLlama.
+"""A full training step: tokens per second, work done, peak memory and costs, against transformers'
+Llama and DiffLlama.
 
     python -m benchmarks.train_step                               # about ten minutes on two cores
     python -m benchmarks.train_step --shape 300m --compile        # 300 million parameters, on a GPU
@@ -6,39 +7,45 @@
     python -m benchmarks.train_step --quick --shape 300m --compile  # the same command at a tiny size, with no meaning
     python -m benchmarks.train_step --profile gda                 # where one model's step goes, operator by operator
 
-A step is forward, loss, backward, gradient clipping, AdamW (torch's fused one) and zero_grad, over random tokens. The
-models have equal hidden size, layers and head width, and equal numbers of parameters to 3% (see contenders.py). Each
-takes its loss its own way, as its users get it: transformers' models from whole logits, ours in chunks. Llama is
-measured with every attention that it can have here, and its fastest is what others are held to.
+A step is forward, loss, backward, gradient clipping, AdamW (torch's fused one) and zero_grad, over
+random tokens. The models have equal hidden size, layers and head width, and equal numbers of
+parameters to 3% (see contenders.py). Each takes its loss its own way, as its users get it:
+transformers' models from whole logits, ours in chunks. Llama is measured with every attention that
+it can have here, and its fastest is what others are held to.
 
-Every model is trained as motifarch's own loop trains: FSDP2 on a world of one, float32 master weights, and bfloat16
-copies of them for the work where the precision is bf16; with ``--compile`` each decoder layer through torch.compile, by
-the function that ``compile: true`` calls, the rest as it is, for every model. With ``--autocast``, plain modules under
-``torch.autocast`` instead of FSDP2.
+Every model is trained as motifarch's own loop trains: FSDP2 on a world of one, float32 master
+weights, and bfloat16 copies of them for the work where the precision is bf16; with ``--compile``
+each decoder layer through torch.compile, by the function that ``compile: true`` calls, the rest as
+it is, for every model. With ``--autocast``, plain modules under ``torch.autocast`` instead of
+FSDP2.
 
-*Processes.* Each model, length and precision has a fresh process, which is asked for one thing at a time. While one is
-timed, the others wait. One that fails, runs out of memory or dies is reported with the reason, and the others go on.
+*Processes.* Each model, length and precision has a fresh process, which is asked for one thing at a
+time. While one is timed, the others wait. One that fails, runs out of memory or dies is reported
+with the reason, and the others go on.
 
-*Speed.* The models take turns, a step each (on a GPU five, after one that is not timed), in an order that rotates from
-round to round, so that a drift of the machine's speed hits all alike. The figure is the median step, with the
-quartiles. Between turns a model keeps weights and Adam's moments, 12 bytes a parameter, and on a GPU its CUDA context:
-six of the 300m or 2.6b shape are 23 GB and the contexts, and the one whose turn it is adds some 30 GB.
-``--memory-steps`` steps come before all turns; the first is reported by itself, for what is compiled is compiled in it.
+*Speed.* The models take turns, a step each (on a GPU five, after one that is not timed), in an
+order that rotates from round to round, so that a drift of the machine's speed hits all alike. The
+figure is the median step, with the quartiles. Between turns a model keeps weights and Adam's
+moments, 12 bytes a parameter, and on a GPU its CUDA context: six of the 300m or 2.6b shape are 23
+GB and the contexts, and the one whose turn it is adds some 30 GB. ``--memory-steps`` steps come
+before all turns; the first is reported by itself, for what is compiled is compiled in it.
 
-*Work.* Model operations of a token are counted by MotifForCausalLM.flops_per_token, transformers' models as ours with
-the same matrices and maps; nothing that is recomputed is in it. MFU is their rate over the GPU's dense bf16 peak.
+*Work.* Model operations of a token are counted by MotifForCausalLM.flops_per_token, transformers'
+models as ours with the same matrices and maps; nothing that is recomputed is in it. MFU is their
+rate over the GPU's dense bf16 peak.
 
-*Memory.* On a CPU it is what the process's resident set rises, at its highest in the first steps, above what it was
-before the model was built: weights, gradients, optimizer states, activations, work space, and what the allocator keeps.
-Libraries loaded on first use are not in it: a tiny model of the same kind takes a step first. On a GPU it is
-``torch.cuda.max_memory_allocated``.
+*Memory.* On a CPU it is what the process's resident set rises, at its highest in the first steps,
+above what it was before the model was built: weights, gradients, optimizer states, activations,
+work space, and what the allocator keeps. Libraries loaded on first use are not in it: a tiny model
+of the same kind takes a step first. On a GPU it is ``torch.cuda.max_memory_allocated``.
 
-*Costs.* Of GDA and the fastest Llama (``--costs``), at the longest length: the five GPU kernels, on a CPU operators,
-with the most time of their own, and their share of all.
+*Costs.* Of GDA and the fastest Llama (``--costs``), at the longest length: the five GPU kernels, on
+a CPU operators, with the most time of their own, and their share of all.
 
-``--limit`` shares its seconds among precisions and lengths: in each, models get ready in the order of ``--models`` for
-two thirds of the time (to be compiled on a GPU, as many at once as fit, for that takes long and one core), then take
-turns, and costs come last. Figures are written as they come.
+``--limit`` shares its seconds among precisions and lengths: in each, models get ready in the order
+of ``--models`` for two thirds of the time (to be compiled on a GPU, as many at once as fit, for
+that takes long and one core), then take turns, and costs come last. Figures are written as they
+come.
 """
 
 from __future__ import annotations
@@ -198,7 +205,9 @@ class Cell:
         self.benchmark.save()
 
     def get_ready(self, workers: Mapping[str, Worker], show: Callable[[str], None], done: Callable[[], None]) -> None:
-        """Build, compile and weigh the models, as many at once as a GPU has room for, on a CPU one after the other."""
+        """Build, compile and weigh the models, as many at once as a GPU has room for, on a CPU one
+        after the other.
+        """
         at_once = 1
         if self.benchmark.setup.device == "cuda" and self.benchmark.setup.compile:  # else there is little to wait for
             at_once = max(1, torch.cuda.get_device_properties(0).total_memory // _GETTING_READY_BYTES)
@@ -223,7 +232,9 @@ class Cell:
                 raise
 
     def turn(self, worker: Worker) -> list[float]:
-        """Seconds of a turn's steps; one that hangs does not keep the rest of a limited run from ending."""
+        """Seconds of a turn's steps; one that hangs does not keep the rest of a limited run from
+        ending.
+        """
         left = self.left()
         return worker.time(self.benchmark.arguments.steps, None if left is None else left + _PATIENCE)
 
@@ -262,7 +273,9 @@ class Cell:
 
 
 def print_profile(setup: Setup, entry: Entry, arguments: argparse.Namespace, console: Console) -> None:
-    """The operators that one model's step spends its time in, by their own time without the operators they call."""
+    """The operators that one model's step spends its time in, by their own time without the
+    operators they call.
+    """
     for precision in arguments.precisions:
         with setup.world():
             step = TrainStep(entry, setup, precision)
@@ -386,7 +399,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Measure and report as the command line asks.
 
     Returns:
-        The exit status: 1 if one of ours failed, nothing could be measured, or it was stopped before the end.
+        The exit status: 1 if one of ours failed, nothing could be measured, or it was stopped
+        before the end.
 
     Raises:
         UserError: sizes that no model can have, or options that have no meaning.

@@ -1,4 +1,6 @@
-"""The aims, the tables and the picture of the training-step benchmark, from the figures in its JSON file."""
+"""The aims, the tables and the picture of the training-step benchmark, from the figures in its JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from benchmarks.contenders import CONTENDERS, DIFFLLAMAS, LLAMAS
 Result = Mapping[str, Any]
 
 GDA = ("gda", "gda_narrow")
-# A rival is a model with any of its attentions: the fastest of those measured stands for it, in memory too.
+# A rival is a model with any of its attentions: the fastest of those measured stands for it, in
+# memory too.
 RIVALS = {"llama": LLAMAS, "diffllama": DIFFLLAMAS}
 _RIVAL_LABELS = {"llama": "Llama", "diffllama": "DiffLlama"}
 _MEBIBYTE = 1 << 20
@@ -52,7 +55,9 @@ AIMS = (
 
 
 def fastest(results: Sequence[Result], names: Sequence[str]) -> Result | None:
-    """The fastest of some models in the results of one precision and length; None where none was measured."""
+    """The fastest of some models in the results of one precision and length; None where none was
+    measured.
+    """
     found = [r for r in results if r["model"] in names]
     return max(found, key=lambda r: r["tokens_per_second"]["median"], default=None)
 
@@ -101,7 +106,9 @@ def rate_unit(content: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def print_results(console: Console, content: Mapping[str, Any]) -> None:
-    """The tables: of the models, of speed and memory at each precision and length, of costs; failures and aims."""
+    """The tables: of the models, of speed and memory at each precision and length, of costs;
+    failures and aims.
+    """
     labels = {m["name"]: m["label"] for m in content["models"]}
     console.print(_models_table(content["models"]))
     for (precision, seq_len), cell in cells(content["results"]).items():
@@ -144,7 +151,9 @@ def _models_table(models: Sequence[Result]) -> Any:
 
 
 def _over_rivals(cell: Sequence[Result], value: Callable[[Result], float]) -> list[tuple[str, Callable[[Result], str]]]:
-    """For each rival that was measured, a heading and how a result's figure relates to the rival's."""
+    """For each rival that was measured, a heading and how a result's figure relates to the
+    rival's.
+    """
     columns: list[tuple[str, Callable[[Result], str]]] = []
 
     def over(of: float) -> Callable[[Result], str]:
@@ -215,7 +224,9 @@ def _shorten(name: str, width: int = 48) -> str:
 
 
 def draw(path: Path, content: Mapping[str, Any]) -> None:
-    """The picture: speed relative to Llama (without it, to the first model), work and memory, a row a precision."""
+    """The picture: speed relative to Llama (without it, to the first model), work and memory, a row
+    a precision.
+    """
     names = [m["name"] for m in content["models"] if any(r["model"] == m["name"] for r in content["results"])]
     palette = itertools.cycle(report.COLOURS)
     colours = {CONTENDERS[n].label: report.GREY if n == "llama" else next(palette) for n in names}

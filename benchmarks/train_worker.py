@@ -1,7 +1,8 @@
 """One model's training step in a process of its own: built, weighed, timed and profiled on request.
 
-A contender that fails, dies or has not finished when its time is over thus ends alone, its memory is its own, and so is
-what torch.compile keeps. On a GPU its unused memory goes back to the device after each request, for the next contender.
+A contender that fails, dies or has not finished when its time is over thus ends alone, its memory
+is its own, and so is what torch.compile keeps. On a GPU its unused memory goes back to the device
+after each request, for the next contender.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ class Prepared:
     first_step_seconds: float
     """Of the first step; compiling is in it."""
     attention_operators: tuple[str, ...]
-    """The attention operators that a layer calls in its forward pass; none for a formula with its maps in memory."""
+    """The attention operators that a layer calls in its forward pass; none for a formula with its
+    maps in memory.
+    """
 
 
 class Worker:
-    """A contender's process, as the benchmark sees it. It begins to start at once, and builds when it is asked to."""
+    """A contender's process, as the benchmark sees it. It begins to start at once, and builds when
+    it is asked to.
+    """
 
     def __init__(self, entry: Entry, setup: Setup, precision: str, seq_len: int):
         context: Any = multiprocessing.get_context("spawn")
@@ -57,11 +62,15 @@ class Worker:
         theirs.close()
 
     def prepare(self, steps: int, timeout: float | None) -> Prepared:
-        """Build the model and take steps, at least two, for the first one's activations come before Adam's states."""
+        """Build the model and take steps, at least two, for the first one's activations come before
+        Adam's states.
+        """
         return self._ask("prepare", steps, timeout)  # type: ignore[no-any-return]
 
     def time(self, steps: int, timeout: float | None) -> list[float]:
-        """Seconds of each of some steps; on a GPU one more comes before them, which allocates what they need."""
+        """Seconds of each of some steps; on a GPU one more comes before them, which allocates what
+        they need.
+        """
         return self._ask("time", steps, timeout)  # type: ignore[no-any-return]
 
     def profile(self, steps: int, timeout: float | None) -> Costs:
@@ -136,7 +145,8 @@ class _Session:
             before = torch.cuda.memory_allocated()
         else:
             self._load_libraries()
-            # Without the right to do this, the mark still holds the start-up's peak, far below any real model's.
+            # Without the right to do this, the mark still holds the start-up's peak, far below any
+            # real model's.
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             before = _resident("VmRSS")
@@ -168,7 +178,9 @@ class _Session:
         return largest_costs(lambda: self.step(self.batch), steps, self.setup.device)
 
     def _load_libraries(self) -> None:
-        """Take a step of a tiny model of the same kind, so that what is loaded on first use is not weighed."""
+        """Take a step of a tiny model of the same kind, so that what is loaded on first use is not
+        weighed.
+        """
         tiny = Sizes(128, num_layers=1, head_dim=16, vocab_size=64, intermediate_size=512, intermediate_multiple=8)
         small = replace(self.setup, sizes=tiny, tokens_per_step=16, compile=False)
         TrainStep(match_parameters([self.entry.name], tiny)[self.entry.name], small, self.precision)(small.batch(16))
@@ -192,10 +204,11 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_operators(entry: Entry, setup: Setup, precision: str, batch: torch.Tensor) -> tuple[str, ...]:
-    """The attention operators that one layer of a contender calls, with its heads, on rows of a batch (B, S).
+    """The attention operators that one layer of a contender calls, with its heads, on rows of a
+    batch (B, S).
 
-    This is what dispatch has taken, whatever was asked for: "motif::diff_attention" is the fused kernel,
-    "aten::_scaled_dot_product_cudnn_attention" cuDNN's.
+    This is what dispatch has taken, whatever was asked for: "motif::diff_attention" is the fused
+    kernel, "aten::_scaled_dot_product_cudnn_attention" cuDNN's.
     """
     sizes = replace(setup.sizes, num_layers=1, vocab_size=64)
     with torch.device(setup.device):
@@ -207,7 +220,9 @@ def attention_operators(entry: Entry, setup: Setup, precision: str, batch: torch
 
 
 def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes; without /proc, the highest resident set for either."""
+    """VmRSS or VmHWM of this process in bytes; without /proc, the highest resident set for
+    either.
+    """
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith(field + ":"):

@@ -1,4 +1,6 @@
-"""Training steps to measure: how every model is trained, one model's step, and several that take turns."""
+"""Training steps to measure: how every model is trained, one model's step, and several that take
+turns.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Setup:
     autocast: bool
     """Plain modules, and torch.autocast for bf16; else FSDP2 with float32 master weights."""
     compile: bool = False
-    """Each decoder layer through torch.compile, as motifarch's own loop does with ``compile: true``."""
+    """Each decoder layer through torch.compile, as motifarch's own loop does with
+    ``compile: true``.
+    """
 
     def batch(self, seq_len: int) -> Tensor:
         """Random token ids (tokens_per_step / seq_len, seq_len), the same for every model."""

@@ -1,25 +1,29 @@
-"""Measure launch candidates on the GPU at hand and write its launch table, kernels/motif_kernels/tuning/GPU.json.
+"""Measure launch candidates on the GPU at hand and write its launch table,
+kernels/motif_kernels/tuning/GPU.json.
 
     python -m benchmarks.tune                                        # every kernel; most of the time goes to compiling
     python -m benchmarks.tune --kernels attention_forward --limit 500
     python -m benchmarks.tune --dry-run                              # the candidates; needs no GPU
 
-For each kernel and each class of sizes that share an entry, candidates are timed on one or two problems that tell
-(attention: causal, 4,096 tokens, four and one signal heads for each noise head), beginning with the entry that the GPU
-has now. Then attention_backend: which backend is the fastest forward and backward, by the widths of the heads.
+For each kernel and each class of sizes that share an entry, candidates are timed on one or two
+problems that tell (attention: causal, 4,096 tokens, four and one signal heads for each noise head),
+beginning with the entry that the GPU has now. Then attention_backend: which backend is the fastest
+forward and backward, by the widths of the heads.
 
-*Right first.* Every candidate's results are held to those of the present entry, in memory that held NaN before. One
-that differs, does not compile, does not fit the GPU, or spills more than its kernel's bound is refused, reported with
-the reason, and not timed. The fastest must in the same way serve further problems of its class (other masks,
-epilogues and widths), else the next fastest is taken.
+*Right first.* Every candidate's results are held to those of the present entry, in memory that held
+NaN before. One that differs, does not compile, does not fit the GPU, or spills more than its
+kernel's bound is refused, reported with the reason, and not timed. The fastest must in the same way
+serve further problems of its class (other masks, epilogues and widths), else the next fastest is
+taken.
 
-*Time.* Candidates take turns, in an order that rotates; a candidate's figure is its median. It is the GPU's time with
-a cold L2 cache and the launches queued (timing.py). Over a class's problems, the geometric mean of the ratios to the
-present entry decides.
+*Time.* Candidates take turns, in an order that rotates; a candidate's figure is its median. It is
+the GPU's time with a cold L2 cache and the launches queued (timing.py). Over a class's problems,
+the geometric mean of the ratios to the present entry decides.
 
-The table is written anew after each class. Kernels and sizes that were not reached keep what they had, and a table
-that exists keeps the other kernels. What a kernel's fields mean, its module in kernels/motif_kernels/triton/ says.
-Every candidate's figures are kept in benchmarks/results/GPU/tune.json, or, with --output, beside that file.
+The table is written anew after each class. Kernels and sizes that were not reached keep what they
+had, and a table that exists keeps the other kernels. What a kernel's fields mean, its module in
+kernels/motif_kernels/triton/ says. Every candidate's figures are kept in
+benchmarks/results/GPU/tune.json, or, with --output, beside that file.
 """
 
 from __future__ import annotations
@@ -112,7 +116,8 @@ def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.
     """Tune the kernels; the table and the log are written anew after each class.
 
     Returns:
-        The exit status: 1 if a class has no candidate that passed, or if it was stopped before the end.
+        The exit status: 1 if a class has no candidate that passed, or if it was stopped before the
+        end.
     """
     env = report.environment("benchmarks.tune", device, PACKAGES)
     console.print(report.describe(env), style="dim")
@@ -139,7 +144,9 @@ def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.
     before = dict(table)
 
     def keep(kernel: Kernel, size_class: SizeClass, outcome: Outcome) -> None:
-        """Put what was found into the table, which later kernels launch with, and into the files."""
+        """Put what was found into the table, which later kernels launch with, and into the
+        files.
+        """
         outcomes.append((kernel, size_class, outcome))
         others = [c for c in log["kernels"].get(kernel.name, ()) if c["up_to"] != size_class.up_to]
         log["kernels"][kernel.name] = [*others, {"up_to": size_class.up_to, "source": source, **vars(outcome)}]

@@ -1,4 +1,6 @@
-"""What `benchmarks.tune` tries: for each kernel its size classes, the problems that tell, and the candidate entries."""
+"""What `benchmarks.tune` tries: for each kernel its size classes, the problems that tell, and the
+candidate entries.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class SizeClass:
     timed: tuple[Problem, ...]
     """What decides."""
     also: tuple[Problem, ...]
-    """What the chosen entry must serve too: launch, within the bound of spilled bytes, and give the same results."""
+    """What the chosen entry must serve too: launch, within the bound of spilled bytes, and give the
+    same results.
+    """
     candidates: tuple[Entry, ...]
 
 
@@ -33,8 +37,10 @@ class Kernel:
     name: str
     classes: tuple[SizeClass, ...]
     tolerance: float
-    """Largest difference from the present entry's results, relative to |value| + root mean square: several times what
-    another order of rounding does, far below what a tile that is missing or wrong would show."""
+    """Largest difference from the present entry's results, relative to |value| + root mean square:
+    several times what another order of rounding does, far below what a tile that is missing or
+    wrong would show.
+    """
     spilled_bytes: int
     """The most local memory that a thread of a candidate may use."""
 
@@ -44,8 +50,9 @@ def _tiles(*choices: tuple[int, int, int, int]) -> tuple[Entry, ...]:
     return tuple(dict(zip(("block_m", "block_n", "num_warps", "num_stages"), c, strict=True)) for c in choices)
 
 
-# Of each kernel for sizes of up to 384 ((64, 64) and (64, 128) in two-byte elements), up to 512 ((128, 128)), and
-# beyond. The larger the heads, the more registers a row of a tile takes, and the smaller the tiles that fit.
+# Of each kernel for sizes of up to 384 ((64, 64) and (64, 128) in two-byte elements), up to 512
+# ((128, 128)), and beyond. The larger the heads, the more registers a row of a tile takes, and the
+# smaller the tiles that fit.
 _ATTENTION = {
     "attention_forward": (
         _tiles(
@@ -204,7 +211,8 @@ def _epilogue(width: int, ratio: int, noise_heads: int) -> Problem:
 
 
 def _prepare(width: int, ratio: int, noise_heads: int) -> Problem:
-    # The forward pass that comes before is over short sequences: only the tokens matter to this kernel.
+    # The forward pass that comes before is over short sequences: only the tokens matter to this
+    # kernel.
     return Attention(64, width, ratio, noise_heads, 256, batch=32)
 
 
@@ -219,7 +227,9 @@ def _backend() -> Kernel:
 
 
 def all_kernels() -> dict[str, Kernel]:
-    """By name, in the order in which they are tuned: what users wait for most, and what others build on, first."""
+    """By name, in the order in which they are tuned: what users wait for most, and what others
+    build on, first.
+    """
     kernels = [
         *(_attention_kernel(name) for name in _ATTENTION),
         _head_kernel("attention_prepare", _walked_tiles(), _prepare, 0.15),

@@ -1,4 +1,6 @@
-"""Launching candidates for `benchmarks.tune`: with their entry in force, watched for spills, or only compiled."""
+"""Launching candidates for `benchmarks.tune`: with their entry in force, watched for spills, or
+only compiled.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def watched() -> Iterator[list[Any]]:
 
 
 def spilled_bytes(launched: Sequence[Any]) -> int:
-    """The most local memory that a thread of these kernels uses; the driver counts it, Triton in words of 4 bytes."""
+    """The most local memory that a thread of these kernels uses; the driver counts it, Triton in
+    words of 4 bytes.
+    """
     return max((4 * (getattr(kernel, "n_spills", 0) or 0) for kernel in launched), default=0)
 
 
@@ -116,7 +120,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def compile_candidate(kernel: str, problem: Problem, entry: Entry, table: Table, device: str) -> str | None:
-    """Compile what a launch will need, for whoever launches it later; why it cannot be compiled, or None."""
+    """Compile what a launch will need, for whoever launches it later; why it cannot be compiled, or
+    None.
+    """
     try:
         with compiling_only():
             launcher(kernel, problem, torch.device(device), table)(entry)

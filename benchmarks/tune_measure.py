@@ -121,7 +121,8 @@ class Bench:
     def compile(
         self, kernel: Kernel, candidates: Sequence[Entry], problems: Sequence[Problem], table: Table
     ) -> list[tuple[Entry, Problem, str]]:
-        """Compile side by side, where there are compilers; which candidates cannot be compiled for what, and why.
+        """Compile side by side, where there are compilers; which candidates cannot be compiled for
+        what, and why.
 
         Raises:
             OutOfTimeError: the deadline came first.
@@ -141,7 +142,9 @@ class Bench:
     def try_all(
         self, kernel: Kernel, problem: Problem, candidates: Sequence[Entry], present: Entry, table: Table
     ) -> tuple[Callable[[Entry], dict[str, Tensor]], list[Entry], list[tuple[Entry, str]]]:
-        """Launch candidates and hold them to the first that runs: a launcher, those that passed, and those refused."""
+        """Launch candidates and hold them to the first that runs: a launcher, those that passed,
+        and those refused.
+        """
         try:
             launch = launcher(kernel.name, problem, self.device, table)
         except Exception as error:  # a kernel that comes before this one cannot be launched

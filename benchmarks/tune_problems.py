@@ -1,7 +1,9 @@
-"""What `benchmarks.tune` launches: for each kind of problem its inputs, its size in the launch tables, its kernels.
+"""What `benchmarks.tune` launches: for each kind of problem its inputs, its size in the launch
+tables, its kernels.
 
-All is bfloat16. A problem's ``launches(kernel, device)`` draws the inputs, runs what comes before the kernel, and
-returns a function that launches the kernel alone, with whatever entry is in force, and hands back results by name.
+All is bfloat16. A problem's ``launches(kernel, device)`` draws the inputs, runs what comes before
+the kernel, and returns a function that launches the kernel alone, with whatever entry is in force,
+and hands back results by name.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """diff_combine with the sub-norm: heads of ``width``, ``ratio`` signal heads for each noise head."""
+    """diff_combine with the sub-norm: heads of ``width``, ``ratio`` signal heads for each noise
+    head.
+    """
 
     tokens: int
     noise_heads: int
@@ -131,7 +135,9 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Attention:
-    """Differential attention over sequences of ``tokens``; each noise head has a key head and a value head."""
+    """Differential attention over sequences of ``tokens``; each noise head has a key head and a
+    value head.
+    """
 
     width: int
     value_width: int
@@ -274,7 +280,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class Decoding:
-    """One new token for each row against a full cache of ``tokens``, k1 and k2 side by side in it."""
+    """One new token for each row against a full cache of ``tokens``, k1 and k2 side by side in
+    it.
+    """
 
     width: int
     value_width: int
@@ -296,7 +304,9 @@ class Decoding:
         return f"{heads}, a token after {self.batch} x {self.tokens:,}" + (", epilogue gate" if self.gate else "")
 
     def launches(self, kernel: str, device: torch.device) -> Launch:
-        """Of decoding_split, with the kernel that joins its parts: into how many it splits depends on its entry."""
+        """Of decoding_split, with the kernel that joins its parts: into how many it splits depends
+        on its entry.
+        """
         draw = draw_from(0, DTYPE, device)
         keys = draw(self.batch, self.tokens, self.noise_heads, 2 * self.width)
         signal_heads = self.ratio * self.noise_heads

@@ -1,4 +1,6 @@
-"""The launch table that `benchmarks.tune` writes: what of it stays, what is replaced, and how it is laid out."""
+"""The launch table that `benchmarks.tune` writes: what of it stays, what is replaced, and how it is
+laid out.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _MEMORY_WORD = r"[ -]+(\d+GB|HBM\d\w*)\b.*"
 
 
 def splice(present: Sequence[Entry], classes: Sequence[SizeClass], chosen: Mapping[int | None, Entry]) -> list[Entry]:
-    """A kernel's entries with those of the chosen classes replaced; neighbours that are equal become one."""
+    """A kernel's entries with those of the chosen classes replaced; neighbours that are equal
+    become one.
+    """
 
     def order(bound: int | None) -> float:
         return math.inf if bound is None else bound
@@ -36,7 +40,9 @@ def splice(present: Sequence[Entry], classes: Sequence[SizeClass], chosen: Mappi
 
 
 def read_table(path: Path, shipped: Path) -> dict[str, Any]:
-    """The table at ``path``, or where there is none the one that is shipped for the GPU, or an empty one."""
+    """The table at ``path``, or where there is none the one that is shipped for the GPU, or an
+    empty one.
+    """
     found = next((p for p in (path, shipped) if p.exists()), None)
     return json.loads(found.read_text(encoding="utf-8")) if found else {"kernels": {}}
 
@@ -44,7 +50,8 @@ def read_table(path: Path, shipped: Path) -> dict[str, Any]:
 def write_table(path: Path, shipped: Path, gpu: str, source: str, kernels: Mapping[str, Sequence[Entry]]) -> None:
     """Write these kernels' entries into the table, one a line.
 
-    What else :func:`read_table` finds stays; "sources" then says for each kernel of those where it came from.
+    What else :func:`read_table` finds stays; "sources" then says for each kernel of those where it
+    came from.
     """
     old = read_table(path, shipped)
     sources = {n: old.get("sources", {}).get(n, old["source"]) for n in old["kernels"] if n not in kernels}
@@ -62,11 +69,15 @@ def write_table(path: Path, shipped: Path, gpu: str, source: str, kernels: Mappi
 
 
 def gpu_name_part(name: str) -> str:
-    """What tells a GPU's name from others', without its memory's size: "NVIDIA H100" of "NVIDIA H100 80GB HBM3"."""
+    """What tells a GPU's name from others', without its memory's size: "NVIDIA H100" of "NVIDIA
+    H100 80GB HBM3".
+    """
     return re.sub(_MEMORY_WORD, "", name)
 
 
 def present_table(path: Path, shipped: Path, gpu: str) -> dict[str, list[Entry]]:
-    """What launches take now: the table that is to be written, if it exists, over what is shipped for the GPU."""
+    """What launches take now: the table that is to be written, if it exists, over what is shipped
+    for the GPU.
+    """
     backend = [{"up_to": None, "backend": "triton"}]  # what "auto" takes where no table says
     return {BACKEND: backend, **tuning.merged_table(gpu), **read_table(path, shipped)["kernels"]}

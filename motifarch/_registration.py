@@ -1,8 +1,10 @@
-"""Makes transformers' Auto classes know the Motif models, without importing transformers before somebody needs it.
+"""Makes transformers' Auto classes know the Motif models, without importing transformers before
+somebody needs it.
 
-``import motifarch.layers`` runs ``motifarch/__init__.py`` first, and layers must not pull in transformers. So
-registration waits: the config class is registered right after transformers' Auto configs are imported (or at once if
-they were), and the model classes when the first MotifConfig is made, which every way to a model goes through.
+``import motifarch.layers`` runs ``motifarch/__init__.py`` first, and layers must not pull in
+transformers. So registration waits: the config class is registered right after transformers' Auto
+configs are imported (or at once if they were), and the model classes when the first MotifConfig is
+made, which every way to a model goes through.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ MODEL_TYPES = ("Motif", "motif")
 
 
 def _register_config(auto_configs: ModuleType) -> None:
-    from .integrations.configuration import MODEL_TYPE, PatchedConfig
-    from .models.motif.configuration_motif import MotifConfig
+    from motifarch.integrations.configuration import MODEL_TYPE, PatchedConfig
+    from motifarch.models.motif.configuration_motif import MotifConfig
 
     for model_type in MODEL_TYPES:
         auto_configs.CONFIG_MAPPING.register(model_type, MotifConfig, exist_ok=True)
@@ -32,8 +34,8 @@ def register_models() -> None:
     """Put the model classes behind AutoModel and AutoModelForCausalLM."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from .models.motif.configuration_motif import MotifConfig
-    from .models.motif.modeling_motif import MotifForCausalLM, MotifModel
+    from motifarch.models.motif.configuration_motif import MotifConfig
+    from motifarch.models.motif.modeling_motif import MotifForCausalLM, MotifModel
 
     AutoModel.register(MotifConfig, MotifModel, exist_ok=True)
     AutoModelForCausalLM.register(MotifConfig, MotifForCausalLM, exist_ok=True)

@@ -1,4 +1,6 @@
-"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint to export or to start another run from."""
+"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint to export or to start
+another run from.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +56,17 @@ def average(run: Path, output: Path, last: int) -> Path:
 
     Args:
         run: a run's output folder.
-        output: folder to write: a run's folder with one checkpoint. `motifarch export` takes the folder, and
-            `run.init_from` the checkpoint. An earlier average there is replaced once the new one is whole.
+        output: folder to write: a run's folder with one checkpoint. `motifarch export` takes the
+            folder, and `run.init_from` the checkpoint. An earlier average there is replaced once
+            the new one is whole.
         last: checkpoints to average.
 
     Returns:
         The checkpoint's folder. It holds weights, no moments.
 
     Raises:
-        UserError: no run there, too few complete checkpoints, checkpoints that differ in shape, or an output that is
-            no average.
+        UserError: no run there, too few complete checkpoints, checkpoints that differ in shape, or
+            an output that is no average.
     """
     if last < 1:
         raise UserError(f"--last is {last}; it must be at least 1")

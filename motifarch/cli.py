@@ -1,4 +1,6 @@
-"""The `motifarch` command: finds the subcommand, and turns errors meant for people into one line."""
+"""The `motifarch` command: finds the subcommand, and turns errors meant for people into one
+line.
+"""
 
 import difflib
 import importlib
@@ -91,8 +93,9 @@ def _distributed() -> bool:
 def _fail(message: str, status: int, wait: bool = True) -> NoReturn:
     """Prints a message once for all ranks and exits.
 
-    Most errors meet every rank, and rank 0 speaks for all. The others leave it a moment: torchrun ends them as soon
-    as rank 0 is gone, so one that is still alive failed alone, and speaks for itself.
+    Most errors meet every rank, and rank 0 speaks for all. The others leave it a moment: torchrun
+    ends them as soon as rank 0 is gone, so one that is still alive failed alone, and speaks for
+    itself.
     """
     if _distributed():
         if wait and _rank():

@@ -26,7 +26,8 @@ def environment(command: str, device: torch.device, packages: Iterable[str]) -> 
         packages: distributions whose versions matter; those not installed are null.
 
     Returns:
-        A dictionary for JSON: date (UTC), command, device, CPU, threads, load, memory, versions, git commit.
+        A dictionary for JSON: date (UTC), command, device, CPU, threads, load, memory, versions,
+        git commit.
     """
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -75,7 +76,9 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether files differ from it; None outside a repository."""
+    """The commit that is checked out, and whether files differ from it; None outside a
+    repository.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

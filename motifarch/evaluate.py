@@ -1,4 +1,6 @@
-"""`motifarch eval`: a Hugging Face folder on the tasks of lm-evaluation-harness (lm-eval), or on tasks of your own."""
+"""`motifarch eval`: a Hugging Face folder on the tasks of lm-evaluation-harness (lm-eval), or on
+tasks of your own.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +45,22 @@ def evaluate(
 
     Args:
         folder: a Hugging Face folder: exported, released or any causal language model's.
-        tasks: names of lm-eval's tasks, groups and tags (``mmlu_*`` for many), YAML files of tasks, or folders of them.
+        tasks: names of lm-eval's tasks, groups and tags (``mmlu_*`` for many), YAML files of tasks,
+            or folders of them.
         limit: examples of each task, or below 1 a share of them; all by default.
         batch_size: rows at once, or "auto" for as many as the memory holds.
-        num_fewshot: solved examples before each question; by default what each task says. (A task that says 0 keeps 0.)
+        num_fewshot: solved examples before each question; by default what each task says.
+            (A task that says 0 keeps 0.)
         dtype: of the weights; "auto" leaves them as they are saved.
         device: default: the GPU if there is one.
 
     Returns:
-        lm-eval's results: "results" by task and metric, "groups", "configs", "n-shot", "n-samples", "versions", ...
+        lm-eval's results: "results" by task and metric, "groups", "configs", "n-shot", "n-samples",
+        "versions", ...
 
     Raises:
-        UserError: lm-eval is missing, a task is unknown or cannot be loaded, or the folder does not load.
+        UserError: lm-eval is missing, a task is unknown or cannot be loaded, or the folder does not
+            load.
     """
     check_folder(folder)
     _check_harness()
@@ -90,7 +96,8 @@ def _check_harness() -> None:
 
 
 def index_tasks(tasks: Sequence[str]) -> TaskManager:
-    """lm-eval's index of what is asked for: tasks in files and folders, and lm-eval's own where a name may mean one.
+    """lm-eval's index of what is asked for: tasks in files and folders, and lm-eval's own where a
+    name may mean one.
 
     Args:
         tasks: names, patterns, YAML files and folders.
@@ -112,7 +119,8 @@ def index_tasks(tasks: Sequence[str]) -> TaskManager:
 
 
 def resolve_tasks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
-    """What to load, each once: names, and paths of YAML files; of a folder its groups and the tasks in none of them.
+    """What to load, each once: names, and paths of YAML files; of a folder its groups and the tasks
+    in none of them.
 
     Args:
         manager: from :func:`index_tasks`.
@@ -176,7 +184,9 @@ def _named(manager: TaskManager, task: str) -> list[str]:
 
 
 def _at(manager: TaskManager, path: Path) -> list[str]:
-    """What the index has from a file, or from a folder's files; else the file, for lm-eval to read."""
+    """What the index has from a file, or from a folder's files; else the file, for lm-eval to
+    read.
+    """
     files = {name: manager.task_index[name].yaml_path for name in manager.all_tasks}
     names = [name for name, file in files.items() if file and file.resolve().is_relative_to(path.resolve())]
     if not path.is_dir():

@@ -1,4 +1,6 @@
-"""`motifarch export`: a checkpoint becomes a Hugging Face folder, for AutoModelForCausalLM after `import motifarch`."""
+"""`motifarch export`: a checkpoint becomes a Hugging Face folder, for AutoModelForCausalLM after
+`import motifarch`.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,14 @@ def export(
     tokenizer: str | None = None,
     with_code: bool = False,
 ) -> Path:
-    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer and the run's record.
+    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer and the run's
+    record.
 
     Args:
-        source: a run's output folder (its newest complete checkpoint is taken) or one checkpoint's folder.
-        output: where to write; default ``export`` in the run's folder. An earlier export there is replaced once the
-            new one is whole.
+        source: a run's output folder (its newest complete checkpoint is taken) or one checkpoint's
+            folder.
+        output: where to write; default ``export`` in the run's folder. An earlier export there is
+            replaced once the new one is whole.
         dtype: "float32", as trained, or "bfloat16".
         tokenizer: a tokenizer folder; default that of the run's data.
         with_code: write the model code too, so that the folder loads without motifarch.
@@ -45,7 +49,8 @@ def export(
         The folder written.
 
     Raises:
-        UserError: no run or no complete checkpoint there, or no tokenizer; the message names the fix.
+        UserError: no run or no complete checkpoint there, or no tokenizer; the message names the
+            fix.
     """
     run, checkpoint = _resolve(source)
     record = _read_record(run)
@@ -105,7 +110,9 @@ def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedToke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`export`, and with --with-code on a model's folder of :func:`add_code`."""
+    """The command line of :func:`export`, and with --with-code on a model's folder of
+    :func:`add_code`.
+    """
     parser = argparse.ArgumentParser(prog="motifarch export", description=__doc__)
     parser.add_argument(
         "source",

@@ -1,4 +1,6 @@
-"""`motifarch generate`: text from a Hugging Face folder, streamed as it is sampled, or for a whole file of prompts."""
+"""`motifarch generate`: text from a Hugging Face folder, streamed as it is sampled, or for a whole
+file of prompts.
+"""
 
 from __future__ import annotations
 

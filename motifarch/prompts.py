@@ -50,12 +50,14 @@ def read_prompts(path: Path, *, chat: bool = False, system: str | None = None) -
         system: a system message for every conversation that does not start with its own.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt, or has a line that is no prompt; the message names it.
+        UserError: the file cannot be read, holds no prompt, or has a line that is no prompt; the
+            message names it.
     """
     if path.suffix.lower() == ".json":
         raise UserError(f"{path} is JSON; give a text file with a prompt a line, or a .jsonl file of {_ACCEPTED}")
     try:
-        # Not Python's splitlines: text may hold other line separators, and only a newline ends a line of JSONL.
+        # Not Python's splitlines: text may hold other line separators, and only a newline ends a
+        # line of JSONL.
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"the prompts {path} cannot be read: {error.strerror}; give a file that can") from None
@@ -132,10 +134,11 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def result_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that writes a line of JSON, into a file that is at its place once the block ends well.
+    """Give a function that writes a line of JSON, into a file that is at its place once the block
+    ends well.
 
-    A file that is there already is replaced then. If the block raises, that stays as it was, and the lines written so
-    far, if any, are left in ``path`` with ".partial" added to its name.
+    A file that is there already is replaced then. If the block raises, that stays as it was, and
+    the lines written so far, if any, are left in ``path`` with ".partial" added to its name.
 
     Raises:
         UserError: the file cannot be written.

@@ -31,8 +31,8 @@ Prompt = str | list[dict[str, str]]
 
 CACHES = ("dynamic", "static")
 
-# Batches are made of prompts of similar length among this many batches' worth: long enough to find some, and short
-# enough that a result does not wait long for those before it.
+# Batches are made of prompts of similar length among this many batches' worth: long enough to find
+# some, and short enough that a result does not wait long for those before it.
 _WINDOW = 8
 
 
@@ -45,8 +45,8 @@ class Sampling:
         temperature: 0 always takes the likeliest token.
         top_p: sample from the smallest set of tokens with this probability.
         seed: with the prompt's number (counted from 0), decides the prompt's random draws.
-        cache: "dynamic" grows with the text; "static" has its final size at once, which lets a GPU's passes be
-            compiled.
+        cache: "dynamic" grows with the text; "static" has its final size at once, which lets a
+            GPU's passes be compiled.
 
     Raises:
         UserError: a value outside what is accepted.
@@ -87,13 +87,15 @@ class Completion:
 
 @dataclass
 class Speed:
-    """Time and tokens of the prompts so far; the prompts' own pass counts apart from the decoding after it.
+    """Time and tokens of the prompts so far; the prompts' own pass counts apart from the decoding
+    after it.
 
     Attributes:
         prompts: how many were continued.
         prompt_tokens: theirs, without padding.
         prompt_seconds: until each batch had its first new tokens.
-        tokens: made by the model, the first ones and end-of-sequence tokens included, padding after these not.
+        tokens: made by the model, the first ones and end-of-sequence tokens included, padding after
+            these not.
         decoded: tokens but for each prompt's first, which its own pass gave.
         decode_seconds: from each batch's first new tokens to its last.
     """
@@ -107,7 +109,9 @@ class Speed:
 
     @property
     def rate(self) -> float | None:
-        """Decoded tokens per second, all rows of a batch together; None if no prompt got a second token."""
+        """Decoded tokens per second, all rows of a batch together; None if no prompt got a second
+        token.
+        """
         return self.decoded / self.decode_seconds if self.decoded else None
 
     def __str__(self) -> str:
@@ -119,7 +123,8 @@ class Speed:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
-    """A prompt's token ids; messages go through the tokenizer's chat template, up to where the reply starts.
+    """A prompt's token ids; messages go through the tokenizer's chat template, up to where the
+    reply starts.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -127,8 +132,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
         name: what errors call the prompt.
 
     Raises:
-        UserError: messages without a chat template or refused by it, text that is no Unicode, or an empty prompt for a
-            tokenizer without a token to start from.
+        UserError: messages without a chat template or refused by it, text that is no Unicode, or an
+            empty prompt for a tokenizer without a token to start from.
     """
     text = prompt if isinstance(prompt, str) else _conversation(tokenizer, prompt, name)
     try:
@@ -179,12 +184,14 @@ def generate(
 ) -> Iterator[Completion]:
     """Continue prompts, several at once, and give the results in the prompts' order as they come.
 
-    All prompts are checked before the first is continued. Batches are made of prompts of similar length; one that
-    leaves less room than ``max_new_tokens`` is batched only with others that leave as much.
+    All prompts are checked before the first is continued. Batches are made of prompts of similar
+    length; one that leaves less room than ``max_new_tokens`` is batched only with others that leave
+    as much.
 
-    A prompt's random draws come from the seed and its number alone, so neither the other prompts nor the device change
-    them. Its text may still change with those, where rounding moves a token's probability across a draw or, at
-    temperature 0, decides between tokens that are as likely: padding and batch size change how a GPU sums.
+    A prompt's random draws come from the seed and its number alone, so neither the other prompts
+    nor the device change them. Its text may still change with those, where rounding moves a token's
+    probability across a draw or, at temperature 0, decides between tokens that are as likely:
+    padding and batch size change how a GPU sums.
 
     Args:
         model: a causal language model.
@@ -192,7 +199,8 @@ def generate(
         prompts: texts and conversations.
         sampling: how; default ``Sampling()``.
         batch_size: how many prompts to continue at once.
-        stream: print the text as it comes, after the prompt unless that is a conversation; for one prompt only.
+        stream: print the text as it comes, after the prompt unless that is a conversation; for one
+            prompt only.
         names: what errors call the prompts; default their numbers.
         speed: gets the time and tokens added.
         report: called after each batch with its number of prompts.
@@ -201,8 +209,9 @@ def generate(
         A completion for each prompt.
 
     Raises:
-        UserError: what :func:`encode` raises, a prompt without room in the model's positions or with tokens that the
-            model does not have, a batch too large for the GPU's memory, or a cache that the model does not take.
+        UserError: what :func:`encode` raises, a prompt without room in the model's positions or
+            with tokens that the model does not have, a batch too large for the GPU's memory, or a
+            cache that the model does not take.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
@@ -233,7 +242,9 @@ def generate(
 
 
 def _room(model: PreTrainedModel, ids: list[int], name: str) -> float:
-    """How many tokens the model's positions leave after a prompt; infinitely many for one without such a limit."""
+    """How many tokens the model's positions leave after a prompt; infinitely many for one without
+    such a limit.
+    """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     known = weight.shape[0]
@@ -253,8 +264,9 @@ def _room(model: PreTrainedModel, ids: list[int], name: str) -> float:
 def _batches(rows: Sequence[list[int]], limits: Sequence[float], batch_size: int) -> Iterator[list[int]]:
     """Numbers of rows to continue together.
 
-    Those of a batch have the same limit: a row past its own would hold up the rest at positions that the model does
-    not have. The longest come first, so that what does not fit into memory fails early.
+    Those of a batch have the same limit: a row past its own would hold up the rest at positions
+    that the model does not have. The longest come first, so that what does not fit into memory
+    fails early.
     """
     for start in range(0, len(rows), _WINDOW * batch_size):
         window = range(start, min(start + _WINDOW * batch_size, len(rows)))
@@ -276,7 +288,9 @@ def _continue(
     streamer: TextStreamer | None,
     speed: Speed,
 ) -> list[tuple[list[int], str]]:
-    """Each row's new tokens, the end-of-sequence token among them if there is one, and how it finished."""
+    """Each row's new tokens, the end-of-sequence token among them if there is one, and how it
+    finished.
+    """
     ends = _end_tokens(model, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     width = max(map(len, rows))
@@ -293,7 +307,8 @@ def _continue(
             cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
             eos_token_id=ends or None,
             pad_token_id=pad,
-            # A folder's generation_config may ask for other sampling, or beams; here the options decide.
+            # A folder's generation_config may ask for other sampling, or beams; here the options
+            # decide.
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -350,10 +365,11 @@ def _processors(sampling: Sampling, numbers: Sequence[int]) -> LogitsProcessorLi
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn by its probability from a random sequence that is the row's own.
+    """Leaves one token of each row, drawn by its probability from a random sequence that is the
+    row's own.
 
-    transformers' sampling draws for all rows from one sequence, so that a prompt's text would change with the prompts
-    beside it.
+    transformers' sampling draws for all rows from one sequence, so that a prompt's text would
+    change with the prompts beside it.
     """
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
@@ -364,7 +380,8 @@ class _Draw(LogitsProcessor):
         below = scores.double().softmax(-1).cumsum(-1)
         total = below[:, -1:]
         draws = torch.tensor([[sequence.random()] for sequence in self.sequences], dtype=total.dtype).to(total.device)
-        # Short of the total even after rounding, and to the right of equal sums: never a token of probability 0.
+        # Short of the total even after rounding, and to the right of equal sums: never a token of
+        # probability 0.
         target = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
         drawn = torch.searchsorted(below, target, right=True)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
@@ -386,7 +403,9 @@ class _FirstTokens(StoppingCriteria):
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]) -> str:
-    """New tokens as text, decoded after what they continue: alone, some tokenizers drop a space at the start."""
+    """New tokens as text, decoded after what they continue: alone, some tokenizers drop a space at
+    the start.
+    """
     before = str(tokenizer.decode(context, skip_special_tokens=True))
     whole = str(tokenizer.decode(context + new, skip_special_tokens=True))
     if whole.startswith(before):

@@ -1,7 +1,8 @@
-"""Which rows and columns of a whole tensor each rank of a mesh holds, and which ranks hold one copy of it together.
+"""Which rows and columns of a whole tensor each rank of a mesh holds, and which ranks hold one copy
+of it together.
 
-DTensor says where a shard begins; with tensor parallelism under FSDP2 a shard can be several stretches of rows, so
-here every stretch is named.
+DTensor says where a shard begins; with tensor parallelism under FSDP2 a shard can be several
+stretches of rows, so here every stretch is named.
 """
 
 import itertools
@@ -31,7 +32,9 @@ def _take(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def _part(runs: Runs, parts: int, index: int) -> Runs:
-    """As torch.chunk cuts: parts of equal size, rounded up, so that the last ones may be short or empty."""
+    """As torch.chunk cuts: parts of equal size, rounded up, so that the last ones may be short or
+    empty.
+    """
     size = -(-length(runs) // parts)
     return _take(runs, index * size, (index + 1) * size)
 
@@ -50,8 +53,9 @@ def held_indices(
     Args:
         shape: Of the whole tensor.
         mesh_shape: Ranks along each dimension of the mesh.
-        placements: One for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over tensor parallelism
-            makes (cut first into as many parts as the later mesh dimensions will, then each of those into shares).
+        placements: One for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over
+            tensor parallelism makes (cut first into as many parts as the later mesh dimensions
+            will, then each of those into shares).
         coordinate: The rank's place in the mesh.
 
     Returns:
@@ -74,7 +78,8 @@ def held_indices(
 
 
 def own_indices(tensor: torch.Tensor) -> tuple[Runs, ...]:
-    """The indices along each dimension that this rank holds of a tensor, all of them where it is no DTensor.
+    """The indices along each dimension that this rank holds of a tensor, all of them where it is no
+    DTensor.
 
     Raises:
         ValueError: The local tensor is not the shard that its placements describe.
@@ -123,7 +128,9 @@ class CopyGroup:
 
 
 def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
-    """Finds the ranks that hold, with this one, a whole copy: those that differ in sharded mesh dimensions alone."""
+    """Finds the ranks that hold, with this one, a whole copy: those that differ in sharded mesh
+    dimensions alone.
+    """
     mine = mesh.get_coordinate()
     assert mine is not None
     axes = [
@@ -135,7 +142,8 @@ def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
 
 
 def open_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """A process group of these ranks, which call this together: the mesh's own where there is one, else a new one.
+    """A process group of these ranks, which call this together: the mesh's own where there is one,
+    else a new one.
 
     Returns:
         The group, or None for a single rank.

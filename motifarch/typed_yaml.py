@@ -1,6 +1,7 @@
 """YAML files and dotted overrides, read into typed dataclasses by jsonargparse.
 
-jsonargparse does the reading and the type checks; this module turns its refusals into one message for people.
+jsonargparse does the reading and the type checks; this module turns its refusals into one message
+for people.
 """
 
 import copy
@@ -21,7 +22,9 @@ _MISSING = object()
 
 
 class TypedYaml(Generic[T]):
-    """Reads one kind of file. Where its dataclass has a field `base`, a file may name another that it builds on."""
+    """Reads one kind of file. Where its dataclass has a field `base`, a file may name another that
+    it builds on.
+    """
 
     def __init__(self, root: type[T], noun: str, *, prog: str, usage: str, description: str) -> None:
         """Says what is read.
@@ -48,8 +51,8 @@ class TypedYaml(Generic[T]):
         """Reads a command line.
 
         Args:
-            argv: ``FILE.yaml --section.field value --section.field=value ...``, the file being optional. A file's
-                `base` is read before it.
+            argv: ``FILE.yaml --section.field value --section.field=value ...``, the file being
+                optional. A file's `base` is read before it.
 
         Returns:
             The dataclass, types checked.
@@ -193,7 +196,9 @@ def _fits(hint: Any, value: Any, from_file: bool) -> bool:
 
 
 def _leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field given, inside lists too, and those that are needed and missing."""
+    """Yields (dotted name, value) of every field given, inside lists too, and those that are needed
+    and missing.
+    """
     for f in dataclasses.fields(section):
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.name not in values:

@@ -1,4 +1,6 @@
-"""The safetensors files of a Hugging Face model folder: checked whole at once, read a tensor at a time."""
+"""The safetensors files of a Hugging Face model folder: checked whole at once, read a tensor at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,18 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class ModelFolderError(UserError, ValueError):
     """A model's folder that cannot be read whole.
 
-    A ValueError, as transformers' users catch, and a UserError: commands print it and exit with status 2.
+    A ValueError, as transformers' users catch, and a UserError: commands print it and exit with
+    status 2.
     """
 
 
 class WeightFiles:
-    """The tensors of a folder with one safetensors file, or shards and their index; it is never written to.
+    """The tensors of a folder with one safetensors file, or shards and their index; it is never
+    written to.
 
-    Every file's header is read at once, so that a missing or truncated file is found before work begins; tensors are
-    read when asked for. Where a folder has both, the single file counts, as in transformers.
+    Every file's header is read at once, so that a missing or truncated file is found before work
+    begins; tensors are read when asked for. Where a folder has both, the single file counts, as in
+    transformers.
 
     Attributes:
         path: the folder.
@@ -46,8 +51,8 @@ class WeightFiles:
         variant: part of the files' names, as transformers takes it.
 
     Raises:
-        ModelFolderError: there are no such files, one is missing, truncated or damaged, or the index names a tensor
-            that is not there.
+        ModelFolderError: there are no such files, one is missing, truncated or damaged, or the
+            index names a tensor that is not there.
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
@@ -98,7 +103,8 @@ class WeightFiles:
         """
         file = self.path / self._files[name]
         try:
-            # Opened anew for each tensor: a file kept open keeps all its pages that were read in memory.
+            # Opened anew for each tensor: a file kept open keeps all its pages that were read in
+            # memory.
             with safe_open(file, framework="pt") as tensors:
                 tensor: Tensor = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:

@@ -1,4 +1,6 @@
-"""Evaluation: scores are those worked out by hand from the model's own logits, and refusals say why."""
+"""Evaluation: scores are those worked out by hand from the model's own logits, and refusals say
+why.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def model(folder):
 
 @pytest.fixture
 def tasks(tmp_path, model, tokenizer) -> Path:
-    """A folder of tasks on one file of questions; of every second one the continuation given is the model's own."""
+    """A folder of tasks on one file of questions; of every second one the continuation given is the
+    model's own.
+    """
     lines = []
     for number, (question, choices, answer) in enumerate(QUESTIONS):
         ids = tokenizer(question, return_tensors="pt").input_ids
@@ -137,7 +141,8 @@ def test_scores_are_those_worked_out_by_hand(folder, model, tokenizer, tasks, dt
     answers = [answer for *_, answer in QUESTIONS]
     right = [sum(map(int.__eq__, guess, answers)) / len(answers) for guess in (best, by_length)]
     assert [scores["tiny_choice"]["acc,none"], scores["tiny_choice"]["acc_norm,none"]] == right
-    # Rows of other lengths may round otherwise: in bfloat16 one digit in 256 of a logit, of which a score is a mean.
+    # Rows of other lengths may round otherwise: in bfloat16 one digit in 256 of a logit, of which a
+    # score is a mean.
     close = {"rel": 1e-5 if dtype == "float32" else 2e-3}
     given = [row[answer] for row, answer in zip(choices, answers, strict=True)]
     perplexity = scores["tiny_last_word"]["perplexity,none"]
@@ -209,7 +214,9 @@ def test_a_group_has_its_tasks_mean(folder, tasks, whole_folder):
 
 @pytest.fixture
 def few_of_its_own(tmp_path, monkeypatch):
-    """Two folders of lm-eval's own tasks in the place of all: reading 15,000 files takes too long for a test."""
+    """Two folders of lm-eval's own tasks in the place of all: reading 15,000 files takes too long
+    for a test.
+    """
     from lm_eval.tasks import manager
 
     for name in ("arc", "hellaswag"):

@@ -1,4 +1,6 @@
-"""Export: the folder computes what the trained model computes, carries its record, and refuses with a reason."""
+"""Export: the folder computes what the trained model computes, carries its record, and refuses with
+a reason.
+"""
 
 from __future__ import annotations
 

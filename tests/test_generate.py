@@ -1,4 +1,6 @@
-"""Generation from a folder: what comes out for a seed, a batch or a conversation, and refusals with a reason."""
+"""Generation from a folder: what comes out for a seed, a batch or a conversation, and refusals with
+a reason.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def chat_folder(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_folder(folder, tmp_path_factory):
-    """Somebody else's model: few positions, and by its generation_config other ends, sampling and beams."""
+    """Somebody else's model: few positions, and by its generation_config other ends, sampling and
+    beams.
+    """
     path = tmp_path_factory.mktemp("llama") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
@@ -196,7 +200,9 @@ def test_what_follows_the_end_of_a_text_is_no_part_of_it(pair):
 
 
 def test_the_pass_over_the_prompt_counts_apart(pair, monkeypatch):
-    """By a clock that stands still but for the model: 10 seconds for its first pass, 2 for each other."""
+    """By a clock that stands still but for the model: 10 seconds for its first pass, 2 for each
+    other.
+    """
     model, tokenizer = pair
     forward, durations = model.forward, itertools.chain([10.0], itertools.repeat(2.0))
     clock = SimpleNamespace(now=0.0)

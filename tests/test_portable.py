@@ -1,4 +1,6 @@
-"""Folders with the model code in them: they compute what motifarch's own classes do, also where motifarch is not."""
+"""Folders with the model code in them: they compute what motifarch's own classes do, also where
+motifarch is not.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +198,8 @@ def test_where_motifarch_is_not_installed(finished_run, tmp_path):
         add_code(folder)
     assert run(["export", str(finished_run), "--output", str(models / "exported"), "--with-code"]) == 0
     for folder in models.iterdir():
-        # In bfloat16 the two round at other places, which the test above bounds: here one and the same code.
+        # In bfloat16 the two round at other places, which the test above bounds: here one and the
+        # same code.
         own = PortableMotif if folder.name == "half" else MotifForCausalLM
         model = own.from_pretrained(folder, dtype="auto").eval()
         with torch.no_grad():

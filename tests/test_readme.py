@@ -1,4 +1,6 @@
-"""Every code block of the READMEs is run: Python as it stands, shell commands in a folder with some text."""
+"""Every code block of the READMEs is run: Python as it stands, shell commands in a folder with some
+text.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_shell_blocks(code, tmp_path):
 
 @pytest.mark.parametrize("code", MAKE)
 def test_make_targets_exist(code):
-    """Make test is what runs this, and .ci/run runs make train for real; here make only has to know what to do."""
+    """Make test is what runs this, and .ci/run runs make train for real; here make only has to know
+    what to do.
+    """
     result = subprocess.run(
         ["make", "--dry-run", *code.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )

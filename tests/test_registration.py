@@ -33,7 +33,9 @@ for folder in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same model saved twice: its config says "Motif", as the released files do, and "motif"."""
+    """The same model saved twice: its config says "Motif", as the released files do, and
+    "motif".
+    """
     made = []
     for model_type in ("Motif", "motif"):
         folder = tmp_path_factory.mktemp("saved")
@@ -53,7 +55,9 @@ def test_saved_folders_load_through_the_auto_classes(folders, order):
 
 
 def test_motifarch_alone_is_enough():
-    """Auto classes know the models by their name before any of motifarch's model modules is named."""
+    """Auto classes know the models by their name before any of motifarch's model modules is
+    named.
+    """
     out = run_python(
         """
         import motifarch

@@ -1,16 +1,16 @@
 """Attention and activation functions for differential architectures.
 
-The public names, in FlashAttention's conventions (batch, seqlen, heads, headdim). Importing this package needs torch
-alone.
+The public names, in FlashAttention's conventions (batch, seqlen, heads, headdim). Importing this
+package needs torch alone.
 """
 
 from types import ModuleType
 
-from .after_import import after_import
-from .attention import diff_attn_func, diff_attn_varlen_func
-from .combine import diff_combine
-from .decoding import diff_attn_with_kvcache
-from .poly_norm import mul_poly_norm, poly_norm
+from motif_kernels.after_import import after_import
+from motif_kernels.attention import diff_attn_func, diff_attn_varlen_func
+from motif_kernels.combine import diff_combine
+from motif_kernels.decoding import diff_attn_with_kvcache
+from motif_kernels.poly_norm import mul_poly_norm, poly_norm
 
 __all__ = [
     "diff_attn_func",
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def _register_flop_formulas(flop_counter: ModuleType) -> None:
-    from . import flops  # noqa: F401
+    from motif_kernels import flops  # noqa: F401
 
 
 # torch's flop counter imports triton: who does not count does not pay for it.

@@ -38,7 +38,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def after_import(name: str, action: Action) -> None:
-    """Call ``action(module)`` now if the module is loaded, else as soon as it is. The same pair counts once."""
+    """Call ``action(module)`` now if the module is loaded, else as soon as it is. The same pair
+    counts once.
+    """
     if name in sys.modules:
         action(sys.modules[name])
     elif not any(isinstance(f, _AfterImport) and (f.name, f.action) == (name, action) for f in sys.meta_path):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import backends
-from .backends import BACKENDS as BACKENDS
-from .checks import check_attention, check_cu_seqlens, check_epilogue
+from motif_kernels import backends
+from motif_kernels.backends import BACKENDS as BACKENDS
+from motif_kernels.checks import check_attention, check_cu_seqlens, check_epilogue
 
 
 def diff_attn_func(
@@ -29,11 +29,13 @@ def diff_attn_func(
     return_max_logits: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Differential attention: ``softmax(q1 k1^T) v - lam * softmax(q2 k2^T) v``, then sub-norm, gate or neither.
+    """Differential attention: ``softmax(q1 k1^T) v - lam * softmax(q2 k2^T) v``, then sub-norm,
+    gate or neither.
 
-    Signal head h is paired with noise head ``h // (Hs / Hn)``; the noise product is computed once a noise head. Key
-    and value heads may be fewer (grouped queries). Sources: Differential Transformer, arXiv 2410.05258 (Hs = Hn);
-    Grouped Differential Attention, arXiv 2510.06949 (Hs = g Hn). Conventions are FlashAttention's.
+    Signal head h is paired with noise head ``h // (Hs / Hn)``; the noise product is computed once a
+    noise head. Key and value heads may be fewer (grouped queries). Sources: Differential
+    Transformer, arXiv 2410.05258 (Hs = Hn); Grouped Differential Attention, arXiv 2510.06949
+    (Hs = g Hn). Conventions are FlashAttention's.
 
     Args:
         q1: (B, Sq, Hs, D) signal queries.
@@ -46,24 +48,28 @@ def diff_attn_func(
         causal: hide later keys; the last query is aligned with the last key (bottom right).
         window_size: inclusive (left, right) window around each query's position, -1 for unbounded.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
-        norm_weight: (Dv,) weight of the sub-norm (RMSNorm of each head's output), or None for no sub-norm.
+        norm_weight: (Dv,) weight of the sub-norm (RMSNorm of each head's output), or None for no
+            sub-norm.
         norm_eps: the sub-norm's epsilon.
         out_scale: always multiplies the output.
-        gate: (B, Sq, Hs, Dv): multiply the output by ``sigmoid(gate)``. Not together with norm_weight.
-        deterministic: the backward pass gives the same bits every time. False lets ``"triton"`` and ``"flash"`` add
-            gradients in the order in which they come, which is less work.
-        return_max_logits: also return each head's largest scaled, visible logit over the batch (float32, no gradient).
-        backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4, 3 or 2, composed), ``"sdpa"`` (torch's
-            attention, composed), ``"reference"`` (plain mathematics), or ``"auto"``: the fastest that can serve the
-            arguments.
+        gate: (B, Sq, Hs, Dv): multiply the output by ``sigmoid(gate)``. Not together with
+            norm_weight.
+        deterministic: the backward pass gives the same bits every time. False lets ``"triton"`` and
+            ``"flash"`` add gradients in the order in which they come, which is less work.
+        return_max_logits: also return each head's largest scaled, visible logit over the batch
+            (float32, no gradient).
+        backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4, 3 or 2, composed),
+            ``"sdpa"`` (torch's attention, composed), ``"reference"`` (plain mathematics), or
+            ``"auto"``: the fastest that can serve the arguments.
 
     Returns:
-        The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,), max_noise
-        (Hn,))``. A row that sees no key is 0 and passes no gradient.
+        The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,),
+        max_noise (Hn,))``. A row that sees no key is 0 and passes no gradient.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
-        ValueError: shapes or heads that do not fit, an unknown backend, or one that cannot serve the arguments.
+        ValueError: shapes or heads that do not fit, an unknown backend, or one that cannot serve
+            the arguments.
     """
     check_attention(q1, k1, q2, k2, v, packed=False)
     check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate, q1.device)
@@ -123,8 +129,9 @@ def diff_attn_varlen_func(
         k2: (total_k, Hk2, D) noise keys.
         v: (total_k, Hv, Dv) values.
         lam: a float, or a differentiable tensor of shape (), (Hs,) or (total_q, Hs).
-        cu_seqlens_q: (documents + 1,) int32 bounds of the documents in total_q: starts at 0, never falls; equal
-            neighbours are an empty document. Values are checked on the CPU; on a GPU only with ``MOTIF_CHECK=1``.
+        cu_seqlens_q: (documents + 1,) int32 bounds of the documents in total_q: starts at 0, never
+            falls; equal neighbours are an empty document. Values are checked on the CPU; on a GPU
+            only with ``MOTIF_CHECK=1``.
         cu_seqlens_k: the same for total_k.
         max_seqlen_q: the longest document's queries (or more).
         max_seqlen_k: the longest document's keys (or more).
@@ -141,11 +148,13 @@ def diff_attn_varlen_func(
         backend: as in :func:`diff_attn_func`.
 
     Returns:
-        The output (total_q, Hs, Dv) in q1's dtype, with return_max_logits as in :func:`diff_attn_func`.
+        The output (total_q, Hs, Dv) in q1's dtype, with return_max_logits as in
+        :func:`diff_attn_func`.
 
     Raises:
         TypeError: dtypes differ, or cu_seqlens is not int32.
-        ValueError: shapes, heads or cu_seqlens that do not fit, or a backend that cannot serve the arguments.
+        ValueError: shapes, heads or cu_seqlens that do not fit, or a backend that cannot serve the
+            arguments.
     """
     check_attention(q1, k1, q2, k2, v, packed=True)
     check_epilogue(q1.shape[:1], q1.shape[1], q2.shape[1], v.shape[-1], lam, norm_weight, gate, q1.device)

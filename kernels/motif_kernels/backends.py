@@ -1,4 +1,6 @@
-"""The backends of differential attention: which of them can serve a call, which is taken, and how each is run."""
+"""The backends of differential attention: which of them can serve a call, which is taken, and how
+each is run.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import flash, reference, sdpa, tuning
-from .combine import diff_combine
-from .operators import attention as operator
-from .operators import triton_is_installed
-from .tracing import constant
+from motif_kernels import flash, reference, sdpa, tuning
+from motif_kernels.combine import diff_combine
+from motif_kernels.operators import attention as operator
+from motif_kernels.operators import triton_is_installed
+from motif_kernels.tracing import constant
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
 """The output, and where asked for the largest signal and noise logits."""
@@ -20,7 +22,9 @@ Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The checked arguments of :func:`motif_kernels.diff_attn_func`, or of its packed form if cu_seqlens are given."""
+    """The checked arguments of :func:`motif_kernels.diff_attn_func`, or of its packed form if
+    cu_seqlens are given.
+    """
 
     q1: Tensor
     k1: Tensor
@@ -49,7 +53,8 @@ class Call:
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-# Why a backend cannot serve a call, in words that go on from "backend '...' cannot serve ", or None.
+# Why a backend cannot serve a call, in words that go on from "backend '...' cannot serve ", or
+# None.
 
 
 def _refusal_by_reference(call: Call) -> str | None:
@@ -212,7 +217,9 @@ def _run_flash(call: Call) -> Result:
 
 
 def kernel_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """The window that the kernels take: causal is a right side of 0, and no side is too long for 32 bits."""
+    """The window that the kernels take: causal is a right side of 0, and no side is too long for 32
+    bits.
+    """
     far = 1 << 30  # further than any key; added to a position, 32 bits still hold it
     left, right = window_size
     return min(left, far), 0 if causal else min(right, far)
@@ -265,12 +272,13 @@ BACKENDS = ("auto", *_BACKENDS)
 def choose(backend: str, call: Call) -> str:
     """Resolve ``"auto"`` and refuse a backend that cannot serve the call.
 
-    On a GPU "auto" takes what the GPU's table (``tuning/``, "attention_backend") says is fastest for the head
-    widths, or without one the kernels written here; then what else can serve, composed attention before the plain
-    formula. On a CPU it takes torch's attention, or the plain formula.
+    On a GPU "auto" takes what the GPU's table (``tuning/``, "attention_backend") says is fastest
+    for the head widths, or without one the kernels written here; then what else can serve, composed
+    attention before the plain formula. On a CPU it takes torch's attention, or the plain formula.
 
     Raises:
-        ValueError: an unknown backend, or one asked for by name that cannot serve the call (the message says why).
+        ValueError: an unknown backend, or one asked for by name that cannot serve the call
+            (the message says why).
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
@@ -287,7 +295,9 @@ def choose(backend: str, call: Call) -> str:
 
 
 def run(backend: str, call: Call) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Serve a call: the output, or with return_max_logits the output and the largest signal and noise logits."""
+    """Serve a call: the output, or with return_max_logits the output and the largest signal and
+    noise logits.
+    """
     out, max_signal, max_noise = _BACKENDS[choose(backend, call)].run(call)
     if not call.return_max_logits:
         return out

@@ -1,4 +1,6 @@
-"""Argument checks shared by the public functions: each message names the argument, its value and what is accepted."""
+"""Argument checks shared by the public functions: each message names the argument, its value and
+what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def check_epilogue(
     gate: Tensor | None,
     device: torch.device,
 ) -> None:
-    """Raise ValueError unless lambda, sub-norm and gate fit an output (\\*leading, signal_heads, width) on a device."""
+    """Raise ValueError unless lambda, sub-norm and gate fit an output (\\*leading, signal_heads,
+    width) on a device.
+    """
     for name, tensor in (("lam", lam), ("norm_weight", norm_weight), ("gate", gate)):
         if isinstance(tensor, Tensor) and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and the attention on {device}; all must be on one device")
@@ -29,7 +33,8 @@ def check_epilogue(
             f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
             "the number of signal heads must be a multiple of the number of noise heads"
         )
-    # A tuple of shapes, not a set: hashing symbolic sizes would make torch.compile compile for each length.
+    # A tuple of shapes, not a set: hashing symbolic sizes would make torch.compile compile for each
+    # length.
     if isinstance(lam, Tensor) and tuple(lam.shape) not in ((), (signal_heads,), (*leading, signal_heads)):
         raise ValueError(
             f"lam has shape {tuple(lam.shape)}; it must be a float or have shape (), ({signal_heads},) "
@@ -50,7 +55,8 @@ def check_epilogue(
 def check_attention(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *, packed: bool, paged: bool = False
 ) -> None:
-    """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and fit together.
+    """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and
+    fit together.
 
     Paged keys and values are (blocks, block size, heads, width).
     """
@@ -95,17 +101,20 @@ def check_attention(
 
 
 def may_read(values: Tensor) -> bool:
-    """Whether values may be looked at to be checked: not where that would stall a GPU's stream, nor while tracing."""
+    """Whether values may be looked at to be checked: not where that would stall a GPU's stream, nor
+    while tracing.
+    """
     if torch.compiler.is_compiling():
         return False
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int, device: torch.device) -> None:
-    """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document over max_seqlen.
+    """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document
+    over max_seqlen.
 
-    Values are read on the CPU; on a GPU, where reading them would stall the stream, only with ``MOTIF_CHECK=1``;
-    never while torch.compile traces, for a traced program has no values to read.
+    Values are read on the CPU; on a GPU, where reading them would stall the stream, only with
+    ``MOTIF_CHECK=1``; never while torch.compile traces, for a traced program has no values to read.
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
         raise TypeError(

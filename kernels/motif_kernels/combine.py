@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import operators, reference
-from .checks import check_epilogue
-from .operators import combine as operator
+from motif_kernels import operators, reference
+from motif_kernels.checks import check_epilogue
+from motif_kernels.operators import combine as operator
 
 
 def diff_combine(
@@ -22,20 +22,23 @@ def diff_combine(
 ) -> Tensor:
     """``out_scale * RMSNorm(o_signal - lam * o_noise)``, or with a sigmoid gate, or with neither.
 
-    Signal head h is paired with noise head ``h // (Hs / Hn)``. The difference is formed in float32 (float64 for float64
-    inputs) and rounded once, at the end. Source: Differential Transformer, arXiv 2410.05258, equations 1 and 3.
+    Signal head h is paired with noise head ``h // (Hs / Hn)``. The difference is formed in float32
+    (float64 for float64 inputs) and rounded once, at the end. Source: Differential Transformer,
+    arXiv 2410.05258, equations 1 and 3.
 
     Args:
         o_signal: (..., Hs, Dv), usually (B, S, Hs, Dv), or (total, Hs, Dv) for packed documents.
         o_noise: (..., Hn, Dv); Hs must be a multiple of Hn.
         lam: a float, or a tensor of shape (), (Hs,) or (..., Hs).
-        norm_weight: (Dv,): RMS-normalise each head's output and multiply by this weight, shared by all heads.
+        norm_weight: (Dv,): RMS-normalise each head's output and multiply by this weight, shared by
+            all heads.
         norm_eps: added to the mean square.
         out_scale: always multiplies the result.
         gate: like o_signal: multiply by ``sigmoid(gate)``. Not together with norm_weight.
 
     Returns:
-        Tensor of o_signal's shape and dtype (float32 with the sub-norm under autocast on CUDA, as PyTorch's own norms).
+        Tensor of o_signal's shape and dtype (float32 with the sub-norm under autocast on CUDA, as
+        PyTorch's own norms).
 
     Raises:
         ValueError: shapes that do not fit, or gate together with norm_weight.

@@ -1,8 +1,9 @@
-"""Differential attention against a key/value cache: one to a few new queries a row, caches of different lengths.
+"""Differential attention against a key/value cache: one to a few new queries a row, caches of
+different lengths.
 
-The Triton kernel, and for CPUs torch's attention over a group's heads as rows, read the cache in place, each key and
-value once. The other backends, and calls of many queries, go to the attention for packed documents: the keys and
-values that all rows hold are packed, which copies them.
+The Triton kernel, and for CPUs torch's attention over a group's heads as rows, read the cache in
+place, each key and value once. The other backends, and calls of many queries, go to the attention
+for packed documents: the keys and values that all rows hold are packed, which copies them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import check_attention, check_epilogue, may_read
-from .operators import attention as attention_operator
-from .operators import decoding as operator
-from .operators import needs_no_operator
-from .reference import compute_dtype
+from motif_kernels import backends
+from motif_kernels.checks import check_attention, check_epilogue, may_read
+from motif_kernels.operators import attention as attention_operator
+from motif_kernels.operators import decoding as operator
+from motif_kernels.operators import needs_no_operator
+from motif_kernels.reference import compute_dtype
 
-# Queries times signal heads of a key head that are decoding; more are prefill, which the training kernels serve.
+# Queries times signal heads of a key head that are decoding; more are prefill, which the training
+# kernels serve.
 MAX_ROWS = 32
 
 
@@ -46,25 +48,32 @@ def diff_attn_with_kvcache(
     gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of new queries to what is cached, optionally appending new keys and values first; no gradients.
+    """Attention of new queries to what is cached, optionally appending new keys and values first;
+    no gradients.
 
     Conventions are those of FlashAttention's ``flash_attn_with_kvcache``.
 
     Args:
         q1: (B, Sq, Hs, D) signal queries.
-        k1_cache: (B, capacity, Hk1, D) signal keys; or, with ``block_table``, (blocks, block size, Hk1, D).
+        k1_cache: (B, capacity, Hk1, D) signal keys; or, with ``block_table``,
+            (blocks, block size, Hk1, D).
         q2: (B, Sq, Hn, D) noise queries.
         k2_cache: like k1_cache, with Hk2 heads.
         v_cache: like k1_cache, with Hv heads of width Dv.
         lam: a float, or a tensor of shape (), (Hs,) or (B, Sq, Hs).
-        cache_seqlens: (B,) int32, the tokens that each row's cache holds, left padding included, before new ones are
-            appended. On a GPU the values are not read to be checked, unless ``MOTIF_CHECK=1``.
-        k1: (B, Snew, Hk1, D), written into the cache in place behind each row's tokens; together with k2 and v.
+        cache_seqlens: (B,) int32, the tokens that each row's cache holds, left padding included,
+            before new ones are appended. On a GPU the values are not read to be checked, unless
+            ``MOTIF_CHECK=1``.
+        k1: (B, Snew, Hk1, D), written into the cache in place behind each row's tokens; together
+            with k2 and v.
         k2: (B, Snew, Hk2, D).
         v: (B, Snew, Hv, Dv).
-        block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens, in order.
-        num_splits: into how many parts the kernel cuts a row's cache; by default enough to fill the GPU.
-        cache_leftpad: (B,) int32, tokens at the start of each row's cache that are padding and seen by nobody.
+        block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens,
+            in order.
+        num_splits: into how many parts the kernel cuts a row's cache; by default enough to fill the
+            GPU.
+        cache_leftpad: (B,) int32, tokens at the start of each row's cache that are padding and seen
+            by nobody.
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: the last query stands at the last key, new ones included.
         window_size: inclusive (left, right) window around each query's position, -1 for unbounded.
@@ -73,15 +82,16 @@ def diff_attn_with_kvcache(
         norm_eps: the sub-norm's epsilon.
         out_scale: always multiplies the output.
         gate: (B, Sq, Hs, Dv): multiply the output by ``sigmoid(gate)``.
-        backend: as in :func:`motif_kernels.diff_attn_func`; ``"triton"`` needs as many key as value heads to read the
-            cache in place, and else packs it too.
+        backend: as in :func:`motif_kernels.diff_attn_func`; ``"triton"`` needs as many key as value
+            heads to read the cache in place, and else packs it too.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype.
 
     Raises:
         TypeError: cache_seqlens, cache_leftpad or block_table is not int32, or dtypes differ.
-        ValueError: shapes that do not fit, new keys without values, or more tokens than a cache has room for.
+        ValueError: shapes that do not fit, new keys without values, or more tokens than a cache has
+            room for.
     """
     check_attention(q1, k1_cache, q2, k2_cache, v_cache, packed=False, paged=block_table is not None)
     check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v_cache.shape[-1], lam, norm_weight, gate, q1.device)
@@ -131,7 +141,9 @@ def diff_attn_with_kvcache(
 def _implementation(
     backend: str, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None
 ) -> str:
-    """Which of the operator's implementations runs. If one asked for cannot serve at all, packing tells why."""
+    """Which of the operator's implementations runs. If one asked for cannot serve at all, packing
+    tells why.
+    """
     same_heads = k1.shape[2] == k2.shape[2] == v.shape[2] and q2.shape[2] % v.shape[2] == 0
     few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_ROWS
     if not (same_heads and few):

@@ -1,24 +1,28 @@
 """Softmax attention through flash-attn 4, 3 or 2, whichever is installed.
 
-Differential attention takes two calls of :func:`attention`, one for all signal heads and one for the noise heads,
-which are never repeated, and :func:`motif_kernels.diff_combine`. Sources: the libraries' own functions and checks
-(github.com/Dao-AILab/flash-attention): 2 is ``flash_attn`` (read at 2.8.3), 3 ``flash_attn_interface`` (read as of
-2.8.3), 4 ``flash_attn.cute`` (read at 4.0.0b36).
+Differential attention takes two calls of :func:`attention`, one for all signal heads and one for
+the noise heads, which are never repeated, and :func:`motif_kernels.diff_combine`. Sources: the
+libraries' own functions and checks (github.com/Dao-AILab/flash-attention): 2 is ``flash_attn``
+(read at 2.8.3), 3 ``flash_attn_interface`` (read as of 2.8.3), 4 ``flash_attn.cute``
+(read at 4.0.0b36).
 
-They are found once, at the first question, and the newest that can serve a call serves it. What they lack is made up
-for here:
+They are found once, at the first question, and the newest that can serve a call serves it. What
+they lack is made up for here:
 
-- **Value width.** 2 wants values as wide as keys, 3 and 4 allow a few pairs of widths. Values are cut into pieces, one
-  call each, which repeats Q K^T, or padded with zeros: :func:`plan_value_width` takes what costs the library least.
-- **Key and value heads** must be equally many. The fewer are repeated up to the least common multiple, no further: a
-  single head as a view (a copy for 3, whose TMA loads are not known to take a stride of 0), more as a copy.
-- **Windows.** 2 takes a side of at least the key length for unbounded and an unbounded side for the key length, both
-  right only while there are no more queries than keys. Where there are more it is called with packed sequences and a
-  key length that makes it right.
+- **Value width.** 2 wants values as wide as keys, 3 and 4 allow a few pairs of widths. Values are
+  cut into pieces, one call each, which repeats Q K^T, or padded with zeros:
+  :func:`plan_value_width` takes what costs the library least.
+- **Key and value heads** must be equally many. The fewer are repeated up to the least common
+  multiple, no further: a single head as a view (a copy for 3, whose TMA loads are not known to take
+  a stride of 0), more as a copy.
+- **Windows.** 2 takes a side of at least the key length for unbounded and an unbounded side for the
+  key length, both right only while there are no more queries than keys. Where there are more it is
+  called with packed sequences and a key length that makes it right.
 - **Empty tensors** are answered here: they would launch nothing, or fail.
 
-A row that sees nothing is 0 in each of them and passes no gradient: 2 stores a log-sum-exp of +inf for such a row, 3
-and 4 -inf, replaced by 0 in the backward pass, so that its probabilities are exp(-inf) = 0 there.
+A row that sees nothing is 0 in each of them and passes no gradient: 2 stores a log-sum-exp of +inf
+for such a row, 3 and 4 -inf, replaced by 0 in the backward pass, so that its probabilities are
+exp(-inf) = 0 there.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tracing import constant
+from motif_kernels.tracing import constant
 
 _MODULES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
 _NEEDED = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
@@ -49,7 +53,8 @@ class _Library(NamedTuple):
 class _Request(NamedTuple):
     """What decides whether a library can serve a call, and at which widths.
 
-    ``grouped``: there are fewer key and value heads than query heads. ``backward``: a gradient is asked for.
+    ``grouped``: there are fewer key and value heads than query heads. ``backward``: a gradient is
+    asked for.
     """
 
     capability: tuple[int, int]
@@ -73,8 +78,9 @@ class _Packing(NamedTuple):
 class ValuePlan(NamedTuple):
     """How one attention is made of calls that a library accepts.
 
-    Queries and keys are padded with zeros to ``head_dim``. Values are cut into pieces of width ``piece`` (the last may
-    be narrower), one call each, and each piece is padded with zeros to ``value_dim``.
+    Queries and keys are padded with zeros to ``head_dim``. Values are cut into pieces of width
+    ``piece`` (the last may be narrower), one call each, and each piece is padded with zeros to
+    ``value_dim``.
     """
 
     head_dim: int
@@ -85,15 +91,16 @@ class ValuePlan(NamedTuple):
 def plan_value_width(head_dim: int, value_dim: int, supported: Callable[[int, int], int | None]) -> ValuePlan | None:
     """The cheapest way to serve values of any width with a library that accepts only some.
 
-    Every piece repeats Q K^T, and padding adds columns to Q K^T or P V. At equal cost queries stay narrow: they need no
-    padded copy, and kernels for narrow heads come closer to the peak. So a library that wants Dv = D gets values of 2D
-    in two pieces.
+    Every piece repeats Q K^T, and padding adds columns to Q K^T or P V. At equal cost queries stay
+    narrow: they need no padded copy, and kernels for narrow heads come closer to the peak. So a
+    library that wants Dv = D gets values of 2D in two pieces.
 
     Args:
         head_dim: D, the width of queries and keys.
         value_dim: Dv, the width of values.
-        supported: for widths (D, Dv) of a call, what it costs: operations for a pair of query and key, counted with the
-            columns that the library computes to no end. None for widths that it refuses.
+        supported: for widths (D, Dv) of a call, what it costs: operations for a pair of query and
+            key, counted with the columns that the library computes to no end. None for widths that
+            it refuses.
 
     Returns:
         The plan, or None if no widths that the library accepts would do.
@@ -178,7 +185,9 @@ _libraries: dict[int, _Library] = {}
 
 @functools.cache
 def _find() -> str:
-    """Fill ``_libraries`` with those that are installed, newest first; why the others are not among them."""
+    """Fill ``_libraries`` with those that are installed, newest first; why the others are not among
+    them.
+    """
     missing = []
     for version, name in _MODULES.items():
         try:
@@ -196,7 +205,9 @@ def _find() -> str:
 
 
 def installed() -> int | None:
-    """The newest generation of flash-attn that can be imported (4, 3 or 2), or None. Looked up once."""
+    """The newest generation of flash-attn that can be imported (4, 3 or 2), or None. Looked up
+    once.
+    """
     _find()
     return next(iter(_libraries), None)
 
@@ -226,7 +237,9 @@ def _refusal_by(version: int, request: _Request) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _plan(request: _Request) -> tuple[int, ValuePlan] | str:
-    """The newest generation that can serve the request and the widths to call it at, or why none can."""
+    """The newest generation that can serve the request and the widths to call it at, or why none
+    can.
+    """
     missing = _find()
     if not _libraries:
         return f"these tensors: no flash-attn is installed ({missing})"
@@ -268,7 +281,8 @@ def refusal(
     deterministic: bool = True,
     needs_grad: bool = True,
 ) -> str | None:
-    """Why no installed flash-attn can serve these arguments, in words that follow "cannot serve"; None if one can.
+    """Why no installed flash-attn can serve these arguments, in words that follow "cannot serve";
+    None if one can.
 
     Windows and causal masks are served by every generation.
 
@@ -318,7 +332,8 @@ def attention(
         Tensor (B, Sq, H, Dv) of q's dtype; a row that sees nothing is 0.
 
     Raises:
-        ValueError: no installed flash-attn can serve the arguments (:func:`refusal` says so beforehand).
+        ValueError: no installed flash-attn can serve the arguments (:func:`refusal` says so
+            beforehand).
     """
     return _attend(q, k, v, None, scale, causal, window_size, softcap, deterministic)
 
@@ -414,7 +429,9 @@ def _pad(t: Tensor, width: int) -> Tensor:
 
 
 def _repeat_heads(t: Tensor, heads: int, version: int) -> Tensor:
-    """Each head (..., H, D) repeated in place, to ``heads``; a view if there is one head, save for flash-attn 3."""
+    """Each head (..., H, D) repeated in place, to ``heads``; a view if there is one head, save for
+    flash-attn 3.
+    """
     if t.shape[-2] == heads:
         return t
     repeats = heads // t.shape[-2]

@@ -1,21 +1,22 @@
 """Floating-point operations of attention, by the mathematics, for torch's flop counter.
 
-``torch.utils.flop_counter`` knows neither this package's operators nor torch's own attention on a CPU. Importing this
-module registers them; it must be imported before a ``FlopCounterMode`` is made, for the mode copies the registry.
+``torch.utils.flop_counter`` knows neither this package's operators nor torch's own attention on a
+CPU. Importing this module registers them; it must be imported before a ``FlopCounterMode`` is made,
+for the mode copies the registry.
 
-What is counted: a multiply-add is two operations; (query, key) pairs that the mask hides are not counted, nor is what
-an implementation wastes (masked tiles, recomputation across kernels, padding inside an operator). The exponentials
-and the epilogue are left out, as they are by torch.
+What is counted: a multiply-add is two operations; (query, key) pairs that the mask hides are not
+counted, nor is what an implementation wastes (masked tiles, recomputation across kernels, padding
+inside an operator). The exponentials and the epilogue are left out, as they are by torch.
 
 Work for one pair, with D the width of queries and keys and Dv that of values:
 
-======================  ==================================  ===========================================
-map                     forward                             backward
-======================  ==================================  ===========================================
-softmax                 S 2D, P V 2Dv                       S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
-differential, signal    S 2D, P V 2Dv                       S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
-differential, noise     S 2D, P V 2Dv                       S 2D, dK 2D, dQ 2D (dP and dV are its group's)
-======================  ==================================  ===========================================
+======================  =====================  ==============================================
+map                     forward                backward
+======================  =====================  ==============================================
+softmax                 S 2D, P V 2Dv          S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
+differential, signal    S 2D, P V 2Dv          S 2D, dP 2Dv, dV 2Dv, dK 2D, dQ 2D
+differential, noise     S 2D, P V 2Dv          S 2D, dK 2D, dQ 2D (dP and dV are its group's)
+======================  =====================  ==============================================
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import sdpa  # noqa: F401  (defines the operators that are registered here)
-from .operators.attention import split_arguments
+from motif_kernels import sdpa  # noqa: F401  (defines the operators that are registered here)
+from motif_kernels.operators.attention import split_arguments
 
 _Formula = TypeVar("_Formula", bound=Callable[..., int])
 
@@ -40,7 +41,8 @@ def visible_pairs(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> int:
-    """(Query, key) pairs that a mask leaves visible, in :func:`motif_kernels.diff_attn_func`'s conventions.
+    """(Query, key) pairs that a mask leaves visible, in :func:`motif_kernels.diff_attn_func`'s
+    conventions.
 
     Takes time in the number of documents, not of tokens.
 
@@ -74,7 +76,9 @@ def visible_pairs(
 
 
 def _keys_before(queries: int, keys: int, shift: int) -> int:
-    """How many keys stand before ``position + shift``, summed over the queries, whose positions end at keys - 1."""
+    """How many keys stand before ``position + shift``, summed over the queries, whose positions end
+    at keys - 1.
+    """
 
     def running_sum(n: int) -> int:
         """The sum of clamp(x, 0, keys) over all x <= n."""
@@ -93,7 +97,9 @@ def attention_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> in
 
 
 def attention_backward_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> int:
-    """Softmax attention's backward pass: five products, which is 2.5 times the forward where D = Dv."""
+    """Softmax attention's backward pass: five products, which is 2.5 times the forward where D =
+    Dv.
+    """
     return pairs * heads * (6 * head_dim + 4 * value_dim)
 
 
@@ -124,14 +130,17 @@ def diff_attention_backward_flops(
 
 
 def document_lengths(cu_seqlens: Tensor) -> list[int]:
-    """Lengths of packed documents; reads the values, which a fake or meta tensor does not have (torch then raises)."""
+    """Lengths of packed documents; reads the values, which a fake or meta tensor does not have
+    (torch then raises).
+    """
     return [end - start for start, end in pairwise(cu_seqlens.tolist())]
 
 
 def register(operator: torch._ops.OpOverloadPacket) -> Callable[[_Formula], _Formula]:
     """Register a formula that gets the operator's own arguments and ``out_val``.
 
-    A formula that is there already stays: torch may learn its CPU attention, and a module may be imported again.
+    A formula that is there already stays: torch may learn its CPU attention, and a module may be
+    imported again.
     """
 
     def decorate(formula: _Formula) -> _Formula:
@@ -193,7 +202,9 @@ def _(
 
 
 def _top_left_pairs(query: Tensor, key: Tensor, causal: bool) -> int:
-    """Pairs over the batch of (B, H, S, D) tensors; torch's causal mask stands the first query at the first key."""
+    """Pairs over the batch of (B, H, S, D) tensors; torch's causal mask stands the first query at
+    the first key.
+    """
     queries, keys = query.shape[-2], key.shape[-2]
     if not causal:
         return query.shape[0] * queries * keys
@@ -225,7 +236,9 @@ def _(
 
 
 def _diff_attention_pairs(arguments: tuple[Any, ...]) -> tuple[int, int, int, int, int]:
-    """Visible pairs, signal heads, noise heads, head width and value width of the operator's arguments."""
+    """Visible pairs, signal heads, noise heads, head width and value width of the operator's
+    arguments.
+    """
     tensors, options = split_arguments(arguments)
     q1, k1 = tensors.q1, tensors.k1
     window = (options.left, options.right)

@@ -1,12 +1,14 @@
-"""Attention to a cache by packing what its rows hold: for backends that know no cache, at the price of a copy."""
+"""Attention to a cache by packing what its rows hold: for backends that know no cache, at the price
+of a copy.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .attention import diff_attn_varlen_func
-from .operators.decoding import Options, Tensors
+from motif_kernels.attention import diff_attn_varlen_func
+from motif_kernels.operators.decoding import Options, Tensors
 
 
 def _places(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""PolyNorm, the activation of the Motif models (arXiv 2411.03884), alone and times the feed-forward's other branch."""
+"""PolyNorm, the activation of the Motif models (arXiv 2411.03884), alone and times the
+feed-forward's other branch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import operators, reference
-from .operators import poly_norm as operator
+from motif_kernels import operators, reference
+from motif_kernels.operators import poly_norm as operator
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, bounds: dict[str, float | None]) -> None:
@@ -38,20 +40,23 @@ def poly_norm(
     out_scale: float = 1.0,
     hidden_clamp: float | None = None,
 ) -> Tensor:
-    """``y = w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension.
+    """``y = w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)`` over
+    the last dimension.
 
-    Arithmetic is in float32 (float64 for float64 inputs) with one rounding at the end; finite for |x| up to 1e6. Under
-    autocast on CUDA the result is float32, as that of PyTorch's own norms. Source: PolyCom, arXiv 2411.03884; the
-    optional changes below are those of the Motif models with experts.
+    Arithmetic is in float32 (float64 for float64 inputs) with one rounding at the end; finite for
+    |x| up to 1e6. Under autocast on CUDA the result is float32, as that of PyTorch's own norms.
+    Source: PolyCom, arXiv 2411.03884; the optional changes below are those of the Motif models with
+    experts.
 
     Args:
         x: (..., N), any leading shape.
         weight: (3,), in the order of x^3, x^2, x.
         bias: (1,).
         eps: added to each mean square.
-        group: x's last dimension is sharded over this process group, in parts that may differ in width: the moments
-            are those of the whole row (one all-reduce of three numbers a row each way), and the gradients of weight and
-            bias are the full ones on every rank. Every rank must call.
+        group: x's last dimension is sharded over this process group, in parts that may differ in
+            width: the moments are those of the whole row (one all-reduce of three numbers a row
+            each way), and the gradients of weight and bias are the full ones on every rank. Every
+            rank must call.
         sigmoid_weight: use ``sigmoid(weight)``.
         bias_clamp: use ``clamp(bias, -bias_clamp, bias_clamp)``.
         out_scale: multiplies the result.
@@ -82,7 +87,8 @@ def mul_poly_norm(
     out_scale: float = 1.0,
     hidden_clamp: float | None = None,
 ) -> Tensor:
-    """``poly_norm(gate) * up``, the feed-forward block's activation, rounded once after the product.
+    """``poly_norm(gate) * up``, the feed-forward block's activation, rounded once after the
+    product.
 
     Args:
         gate: (..., N), the branch that PolyNorm is applied to.
@@ -122,7 +128,9 @@ def _squash(
     out_scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The variants that change only the four coefficients: plain PyTorch, so that autograd differentiates them."""
+    """The variants that change only the four coefficients: plain PyTorch, so that autograd
+    differentiates them.
+    """
     if sigmoid_weight:
         weight = torch.sigmoid(weight.to(dtype))
     if bias_clamp is not None:

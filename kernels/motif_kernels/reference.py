@@ -1,10 +1,11 @@
 """Every operation in plain PyTorch: the specification that all other backends are tested against.
 
-Nothing here is fast and attention maps are materialised. What it buys is that each line can be read next to the
-mathematics. Arithmetic is in float32, or in float64 for float64 inputs, and is rounded once at the end.
+Nothing here is fast and attention maps are materialised. What it buys is that each line can be read
+next to the mathematics. Arithmetic is in float32, or in float64 for float64 inputs, and is rounded
+once at the end.
 
-Shapes: B batch, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise heads,
-g = Hs / Hn signal heads a noise head.
+Shapes: B batch, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise
+heads, g = Hs / Hn signal heads a noise head.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def visibility_mask(
 ) -> Tensor:
     """Which keys each query sees, in FlashAttention's convention.
 
-    Query i stands at key position ``i + offset``; by default the last query stands at the last key (bottom right).
-    ``window_size=(left, right)`` is inclusive and -1 means unbounded; ``causal`` is a right bound of 0.
+    Query i stands at key position ``i + offset``; by default the last query stands at the last key
+    (bottom right). ``window_size=(left, right)`` is inclusive and -1 means unbounded; ``causal`` is
+    a right bound of 0.
 
     Returns:
         Bool tensor (seqlen_q, seqlen_k), True where the query sees the key.
@@ -110,7 +112,8 @@ def attention_map(
     max_logits = (
         logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
     )
-    # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros and then cleared.
+    # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros
+    # and then cleared.
     blind_rows = hidden.all(dim=-1)[:, None]
     return logits.masked_fill(blind_rows, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0), max_logits
 
@@ -154,7 +157,8 @@ def diff_combine(
     out_scale: float = 1.0,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """``signal - lambda * noise``, then sub-norm, gate or neither, in the compute dtype (not rounded).
+    """``signal - lambda * noise``, then sub-norm, gate or neither, in the compute dtype
+    (not rounded).
 
     Shapes and arguments are those of :func:`motif_kernels.diff_combine`.
     """
@@ -188,12 +192,15 @@ def diff_attention(
     out_scale: float = 1.0,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the arguments.
+    """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the
+    arguments.
 
-    ``visible`` (Sq, Sk) bool stands for the masks; packed documents are a batch of one with a block-diagonal mask.
+    ``visible`` (Sq, Sk) bool stands for the masks; packed documents are a batch of one with a
+    block-diagonal mask.
 
     Returns:
-        The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits (Hn,).
+        The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits
+        (Hn,).
     """
     o_signal, max_signal = attention(q1, k1, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
     o_noise, max_noise = attention(q2, k2, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
@@ -206,8 +213,8 @@ def diff_attention(
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` in the compute dtype (not rounded); arXiv 2411.03884.
 
-    ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension. The sixth powers are divided by the row length before
-    they are summed, so that they stay finite in float32 for |x| up to 1e6.
+    ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension. The sixth powers are divided by
+    the row length before they are summed, so that they stay finite in float32 for |x| up to 1e6.
 
     Args:
         x: (..., N).
@@ -226,5 +233,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> 
 
 
 def mul_poly_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """``poly_norm(gate) * up`` in the compute dtype (not rounded): the feed-forward block's activation."""
+    """``poly_norm(gate) * up`` in the compute dtype (not rounded): the feed-forward block's
+    activation.
+    """
     return poly_norm(gate, weight, bias, eps=eps) * up.to(compute_dtype(gate, up, weight))

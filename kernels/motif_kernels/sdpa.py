@@ -1,12 +1,14 @@
-"""Softmax attention through torch's scaled_dot_product_attention, with nothing of size Sq x Sk ever held.
+"""Softmax attention through torch's scaled_dot_product_attention, with nothing of size Sq x Sk ever
+held.
 
-torch's flash path serves plain and causal attention over one block of keys. Windows, packed documents and a causal
-mask with fewer queries than keys would need a mask tensor of Sq x Sk, so those are cut into *segments*: a run of
-queries with the run of keys that it can see. A segment needs no mask, torch's own causal mask, or a small one of its
-own (a block of queries by a block and a window of keys).
+torch's flash path serves plain and causal attention over one block of keys. Windows, packed
+documents and a causal mask with fewer queries than keys would need a mask tensor of Sq x Sk, so
+those are cut into *segments*: a run of queries with the run of keys that it can see. A segment
+needs no mask, torch's own causal mask, or a small one of its own (a block of queries by a block and
+a window of keys).
 
-With Dv != D torch's CPU falls back to its matrix formula, which holds Sq x Sk: the narrower side is padded with
-zeros instead.
+With Dv != D torch's CPU falls back to its matrix formula, which holds Sq x Sk: the narrower side is
+padded with zeros instead.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import visibility_mask
+from motif_kernels.reference import visibility_mask
 
-# Queries in a segment that needs a mask of its own. Smaller blocks waste fewer masked products, larger ones fewer
-# calls.
+# Queries in a segment that needs a mask of its own. Smaller blocks waste fewer masked products,
+# larger ones fewer calls.
 _QUERY_BLOCK = 128
 
 
 class Segment(NamedTuple):
     """Queries [q_start, q_end) attend to keys [k_start, k_end).
 
-    ``causal`` asks for torch's causal mask (as many queries as keys). Otherwise ``window`` is the inclusive (left,
-    right) window, -1 for unbounded, with query ``q_start`` standing at key ``k_start + offset``.
+    ``causal`` asks for torch's causal mask (as many queries as keys). Otherwise ``window`` is the
+    inclusive (left, right) window, -1 for unbounded, with query ``q_start`` standing at key
+    ``k_start + offset``.
     """
 
     q_start: int
@@ -40,7 +43,9 @@ class Segment(NamedTuple):
     offset: int = 0
 
     def mask(self, like: Tensor) -> Tensor | None:
-        """The additive mask (queries, keys), or None if no key of the segment is hidden from any of its queries."""
+        """The additive mask (queries, keys), or None if no key of the segment is hidden from any of
+        its queries.
+        """
         if self.window == (-1, -1):
             return None
         queries, keys = self.q_end - self.q_start, self.k_end - self.k_start
@@ -49,14 +54,17 @@ class Segment(NamedTuple):
 
 
 def plan_segments(seqlen_q: int, seqlen_k: int, causal: bool, window_size: tuple[int, int]) -> list[Segment]:
-    """Cut one document into segments, in order of their queries; queries that see nothing are in none of them."""
+    """Cut one document into segments, in order of their queries; queries that see nothing are in
+    none of them.
+    """
     if seqlen_q == 0 or seqlen_k == 0:
         return []
     offset = seqlen_k - seqlen_q  # query i stands at key i + offset
     left, right = window_size
     if causal:
         right = 0
-    # Bounds that hide nothing are dropped: the first query sees the last key, the last query sees the first key.
+    # Bounds that hide nothing are dropped: the first query sees the last key, the last query sees
+    # the first key.
     if right >= seqlen_q - 1:
         right = -1
     if left >= seqlen_k - 1:
@@ -105,7 +113,9 @@ def _plan(
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad the narrower of (q, k) and v with zeros, which add nothing to a product and columns of 0 to the output."""
+    """Pad the narrower of (q, k) and v with zeros, which add nothing to a product and columns of 0
+    to the output.
+    """
     width = max(q.shape[-1], v.shape[-1])
 
     def widened(t: Tensor) -> Tensor:
@@ -117,7 +127,9 @@ def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """One call of torch's attention: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hv, Dv) -> (B, Sq, H, Dv)."""
+    """One call of torch's attention: q (B, Sq, H, D), k (B, Sk, Hk, D), v (B, Sk, Hv, Dv) ->
+    (B, Sq, H, Dv).
+    """
     width = v.shape[-1]
     q, k, v = _equal_widths(q, k, v)
     out = F.scaled_dot_product_attention(
@@ -144,7 +156,8 @@ def _segmented_attention(
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
-    # q (B, Sq, H, D), k (B, Sk, H, D), v (B, Sk, H, Dv): heads already repeated; B is 1 with cu_seqlens.
+    # q (B, Sq, H, D), k (B, Sk, H, D), v (B, Sk, H, Dv): heads already repeated; B is 1 with
+    # cu_seqlens.
     width = v.shape[-1]
     out = q.new_zeros(*q.shape[:-1], width)
     logsumexp = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=_logsumexp_dtype(q))
@@ -230,7 +243,8 @@ def _segmented_attention_backward(
             )
             dq_, dk_, dv_ = dq_.transpose(1, 2), dk_.transpose(1, 2), dv_.transpose(1, 2)
         else:
-            # Other devices keep no log-sum-exp here: the segment is computed again and differentiated by autograd.
+            # Other devices keep no log-sum-exp here: the segment is computed again and
+            # differentiated by autograd.
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in (q[:, queries], k[:, keys], v[:, keys])]
                 o = _attend(*leaves, scale=scale, causal=s.causal, mask=mask)
@@ -274,7 +288,8 @@ _segmented_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float) -> Tensor:
-    """Attention under a mask (B, 1, Sq, Sk), True where a query sees a key: for few queries, as it is held whole.
+    """Attention under a mask (B, 1, Sq, Sk), True where a query sees a key: for few queries, as it
+    is held whole.
 
     Shapes are :func:`attention`'s.
     """

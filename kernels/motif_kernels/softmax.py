@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, sdpa
-from .checks import check_cu_seqlens, may_read
-from .operators.decoding import check_room
+from motif_kernels import reference, sdpa
+from motif_kernels.checks import check_cu_seqlens, may_read
+from motif_kernels.operators.decoding import check_room
 
 BACKENDS = ("auto", "reference", "sdpa")
 
@@ -32,11 +32,13 @@ def softmax_attn_func(
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: hide later keys, aligned to the bottom right.
         window_size: inclusive (left, right), -1 for unbounded.
-        return_max_logits: also return each head's largest scaled, visible logit over the batch; "reference" alone can.
+        return_max_logits: also return each head's largest scaled, visible logit over the batch;
+            "reference" alone can.
         backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
 
     Returns:
-        Tensor (B, Sq, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without gradient.
+        Tensor (B, Sq, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without
+        gradient.
 
     Raises:
         ValueError: heads that do not divide, or a backend that is unknown or cannot serve.
@@ -82,7 +84,8 @@ def softmax_attn_varlen_func(
         backend: ``"reference"``, ``"sdpa"`` or ``"auto"``.
 
     Returns:
-        Tensor (total_q, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without gradient.
+        Tensor (total_q, H, Dv) of q's dtype; with return_max_logits also (H,) float32, without
+        gradient.
 
     Raises:
         TypeError: cu_seqlens is not int32.
@@ -125,8 +128,8 @@ def softmax_attn_with_kvcache(
 ) -> Tensor:
     """Attention of new queries to a cache that already holds their own keys and values.
 
-    On a CPU each row's own places are read. Elsewhere, where lengths may not be looked at, all places are read under
-    a mask, and those that hold nothing must be finite.
+    On a CPU each row's own places are read. Elsewhere, where lengths may not be looked at, all
+    places are read under a mask, and those that hold nothing must be finite.
 
     Args:
         q: (B, Sq, H, D).
@@ -134,7 +137,8 @@ def softmax_attn_with_kvcache(
         v_cache: like k_cache, with Hv heads of width Dv.
         cache_seqlens: (B,) int32, the tokens that each row holds.
         cache_leftpad: (B,) int32, tokens at the start of each row that are seen by nobody.
-        block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens, in order.
+        block_table: (B, blocks of a row) int32: which blocks of a paged cache hold a row's tokens,
+            in order.
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: the last query stands at the last key.
         window_size: inclusive (left, right), -1 for unbounded.

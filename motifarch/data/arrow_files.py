@@ -1,4 +1,6 @@
-"""Streams of tables written as memory-mapped Arrow files: memory does not grow with their length."""
+"""Streams of tables written as memory-mapped Arrow files: memory does not grow with their
+length.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from motifarch.layers import IGNORE_INDEX
 def collate(blocks: Sequence[Block]) -> dict[str, Any]:
     """Lay blocks end to end as one packed sequence of T = len(blocks) * seq_len positions.
 
-    A block's last token is a target only, so the document it ends is one position shorter here, and absent if
-    that token was all of it.
+    A block's last token is a target only, so the document it ends is one position shorter here, and
+    absent if that token was all of it.
 
     Args:
         blocks: at least one, all of one length.
@@ -25,7 +25,8 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
         What transformers' models take for packed documents:
 
         - input_ids: int64 (1, T);
-        - shift_labels: int64 (1, T), the target of each position; -100 at a document's last token, which has none;
+        - shift_labels: int64 (1, T), the target of each position; -100 at a document's last token,
+          which has none;
         - position_ids: int64 (1, T), counted from 0 in each document;
         - cu_seq_lens_q, cu_seq_lens_k: int32 (documents + 1,), the documents' borders, from 0 to T;
         - max_length_q, max_length_k: int, the longest document.

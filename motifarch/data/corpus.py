@@ -1,4 +1,6 @@
-"""The documents of a preparation: read from the sources onto disk, and split into training and validation."""
+"""The documents of a preparation: read from the sources onto disk, and split into training and
+validation.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,9 @@ class Corpus:
 def read_corpus(scratch: Path, settings: PrepareSettings, sources: list[Source], skipped: SkipLog) -> Corpus:
     """Write all documents to disk, and choose the border between training and validation.
 
-    A document is placed by a hash of its text and the seed, so that it keeps its place when others come or go, and
-    copies of a text are never on both sides. Few documents may all fall on one side: then the one next to the border
-    moves.
+    A document is placed by a hash of its text and the seed, so that it keeps its place when others
+    come or go, and copies of a text are never on both sides. Few documents may all fall on one
+    side: then the one next to the border moves.
     """
     content = hashlib.sha256()
     low, high = _HASH_RANGE, -1
@@ -109,7 +111,9 @@ def _document_tables(documents: Iterable[tuple[str, int]]) -> Iterator[pa.Table]
 
 
 def shuffled(rows: datasets.Dataset, seed: int, column: str) -> Iterator[tuple[pa.Scalar, int]]:
-    """The values of a column with their split hashes, in the seed's document order; a few at a time in memory."""
+    """The values of a column with their split hashes, in the seed's document order; a few at a time
+    in memory.
+    """
     order = Permutation(len(rows), seed, "documents")
     for begin in range(0, len(rows), 10_000):
         for index in order(np.arange(begin, min(begin + 10_000, len(rows)))).tolist():

@@ -1,4 +1,6 @@
-"""A Hugging Face dataset, from the hub or a local folder, downloaded or streamed, as a source of documents."""
+"""A Hugging Face dataset, from the hub or a local folder, downloaded or streamed, as a source of
+documents.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from motifarch.errors import UserError
 
 @dataclass(frozen=True)
 class HubSource:
-    """What ``datasets.load_dataset`` can load: a name on the hub, or a local folder of data files."""
+    """What ``datasets.load_dataset`` can load: a name on the hub, or a local folder of data
+    files.
+    """
 
     spec: str
     path: str
@@ -25,7 +29,9 @@ class HubSource:
     known_state: dict[str, Any]
 
     def state(self) -> dict[str, Any]:
-        """For a local folder, its files' state; for the hub, the name alone (it may not be within reach)."""
+        """For a local folder, its files' state; for the hub, the name alone
+        (it may not be within reach).
+        """
         return self.known_state
 
     def documents(self) -> Iterator[Document | Skipped]:

@@ -17,9 +17,10 @@ MicroBatches = list[dict[str, Any]]
 class BatchLoader:
     """Iterates over the steps of a run, giving one rank its part of each global batch.
 
-    The ranks' rows, put together in rank order, are the mixture's global batch: what a step sees does not depend on the
-    number of ranks, nor on the step at which a run was resumed. Reading is done by a thread, not by
-    processes: rows are slices of memory-mapped files, so there is nothing to gain from more.
+    The ranks' rows, put together in rank order, are the mixture's global batch: what a step sees
+    does not depend on the number of ranks, nor on the step at which a run was resumed. Reading is
+    done by a thread, not by processes: rows are slices of memory-mapped files, so there is nothing
+    to gain from more.
 
     Args:
         mixture: the sampler; its components' datasets are read here.
@@ -68,7 +69,8 @@ class BatchLoader:
         self.prefetch = prefetch
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
-        """Yield (step, this rank's micro-batches), each the keyword arguments of one model call, on the CPU.
+        """Yield (step, this rank's micro-batches), each the keyword arguments of one model call, on
+        the CPU.
 
         An exception met while reading is raised here, at the step that it belongs to.
         """
@@ -87,7 +89,9 @@ class BatchLoader:
             reader.shutdown(wait=True, cancel_futures=True)
 
     def micro_batches(self, step: int) -> MicroBatches:
-        """This rank's micro-batches of one step. The last one is smaller where the rows do not divide evenly."""
+        """This rank's micro-batches of one step. The last one is smaller where the rows do not
+        divide evenly.
+        """
         samples = self.mixture.global_batch(step)
         share = len(samples) // self.world_size
         mine = samples[self.rank * share : (self.rank + 1) * share]

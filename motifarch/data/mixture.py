@@ -23,7 +23,9 @@ _HORIZON = 2**40
 
 
 class BlockDataset(Protocol):
-    """What the sampler and the loader need of a dataset: :class:`motifarch.data.PackedDataset` has it."""
+    """What the sampler and the loader need of a dataset: :class:`motifarch.data.PackedDataset` has
+    it.
+    """
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -50,15 +52,17 @@ class MixtureComponent:
 class Mixture:
     """Draws every global batch from weighted datasets, as a pure function of the seed and the step.
 
-    The weights are normalised at both ends of the ramp and move linearly in between, one step at a time. The samples
-    drawn from a component by any step never leave the floor and the ceiling of the integral of its weight
-    (over samples): at each step, samples that are due are drawn, and the open places go to those due the soonest
-    (earliest deadline first, which keeps within these bounds whenever anything can). Within a component, each epoch
-    is a fresh pseudorandom permutation of its rows, and no row repeats within an epoch. Within a batch the
-    components are shuffled.
+    The weights are normalised at both ends of the ramp and move linearly in between, one step at a
+    time. The samples drawn from a component by any step never leave the floor and the ceiling of
+    the integral of its weight (over samples): at each step, samples that are due are drawn, and the
+    open places go to those due the soonest (earliest deadline first, which keeps within these
+    bounds whenever anything can). Within a component, each epoch is a fresh pseudorandom
+    permutation of its rows, and no row repeats within an epoch. Within a batch the components are
+    shuffled.
 
-    Nothing here grows with the datasets, and nothing is saved in a checkpoint. The count of samples drawn so far, one
-    number a component, is replayed from step 0 when a mixture is first asked for a late step (about 10 µs a step).
+    Nothing here grows with the datasets, and nothing is saved in a checkpoint. The count of samples
+    drawn so far, one number a component, is replayed from step 0 when a mixture is first asked for
+    a late step (about 10 µs a step).
 
     Args:
         components: the datasets and their weights.
@@ -68,7 +72,8 @@ class Mixture:
         ramp_end: the first step with the final weights.
 
     Raises:
-        UserError: for an empty mixture or dataset, bad weights, or a ramp that does not go forwards.
+        UserError: for an empty mixture or dataset, bad weights, or a ramp that does not go
+            forwards.
     """
 
     def __init__(
@@ -110,7 +115,9 @@ class Mixture:
         self._replayed = {0: [0] * len(self.components)}  # counts before step 0 and before the last steps asked for
 
     def global_batch(self, step: int) -> list[tuple[int, int]]:
-        """The samples of one step's batch, the same for any number of ranks, as (component, row) pairs in order."""
+        """The samples of one step's batch, the same for any number of ranks, as (component, row)
+        pairs in order.
+        """
         before, after = self._counts(step), self._counts(step + 1)
         samples: list[tuple[int, int]] = []
         for component, (begin, end) in enumerate(zip(before, after, strict=True)):
@@ -163,7 +170,9 @@ class Mixture:
         return drawn
 
     def _deadline(self, component: int, count: int, after: int) -> float:
-        """The first step after ``after`` before which the integral asks for ``count`` whole samples."""
+        """The first step after ``after`` before which the integral asks for ``count`` whole
+        samples.
+        """
 
         def reached(step: int) -> bool:
             return self._integrals(step)[component] >= count * self._unit
@@ -180,7 +189,9 @@ class Mixture:
         return high
 
     def _integrals(self, step: int) -> list[int]:
-        """The integral of each weight over the samples before ``step``, in units of ``1 / self._unit`` samples."""
+        """The integral of each weight over the samples before ``step``, in units of
+        ``1 / self._unit`` samples.
+        """
         begin, end = self._ramp
         samples, step_sum = self.batch_schedule.prefix_sums(step)
         ramped = 0  # the sum over earlier steps s of batch_size(s) * clip(s - begin, 0, end - begin)

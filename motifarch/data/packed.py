@@ -18,13 +18,17 @@ class Block(NamedTuple):
     """One row of a prepared dataset."""
 
     input_ids: np.ndarray
-    """int32 [seq_len + 1]; neighbouring blocks share one token: one's last is the next one's first."""
+    """int32 [seq_len + 1]; neighbouring blocks share one token: one's last is the next one's first.
+    """
     doc_lengths: np.ndarray
-    """int32 [documents], summing to seq_len + 1. A document cut by the block's border counts as two."""
+    """int32 [documents], summing to seq_len + 1. A document cut by the block's border counts as
+    two.
+    """
 
 
 class PackedDataset:
-    """One split of a folder made by ``motifarch data prepare``: a sequence of :class:`Block`, memory-mapped.
+    """One split of a folder made by ``motifarch data prepare``: a sequence of :class:`Block`,
+    memory-mapped.
 
     Attributes:
         folder: the prepared folder.
@@ -85,11 +89,13 @@ class PackedDataset:
 
         Raises:
             IndexError: if ``index`` lies outside ``range(len(self))``.
-            UserError: if the row is damaged: a token id outside the vocabulary, or lengths that do not add up.
+            UserError: if the row is damaged: a token id outside the vocabulary, or lengths that do
+                not add up.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
-        # One slice of the memory-mapped table: several times as fast as going through a formatted row.
+        # One slice of the memory-mapped table: several times as fast as going through a formatted
+        # row.
         row = self._rows.data.fast_slice(index, 1)
         block = Block(*(row.column(name).chunk(0).flatten().to_numpy() for name in Block._fields))
         where = f"row {index} of {self.folder / self.split}"

@@ -1,4 +1,6 @@
-"""A pseudorandom permutation of ``range(size)`` that is computed index by index and stored nowhere."""
+"""A pseudorandom permutation of ``range(size)`` that is computed index by index and stored
+nowhere.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ _SHIFT = np.uint64(33)
 class Permutation:
     """A keyed bijection of ``range(size)`` in O(1) memory: a Feistel network with cycle walking.
 
-    The network permutes the smallest square power of two that holds ``size`` (fewer than four times as many
-    numbers); an image outside ``range(size)`` is sent through again until it falls inside. The result depends on
-    ``size`` and ``key`` alone: not on the machine, the library versions or the order of the queries.
+    The network permutes the smallest square power of two that holds ``size`` (fewer than four times
+    as many numbers); an image outside ``range(size)`` is sent through again until it falls inside.
+    The result depends on ``size`` and ``key`` alone: not on the machine, the library versions or
+    the order of the queries.
 
-    Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), method 2 and section 4.
+    Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), method 2 and
+    section 4.
 
     Args:
         size: number of elements, at least 1.

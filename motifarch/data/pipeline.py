@@ -1,4 +1,6 @@
-"""The stages of data preparation: read, split, train or load the tokenizer, tokenise, pack, publish."""
+"""The stages of data preparation: read, split, train or load the tokenizer, tokenise, pack,
+publish.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ _TRAINING_CHARACTERS = 2**26
 
 
 def prepare(settings: PrepareSettings, report: Report) -> Manifest:
-    """Make the prepared folder, or find it already made with the same settings from the same inputs.
+    """Make the prepared folder, or find it already made with the same settings from the same
+    inputs.
 
     Args:
         settings: what to do.

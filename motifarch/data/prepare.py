@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line, flush=True)
 
     try:
-        # The libraries take seconds to import: after the options are checked, and where Ctrl-C is answered.
+        # The libraries take seconds to import: after the options are checked, and where Ctrl-C is
+        # answered.
         from motifarch.data.pipeline import prepare
 
         with _bars_only_on_a_terminal():

@@ -20,9 +20,9 @@ _COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 def read_file(path: Path, name: str, text_field: str) -> Iterator[Document | Skipped]:
     """Yield a file's documents.
 
-    A text file (any other suffix) is one document; each line of ``.jsonl``, each member of a ``.json`` array
-    and each row of ``.parquet`` is one, its text in ``text_field``. A file that cannot be read is skipped
-    from there on.
+    A text file (any other suffix) is one document; each line of ``.jsonl``, each member of a
+    ``.json`` array and each row of ``.parquet`` is one, its text in ``text_field``. A file that
+    cannot be read is skipped from there on.
 
     Args:
         path: the file; a ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` suffix is unpacked on the way.

@@ -24,7 +24,9 @@ class Source(Protocol):
     """A stream of documents in a fixed order."""
 
     def state(self) -> dict[str, Any]:
-        """What tells cheaply, without reading text, whether the source is still the same. "name" names it."""
+        """What tells cheaply, without reading text, whether the source is still the same. "name"
+        names it.
+        """
 
     def documents(self) -> Iterator[Document | Skipped]:
         """Read it from the beginning."""
@@ -122,7 +124,8 @@ def _matching_files(pattern: str) -> list[tuple[str, Path]]:
         if os.path.isdir(plain):
             below = _files_below(Path(plain))
         else:
-            # Names start at the pattern's fixed part, so that they do not depend on where the data lies.
+            # Names start at the pattern's fixed part, so that they do not depend on where the data
+            # lies.
             fixed = Path(re.split(r"[*?\[]", plain)[0] + "x").parent
             found = (Path(match) for match in glob.iglob(plain, recursive=True))
             below = [(os.path.relpath(path, fixed), path) for path in found if path.is_file()]

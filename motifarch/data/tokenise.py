@@ -29,7 +29,8 @@ T = TypeVar("T")
 def tokenise(
     scratch: Path, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
 ) -> datasets.Dataset:
-    """Turn text into token ids, each document ended by the end-of-text token, in ``num_proc`` processes.
+    """Turn text into token ids, each document ended by the end-of-text token, in ``num_proc``
+    processes.
 
     Args:
         scratch: folder for the result's files.
@@ -89,9 +90,10 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 def _run_pool(work: Callable[[], T]) -> T:
     """Call what starts a process pool, so that Ctrl-C ends all of it, and at once.
 
-    Left to themselves, the processes of a pool each print a traceback at Ctrl-C, wait forever for a parent that was
-    killed, and Ctrl-C is lost when it meets the parent in the middle of a fork. So the pool is run by a thread, which
-    signals do not reach; its processes ignore Ctrl-C and are ended from here.
+    Left to themselves, the processes of a pool each print a traceback at Ctrl-C, wait forever for a
+    parent that was killed, and Ctrl-C is lost when it meets the parent in the middle of a fork. So
+    the pool is run by a thread, which signals do not reach; its processes ignore Ctrl-C and are
+    ended from here.
     """
     global _forks_pool
     before = set(multiprocess.active_children())

@@ -44,7 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: what to train on.
-        vocab_size: most tokens, the 256 bytes and the end of text included; little text gives fewer.
+        vocab_size: most tokens, the 256 bytes and the end of text included; little text gives
+            fewer.
 
     Raises:
         UserError: if ``vocab_size`` has no room for the bytes.

@@ -42,8 +42,8 @@ def claim(output: Path, report: Callable[[str], None]) -> Iterator[None]:
 def new_folder(output: Path) -> Iterator[Path]:
     """Give an empty folder beside ``output`` that takes its place when the block ends well.
 
-    A folder that is there already is replaced then. If the block raises, the new folder is removed and ``output``
-    stays as it was; if the process is killed, :func:`claim` clears up.
+    A folder that is there already is replaced then. If the block raises, the new folder is removed
+    and ``output`` stays as it was; if the process is killed, :func:`claim` clears up.
     """
     working, replaced = _beside(output, "preparing"), _beside(output, "replaced")
     working.mkdir()
@@ -63,7 +63,8 @@ def _beside(output: Path, purpose: str) -> Path:
 
 @contextmanager
 def _lock(path: Path, output: Path) -> Iterator[None]:
-    # A record lock: unlike flock's, it is not inherited by child processes, which may outlive a killed parent.
+    # A record lock: unlike flock's, it is not inherited by child processes, which may outlive a
+    # killed parent.
     while True:
         with open(path, "w") as file:
             try:

@@ -1,4 +1,6 @@
-"""Do two model folders compute the same? Both are run a layer at a time, so that neither has to fit in memory."""
+"""Do two model folders compute the same? Both are run a layer at a time, so that neither has to fit
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motifarch.growth.description import Description
+from motifarch.growth.folders import SourceFolder
 from motifarch.models.motif import MotifConfig
 from motifarch.models.motif.modeling_motif import MotifDecoderLayer
 from motifarch.models.motif.rotary import build_rotary
-
-from .description import Description
-from .folders import SourceFolder
 
 _TOKENS = 32
 _VOCABULARY_ROWS = 2**14
@@ -34,7 +35,8 @@ class Weights(Protocol):
 
 
 class Described:
-    """The model that a description makes of a source folder, read like a folder, without writing it.
+    """The model that a description makes of a source folder, read like a folder, without writing
+    it.
 
     Args:
         description: of a Motif model.
@@ -64,7 +66,8 @@ class Difference:
 
 
 def difference(first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None) -> Difference:
-    """Compares two Motif models on random tokens, in float32 arithmetic whatever the weights' dtype.
+    """Compares two Motif models on random tokens, in float32 arithmetic whatever the weights'
+    dtype.
 
     Args:
         first: a model.

@@ -1,14 +1,16 @@
-"""Depth: new blocks between the old ones, each of which starts as the identity (LLaMA-Pro, arXiv 2401.02415).
+"""Depth: new blocks between the old ones, each of which starts as the identity
+(LLaMA-Pro, arXiv 2401.02415).
 
-A new block copies the one before it, but its o_proj and down_proj are zero, so that it adds nothing to the residual
-stream until it has learnt to.
+A new block copies the one before it, but its o_proj and down_proj are zero, so that it adds nothing
+to the residual stream until it has learnt to.
 
-In differential attention with a constant ``lambda_init`` the constant depends on the layer's index, which a new block
-shifts for those after it: ``lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init``, and the sub-norm's output is scaled
-by ``1 - lambda_init``. Both are made up for in the layer's own parameters: ``exp(q2 . k2)`` takes what the constant
-gains (``exp(q1 . k1)`` where the other would not stay positive), and the sub-norm's weight the ratio of the scales.
-In bfloat16 the vectors still hold their products (they are rounded together), but the sub-norm's weight is rounded: the
-step says so. All tensors of a folder keep one dtype, for ``from_pretrained`` would round the others to it.
+In differential attention with a constant ``lambda_init`` the constant depends on the layer's index,
+which a new block shifts for those after it: ``lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init``,
+and the sub-norm's output is scaled by ``1 - lambda_init``. Both are made up for in the layer's own
+parameters: ``exp(q2 . k2)`` takes what the constant gains (``exp(q1 . k1)`` where the other would
+not stay positive), and the sub-norm's weight the ratio of the scales. In bfloat16 the vectors still
+hold their products (they are rounded together), but the sub-norm's weight is rounded: the step says
+so. All tensors of a folder keep one dtype, for ``from_pretrained`` would round the others to it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,11 @@ from functools import partial
 from torch import Tensor
 
 from motifarch.errors import UserError
+from motifarch.growth.description import Description, Origin, Step
+from motifarch.growth.lambdas import shift_lambda
+from motifarch.growth.width import coarsest, dtype_name, rounding
 from motifarch.models.motif import MotifConfig
 from motifarch.models.motif.modeling_motif import lambda_init_of
-
-from .description import Description, Origin, Step
-from .lambdas import shift_lambda
-from .width import coarsest, dtype_name, rounding
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SILENT = ("self_attn.o_proj.", "mlp.down_proj.")
@@ -33,7 +34,8 @@ _SUB_NORM = "self_attn.subln.weight"
 
 
 def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
-    """The layers of a deeper model, new ones spread evenly: which old layer each copies, and whether it is new.
+    """The layers of a deeper model, new ones spread evenly: which old layer each copies, and
+    whether it is new.
 
     Args:
         old: layers of the model that grows.
@@ -46,7 +48,8 @@ def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
 
 
 def deepen(description: Description, layers: int) -> Description:
-    """Adds blocks that start as the identity, up to a number of layers; the model computes the same function.
+    """Adds blocks that start as the identity, up to a number of layers; the model computes the same
+    function.
 
     Args:
         description: of a Motif model.

@@ -1,11 +1,12 @@
 """What a grown model is made of, before any weight is read.
 
-A :class:`Description` is a model folder to be: its config and, for each tensor, an :class:`Origin`. Growth steps, and
-conversions from other kinds of models, are functions from one description to another; :func:`describe` gives a
-source folder's own, to begin with. To build on this for another kind of source: make the origins from the names that
-its folder has (``Origin.read`` for one tensor as it is, ``Origin.joined`` for one made of several, ``Origin.constant``
-for one made of none), put the Motif names over them, say in a :class:`Step` what was done and what could not be kept,
-and hand the description to :func:`motifarch.growth.grow.write`.
+A :class:`Description` is a model folder to be: its config and, for each tensor, an :class:`Origin`.
+Growth steps, and conversions from other kinds of models, are functions from one description to
+another; :func:`describe` gives a source folder's own, to begin with. To build on this for another
+kind of source: make the origins from the names that its folder has (``Origin.read`` for one tensor
+as it is, ``Origin.joined`` for one made of several, ``Origin.constant`` for one made of none), put
+the Motif names over them, say in a :class:`Step` what was done and what could not be kept, and hand
+the description to :func:`motifarch.growth.grow.write`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .folders import SourceFolder
+from motifarch.growth.folders import SourceFolder
 
 Shape = tuple[int, ...]
 
@@ -70,8 +71,9 @@ class Step:
     summary: str
     """Such as "hidden size 2048 -> 4096"."""
     loss: str | None = None
-    """What it can't keep of the function, by how much, and what would keep it; None if it keeps all but rounding in
-    the last place."""
+    """What it can't keep of the function, by how much, and what would keep it; None if it keeps all
+    but rounding in the last place.
+    """
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> Descript
 
     Args:
         source: the folder.
-        dtype: to turn the weights into before any step computes with them; None keeps each tensor's own.
+        dtype: to turn the weights into before any step computes with them; None keeps each tensor's
+            own.
     """
     config = dict(source.config)
     if dtype is not None:

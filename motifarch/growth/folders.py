@@ -54,8 +54,9 @@ class SourceFolder(WeightFiles):
         path: the folder.
 
     Raises:
-        UserError: the folder, its config or one of its weight files is missing, damaged or cut short, a tensor that
-            the index names is not there, or a tensor's dtype is not one that weights are kept in.
+        UserError: the folder, its config or one of its weight files is missing, damaged or cut
+            short, a tensor that the index names is not there, or a tensor's dtype is not one that
+            weights are kept in.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,8 +83,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 class FolderWriter:
     """A model folder that appears under its name only when it is whole.
 
-    A context manager: what is written goes into a folder beside the output, which is renamed when the block ends well
-    and removed when it raises. At most a shard is held in memory besides the tensor being written.
+    A context manager: what is written goes into a folder beside the output, which is renamed when
+    the block ends well and removed when it raises. At most a shard is held in memory besides the
+    tensor being written.
 
     Attributes:
         folder: where files are while the block runs.
@@ -151,7 +153,9 @@ class FolderWriter:
             self._write_shard()
 
     def finish(self) -> None:
-        """Writes what is held, and all other files: the folder is complete, though not under its name yet."""
+        """Writes what is held, and all other files: the folder is complete, though not under its
+        name yet.
+        """
         if self._finished:
             return
         self._finished = True

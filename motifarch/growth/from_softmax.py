@@ -2,16 +2,17 @@
 
 What is new starts where it changes nothing, and with a gradient:
 
-- DIFF V2: each noise query is a copy of its signal query, so that both maps are equal; lambda is 1/2 everywhere
-  (W_lambda is zero), which leaves half of the output, and o_proj is doubled.
-- GDA without pairs of keys and without a sub-norm: lambda is ``exp(0) - exp(0) + 0 = 0``. lambda_q1 and lambda_q2 are
-  zero and lambda_k1 and lambda_k2 are not, for zeros on both sides would have no gradient. A group's noise query is the
-  mean of its signal queries. They share their key head, so that its map is the geometric mean of theirs, normalised:
-  what the group's heads have in common, which is what the difference is to take away. (With norms of queries this
-  holds but for the norm.) For groups of one it is DIFF V2's copy.
+- DIFF V2: each noise query is a copy of its signal query, so that both maps are equal; lambda is
+  1/2 everywhere (W_lambda is zero), which leaves half of the output, and o_proj is doubled.
+- GDA without pairs of keys and without a sub-norm: lambda is ``exp(0) - exp(0) + 0 = 0``. lambda_q1
+  and lambda_q2 are zero and lambda_k1 and lambda_k2 are not, for zeros on both sides would have no
+  gradient. A group's noise query is the mean of its signal queries. They share their key head, so
+  that its map is the geometric mean of theirs, normalised: what the group's heads have in common,
+  which is what the difference is to take away. (With norms of queries this holds but for the norm.)
+  For groups of one it is DIFF V2's copy.
 
-A sub-norm, and DIFF V2 with groups of several signal heads, cannot start as the same function: these are refused unless
-an approximation is asked for.
+A sub-norm, and DIFF V2 with groups of several signal heads, cannot start as the same function:
+these are refused unless an approximation is asked for.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ import torch
 from torch import Tensor
 
 from motifarch.errors import UserError
+from motifarch.growth.description import Description, Origin, Step
+from motifarch.growth.from_softmax_sources import as_motif
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-
-from .description import Description, Origin, Step
-from .from_softmax_sources import as_motif
 
 Kind = Literal["diff_v2", "gda"]
 
@@ -49,22 +49,24 @@ def from_softmax(
     """The differential model that a softmax model becomes.
 
     Args:
-        description: of a softmax model, as :func:`motifarch.growth.from_softmax_sources.as_motif` takes it.
+        description: of a softmax model, as :func:`motifarch.growth.from_softmax_sources.as_motif`
+            takes it.
         to: "diff_v2" or "gda".
-        ratio: signal heads for each noise head; default 1 for "diff_v2", and for "gda" as many as share a key/value
-            head.
+        ratio: signal heads for each noise head; default 1 for "diff_v2", and for "gda" as many as
+            share a key/value head.
         sub_norm: normalise each head's output, as the papers on DIFF V1 and GDA do; never exact.
         approximate: allow what is not exact.
-        gains: (layers, heads), what o_proj's columns of each head are multiplied by; default 2 for DIFF V2 without a
-            sub-norm, else 1. :func:`motifarch.growth.from_softmax_probe.closest` measures those for a sub-norm.
+        gains: (layers, heads), what o_proj's columns of each head are multiplied by; default 2 for
+            DIFF V2 without a sub-norm, else 1. :func:`motifarch.growth.from_softmax_probe.closest`
+            measures those for a sub-norm.
         seed: of lambda_k1 and lambda_k2.
 
     Returns:
         A description of a Motif folder, whose last step says what is lost, if anything is.
 
     Raises:
-        UserError: a source that as_motif refuses, heads that do not divide, or a result that would not be exact while
-            ``approximate`` is off.
+        UserError: a source that as_motif refuses, heads that do not divide, or a result that would
+            not be exact while ``approximate`` is off.
     """
     base = as_motif(description)
     before = MotifConfig.from_dict(base.config)
@@ -87,7 +89,8 @@ def from_softmax(
         fields |= {"paired_kv": False, "lambda_init": 0.0, "lambda_init_depth_offset": None}
     config = MotifConfig.from_dict(base.config | fields)
     if gains is None:
-        # Twice the difference is the signal where lambda is 1/2; a sub-norm gives it a size of its own.
+        # Twice the difference is the signal where lambda is 1/2; a sub-norm gives it a size of its
+        # own.
         gain = 2.0 if to == "diff_v2" and not sub_norm else 1.0
         gains = torch.full((config.num_hidden_layers, heads), gain)
     summary = f"softmax attention -> {to}: {heads} signal and {noise} noise heads over {kv_heads} key/value heads"

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from motifarch.errors import UserError
-
-from .description import Description, describe
-from .folders import SourceFolder
-from .from_softmax import from_softmax
-from .from_softmax_probe import closest, probe_ids
-from .from_softmax_sources import FAMILIES, as_motif
+from motifarch.growth.description import Description, describe
+from motifarch.growth.folders import SourceFolder
+from motifarch.growth.from_softmax import from_softmax
+from motifarch.growth.from_softmax_probe import closest, probe_ids
+from motifarch.growth.from_softmax_sources import FAMILIES, as_motif
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,5 @@
-"""How far an approximate conversion is from its softmax model, and the gains that bring it closest: both by running it.
+"""How far an approximate conversion is from its softmax model, and the gains that bring it closest:
+both by running it.
 
 A layer at a time, so that neither model has to fit in memory.
 """
@@ -14,13 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from motifarch.errors import UserError
+from motifarch.growth.compare import Described, logits
+from motifarch.growth.description import Description
+from motifarch.growth.folders import SourceFolder
+from motifarch.growth.from_softmax import Kind, from_softmax
+from motifarch.growth.from_softmax_sources import as_motif
 from motifarch.models.motif import MotifConfig
-
-from .compare import Described, logits
-from .description import Description
-from .folders import SourceFolder
-from .from_softmax import Kind, from_softmax
-from .from_softmax_sources import as_motif
 
 ROWS, TOKENS = 4, 256
 """Rows of the probe, and the most tokens of a row."""
@@ -31,7 +31,8 @@ def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> 
 
     Args:
         source: the softmax model's folder, with a tokenizer if there is a text.
-        text: a text file, of which the first tokens are taken; default: random tokens, which no model is trained on.
+        text: a text file, of which the first tokens are taken; default: random tokens, which no
+            model is trained on.
         seed: of the random tokens.
 
     Raises:
@@ -56,9 +57,9 @@ def closest(
 ) -> Description:
     """A conversion that may be inexact, as close as it comes, with what it loses measured.
 
-    Behind a sub-norm each head's output is multiplied by one number, the one that brings it closest to the softmax
-    model's in the mean square over the probe: a norm takes every token's own size away, and this gives back the usual
-    one.
+    Behind a sub-norm each head's output is multiplied by one number, the one that brings it closest
+    to the softmax model's in the mean square over the probe: a norm takes every token's own size
+    away, and this gives back the usual one.
 
     Args:
         source: the softmax model's folder.
@@ -95,7 +96,8 @@ def closest(
 
 
 class _Gains:
-    """Each head's best multiple of its normalised output, measured where a softmax model's heads leave for o_proj.
+    """Each head's best multiple of its normalised output, measured where a softmax model's heads
+    leave for o_proj.
 
     Args:
         config: of the differential model.

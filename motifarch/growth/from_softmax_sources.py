@@ -1,4 +1,6 @@
-"""Softmax models of other families as Motif models with softmax attention: the same tensors under the same names."""
+"""Softmax models of other families as Motif models with softmax attention: the same tensors under
+the same names.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.errors import UserError
+from motifarch.growth.description import Description, Origin, Step
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
-from .description import Description, Origin, Step
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""By their configs' model_type: pre-norm blocks with the tensor names and the mathematics of Motif's."""
+"""By their configs' model_type: pre-norm blocks with the tensor names and the mathematics of
+Motif's.
+"""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not change with the sequence's length."""
@@ -41,15 +44,16 @@ _SAME_FIELDS = (
 def as_motif(description: Description) -> Description:
     """A softmax model as a Motif model of ``attention_type`` "softmax", which is the same function.
 
-    Motif models have biases in all linear layers or in none: where a model has some, the others start at zero.
+    Motif models have biases in all linear layers or in none: where a model has some, the others
+    start at zero.
 
     Args:
-        description: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax attention, which is
-            returned as it is.
+        description: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax
+            attention, which is returned as it is.
 
     Raises:
-        UserError: the model is of another family, its config has a field that MotifConfig cannot honour, or its tensors
-            are not those that its config describes.
+        UserError: the model is of another family, its config has a field that MotifConfig cannot
+            honour, or its tensors are not those that its config describes.
     """
     if str(description.config.get("model_type")).lower() == "motif":
         kind = description.config.get("attention_type", "gda")
@@ -94,7 +98,9 @@ def as_motif(description: Description) -> Description:
 
 
 def _read_config(description: Description) -> PreTrainedConfig:
-    """The source's config as transformers reads it, once nothing in it stands against a conversion."""
+    """The source's config as transformers reads it, once nothing in it stands against a
+    conversion.
+    """
     kind = description.config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
@@ -131,7 +137,8 @@ def _read_config(description: Description) -> PreTrainedConfig:
 def _own_tensors(description: Description, config: PreTrainedConfig) -> dict[str, Origin]:
     """The folder's tensors, if they are those of the model that its config describes.
 
-    Older folders hold rotary tables, and a tied embedding under a second name, besides: these are left out.
+    Older folders hold rotary tables, and a tied embedding under a second name, besides: these are
+    left out.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from motifarch.errors import UserError
+from motifarch.growth.compare import Described, Difference, difference
+from motifarch.growth.depth import deepen
+from motifarch.growth.description import Description, describe
+from motifarch.growth.folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
+from motifarch.growth.layouts import Factors, factors_to, motif_config
+from motifarch.growth.width import Noise, untie, widen
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.manifest import sha256, write_json
-
-from .compare import Described, Difference, difference
-from .depth import deepen
-from .description import Description, describe
-from .folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
-from .layouts import Factors, factors_to, motif_config
-from .width import Noise, untie, widen
 
 RECORD = "growth.json"
 
@@ -40,7 +39,8 @@ def plan(
         dtype: of the grown weights; None keeps the source's.
 
     Raises:
-        UserError: the source is no Motif model or its tensors do not fit its config, or the growth does not fit it.
+        UserError: the source is no Motif model or its tensors do not fit its config, or the growth
+            does not fit it.
     """
     config = motif_config(source.config, source.path / CONFIG)
     if isinstance(factors, MotifConfig):
@@ -85,10 +85,12 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     console: Console | None = None,
 ) -> Difference | None:
-    """Makes the tensors of a description one at a time and writes the folder, which appears when it is whole.
+    """Makes the tensors of a description one at a time and writes the folder, which appears when it
+    is whole.
 
-    Besides the weights it gets config.json, the source's tokenizer and generation files, and `growth.json`: the
-    source's files with their SHA-256, the steps with what each could not keep, and the difference measured.
+    Besides the weights it gets config.json, the source's tokenizer and generation files, and
+    `growth.json`: the source's files with their SHA-256, the steps with what each could not keep,
+    and the difference measured.
 
     Args:
         description: what to write.
@@ -163,13 +165,15 @@ def grow(
     dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> Difference | None:
-    """Makes a larger model of a Motif model's folder, which computes the same function at the start.
+    """Makes a larger model of a Motif model's folder, which computes the same function at the
+    start.
 
     Args:
         source: a Hugging Face folder; it is only read.
         output: the folder to make.
         factors: how the model grows, or the layout that it is to have.
-        noise: makes copies differ, so that training can tell them apart; it cancels in what they compute.
+        noise: makes copies differ, so that training can tell them apart; it cancels in what they
+            compute.
         dtype: of the grown weights; None keeps the source's.
         check: whether to compare the logits of both models.
 
@@ -177,7 +181,8 @@ def grow(
         The difference of the logits, None without the check.
 
     Raises:
-        UserError: something does not fit, is missing or is damaged; the message names it and the fix.
+        UserError: something does not fit, is missing or is damaged; the message names it and the
+            fix.
     """
     folder = SourceFolder(source)
     return write(plan(folder, factors, noise=noise, dtype=dtype), folder, output, check=check)

@@ -15,10 +15,11 @@ _LARGEST_REPAIR = 0.01
 
 
 def shift_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vectors whose ``exp(q1 . k1) - exp(q2 . k2)`` is larger by ``shift``, as near to the old ones as possible.
+    """Vectors whose ``exp(q1 . k1) - exp(q2 . k2)`` is larger by ``shift``, as near to the old ones
+    as possible.
 
-    ``exp(q2 . k2)`` falls by the shift if it stays positive; otherwise ``exp(q1 . k1)`` grows by it, which it then
-    can, for the shift is positive.
+    ``exp(q2 . k2)`` falls by the shift if it stays positive; otherwise ``exp(q1 . k1)`` grows by
+    it, which it then can, for the shift is positive.
 
     Args:
         q1: (D,), like the three others; of any dtype, which the new ones keep.
@@ -37,12 +38,13 @@ def shift_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, shift: float) -
 
 
 def with_dot(q: Tensor, k: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """The pair of vectors nearest to (q, k), in the sum of squares, whose dot product is a given number.
+    """The pair of vectors nearest to (q, k), in the sum of squares, whose dot product is a given
+    number.
 
-    With ``u = q + k`` and ``v = q - k`` the product is ``(|u|^2 - |v|^2) / 4``, and the nearest pair scales each:
-    ``u / (1 - m)`` and ``v / (1 + m)`` for the one m between -1 and 1 that gives the product (the condition of
-    Lagrange). Neither vector may vanish by that, and a zero vector can grow: the edit has no singularity where q or k
-    is small.
+    With ``u = q + k`` and ``v = q - k`` the product is ``(|u|^2 - |v|^2) / 4``, and the nearest
+    pair scales each: ``u / (1 - m)`` and ``v / (1 + m)`` for the one m between -1 and 1 that gives
+    the product (the condition of Lagrange). Neither vector may vanish by that, and a zero vector
+    can grow: the edit has no singularity where q or k is small.
 
     Args:
         q: (D,)
@@ -50,7 +52,8 @@ def with_dot(q: Tensor, k: Tensor, target: float) -> tuple[Tensor, Tensor]:
         target: the dot product wanted.
 
     Returns:
-        Both vectors in their own dtype, rounded together so that the product is kept (see :func:`round_pair`).
+        Both vectors in their own dtype, rounded together so that the product is kept
+        (see :func:`round_pair`).
     """
     u, v = _present(q.double() + k.double(), k), _present(q.double() - k.double(), q)
     uu, vv = float(u @ u), float(v @ v)
@@ -71,9 +74,10 @@ def with_dot(q: Tensor, k: Tensor, target: float) -> tuple[Tensor, Tensor]:
 def round_pair(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two vectors rounded to a dtype so that their dot product is kept.
 
-    The product's terms are rounded one after another, from the largest to the smallest. Each makes up for what those
-    before it lost in the smaller of its two places, whose rounding is the finer: what is left at the end is a rounding
-    of the smallest term alone. (A term too small to make up for anything passes it on.)
+    The product's terms are rounded one after another, from the largest to the smallest. Each makes
+    up for what those before it lost in the smaller of its two places, whose rounding is the finer:
+    what is left at the end is a rounding of the smallest term alone. (A term too small to make up
+    for anything passes it on.)
 
     Args:
         q: (D,), float64.
@@ -98,7 +102,9 @@ def _dot(q: Tensor, k: Tensor) -> float:
 
 
 def _present(direction: Tensor, other: Tensor) -> Tensor:
-    """A direction that has some length at least: where it has none, another vector's, and at last one of our own."""
+    """A direction that has some length at least: where it has none, another vector's, and at last
+    one of our own.
+    """
     if float(direction.norm()) > _SPARK * 1e-3:
         return direction
     # Places of falling size, the last of which can make up for what rounding takes from the others.

@@ -84,7 +84,8 @@ def factors_to(source: MotifConfig, target: MotifConfig) -> Factors:
     Positions, rope theta and epsilons stay the source's, for the function would change with them.
 
     Raises:
-        UserError: something that does not grow differs, or a size is no whole multiple; the message names all of them.
+        UserError: something that does not grow differs, or a size is no whole multiple; the message
+            names all of them.
     """
     wrong = [
         f"{name} is {getattr(source, name)!r} and would have to be {getattr(target, name)!r}"

@@ -10,14 +10,13 @@ import torch
 from rich.console import Console
 
 from motifarch.errors import UserError
+from motifarch.growth.description import Description
+from motifarch.growth.folders import SourceFolder
+from motifarch.growth.from_softmax_options import add_arguments, convert, refuse_without_to
+from motifarch.growth.grow import plan, write
+from motifarch.growth.layouts import LAYOUTS, Factors, read_layout
+from motifarch.growth.width import Noise
 from motifarch.models.motif import MotifConfig
-
-from .description import Description
-from .folders import SourceFolder
-from .from_softmax_options import add_arguments, convert, refuse_without_to
-from .grow import plan, write
-from .layouts import LAYOUTS, Factors, read_layout
-from .width import Noise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,13 +1,15 @@
-"""Width and heads: every unit of a layer is copied, and whoever reads the copies divides by their number.
+"""Width and heads: every unit of a layer is copied, and whoever reads the copies divides by their
+number.
 
-Width by whole multiples is HyperCloning (Samragh et al., arXiv 2409.12903). Multiplying signal heads alone is
-group-differentiated growth, which Motif-2-12.7B's grouped differential attention was grown by (arXiv 2511.07464,
-2510.06949).
+Width by whole multiples is HyperCloning (Samragh et al., arXiv 2409.12903). Multiplying signal
+heads alone is group-differentiated growth, which Motif-2-12.7B's grouped differential attention was
+grown by (arXiv 2511.07464, 2510.06949).
 
-The axes of a Motif model's tensors lie in a few spaces (the residual stream, a block's feed-forward units, its query
-heads ...). To grow a space is to say, for each place of the larger one, which place of the smaller it copies. A tensor
-that writes into the space repeats its rows; one that reads from it repeats its columns and divides by the copies. RMS
-norms and PolyNorm are means over a space in which every place has as many copies as any other: they don't change.
+The axes of a Motif model's tensors lie in a few spaces (the residual stream, a block's feed-forward
+units, its query heads ...). To grow a space is to say, for each place of the larger one, which
+place of the smaller it copies. A tensor that writes into the space repeats its rows; one that reads
+from it repeats its columns and divides by the copies. RMS norms and PolyNorm are means over a space
+in which every place has as many copies as any other: they don't change.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ import torch
 from torch import Tensor
 
 from motifarch.errors import UserError
+from motifarch.growth.description import Description, Origin, Step
 from motifarch.models.motif import MotifConfig
-
-from .description import Description, Origin, Step
 
 HIDDEN, FEED_FORWARD = "hidden", "feed_forward"
 QUERIES, KEYS = "queries", "keys"  # outputs of q_proj, and of k_proj and v_proj
@@ -43,7 +44,8 @@ _LINEAR: dict[str, tuple[str | None, str]] = {
     "mlp.up_proj": (FEED_FORWARD, HIDDEN),
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
 }
-# The space of each row or column of the others; those that are not here belong to no space that grows.
+# The space of each row or column of the others; those that are not here belong to no space that
+# grows.
 _OTHERS: dict[str, tuple[str | None, ...]] = {
     "model.embed_tokens.weight": (None, HIDDEN),
     "input_layernorm.weight": (HIDDEN,),
@@ -68,7 +70,9 @@ class Copies:
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise that makes copies differ, so that training can tell them apart, and that cancels in what they compute."""
+    """Noise that makes copies differ, so that training can tell them apart, and that cancels in
+    what they compute.
+    """
 
     scale: float
     """Its standard deviation, in those of the tensor that it is added to."""
@@ -83,9 +87,9 @@ def tiled(size: int, times: int) -> Copies:
 def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[str, Copies]:
     """How the spaces of an attention layer grow.
 
-    Query heads lie as blocks of [g signal heads, 1 noise head], one block for each noise head, and all heads of a block
-    read one key/value head (or pair). A block's signal heads are therefore repeated within it, and blocks and
-    key/value heads are repeated as a whole.
+    Query heads lie as blocks of [g signal heads, 1 noise head], one block for each noise head, and
+    all heads of a block read one key/value head (or pair). A block's signal heads are therefore
+    repeated within it, and blocks and key/value heads are repeated as a whole.
 
     Args:
         config: of the model that grows.
@@ -122,21 +126,23 @@ def widen(
 ) -> Description:
     """Multiplies widths and heads by whole numbers; the model computes the same function.
 
-    The embedding repeats its columns, so that the residual stream holds each number ``hidden`` times. A tied embedding
-    stays tied: the final norm's weight is divided by ``hidden``, because the embedding can't be, being read and
-    written alike.
+    The embedding repeats its columns, so that the residual stream holds each number ``hidden``
+    times. A tied embedding stays tied: the final norm's weight is divided by ``hidden``, because
+    the embedding can't be, being read and written alike.
 
     Args:
         description: of a Motif model.
         hidden: multiplies hidden_size.
         feed_forward: multiplies intermediate_size.
         heads: multiplies all heads: signal, noise and key/value.
-        signal_heads: multiplies the signal heads of each group, and leaves noise and key/value heads as they are.
-        noise: added to the weights that read copies, so that it cancels; None adds none. A tied output projection gets
-            none.
+        signal_heads: multiplies the signal heads of each group, and leaves noise and key/value
+            heads as they are.
+        noise: added to the weights that read copies, so that it cancels; None adds none. A tied
+            output projection gets none.
 
     Raises:
-        UserError: a factor below 1, signal heads of a model that has no noise heads, or noise where nothing is copied.
+        UserError: a factor below 1, signal heads of a model that has no noise heads, or noise where
+            nothing is copied.
     """
     factors = {"hidden": hidden, "feed_forward": feed_forward, "heads": heads, "signal_heads": signal_heads}
     for name, factor in factors.items():
@@ -209,7 +215,9 @@ def _copy(tensor: Tensor, *, chosen: dict[int, Copies], read: int | None) -> Ten
 
 
 def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Tensor:
-    """Adds noise, in place, that sums to 0 over the columns that copy one column; weight is (rows, columns)."""
+    """Adds noise, in place, that sums to 0 over the columns that copy one column; weight is
+    (rows, columns).
+    """
     generator = torch.Generator().manual_seed(seed % 2**63)
     # Without its mean over the copies, noise is smaller by this much.
     std = float(weight.std()) * scale * math.sqrt(copies.times / (copies.times - 1))
@@ -223,7 +231,9 @@ def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Te
 
 
 def _config_fields(config: MotifConfig, factors: dict[str, int]) -> dict[str, object]:
-    """The fields of the grown config that differ, or that its reader would derive from those that differ."""
+    """The fields of the grown config that differ, or that its reader would derive from those that
+    differ.
+    """
     assert config.num_key_value_heads is not None
     noise_heads = config.noise_heads * factors["heads"]
     signal = (config.num_attention_heads - config.noise_heads) * factors["heads"] * factors["signal_heads"]

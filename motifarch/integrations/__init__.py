@@ -1,7 +1,8 @@
 """motifarch's layers inside other people's models.
 
-``patch`` puts differential attention and PolyNorm into a model that transformers loaded; ``load_patched`` loads what it
-saved afterwards. (After ``import motifarch`` the Auto classes do, too.)
+``patch`` puts differential attention and PolyNorm into a model that transformers loaded;
+``load_patched`` loads what it saved afterwards. (After ``import motifarch`` the Auto classes do,
+too.)
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .patching import patch
-    from .report import ModuleReport, PatchReport
-    from .saving import load_patched
+    from motifarch.integrations.patching import patch
+    from motifarch.integrations.report import ModuleReport, PatchReport
+    from motifarch.integrations.saving import load_patched
 
 __all__ = ["ModuleReport", "PatchReport", "load_patched", "patch"]
 
-# transformers' own import reaches into this package, for the patched models' config: too early for models.
+# transformers' own import reaches into this package, for the patched models' config: too early for
+# models.
 _HOMES = {"patch": "patching", "load_patched": "saving", "ModuleReport": "report", "PatchReport": "report"}
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
+from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import PaddingMask
 from motifarch.layers.padding import PackedTokens
-
-from .masks import VisibleKeys, visible_keys
 
 IMPLEMENTATION = "motifarch_differential"
 """The patched models' ``config._attn_implementation``."""
@@ -41,7 +40,8 @@ def differential_attention(
         query: (B, H + Hn, S, D), signal heads before noise heads, normalised and rotated.
         key: (B, Hk, Sk, D), those of a cache included.
         value: (B, Hk, Sk, D).
-        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's mask.
+        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
+            mask.
         scaling: multiplies the logits.
         dropout: must be 0.
         sliding_window: W, keys that a query sees, its own included; None for all.
@@ -76,7 +76,9 @@ def differential_attention(
 
 
 def as_kernels_take(*tensors: Tensor) -> list[Tensor]:
-    """Tensors (B, heads, S, width) of a transformers module as (B, S, heads, width), in autocast's dtype if on."""
+    """Tensors (B, heads, S, width) of a transformers module as (B, S, heads, width), in autocast's
+    dtype if on.
+    """
     if torch.is_autocast_enabled(tensors[0].device.type):
         tensors = tuple(t.to(torch.get_autocast_dtype(t.device.type)) for t in tensors)
     return [t.transpose(1, 2) for t in tensors]
@@ -95,13 +97,15 @@ def attend_heads(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
 ) -> Tensor:
-    """Differential attention of heads that a module's projections gave, with what transformers says of the call.
+    """Differential attention of heads that a module's projections gave, with what transformers says
+    of the call.
 
     Args:
         module: has ``subln`` (or None), ``out_scale`` and ``backend``.
         heads: q1, k1, q2, k2 and v, (B, S, heads, width); k1 and k2 may be the same tensor.
         lam: a scalar tensor or (B, S, Hs).
-        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's mask.
+        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
+            mask.
         scaling: multiplies the logits.
         dropout: must be 0.
         sliding_window: W, keys that a query sees, its own included; None for all.
@@ -135,7 +139,9 @@ def attend_heads(
 
 
 def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> Any:
-    """Attention of (B, S, heads, width) tensors q1, k1, q2, k2 and v, by the kernels that suit what is visible."""
+    """Attention of (B, S, heads, width) tensors q1, k1, q2, k2 and v, by the kernels that suit what
+    is visible.
+    """
     q1, k1, q2, k2, v = heads
     if visible is None:
         return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
@@ -158,7 +164,9 @@ def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> A
 
 
 def _attend_packed(heads: Any, lam: Tensor, packed: Any, options: dict[str, Any]) -> Any:
-    """Attention of tensors (B, S, heads, width): documents with their bounds, or the real tokens of a padded batch."""
+    """Attention of tensors (B, S, heads, width): documents with their bounds, or the real tokens of
+    a padded batch.
+    """
     out: Any
     batch, length = heads[0].shape[:2]
     shared = heads[1] is heads[3]

@@ -1,27 +1,32 @@
-"""DIFF V1 as a registered transformers attention function: ``attn_implementation="motifarch_diff_v1"``.
+"""DIFF V1 as a registered transformers attention function:
+``attn_implementation="motifarch_diff_v1"``.
 
-An attention function gets queries, keys and values of an attention module and gives what o_proj reads. That is enough
-for DIFF V1 (arXiv 2410.05258), whose tensors have the shapes of softmax attention with as many heads: of a module's
-2H query heads, head 2i is signal and 2i + 1 noise; of its 2Hk key heads likewise; value heads 2i and 2i + 1 side by
-side are one of width 2D. The H outputs of width 2D are as wide as 2H of width D, so that o_proj stays as it is, and so
-do rotary embeddings, norms of queries and keys, and the cache. All that is new are lambda's four vectors and the
-sub-norm, which :func:`add_lambdas` puts on the modules.
+An attention function gets queries, keys and values of an attention module and gives what o_proj
+reads. That is enough for DIFF V1 (arXiv 2410.05258), whose tensors have the shapes of softmax
+attention with as many heads: of a module's 2H query heads, head 2i is signal and 2i + 1 noise; of
+its 2Hk key heads likewise; value heads 2i and 2i + 1 side by side are one of width 2D. The H
+outputs of width 2D are as wide as 2H of width D, so that o_proj stays as it is, and so do rotary
+embeddings, norms of queries and keys, and the cache. All that is new are lambda's four vectors and
+the sub-norm, which :func:`add_lambdas` puts on the modules.
 
     from motifarch.integrations.attention_function import add_lambdas
     model = LlamaForCausalLM(config)  # an even number of heads and of key/value heads
     add_lambdas(model)                # and sets the attention implementation
 
-The parameters have the names that MotifForCausalLM gives them: a Llama with lambdas and a Motif model of
-``attention_type="diff_v1"`` with ``hidden_act="silu"`` take each other's state dicts. A class whose ``__init__`` calls
-``add_lambdas`` is loaded by ``from_pretrained``; a plain LlamaForCausalLM would leave the lambdas out.
+The parameters have the names that MotifForCausalLM gives them: a Llama with lambdas and a Motif
+model of ``attention_type="diff_v1"`` with ``hidden_act="silu"`` take each other's state dicts. A
+class whose ``__init__`` calls ``add_lambdas`` is loaded by ``from_pretrained``; a plain
+LlamaForCausalLM would leave the lambdas out.
 
-Padding on either side, packed documents, sliding windows, softcapping and all caches are served by the mask function
-that is registered under the same name; without one, transformers would hand over no mask, and padding would be seen.
+Padding on either side, packed documents, sliding windows, softcapping and all caches are served by
+the mask function that is registered under the same name; without one, transformers would hand over
+no mask, and padding would be seen.
 
 What the interface does not allow:
 
-- groups of several signal heads, or keys and values of single width: o_proj's width is that of all query heads, and
-  there are fewer or narrower outputs. :func:`motifarch.integrations.patch` changes the modules instead.
+- groups of several signal heads, or keys and values of single width: o_proj's width is that of all
+  query heads, and there are fewer or narrower outputs. :func:`motifarch.integrations.patch` changes
+  the modules instead.
 - DIFF V2: its lambda is a function of the hidden states, which an attention function does not get.
 - DiffLlama: its module takes the difference itself, of what two calls of plain attention gave.
 - attention maps (``output_attentions``), dropout, and masks of every query and key (B, 1, S, S).
@@ -36,11 +41,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from motifarch.integrations.attention import as_kernels_take, attend_heads
+from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import default_lambda_init
 from motifarch.layers.grouped_differential_attention import scalar_lambda
-
-from .attention import as_kernels_take, attend_heads
-from .masks import VisibleKeys, visible_keys
 
 IMPLEMENTATION = "motifarch_diff_v1"
 """The models' ``attn_implementation``."""
@@ -52,13 +56,14 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def add_lambdas(
     model: PreTrainedModel, *, lambda_init: float | None = None, sub_norm: bool = True, norm_eps: float = 1e-5
 ) -> None:
-    """Put what DIFF V1 needs on every attention module of a model, in place, and have it call this file's function.
+    """Put what DIFF V1 needs on every attention module of a model, in place, and have it call this
+    file's function.
 
     Lambdas start as the paper's do.
 
     Args:
-        model: of a transformers family whose attention modules have q_proj, k_proj, v_proj and o_proj, and call the
-            attention function of their config.
+        model: of a transformers family whose attention modules have q_proj, k_proj, v_proj and
+            o_proj, and call the attention function of their config.
         lambda_init: the constant in lambda; default: by each module's layer_idx,
             :func:`motifarch.layers.default_lambda_init`.
         sub_norm: normalise each head's output and scale it by ``1 - lambda_init``.
@@ -101,7 +106,9 @@ def _refuse_others(module: Any, _: Any) -> None:
 
 
 def _leave_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """What generate() asks for a mask over a static cache: the mask function makes none of every query and key."""
+    """What generate() asks for a mask over a static cache: the mask function makes none of every
+    query and key.
+    """
     return attention_mask
 
 
@@ -128,7 +135,8 @@ def paired_attention(
         query: (B, 2H, S, D), signal and noise heads in turn.
         key: (B, 2Hk, Sk, D), those of a cache included, in turn likewise.
         value: (B, 2Hk, Sk, D).
-        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's mask.
+        attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
+            mask.
         scaling: multiplies the logits; default ``D ** -0.5``.
         dropout: must be 0.
         sliding_window: W, keys that a query sees, its own included; None for all.

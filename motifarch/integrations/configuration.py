@@ -1,8 +1,9 @@
-"""The config of a patched model: its host's, with a record of the patch and a ``model_type`` of its own.
+"""The config of a patched model: its host's, with a record of the patch and a ``model_type`` of its
+own.
 
-transformers does not know that type without motifarch. The saved ``num_hidden_layers`` is a sentence instead of a
-number, so that the host's own classes refuse the folder too: they would leave out what they do not know, and answer as
-another model.
+transformers does not know that type without motifarch. The saved ``num_hidden_layers`` is a
+sentence instead of a number, so that the host's own classes refuse the folder too: they would leave
+out what they do not know, and answer as another model.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class PatchedConfigMixin:
 
 
 class PatchedConfig(PreTrainedConfig):
-    """What AutoConfig knows: it gives way to its host's patched class as soon as a saved config is read."""
+    """What AutoConfig knows: it gives way to its host's patched class as soon as a saved config is
+    read.
+    """
 
     model_type = MODEL_TYPE
 
@@ -60,7 +63,7 @@ class PatchedConfig(PreTrainedConfig):
         """
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        from .saving import register
+        from motifarch.integrations.saving import register
 
         record = config_dict.get(PATCH)
         host: Any = record.get("host") if isinstance(record, dict) else None

@@ -1,7 +1,9 @@
-"""The transformers families that can be patched: what their modules are called and where they differ.
+"""The transformers families that can be patched: what their modules are called and where they
+differ.
 
-A patched attention module keeps its own forward, and with it the family's projections, norms, rotary embeddings (or
-none in a layer that has none), scale, window and softcap. So little is left to say of a family here.
+A patched attention module keeps its own forward, and with it the family's projections, norms,
+rotary embeddings (or none in a layer that has none), scale, window and softcap. So little is left
+to say of a family here.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ class Family:
     """One transformers ``model_type``.
 
     Args:
-        attention: class name of its attention modules. They have q_proj, k_proj, v_proj and o_proj, cut heads by
-            ``view(..., -1, head_dim)``, and hand all keyword arguments on to the attention function.
-        feed_forward: class name of its gated feed-forward modules: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
-        experts: class name of its routed experts, whose activation is ``act_fn``; None if it has none.
-        norm_heads_dim: the dimension that counts heads where the query norm sees them; None if it has no such norm.
-        latent: its attention is multi-head latent attention, with none of those projections but o_proj.
+        attention: class name of its attention modules. They have q_proj, k_proj, v_proj and o_proj,
+            cut heads by ``view(..., -1, head_dim)``, and hand all keyword arguments on to the
+            attention function.
+        feed_forward: class name of its gated feed-forward modules: ``down_proj(act_fn(gate_proj(x))
+            * up_proj(x))``.
+        experts: class name of its routed experts, whose activation is ``act_fn``; None if it has
+            none.
+        norm_heads_dim: the dimension that counts heads where the query norm sees them; None if it
+            has no such norm.
+        latent: its attention is multi-head latent attention, with none of those projections but
+            o_proj.
     """
 
     attention: str

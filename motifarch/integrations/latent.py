@@ -1,4 +1,6 @@
-"""Grouped-query attention in place of multi-head latent attention, whose keys a noise head cannot share as they are."""
+"""Grouped-query attention in place of multi-head latent attention, whose keys a noise head cannot
+share as they are.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ LOST = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_lay
 class GroupedQueryAttention:
     """Mixed into a host's latent attention module that has been given plain projections.
 
-    Heads are as wide as the host's values, so that its o_proj stays; the last ``qk_rope_head_dim`` numbers of a query
-    or key head are rotated, as in the host.
+    Heads are as wide as the host's values, so that its o_proj stays; the last ``qk_rope_head_dim``
+    numbers of a query or key head are rotated, as in the host.
     """
 
     config: Any
@@ -38,7 +40,9 @@ class GroupedQueryAttention:
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results are those of transformers' attention modules: (B, S, E) -> (B, S, E)."""
+        """Arguments and results are those of transformers' attention modules: (B, S, E) ->
+        (B, S, E).
+        """
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rotated(q, position_embeddings), self._rotated(k, position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -55,7 +59,8 @@ class GroupedQueryAttention:
 
 
 def replace_latents(module: Any, *, kv_heads: int) -> None:
-    """Give a latent attention module, in place, query, key and value projections of their own, at random.
+    """Give a latent attention module, in place, query, key and value projections of their own, at
+    random.
 
     Args:
         module: the host's; loses what :data:`LOST` names.

@@ -1,4 +1,6 @@
-"""Which keys a call of a transformers model sees: its mask, read for kernels that take bounds instead of masks."""
+"""Which keys a call of a transformers model sees: its mask, read for kernels that take bounds
+instead of masks.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from motifarch.layers import PaddingMask
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """What hides keys besides the causal order and a layer's window. One of the three, all without the others.
+    """What hides keys besides the causal order and a layer's window. One of the three, all without
+    the others.
 
     Args:
         padding: which tokens of a padded batch are real.
-        documents: (documents + 1,) int32 bounds of packed documents in the B * S tokens, and the longest one's length.
+        documents: (documents + 1,) int32 bounds of packed documents in the B * S tokens, and the
+            longest one's length.
         lengths: (B,) int32, how many of a cache's places are filled, the new tokens included.
         leftpad: with lengths: (B,) int32, how many places at their start are padding.
         whole: with lengths: every place of the cache is filled, as far as the host knows.
@@ -51,7 +55,8 @@ def visible_keys(
         q_length: S, the new tokens.
         kv_length: keys that the layers will get, S and what their cache holds.
         q_offset: tokens before the first new one; a scalar tensor with a static cache.
-        kv_offset: tokens before the first key that the layers will get (a sliding-window cache drops the oldest).
+        kv_offset: tokens before the first key that the layers will get (a sliding-window cache
+            drops the oldest).
         mask_function: transformers' rule for which position sees which.
         attention_mask: (B, q_offset + S) bool, False for padding, or None.
         device: where the model runs.
@@ -61,8 +66,8 @@ def visible_keys(
         None where causal order and window say it all.
 
     Raises:
-        ValueError: a mask that kernels with bounds cannot honour: not causal, of another shape, or padding between
-            real tokens.
+        ValueError: a mask that kernels with bounds cannot honour: not causal, of another shape, or
+            padding between real tokens.
     """
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
@@ -114,9 +119,11 @@ def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | No
 def _documents(
     mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str
 ) -> tuple[Tensor, int] | None:
-    """Bounds of packed documents, (documents + 1,) int32, and the longest one's length; None for one document a row.
+    """Bounds of packed documents, (documents + 1,) int32, and the longest one's length; None for
+    one document a row.
 
-    A token that does not see the one before it starts a document: so the rule itself is asked, however it came about.
+    A token that does not see the one before it starts a document: so the rule itself is asked,
+    however it came about.
     """
     if mask_function is causal_mask_function or length < 2:
         return None

@@ -1,7 +1,9 @@
-"""Differential attention inside a transformers attention module that goes on running its own forward.
+"""Differential attention inside a transformers attention module that goes on running its own
+forward.
 
-The module's query projection and query norm gain noise heads behind its own; its rotary embeddings, cache, scale,
-window and softcap then serve all of them alike, and the attention function that it calls is ours.
+The module's query projection and query norm gain noise heads behind its own; its rotary embeddings,
+cache, scale, window and softcap then serve all of them alike, and the attention function that it
+calls is ours.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.layers.grouped_differential_attention import scalar_lambda
-
-from .attention import IMPLEMENTATION
 
 
 class QueryProjection(nn.Linear):
-    """A host's query projection that gives the noise heads' queries behind its own: (..., E) -> (..., (H + Hn) D)."""
+    """A host's query projection that gives the noise heads' queries behind its own: (..., E) ->
+    (..., (H + Hn) D).
+    """
 
     noise: nn.Linear
 
@@ -28,7 +31,9 @@ class QueryProjection(nn.Linear):
 
 
 class QueryNorm:
-    """Mixed into a host's query norm: the noise heads, which lie behind the signal heads, have a norm of their own."""
+    """Mixed into a host's query norm: the noise heads, which lie behind the signal heads, have a
+    norm of their own.
+    """
 
     noise: nn.Module
     heads_dim: int
@@ -44,8 +49,9 @@ class QueryNorm:
 class DifferentialAttentionMixin:
     """Mixed into a host's attention module: what the noise heads add to it.
 
-    Lambda is one number a layer, ``exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init`` (GDA, arXiv
-    2510.06949), or ``sigmoid(x W)`` for each token and signal head (DIFF V2).
+    Lambda is one number a layer, ``exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
+    lambda_init`` (GDA, arXiv 2510.06949), or ``sigmoid(x W)`` for each token and signal head
+    (DIFF V2).
     """
 
     config: Any
@@ -69,7 +75,8 @@ class DifferentialAttentionMixin:
         """The host's forward, with lambda handed through to the attention function.
 
         Raises:
-            ValueError: the model was set to another attention implementation, which knows no noise heads.
+            ValueError: the model was set to another attention implementation, which knows no noise
+                heads.
         """
         if self.config._attn_implementation != IMPLEMENTATION:
             raise ValueError(
@@ -82,7 +89,9 @@ class DifferentialAttentionMixin:
 
     @torch.no_grad()
     def reset_noise(self) -> None:
-        """Start the noise heads: each group's queries as its first signal head's, lambda at lambda_init (or 1/2)."""
+        """Start the noise heads: each group's queries as its first signal head's, lambda at
+        lambda_init (or 1/2).
+        """
         host: Any = self
         group = self.signal_heads // self.noise_heads
         for name, tensor in self.q_proj.noise.named_parameters():
@@ -91,7 +100,8 @@ class DifferentialAttentionMixin:
         if hasattr(host, "lambda_proj"):
             nn.init.zeros_(host.lambda_proj.weight)
             return
-        # Equal pairs, so that lambda starts at lambda_init to the bit; not at zero, where no gradient would move them.
+        # Equal pairs, so that lambda starts at lambda_init to the bit; not at zero, where no
+        # gradient would move them.
         for first, second in ((host.lambda_q1, host.lambda_q2), (host.lambda_k1, host.lambda_k2)):
             nn.init.normal_(first, std=0.1)
             second.copy_(first)

@@ -10,15 +10,14 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from motif_kernels.attention import BACKENDS
-
-from .attention import IMPLEMENTATION
-from .configuration import PATCH
-from .families import FAMILIES, Family
-from .feed_forward import swap_activation, swap_experts_activation
-from .latent import LOST, GroupedQueryAttention, replace_latents
-from .noise_heads import add_noise_heads
-from .report import ModuleReport, PatchReport
-from .saving import PatchedModelMixin, mark
+from motifarch.integrations.attention import IMPLEMENTATION
+from motifarch.integrations.configuration import PATCH
+from motifarch.integrations.families import FAMILIES, Family
+from motifarch.integrations.feed_forward import swap_activation, swap_experts_activation
+from motifarch.integrations.latent import LOST, GroupedQueryAttention, replace_latents
+from motifarch.integrations.noise_heads import add_noise_heads
+from motifarch.integrations.report import ModuleReport, PatchReport
+from motifarch.integrations.saving import PatchedModelMixin, mark
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "attention": ("gda", "diff_v2", None),
@@ -59,24 +58,30 @@ def patch(
 ) -> PatchReport:
     """Swap attention, feed-forward blocks or both of a transformers model, in place.
 
-    Attention keeps its H query heads as signal heads, its output projection, norms, scale, window, softcap and rotary
-    embeddings, layer by layer, and gains H / ratio noise heads over the same keys and values: the cache is what it was.
-    With the defaults the model starts as the same function: lambda starts at 0, and the noise heads' queries as those
-    of each group's first signal head. (At lambda 0 these get no gradient; they do from the second step on.) With
-    ``"diff_v2"`` lambda starts at 1/2 and the difference is doubled: the same function for ratio 1, not otherwise.
+    Attention keeps its H query heads as signal heads, its output projection, norms, scale, window,
+    softcap and rotary embeddings, layer by layer, and gains H / ratio noise heads over the same
+    keys and values: the cache is what it was. With the defaults the model starts as the same
+    function: lambda starts at 0, and the noise heads' queries as those of each group's first signal
+    head. (At lambda 0 these get no gradient; they do from the second step on.) With ``"diff_v2"``
+    lambda starts at 1/2 and the difference is doubled: the same function for ratio 1, not
+    otherwise.
 
     Args:
-        model: of a family in :data:`motifarch.integrations.families.FAMILIES`; on any device, the meta device too.
-        attention: "gda" (one lambda a layer, arXiv 2510.06949), "diff_v2" (a lambda for each token and head), or None
-            to leave attention alone.
-        ratio: signal heads a noise head. It divides H, and H / ratio must be a multiple of the key/value heads.
-        feed_forward: "polynorm" puts PolyNorm (arXiv 2411.03884) in the place of the gated feed-forward's activation,
-            which is another function to begin with; None leaves it.
+        model: of a family in :data:`motifarch.integrations.families.FAMILIES`; on any device, the
+            meta device too.
+        attention: "gda" (one lambda a layer, arXiv 2510.06949), "diff_v2" (a lambda for each token
+            and head), or None to leave attention alone.
+        ratio: signal heads a noise head. It divides H, and H / ratio must be a multiple of the
+            key/value heads.
+        feed_forward: "polynorm" puts PolyNorm (arXiv 2411.03884) in the place of the gated
+            feed-forward's activation, which is another function to begin with; None leaves it.
         sub_norm: RMS-normalise each head's difference, which cannot start as the same function.
         lambda_init: GDA's constant, and its lambda's start.
-        merge_kv: where the ratio does not fit, take means of neighbouring key/value heads until it does.
-        experts: with "polynorm" and routed experts: "keep" theirs (dense and shared ones are swapped), or "swap" their
-            activation too, one PolyNorm a layer; None refuses such a model.
+        merge_kv: where the ratio does not fit, take means of neighbouring key/value heads until it
+            does.
+        experts: with "polynorm" and routed experts: "keep" theirs (dense and shared ones are
+            swapped), or "swap" their activation too, one PolyNorm a layer; None refuses such a
+            model.
         backend: motif_kernels' backend.
 
     Returns:
@@ -118,7 +123,9 @@ def patch(
 
 
 def rebuild(model: Any) -> None:
-    """Patch a model that was just built, as its config says: what is loaded into it was patched before it was saved."""
+    """Patch a model that was just built, as its config says: what is loaded into it was patched
+    before it was saved.
+    """
     record = {k: v for k, v in getattr(model.config, PATCH).items() if k in _Options.__dataclass_fields__}
     options, family = _Options(**record), FAMILIES[getattr(model.config, PATCH)["host"]]
     modules = _find(model, family, options)

@@ -1,4 +1,5 @@
-"""Patched models in folders: saved by ``save_pretrained``, loaded by the Auto classes once motifarch is imported.
+"""Patched models in folders: saved by ``save_pretrained``, loaded by the Auto classes once
+motifarch is imported.
 
 A patched model is of a class of its own, made from its host's, and so is its config
 (:mod:`motifarch.integrations.configuration`).
@@ -19,9 +20,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from motifarch.errors import UserError
+from motifarch.integrations.configuration import MODEL_TYPE, PATCH, PatchedConfigMixin
 from motifarch.layers import PolyNorm
-
-from .configuration import MODEL_TYPE, PATCH, PatchedConfigMixin
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
@@ -30,7 +30,7 @@ class PatchedModelMixin:
     """Mixed into a host's model class: what is built is patched as its config says."""
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
-        from .patching import rebuild
+        from motifarch.integrations.patching import rebuild
 
         host: Any = super()
         host.__init__(config, *arguments, **options)
@@ -40,7 +40,9 @@ class PatchedModelMixin:
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any = None, **_: Any) -> Any:
-        """What transformers asks for a mask over a static cache: the model itself reads the mask of padding."""
+        """What transformers asks for a mask over a static cache: the model itself reads the mask of
+        padding.
+        """
         return attention_mask
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -86,7 +88,8 @@ def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:
     vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
     setattr(config, PATCH, record)
     model.__class__ = patched_model_class(type(model))
-    # How the host's checkpoint was laid out is nothing to go back to: the patched model saves the names that it has.
+    # How the host's checkpoint was laid out is nothing to go back to: the patched model saves the
+    # names that it has.
     model._weight_conversions = None  # type: ignore[assignment]
 
 
@@ -101,7 +104,8 @@ def load_patched(folder: str | Path, **options: Any) -> PreTrainedModel:
         The model, in evaluation mode.
 
     Raises:
-        UserError: no patched model there, a transformers without its class, or a tensor missing or unexpected.
+        UserError: no patched model there, a transformers without its class, or a tensor missing or
+            unexpected.
     """
     path = Path(folder) / "config.json"
     try:

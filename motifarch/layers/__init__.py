@@ -1,21 +1,22 @@
 """Attention, activation and feed-forward layers with plain keyword arguments.
 
-They need torch and motif_kernels alone: nothing here imports transformers, or knows of models, recipes or sharding.
+They need torch and motif_kernels alone: nothing here imports transformers, or knows of models,
+recipes or sharding.
 """
 
-from .cache import CachePosition
-from .cross_entropy import IGNORE_INDEX, CrossEntropy, linear_cross_entropy
-from .differential_attention_v2 import DifferentialAttentionV2
-from .grouped_differential_attention import (
+from motifarch.layers.cache import CachePosition
+from motifarch.layers.cross_entropy import IGNORE_INDEX, CrossEntropy, linear_cross_entropy
+from motifarch.layers.differential_attention_v2 import DifferentialAttentionV2
+from motifarch.layers.grouped_differential_attention import (
     DifferentialAttention,
     GroupedDifferentialAttention,
     default_lambda_init,
 )
-from .mlp import PolyNormMLP, SwiGLUMLP
-from .padding import PaddingMask, cu_seqlens_from_position_ids
-from .poly_norm import PolyNorm
-from .rotary import RotaryEmbedding, apply_rotary
-from .softmax_attention import SoftmaxAttention
+from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
+from motifarch.layers.padding import PaddingMask, cu_seqlens_from_position_ids
+from motifarch.layers.poly_norm import PolyNorm
+from motifarch.layers.rotary import RotaryEmbedding, apply_rotary
+from motifarch.layers.softmax_attention import SoftmaxAttention
 
 __all__ = [
     "IGNORE_INDEX",

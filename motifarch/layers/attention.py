@@ -1,4 +1,5 @@
-"""What every attention layer shares: head shapes, positions, the cache, and packed or padded batches.
+"""What every attention layer shares: head shapes, positions, the cache, and packed or padded
+batches.
 
 Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width.
 """
@@ -14,20 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .cache import CachePosition
-from .padding import PaddingMask
-from .rotary import PositionEmbeddings, apply_rotary
-from .ulysses import gather_heads, scatter_heads, sum_gradient
+from motifarch.layers.cache import CachePosition
+from motifarch.layers.padding import PaddingMask
+from motifarch.layers.rotary import PositionEmbeddings, apply_rotary
+from motifarch.layers.ulysses import gather_heads, scatter_heads, sum_gradient
 
 
 class Attention(nn.Module):
-    """Base of the attention layers: projections, rotary embeddings, cache and packing around a subclass's attention.
+    """Base of the attention layers: projections, rotary embeddings, cache and packing around a
+    subclass's attention.
 
-    A subclass sets the widths of its projections and says how heads are split into signal and noise.
+    A subclass sets the widths of its projections and says how heads are split into signal and
+    noise.
     """
 
     paired_kv = False
-    """Whether key heads come in pairs, one for signal and one for noise, with values of double width."""
+    """Whether key heads come in pairs, one for signal and one for noise, with values of double
+    width.
+    """
 
     def __init__(
         self,
@@ -59,14 +64,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, value_width, bias=bias, **factory)
         self.o_proj = nn.Linear(out_width, hidden_size, bias=bias, **factory)
         self.tensor_group: ProcessGroup | None = None
-        """Ranks that each hold some of the heads (tensor parallelism): set from outside, with projections to match."""
+        """Ranks that each hold some of the heads (tensor parallelism): set from outside, with
+        projections to match.
+        """
         self.context_group: ProcessGroup | None = None
         """Ranks that each hold a part of the sequence (context parallelism): set from outside."""
         self.record_max_logits = False
         """Whether forward passes in training mode record each head's largest logit, for QK-clip."""
         self.max_logits: tuple[Tensor, Tensor | None] | None = None
-        """Largest scaled, visible logits since this was last cleared, of the signal heads (Hs,) and noise heads (Hn,)
-        that this rank computes; None without noise heads."""
+        """Largest scaled, visible logits since this was last cleared, of the signal heads (Hs,) and
+        noise heads (Hn,) that this rank computes; None without noise heads.
+        """
         self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
 
@@ -83,7 +91,9 @@ class Attention(nn.Module):
         return q, k
 
     def _shared(self, parameter: Tensor) -> Tensor:
-        """What all heads use: with tensor parallelism each rank's heads give a part of its gradient."""
+        """What all heads use: with tensor parallelism each rank's heads give a part of its
+        gradient.
+        """
         return sum_gradient(parameter, self.tensor_group)
 
     def _normalised(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -102,11 +112,12 @@ class Attention(nn.Module):
             whole: a mask follows that speaks of every cached token.
 
         Returns:
-            Keys and values, (B, Sk, heads, width) or pages, and for a cache that held tokens before, the bounds that
-            the attention to a cache takes.
+            Keys and values, (B, Sk, heads, width) or pages, and for a cache that held tokens
+            before, the bounds that the attention to a cache takes.
 
         Raises:
-            ValueError: gradients are wanted through a cache that is written in place, or the layer is not causal.
+            ValueError: gradients are wanted through a cache that is written in place, or the layer
+                is not causal.
         """
         if past_key_values is None:
             return key, value, None
@@ -149,7 +160,8 @@ class Attention(nn.Module):
         padding: PaddingMask | None,
         **options: Any,
     ) -> Tensor:
-        """Call ``dense``, ``varlen`` or ``with_kvcache``, as the batch is plain, packed or padded, or goes on.
+        """Call ``dense``, ``varlen`` or ``with_kvcache``, as the batch is plain, packed or padded,
+        or goes on.
 
         Args:
             dense: attention on a batch.
@@ -158,7 +170,8 @@ class Attention(nn.Module):
             queries: its arguments that have a row for each query, (B, Sq, heads, width).
             keys: its arguments that have a row for each key, (B, Sk, heads, width).
             per_query: what else has a row for each query, (B, Sq, ...), or is None.
-            cache_bounds: what of a cache is held, from :meth:`_append`; None if the keys are to be taken as they are.
+            cache_bounds: what of a cache is held, from :meth:`_append`; None if the keys are to be
+                taken as they are.
             cu_seqlens: bounds of packed documents.
             max_seqlen: the longest of them.
             padding: which tokens of a padded batch are real.
@@ -224,10 +237,13 @@ class Attention(nn.Module):
         return padded.unflatten(0, (batch, seqlen))
 
     def _record(self, attend: Callable[..., Any], **arguments: Any) -> Tensor:
-        """Attention that leaves its largest logits, or those of the calls before it, in :attr:`max_logits`."""
+        """Attention that leaves its largest logits, or those of the calls before it, in
+        :attr:`max_logits`.
+        """
         out, *found = attend(**arguments, return_max_logits=True)
         before = self.max_logits or (None, None)
-        # A maximum in the first call too: a call that is computed again must do what it did, or checkpointing is lost.
+        # A maximum in the first call too: a call that is computed again must do what it did, or
+        # checkpointing is lost.
         found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
         self.max_logits = found[0], found[1] if len(found) > 1 else None
         return out  # type: ignore[no-any-return]
@@ -244,7 +260,9 @@ class Attention(nn.Module):
         refused: str | None,
         options: dict[str, Any],
     ) -> Tensor:
-        """Attention whose ranks hold parts of the sequence: they exchange these for heads, and back."""
+        """Attention whose ranks hold parts of the sequence: they exchange these for heads, and
+        back.
+        """
         assert self.context_group is not None
         if refused is not None:
             raise ValueError(f"context parallelism does not serve {refused}; pack documents instead (cu_seqlens)")
@@ -269,7 +287,8 @@ class Attention(nn.Module):
 
 
 def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:
-    """Raise ValueError unless the heads divide: signal heads by noise heads, noise heads by key/value heads.
+    """Raise ValueError unless the heads divide: signal heads by noise heads, noise heads by
+    key/value heads.
 
     Args:
         num_heads: signal and noise heads together.

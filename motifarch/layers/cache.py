@@ -14,7 +14,8 @@ class CachePosition:
     One serves all layers of a call: what depends on it is worked out once for each size of cache.
 
     Args:
-        seen: tokens that each row holds: a number, or a scalar tensor where the cache counts on its device.
+        seen: tokens that each row holds: a number, or a scalar tensor where the cache counts on its
+            device.
         batch: B.
         num_new: tokens that this call appends.
         leftpad: (B,) int32, tokens at the start of each row that are padding; None for none.
@@ -36,7 +37,9 @@ class CachePosition:
 
     @classmethod
     def of(cls, past_key_values: Any, layer_idx: int, key: Tensor) -> CachePosition:
-        """The position of a layer's cache to which ``key`` (B, S, heads, width) will be appended."""
+        """The position of a layer's cache to which ``key`` (B, S, heads, width) will be
+        appended.
+        """
         seen = past_key_values.get_seq_length(layer_idx)
         # A static cache counts in place, in the very tensor that it hands out.
         return cls(seen.clone() if isinstance(seen, Tensor) else seen, *key.shape[:2], device=key.device)
@@ -47,7 +50,9 @@ class CachePosition:
         return isinstance(self.seen, int) and self.seen == 0
 
     def within(self, places: int) -> tuple[Tensor, Tensor | None]:
-        """Lengths (B,) int32 with the new tokens, and padding, of a cache that keeps the last ``places`` tokens."""
+        """Lengths (B,) int32 with the new tokens, and padding, of a cache that keeps the last
+        ``places`` tokens.
+        """
         if places not in self._within:
             if isinstance(self.seen, int):
                 total = self.seen + self._num_new

@@ -1,4 +1,6 @@
-"""Cross-entropy with the output projection inside, so that logits over a large vocabulary never exist whole."""
+"""Cross-entropy with the output projection inside, so that logits over a large vocabulary never
+exist whole.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class CrossEntropy(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward takes the gradients too, chunk by chunk, while the logits are at hand; backward only scales them."""
+    """Forward takes the gradients too, chunk by chunk, while the logits are at hand; backward only
+    scales them.
+    """
 
     @staticmethod
     def forward(
@@ -37,8 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        # hidden (T, E) and weight (V, E) of one dtype, targets (T,), divisor (). With a group, weight is this rank's
-        # part of the vocabulary's rows, as many on every rank.
+        # hidden (T, E) and weight (V, E) of one dtype, targets (T,), divisor (). With a group,
+        # weight is this rank's part of the vocabulary's rows, as many on every rank.
         first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.zeros_like(hidden) if needs_grad else None
@@ -86,7 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _over_all_parts(logsumexp: Tensor, target: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp (T,) over all parts of the vocabulary, and the target's logit (T,), which one part has."""
+    """The log-sum-exp (T,) over all parts of the vocabulary, and the target's logit (T,), which one
+    part has.
+    """
     largest = logsumexp.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     sums = torch.stack(((logsumexp - largest).exp(), target))
@@ -117,17 +123,20 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` without ever holding all logits.
 
-    A chunk of tokens is projected at a time; softmax and sums are in float32 (float64 for float64 inputs).
+    A chunk of tokens is projected at a time; softmax and sums are in float32
+    (float64 for float64 inputs).
 
     Args:
         hidden: (..., E) final hidden states.
-        weight: (V, E) of the output projection, of hidden's dtype; or a DTensor of it whose rows are spread over the
-            ranks of a one-dimensional mesh (tensor parallelism), each of which has the same hidden and targets.
+        weight: (V, E) of the output projection, of hidden's dtype; or a DTensor of it whose rows
+            are spread over the ranks of a one-dimensional mesh (tensor parallelism), each of which
+            has the same hidden and targets.
         targets: (...) int64; ``IGNORE_INDEX`` (-100) where there is no target.
-        num_items: divides the sums instead of the number of targets in this call: the count over all micro-batches and
-            ranks, so that their losses add up to the mean of the global batch.
-        z_loss_weight: weight of the mean squared log-sum-exp (PaLM, arXiv 2204.02311, section 5), which keeps logits
-            small.
+        num_items: divides the sums instead of the number of targets in this call: the count over
+            all micro-batches and ranks, so that their losses add up to the mean of the global
+            batch.
+        z_loss_weight: weight of the mean squared log-sum-exp (PaLM, arXiv 2204.02311, section 5),
+            which keeps logits small.
 
     Returns:
         The loss, its z term and the number of targets. Without any target the loss is 0.
@@ -150,7 +159,8 @@ def linear_cross_entropy(
     count = (targets != IGNORE_INDEX).sum()
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     divisor = count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=hidden.device)
-    # Asked here, for inside the function gradients are off and requires_grad says yes even under no_grad.
+    # Asked here, for inside the function gradients are off and requires_grad says yes even under
+    # no_grad.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss, z_loss = _LinearCrossEntropy.apply(
         hidden.flatten(0, -2), weight, targets.flatten(), divisor.to(accumulate), z_loss_weight, needs_grad, group

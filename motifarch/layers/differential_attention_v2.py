@@ -1,4 +1,6 @@
-"""DIFF V2 (Microsoft, January 2026): values of single width, lambda from the token; also grouped and gated."""
+"""DIFF V2 (Microsoft, January 2026): values of single width, lambda from the token; also grouped
+and gated.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-
-from .attention import Attention, check_heads
-from .cache import CachePosition
-from .padding import PaddingMask
-from .rotary import PositionEmbeddings
+from motifarch.layers.attention import Attention, check_heads
+from motifarch.layers.cache import CachePosition
+from motifarch.layers.padding import PaddingMask
+from motifarch.layers.rotary import PositionEmbeddings
 
 
 class DifferentialAttentionV2(Attention):
-    """Twice the query heads over unchanged keys and values; ``lambda = sigmoid(x W)`` for each token and signal head.
+    """Twice the query heads over unchanged keys and values; ``lambda = sigmoid(x W)`` for each
+    token and signal head.
 
-    Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head] (adjacent pairs for g = 1), and
-    all heads of a block share one key/value head, for signal and noise alike. There is no sub-norm and no
-    lambda_init by default.
+    Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]
+    (adjacent pairs for g = 1), and all heads of a block share one key/value head, for signal and
+    noise alike. There is no sub-norm and no lambda_init by default.
 
     Args:
         hidden_size: E.
@@ -31,7 +33,8 @@ class DifferentialAttentionV2(Attention):
         num_noise_heads: default half of num_heads.
         gate: multiply the difference by ``sigmoid(x W_gate)``, elementwise.
         sub_norm: normalise each head's output (not together with gate).
-        lambda_init: a constant added to lambda; with the sub-norm the output is scaled by ``1 - lambda_init``.
+        lambda_init: a constant added to lambda; with the sub-norm the output is scaled by
+            ``1 - lambda_init``.
         norm_eps: the sub-norm's epsilon.
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.
@@ -122,20 +125,22 @@ class DifferentialAttentionV2(Attention):
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).
-            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None leaves positions
-                out.
-            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to each other.
+            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
+                leaves positions out.
+            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
+                each other.
             max_seqlen: the longest document (or more); with cu_seqlens.
             past_key_values: a transformers Cache of num_kv_heads heads of width head_dim.
             padding: which tokens of a padded batch are real, cached ones included.
-            cache_position: where past_key_values stands before this call; by default it is asked. With tokens padded
-                on the left in the cache, it says how many.
+            cache_position: where past_key_values stands before this call; by default it is asked.
+                With tokens padded on the left in the cache, it says how many.
 
         Returns:
             Tensor (B, S, E).
 
         Raises:
-            ValueError: gradients are wanted through a cache that is written in place, or arguments do not fit.
+            ValueError: gradients are wanted through a cache that is written in place, or arguments
+                do not fit.
         """
         q, key = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1

@@ -1,4 +1,6 @@
-"""Grouped differential attention (GDA, arXiv 2510.06949) and its 1:1 case, DIFF V1 (arXiv 2410.05258)."""
+"""Grouped differential attention (GDA, arXiv 2510.06949) and its 1:1 case, DIFF V1
+(arXiv 2410.05258).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-
-from .attention import Attention, check_heads
-from .cache import CachePosition
-from .padding import PaddingMask
-from .rotary import PositionEmbeddings
+from motifarch.layers.attention import Attention, check_heads
+from motifarch.layers.cache import CachePosition
+from motifarch.layers.padding import PaddingMask
+from motifarch.layers.rotary import PositionEmbeddings
 
 
 def default_lambda_init(depth: float) -> float:
@@ -22,7 +23,8 @@ def default_lambda_init(depth: float) -> float:
 
 
 def scalar_lambda(layer: Any) -> Tensor:
-    """``exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init`` (arXiv 2410.05258, equation 2).
+    """``exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init``
+    (arXiv 2410.05258, equation 2).
 
     Args:
         layer: has the four vectors (D,) and the number lambda_init.
@@ -38,13 +40,14 @@ def scalar_lambda(layer: Any) -> Tensor:
 class GroupedDifferentialAttention(Attention):
     """Differential attention in which a group of signal heads shares one noise head.
 
-    Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; key heads as pairs (signal,
-    noise); value heads as pairs joined to a width of ``Dv = 2 * head_dim``. Every signal head gives Dv numbers, so
-    that o_proj reads ``(num_heads - num_noise_heads) * 2 * head_dim``. Parameter names are those of the released
-    Motif-2 models.
+    Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; key heads as
+    pairs (signal, noise); value heads as pairs joined to a width of ``Dv = 2 * head_dim``. Every
+    signal head gives Dv numbers, so that o_proj reads ``(num_heads - num_noise_heads) * 2 *
+    head_dim``. Parameter names are those of the released Motif-2 models.
 
-    With ``paired_kv=False`` keys and values are ordinary heads of width ``Dv = head_dim``, one key for signal and noise
-    alike: the key/value heads, the cache and o_proj's inputs are then those of softmax attention with the signal heads.
+    With ``paired_kv=False`` keys and values are ordinary heads of width ``Dv = head_dim``, one key
+    for signal and noise alike: the key/value heads, the cache and o_proj's inputs are then those of
+    softmax attention with the signal heads.
 
     The output is ``(1 - lambda_init) * RMSNorm(A1 V - lambda A2 V)`` with one scalar
     ``lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init`` a layer.
@@ -53,16 +56,16 @@ class GroupedDifferentialAttention(Attention):
         hidden_size: E.
         num_heads: signal and noise heads together: 40 in Motif-2-12.7B.
         num_noise_heads: noise heads: 8 there, for groups of 4 signal heads.
-        num_kv_heads: key/value heads before pairing, even; half of it must divide num_noise_heads. Without pairs:
-            key/value heads, which must divide num_noise_heads.
+        num_kv_heads: key/value heads before pairing, even; half of it must divide num_noise_heads.
+            Without pairs: key/value heads, which must divide num_noise_heads.
         head_dim: D, width of a query/key head.
         layer_idx: position in the model from 0: the cache's key, and lambda_init's depth.
-        paired_kv: keys in pairs (signal, noise) and values of double width, or ordinary key/value heads.
-        lambda_init: the constant; default :func:`default_lambda_init` of layer_idx. (The released Motif checkpoints
-            count depth from
-            -1; their model class passes its own value.)
-        sub_norm: normalise each head's output and scale it by ``1 - lambda_init``; without it the difference is used
-            as it is.
+        paired_kv: keys in pairs (signal, noise) and values of double width, or ordinary key/value
+            heads.
+        lambda_init: the constant; default :func:`default_lambda_init` of layer_idx. (The released
+            Motif checkpoints count depth from -1; their model class passes its own value.)
+        sub_norm: normalise each head's output and scale it by ``1 - lambda_init``; without it the
+            difference is used as it is.
         norm_eps: the sub-norm's epsilon.
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.
@@ -156,21 +159,24 @@ class GroupedDifferentialAttention(Attention):
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).
-            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None leaves positions
-                out.
-            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to each other.
+            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
+                leaves positions out.
+            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
+                each other.
             max_seqlen: the longest document (or more); with cu_seqlens.
-            past_key_values: a transformers Cache: keys are kept as heads of k1 and k2 side by side, of width 2 *
-                head_dim, and values as heads of the same width; without pairs, both as num_kv_heads heads of head_dim.
+            past_key_values: a transformers Cache: keys are kept as heads of k1 and k2 side by side,
+                of width 2 * head_dim, and values as heads of the same width; without pairs, both as
+                num_kv_heads heads of head_dim.
             padding: which tokens of a padded batch are real, cached ones included.
-            cache_position: where past_key_values stands before this call; by default it is asked. With tokens padded
-                on the left in the cache, it says how many.
+            cache_position: where past_key_values stands before this call; by default it is asked.
+                With tokens padded on the left in the cache, it says how many.
 
         Returns:
             Tensor (B, S, E).
 
         Raises:
-            ValueError: gradients are wanted through a cache that is written in place, or arguments do not fit.
+            ValueError: gradients are wanted through a cache that is written in place, or arguments
+                do not fit.
         """
         q, k = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1
@@ -208,7 +214,8 @@ class GroupedDifferentialAttention(Attention):
 
 
 class DifferentialAttention(GroupedDifferentialAttention):
-    """DIFF V1 (arXiv 2410.05258): as many noise heads as signal heads, in adjacent pairs (signal, noise).
+    """DIFF V1 (arXiv 2410.05258): as many noise heads as signal heads, in adjacent pairs
+    (signal, noise).
 
     Args:
         hidden_size: E.

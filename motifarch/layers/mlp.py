@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motif_kernels import mul_poly_norm
-
-from .poly_norm import PolyNorm
+from motifarch.layers.poly_norm import PolyNorm
 
 
 class _GatedMLP(nn.Module):

@@ -1,4 +1,6 @@
-"""Padded batches: which tokens are real, and how to pack them so that padding is never attended to."""
+"""Padded batches: which tokens are real, and how to pack them so that padding is never attended
+to.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class PackedTokens(NamedTuple):
-    """Where the real tokens of a padded batch lie, and their bounds once they are packed one row after the other."""
+    """Where the real tokens of a padded batch lie, and their bounds once they are packed one row
+    after the other.
+    """
 
     query_index: Tensor  # (total_q,) into B * Sq
     key_index: Tensor  # (total_k,) into B * Sk
@@ -22,8 +26,9 @@ class PackedTokens(NamedTuple):
 class PaddingMask:
     """A (B, S) mask over all keys, cached ones included; the queries are its last columns.
 
-    A row's real tokens are taken for neighbours, whatever lies between them, and its real queries for the last of
-    them: so it is with padding on the left, and without a cache with padding on either side.
+    A row's real tokens are taken for neighbours, whatever lies between them, and its real queries
+    for the last of them: so it is with padding on the left, and without a cache with padding on
+    either side.
 
     Args:
         mask: (B, S), nonzero for a real token.
@@ -36,7 +41,9 @@ class PaddingMask:
         self._packed: dict[int, PackedTokens] = {}
 
     def pack(self, num_keys: int) -> PackedTokens:
-        """Bounds and indices for the last ``num_keys`` columns (a sliding-window cache keeps fewer than all)."""
+        """Bounds and indices for the last ``num_keys`` columns (a sliding-window cache keeps fewer
+        than all).
+        """
         if num_keys not in self._packed:
             keys, queries = self.mask[:, -num_keys:], self.mask[:, -self.num_queries :]
             (query_index, cu_q, max_q), (key_index, cu_k, max_k) = _pack(queries), _pack(keys)

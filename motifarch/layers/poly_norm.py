@@ -10,7 +10,8 @@ from motif_kernels import poly_norm
 
 
 class PolyNorm(nn.Module):
-    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)`` over the last dimension.
+    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)`` over the
+    last dimension.
 
     The weight (3,) starts at 1/3 each and the bias (1,) at 0.
 

@@ -1,4 +1,6 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the rotate-half form over the whole head width."""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the rotate-half form over the whole
+head width.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 class RotaryEmbedding(nn.Module):
     """Tables of cosines and sines for given positions.
 
-    They have the shape and order that transformers' models pass around, so that either side's tables fit the other's
-    layers.
+    They have the shape and order that transformers' models pass around, so that either side's
+    tables fit the other's layers.
 
     Args:
         head_dim: width D of a query/key head; even.
         base: theta, the wavelength base.
-        inv_freq: (D / 2,) inverse frequencies that replace the default ``base ** (-2i / D)`` (for YaRN and other
-            scalings).
+        inv_freq: (D / 2,) inverse frequencies that replace the default ``base ** (-2i / D)``
+            (for YaRN and other scalings).
         attention_scaling: multiplies both tables.
 
     Raises:
@@ -41,8 +43,8 @@ class RotaryEmbedding(nn.Module):
                 f"inv_freq has shape {tuple(inv_freq.shape)}; it must be ({head_dim // 2},), half of head_dim"
             )
         self.head_dim, self.base, self.attention_scaling = head_dim, base, attention_scaling
-        # Plain attributes, not buffers: a buffer would be lost in meta-device construction and rounded by
-        # model.bfloat16().
+        # Plain attributes, not buffers: a buffer would be lost in meta-device construction and
+        # rounded by model.bfloat16().
         self._inv_freq = None if inv_freq is None else inv_freq.detach()
         self._in_use: Tensor | None = None
 
@@ -57,11 +59,13 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype | None = None) -> PositionEmbeddings:
-        """Cosines and sines of each position's angles, the second half of the width repeating the first.
+        """Cosines and sines of each position's angles, the second half of the width repeating the
+        first.
 
         Args:
             position_ids: (B, S) or (1, S) integer positions.
-            dtype: float64 for a float64 model; tables are float32 otherwise, whatever the model computes in.
+            dtype: float64 for a float64 model; tables are float32 otherwise, whatever the model
+                computes in.
 
         Returns:
             Two tensors (B, S, D).
@@ -77,7 +81,8 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
-    """Rotate each head of x by its position's angles, in the tables' precision; rounded once to x's dtype.
+    """Rotate each head of x by its position's angles, in the tables' precision; rounded once to x's
+    dtype.
 
     Args:
         x: (B, S, H, D).

@@ -1,4 +1,6 @@
-"""Softmax attention with grouped queries: the baseline, sharing every other line with the differential layers."""
+"""Softmax attention with grouped queries: the baseline, sharing every other line with the
+differential layers.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ import torch
 from torch import Tensor
 
 from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func, softmax_attn_with_kvcache
-
-from .attention import Attention
-from .cache import CachePosition
-from .padding import PaddingMask
-from .rotary import PositionEmbeddings
+from motifarch.layers.attention import Attention
+from motifarch.layers.cache import CachePosition
+from motifarch.layers.padding import PaddingMask
+from motifarch.layers.rotary import PositionEmbeddings
 
 
 class SoftmaxAttention(Attention):
-    """Causal multi-head attention with num_heads queries over num_kv_heads keys and values of the same width.
+    """Causal multi-head attention with num_heads queries over num_kv_heads keys and values of the
+    same width.
 
     Args:
         hidden_size: E.
@@ -95,20 +97,22 @@ class SoftmaxAttention(Attention):
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).
-            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None leaves positions
-                out.
-            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to each other.
+            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
+                leaves positions out.
+            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
+                each other.
             max_seqlen: the longest document (or more); with cu_seqlens.
             past_key_values: a transformers Cache of num_kv_heads heads of width head_dim.
             padding: which tokens of a padded batch are real, cached ones included.
-            cache_position: where past_key_values stands before this call; by default it is asked. With tokens padded
-                on the left in the cache, it says how many.
+            cache_position: where past_key_values stands before this call; by default it is asked.
+                With tokens padded on the left in the cache, it says how many.
 
         Returns:
             Tensor (B, S, E).
 
         Raises:
-            ValueError: gradients are wanted through a cache that is written in place, or arguments do not fit.
+            ValueError: gradients are wanted through a cache that is written in place, or arguments
+                do not fit.
         """
         q, key = self._queries_and_keys(hidden_states, position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))

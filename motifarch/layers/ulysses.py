@@ -1,7 +1,9 @@
-"""A sequence's parts exchanged for heads, so that attention sees it whole (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""A sequence's parts exchanged for heads, so that attention sees it whole (DeepSpeed-Ulysses, arXiv
+2309.14509).
 
-Ranks of a group hold consecutive parts of one sequence, and all heads. One all-to-all gives each rank all of the
-sequence and its share of the heads; after attention another one brings everything back.
+Ranks of a group hold consecutive parts of one sequence, and all heads. One all-to-all gives each
+rank all of the sequence and its share of the heads; after attention another one brings everything
+back.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def scatter_heads(tensors: Sequence[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """(B, S / n, H, W) each, with heads and widths of their own, to (B, S, H / n, W); one message for each dtype.
+    """(B, S / n, H, W) each, with heads and widths of their own, to (B, S, H / n, W); one message
+    for each dtype.
 
-    Head i goes to rank ``i // (H / n)``: signal heads, noise heads and the keys they share stay together.
+    Head i goes to rank ``i // (H / n)``: signal heads, noise heads and the keys they share stay
+    together.
 
     Args:
         tensors: this rank's part of the sequence. The same tensor given twice is sent once.
@@ -73,5 +77,7 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """X itself; its gradient is summed over the group, whose ranks each used x for their own heads."""
+    """X itself; its gradient is summed over the group, whose ranks each used x for their own
+    heads.
+    """
     return x if group is None else _SumGradient.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -80,7 +80,8 @@ class PagedLayer(CacheLayerMixin):
         """Write new tokens (B, S, heads, width) behind those that rows hold.
 
         Returns:
-            The pools of keys and values, the rows' lengths (B,) int32 and their blocks (B, blocks of a row) int32.
+            The pools of keys and values, the rows' lengths (B,) int32 and their blocks
+            (B, blocks of a row) int32.
         """
         if not self.is_initialized:
             self.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
@@ -97,7 +98,9 @@ class PagedLayer(CacheLayerMixin):
         return self.keys, self.values, lengths + added, table
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Transformers' own interface: append (B, heads, S, width), and copy out everything held."""
+        """Transformers' own interface: append (B, heads, S, width), and copy out everything
+        held.
+        """
         keys, values, _, table = self.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
         whole = [t[table.long()].flatten(1, 2)[:, : self._length].transpose(1, 2) for t in (keys, values)]
         return whole[0], whole[1]
@@ -129,11 +132,12 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """A cache whose rows lie in blocks of a common pool, for generation with Motif models (and, copying, with others).
+    """A cache whose rows lie in blocks of a common pool, for generation with Motif models
+    (and, copying, with others).
 
-    ``model.generate(..., past_key_values=PagedCache(model.config, num_blocks=..., block_size=...))``. The pools
-    are made when the first tokens come; the attention reads them in place. Layers with a sliding window keep all their
-    tokens here and read the window's.
+    ``model.generate(..., past_key_values=PagedCache(model.config, num_blocks=...,
+    block_size=...))``. The pools are made when the first tokens come; the attention reads them in
+    place. Layers with a sliding window keep all their tokens here and read the window's.
 
     Args:
         config: the model's; how many layers there are.
@@ -152,7 +156,9 @@ class PagedCache(Cache):
         super().__init__(layers=[PagedLayer(blocks) for _ in range(config.num_hidden_layers)])
 
     def append(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:meth:`PagedLayer.append` of a layer: what the attention layers call instead of ``update``."""
+        """:meth:`PagedLayer.append` of a layer: what the attention layers call instead of
+        ``update``.
+        """
         layer = self.layers[layer_idx]
         assert isinstance(layer, PagedLayer)
         return layer.append(key, value)

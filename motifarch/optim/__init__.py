@@ -1,4 +1,6 @@
-"""Optimizers, learning-rate schedules, the guards against bad steps, and averages of checkpoints."""
+"""Optimizers, learning-rate schedules, the guards against bad steps, and averages of
+checkpoints.
+"""
 
 from motifarch.optim.adamw import build_adamw, parameter_groups
 from motifarch.optim.averaging import CheckpointMean

@@ -1,4 +1,6 @@
-"""AdamW over a model's parameters, with the decay where it belongs (Loshchilov and Hutter, arXiv 1711.05101)."""
+"""AdamW over a model's parameters, with the decay where it belongs (Loshchilov and Hutter, arXiv
+1711.05101).
+"""
 
 from typing import Any
 
@@ -10,8 +12,8 @@ from torch.distributed.tensor import DTensor
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings: bool = True) -> list[dict[str, Any]]:
     """Splits a model's trainable parameters by whether they are decayed.
 
-    Vectors and scalars (norms, lambdas, PolyNorm's weights and bias) are never decayed; matrices are. A matrix that
-    is tied to the embedding counts as the embedding.
+    Vectors and scalars (norms, lambdas, PolyNorm's weights and bias) are never decayed; matrices
+    are. A matrix that is tied to the embedding counts as the embedding.
 
     Args:
         model: The model, sharded or not.
@@ -44,6 +46,8 @@ def build_adamw(
     weight_decay: float = 0.1,
     decay_embeddings: bool = True,
 ) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, whose kernel can skip a step on the device (see `motifarch.optim.guard`)."""
+    """Returns torch's fused AdamW, whose kernel can skip a step on the device
+    (see `motifarch.optim.guard`).
+    """
     groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

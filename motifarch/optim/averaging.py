@@ -1,7 +1,8 @@
 """Means of checkpoints' weights, read tensor by tensor.
 
-The mean of a run's last checkpoints is often better than the last of them (stochastic weight averaging, Izmailov et
-al., arXiv 1803.05407), and Motif-2.6B went on from such a mean every 8 billion tokens (arXiv 2508.09148).
+The mean of a run's last checkpoints is often better than the last of them (stochastic weight
+averaging, Izmailov et al., arXiv 1803.05407), and Motif-2.6B went on from such a mean every 8
+billion tokens (arXiv 2508.09148).
 """
 
 import warnings
@@ -30,11 +31,12 @@ class _Reader(dcp.FileSystemReader):
 class CheckpointMean:
     """The mean of several checkpoints' weights; a few tensors are held at a time.
 
-    Sums are formed in float64 and rounded once, so the mean depends neither on the checkpoints' order nor on how
-    many ranks wrote them or read them.
+    Sums are formed in float64 and rounded once, so the mean depends neither on the checkpoints'
+    order nor on how many ranks wrote them or read them.
 
     Args:
-        checkpoints: Complete checkpoints' folders, at least one; of one model, written by any number of ranks.
+        checkpoints: Complete checkpoints' folders, at least one; of one model, written by any
+            number of ranks.
     """
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:
@@ -53,14 +55,15 @@ class CheckpointMean:
         """The mean of some weights; nothing is sent between ranks, each reads what it holds.
 
         Args:
-            like: Names with tensors of the wanted shape, dtype, device and sharding (DTensors); their values don't
-                matter and stay.
+            like: Names with tensors of the wanted shape, dtype, device and sharding (DTensors);
+                their values don't matter and stay.
 
         Returns:
             The mean in each tensor's dtype; of a DTensor, this rank's local part.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: A checkpoint lacks a weight or has another shape.
+            torch.distributed.checkpoint.CheckpointException: A checkpoint lacks a weight or has
+                another shape.
         """
         buffers = {name: torch.empty_like(tensor) for name, tensor in like.items()}
         sums = {name: torch.zeros_like(_local(buffer), dtype=torch.float64) for name, buffer in buffers.items()}
@@ -77,11 +80,12 @@ class CheckpointMean:
 
         Args:
             weights: Names with the model's own tensors, sharded or not (`get_model_state_dict`).
-            budget: Bytes of this rank's weights to work on at once; a larger tensor is worked on alone. About four
-                times as much memory is used meanwhile.
+            budget: Bytes of this rank's weights to work on at once; a larger tensor is worked on
+                alone. About four times as much memory is used meanwhile.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: As in `mean`; weights before that one are replaced then.
+            torch.distributed.checkpoint.CheckpointException: As in `mean`; weights before that one
+                are replaced then.
         """
         for part in _chunks(weights, budget):
             for name, value in self.mean(part).items():

@@ -13,8 +13,9 @@ from motifarch.optim.newton_schulz import NS_COEFFICIENTS
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The matrices inside decoder layers: what Muon is for.
 
-    Embedding and output projection are left out, for their rows are words, each with a gradient of its own scale
-    (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and is a lambda.
+    Embedding and output projection are left out, for their rows are words, each with a gradient of
+    its own scale (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and
+    is a lambda.
 
     Args:
         model: With `model.model.layers`.
@@ -35,7 +36,8 @@ def build_muon(
     decay_embeddings: bool = True,
     **options: Any,
 ) -> Muon:
-    """Returns Muon for a model's hidden matrices and AdamW for its other parameters, as one optimizer.
+    """Returns Muon for a model's hidden matrices and AdamW for its other parameters, as one
+    optimizer.
 
     Args:
         model: With `model.model.layers`, sharded or not.

@@ -24,8 +24,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Scales gradients so that their global norm is at most max_norm.
 
     Args:
-        parameters: Parameters, which may be DTensors of different meshes; the norm is over all shards, each part of a
-            gradient counted once. If any is a DTensor, all ranks call this together.
+        parameters: Parameters, which may be DTensors of different meshes; the norm is over all
+            shards, each part of a gradient counted once. If any is a DTensor, all ranks call this
+            together.
         max_norm: The largest norm; None only measures.
 
     Returns:

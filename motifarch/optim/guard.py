@@ -6,15 +6,17 @@ import torch
 def step_if_finite(
     optimizer: torch.optim.Optimizer, *values: torch.Tensor, skip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Steps the optimizer unless one of the values is not finite; the decision never leaves the device.
+    """Steps the optimizer unless one of the values is not finite; the decision never leaves the
+    device.
 
-    The fused optimizers read `found_inf` in their kernel, as torch's GradScaler uses it: where it is 1, parameters,
-    moments and step counts stay bitwise as they were.
+    The fused optimizers read `found_inf` in their kernel, as torch's GradScaler uses it: where it
+    is 1, parameters, moments and step counts stay bitwise as they were.
 
     Args:
         optimizer: A fused torch optimizer.
         *values: Tensors on the device, the same on every rank: the loss, the gradient norm.
-        skip: A scalar on the device, 1 where the step must be skipped for another reason (see `SpikeGuard`), else 0.
+        skip: A scalar on the device, 1 where the step must be skipped for another reason
+            (see `SpikeGuard`), else 0.
 
     Returns:
         A float32 scalar on the device: 1 where the step was skipped, else 0.

@@ -1,8 +1,9 @@
 """Muon for matrices and AdamW for everything else, as one optimizer.
 
-Muon's update is the momentum with its singular values brought to 1 (Jordan et al., 2024). It is scaled by 0.2
-sqrt(max(rows, columns)), which gives it the root mean square that AdamW's updates have: one learning rate and one
-weight decay serve both (Liu et al., Muon is Scalable, arXiv 2502.16982).
+Muon's update is the momentum with its singular values brought to 1 (Jordan et al., 2024). It is
+scaled by 0.2 sqrt(max(rows, columns)), which gives it the root mean square that AdamW's updates
+have: one learning rate and one weight decay serve both (Liu et al., Muon is Scalable, arXiv
+2502.16982).
 """
 
 import math
@@ -22,15 +23,17 @@ from motifarch.optim.parallel_muon import Family, split_families
 class Muon(torch.optim.Optimizer):
     """Groups with `muon: True` hold matrices and take Muon's steps; the others take AdamW's.
 
-    Each matrix is orthogonalised as a whole, also where it is a stack of heads' projections (the query heads of
-    signal and noise are one matrix). Sharded matrices go through Parallel Muon: see `motifarch.optim.parallel_muon`;
-    every rank must then have gradients for the same ones.
+    Each matrix is orthogonalised as a whole, also where it is a stack of heads' projections (the
+    query heads of signal and noise are one matrix). Sharded matrices go through Parallel Muon: see
+    `motifarch.optim.parallel_muon`; every rank must then have gradients for the same ones.
 
-    A group's learning rate is `lr * lr_ratio`, so a schedule may set one `lr` everywhere. State, all made at once so
-    that a checkpoint never needs a step to make it: `momentum_buffer`, or AdamW's `step`, `exp_avg`, `exp_avg_sq`.
+    A group's learning rate is `lr * lr_ratio`, so a schedule may set one `lr` everywhere. State,
+    all made at once so that a checkpoint never needs a step to make it: `momentum_buffer`, or
+    AdamW's `step`, `exp_avg`, `exp_avg_sq`.
 
-    Where the attribute `found_inf` (a scalar tensor on the device) is not 0, a step leaves parameters and state
-    bitwise as they were, and nobody waits for the device to know: see `motifarch.optim.step_if_finite`.
+    Where the attribute `found_inf` (a scalar tensor on the device) is not 0, a step leaves
+    parameters and state bitwise as they were, and nobody waits for the device to know: see
+    `motifarch.optim.step_if_finite`.
 
     Args:
         params: Parameters, or groups of them. What follows can be set in each group.
@@ -41,8 +44,8 @@ class Muon(torch.optim.Optimizer):
         momentum: Muon's decay rate of the mean gradient.
         nesterov: Step along the mean that the next gradient would find, if it were this one.
         ns_coefficients: Newton-Schulz's quintics.
-        ns_dtype: What it computes in and ranks send. float32 is for comparisons: bfloat16's rounding differs with the
-            order of sums.
+        ns_dtype: What it computes in and ranks send. float32 is for comparisons: bfloat16's
+            rounding differs with the order of sums.
         chunk_bytes: Bytes of whole matrices that a rank gathers at once.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
@@ -86,7 +89,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what was pickled; how matrices are exchanged is worked out again when it is needed."""
+        """Restores what was pickled; how matrices are exchanged is worked out again when it is
+        needed.
+        """
         super().__setstate__(state)
         self._families = {}
 
@@ -161,7 +166,9 @@ class Muon(torch.optim.Optimizer):
     def _families_of(
         self, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> list[tuple[list[nn.Parameter], Family]]:
-        """How these parameters are exchanged: worked out once, for it costs a process group perhaps."""
+        """How these parameters are exchanged: worked out once, for it costs a process group
+        perhaps.
+        """
         key = (group["ns_dtype"], group["chunk_bytes"], *map(id, parameters))
         if key not in self._families:
             self._families[key] = [

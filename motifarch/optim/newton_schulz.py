@@ -1,7 +1,8 @@
-"""Orthogonalisation of matrices by Newton-Schulz steps: products only, so it runs at a matrix unit's speed.
+"""Orthogonalisation of matrices by Newton-Schulz steps: products only, so it runs at a matrix
+unit's speed.
 
-Muon's update is the orthogonal factor U V^T of the momentum U S V^T. An odd quintic, applied to the matrix again and
-again, drives every singular value towards 1 without a decomposition.
+Muon's update is the orthogonal factor U V^T of the momentum U S V^T. An odd quintic, applied to the
+matrix again and again, drives every singular value towards 1 without a decomposition.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ Coefficients = Sequence[tuple[float, float, float]]
 """(a, b, c) of each step's quintic a x + b x^3 + c x^5."""
 
 NS_COEFFICIENTS: dict[str, Coefficients] = {
-    # A quintic for each step, each the best for the interval that those before it leave: Motif's set, by the method of
-    # Polar Express (Amsel et al., arXiv 2505.16932).
+    # A quintic for each step, each the best for the interval that those before it leave: Motif's
+    # set, by the method of Polar Express (Amsel et al., arXiv 2505.16932).
     "polar_express": (
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
@@ -21,7 +22,8 @@ NS_COEFFICIENTS: dict[str, Coefficients] = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
-    # One quintic, as steep at 0 as it can be: singular values end between 0.7 and 1.2 (Jordan et al., Muon, 2024).
+    # One quintic, as steep at 0 as it can be: singular values end between 0.7 and 1.2
+    # (Jordan et al., Muon, 2024).
     "keller_jordan": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 
@@ -38,7 +40,8 @@ def newton_schulz(
     Args:
         matrices: (..., rows, columns) of any real dtype; left as they are.
         coefficients: One triple a step, in order.
-        dtype: What is multiplied in. bfloat16's rounding leaves about 1e-2 of noise in each entry's relative size.
+        dtype: What is multiplied in. bfloat16's rounding leaves about 1e-2 of noise in each entry's
+            relative size.
         eps: Smallest norm to divide by: a matrix of zeros stays one.
 
     Returns:
@@ -54,7 +57,8 @@ def newton_schulz(
     tall = matrices.shape[-2] > matrices.shape[-1]
     # The Gram matrix of the shorter side is the smaller one.
     x = (matrices.mT if tall else matrices).to(dtype).reshape(-1, *sorted(matrices.shape[-2:]))
-    # The Frobenius norm bounds the largest singular value, and the quintics converge on [0, 1] only.
+    # The Frobenius norm bounds the largest singular value, and the quintics converge on [0, 1]
+    # only.
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for a, b, c in coefficients:
         gram = x @ x.mT
@@ -64,6 +68,8 @@ def newton_schulz(
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> int:
-    """Operations of `newton_schulz` on one matrix: two products with the long side a step, and one without."""
+    """Operations of `newton_schulz` on one matrix: two products with the long side a step, and one
+    without.
+    """
     short, long = sorted((rows, columns))
     return steps * (4 * short * short * long + 2 * short**3)

@@ -1,9 +1,10 @@
-"""An optimizer's moments in CPU memory between steps; on a GPU they are only while they are updated.
+"""An optimizer's moments in CPU memory between steps; on a GPU they are only while they are
+updated.
 
-The update itself stays on the device, by the same kernels and in the same order, so that nothing changes in the last
-bit, a step can still be skipped there without anyone waiting for it, and Muon's matrix products need no CPU. FSDP2's
-own offloading (`CPUOffloadPolicy`) moves parameters and gradients too and steps on the CPU, where found_inf and
-Newton-Schulz would have to be waited for.
+The update itself stays on the device, by the same kernels and in the same order, so that nothing
+changes in the last bit, a step can still be skipped there without anyone waiting for it, and Muon's
+matrix products need no CPU. FSDP2's own offloading (`CPUOffloadPolicy`) moves parameters and
+gradients too and steps on the CPU, where found_inf and Newton-Schulz would have to be waited for.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,19 +16,21 @@ from torch.distributed.tensor import DTensor
 
 
 def offload_state(optimizer: torch.optim.Optimizer, *, piece_bytes: int = 512 << 20) -> None:
-    """Keeps an optimizer's moments in CPU memory, pinned where the parameters are on a GPU; in place.
+    """Keeps an optimizer's moments in CPU memory, pinned where the parameters are on a GPU; in
+    place.
 
-    A step takes the parameters piece by piece: their moments come to the device, are updated, and go back, all in the
-    order of the device's current stream. 8 bytes a parameter of AdamW (4 of Muon) cross the bus each way: at 50 GB/s
-    about a third of a second for a thousand million parameters on a rank. The device holds the moments of one piece
-    at a time; a group of Muon's matrices is one piece, for its exchange between ranks is planned as a whole. Loading
-    a checkpoint passes through the device.
+    A step takes the parameters piece by piece: their moments come to the device, are updated, and
+    go back, all in the order of the device's current stream. 8 bytes a parameter of AdamW
+    (4 of Muon) cross the bus each way: at 50 GB/s about a third of a second for a thousand million
+    parameters on a rank. The device holds the moments of one piece at a time; a group of Muon's
+    matrices is one piece, for its exchange between ranks is planned as a whole. Loading a
+    checkpoint passes through the device.
 
     On a CPU the moments are copied to and fro all the same, to no use.
 
     Args:
-        optimizer: One whose step leaves parameters alone that are in none of its groups, with state of a parameter's
-            shape (moments) and other state, which stays where it is.
+        optimizer: One whose step leaves parameters alone that are in none of its groups, with state
+            of a parameter's shape (moments) and other state, which stays where it is.
         piece_bytes: Bytes of a piece's moments, unless a single parameter has more.
 
     Raises:
@@ -118,7 +121,8 @@ class _Home:
             state = self._optimizer.state.get(parameter, {})
             homes = self._kept.setdefault(parameter, {})
             for name, there in state.items():
-                # The count of steps, though a scalar parameter has its shape, is for the kernel to read on the device.
+                # The count of steps, though a scalar parameter has its shape, is for the kernel to
+                # read on the device.
                 if name == "step" or not isinstance(there, torch.Tensor) or there.shape != parameter.shape:
                     continue
                 if there is homes.get(name):

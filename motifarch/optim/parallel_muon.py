@@ -1,14 +1,18 @@
-"""Newton-Schulz on sharded matrices: each matrix is gathered once to one owner, who sends the update's shards back.
+"""Newton-Schulz on sharded matrices: each matrix is gathered once to one owner, who sends the
+update's shards back.
 
-Every rank of a group that holds one copy of the matrices owns some of them, by Newton-Schulz's work: largest first,
-dealt out in turn. A chunk is one all-to-all to the owners, their computation, and one all-to-all back. The next chunk's
-gathering and the last one's scattering run while this one is computed.
+Every rank of a group that holds one copy of the matrices owns some of them, by Newton-Schulz's
+work: largest first, dealt out in turn. A chunk is one all-to-all to the owners, their computation,
+and one all-to-all back. The next chunk's gathering and the last one's scattering run while this one
+is computed.
 
-Where parameters are replicated too (HSDP), every copy does the work again. Dividing it would send updates between
-copies, over the slowest links that there are, to save some tens of milliseconds: about 25 TFLOP a rank for 12.7 billion
-parameters over 64 ranks. Equal inputs and equal kernels keep the copies equal.
+Where parameters are replicated too (HSDP), every copy does the work again. Dividing it would send
+updates between copies, over the slowest links that there are, to save some tens of milliseconds:
+about 25 TFLOP a rank for 12.7 billion parameters over 64 ranks. Equal inputs and equal kernels keep
+the copies equal.
 
-Source: Lim et al., Motif-2-12.7B, arXiv 2511.07464 (Parallel Muon); Liu et al., arXiv 2502.16982 (Distributed Muon).
+Source: Lim et al., Motif-2-12.7B, arXiv 2511.07464 (Parallel Muon); Liu et al., arXiv 2502.16982
+(Distributed Muon).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +40,8 @@ def plan_chunks(shapes: Sequence[tuple[int, int]], *, owners: int, chunk_bytes: 
         item_bytes: Bytes of an entry.
 
     Returns:
-        The chunks. Over all of them, the owners' Newton-Schulz work differs by no more than the largest matrix's.
+        The chunks. Over all of them, the owners' Newton-Schulz work differs by no more than the
+        largest matrix's.
     """
     order = sorted(range(len(shapes)), key=lambda i: (-newton_schulz_flops(*shapes[i]), shapes[i], i))
     chunks: list[Chunk] = []
@@ -101,10 +106,13 @@ class Family:
     Built by all of the ranks together, from the same matrices in the same order.
 
     Args:
-        matrices: (rows, columns) each; DTensors of any placements but partial ones, or plain tensors.
-        dtype: What Newton-Schulz computes in: also what is sent, both ways, for it is all that the owner reads.
-        chunk_bytes: Bytes of whole matrices that a rank gathers at once (never less than one matrix). With the chunks
-            before and after in transfer and Newton-Schulz's own products, up to ten times as much is alive at a time.
+        matrices: (rows, columns) each; DTensors of any placements but partial ones, or plain
+            tensors.
+        dtype: What Newton-Schulz computes in: also what is sent, both ways, for it is all that the
+            owner reads.
+        chunk_bytes: Bytes of whole matrices that a rank gathers at once
+            (never less than one matrix). With the chunks before and after in transfer and
+            Newton-Schulz's own products, up to ten times as much is alive at a time.
 
     Raises:
         ValueError: A shard that its placements do not describe.
@@ -134,10 +142,11 @@ class Family:
         """Passes every matrix through its owner, chunk by chunk.
 
         Args:
-            read: Given numbers of matrices, returns this rank's parts of what is to be orthogonalised, in `dtype`.
+            read: Given numbers of matrices, returns this rank's parts of what is to be
+                orthogonalised, in `dtype`.
             orthogonalize: Maps whole matrices of one shape, (n, rows, columns), to their updates.
-            write: Takes numbers of matrices and this rank's parts of their updates, which are its own only while it
-                runs.
+            write: Takes numbers of matrices and this rank's parts of their updates, which are its
+                own only while it runs.
         """
         gathering: _Transfer | None = self._gather(self.chunks[0], read)
         scattering: _Transfer | None = None
@@ -162,7 +171,9 @@ class Family:
         return self._exchange(chunk, sent, to_owners=True)
 
     def _assemble(self, chunk: Chunk, arrived: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
-        """The whole matrices that this rank owns, those of one shape in one tensor (n, rows, columns)."""
+        """The whole matrices that this rank owns, those of one shape in one tensor
+        (n, rows, columns).
+        """
         mine = chunk[self.rank]
         shapes = [self.shapes[matrix] for matrix in mine]
         stacks = {shape: arrived.new_empty(shapes.count(shape), *shape) for shape in dict.fromkeys(shapes)}
@@ -202,7 +213,9 @@ class Family:
     def _blocks(
         self, matrices: list[int], wholes: list[torch.Tensor], flat: torch.Tensor
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs what lies in a buffer, rank by rank and matrix by matrix, with its place in the whole matrices."""
+        """Pairs what lies in a buffer, rank by rank and matrix by matrix, with its place in the
+        whole matrices.
+        """
         ranks = len(self.chunks[0])
         owned = list(zip(matrices, wholes, strict=True))
         parts = [(whole, self.parts[matrix][rank]) for rank in range(ranks) for matrix, whole in owned]
@@ -231,7 +244,9 @@ def _parts(matrix: torch.Tensor) -> list[_Part]:
 
 
 def split_families(matrices: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Numbers of the matrices whose copies lie on the same ranks, and on the same kind of device; in order."""
+    """Numbers of the matrices whose copies lie on the same ranks, and on the same kind of device;
+    in order.
+    """
     families: dict[tuple[tuple[int, ...] | None, torch.device], list[int]] = {}
     for number, matrix in enumerate(matrices):
         ranks = None

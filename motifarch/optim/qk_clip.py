@@ -1,16 +1,18 @@
-"""QK-clip: attention logits are kept from growing by shrinking the projections of the heads that exceed a bound.
+"""QK-clip: attention logits are kept from growing by shrinking the projections of the heads that
+exceed a bound.
 
-After an optimizer step, a head whose largest logit S over the step's data was above tau has its logits multiplied by
-gamma = tau / S from then on. Logits are linear in queries and in keys, so this is done in their projections' rows (and
-biases):
+After an optimizer step, a head whose largest logit S over the step's data was above tau has its
+logits multiplied by gamma = tau / S from then on. Logits are linear in queries and in keys, so this
+is done in their projections' rows (and biases):
 
 - a key head that one query head alone uses: both take sqrt(gamma);
-- a key head that several query heads use (grouped queries; a group's signal heads on k1; DIFF V2 and GDA without
-  paired_kv, where signal and noise share one key head): it stays as it is and the query head takes gamma, as Kimi K2
-  does with the rotary key that all of its heads share. Scaling such a key would change heads that are below the bound.
+- a key head that several query heads use (grouped queries; a group's signal heads on k1; DIFF V2
+  and GDA without paired_kv, where signal and noise share one key head): it stays as it is and the
+  query head takes gamma, as Kimi K2 does with the rotary key that all of its heads share. Scaling
+  such a key would change heads that are below the bound.
 
-So on the same data no head's largest logit is above tau afterwards, a head that was above is exactly at tau, and every
-other head computes what it did before. Momenta are left alone.
+So on the same data no head's largest logit is above tau afterwards, a head that was above is
+exactly at tau, and every other head computes what it did before. Momenta are left alone.
 
 Source: Kimi Team, Kimi K2, arXiv 2507.20534, section 2.1 (MuonClip).
 """
@@ -27,7 +29,9 @@ from motifarch.layers.attention import Attention
 from motifarch.shards import own_indices
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
-"""Largest scaled, visible logit of each signal head (Hs,) and noise head (Hn,), float32; None without noise heads."""
+"""Largest scaled, visible logit of each signal head (Hs,) and noise head (Hn,), float32; None
+without noise heads.
+"""
 
 
 @torch.no_grad()
@@ -39,20 +43,22 @@ def clip_heads(
     tau: float = 100.0,
     skip: torch.Tensor | None = None,
 ) -> None:
-    """Rescales query and key projections of a layer's heads whose logits were above tau, in place and on the device.
+    """Rescales query and key projections of a layer's heads whose logits were above tau, in place
+    and on the device.
 
     Args:
         layer: An attention layer; its projections may be sharded in any way.
-        max_signal: (Hs,) largest logit of each of the layer's signal heads, those of other ranks included (see
-            `gather_max_logits`), as `diff_attn_func(..., return_max_logits=True)` gives it. One that is not finite
-            changes nothing.
+        max_signal: (Hs,) largest logit of each of the layer's signal heads, those of other ranks
+            included (see `gather_max_logits`), as `diff_attn_func(..., return_max_logits=True)`
+            gives it. One that is not finite changes nothing.
         max_noise: (Hn,) the same for noise heads; None for softmax attention.
         tau: The bound.
         skip: A scalar on the device; where it is not 0, nothing is changed.
 
     Raises:
-        ValueError: tau not above 0, a number of heads that is not the layer's, or a layer that normalises queries and
-            keys: there the rows' scale cancels, and the norms bound the logits already.
+        ValueError: tau not above 0, a number of heads that is not the layer's, or a layer that
+            normalises queries and keys: there the rows' scale cancels, and the norms bound the
+            logits already.
     """
     _check(layer, max_signal, max_noise, tau)
     signal = _gamma(max_signal, tau, skip)
@@ -76,13 +82,14 @@ def clip_heads(
 def clip_layers(layers: Iterable[Attention], *, tau: float = 100.0, skip: torch.Tensor | None = None) -> None:
     """Clips every layer by what it recorded in `max_logits` since the last call, and clears that.
 
-    All ranks call this together; one all-reduce serves all layers. What each rank recorded are the heads that it
-    computes, which tensor and context parallelism cut into consecutive parts.
+    All ranks call this together; one all-reduce serves all layers. What each rank recorded are the
+    heads that it computes, which tensor and context parallelism cut into consecutive parts.
 
     Args:
         layers: Attention layers, in the same order on every rank.
         tau: The bound.
-        skip: A scalar on the device; where it is not 0, nothing is changed: `step_if_finite`'s result.
+        skip: A scalar on the device; where it is not 0, nothing is changed: `step_if_finite`'s
+            result.
 
     Raises:
         ValueError: A layer has recorded nothing, and what `clip_heads` raises.
@@ -105,9 +112,12 @@ def clip_layers(layers: Iterable[Attention], *, tau: float = 100.0, skip: torch.
 
 
 def head_share(layer: Attention) -> tuple[int, int]:
-    """Which consecutive part of a layer's heads this rank computes attention for, and how many parts there are."""
+    """Which consecutive part of a layer's heads this rank computes attention for, and how many
+    parts there are.
+    """
     part, parts = 0, 1
-    # Tensor parallelism cuts the heads first; context parallelism exchanges tokens for parts of those.
+    # Tensor parallelism cuts the heads first; context parallelism exchanges tokens for parts of
+    # those.
     for group in (layer.tensor_group, layer.context_group):
         if group is not None:
             part, parts = part * group.size() + group.rank(), parts * group.size()

@@ -33,8 +33,8 @@ def wsd(
         warmup_steps: Steps of linear warm-up.
         decay_steps: Steps of the decay at the end of the run; 0 means no decay.
         min_ratio: The last factor.
-        shape: `linear`; `cosine`; or `inverse_sqrt`, proportional to (1 + c t)^(-1/2) with t the decay's progress
-            from 0 to 1 and c set by min_ratio (which must be above 0).
+        shape: `linear`; `cosine`; or `inverse_sqrt`, proportional to (1 + c t)^(-1/2) with t the
+            decay's progress from 0 to 1 and c set by min_ratio (which must be above 0).
 
     Returns:
         The factor of the peak learning rate.
@@ -56,7 +56,9 @@ def wsd(
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """Linear warm-up, then half a cosine down to min_ratio at the last step (SGDR, arXiv 1608.03983)."""
+    """Linear warm-up, then half a cosine down to min_ratio at the last step
+    (SGDR, arXiv 1608.03983).
+    """
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     t = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))

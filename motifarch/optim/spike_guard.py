@@ -1,8 +1,9 @@
 """The skipping of steps whose loss or gradient norm jumps, without waiting for the device.
 
-One batch of bad data can undo days of training; its loss or gradient norm stands out from those before it. Such a
-step is left out, as by the `SkipStepOptimizer` of AllenAI's OLMo-core. What differs: skipped steps stay out of the
-statistics, so that a row of spikes does not raise the bar for the next, and the row has a limit.
+One batch of bad data can undo days of training; its loss or gradient norm stands out from those
+before it. Such a step is left out, as by the `SkipStepOptimizer` of AllenAI's OLMo-core. What
+differs: skipped steps stay out of the statistics, so that a row of spikes does not raise the bar
+for the next, and the row has a limit.
 """
 
 import torch
@@ -11,17 +12,19 @@ import torch
 class SpikeGuard:
     """Compares each step's loss and gradient norm with those of the last accepted steps.
 
-    A step is a spike where either is more than `sigma` standard deviations above its mean over the last `window`
-    accepted steps. Until that many have been accepted the guard only watches. After `max_in_row` spikes one after
-    another the level itself has changed: the next step is accepted and the window starts again from it, so the guard
-    can't hold a run up for ever.
+    A step is a spike where either is more than `sigma` standard deviations above its mean over the
+    last `window` accepted steps. Until that many have been accepted the guard only watches. After
+    `max_in_row` spikes one after another the level itself has changed: the next step is accepted
+    and the window starts again from it, so the guard can't hold a run up for ever.
 
-    Everything is decided and kept on the device. All ranks must give the same values, for they must decide alike.
+    Everything is decided and kept on the device. All ranks must give the same values, for they must
+    decide alike.
 
     Args:
         sigma: Standard deviations above the mean that make a spike; above 0.
         window: Accepted steps to compare with; at least 2.
-        max_in_row: Spikes one after another before a step is accepted whatever its height; at least 1.
+        max_in_row: Spikes one after another before a step is accepted whatever its height; at least
+            1.
         device: Where loss and gradient norm are.
 
     Raises:
@@ -40,15 +43,16 @@ class SpikeGuard:
         self.history = torch.zeros(window, 2, device=device)
         """(window, 2) float32, a ring: loss and gradient norm of the accepted steps."""
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        """Steps accepted since the window last started, spikes in a row up to now, spikes in all."""
+        """Steps accepted since the window last started, spikes in a row up to now, spikes in all.
+        """
         self._slots = torch.arange(window, device=device)
 
     def check(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """Says whether a step is a spike, and notes it.
 
         Args:
-            loss: Scalar on the device. A step where this or the gradient norm is not finite is no spike and leaves no
-                trace here: it is skipped for that reason.
+            loss: Scalar on the device. A step where this or the gradient norm is not finite is no
+                spike and leaves no trace here: it is skipped for that reason.
             grad_norm: Scalar on the device, before clipping.
 
         Returns:
@@ -72,7 +76,9 @@ class SpikeGuard:
         return spike.float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The window and the counts: with them a resumed run decides as one that was never stopped."""
+        """The window and the counts: with them a resumed run decides as one that was never
+        stopped.
+        """
         return {"history": self.history, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -10,7 +10,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from motifarch.errors import UserError
 
 Recompute = Literal["none", "full", "selective"] | int
-"""`full`: every decoder layer; `selective`: all but matrix products and attention; a number n: every n-th layer."""
+"""`full`: every decoder layer; `selective`: all but matrix products and attention; a number n:
+every n-th layer.
+"""
 
 
 def check_activation_checkpointing(recompute: Recompute) -> None:
@@ -48,7 +50,8 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
     """Lets a model's decoder layers be computed again in the backward pass, in place.
 
     Args:
-        model: A causal language model whose `model.model.layers` are transformers' GradientCheckpointingLayers.
+        model: A causal language model whose `model.model.layers` are transformers'
+            GradientCheckpointingLayers.
         recompute: which, and what of them.
 
     Raises:

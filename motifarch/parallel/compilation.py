@@ -1,20 +1,24 @@
-"""torch.compile of a model's decoder layers, one by one, so that FSDP2 can gather and free each between them."""
+"""torch.compile of a model's decoder layers, one by one, so that FSDP2 can gather and free each
+between them.
+"""
 
 import torch
 from torch import nn
 
-# Kinds of call that a layer is compiled for: with and without gradients, packed or not, lengths that vary.
+# Kinds of call that a layer is compiled for: with and without gradients, packed or not, lengths
+# that vary.
 _CALLS = 8
 
 
 def apply_compile(model: nn.Module) -> None:
     """Lets each decoder layer be compiled when it is first called, in place.
 
-    Settings of torch.compile are changed for this process. The layers are one piece of code to it, and differ in
-    numbers such as lambda_init: taken for variables, these reach inductor's code (torch 2.13), once lengths vary, with
-    another value, and results are wrong without a word. So numbers are constants, and the code may be compiled as often
-    as there are layers. And what a layer notes of its forward pass (lambda, largest logits) need not be noted again
-    when activation checkpointing repeats it: where it must, a checkpointed layer is not compiled at all.
+    Settings of torch.compile are changed for this process. The layers are one piece of code to it,
+    and differ in numbers such as lambda_init: taken for variables, these reach inductor's code
+    (torch 2.13), once lengths vary, with another value, and results are wrong without a word. So
+    numbers are constants, and the code may be compiled as often as there are layers. And what a
+    layer notes of its forward pass (lambda, largest logits) need not be noted again when activation
+    checkpointing repeats it: where it must, a checkpointed layer is not compiled at all.
 
     Args:
         model: With `model.model.layers`.

@@ -1,4 +1,6 @@
-"""Context parallelism: ranks share the tokens of a row, and exchange them for heads around attention (Ulysses)."""
+"""Context parallelism: ranks share the tokens of a row, and exchange them for heads around
+attention (Ulysses).
+"""
 
 from typing import Any
 
@@ -43,7 +45,8 @@ def apply_context_parallel(model: nn.Module, group: ProcessGroup) -> None:
 
 
 def own_tokens(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """This rank's consecutive part of a packed row's tokens; the documents' bounds stay those of the whole row.
+    """This rank's consecutive part of a packed row's tokens; the documents' bounds stay those of
+    the whole row.
 
     Args:
         batch: from `motifarch.data.collate`, tokens (1, T).

@@ -25,8 +25,9 @@ def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[st
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
     """Gives a model on the meta device, sharded or not, its first weights on a device.
 
-    Each module's weights are drawn whole by the model's own rule (`_init_weights`), from a generator seeded by the
-    module's name, and every rank keeps its part: one module's parameters are held at a time.
+    Each module's weights are drawn whole by the model's own rule (`_init_weights`), from a
+    generator seeded by the module's name, and every rank keeps its part: one module's parameters
+    are held at a time.
 
     Args:
         model: a transformers PreTrainedModel.

@@ -66,7 +66,9 @@ class World:
 
 
 def launched_rank() -> int:
-    """This process's rank as torchrun set it, 0 without torchrun; known before any process group is."""
+    """This process's rank as torchrun set it, 0 without torchrun; known before any process group
+    is.
+    """
     return int(os.environ.get("RANK", "0"))
 
 
@@ -76,13 +78,16 @@ def launched_world_size() -> int:
 
 
 def collective_timeout(limit_s: float) -> datetime.timedelta:
-    """How long a collective may take where a step may take limit_s: longer, for the watchdog knows more to say."""
+    """How long a collective may take where a step may take limit_s: longer, for the watchdog knows
+    more to say.
+    """
     return datetime.timedelta(seconds=1.5 * limit_s + 10)
 
 
 @contextlib.contextmanager
 def open_world(limit_s: float = 1800.0) -> Iterator[World]:
-    """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the end.
+    """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the
+    end.
 
     Args:
         limit_s: Longest time, in seconds, that a rank may be waited for.

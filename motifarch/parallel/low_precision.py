@@ -1,9 +1,11 @@
-"""Matrix products in 8 bits, through torchao: FP8 with a scale for each row, and MXFP8 with one for each 32 numbers.
+"""Matrix products in 8 bits, through torchao: FP8 with a scale for each row, and MXFP8 with one for
+each 32 numbers.
 
-What is cut to 8 bits is only what a product reads, forward and backward: weights, moments, reductions and everything
-between the products stay as they are. The first and the last decoder layer, embedding, output projection and lambda
-keep the compute dtype: they are a small part of the work and the most sensitive one (Micikevicius et al., FP8 Formats
-for Deep Learning, arXiv 2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027).
+What is cut to 8 bits is only what a product reads, forward and backward: weights, moments,
+reductions and everything between the products stay as they are. The first and the last decoder
+layer, embedding, output projection and lambda keep the compute dtype: they are a small part of the
+work and the most sensitive one (Micikevicius et al., FP8 Formats for Deep Learning, arXiv
+2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027).
 """
 
 import dataclasses
@@ -18,9 +20,12 @@ from motifarch.errors import UserError
 from motifarch.parallel.tensor import projection_styles
 
 Matmul = Literal["compute", "fp8", "mxfp8"]
-"""`compute`: the compute dtype; `fp8`: E4M3 with a scale for each row; `mxfp8`: E4M3 with one for each 32 numbers."""
+"""`compute`: the compute dtype; `fp8`: E4M3 with a scale for each row; `mxfp8`: E4M3 with one for
+each 32 numbers.
+"""
 
-# What the hardware's product wants its dimensions to be multiples of: a scaled block, or a row of 16 bytes.
+# What the hardware's product wants its dimensions to be multiples of: a scaled block, or a row of
+# 16 bytes.
 MULTIPLE = {"fp8": 16, "mxfp8": 32}
 _CAPABILITY = {"fp8": ((9, 0), "Hopper"), "mxfp8": ((10, 0), "Blackwell")}
 _NEWEST_NEEDED = {"fp8": "0.10", "mxfp8": "0.18"}
@@ -69,7 +74,8 @@ def check_low_precision(
 
 
 def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, emulate: bool = False) -> list[str]:
-    """Lets a model's inner decoder layers multiply in 8 bits, in place; parameters and their names stay.
+    """Lets a model's inner decoder layers multiply in 8 bits, in place; parameters and their names
+    stay.
 
     Call it before tensor parallelism: that hangs itself on the layers which this replaces.
 
@@ -77,13 +83,15 @@ def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, em
         model: a causal language model with `model.model.layers`.
         matmul: the precision.
         tensor: ranks of tensor parallelism that will share the matrices.
-        emulate: round as the hardware would, but multiply in the compute dtype: for any device, and slow.
+        emulate: round as the hardware would, but multiply in the compute dtype: for any device, and
+            slow.
 
     Returns:
         The names of the replaced linear layers.
 
     Raises:
-        UserError: torchao is missing or too old, or the model has no layer, or one of a size, that can be converted.
+        UserError: torchao is missing or too old, or the model has no layer, or one of a size, that
+            can be converted.
     """
     if matmul == "compute":
         return []
@@ -98,7 +106,9 @@ def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, em
 
 
 def _inner_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of all decoder layers but the first and the last; lambda's give one number a head."""
+    """The linear layers of all decoder layers but the first and the last; lambda's give one number
+    a head.
+    """
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     for i, layer in enumerate(layers):
         if 0 < i < len(layers) - 1:
@@ -151,7 +161,8 @@ def _check_hardware(matmul: Matmul, device: torch.device) -> None:
 
 
 def _has_mxfp8_kernels() -> bool:
-    # torchao declares the operator for the GPU's sake, and registers a kernel if its compiled part could be loaded.
+    # torchao declares the operator for the GPU's sake, and registers a kernel if its compiled part
+    # could be loaded.
     name = "mxfp8_quantize"
     return hasattr(torch.ops.torchao, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"torchao::{name}", "CUDA"

@@ -13,17 +13,23 @@ DIMENSIONS = ("replicate", "shard", "context", "tensor")
 
 @dataclass
 class Layout:
-    """How many ranks there are along each dimension of the mesh; neighbours in rank differ in the last one first."""
+    """How many ranks there are along each dimension of the mesh; neighbours in rank differ in the
+    last one first.
+    """
 
     replicate: int = 1
-    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one within fast links.
-    Gradients are averaged between them; parameters are gathered within one."""
+    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one
+    within fast links. Gradients are averaged between them; parameters are gathered within one.
+    """
 
     shard: int = -1
-    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others leave."""
+    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others
+    leave.
+    """
 
     context: int = 1
-    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses)."""
+    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses).
+    """
 
     tensor: int = 1
     """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
@@ -40,7 +46,9 @@ class Layout:
 
     @property
     def gradients(self) -> int:
-        """Ranks over which gradients are averaged: all but those of `tensor`, which compute one thing together."""
+        """Ranks over which gradients are averaged: all but those of `tensor`, which compute one
+        thing together.
+        """
         return self.data * self.context
 
     def resolve(self, ranks: int) -> "Layout":
@@ -79,7 +87,8 @@ class Mesh:
 
     def __init__(self, device_type: str, layout: Layout) -> None:
         self.layout = layout
-        # Ranks of `context` share parameters as those of `shard` do: to FSDP2 they are one dimension.
+        # Ranks of `context` share parameters as those of `shard` do: to FSDP2 they are one
+        # dimension.
         shape = (layout.replicate, layout.shard * layout.context, layout.tensor)
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
         rows = (layout.data, layout.context, layout.tensor)
@@ -89,7 +98,9 @@ class Mesh:
 
     @property
     def parameters(self) -> DeviceMesh:
-        """The ranks that FSDP2 works on: those that share parameters, and before them, with HSDP, the copies."""
+        """The ranks that FSDP2 works on: those that share parameters, and before them, with HSDP,
+        the copies.
+        """
         return self._mesh["shard"] if self.layout.replicate == 1 else self._mesh["replicate", "shard"]
 
     @property

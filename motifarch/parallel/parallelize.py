@@ -2,7 +2,8 @@
 
 In this order: 8-bit products, tensor and context parallelism, checkpointing, compile, FSDP2.
 
-The model knows nothing of it. Expected of a model is `model.model.layers`, a ModuleList of decoder layers.
+The model knows nothing of it. Expected of a model is `model.model.layers`, a ModuleList of decoder
+layers.
 """
 
 import torch
@@ -29,9 +30,10 @@ def parallelize(
 ) -> nn.Module:
     """Cuts a model over the ranks of a mesh; works in place, with one rank too.
 
-    The model is on the meta device (`motifarch.parallel.initialize` then gives it weights), or the same on every
-    rank. Its parameters become DTensors: float32 shards, gathered in compute_dtype for each layer's work, with
-    gradients reduced in float32 to their mean over the ranks (`Layout.gradients` of them).
+    The model is on the meta device (`motifarch.parallel.initialize` then gives it weights), or the
+    same on every rank. Its parameters become DTensors: float32 shards, gathered in compute_dtype
+    for each layer's work, with gradients reduced in float32 to their mean over the ranks
+    (`Layout.gradients` of them).
 
     Args:
         model: A causal language model with `model.model.layers`.
@@ -62,7 +64,8 @@ def parallelize(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
-        # Hidden states are in compute_dtype already; casting would only round the float32 rotary tables.
+        # Hidden states are in compute_dtype already; casting would only round the float32 rotary
+        # tables.
         cast_forward_inputs=False,
     )
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]

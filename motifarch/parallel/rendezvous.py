@@ -1,8 +1,9 @@
 """A store that holds nothing of an earlier start.
 
-torchrun keeps one store for all its restarts, and process groups find there the addresses that the killed processes
-left (pytorch/pytorch issue 135712). How often a rank was restarted is no name for a start either: nodes count their own
-failures only. So rank 0 draws a name for each start, and gives it to whoever asks in this one.
+torchrun keeps one store for all its restarts, and process groups find there the addresses that the
+killed processes left (pytorch/pytorch issue 135712). How often a rank was restarted is no name for
+a start either: nodes count their own failures only. So rank 0 draws a name for each start, and
+gives it to whoever asks in this one.
 """
 
 import datetime
@@ -25,7 +26,8 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: datetime.timed
         The store, with a prefix.
 
     Raises:
-        RuntimeError: Some rank did not come in time (`DistStoreError`, and on rank 0 one that names the missing).
+        RuntimeError: Some rank did not come in time (`DistStoreError`, and on rank 0 one that names
+            the missing).
     """
     name = uuid.uuid4().hex
     if rank == 0:
@@ -40,7 +42,9 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: datetime.timed
 
 
 def _welcome(store: dist.Store, size: int, name: str, timeout: datetime.timedelta) -> None:
-    """Answers until every rank has confirmed: a question that is found may still be an earlier start's."""
+    """Answers until every rank has confirmed: a question that is found may still be an earlier
+    start's.
+    """
     answered: dict[int, bytes] = {}
     missing = list(range(1, size))
     until = time.monotonic() + timeout.total_seconds()

@@ -1,8 +1,9 @@
-"""Tensor parallelism: ranks share heads, the feed-forward's width and the vocabulary (Megatron-LM, arXiv 1909.08053).
+"""Tensor parallelism: ranks share heads, the feed-forward's width and the vocabulary
+(Megatron-LM, arXiv 1909.08053).
 
-Attention is cut by noise head: a rank has whole groups of signal heads with their noise head and the keys and values
-that they share. What all heads share (sub-norm, lambda, norms of queries and keys) every rank has; its gradient is
-summed in the layer. PolyNorm sums its moments over the ranks.
+Attention is cut by noise head: a rank has whole groups of signal heads with their noise head and
+the keys and values that they share. What all heads share (sub-norm, lambda, norms of queries and
+keys) every rank has; its gradient is summed in the layer. PolyNorm sums its moments over the ranks.
 """
 
 from typing import Any
@@ -41,13 +42,17 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
 
 
 def shared_counts(config: Any) -> dict[str, int]:
-    """What ranks share whole pieces of, by name: noise groups, key/value heads, feed-forward columns, words."""
+    """What ranks share whole pieces of, by name: noise groups, key/value heads, feed-forward
+    columns, words.
+    """
     heads = head_counts(config)
     return heads | {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
 
 
 def head_counts(config: Any) -> dict[str, int]:
-    """The groups of heads that must stay together, and the key/value heads (pairs, where they come in pairs)."""
+    """The groups of heads that must stay together, and the key/value heads (pairs, where they come
+    in pairs).
+    """
     if config.attention_type == "softmax":
         queries = {"heads (model.num_attention_heads)": config.num_attention_heads}
     else:
@@ -57,7 +62,8 @@ def head_counts(config: Any) -> dict[str, int]:
 
 
 def projection_styles(config: Any, block: str) -> dict[str, str]:
-    """How the model declares that a block's projections are cut, "colwise" or "rowwise", by their names.
+    """How the model declares that a block's projections are cut, "colwise" or "rowwise", by their
+    names.
 
     Args:
         config: a MotifConfig, whose `base_model_tp_plan` is transformers' too.
@@ -81,7 +87,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         for name, others in (("self_attn", (None,)), ("mlp", ())):  # arguments after the hidden states
             block = layer.get_submodule(name)
             parallelize_module(block, mesh, {n: _STYLES[style]() for n, style in styles[name].items()})
-            # As a DTensor the input's gradient is summed over the ranks once, not once for each projection.
+            # As a DTensor the input's gradient is summed over the ranks once, not once for each
+            # projection.
             replicated = PrepareModuleInput(
                 input_layouts=(Replicate(), *others),
                 desired_input_layouts=(Replicate(), *others),

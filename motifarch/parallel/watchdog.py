@@ -1,8 +1,9 @@
 """Ends a run that hangs, after every rank has written down where it stands.
 
-A rank that waits for ever (a dead disk, a lost message) stops all others at their next collective, and none of
-them can tell who is missing. So each rank notes what it is about to do; a thread of its own watches that the notes
-go on, and passes them to the others through the process group's store, apart from training's messages.
+A rank that waits for ever (a dead disk, a lost message) stops all others at their next collective,
+and none of them can tell who is missing. So each rank notes what it is about to do; a thread of its
+own watches that the notes go on, and passes them to the others through the process group's store,
+apart from training's messages.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ _GRACE_S = 10.0
 
 
 def limit_collectives(limit_s: float, *, keep: Iterable[dist.ProcessGroup] = ()) -> None:
-    """Sets the timeout of the collectives of every process group that there is, those of meshes included.
+    """Sets the timeout of the collectives of every process group that there is, those of meshes
+    included.
 
     Args:
         limit_s: Longest time of a step, in seconds (see `collective_timeout`).
@@ -49,15 +51,16 @@ def limit_collectives(limit_s: float, *, keep: Iterable[dist.ProcessGroup] = ())
 class Watchdog:
     """While open, ends this process and so the run where nothing goes on for too long.
 
-    Then every rank appends the Python stacks of its threads to `stacks/rank_N.txt` in the run's folder, one rank of
-    each node prints a line that names the ranks that never arrived, and all exit with status 1, for torchrun to start
-    again. A thread that holds the interpreter's lock while it hangs keeps its own rank from writing; the others name
-    it nevertheless.
+    Then every rank appends the Python stacks of its threads to `stacks/rank_N.txt` in the run's
+    folder, one rank of each node prints a line that names the ranks that never arrived, and all
+    exit with status 1, for torchrun to start again. A thread that holds the interpreter's lock
+    while it hangs keeps its own rank from writing; the others name it nevertheless.
 
     Args:
         world: The ranks.
         output: The run's folder.
-        first_s: Longest time, in seconds, that the first step and patient work (saving, validating) may take.
+        first_s: Longest time, in seconds, that the first step and patient work (saving, validating)
+            may take.
         limit_s: Longest time, in seconds, between two notes after it.
     """
 

@@ -1,4 +1,6 @@
-"""Plans a run on a cluster from one CPU: memory, traffic, operations and time of a recipe on many GPUs."""
+"""Plans a run on a cluster from one CPU: memory, traffic, operations and time of a recipe on many
+GPUs.
+"""
 
 from typing import TYPE_CHECKING, Any
 

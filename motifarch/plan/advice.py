@@ -30,8 +30,8 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     for mode in _STRONGER.get(recipe.activation_checkpointing, ["full"]):
         yield {"activation_checkpointing": mode}
     if 1 < rehearsal.micro_batches <= 4:
-        # Without micro-batches to add up, gradients are reduced as soon as they are there. (More rows than that at once
-        # would take more than it saves.)
+        # Without micro-batches to add up, gradients are reduced as soon as they are there. (More
+        # rows than that at once would take more than it saves.)
         yield {"batch.micro_size": rehearsal.rows * rehearsal.micro_batches}
     if layout.replicate > 1:
         step = next(n for n in range(2, layout.replicate + 1) if layout.replicate % n == 0)
@@ -63,8 +63,9 @@ def find_advice(
         say: told what is being tried.
 
     Returns:
-        The first single change that fits; else what was found by taking, again and again, the change that saves most.
-        The last entry is the answer if it fits; those before it were tried and do not.
+        The first single change that fits; else what was found by taking, again and again, the
+        change that saves most. The last entry is the answer if it fits; those before it were tried
+        and do not.
     """
     tried: list[Advice] = []
     base: dict[str, Any] = {}

@@ -1,4 +1,6 @@
-"""What a rank sends in a step: every collective that the step calls, by the group of ranks that it runs over."""
+"""What a rank sends in a step: every collective that the step calls, by the group of ranks that it
+runs over.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What a collective of so many bytes (the larger of its input and output) sends from each of n ranks, as rings and
-# direct exchanges do: NCCL's own account of bus bandwidth.
+# What a collective of so many bytes (the larger of its input and output) sends from each of n
+# ranks, as rings and direct exchanges do: NCCL's own account of bus bandwidth.
 _SENT = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
@@ -35,7 +37,8 @@ _OPERATORS = {
     "broadcast": "broadcast",
 }
 
-# Operators of our own that hold an all-reduce inside: three sums a row and their number of columns, in float32.
+# Operators of our own that hold an all-reduce inside: three sums a row and their number of columns,
+# in float32.
 _HIDDEN = ("motif::poly_norm_sharded", "motif::poly_norm_sharded_backward")
 
 

@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plans as a command line says.
 
     Args:
-        argv: ``RECIPE.yaml --gpus N --gpu NAME ... --section.field value ...``; the process's own where None.
+        argv: ``RECIPE.yaml --gpus N --gpu NAME ... --section.field value ...``; the process's own
+            where None.
 
     Returns:
         0 if the recipe fits, 1 if it does not.

@@ -1,6 +1,7 @@
 """What lies in a rank's memory while a step runs, by kind, and when it was most.
 
-Storages are followed from the operator that made them to their end, also where FSDP2 empties and refills them.
+Storages are followed from the operator that made them to their end, also where FSDP2 empties and
+refills them.
 """
 
 import weakref
@@ -40,7 +41,8 @@ def optimizer_state(
 
     Args:
         optimizer: whose state has been made.
-        offloaded: whether `motifarch.optim.offload_state` keeps its moments, which have their parameters' shape.
+        offloaded: whether `motifarch.optim.offload_state` keeps its moments, which have their
+            parameters' shape.
     """
     here: list[torch.Tensor] = []
     there: list[torch.Tensor] = []
@@ -155,7 +157,8 @@ class MemoryLedger:
 
 
 def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, int]:
-    """What FSDP2 gathers: the largest decoder layer, and all that is outside of decoder layers, in bytes.
+    """What FSDP2 gathers: the largest decoder layer, and all that is outside of decoder layers, in
+    bytes.
 
     Args:
         model: sharded, with `model.model.layers`.

@@ -1,8 +1,10 @@
-"""Floating-point operations of a step, as they are run: by part, by direction, and what is computed twice.
+"""Floating-point operations of a step, as they are run: by part, by direction, and what is computed
+twice.
 
-Operators are counted by torch's flop counter's formulas, those of `motif_kernels.flops` for attention among them: a
-noise map once for its group, hidden pairs not at all. The `reference` backend multiplies whole maps, hidden pairs and
-all; of its products the visible share is counted, so that a plan on it says what the mathematics needs.
+Operators are counted by torch's flop counter's formulas, those of `motif_kernels.flops` for
+attention among them: a noise map once for its group, hidden pairs not at all. The `reference`
+backend multiplies whole maps, hidden pairs and all; of its products the visible share is counted,
+so that a plan on it says what the mathematics needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +56,8 @@ _FREE = ("empty", "new_empty", "detach", "lift", "is_", "sym_", "resize", "set_"
 
 
 def moved_bytes(func: Any, args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> int:
-    """Bytes that an operator reads and writes; 0 for views and for what takes its time in operations or on a link.
+    """Bytes that an operator reads and writes; 0 for views and for what takes its time in
+    operations or on a link.
 
     Args:
         func: the operator, as a dispatch mode gets it.

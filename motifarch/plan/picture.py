@@ -21,7 +21,8 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     """Draws a stacked bar for each plan.
 
     Args:
-        plans: names and plans on one kind of GPU: the recipe's own, and what would fit in its place.
+        plans: names and plans on one kind of GPU: the recipe's own, and what would fit in its
+            place.
         path: the PNG file to write.
         title: the picture's title.
     """

@@ -21,7 +21,9 @@ from motifarch.train.recipe import Recipe, check_recipe
 
 @dataclass
 class Sequences:
-    """What a plan has to know of the data: as much as `motifarch.data.PackedDataset` says of a prepared folder."""
+    """What a plan has to know of the data: as much as `motifarch.data.PackedDataset` says of a
+    prepared folder.
+    """
 
     seq_len: int
     vocab_size: int
@@ -66,7 +68,9 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of each kind when there is most of it; the heights of different kinds may fall at different times."""
+        """Bytes of each kind when there is most of it; the heights of different kinds may fall at
+        different times.
+        """
         r = self.rehearsal
         exact = {
             memory.PARAMETERS: r.parameters,
@@ -79,7 +83,9 @@ class Plan:
 
     @property
     def flops_per_token(self) -> dict[str, float]:
-        """Operations of one token by direction, and the attention's part in each as "... attention"."""
+        """Operations of one token by direction, and the attention's part in each as "...
+        attention".
+        """
         found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
         scale = self.gpus / self.step_tokens
         for (phase, part), count in self.rehearsal.operations.items():
@@ -123,7 +129,8 @@ class Advice:
 
 
 def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
-    """The sequences' length and vocabulary, from what is prepared on this machine or from what the user says.
+    """The sequences' length and vocabulary, from what is prepared on this machine or from what the
+    user says.
 
     Args:
         recipe: whose first dataset is looked at, if it is there.

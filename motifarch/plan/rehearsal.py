@@ -1,7 +1,9 @@
-"""A training step of one rank of a whole cluster, on tensors without data and a process group without peers.
+"""A training step of one rank of a whole cluster, on tensors without data and a process group
+without peers.
 
-Model, sharding, optimizer and step are those that training runs (`motifarch.train.loop.build_state`,
-`motifarch.train.step.train_step`); a dispatch mode sees every operator that the step calls on this rank.
+Model, sharding, optimizer and step are those that training runs
+(`motifarch.train.loop.build_state`, `motifarch.train.step.train_step`); a dispatch mode sees every
+operator that the step calls on this rank.
 """
 
 import contextlib
@@ -79,7 +81,9 @@ class Rehearsal:
     largest_layer: int
     """Bytes of the largest decoder layer as it is gathered."""
     outside_layers: int
-    """Bytes of what is gathered outside of the decoder layers, and stays until the backward pass ends."""
+    """Bytes of what is gathered outside of the decoder layers, and stays until the backward pass
+    ends.
+    """
     operations: dict[tuple[str, str], float]
     """A step's operations by phase and part (`motifarch.plan.operations`)."""
     moved: dict[str, float]
@@ -97,7 +101,9 @@ class _Tally:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator on plain tensors: after DTensor has cut it, and before it is forgotten."""
+    """Sees every operator on plain tensors: after DTensor has cut it, and before it is
+    forgotten.
+    """
 
     def __init__(self, visible_share: float) -> None:
         super().__init__()
@@ -110,7 +116,9 @@ class _Recorder(TorchDispatchMode):
 
     @property
     def phase(self) -> str:
-        """What is being done: what is called within a backward pass, or records gradients there, is computed again."""
+        """What is being done: what is called within a backward pass, or records gradients there, is
+        computed again.
+        """
         if torch._C._current_graph_task_id() != -1:
             return "recompute" if self.in_blocks or torch.is_grad_enabled() else "backward"
         return self.stage
@@ -128,7 +136,8 @@ class _Recorder(TorchDispatchMode):
         return run
 
     def watch(self, layers: Iterable[nn.Module]) -> None:
-        """Follows whether decoder layers' blocks are being called, also where a recomputation stops early.
+        """Follows whether decoder layers' blocks are being called, also where a recomputation stops
+        early.
 
         Their own hooks stay outside of what is computed again.
         """
@@ -187,7 +196,8 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
-    """A world of so many ranks that is this process alone: collectives return at once and send nothing.
+    """A world of so many ranks that is this process alone: collectives return at once and send
+    nothing.
 
     Raises:
         RuntimeError: There is a process group already.
@@ -205,7 +215,9 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
 
 
 def _forget_meshes() -> None:
-    """Empties DTensor's caches: to them, a mesh of an earlier world that has the same numbers is the same mesh."""
+    """Empties DTensor's caches: to them, a mesh of an earlier world that has the same numbers is
+    the same mesh.
+    """
     _clear_sharding_prop_cache()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):
@@ -227,7 +239,9 @@ def _with_data(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
-    """What of building and running needs weights' values or a GPU is passed over; nothing depends on either."""
+    """What of building and running needs weights' values or a GPU is passed over; nothing depends
+    on either.
+    """
 
     def without_values(model: nn.Module, device: torch.device, seed: int) -> None:
         with fake:
@@ -256,8 +270,8 @@ def rehearse(
 ) -> Rehearsal:
     """Runs one training step of one rank without data.
 
-    A second micro-batch stands for all that follow it. Documents are as long as their rows, the most work that packed
-    rows can be.
+    A second micro-batch stands for all that follow it. Documents are as long as their rows, the
+    most work that packed rows can be.
 
     Args:
         recipe: checked for so many ranks.
@@ -271,8 +285,8 @@ def rehearse(
     Raises:
         UserError: The model or its sequences can't be cut as the recipe asks.
     """
-    # An eager step in the compute dtype stands for a compiled one and for 8-bit products, which are for GPUs alone;
-    # first weights are not read.
+    # An eager step in the compute dtype stands for a compiled one and for 8-bit products, which are
+    # for GPUs alone; first weights are not read.
     recipe = dataclasses.replace(
         recipe,
         compile=False,
@@ -399,7 +413,9 @@ def _dimensions(mesh: Mesh) -> dict[str, tuple[int, ...]]:
 
 
 def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
-    """The whole step: the first micro-batch stands for all but the last, which reduces gradients."""
+    """The whole step: the first micro-batch stands for all but the last, which reduces
+    gradients.
+    """
     total = _Tally()
     last = len(tallies) - 2  # the tally after it is the optimizer's
     for i, tally in enumerate(tallies):

@@ -16,8 +16,9 @@ class Assumptions:
     """Part of the peak that products with weights reach."""
 
     attention_efficiency: float = 0.35
-    """Part of the peak that attention reaches, by the operations of its mathematics: what the deterministic backward
-    multiplies twice is a part of it."""
+    """Part of the peak that attention reaches, by the operations of its mathematics: what the
+    deterministic backward multiplies twice is a part of it.
+    """
 
     memory_efficiency: float = 0.8
     """Part of the memory bandwidth that norms, rotations, casts and the optimizer reach."""
@@ -29,7 +30,8 @@ class Assumptions:
     """Part of the computing time that FSDP's, HSDP's and Muon's messages can hide behind."""
 
     fusion: float = 3.0
-    """With `compile`: how many times fewer bytes the decoder layers' element-wise operators move."""
+    """With `compile`: how many times fewer bytes the decoder layers' element-wise operators move.
+    """
 
     reserve: float = 0.06
     """Part of the memory left to the CUDA context, NCCL's buffers and the allocator's fragments."""

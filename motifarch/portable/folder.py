@@ -1,4 +1,6 @@
-"""Writes the model code into a Hugging Face folder, and into its config where transformers finds the code."""
+"""Writes the model code into a Hugging Face folder, and into its config where transformers finds
+the code.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ _CLASSES = {"AutoConfig": "MotifConfig", "AutoModel": "MotifModel", "AutoModelFo
 def add_code(folder: Path) -> Path:
     """Make a Motif model's folder load without motifarch, with ``trust_remote_code=True``.
 
-    Writes the code, and names its classes in the config's ``auto_map``; weights and other files are not touched. With
-    motifarch imported, the folder still loads as motifarch's own classes.
+    Writes the code, and names its classes in the config's ``auto_map``; weights and other files are
+    not touched. With motifarch imported, the folder still loads as motifarch's own classes.
 
     Args:
-        folder: a Hugging Face folder; one that was written by :func:`add_code` is brought up to date.
+        folder: a Hugging Face folder; one that was written by :func:`add_code` is brought up to
+            date.
 
     Returns:
         The file of code.

@@ -1,12 +1,15 @@
-"""The Motif models in one file, for transformers and PyTorch alone: grouped differential attention and PolyNorm.
+"""The Motif models in one file, for transformers and PyTorch alone: grouped differential attention
+and PolyNorm.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-Sources: differential attention (DIFF V1, arXiv 2410.05258), grouped differential attention (arXiv 2510.06949), DIFF V2
-(Microsoft, January 2026), PolyNorm (arXiv 2411.03884). With motifarch installed, ``import motifarch`` first and its own
-classes, which compute the same faster, load the folder instead.
+Sources: differential attention (DIFF V1, arXiv 2410.05258), grouped differential attention
+(arXiv 2510.06949), DIFF V2 (Microsoft, January 2026), PolyNorm (arXiv 2411.03884). With motifarch
+installed, ``import motifarch`` first and its own classes, which compute the same faster, load the
+folder instead.
 
-Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width, Hs signal and Hn noise heads.
+Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width, Hs signal and
+Hn noise heads.
 """
 
 from __future__ import annotations
@@ -39,13 +42,15 @@ class MotifConfig(PreTrainedConfig):
         num_key_value_heads: None means num_attention_heads.
         head_dim: D; None means hidden_size // num_attention_heads.
         num_noise_heads: None means half of the heads.
-        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or "softmax".
-        paired_kv: keys in pairs, one for signal and one for noise, and values of width 2D; None means yes for "gda"
-            and "diff_v1".
+        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or
+            "softmax".
+        paired_kv: keys in pairs, one for signal and one for noise, and values of width 2D; None
+            means yes for "gda" and "diff_v1".
         attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
         sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1".
         lambda_init: the constant of every layer's lambda; None means the one by depth.
-        lambda_init_depth_offset: added to the layer's index for that depth; None means -1 for "gda", 0 for "diff_v1".
+        lambda_init_depth_offset: added to the layer's index for that depth; None means -1 for
+            "gda", 0 for "diff_v1".
         sliding_window: tokens a query sees, itself included, if use_sliding_window.
     """
 
@@ -104,7 +109,9 @@ class MotifConfig(PreTrainedConfig):
 
 
 class PolyNorm(nn.Module):
-    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)``, in float32 (not rounded)."""
+    """``w0 n(x^3) + w1 n(x^2) + w2 n(x) + b`` with ``n(z) = z / sqrt(mean(z^2) + eps)``, in float32
+    (not rounded).
+    """
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -165,7 +172,8 @@ class MotifRotaryEmbedding(nn.Module):
 
 
 class MotifAttention(nn.Module):
-    """``softmax(Q1 K1^T) V - lambda softmax(Q2 K2^T) V``, then sub-norm or gate; or plain softmax attention.
+    """``softmax(Q1 K1^T) V - lambda softmax(Q2 K2^T) V``, then sub-norm or gate; or plain softmax
+    attention.
 
     Query heads lie as Hn blocks of [Hs / Hn signal heads, 1 noise head].
     """
@@ -211,7 +219,9 @@ class MotifAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
     ) -> Tensor:
-        """hidden_states (B, S, E), attention_mask (B, 1, S, keys) or None for plain causal -> (B, S, E)."""
+        """hidden_states (B, S, E), attention_mask (B, 1, S, keys) or None for plain causal ->
+        (B, S, E).
+        """
         query = self.q_norm(self._heads(self.q_proj(hidden_states), self.head_dim))
         key = self.k_norm(self._heads(self.k_proj(hidden_states), self.head_dim))
         query, key = _rotate(query, position_embeddings), _rotate(key, position_embeddings)
@@ -243,7 +253,9 @@ class MotifAttention(nn.Module):
         return out
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
-        """A scalar of the layer, or with "diff_v2" one for each token and signal head, (B, Hs, S, 1)."""
+        """A scalar of the layer, or with "diff_v2" one for each token and signal head,
+        (B, Hs, S, 1).
+        """
         if self.kind == "diff_v2":
             return torch.sigmoid(_wide(self.lambda_proj(hidden_states))).transpose(1, 2)[..., None]
         first = (_wide(self.lambda_q1) * _wide(self.lambda_k1)).sum()
@@ -355,7 +367,8 @@ class MotifModel(MotifPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, S, E) of input_ids (B, S) or inputs_embeds (B, S, E), after what the cache holds.
+        """Hidden states (B, S, E) of input_ids (B, S) or inputs_embeds (B, S, E), after what the
+        cache holds.
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds.
@@ -430,7 +443,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S, vocabulary), of the last ``logits_to_keep`` tokens alone if it is not 0, and labels' mean loss.
+        """Logits (B, S, vocabulary), of the last ``logits_to_keep`` tokens alone if it is not 0,
+        and labels' mean loss.
 
         Labels (B, S) are aligned with input_ids, -100 for none, and shifted here.
         """

@@ -1,4 +1,6 @@
-"""`motifarch benchmark all`: the benchmarks that this machine can run, one after another, joined in one report."""
+"""`motifarch benchmark all`: the benchmarks that this machine can run, one after another, joined in
+one report.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,9 @@ class Benchmarks:
         self._parts: dict[str, dict[str, Any]] = {p["name"]: p for p in _read(self.output / RESULTS).get("parts", ())}
 
     def run(self, old: dict[str, Any] | None) -> int:
-        """Runs what is asked for, reports, and compares with old results where there are any; the exit status."""
+        """Runs what is asked for, reports, and compares with old results where there are any; the
+        exit status.
+        """
         from motifarch.study.comparison import compare, show
         from motifarch.study.report import write_report
         from motifarch.train.stop import StopSignals
@@ -181,7 +185,9 @@ class Benchmarks:
         return int(any(self._parts[part.name]["status"] == "failed" for part in chosen))
 
     def _keep(self) -> None:
-        """Writes what there is, with the parts that this run was not asked for or has not come to yet."""
+        """Writes what there is, with the parts that this run was not asked for or has not come to
+        yet.
+        """
         from motifarch.train.manifest import write_json
 
         order = [part.name for part in PARTS]
@@ -192,7 +198,9 @@ class Benchmarks:
     def _show(
         self, bar: Progress, task: TaskID, begun: Sequence[Part], rest: Sequence[Part], elapsed: float, line: str
     ) -> None:
-        """Moves the bar: the last of those begun is at work, for so many seconds, and printed that line last."""
+        """Moves the bar: the last of those begun is at work, for so many seconds, and printed that
+        line last.
+        """
         spent, expected = sum(map(self._seconds, begun[:-1])), self._seconds(begun[-1])
         # One that takes longer than expected leaves the bar just short of its end.
         done = min(elapsed, 0.98 * expected)
@@ -293,7 +301,9 @@ class Benchmarks:
         return process.returncode
 
     def _name_what_cannot_run(self) -> None:
-        """A machine without a GPU has measured the paths for a CPU, which is not what most read the report for."""
+        """A machine without a GPU has measured the paths for a CPU, which is not what most read the
+        report for.
+        """
         if self.cuda or self.options.only:
             return
         reason = "torch sees no GPU here; the kernels above are those that a CPU runs"
@@ -312,7 +322,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _outcome(status: int, result: Path, log: Path, stopped: int) -> dict[str, Any]:
-    """What came of a process: figures that are whole count, whatever it had to complain about beside them."""
+    """What came of a process: figures that are whole count, whatever it had to complain about
+    beside them.
+    """
     if stopped:
         return {"status": "failed", "reason": "stopped by the user"}
     try:

@@ -1,14 +1,16 @@
-"""What the papers on differential attention argue from: where attention goes, how much of it cancels, what stands out.
+"""What the papers on differential attention argue from: where attention goes, how much of it
+cancels, what stands out.
 
-All maps are recomputed in float32 by the reference formula, a head and a document at a time, from the queries and keys
-that the layers really use. With A1 the softmax of a signal head, A2 that of its noise head and lambda as the layer has
-it, the layer weighs values by ``A = A1 - lambda A2`` (arXiv 2410.05258, equation 1). A's rows are no distributions:
-they sum to ``1 - lambda`` and have negative entries. Shares and entropies of A are therefore those of
-``|A| / sum |A|`` over the row, which for softmax attention (A2 absent) is the map itself, so that variants compare;
-those of A1 and A2 alone stand beside them. The definitions are ours. What they bear on: attention noise, and activation
-outliers by largest against typical magnitude, in arXiv 2410.05258; negative attention in "Understanding Differential
-Transformer Unchains Pretrained Self-Attentions" (arXiv 2505.16333); the first token in "Efficient Streaming Language
-Models with Attention Sinks" (arXiv 2309.17453).
+All maps are recomputed in float32 by the reference formula, a head and a document at a time, from
+the queries and keys that the layers really use. With A1 the softmax of a signal head, A2 that of
+its noise head and lambda as the layer has it, the layer weighs values by ``A = A1 - lambda A2``
+(arXiv 2410.05258, equation 1). A's rows are no distributions: they sum to ``1 - lambda`` and have
+negative entries. Shares and entropies of A are therefore those of ``|A| / sum |A|`` over the row,
+which for softmax attention (A2 absent) is the map itself, so that variants compare; those of A1 and
+A2 alone stand beside them. The definitions are ours. What they bear on: attention noise, and
+activation outliers by largest against typical magnitude, in arXiv 2410.05258; negative attention in
+"Understanding Differential Transformer Unchains Pretrained Self-Attentions" (arXiv 2505.16333); the
+first token in "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ SPIKE_DEVIATIONS = 6.0
 
 @torch.no_grad()
 def attention_statistics(model: MotifForCausalLM, rows: Sequence[Block]) -> dict[str, Any]:
-    """Statistics of attention and activations over packed rows, whose documents do not see each other.
+    """Statistics of attention and activations over packed rows, whose documents do not see each
+    other.
 
     A document's first token, which sees nothing but itself, counts as a key and not as a query.
 
@@ -46,17 +49,20 @@ def attention_statistics(model: MotifForCausalLM, rows: Sequence[Block]) -> dict
         rows: at least one; each goes through the model alone.
 
     Returns:
-        ``queries``, how many were looked at; ``uniform_first_token_share`` and ``uniform_entropy``, what attention that
-        is spread evenly over what it may see would have; and ``layers``, for each layer, means over heads and queries
-        (null where softmax attention has no such thing):
+        ``queries``, how many were looked at; ``uniform_first_token_share`` and ``uniform_entropy``,
+        what attention that is spread evenly over what it may see would have; and ``layers``, for
+        each layer, means over heads and queries (null where softmax attention has no such thing):
 
-        - first_token_share, entropy (nats): of ``|A| / sum |A|``; signal_... and noise_...: of A1 and A2;
+        - first_token_share, entropy (nats): of ``|A| / sum |A|``; signal_... and noise_...: of A1
+          and A2;
         - negative_share: what part of ``sum |A|`` is negative;
-        - cancelled_share: ``1 - sum |A| / (1 + |lambda|)``, what part of both maps' weight takes itself out;
+        - cancelled_share: ``1 - sum |A| / (1 + |lambda|)``, what part of both maps' weight takes
+          itself out;
         - lambda: the mean over tokens and heads;
         - largest_logit: of all heads, scaled, before the softmax;
-        - outlier_ratio, kurtosis: ``max |x| / rms(x)`` and the fourth standardised moment (3 for a normal distribution)
-          over all elements of the residual stream behind the layer; attention_...: of the attention block's output.
+        - outlier_ratio, kurtosis: ``max |x| / rms(x)`` and the fourth standardised moment
+          (3 for a normal distribution) over all elements of the residual stream behind the layer;
+          attention_...: of the attention block's output.
     """
     tallies = [_Tally() for _ in model.model.layers]
     with _watched(model, tallies):
@@ -239,12 +245,14 @@ def gradient_norm_spikes(
 ) -> int:
     """Steps whose gradient norm stands out from those before it.
 
-    A step counts where its norm is more than ``deviations`` robust standard deviations (1.4826 times the median
-    absolute deviation) above the median of the ``window`` finite norms before it, or is not finite. Median and
-    deviation, unlike a mean, are hardly moved by spikes before. The first ``window`` norms are only looked back at.
+    A step counts where its norm is more than ``deviations`` robust standard deviations (1.4826
+    times the median absolute deviation) above the median of the ``window`` finite norms before it,
+    or is not finite. Median and deviation, unlike a mean, are hardly moved by spikes before. The
+    first ``window`` norms are only looked back at.
 
     Args:
-        rows: a run's metrics (:func:`motifarch.train.metrics.read_metrics`), with a null for what was not finite.
+        rows: a run's metrics (:func:`motifarch.train.metrics.read_metrics`), with a null for what
+            was not finite.
         window: norms to compare with.
         deviations: how far above them a spike is.
     """

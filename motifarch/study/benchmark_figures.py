@@ -1,4 +1,6 @@
-"""Figures of the scripts in ``benchmarks/``, out of their JSON: who, at what size, how fast, with the middle half."""
+"""Figures of the scripts in ``benchmarks/``, out of their JSON: who, at what size, how fast, with
+the middle half.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Figure:
 
 
 def figures(content: Mapping[str, Any]) -> list[Figure]:
-    """All measurements in a benchmark's JSON; what was not the contender's best form is left out."""
+    """All measurements in a benchmark's JSON; what was not the contender's best form is left
+    out.
+    """
     found = []
     for name in _LISTS:
         for row in content.get(name) or ():

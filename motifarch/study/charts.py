@@ -1,4 +1,6 @@
-"""The charts of a report: lines with their names at their ends, loss by head ratio, intervals, heat maps."""
+"""The charts of a report: lines with their names at their ends, loss by head ratio, intervals, heat
+maps.
+"""
 
 from __future__ import annotations
 
@@ -254,7 +256,8 @@ def heat_map(
     return drawing(title, description, width, height, parts)
 
 
-# Below this luminance white is the clearer text, above it black (WCAG 2: each has 4.5:1 or more on its side).
+# Below this luminance white is the clearer text, above it black (WCAG 2: each has 4.5:1 or more on
+# its side).
 _DARK = 0.179
 _PALE = (243, 243, 241)
 _BLUES, _ORANGES = ((112, 171, 219), (8, 62, 108)), ((235, 160, 92), (132, 50, 0))
@@ -263,7 +266,8 @@ _BLUES, _ORANGES = ((112, 171, 219), (8, 62, 108)), ((235, 160, 92), (132, 50, 0
 def shade(share: float) -> str:
     """From deep orange (-1) over near white (0) to deep blue (1).
 
-    Lightness falls steadily to both sides, so that the size of a value reads in grey too; its sign is in its figure.
+    Lightness falls steadily to both sides, so that the size of a value reads in grey too; its sign
+    is in its figure.
     """
     middle, deep = _BLUES if share > 0 else _ORANGES
     place = 2 * min(abs(share), 1.0)

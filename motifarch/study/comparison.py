@@ -1,8 +1,8 @@
 """``--compare OLD.json``: what moved since, and whether it moved further than its noise.
 
-Losses of a study are compared seed by seed where both have the same seeds, and its speeds by Welch's test over runs,
-all corrected together after Holm. Figures of a benchmark, repeated within one process, have moved where the middle
-halves of old and new repetitions do not meet.
+Losses of a study are compared seed by seed where both have the same seeds, and its speeds by
+Welch's test over runs, all corrected together after Holm. Figures of a benchmark, repeated within
+one process, have moved where the middle halves of old and new repetitions do not meet.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
         old: the same, or a single benchmark's JSON, of an earlier time.
 
     Returns:
-        For JSON: "old" and "new" (date, commit, machine); "rows" (what, measure, old, new, change (relative), noise,
-        verdict ("moved", "within noise", "noise unknown" or "the same"), better (null unless it moved)); "notes".
+        For JSON: "old" and "new" (date, commit, machine); "rows" (what, measure, old, new, change
+        (relative), noise, verdict ("moved", "within noise", "noise unknown" or "the same"), better
+        (null unless it moved)); "notes".
 
     Raises:
         UserError: they have nothing in common.
@@ -147,7 +148,8 @@ def _compare_values(
     Args:
         new: by seed.
         old: by seed.
-        exact: whether a seed gives the same value again, so that pairs mean something; times do not.
+        exact: whether a seed gives the same value again, so that pairs mean something; times do
+            not.
     """
     means = estimate(list(old.values())), estimate(list(new.values()))
     if means[0] is None or means[1] is None:

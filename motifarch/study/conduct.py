@@ -1,4 +1,6 @@
-"""A study from its folder to its results: the sweep first, then the runs that are compared, then the joined figures."""
+"""A study from its folder to its results: the sweep first, then the runs that are compared, then
+the joined figures.
+"""
 
 import argparse
 import math
@@ -44,13 +46,15 @@ def conduct(
     Args:
         grid: the study.
         matched: its variants at all sizes.
-        options: of the command line: output, jobs, threads, retry_failed, and compare: earlier results, or None.
+        options: of the command line: output, jobs, threads, retry_failed, and compare: earlier
+            results, or None.
         command: the command line, for the record.
         fingerprint: of the prepared data.
         console: where to print.
 
     Returns:
-        The exit status: 0 if all is finished, 1 if a run failed, 128 plus the signal's number if one stopped it.
+        The exit status: 0 if all is finished, 1 if a run failed, 128 plus the signal's number if
+        one stopped it.
 
     Raises:
         UserError: the folder belongs to something else, or the machine has too few GPUs.
@@ -142,13 +146,17 @@ class Study:
             run.forget_failure()
 
     def open_sweep(self, *, failed: bool = False) -> list[Run]:
-        """Runs of the sweep that are not done, of variants without a rate; those that failed if asked for."""
+        """Runs of the sweep that are not done, of variants without a rate; those that failed if
+        asked for.
+        """
         status = "failed" if failed else "missing"
         known = self.rates.get(smallest_size(self.matched), {})
         return [run for run in self.sweep if run.matched.name not in known and run.status == status]
 
     def choose_rates(self) -> None:
-        """Keeps what was chosen before, adds the best of the sweep, and gives up variants that have none."""
+        """Keeps what was chosen before, adds the best of the sweep, and gives up variants that have
+        none.
+        """
         if not self.sweep:
             return
         swept = swept_rates(self.grid, self.matched, self.sweep)

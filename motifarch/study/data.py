@@ -38,7 +38,8 @@ def ensure_data(data: StudyData) -> Manifest:
         }
         argv = [text for source in data.source for text in ("--source", source)]
         argv += [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        # A process of its own, as all that a study runs: forking a pool is safe only where nothing else has run.
+        # A process of its own, as all that a study runs: forking a pool is safe only where nothing
+        # else has run.
         done = subprocess.run([sys.executable, "-m", "motifarch.data.prepare", *argv], check=False)
         if done.returncode == 130:
             raise KeyboardInterrupt

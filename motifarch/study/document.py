@@ -103,7 +103,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def decimals(values: Iterable[float], figures: int = 3) -> int:
-    """Decimals, from none to three, that give the largest of some values so many significant figures."""
+    """Decimals, from none to three, that give the largest of some values so many significant
+    figures.
+    """
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     return min(max(figures - 1 - math.floor(math.log10(largest)), 0), 3) if largest else figures - 1
 

@@ -1,4 +1,6 @@
-"""What a study's results say, before anyone draws or writes it: who ran, who differs, by how much, and how surely."""
+"""What a study's results say, before anyone draws or writes it: who ran, who differs, by how much,
+and how surely.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Variant:
 
     @property
     def ratio(self) -> int | None:
-        """Signal heads for each noise head of DIFF V1 (1) and GDA; None for layers of another kind."""
+        """Signal heads for each noise head of DIFF V1 (1) and GDA; None for layers of another
+        kind.
+        """
         return (self.row.get("ratio") or 1) if self.row["attention"] in ("diff_v1", "gda") else None
 
     @property
@@ -71,7 +75,9 @@ class Comparison:
     p_holm: float | None
     """The paired test's p after Holm's correction over all comparisons of the study."""
     shared: tuple[Estimate, float] | None
-    """The same difference with the noise of all variants of its size, and p; None where that is unknown."""
+    """The same difference with the noise of all variants of its size, and p; None where that is
+    unknown.
+    """
     shared_p_holm: float | None
 
     @property
@@ -110,7 +116,8 @@ class Study:
         self.sizes = list(dict.fromkeys(v.size for v in found))
         self.activations = list(dict.fromkeys(v.activation for v in found))
         """Feed-forwards that occur."""
-        # Softmax attention, rising head ratios, the rest: whatever the order in which a grid names them.
+        # Softmax attention, rising head ratios, the rest: whatever the order in which a grid names
+        # them.
         self.variants = sorted(
             found, key=lambda v: (self.sizes.index(v.size), self.activations.index(v.activation), *_order(v))
         )
@@ -136,14 +143,18 @@ class Study:
 
     @cached_property
     def main_group(self) -> list[Variant]:
-        """The one to speak of first: of the largest models, that with most head ratios and variants."""
+        """The one to speak of first: of the largest models, that with most head ratios and
+        variants.
+        """
         groups = [group for _, _, group in self.groups()]
         most = max(max(v.row["parameters"] for v in group) for group in groups)
         sizes = {v.size for v in self.variants if v.row["parameters"] == most}
         return max((g for g in groups if g[0].size in sizes), key=lambda g: (len(self.ratios(g)), len(g)))
 
     def panels(self) -> list[tuple[str, list[Variant]]]:
-        """What is drawn together, with a title: groups; one that is a single variant joins its size's largest."""
+        """What is drawn together, with a title: groups; one that is a single variant joins its
+        size's largest.
+        """
         groups = list(self.groups())
         found = []
         for size in self.sizes:
@@ -212,7 +223,8 @@ class Study:
         return estimate(list(self.values(variant, "validation_loss").values()))
 
     def reference(self, variants: Sequence[Variant]) -> Variant:
-        """What the variants of a group are compared with: differential attention with one noise head a signal head.
+        """What the variants of a group are compared with: differential attention with one noise
+        head a signal head.
 
         Without it softmax attention, and without that the first of them.
         """
@@ -240,7 +252,9 @@ class Study:
         return [v for v in finished if failed.count(v.name) == fewest]
 
     def best(self, variants: Sequence[Variant]) -> Variant | None:
-        """The lowest mean loss of the eligible, on the seeds that all of them finished; None where nothing finished."""
+        """The lowest mean loss of the eligible, on the seeds that all of them finished; None where
+        nothing finished.
+        """
         chosen = self.eligible(variants)
         losses = {v.name: self.values(v, "validation_loss") for v in chosen}
         shared = set.intersection(*(set(losses[v.name]) for v in chosen)) if chosen else set()
@@ -275,10 +289,11 @@ class Study:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Every variant against its group's reference, head ratios with each other, and PolyNorm against SwiGLU.
+        """Every variant against its group's reference, head ratios with each other, and PolyNorm
+        against SwiGLU.
 
-        Together they are the one family that p values are corrected for. All pairs of ratios are in it, so that the
-        best one may be compared with the rest although it was found by looking.
+        Together they are the one family that p values are corrected for. All pairs of ratios are in
+        it, so that the best one may be compared with the rest although it was found by looking.
         """
         pairs = []
         for _, _, group in self.groups():

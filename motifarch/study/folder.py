@@ -1,4 +1,6 @@
-"""A study's folder: it belongs to one grid, to one process at a time, and keeps what was decided once."""
+"""A study's folder: it belongs to one grid, to one process at a time, and keeps what was decided
+once.
+"""
 
 import contextlib
 import dataclasses
@@ -22,8 +24,9 @@ _LOCK = ".lock"
 def locked(folder: Path, say: Callable[[str], None], patience_s: float = 60.0) -> Iterator[int]:
     """Keeps other studies out of a folder.
 
-    The lock is passed on to the runs' processes (flock's outlive the process that took them), so that those of a study
-    that was killed are waited for: they end by themselves, see `motifarch.study.tied`.
+    The lock is passed on to the runs' processes (flock's outlive the process that took them), so
+    that those of a study that was killed are waited for: they end by themselves, see
+    `motifarch.study.tied`.
 
     Args:
         folder: the study's, made if need be.
@@ -60,7 +63,9 @@ def locked(folder: Path, say: Callable[[str], None], patience_s: float = 60.0) -
 
 
 class StudyFolder:
-    """`study.json`: the grid that the folder belongs to, and what was decided for all of its runs."""
+    """`study.json`: the grid that the folder belongs to, and what was decided for all of its
+    runs.
+    """
 
     def __init__(self, path: Path, grid: Grid) -> None:
         """Opens the folder for a grid.

@@ -1,4 +1,6 @@
-"""The grid of a head-ratio study: variants x sizes x seeds, read from YAML, and the rules between its fields."""
+"""The grid of a head-ratio study: variants x sizes x seeds, read from YAML, and the rules between
+its fields.
+"""
 
 import dataclasses
 import re
@@ -32,7 +34,9 @@ class VariantSpec:
     """An attention and an activation."""
 
     attention: Attention
-    """`softmax_mha` (as many key/value heads as query heads), `softmax_gqa`, `diff_v1` (1:1), `gda`, or `diff_v2`."""
+    """`softmax_mha` (as many key/value heads as query heads), `softmax_gqa`, `diff_v1` (1:1),
+    `gda`, or `diff_v2`.
+    """
 
     ratio: int | None = None
     """`gda`: signal heads for each noise head."""
@@ -54,7 +58,9 @@ class VariantSpec:
 
 @dataclass
 class SizeSpec:
-    """What the variants of one size share. Key/value and noise heads stay, signal heads follow from the ratio."""
+    """What the variants of one size share. Key/value and noise heads stay, signal heads follow from
+    the ratio.
+    """
 
     name: str
     """Names the size in tables and folders, such as 2m."""
@@ -72,16 +78,22 @@ class SizeSpec:
     """Noise heads of DIFF V1 and GDA."""
 
     intermediate_size: int
-    """Width of the feed-forward block in the reference variant; the others' follow from the matching."""
+    """Width of the feed-forward block in the reference variant; the others' follow from the
+    matching.
+    """
 
     intermediate_multiple: int = 8
-    """Feed-forward widths are multiples of this: smaller matches more closely, larger computes faster."""
+    """Feed-forward widths are multiples of this: smaller matches more closely, larger computes
+    faster.
+    """
 
     num_key_value_heads: int | None = None
-    """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head."""
+    """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head.
+    """
 
     num_query_heads: int | None = None
-    """Query heads of softmax attention, and half of DIFF V2's; null means hidden_size / head_dim."""
+    """Query heads of softmax attention, and half of DIFF V2's; null means hidden_size / head_dim.
+    """
 
     tokens: int | None = None
     """Training tokens of a run; null means the study's."""
@@ -108,7 +120,8 @@ class StudyData:
     """A folder written by `motifarch data prepare`."""
 
     source: list[str] = field(default_factory=list)
-    """What to prepare it from, as `motifarch data prepare --source` takes it; empty never prepares."""
+    """What to prepare it from, as `motifarch data prepare --source` takes it; empty never prepares.
+    """
 
     seq_len: int = 512
     """Tokens of a sequence."""
@@ -134,13 +147,17 @@ class LearningRate:
     """The peak learning rate of every variant at the smallest size."""
 
     sweep: list[float] = field(default_factory=list)
-    """Rates that each variant tries at the smallest size, with the first seed; the lowest validation loss wins."""
+    """Rates that each variant tries at the smallest size, with the first seed; the lowest
+    validation loss wins.
+    """
 
     tokens: int | None = None
     """Training tokens of a run of the sweep; null means a quarter of the study's."""
 
     transfer: Literal["same", "inverse_width"] = "same"
-    """Larger sizes take the smallest one's rate as it is, or times smallest / own hidden_size, as muP does."""
+    """Larger sizes take the smallest one's rate as it is, or times smallest / own hidden_size, as
+    muP does.
+    """
 
 
 @dataclass
@@ -166,17 +183,25 @@ class Grid:
     """Each seeds first weights and data order, alike for all variants."""
 
     match: Match = "parameters"
-    """What is made equal: `parameters`; `operations`, of training a token at the data's seq_len, attention included; or
-    `kv_cache`, the bytes a token keeps in generation (parameters are then matched as nearly as they can be)."""
+    """What is made equal: `parameters`; `operations`, of training a token at the data's seq_len,
+    attention included; or `kv_cache`, the bytes a token keeps in generation (parameters are then
+    matched as nearly as they can be).
+    """
 
     reference: str | None = None
-    """Name of the variant that the others are matched to, such as "gda 4:1 poly_norm"; null means the first."""
+    """Name of the variant that the others are matched to, such as "gda 4:1 poly_norm"; null means
+    the first.
+    """
 
     recipe: Recipe = field(default_factory=Recipe)
-    """Everything else of a run, as `motifarch train` takes it: batch, optim, validation, initializer_range, ..."""
+    """Everything else of a run, as `motifarch train` takes it: batch, optim, validation,
+    initializer_range, ...
+    """
 
     measure: MeasureOptions = field(default_factory=MeasureOptions)
-    """How much is measured after training: the retrieval probe, attention statistics, decoding speed."""
+    """How much is measured after training: the retrieval probe, attention statistics, decoding
+    speed.
+    """
 
     @property
     def reference_variant(self) -> VariantSpec:

@@ -1,4 +1,6 @@
-"""The learning rate of each variant at each size: given, the best of a sweep at the smallest size, or carried over."""
+"""The learning rate of each variant at each size: given, the best of a sweep at the smallest size,
+or carried over.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +11,9 @@ from motifarch.study.matching import Matched
 from motifarch.study.runs import RESULT, Run
 
 Rates = dict[str, dict[str, dict[str, Any]]]
-"""Size -> variant -> "learning_rate", "learning_rate_from" and, of a swept one, "learning_rate_at_edge"."""
+"""Size -> variant -> "learning_rate", "learning_rate_from" and, of a swept one,
+"learning_rate_at_edge".
+"""
 
 
 def smallest_size(matched: Sequence[Matched]) -> str:
@@ -28,7 +32,8 @@ def given_rates(grid: Grid, matched: Sequence[Matched]) -> Rates:
 
 
 def swept_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run]) -> Rates:
-    """The rate of the lowest validation loss for each variant; variants none of whose runs finished are left out.
+    """The rate of the lowest validation loss for each variant; variants none of whose runs finished
+    are left out.
 
     Args:
         grid: the study.

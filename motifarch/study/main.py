@@ -1,4 +1,6 @@
-"""`motifarch benchmark head-ratio`: variants of attention, made equal, trained, measured and reported."""
+"""`motifarch benchmark head-ratio`: variants of attention, made equal, trained, measured and
+reported.
+"""
 
 import argparse
 import shlex
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: ``STUDY.yaml --output DIR ... --field value ...``; the process's own where None.
 
     Returns:
-        0 if every run finished; 1 if some failed; 130 or 143 after Ctrl-C or SIGTERM, and the same command goes on.
+        0 if every run finished; 1 if some failed; 130 or 143 after Ctrl-C or SIGTERM, and the same
+        command goes on.
 
     Raises:
         UserError: Something that the user can mend.

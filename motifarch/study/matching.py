@@ -1,8 +1,9 @@
-"""Makes variants equal: the feed-forward width takes up what their heads differ in, and the model's own counts decide.
+"""Makes variants equal: the feed-forward width takes up what their heads differ in, and the model's
+own counts decide.
 
-Parameters are those of the model itself, built without memory; training operations are the model's `flops_per_token`
-(matrix products and attention, forward and backward, at the study's sequence length); the key/value cache is what its
-key and value projections put out for a token, in bfloat16.
+Parameters are those of the model itself, built without memory; training operations are the model's
+`flops_per_token` (matrix products and attention, forward and backward, at the study's sequence
+length); the key/value cache is what its key and value projections put out for a token, in bfloat16.
 """
 
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def match(grid: Grid, sequences: Sequences) -> list[Matched]:
         Sizes in the grid's order, and in each the variants in the grid's order.
 
     Raises:
-        UserError: variants that stay more than 1% away, with what was reached, the nearest widths and what would help.
+        UserError: variants that stay more than 1% away, with what was reached, the nearest widths
+            and what would help.
     """
     found: list[Matched] = []
     refused: list[str] = []
@@ -143,7 +145,9 @@ def _deviations(costs: Costs, target: Costs) -> dict[Match, float]:
 
 
 def _nearest(widths: _Widths, target: Costs, by: Match) -> int:
-    """The allowed feed-forward width whose cost is nearest the target's; the cache does not depend on it."""
+    """The allowed feed-forward width whose cost is nearest the target's; the cache does not depend
+    on it.
+    """
     cost, unit = _cost("parameters" if by == "kv_cache" else by), widths.size.intermediate_multiple
     one, two = cost(widths(unit)), cost(widths(2 * unit))
     # Costs grow by the same amount with each unit of width.
@@ -163,7 +167,8 @@ def _refusal(grid: Grid, matched: Matched, widths: _Widths, reference: _Widths, 
     nearest = [w for w in (width - unit, width, width + unit) if w > 0]
     reached = ", ".join(f"{_deviations(widths(w), target)[by]:+.2%} with a feed-forward of {w}" for w in nearest)
     if width == unit and matched.deviations[by] > 0:
-        # What the reference would have to cost for the variant to reach it with a feed-forward as wide as its heads.
+        # What the reference would have to cost for the variant to reach it with a feed-forward as
+        # wide as its heads.
         wanted = cost(widths(max(unit, size.hidden_size)))
         slope = cost(reference(size.intermediate_size + 1)) - cost(target)
         enough = size.intermediate_size + int((wanted - cost(target)) / slope) + 1

@@ -1,4 +1,5 @@
-"""What is measured of a finished run besides its losses: the retrieval probe, attention statistics and speed.
+"""What is measured of a finished run besides its losses: the retrieval probe, attention statistics
+and speed.
 
 As a process: ``python -m motifarch.study.measure RUN --output FILE``.
 """
@@ -35,7 +36,9 @@ class MeasureOptions:
     """How much is measured: more takes longer and errs less."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of the probe's contexts; empty for a quarter, a half and all of the training sequences' length."""
+    """Tokens of the probe's contexts; empty for a quarter, a half and all of the training
+    sequences' length.
+    """
 
     depths: tuple[float, ...] = DEPTHS
     """Where in them the lines lie, from 0 to 1, ascending."""
@@ -77,17 +80,19 @@ def measure(
 
     Args:
         run: the run's output folder.
-        seed: of the probe's questions: runs on the same data with the same seed and options are asked the same.
+        seed: of the probe's questions: runs on the same data with the same seed and options are
+            asked the same.
         device: for example "cpu" or "cuda".
         options: how much; default ``MeasureOptions()``.
         show: told what is being measured.
 
     Returns:
         For JSON: "probe" (as :func:`motifarch.study.probe.probe` describes it), "attention" (
-        :func:`motifarch.study.attention_statistics.attention_statistics`, and gradient_norm_spikes of the whole run)
-        and "speed" (:func:`motifarch.study.speed.training_speed` and :func:`~motifarch.study.speed.decoding_speed`).
-        Probe and attention are computed in float32, and decoding is timed in the precision that the run computed in,
-        which "speed" has as decode_dtype.
+        :func:`motifarch.study.attention_statistics.attention_statistics`, and gradient_norm_spikes
+        of the whole run) and "speed" (:func:`motifarch.study.speed.training_speed` and
+        :func:`~motifarch.study.speed.decoding_speed`). Probe and attention are computed in float32,
+        and decoding is timed in the precision that the run computed in, which "speed" has as
+        decode_dtype.
 
     Raises:
         UserError: there is no finished run, or its data is gone; the message names the fix.

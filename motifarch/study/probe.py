@@ -1,20 +1,24 @@
-"""A retrieval probe that needs no training: multi-query associative recall in the form of the text itself.
+"""A retrieval probe that needs no training: multi-query associative recall in the form of the text
+itself.
 
-Lines ``name = "value"`` stand at given depths of text from the validation split, which ends with one of the names asked
-again: ``name = "``. The model should go on with that name's value. Names and values are words that the run's tokenizer
-writes as one token, drawn anew for every context, so nothing can be known but from the context. After "Zoology:
-Measuring and Improving Recall in Efficient Language Models" (arXiv 2312.04927) and the needle in a haystack.
+Lines ``name = "value"`` stand at given depths of text from the validation split, which ends with
+one of the names asked again: ``name = "``. The model should go on with that name's value. Names and
+values are words that the run's tokenizer writes as one token, drawn anew for every context, so
+nothing can be known but from the context. After "Zoology: Measuring and Improving Recall in
+Efficient Language Models" (arXiv 2312.04927) and the needle in a haystack.
 
-Contexts come in twins that differ in nothing but the values, and every name of each is asked. Small models are often no
-better than chance at choosing; the paired differences show what they have read long before:
+Contexts come in twins that differ in nothing but the values, and every name of each is asked. Small
+models are often no better than chance at choosing; the paired differences show what they have read
+long before:
 
-- gain: the log-probability of the right value, less that of the same word in the twin, where the line holds another:
-  whether a value is read out of the context at all;
-- binding: the log-probability of the right value, less that of the same word in the same context when the other names
-  are asked: whether it is tied to its name.
+- gain: the log-probability of the right value, less that of the same word in the twin, where the
+  line holds another: whether a value is read out of the context at all;
+- binding: the log-probability of the right value, less that of the same word in the same context
+  when the other names are asked: whether it is tied to its name.
 
-Both are 0 for a model that sees no further than the question. Nothing but the line's value, or but the name asked,
-differs within a pair, so neither a word's frequency nor its place is in the difference.
+Both are 0 for a model that sees no further than the question. Nothing but the line's value, or but
+the name asked, differs within a pair, so neither a word's frequency nor its place is in the
+difference.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ from motifarch.study.speed import fill_cache
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""Contexts (N, C) and questions on each (N, P, Q), int64 -> log-probabilities of what follows each, (N, P, V)."""
+"""Contexts (N, C) and questions on each (N, P, Q), int64 -> log-probabilities of what follows each,
+(N, P, V).
+"""
 
 # Words to draw names and values from, and how many of the tokenizer's are tried for them.
 _WORDS = 256
@@ -69,13 +75,16 @@ class Lines:
         return [*self.question(name), value, *self.tail]
 
     def shortest(self, depths: Sequence[float]) -> int:
-        """Tokens of the shortest context with a line at each of ``depths``, and filler before, between and behind."""
+        """Tokens of the shortest context with a line at each of ``depths``, and filler before,
+        between and behind.
+        """
         question = len(self.question(0))
         return len(depths) * (question + 1 + len(self.tail)) + question + len(depths) + 1
 
 
 def find_lines(tokenizer: PreTrainedTokenizerBase, data: PackedDataset) -> Lines:
-    """Finds the words that a tokenizer writes as one token, wherever a line has them, the commonest first.
+    """Finds the words that a tokenizer writes as one token, wherever a line has them, the commonest
+    first.
 
     Args:
         tokenizer: that of the data.
@@ -120,7 +129,9 @@ class Questions:
     contexts: Tensor
     """(pairs, 2, C) int64: of each pair the twins, up to the question."""
     questions: Tensor
-    """(pairs, P, Q) int64: of each pair the question for every name, up to the value; C + Q is the length."""
+    """(pairs, P, Q) int64: of each pair the question for every name, up to the value; C + Q is the
+    length.
+    """
     values: Tensor
     """(pairs, 2, P) int64: what the twins' lines hold, in the order of depth."""
 
@@ -138,14 +149,16 @@ def make_questions(
 
     Args:
         lines: from :func:`find_lines`.
-        datasets: validation splits, whose text is the filler, without the tokens that end documents.
+        datasets: validation splits, whose text is the filler, without the tokens that end
+            documents.
         length: L, tokens up to the value asked for.
         pairs: of twins.
         seed: for names, values and filler.
         depths: P, ascending: how much of the filler comes before each line, from 0 to 1.
 
     Raises:
-        ValueError: ``length`` is less than ``lines.shortest(depths)``, or there are fewer than 3 P words.
+        ValueError: ``length`` is less than ``lines.shortest(depths)``, or there are fewer than 3 P
+            words.
     """
     count = len(depths)
     if length < lines.shortest(depths):
@@ -171,7 +184,9 @@ def make_questions(
 
 
 def _filler(datasets: Sequence[PackedDataset], rng: np.random.Generator, count: int) -> list[int]:
-    """So many tokens of consecutive rows, from one chosen at random on; after the last comes the first."""
+    """So many tokens of consecutive rows, from one chosen at random on; after the last comes the
+    first.
+    """
     data = datasets[int(rng.integers(len(datasets)))]
     row, found = int(rng.integers(len(data))), list[int]()
     while len(found) < count:
@@ -191,8 +206,8 @@ def ask(questions: Questions, score: Scorer, *, rows: int = 8) -> np.ndarray:
         rows: contexts in one call.
 
     Returns:
-        (pairs, 2, P, 2, P) float64: the log-probability, for each pair, twin and name asked, of the words that each
-        twin's lines hold.
+        (pairs, 2, P, 2, P) float64: the log-probability, for each pair, twin and name asked, of the
+        words that each twin's lines hold.
     """
     pairs, twins, _ = questions.contexts.shape
     count = questions.questions.shape[1]
@@ -269,7 +284,8 @@ def probe(
         score: the model.
         lines: from :func:`find_lines`.
         datasets: validation splits.
-        lengths: tokens up to the value; one too short for the lines is lengthened as far as they need.
+        lengths: tokens up to the value; one too short for the lines is lengthened as far as they
+            need.
         samples: contexts of each length, an even number.
         seed: of the questions.
         depths: of the lines, ascending.
@@ -277,9 +293,10 @@ def probe(
         show: told which length is asked.
 
     Returns:
-        For JSON: task, lengths, depths, samples, chance (of accuracy); accuracy, loss, gain and binding as a list of
-        depths for each length; gain_error and binding_error likewise, their standard errors over pairs; and overall, a
-        mean and error of each over all lengths and depths.
+        For JSON: task, lengths, depths, samples, chance (of accuracy); accuracy, loss, gain and
+        binding as a list of depths for each length; gain_error and binding_error likewise, their
+        standard errors over pairs; and overall, a mean and error of each over all lengths and
+        depths.
     """
     if samples < 4 or samples % 2:
         raise UserError(f"the probe's samples is {samples}; contexts come in twins: give an even number, at least 4")

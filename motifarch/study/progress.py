@@ -1,4 +1,6 @@
-"""How a whole study goes: a bar for it and for each run, with the time left; lines where there is no terminal."""
+"""How a whole study goes: a bar for it and for each run, with the time left; lines where there is
+no terminal.
+"""
 
 import time
 from collections.abc import Iterable
@@ -12,7 +14,9 @@ from motifarch.train.progress import duration
 
 
 class StudyProgress:
-    """Time left is judged by the training operations done since the start, whatever else took its time."""
+    """Time left is judged by the training operations done since the start, whatever else took its
+    time.
+    """
 
     def __init__(self, console: Console, runs: Iterable[Run]) -> None:
         """Starts the clock.
@@ -59,7 +63,9 @@ class StudyProgress:
         self._bars.update(self._all, completed=self._done() / max(self._total(), 1.0), state=self.left())
 
     def end(self, run: Run, outcome: str) -> None:
-        """Takes a run's bar away and says what came of it; one that is not finished is no longer waited for."""
+        """Takes a run's bar away and says what came of it; one that is not finished is no longer
+        waited for.
+        """
         if run.status == "finished":
             self._steps[run.folder] = run.steps
         else:

@@ -1,4 +1,6 @@
-"""The report of a study, or of every benchmark, from results as JSON has them: one HTML page, and it in Markdown."""
+"""The report of a study, or of every benchmark, from results as JSON has them: one HTML page, and
+it in Markdown.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
     """Writes report.html and report.md.
 
     Args:
-        results: what a study's ``results.json`` or the ``all.json`` of ``motifarch benchmark all`` holds. A
-            ``comparison`` among it, from :func:`motifarch.study.comparison.compare`, gets a section.
+        results: what a study's ``results.json`` or the ``all.json`` of ``motifarch benchmark all``
+            holds. A ``comparison`` among it, from :func:`motifarch.study.comparison.compare`, gets
+            a section.
         folder: where to; made if need be. Pictures that ``all.json`` names lie there too.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The report's answer: which head ratio is best, by how much, how surely, and whether that is what the paper says."""
+"""The report's answer: which head ratio is best, by how much, how surely, and whether that is what
+the paper says.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,17 @@ from motifarch.study.report_limits import COSTS, millions
 from motifarch.study.statistics import CONFIDENCE
 
 CLAIMED_RATIO, CLAIMED_SHARE = 4, 0.025
-"""Lim et al., "Grouped Differential Attention" (arXiv 2510.06949): about 2.5% over 1:1 at equal cost, up to 4:1."""
+"""Lim et al., "Grouped Differential Attention" (arXiv 2510.06949): about 2.5% over 1:1 at equal
+cost, up to 4:1.
+"""
 
 
 def answer(study: Study, group: Sequence[Variant]) -> tuple[str, str]:
     """The answer for variants that differ in nothing but their attention.
 
     Returns:
-        Which ratio is best, by how much and how surely; and how the other variants and the paper's claim stand to it.
+        Which ratio is best, by how much and how surely; and how the other variants and the paper's
+        claim stand to it.
     """
     ratios = [v for v in study.ratios(group) if study.loss(v)]
     best = study.best(ratios)
@@ -25,7 +30,8 @@ def answer(study: Study, group: Sequence[Variant]) -> tuple[str, str]:
         return "No run of a head ratio has finished: there is no answer yet.", ""
     if len(ratios) < 2:
         return f"Only one head ratio has finished runs, {_ratio(best)}: there is nothing to compare it with.", ""
-    # Of those that ran on its seeds: against 1:1, which the paper improves on, or against the next best.
+    # Of those that ran on its seeds: against 1:1, which the paper improves on, or against the next
+    # best.
     others = [c for v in ratios if v is not best and (c := study.compared(best, v)) and c.paired]
     eligible = study.eligible(ratios)
     rivals = [c for c in others if c.reference in eligible] or others
@@ -63,7 +69,9 @@ def _answer(study: Study, best: Variant, count: str, first: Comparison | None, o
 
 
 def _price(study: Study, best: Variant, reference: Variant) -> str:
-    """What the best takes more or less of than the one it is compared with: equal in one cost is not in all."""
+    """What the best takes more or less of than the one it is compared with: equal in one cost is
+    not in all.
+    """
     by = study.results["matching"]["by"]
     shares = {what: best.row[key] / reference.row[key] - 1 for k, (key, what) in COSTS.items() if k != by}
     said = [

@@ -55,7 +55,9 @@ def _curves_of(study: Study, title: str, group: Sequence[Variant]) -> list[Block
 
 
 def _difference(study: Study, variant: Variant, reference: Variant) -> list[tuple[float, float]]:
-    """Variant minus reference over tokens, on the seeds that both finished: others would add what seeds do."""
+    """Variant minus reference over tokens, on the seeds that both finished: others would add what
+    seeds do.
+    """
     own, plain = ({run["seed"]: run for run in study.runs_of(v)} for v in (variant, reference))
     shared = [seed for seed in own if seed in plain]
     curve, baseline = (_mean_curve([runs[seed] for seed in shared], "validation", 0, 2) for runs in (own, plain))

@@ -1,4 +1,6 @@
-"""A document as one HTML page that needs nothing else: no script, no font, no picture from elsewhere."""
+"""A document as one HTML page that needs nothing else: no script, no font, no picture from
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a study cannot say: its size, text, seeds, learning rates, and what was not equal or not measured alone."""
+"""What a study cannot say: its size, text, seeds, learning rates, and what was not equal or not
+measured alone.
+"""
 
 from __future__ import annotations
 

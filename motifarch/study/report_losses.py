@@ -1,4 +1,6 @@
-"""The report's main part: which variant has the lowest loss, by how much, and whether seeds alone could explain it."""
+"""The report's main part: which variant has the lowest loss, by how much, and whether seeds alone
+could explain it.
+"""
 
 from __future__ import annotations
 

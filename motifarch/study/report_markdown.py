@@ -1,4 +1,6 @@
-"""A document as Markdown: the same statements and tables; its drawings are in the page alone, which it links to."""
+"""A document as Markdown: the same statements and tables; its drawings are in the page alone, which
+it links to.
+"""
 
 from __future__ import annotations
 

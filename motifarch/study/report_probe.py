@@ -1,4 +1,6 @@
-"""The report's retrieval probe: means over all questions, and maps by length and depth of what shows anything."""
+"""The report's retrieval probe: means over all questions, and maps by length and depth of what
+shows anything.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class _Measure:
     """Significant ones of the largest value in a map."""
 
 
-# What shows first comes first: models read a value out of the context long before they answer right.
+# What shows first comes first: models read a value out of the context long before they answer
+# right.
 _MEASURES = (
     _Measure("gain", "Gain", "nats", "nats that the context adds to the right value"),
     _Measure("binding", "Binding", "nats", "nats that the right name adds to its value"),
@@ -78,7 +81,8 @@ def _table(study: Study, measures: Sequence[_Measure]) -> Table:
 
 
 def _above_chance(study: Study, measure: _Measure, about: Mapping[str, Any]) -> list[Variant] | None:
-    """Variants that are clearly above it; None where results do not say how far questions alone lead astray.
+    """Variants that are clearly above it; None where results do not say how far questions alone
+    lead astray.
 
     All runs are asked the same, so that a mean over seeds errs as much as one of them.
     """
@@ -95,7 +99,9 @@ def _above_chance(study: Study, measure: _Measure, about: Mapping[str, Any]) -> 
 
 
 def _drawn(study: Study, measures: Sequence[_Measure], about: Mapping[str, Any]) -> list[_Measure]:
-    """Gain whatever it is; accuracy only where it is above chance, and binding where accuracy is not."""
+    """Gain whatever it is; accuracy only where it is above chance, and binding where accuracy is
+    not.
+    """
     clear = {m.name for m in measures if _above_chance(study, m, about) != []}
     second = "accuracy" if "accuracy" in clear else "binding" if "binding" in clear else None
     return [m for m in measures if m.name in ("gain", second)]
@@ -117,7 +123,8 @@ def _at_chance(study: Study, measures: Sequence[_Measure], about: Mapping[str, A
 def _maps(study: Study, measure: _Measure, about: Mapping[str, Any]) -> Pictures:
     found = [(v, x.mean(axis=0)) for v in study.variants if (x := _values(study, v, measure)) is not None]
     chance = _chance(measure, about)
-    # Of accuracy, all questions right is the deepest: a little above chance is to look like a little.
+    # Of accuracy, all questions right is the deepest: a little above chance is to look like a
+    # little.
     farthest = max(float(np.nanmax(np.abs(x - chance))) for _, x in found)
     reach = measure.scale - chance if measure.name == "accuracy" else farthest
     digits = decimals((float(v) for _, x in found for v in x.flat), measure.figures)

@@ -1,4 +1,6 @@
-"""The report's last part: how variants were made equal, which runs failed, and how to repeat all of it."""
+"""The report's last part: how variants were made equal, which runs failed, and how to repeat all of
+it.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def failures(study: Study) -> Section | None:
 
 
 def short_error(error: str, limit: int = 400) -> str:
-    """The last lines of an error, where the reason is, without the folders of the machine that it happened on."""
+    """The last lines of an error, where the reason is, without the folders of the machine that it
+    happened on.
+    """
     error = _FOLDERS.sub("…/", " ".join(error.split()))
     return error if len(error) <= limit else f"… {error[-limit:]}"
 

@@ -1,6 +1,9 @@
-"""The report's style sheet: one column of text, quiet tables, the reader's own fonts; light, dark, paper and phone."""
+"""The report's style sheet: one column of text, quiet tables, the reader's own fonts; light, dark,
+paper and phone.
+"""
 
-# Series colours after Okabe and Ito, darkened (or, on dark, lightened) to a contrast of 3:1 with the page.
+# Series colours after Okabe and Ito, darkened (or, on dark, lightened) to a contrast of 3:1 with
+# the page.
 _LIGHT = ("#5c5c5c", "#8a8276", "#c44e00", "#a87200", "#00805d", "#0063a6", "#2f8cc4", "#a8487c")
 _DARK = ("#b4b4b4", "#8f8a80", "#ff8a4a", "#e3ae3a", "#37c79a", "#5eb3f2", "#9ad6f7", "#e094bd")
 

@@ -19,7 +19,8 @@ CURVE_POINTS = 200
 def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
     """A finished run's result: its curve, its losses, and what was measured.
 
-    Seconds are those of training steps alone, summed over resumes; validation, saving and starting are left out.
+    Seconds are those of training steps alone, summed over resumes; validation, saving and starting
+    are left out.
 
     Raises:
         UserError: it did not come to a finite validation loss.
@@ -47,7 +48,9 @@ def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
 
 
 def _curve(rows: Sequence[dict[str, Any]], at: dict[int, tuple[int, float]]) -> list[list[Any]]:
-    """At most CURVE_POINTS stretches of steps: (tokens, seconds) at the end, mean loss, largest gradient norm."""
+    """At most CURVE_POINTS stretches of steps: (tokens, seconds) at the end, mean loss, largest
+    gradient norm.
+    """
     length = -(-len(rows) // CURVE_POINTS)
     points = []
     for first in range(0, len(rows), length):

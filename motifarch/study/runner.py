@@ -1,4 +1,6 @@
-"""Runs a study's runs, each in processes of its own: side by side, resumable one by one, and none stops the others."""
+"""Runs a study's runs, each in processes of its own: side by side, resumable one by one, and none
+stops the others.
+"""
 
 import dataclasses
 import json
@@ -90,7 +92,9 @@ class Runner:
         self._active: list[_Active] = []
 
     def run(self, runs: Sequence[Run]) -> None:
-        """Runs those that are given, until all have ended or the study is to stop: then they save."""
+        """Runs those that are given, until all have ended or the study is to stop: then they
+        save.
+        """
         waiting = deque(runs)
         try:
             while (waiting or self._active) and not self._stopped():
@@ -207,7 +211,9 @@ def _tail(log: Path) -> list[str]:
 
 
 def _reason(tail: Sequence[str], status: int) -> str:
-    """What a process says of its end: its own error line, an exception's last line, or what the status means."""
+    """What a process says of its end: its own error line, an exception's last line, or what the
+    status means.
+    """
     if status == -signal.SIGKILL:
         return "killed (signal 9), which mostly means that memory ran out"
     if status < 0:

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 
-# The prompt goes through the model so many tokens at a time: eager attention maps of a long one would fill the memory.
+# The prompt goes through the model so many tokens at a time: eager attention maps of a long one
+# would fill the memory.
 _PROMPT_PART = 256
 
 
@@ -26,8 +27,9 @@ def training_speed(rows: Sequence[Mapping[str, Any]], *, warmup: float = 0.1) ->
         warmup: the share of steps at the start that is left out, at least one.
 
     Returns:
-        train_tokens_per_s and model_tflops, medians over the steps that are left; and peak_memory_bytes over all: on a
-        GPU the allocator's, on a CPU the largest resident set of the process.
+        train_tokens_per_s and model_tflops, medians over the steps that are left; and
+        peak_memory_bytes over all: on a GPU the allocator's, on a CPU the largest resident set of
+        the process.
 
     Raises:
         UserError: there are fewer than two steps.
@@ -45,18 +47,21 @@ def training_speed(rows: Sequence[Mapping[str, Any]], *, warmup: float = 0.1) ->
 def decoding_speed(
     model: MotifForCausalLM, ids: Tensor, *, new_tokens: int = 64, repeats: int = 5
 ) -> dict[str, float | int]:
-    """Speed of ``model.generate`` after a prompt that is in the cache already, and what the cache takes.
+    """Speed of ``model.generate`` after a prompt that is in the cache already, and what the cache
+    takes.
 
     Args:
         model: in evaluation mode.
-        ids: (B, prompt + 1), for generate always has a token to begin with: the last is not cached beforehand.
+        ids: (B, prompt + 1), for generate always has a token to begin with: the last is not cached
+            beforehand.
         new_tokens: made for each row, greedily.
         repeats: timed calls; one before them is not counted.
 
     Returns:
-        decode_tokens_per_s, of all rows together, the median of the repeats; prefill_tokens; and kv_bytes_per_token,
-        the bytes of a row's keys and values over its tokens, all layers together. (A sliding window keeps the last
-        tokens only, and so costs less for each of a longer prompt.)
+        decode_tokens_per_s, of all rows together, the median of the repeats; prefill_tokens; and
+        kv_bytes_per_token, the bytes of a row's keys and values over its tokens, all layers
+        together. (A sliding window keeps the last tokens only, and so costs less for each of a
+        longer prompt.)
     """
     anything: Any = model  # transformers types generate for a protocol that no model is known to follow
     rates = []
@@ -93,7 +98,9 @@ def fill_cache(model: MotifForCausalLM, ids: Tensor) -> DynamicCache:
 
 
 def kv_bytes_per_token(cache: DynamicCache, tokens: int) -> int:
-    """Bytes of all keys and values that a cache has allocated, for each of the ``tokens`` (rows times length)."""
+    """Bytes of all keys and values that a cache has allocated, for each of the ``tokens``
+    (rows times length).
+    """
     layers: list[Any] = cache.layers
     return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values)) // tokens
 

@@ -1,14 +1,17 @@
-"""What a few seeds allow to say: intervals, paired differences, corrected significance, and what could have been seen.
+"""What a few seeds allow to say: intervals, paired differences, corrected significance, and what
+could have been seen.
 
-Seeds are drawn at random and their losses taken as normal, so intervals are Student's t. Variants are compared pair by
-pair on the seeds that both finished: such runs share data order and initial scale, and what a seed does to both cancels
-in their difference. Three seeds leave a single pair's noise almost unknown; where all variants may be taken to be
-equally noisy, :func:`shared_noise` estimates it from all of them (the residual of a randomised block design).
+Seeds are drawn at random and their losses taken as normal, so intervals are Student's t. Variants
+are compared pair by pair on the seeds that both finished: such runs share data order and initial
+scale, and what a seed does to both cancels in their difference. Three seeds leave a single pair's
+noise almost unknown; where all variants may be taken to be equally noisy, :func:`shared_noise`
+estimates it from all of them (the residual of a randomised block design).
 
-Sources: Student, "The probable error of a mean", Biometrika 6 (1908); Holm, "A simple sequentially rejective multiple
-test procedure", Scandinavian Journal of Statistics 6 (1979); Fisher, "The Design of Experiments" (1935), for blocks;
-Welch, "The generalization of Student's problem", Biometrika 34 (1947); Cohen, "Statistical Power Analysis for the
-Behavioral Sciences" (1988), for the power of the paired t test, from the noncentral t distribution.
+Sources: Student, "The probable error of a mean", Biometrika 6 (1908); Holm, "A simple sequentially
+rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979); Fisher, "The Design
+of Experiments" (1935), for blocks; Welch, "The generalization of Student's problem", Biometrika 34
+(1947); Cohen, "Statistical Power Analysis for the Behavioral Sciences" (1988), for the power of the
+paired t test, from the noncentral t distribution.
 """
 
 from __future__ import annotations
@@ -100,7 +103,8 @@ def paired(
     Args:
         variant: seed -> value of the finished runs.
         reference: the same of what it is compared with.
-        confidence: of the interval; 1 - confidence is the significance level that ``detectable`` is for.
+        confidence: of the interval; 1 - confidence is the significance level that ``detectable`` is
+            for.
 
     Returns:
         None where no seed finished for both.
@@ -124,7 +128,8 @@ def _two_sided(mean: float, error: float, freedom: float) -> float:
 
 
 def shared_noise(values: Mapping[str, Mapping[int, float]]) -> Noise | None:
-    """The noise of a single run, from all variants together: value = variant + seed + noise, by least squares.
+    """The noise of a single run, from all variants together: value = variant + seed + noise, by
+    least squares.
 
     It holds as far as all variants are equally noisy and a seed moves all of them alike.
 
@@ -162,10 +167,12 @@ def with_noise(difference: Estimate, noise: Noise, confidence: float = CONFIDENC
 
 
 def welch(old: Sequence[float], new: Sequence[float], confidence: float = CONFIDENCE) -> tuple[Estimate, float] | None:
-    """How the mean of new values differs from that of old ones that have nothing in common with them (Welch's t).
+    """How the mean of new values differs from that of old ones that have nothing in common with
+    them (Welch's t).
 
     Returns:
-        New minus old with its interval, and the p value; None where either has fewer than two values.
+        New minus old with its interval, and the p value; None where either has fewer than two
+        values.
     """
     if len(old) < 2 or len(new) < 2:
         return None
@@ -180,11 +187,12 @@ def welch(old: Sequence[float], new: Sequence[float], confidence: float = CONFID
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p values for being several, after Holm: rejecting those at most alpha errs anywhere with at most alpha.
+    """Adjust p values for being several, after Holm: rejecting those at most alpha errs anywhere
+    with at most alpha.
 
     Args:
-        p_values: of all comparisons that are looked at together; None for one that could not be tested, which does not
-            count.
+        p_values: of all comparisons that are looked at together; None for one that could not be
+            tested, which does not count.
 
     Returns:
         The adjusted values in the same order, each at most 1.

@@ -1,7 +1,8 @@
-"""The parts of small charts: SVG elements, scales, axes, markers, labels that keep clear of each other.
+"""The parts of small charts: SVG elements, scales, axes, markers, labels that keep clear of each
+other.
 
-Colours are CSS variables of the page, so that one drawing serves light, dark and print. Nothing is told by colour
-alone: every series has a marker of its own and a label at its end.
+Colours are CSS variables of the page, so that one drawing serves light, dark and print. Nothing is
+told by colour alone: every series has a marker of its own and a label at its end.
 """
 
 from __future__ import annotations
@@ -155,12 +156,15 @@ def grid(
 
 
 def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves labels as little as needed so that neighbours are ``gap`` apart, within bounds as far as there is room."""
+    """Moves labels as little as needed so that neighbours are ``gap`` apart, within bounds as far
+    as there is room.
+    """
     if not places:
         return []
     order = np.argsort(places, kind="stable")
     steps = gap * np.arange(len(places))
-    # Less their steps, places that are far enough apart are those that never fall: isotonic regression.
+    # Less their steps, places that are far enough apart are those that never fall: isotonic
+    # regression.
     level = optimize.isotonic_regression(np.asarray(places, dtype=float)[order] - steps).x
     level = np.clip(level, low, max(low, high - steps[-1]))
     moved = np.empty(len(places))

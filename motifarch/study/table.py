@@ -10,7 +10,9 @@ from motifarch.study.matching import TOLERANCE, UNITS, Matched
 
 
 def tables(grid: Grid, matched: Sequence[Matched]) -> Iterator[Table]:
-    """A table for each size: heads, feed-forward width, and every cost with its difference from the reference."""
+    """A table for each size: heads, feed-forward width, and every cost with its difference from the
+    reference.
+    """
     for size in grid.sizes:
         yield _table(grid, size, [m for m in matched if m.size.name == size.name])
 

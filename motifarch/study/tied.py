@@ -1,7 +1,8 @@
-"""``python tied.py PARENT COMMAND ...``: becomes the command, which ends with its parent (on Linux).
+"""``python tied.py PARENT COMMAND ...``: becomes the command, which ends with its parent
+(on Linux).
 
-A run that outlived a killed study would go on writing into a folder that the next start resumes. SIGTERM is what it
-gets, at which training saves first.
+A run that outlived a killed study would go on writing into a folder that the next start resumes.
+SIGTERM is what it gets, at which training saves first.
 """
 
 import ctypes

@@ -1,8 +1,10 @@
-"""Heads of each variant at a size: what the attention's name, the ratio and the size's shared counts come to.
+"""Heads of each variant at a size: what the attention's name, the ratio and the size's shared
+counts come to.
 
-Head width, noise heads and key/value heads stay, and signal heads are ratio x noise heads, so that ratios differ in
-nothing but their signal heads. Softmax attention and DIFF V2, which have no noise heads to keep, take the size's query
-heads: DIFF V2 twice as many over the same key/value heads, as its authors ask.
+Head width, noise heads and key/value heads stay, and signal heads are ratio x noise heads, so that
+ratios differ in nothing but their signal heads. Softmax attention and DIFF V2, which have no noise
+heads to keep, take the size's query heads: DIFF V2 twice as many over the same key/value heads, as
+its authors ask.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Checkpoints: sharded, written in the background, and counted only once complete.
 
-A save writes into `step_N.partial`: each rank its own shard (hashed as soon as it is written), then rank 0 the
-metadata and the manifest, and renames the folder to `step_N`. Killed at any instant, what was complete stays so.
+A save writes into `step_N.partial`: each rank its own shard (hashed as soon as it is written), then
+rank 0 the metadata and the manifest, and renames the folder to `step_N`. Killed at any instant,
+what was complete stays so.
 """
 
 import errno
@@ -62,7 +63,9 @@ class TrainState:
     """Its optimizer."""
 
     step: int = 0
-    """Optimizer steps done. It decides the data, the learning rate and the batch size of the next step."""
+    """Optimizer steps done. It decides the data, the learning rate and the batch size of the next
+    step.
+    """
 
     tokens: int = 0
     """Targets trained on so far, over all ranks."""
@@ -94,14 +97,18 @@ class TrainState:
 
 @dataclass(frozen=True)
 class _HashedResult(WriteResult):
-    """What a rank reports to rank 0 of a tensor it wrote, with the size and hash of the file that holds it."""
+    """What a rank reports to rank 0 of a tensor it wrote, with the size and hash of the file that
+    holds it.
+    """
 
     file_size: int = 0
     file_sha256: str = ""
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes a checkpoint's files, their hashes into a manifest, and renames the folder when all is there."""
+    """Writes a checkpoint's files, their hashes into a manifest, and renames the folder when all is
+    there.
+    """
 
     def __init__(self, final: Path, step: int, about: dict[str, Any]) -> None:
         super().__init__(final.with_name(final.name + PARTIAL))
@@ -111,7 +118,8 @@ class CheckpointWriter(FileSystemWriter):
         self.about = about
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # Rank 0 alone, before anyone writes: an earlier save of this step that was cut short makes way.
+        # Rank 0 alone, before anyone writes: an earlier save of this step that was cut short makes
+        # way.
         for leftover in self.folder.iterdir():
             leftover.unlink()
         return super().prepare_global_plan(plans)
@@ -145,7 +153,8 @@ class CheckpointWriter(FileSystemWriter):
             files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
             content = {"format": FORMAT, "step": self.step, "about": self.about, "files": dict(sorted(files.items()))}
             write_json(self.folder / MANIFEST, content)
-            # The partial folder counts from here on, so an older checkpoint of the same step can go.
+            # The partial folder counts from here on, so an older checkpoint of the same step can
+            # go.
             if self.final.exists():
                 remove_checkpoint(self.final)
             self.folder.rename(self.final)
@@ -154,7 +163,9 @@ class CheckpointWriter(FileSystemWriter):
 
 
 def _as_os_error(error: BaseException, folder: Path) -> OSError:
-    """Digs out the operating system's reason: torch's zip writer hides it behind an error of its own."""
+    """Digs out the operating system's reason: torch's zip writer hides it behind an error of its
+    own.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
@@ -199,7 +210,8 @@ class Checkpointer:
         self._saved_step = saved_step
 
     def save(self, state: TrainState) -> None:
-        """Saves a state; waits for the previous save first, and for this one too when not asynchronous.
+        """Saves a state; waits for the previous save first, and for this one too when not
+        asynchronous.
 
         Raises:
             UserError: This save or the previous one failed, on any rank.
@@ -212,7 +224,8 @@ class Checkpointer:
         writer = CheckpointWriter(final, state.step, self.about)
         content = state.state_dict()
         if self.asynchronous:
-            # This stager copies CPU tensors too, so training may change them while they are written.
+            # This stager copies CPU tensors too, so training may change them while they are
+            # written.
             stager = DefaultStager(StagingOptions(False, False, False, False))
             saved = dcp.async_save(content, storage_writer=writer, process_group=self.group, async_stager=stager)
             assert isinstance(saved, Future)
@@ -272,12 +285,13 @@ class Checkpointer:
 
 
 def load_state(checkpoint: Path, state: TrainState) -> None:
-    """Loads a checkpoint into a sharded state, in place; the number of ranks may differ from the saving run's.
+    """Loads a checkpoint into a sharded state, in place; the number of ranks may differ from the
+    saving run's.
 
     Args:
         checkpoint: A complete checkpoint's folder.
-        state: The state, its model and optimizer built as for the saving run. The optimizer keeps its own
-            hyperparameters: a checkpoint holds moments only.
+        state: The state, its model and optimizer built as for the saving run. The optimizer keeps
+            its own hyperparameters: a checkpoint holds moments only.
 
     Raises:
         UserError: The checkpoint does not fit the model.
@@ -310,7 +324,8 @@ def _holds_guard(checkpoint: Path, guard: SpikeGuard) -> bool:
 
 
 def load_model_state(checkpoint: Path, model: nn.Module) -> None:
-    """Loads a checkpoint's weights into a whole, unsharded model; one process, no process group needed.
+    """Loads a checkpoint's weights into a whole, unsharded model; one process, no process group
+    needed.
 
     Args:
         checkpoint: A complete checkpoint's folder.

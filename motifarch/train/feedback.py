@@ -1,7 +1,8 @@
 """Going on from the mean of the last checkpoints, as Motif-2.6B did (arXiv 2508.09148).
 
-A checkpoint always holds the weights as they were trained; the mean takes their place before the step that follows.
-A run that resumes from that checkpoint does the same again, so nothing more needs to be saved.
+A checkpoint always holds the weights as they were trained; the mean takes their place before the
+step that follows. A run that resumes from that checkpoint does the same again, so nothing more
+needs to be saved.
 """
 
 from pathlib import Path
@@ -32,8 +33,10 @@ def feed_back(state: TrainState, recipe: Recipe, parent: Path | None, world: Wor
 
     Args:
         state: Its model is changed in place.
-        recipe: `average.last` checkpoints are averaged, this step's among them; fewer where the run has fewer yet.
-        parent: The checkpoint that the run resumed from. Its neighbours are averaged where it is of this very step.
+        recipe: `average.last` checkpoints are averaged, this step's among them; fewer where the run
+            has fewer yet.
+        parent: The checkpoint that the run resumed from. Its neighbours are averaged where it is of
+            this very step.
         world: The ranks.
 
     Returns:

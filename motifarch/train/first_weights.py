@@ -1,4 +1,6 @@
-"""A run's first weights from a checkpoint or a Hugging Face folder: every rank reads what it keeps."""
+"""A run's first weights from a checkpoint or a Hugging Face folder: every rank reads what it
+keeps.
+"""
 
 import json
 from pathlib import Path
@@ -58,11 +60,12 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def config_differences(folder: Path, config: MotifConfig) -> list[str]:
-    """What a folder's model computes otherwise than the recipe's, though its tensors may have the same shapes.
+    """What a folder's model computes otherwise than the recipe's, though its tensors may have the
+    same shapes.
 
     Args:
-        folder: a Motif model's Hugging Face folder, or another of those that :func:`load_weights` takes, of which
-            nothing is known.
+        folder: a Motif model's Hugging Face folder, or another of those that :func:`load_weights`
+            takes, of which nothing is known.
         config: the recipe's.
 
     Returns:

@@ -48,7 +48,9 @@ class Inputs:
         return self.training[0].seq_len
 
     def fingerprints(self) -> dict[str, Any]:
-        """What names the data's and the tokenizer's contents, for the record and its comparison on resume."""
+        """What names the data's and the tokenizer's contents, for the record and its comparison on
+        resume.
+        """
         return {
             "data": [{"path": str(d.folder), "fingerprint": d.fingerprint} for d in self.training],
             "tokenizer": self.training[0].tokenizer_fingerprint,
@@ -128,7 +130,8 @@ def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
         A complete and undamaged checkpoint, or None to start from scratch.
 
     Raises:
-        UserError: The checkpoint named is unusable, or the output folder holds a run that would be mixed up.
+        UserError: The checkpoint named is unusable, or the output folder holds a run that would be
+            mixed up.
     """
     output = Path(recipe.run.output)
     if recipe.run.resume == "auto":

@@ -55,8 +55,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     """Trains as a recipe says, collectively.
 
     Returns:
-        The exit status: 0 for a finished run; 128 plus the signal's number for one that SIGTERM (143) or Ctrl-C (130)
-        stopped after saving, which the same command resumes.
+        The exit status: 0 for a finished run; 128 plus the signal's number for one that SIGTERM
+        (143) or Ctrl-C (130) stopped after saving, which the same command resumes.
 
     Raises:
         UserError: Naming what went wrong and the fix. What was saved stays.
@@ -121,7 +121,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         for step, micro_batches in batches:
             micro_batches = [own_tokens(b, mesh.context_rank, mesh.layout.context) for b in micro_batches]
             watchdog.at(f"step {step + 1}")
-            # One small message a step: the global number of targets, and whether anyone has to stop.
+            # One small message a step: the global number of targets, and whether anyone has to
+            # stop.
             targets, failed, *flags = world.sum(
                 [count_targets(micro_batches), int(checkpointer.failed), *signals.flags()]
             )

@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: what makes a folder count as complete, and how that is verified.
 
-A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last and atomically, with
-the size and SHA-256 of every other file. Without a manifest that agrees, the folder is passed over.
+A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last and
+atomically, with the size and SHA-256 of every other file. Without a manifest that agrees, the
+folder is passed over.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ _NAME = re.compile(r"step_(\d+)(?:\.partial)?")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name, then renames it, so that a reader finds the old file or the new one."""
+    """Writes JSON under a temporary name, then renames it, so that a reader finds the old file or
+    the new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
@@ -119,7 +122,8 @@ def complete_checkpoints(
         up_to: Leaves out those of later steps.
         limit: Stops when there are so many.
         hashes: As in `damage`.
-        warn: Called with a message for each checkpoint that is passed over, naming it and the reason.
+        warn: Called with a message for each checkpoint that is passed over, naming it and the
+            reason.
     """
     complete: dict[int, Path] = {}
     for checkpoint in _sorted(folder):
@@ -141,7 +145,8 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
 
     Args:
         output: The run's output folder.
-        warn: Called with a message for each newer checkpoint that is passed over, naming it and the reason.
+        warn: Called with a message for each newer checkpoint that is passed over, naming it and the
+            reason.
 
     Returns:
         The checkpoint's folder, or None where there is none.
@@ -156,13 +161,16 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint, its manifest first, so that a deletion cut short leaves nothing that looks complete."""
+    """Deletes a checkpoint, its manifest first, so that a deletion cut short leaves nothing that
+    looks complete.
+    """
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def prune(output: Path, keep_last: int, newest: Path) -> None:
-    """Deletes complete checkpoints older than the newest `keep_last`, and unfinished ones older than `newest`.
+    """Deletes complete checkpoints older than the newest `keep_last`, and unfinished ones older
+    than `newest`.
 
     Args:
         output: The run's output folder.

@@ -1,4 +1,6 @@
-"""What a run measures, to `metrics.jsonl` and TensorBoard: one row a step, each step once, resumes included."""
+"""What a run measures, to `metrics.jsonl` and TensorBoard: one row a step, each step once, resumes
+included.
+"""
 
 import json
 import math
@@ -39,7 +41,9 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Collects device scalars step by step and reads them together, so that no step waits for the device."""
+    """Collects device scalars step by step and reads them together, so that no step waits for the
+    device.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class MetricsLog:
         self._since = time.perf_counter()
 
     def add(self, result: StepResult, *, tokens: int, **row: Any) -> None:
-        """Notes a step; `tokens` are those that went through the model, over all ranks, in this step."""
+        """Notes a step; `tokens` are those that went through the model, over all ranks, in this
+        step.
+        """
         self._rows.append(row)
         spike = torch.zeros_like(result.skipped) if result.spike is None else result.spike
         values = [result.loss, result.z_loss, result.grad_norm, result.skipped, spike]
@@ -153,7 +159,9 @@ class MetricsLog:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that the device's allocator held, or the process's largest resident set on a CPU."""
+    """Bytes: the most that the device's allocator held, or the process's largest resident set on a
+    CPU.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -7,7 +7,8 @@ PICTURE = "loss.png"
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws training loss (faint, and smoothed), validation loss and learning rate against the step.
+    """Draws training loss (faint, and smoothed), validation loss and learning rate against the
+    step.
 
     Args:
         rows: Rows of `metrics.jsonl`.

@@ -28,11 +28,12 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
     """Reads a recipe from a command line.
 
     Args:
-        argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being optional. A file's
-            `base` is read before it.
+        argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being
+            optional. A file's `base` is read before it.
 
     Returns:
-        The recipe, types checked; `motifarch.train.recipe.check_recipe` checks what holds between fields.
+        The recipe, types checked; `motifarch.train.recipe.check_recipe` checks what holds between
+        fields.
 
     Raises:
         UserError: A missing or unreadable file, an unknown field, a value of the wrong type.

@@ -1,7 +1,7 @@
 """The recipe of a run: one typed dataclass a section, and the rules that hold between fields.
 
-A YAML file and the command line are read into `Recipe` by `motifarch.train.read_recipe`. Every field can be
-overridden by its dotted name, for example ``--optim.lr 3e-4``.
+A YAML file and the command line are read into `Recipe` by `motifarch.train.read_recipe`. Every
+field can be overridden by its dotted name, for example ``--optim.lr 3e-4``.
 """
 
 from dataclasses import dataclass, field
@@ -27,29 +27,39 @@ class RunSection:
     """Seeds the model's first weights and the order of the data."""
 
     resume: str = "auto"
-    """`auto`: the newest complete checkpoint in the output folder, or from scratch; `none`; or a checkpoint folder."""
+    """`auto`: the newest complete checkpoint in the output folder, or from scratch; `none`; or a
+    checkpoint folder.
+    """
 
     init_from: str | None = None
-    """First weights: a checkpoint folder or a Hugging Face folder. The optimizer and the data start afresh."""
+    """First weights: a checkpoint folder or a Hugging Face folder. The optimizer and the data start
+    afresh.
+    """
 
     max_nonfinite_in_row: int = 10
-    """Stop when this many steps one after another had a non-finite loss or gradient (each is skipped)."""
+    """Stop when this many steps one after another had a non-finite loss or gradient
+    (each is skipped).
+    """
 
     max_nonfinite_total: int = 100
     """Stop when this many steps of the whole run had a non-finite loss or gradient."""
 
     spike_sigma: float | None = None
-    """Skip a step whose loss or gradient norm is more than this many standard deviations above the mean of the last
-    accepted steps; null skips none. A low value (3) skips honest steps too, a high one (10) only the worst; OLMo-core
-    takes 6."""
+    """Skip a step whose loss or gradient norm is more than this many standard deviations above the
+    mean of the last accepted steps; null skips none. A low value (3) skips honest steps too, a high
+    one (10) only the worst; OLMo-core takes 6.
+    """
 
     spike_window: int = 128
-    """Accepted steps that a step is compared with; none is skipped before there are so many. A long window steadies the
-    statistics but falls behind a loss that changes fast."""
+    """Accepted steps that a step is compared with; none is skipped before there are so many. A long
+    window steadies the statistics but falls behind a loss that changes fast.
+    """
 
     spike_max_in_row: int = 10
-    """After this many spikes one after another the next step is accepted and the window starts again: the level has
-    changed for good. Higher sits out longer stretches of bad data, and loses as many steps to a change that is real."""
+    """After this many spikes one after another the next step is accepted and the window starts
+    again: the level has changed for good. Higher sits out longer stretches of bad data, and loses
+    as many steps to a change that is real.
+    """
 
 
 @dataclass
@@ -87,14 +97,16 @@ class ModelSection:
     """Grouped differential attention, DIFF V1, DIFF V2, or plain softmax attention."""
 
     paired_kv: bool | None = None
-    """`gda`, `diff_v1`: keys in pairs for signal and noise, with values of twice head_dim; null means yes, false leaves
-    ordinary key/value heads."""
+    """`gda`, `diff_v1`: keys in pairs for signal and noise, with values of twice head_dim; null
+    means yes, false leaves ordinary key/value heads.
+    """
 
     attention_gate: bool = False
     """`diff_v2`: an elementwise sigmoid gate on the difference."""
 
     sub_norm: bool | None = None
-    """RMS-normalise each head's output; null means yes for `gda` and `diff_v1`, no for `diff_v2`."""
+    """RMS-normalise each head's output; null means yes for `gda` and `diff_v1`, no for `diff_v2`.
+    """
 
     qk_norm: bool = False
     """RMS-normalise query and key heads."""
@@ -103,7 +115,8 @@ class ModelSection:
     """Added to the layer's index in lambda_init; null means -1 for `gda`, 0 for `diff_v1`."""
 
     lambda_init: float | None = None
-    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes the one by depth."""
+    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes the one by depth.
+    """
 
     hidden_act: Literal["poly_norm", "silu"] = "poly_norm"
     """Activation of the feed-forward block: PolyNorm, or SiLU (SwiGLU)."""
@@ -118,7 +131,9 @@ class ModelSection:
     """Base of the rotary position embedding."""
 
     rope_scaling: dict[str, Any] | None = None
-    """Scaling of its frequencies, as in a model's config.json: a `rope_type` (linear, yarn, llama3) and its numbers."""
+    """Scaling of its frequencies, as in a model's config.json: a `rope_type` (linear, yarn, llama3)
+    and its numbers.
+    """
 
     rms_norm_eps: float = 1e-6
     """Epsilon of the layers' RMS norms."""
@@ -142,8 +157,10 @@ class ModelSection:
     """Standard deviation of the first weights."""
 
     attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None
-    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2" whichever flash-attn is
-    installed, "sdpa" torch's, "eager" the plain formula; null or "auto" takes the fastest that serves it."""
+    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2"
+    whichever flash-attn is installed, "sdpa" torch's, "eager" the plain formula; null or "auto"
+    takes the fastest that serves it.
+    """
 
 
 @dataclass
@@ -214,19 +231,25 @@ class OptimSection:
     """`muon`: the five Newton-Schulz steps' polynomials: one each, or one for all."""
 
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """`muon`: what Newton-Schulz computes in and ranks send. float32, at twice the bytes, is for comparing runs."""
+    """`muon`: what Newton-Schulz computes in and ranks send. float32, at twice the bytes, is for
+    comparing runs.
+    """
 
     muon_chunk_mib: int = 128
-    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes larger messages."""
+    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes
+    larger messages.
+    """
 
     qk_clip: float | None = None
-    """After each step, scale query and key heads whose largest logit was above this back to it (MuonClip; 100 is Kimi
-    K2's); null leaves them."""
+    """After each step, scale query and key heads whose largest logit was above this back to it
+    (MuonClip; 100 is Kimi K2's); null leaves them.
+    """
 
     offload: bool = False
-    """Keep the moments in CPU memory, on the GPU only while they are updated: frees 8 bytes a parameter of AdamW's (4
-    of Muon's) on the rank that holds it, and moves as much over the bus each way in every step. Results stay the same
-    in every bit."""
+    """Keep the moments in CPU memory, on the GPU only while they are updated: frees 8 bytes a
+    parameter of AdamW's (4 of Muon's) on the rank that holds it, and moves as much over the bus
+    each way in every step. Results stay the same in every bit.
+    """
 
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
@@ -235,7 +258,8 @@ class OptimSection:
     """AdamW's epsilon."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; vectors and scalars (norms, lambdas, PolyNorm) have none."""
+    """Decoupled weight decay of matrices; vectors and scalars (norms, lambdas, PolyNorm) have none.
+    """
 
     decay_embeddings: bool = True
     """Whether the embedding matrix is decayed too."""
@@ -267,12 +291,16 @@ class PrecisionSection:
     """What the matrices are multiplied in; weights, moments and reductions are float32 always."""
 
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, and on a CPU where a measured matrix product is at least 1.5 times as fast in it."""
+    """`auto`: bfloat16 on a GPU, and on a CPU where a measured matrix product is at least 1.5 times
+    as fast in it.
+    """
 
     matmul: Matmul = "compute"
-    """What the linear layers of all decoder layers but the first and the last multiply in: `compute`, as above; `fp8`,
-    rounded to 8 bits with a scale for each row, on Hopper and newer; `mxfp8`, with one for each 32 numbers, on
-    Blackwell. They need torchao (`pip install 'motifarch[low-precision]'`), bfloat16 and `compile` to be fast."""
+    """What the linear layers of all decoder layers but the first and the last multiply in:
+    `compute`, as above; `fp8`, rounded to 8 bits with a scale for each row, on Hopper and newer;
+    `mxfp8`, with one for each 32 numbers, on Blackwell. They need torchao (`pip install
+    'motifarch[low-precision]'`), bfloat16 and `compile` to be fast.
+    """
 
 
 @dataclass
@@ -280,11 +308,14 @@ class DistributedSection:
     """How long the ranks wait for one another."""
 
     timeout_first_s: float = 1800.0
-    """Seconds that the first step (compilation, first data) may take, and a save or a validation at any time."""
+    """Seconds that the first step (compilation, first data) may take, and a save or a validation at
+    any time.
+    """
 
     timeout_s: float = 600.0
-    """Seconds without a finished step after which a run is taken for hung and ended, with every rank's stack. Lower
-    finds a hang sooner; below the longest honest step it ends a healthy run."""
+    """Seconds without a finished step after which a run is taken for hung and ended, with every
+    rank's stack. Lower finds a hang sooner; below the longest honest step it ends a healthy run.
+    """
 
 
 @dataclass
@@ -295,7 +326,8 @@ class CheckpointSection:
     """Steps between checkpoints; the last step is saved always."""
 
     keep_last: int = 2
-    """Complete checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
+    """Complete checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all.
+    """
 
     asynchronous: bool = True
     """Write in the background while training goes on."""
@@ -339,7 +371,9 @@ class Recipe:
     """Everything that decides a run."""
 
     base: str | None = None
-    """Another recipe's file, relative to this one's folder, whose values hold where this one gives none."""
+    """Another recipe's file, relative to this one's folder, whose values hold where this one gives
+    none.
+    """
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
@@ -355,8 +389,10 @@ class Recipe:
     log: LogSection = field(default_factory=LogSection)
 
     activation_checkpointing: Recompute = "none"
-    """What the backward pass computes again: `none`; `full`, every layer: least memory, about a third more work;
-    `selective`, all but matrix products and attention; or a number n, every n-th layer."""
+    """What the backward pass computes again: `none`; `full`, every layer: least memory, about a
+    third more work; `selective`, all but matrix products and attention; or a number n, every n-th
+    layer.
+    """
 
     compile: bool = False
     """Compile each decoder layer with torch.compile."""

@@ -24,7 +24,9 @@ _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "data
 
 
 def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str) -> dict[str, Any]:
-    """What a checkpoint's manifest notes of its run: enough to refuse a resume that would not continue it."""
+    """What a checkpoint's manifest notes of its run: enough to refuse a resume that would not
+    continue it.
+    """
     return {
         "seed": recipe.run.seed,
         "compute": compute,
@@ -62,7 +64,8 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
         raise UserError(
             f"data.datasets is {here}, but the run that {parent} belongs to read {was}; give the same data, or {fresh}"
         )
-    # What JSON makes of the config is what the manifest holds. How attention is computed may change within a run.
+    # What JSON makes of the config is what the manifest holds. How attention is computed may change
+    # within a run.
     config = json.loads(json.dumps(inputs.model_config.to_dict()))
     for name in [f.name for f in dataclasses.fields(ModelSection)] + ["rope_parameters"]:
         if name in config and config[name] != about["model_config"].get(name):
@@ -88,7 +91,9 @@ def read_record(output: Path) -> dict[str, Any]:
 
 
 def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None) -> None:
-    """Writes `run.json` into the output folder; the starts that came before are kept under `starts`."""
+    """Writes `run.json` into the output folder; the starts that came before are kept under
+    `starts`.
+    """
     output = Path(recipe.run.output)
     previous = read_record(output)
     origin = parent or (Path(recipe.run.init_from) if recipe.run.init_from else None)
@@ -139,7 +144,9 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the source that runs, and whether it was changed since; None outside a repository."""
+    """The commit of the source that runs, and whether it was changed since; None outside a
+    repository.
+    """
     source = Path(__file__).parent
 
     def git(*args: str) -> str:

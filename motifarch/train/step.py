@@ -60,11 +60,13 @@ def train_step(
     layout: Layout | None = None,
     qk_clip: float | None = None,
 ) -> StepResult:
-    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite or spikes.
+    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite
+    or spikes.
 
     Args:
         state: Updated in place.
-        micro_batches: This rank's part of the global batch, rows and of each row tokens, on the CPU.
+        micro_batches: This rank's part of the global batch, rows and of each row tokens, on the
+            CPU.
         world: The ranks.
         targets: Targets of the whole global batch, over all ranks.
         lr: Learning rate of this step.
@@ -76,9 +78,9 @@ def train_step(
     Returns:
         The step's measurements, the same on every rank but for lambdas.
     """
-    # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so each rank divides its
-    # sum by its even share of the targets: the average is then the mean over all targets, however unevenly the ranks
-    # hold them.
+    # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so
+    # each rank divides its sum by its even share of the targets: the average is then the mean over
+    # all targets, however unevenly the ranks hold them.
     gradients = world.size if layout is None else layout.gradients
     share = torch.tensor(max(targets, 1) / gradients, device=world.device)
     losses = torch.zeros(2, device=world.device)
@@ -97,7 +99,8 @@ def train_step(
     measured = torch.stack([losses.sum(), grad_norm])
     spike = None
     if state.spike_guard is not None:
-        # Ranks that reduced in another order may differ in the last bit, and so in what they think of a step.
+        # Ranks that reduced in another order may differ in the last bit, and so in what they think
+        # of a step.
         dist.broadcast(measured, src=0)
         spike = state.spike_guard.check(*measured.unbind())
     skipped = step_if_finite(state.optimizer, measured, skip=spike)
@@ -113,7 +116,9 @@ def train_step(
 
 
 def spread_rows(datasets: Sequence[PackedDataset], sequences: int) -> list[tuple[PackedDataset, int]]:
-    """So many rows over all splits together, the same number of each and evenly spread; fewer where there are fewer."""
+    """So many rows over all splits together, the same number of each and evenly spread; fewer where
+    there are fewer.
+    """
     return [
         (dataset, i * len(dataset) // count)
         for dataset in datasets
@@ -136,7 +141,8 @@ def validation_loss(
 
     Args:
         model: The sharded model.
-        datasets: Validation splits; their rows are taken evenly spread, the same for any number of ranks.
+        datasets: Validation splits; their rows are taken evenly spread, the same for any number of
+            ranks.
         world: The ranks, which share the rows.
         sequences: Rows to use, over all datasets; fewer where there are fewer.
         micro_size: Rows in one forward pass.

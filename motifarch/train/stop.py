@@ -8,7 +8,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While open, SIGINT and SIGTERM only set `received`; a terminal and torchrun may both deliver one, harmlessly."""
+    """While open, SIGINT and SIGTERM only set `received`; a terminal and torchrun may both deliver
+    one, harmlessly.
+    """
 
     def __init__(self) -> None:
         """Starts with no signal received."""

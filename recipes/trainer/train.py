@@ -1,11 +1,13 @@
-"""A recipe's model and data under transformers.Trainer and accelerate's FSDP2, for those whose tools live there.
+"""A recipe's model and data under transformers.Trainer and accelerate's FSDP2, for those whose
+tools live there.
 
     motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
-    accelerate launch --config_file recipes/trainer/fsdp2.yaml recipes/trainer/train.py recipes/tiny_cpu.yaml
+    accelerate launch --config_file recipes/trainer/fsdp2.yaml \\
+        recipes/trainer/train.py recipes/tiny_cpu.yaml
 
-It takes what Trainer has a place for: model, data, batch sizes, AdamW and its schedule, clipping, steps, checkpoints.
-Trainer draws the samples in an order of its own, from all datasets alike. Muon, guards, mixtures, meshes, batch growth
-and resuming at the exact sample are `motifarch train`'s.
+It takes what Trainer has a place for: model, data, batch sizes, AdamW and its schedule, clipping,
+steps, checkpoints. Trainer draws the samples in an order of its own, from all datasets alike. Muon,
+guards, mixtures, meshes, batch growth and resuming at the exact sample are `motifarch train`'s.
 """
 
 import sys
@@ -28,15 +30,21 @@ from motifarch.train.recipe import Recipe, check_recipe
 
 
 class PackedTrainer(Trainer):
-    """Counts a step's targets by `labels`, while the model takes the same tensor as `shift_labels`."""
+    """Counts a step's targets by `labels`, while the model takes the same tensor as
+    `shift_labels`.
+    """
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a packed micro-batch; a sum over its targets divided by those of the whole step."""
+        """The loss of a packed micro-batch; a sum over its targets divided by those of the whole
+        step.
+        """
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "labels"}, *args, **kwargs)
 
 
 def with_labels(blocks: Sequence[Any]) -> dict[str, Any]:
-    """A packed micro-batch (see `motifarch.data.collate`), with the targets under the name that Trainer counts by."""
+    """A packed micro-batch (see `motifarch.data.collate`), with the targets under the name that
+    Trainer counts by.
+    """
     batch = collate(blocks)
     return batch | {"labels": batch["shift_labels"]}
 

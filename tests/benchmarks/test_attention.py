@@ -186,7 +186,8 @@ def test_inputs_are_widened_and_repeated_where_a_kernel_asks_for_it() -> None:
         else:
             assert "No available kernel" in checked  # a CPU's flash attention has one width for all
     assert right == ["padded", "padded, repeated"]
-    # On a GPU two kernels are tried; halves of the values are as wide as the keys, and need no padding.
+    # On a GPU two kernels are tried; halves of the values are as wide as the keys, and need no
+    # padding.
     found = {(c.contender, c.variant): [name for name, _ in c.forms] for c in candidates(p, ["two", "four"], CUDA)}
     assert found == {
         ("two", "cuDNN"): ["", "repeated", "padded", "padded, repeated"],

@@ -1,4 +1,6 @@
-"""The decoding benchmark: what it counts, whom it refuses, what generate is given, how it judges, and a small run."""
+"""The decoding benchmark: what it counts, whom it refuses, what generate is given, how it judges,
+and a small run.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def test_a_quick_run_measures_both_parts(tmp_path: Path) -> None:
         assert r["gb_per_second"] == pytest.approx(r["bytes"] / r["seconds"]["median"] * 1e-9)
         assert r["copy_share"] == pytest.approx(r["gb_per_second"] / bandwidth)
         floor = r["floor_seconds"]
-        # Two products of keys 64 or 128 wide and values twice that, for each query head of the one key head left.
+        # Two products of keys 64 or 128 wide and values twice that, for each query head of the one
+        # key head left.
         flops = {"gda4_128": 5 * 2 * (128 + 256), "v1_64": 2 * 2 * 2 * (64 + 128)}[r["layout"]]
         rate = content["matrix"]["tflops"][r["dtype"]] * 1e12
         assert floor["operations"] == pytest.approx(r["batch"] * r["context"] * flops / rate)

@@ -1,4 +1,6 @@
-"""What a machine with a GPU may lack: the GPU tests are collected and the benchmarks imported without it."""
+"""What a machine with a GPU may lack: the GPU tests are collected and the benchmarks imported
+without it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""benchmarks/gpu.sh with a stand-in for python: which parts run, what a failure does, what is packed."""
+"""benchmarks/gpu.sh with a stand-in for python: which parts run, what a failure does, what is
+packed.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def test_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert scratch["tokens"][-1] == small["tokens"][-1] + grown["tokens"][-1] == 6 * 4 * 32
     assert scratch["flops"][-1] > small["flops"][-1] + grown["flops"][-1]
     assert content["growth"]["logits"]["largest"] < 1e-4 * content["growth"]["logits"]["spread"]
-    # The grown model began where the small one ended, not where a new one begins: two steps don't take it back.
+    # The grown model began where the small one ended, not where a new one begins: two steps don't
+    # take it back.
     assert grown["loss"][0] < scratch["loss"][0]
     for axis, begin in (("large tokens", 0), ("tokens", small["tokens"][-1]), ("flops", small["flops"][-1])):
         places, losses = curves(content, axis)["grown"]

@@ -1,4 +1,6 @@
-"""The benchmarks of kernels: what they count, whom they refuse, how they judge, and a small run of each."""
+"""The benchmarks of kernels: what they count, whom they refuse, how they judge, and a small run of
+each.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,8 @@ def test_bytes_of_the_epilogues(layout: str, epilogue: str, forward: float, back
 @pytest.mark.parametrize("epilogue", combine.EPILOGUES)
 @pytest.mark.parametrize("layout", combine.LAYOUTS.values(), ids=lambda layout: layout.label)
 def test_what_is_counted_is_what_exists(layout: combine.Layout, epilogue: str, dtype: str) -> None:
-    # All inputs are read once forward and the output is written, but for vectors of a head's width or less.
+    # All inputs are read once forward and the output is written, but for vectors of a head's width
+    # or less.
     problem = combine.problem(layout, epilogue, dtype, 2, 1024)
     inputs = problem.make(draw_from(0, kernels.DTYPES[dtype], CPU))
     size = sum(t.nbytes for t in inputs.values() if t.ndim > 1) + inputs["signal"].nbytes
@@ -425,7 +428,8 @@ def result(
 def test_a_gpu_is_judged_by_the_worst_size() -> None:
     judged = judge(
         [
-            # Too short for the aims that speak of large rows, but liger must be behind here as well.
+            # Too short for the aims that speak of large rows, but liger must be behind here as
+            # well.
             result("ours", 2048, 2.0, 2.0),
             result("compile", 2048, 2.0, 2.0),
             result("liger", 2048, 2.0, 2.1),

@@ -17,11 +17,13 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert output.with_suffix(".png").stat().st_size > 10_000
     ours, torchs = content["results"]["parallel"], content["results"]["torch"]
     assert ours["collectives"] == dict.fromkeys(KINDS, 0) | {"all_to_all": 2 * ours["chunks"]}
-    # Of two processes each lacks half of its matrices' bytes on the way there, and half on the way back.
+    # Of two processes each lacks half of its matrices' bytes on the way there, and half on the way
+    # back.
     assert sum(ours["bytes"].values()) == content["least_bytes"] == 2 * content["numbers"]
     assert sum(torchs["collectives"].values()) > content["matrices"]
     assert sum(torchs["bytes"].values()) > content["least_bytes"]
-    # Both did the same but for bfloat16's rounding: the two steps move weights by 4e-3 in the root mean square.
+    # Both did the same but for bfloat16's rounding: the two steps move weights by 4e-3 in the root
+    # mean square.
     assert content["largest_difference_of_weights"] < 1e-3
     assert "Parallel Muon" in capsys.readouterr().out
 

@@ -1,4 +1,6 @@
-"""The sanitizer's run, without a GPU: what it makes of reports, which processes it starts, and the cases alone."""
+"""The sanitizer's run, without a GPU: what it makes of reports, which processes it starts, and the
+cases alone.
+"""
 
 from __future__ import annotations
 

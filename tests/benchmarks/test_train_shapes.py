@@ -1,4 +1,6 @@
-"""The training-step benchmark's named models: their sizes, counted operations, and the peaks they are held to."""
+"""The training-step benchmark's named models: their sizes, counted operations, and the peaks they
+are held to.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def test_the_2_6b_shape_is_the_released_model_with_fewer_layers() -> None:
 def test_a_shapes_batch_has_whole_rows_and_its_models_fit_a_gpu(name: str) -> None:
     shape = SHAPES[name]
     assert all(shape.tokens_per_step % seq_len == 0 for seq_len in shape.seq_lens)
-    # Between turns each keeps float32 weights and two moments; 30 GiB are left for the one whose turn it is.
+    # Between turns each keeps float32 weights and two moments; 30 GiB are left for the one whose
+    # turn it is.
     kept = sum(12 * entry.parameters for entry in match_parameters(shape.models, shape.sizes).values())
     assert kept < 40 * 2**30
 
@@ -78,7 +81,9 @@ def test_shrunk_it_keeps_its_proportions(name: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("name", "heads", "value_width"), [("llama", 8, 16), ("gda", 10, 32)])
 def test_operations_are_those_that_torch_counts(name: str, heads: int, value_width: int, tied: bool) -> None:
-    """With maps in memory torch counts whole maps: a token sees (S + 1) / 2 of the S pairs that are multiplied."""
+    """With maps in memory torch counts whole maps: a token sees (S + 1) / 2 of the S pairs that are
+    multiplied.
+    """
     sizes, length = dataclasses.replace(SMALL, tied=tied), 24
     entry = match_parameters([name], sizes)[name]
     eager = dataclasses.replace(entry.contender, attention="eager")
@@ -89,7 +94,8 @@ def test_operations_are_those_that_torch_counts(name: str, heads: int, value_wid
     hidden_pairs = length - (length + 1) / 2
     hidden = 3 * 2 * heads * (16 + value_width) * sizes.num_layers * hidden_pairs
     extra = counter.get_total_flops() / length - entry.operations_per_token(sizes, length) - hidden
-    # Some versions of transformers make rotary angles by a product of positions and head_dim / 2 frequencies.
+    # Some versions of transformers make rotary angles by a product of positions and head_dim / 2
+    # frequencies.
     assert extra in ((0, sizes.head_dim) if name == "llama" else (0,))
 
 

@@ -140,7 +140,9 @@ def event(name: str, microseconds: float, *, kernel: bool = True, annotation: bo
 
 
 def test_the_largest_costs_are_kernels_and_their_shares_add_up() -> None:
-    """An operator's row repeats its kernels' time and a named range spans them: neither is counted besides them."""
+    """An operator's row repeats its kernels' time and a named range spans them: neither is counted
+    besides them.
+    """
     kernels = [event(f"kernel {i}", 100.0 * i) for i in range(1, 8)]
     others = [event("aten::mm", 900.0, kernel=False), event("step: backward", 2000.0, annotation=True)]
     costs = cut_up([*kernels, *others], 2, 0.004, cuda=True)

@@ -1,4 +1,6 @@
-"""Tuning launch tables: what is tried, whom it refuses, what it chooses, and what it leaves in the table."""
+"""Tuning launch tables: what is tried, whom it refuses, what it chooses, and what it leaves in the
+table.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,8 @@ def test_spills_are_counted_in_bytes_over_all_kernels_of_a_launch() -> None:
 
 
 def test_the_fastest_gives_way_where_it_cannot_serve_the_rest_of_its_class() -> None:
-    # A single head is in the first tile, and nothing is left out: only the further problem shows what is wrong.
+    # A single head is in the first tile, and nothing is left out: only the further problem shows
+    # what is wrong.
     kernel, size_class = combine_kernel(WRONG, FAST, also=(Epilogue(50, 2, 2, 64),))
     size_class = dataclasses.replace(size_class, timed=(Epilogue(1, 1, 2, 64),))
     clock = FakeClock(kernel.name, {4096: 3.0, 512: 1.0, 2048: 2.0})
@@ -288,7 +291,8 @@ def test_a_run_writes_a_table_in_the_format_and_a_log(
         bounds = [e["up_to"] for e in entries]
         assert bounds[-1] is None
         assert bounds[:-1] == sorted(bounds[:-1])
-    # The sizes that were not tried have what they had; the package reads the file as one of its tables.
+    # The sizes that were not tried have what they had; the package reads the file as one of its
+    # tables.
     shipped = tuning.tables() | {"fake": content | {"gpu": "Fake"}}
     monkeypatch.setattr(tuning, "tables", lambda: shipped)
     merged = tuning.merged_table("NVIDIA Fake 9")

@@ -15,8 +15,8 @@ def block(tokens: list[int], lengths: list[int]) -> Block:
 
 
 def test_documents_inside_a_block_and_across_its_border() -> None:
-    # The first block ends in the middle of a document, which goes on in the second; the second ends with one token of
-    # the next document, which is a target of nothing there.
+    # The first block ends in the middle of a document, which goes on in the second; the second ends
+    # with one token of the next document, which is a target of nothing there.
     batch = collate([block([1, 2, 3, 4, 5], [3, 2]), block([5, 6, 7, 8, 9], [2, 2, 1])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     assert batch["shift_labels"].tolist() == [[2, 3, -100, 5, 6, -100, 8, -100]]

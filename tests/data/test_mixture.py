@@ -73,7 +73,8 @@ def test_no_row_repeats_within_an_epoch_and_epochs_differ(sizes: list[int], weig
     mixture = make(sizes, weights)
     rows: dict[int, list[int]] = {component: [] for component in range(len(sizes))}
     for step in range(60):
-        # A batch that crosses from one epoch to the next is shuffled, so epochs are told apart by counting.
+        # A batch that crosses from one epoch to the next is shuffled, so epochs are told apart by
+        # counting.
         for component, row in mixture.global_batch(step):
             rows[component].append(row)
     for component, size in enumerate(sizes):

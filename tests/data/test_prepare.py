@@ -92,8 +92,9 @@ def test_text_json_lines_and_parquet_hold_the_same(tmp_path: Path, make_text: Ca
 
 
 def test_number_of_processes_does_not_matter(corpus: Path, tmp_path: Path) -> None:
-    # As a command of its own: where tests have used DTensors, torch 2.13 hangs in the children that another thread
-    # forks, for they end the process groups that the first thread's cache of shardings holds.
+    # As a command of its own: where tests have used DTensors, torch 2.13 hangs in the children that
+    # another thread forks, for they end the process groups that the first thread's cache of
+    # shardings holds.
     command = [sys.executable, "-m", "motifarch.data.prepare", "--source", f"files:{corpus}/*.txt", *QUICK]
     for number in ("1", "2", "3"):
         subprocess.run([*command, "--output", str(tmp_path / number), "--num-proc", number], check=True)

@@ -53,7 +53,8 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
-# Head ratios of the families: Llama 3 and Mistral 32:8, Qwen2.5-7B 28:4, Qwen3-0.6B 16:8 with heads wider than E / H.
+# Head ratios of the families: Llama 3 and Mistral 32:8, Qwen2.5-7B 28:4, Qwen3-0.6B 16:8 with heads
+# wider than E / H.
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama 3": (
         LlamaForCausalLM,
@@ -142,7 +143,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_converted_model_is_the_same_function(tmp_path: Path, name: str, kind: str) -> None:
-    """Logits, of left-padded rows too, and tokens generated with a cache; the folder needs nothing else."""
+    """Logits, of left-padded rows too, and tokens generated with a cache; the folder needs nothing
+    else.
+    """
     theirs = make(tmp_path / "source", name)
     ours = convert(tmp_path / "source", tmp_path / "output", **KINDS[kind])
     ids, mask = random_ids(2, 33), torch.ones(2, 33, dtype=torch.long)
@@ -186,7 +189,9 @@ def test_a_converted_model_has_what_the_papers_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_new_parameter_learns(tmp_path: Path, kind: str) -> None:
-    """From the first step, but for those that are zero's partners: the noise queries and lambda_k of GDA."""
+    """From the first step, but for those that are zero's partners: the noise queries and lambda_k
+    of GDA.
+    """
     make(tmp_path / "source", "qwen2")
     model = convert(tmp_path / "source", tmp_path / "output", **KINDS[kind]).train()
     config, ids = model.config, random_ids(4, 24)
@@ -215,7 +220,9 @@ def test_every_new_parameter_learns(tmp_path: Path, kind: str) -> None:
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
-    """Copies, doubling and zeros round nothing: the weights are those of the float32 model of the same numbers."""
+    """Copies, doubling and zeros round nothing: the weights are those of the float32 model of the
+    same numbers.
+    """
     make(tmp_path / "source", dtype=torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     for kind in ("diff_v2", "gda"):
@@ -335,7 +342,9 @@ def test_what_is_not_exact_is_refused(tmp_path: Path, options: dict[str, Any], m
     ids=str,
 )
 def test_an_approximation_says_how_far_it_is(tmp_path: Path, options: dict[str, Any]) -> None:
-    """By the numbers that the two models give; behind a sub-norm the gains bring it nearer than ones do."""
+    """By the numbers that the two models give; behind a sub-norm the gains bring it nearer than
+    ones do.
+    """
     theirs = make(tmp_path / "source")
     source = SourceFolder(tmp_path / "source")
     ids = probe_ids(source)

@@ -1,4 +1,6 @@
-"""`motifarch grow`: from one released layout to the other, memory, the record, and what does not fit."""
+"""`motifarch grow`: from one released layout to the other, memory, the record, and what does not
+fit.
+"""
 
 import hashlib
 import json
@@ -40,7 +42,9 @@ SMALL_RATIOS = {  # Motif-2.6B's layout, all sizes but the heads' numbers divide
 
 
 def hollow_folder(folder: Path, fields: dict) -> Path:
-    """A folder of a model of any size, whose weight file is a header before a hole that takes no disk."""
+    """A folder of a model of any size, whose weight file is a header before a hole that takes no
+    disk.
+    """
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     with torch.device("meta"):
@@ -74,7 +78,8 @@ def test_the_2_6b_layout_becomes_the_12_7b_layout(tmp_path, factors):
     assert len(description.tensors) == 643
     assert sum(torch.Size(o.shape).numel() for o in description.tensors.values()) == 12_703_860_896
     assert {origin.dtype for origin in description.tensors.values()} == {torch.bfloat16}
-    # Each tensor is made of one of the source, but for lambda's vectors and the new blocks' silent outputs.
+    # Each tensor is made of one of the source, but for lambda's vectors and the new blocks' silent
+    # outputs.
     assert {len(origin.sources) for origin in description.tensors.values()} == {0, 1, 4}
     config = MotifConfig.from_dict(description.config)
     assert (config.num_attention_heads, config.noise_heads, config.num_key_value_heads) == (40, 8, 16)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def assert_agrees(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
-    """The largest difference is at most ``tolerance``, relative to the largest value where that is above 1.
+    """The largest difference is at most ``tolerance``, relative to the largest value where that is
+    above 1.
 
-    A comparison of values that are themselves no larger than the tolerance would prove nothing, and fails.
+    A comparison of values that are themselves no larger than the tolerance would prove nothing, and
+    fails.
     """
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     size = theirs.detach().abs().max().item()
@@ -19,7 +21,9 @@ def assert_agrees(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, name: s
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
-    """Overwrite every parameter with random numbers (norm weights around 1), so that no two sides agree by default."""
+    """Overwrite every parameter with random numbers (norm weights around 1), so that no two sides
+    agree by default.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -17,7 +17,8 @@ MISSING = (
     "playwright",
 )
 
-# Read by every interpreter as it starts: what it names is not to be found, as where it is not installed.
+# Read by every interpreter as it starts: what it names is not to be found, as where it is not
+# installed.
 _HIDE = f"""
 from importlib.machinery import PathFinder
 
@@ -34,7 +35,8 @@ PathFinder.find_spec = classmethod(find)
 
 
 def without_packages(folder: Path, *search: Path) -> dict[str, str]:
-    """The environment of processes in which they are missing, those that such a process starts included.
+    """The environment of processes in which they are missing, those that such a process starts
+    included.
 
     Args:
         folder: an empty one, for the file that hides them.

@@ -32,7 +32,9 @@ def torchrun_command(ranks: int, *args: str | Path) -> list[str]:
 
 
 def torchrun(ranks: int, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a script (a path, or -m MODULE) on some ranks and waits for it; 0 ranks means without torchrun."""
+    """Runs a script (a path, or -m MODULE) on some ranks and waits for it; 0 ranks means without
+    torchrun.
+    """
     with started(ranks, *args, cwd=cwd) as process:
         out, err = process.communicate(timeout=TIMEOUT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -79,7 +81,9 @@ def _descendants(pid: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Waits for a condition; fails when the process that should bring it about has ended without it."""
+    """Waits for a condition; fails when the process that should bring it about has ended without
+    it.
+    """
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -89,10 +93,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
-    """Calls a module-level function on each rank, with torchrun's environment set; fails where any rank does.
+    """Calls a module-level function on each rank, with torchrun's environment set; fails where any
+    rank does.
 
-    The store is this process's own, so that no port can be taken between choosing and using it. A rank that takes too
-    long writes where it stands and ends, and the others with it.
+    The store is this process's own, so that no port can be taken between choosing and using it. A
+    rank that takes too long writes where it stands and ends, and the others with it.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Forked by a server that has imported what takes long, once for all tests.

@@ -1,6 +1,8 @@
-"""flash-attn's modules without flash-attn: each version's signatures and refusals, computed by the reference.
+"""flash-attn's modules without flash-attn: each version's signatures and refusals, computed by the
+reference.
 
-They take float64 besides half precision, so that what is composed around them can be compared to the last digits.
+They take float64 besides half precision, so that what is composed around them can be compared to
+the last digits.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def compute(q, k, v, packing, lengths, *, scale, causal, window, softcap, determ
 
 
 class StandIn:
-    """A flash-attn module: records each call, refuses what the library refuses, computes the rest plainly."""
+    """A flash-attn module: records each call, refuses what the library refuses, computes the rest
+    plainly.
+    """
 
     def __init__(self, version, capability):
         self.version, self.capability, self.calls = version, capability, []
@@ -196,7 +200,8 @@ class StandIn:
 
     def functions_4(self):
         def bounds(window_size):
-            # A side is an int of at least 0 or None; this library gives -1 on one side alone no meaning.
+            # A side is an int of at least 0 or None; this library gives -1 on one side alone no
+            # meaning.
             assert all(side is None or side >= 0 for side in window_size)
             return tuple(-1 if side is None else side for side in window_size)
 

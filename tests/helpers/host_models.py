@@ -1,4 +1,6 @@
-"""The transformers models that are patched in tests: each family with its real ratio of heads, small and at random."""
+"""The transformers models that are patched in tests: each family with its real ratio of heads,
+small and at random.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ _WINDOWS: dict[str, Any] = {
     "num_hidden_layers": 3,
 }
 
-# The released models' heads (query:key/value), divided by 4 here: Llama 3 8B and Qwen3 8B 32:8, Gemma 2 9B 16:8,
-# EXAONE 4.0 32B 40:8, K-EXAONE 236B and Solar Open 100B 64:8, HyperCLOVA X SEED Think 14B 48:8; A.X-K1 64, latent.
+# The released models' heads (query:key/value), divided by 4 here: Llama 3 8B and Qwen3 8B 32:8,
+# Gemma 2 9B 16:8, EXAONE 4.0 32B 40:8, K-EXAONE 236B and Solar Open 100B 64:8, HyperCLOVA X SEED
+# Think 14B 48:8; A.X-K1 64, latent.
 HEADS = {
     "llama": (32, 8),
     "qwen3": (32, 8),

@@ -1,4 +1,6 @@
-"""Ten training steps under a layout of ranks, for comparison with one process: functions that ranks run."""
+"""Ten training steps under a layout of ranks, for comparison with one process: functions that ranks
+run.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.first_weights import load_weights
 from motifarch.train.step import count_targets, train_step, validation_loss
 
-# Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above that.
+# Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above
+# that.
 STEPS, LR, EPSILON, CLIP, Z_LOSS = 10, 2e-3, 1e-6, 0.5, 1e-3
 
 # Heads that two ranks of tensor and two of context parallelism can share together.
@@ -92,7 +95,9 @@ def build(case: Case, mesh: Mesh) -> TrainState:
 
 
 def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
-    """Trains every case; rank 0 saves its losses, gradient norms, validation loss and final weights."""
+    """Trains every case; rank 0 saves its losses, gradient norms, validation loss and final
+    weights.
+    """
     with open_world() as world:
         results = {}
         for case in cases:

@@ -1,4 +1,6 @@
-"""A made-up study: numbers from a random generator in the form of results.json. Nothing here was measured."""
+"""A made-up study: numbers from a random generator in the form of results.json. Nothing here was
+measured.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Muon on sharded matrices against Muon on whole ones, and what it sends: functions that ranks run."""
+"""Muon on sharded matrices against Muon on whole ones, and what it sends: functions that ranks
+run.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def placements(ranks: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]
 
 
 def fsdp_and_tensor_parallel(ranks: int, shapes: list[tuple[int, int]]) -> nn.Module:
-    """Linear layers cut over two ranks by rows and by columns in turn, then by FSDP2 over all pairs."""
+    """Linear layers cut over two ranks by rows and by columns in turn, then by FSDP2 over all
+    pairs.
+    """
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
     model = nn.Sequential(*[nn.Linear(columns, rows, bias=False) for rows, columns in shapes])
     styles = (ColwiseParallel(), RowwiseParallel())
@@ -147,7 +151,8 @@ def count_messages(world: World, chunk_bytes: int) -> None:
         if chunk_bytes == 1:
             assert len(family.chunks) == -(-len(SHAPES) // world.size)
         bytes_ = sum(rows * columns for rows, columns in SHAPES) * dtype.itemsize
-        # The first call is a gathering and the last one a scattering; in between one or the other comes first.
+        # The first call is a gathering and the last one a scattering; in between one or the other
+        # comes first.
         total = world.sum([sum(calls), calls[0] if len(calls) == 2 else 0])
         assert total == [2 * bytes_, bytes_ if len(calls) == 2 else 0]
 
@@ -196,7 +201,9 @@ def _random_step(model: nn.Module, optimizer: Muon) -> None:
 
 
 def round_trip(folder: Path) -> None:
-    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it too."""
+    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it
+    too.
+    """
     with open_world() as world:
         model, optimizer = _trained(world.size, 0, 2)
         for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):

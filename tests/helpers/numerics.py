@@ -14,19 +14,22 @@ def assert_error_rule(
     precision: torch.dtype | None = None,
     floor: float | None = None,
 ) -> None:
-    """No more than twice the largest error, and no more than the RMS error, of plain PyTorch at the same precision.
+    """No more than twice the largest error, and no more than the RMS error, of plain PyTorch at the
+    same precision.
 
-    The first half is the rule of FlashAttention's own tests. Both allow for a rounding of the result.
+    The first half is the rule of FlashAttention's own tests. Both allow for a rounding of the
+    result.
 
     Args:
         result: what the backend under test gave.
         plain: the same mathematics in plain PyTorch, run in the result's dtype.
         exact: the float64 (or float32) reference.
-        precision: the dtype of the computation, where the result has a wider one (the float32 gradient of lambda is
-            a sum over outputs that were rounded to bfloat16); by default the result's dtype.
-        floor: allowance for rounding, in the units of the tensors; by default two units in the last place, at
-            ``precision``, of the largest value or of 1 (the inputs' scale: a gradient that is 0 by cancellation is
-            not 0 in floating point).
+        precision: the dtype of the computation, where the result has a wider one (the float32
+            gradient of lambda is a sum over outputs that were rounded to bfloat16); by default the
+            result's dtype.
+        floor: allowance for rounding, in the units of the tensors; by default two units in the last
+            place, at ``precision``, of the largest value or of 1 (the inputs' scale: a gradient
+            that is 0 by cancellation is not 0 in floating point).
     """
     result, plain, exact = result.detach(), plain.detach(), exact.detach().double()
     if exact.numel() == 0:

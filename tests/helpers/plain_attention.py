@@ -1,4 +1,6 @@
-"""The attention formulas of the papers, one head at a time: no code shared with the layers or their reference."""
+"""The attention formulas of the papers, one head at a time: no code shared with the layers or their
+reference.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None 
 
 
 def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotate-half rotary embedding of one head x (S, D) at positions 0, 1, ..., as complex numbers."""
+    """Rotate-half rotary embedding of one head x (S, D) at positions 0, 1, ..., as complex
+    numbers.
+    """
     length, width = x.shape
     frequencies = base ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
     turns = torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.arange(length)[:, None] * frequencies)
@@ -49,7 +53,9 @@ def plain_diff_attention(
     out_scale: float = 1.0,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """Differential attention of (B, S, H, D) tensors as one writes it down, in the inputs' precision."""
+    """Differential attention of (B, S, H, D) tensors as one writes it down, in the inputs'
+    precision.
+    """
 
     def attention(q: Tensor, k: Tensor) -> Tensor:
         heads = q.shape[2]

@@ -1,7 +1,9 @@
-"""A Motif model as its description says, head by head, in plain PyTorch: nothing of motifarch or motif_kernels is used.
+"""A Motif model as its description says, head by head, in plain PyTorch: nothing of motifarch or
+motif_kernels is used.
 
-Sources: arXiv 2410.05258 (differential attention), 2510.06949 (grouped heads), 2411.03884 (PolyNorm), 2104.09864
-(rotary embeddings) and 2309.00071 (YaRN), with the released checkpoints' order of heads, depth count and tensor names.
+Sources: arXiv 2410.05258 (differential attention), 2510.06949 (grouped heads), 2411.03884
+(PolyNorm), 2104.09864 (rotary embeddings) and 2309.00071 (YaRN), with the released checkpoints'
+order of heads, depth count and tensor names.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 
 
 def plain_logits(config: dict[str, Any], tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits (B, S, vocabulary) of token ids (B, S), from a released folder's config and tensors."""
+    """Logits (B, S, vocabulary) of token ids (B, S), from a released folder's config and
+    tensors.
+    """
     eps = config["rms_norm_eps"]
     x = tensors["model.embed_tokens.weight"][ids]
     for i in range(config["num_hidden_layers"]):
@@ -38,7 +42,9 @@ def feed_forward(layer: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def attention(config: dict[str, Any], layer: dict[str, Tensor], index: int, x: Tensor) -> Tensor:
-    """From x (B, S, E) to (B, S, E): the query heads lie as blocks of g signal heads and their noise head."""
+    """From x (B, S, E) to (B, S, E): the query heads lie as blocks of g signal heads and their
+    noise head.
+    """
     noise_heads = config.get("num_noise_heads") or config["num_attention_heads"] // 2
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     block = config["num_attention_heads"] // noise_heads
@@ -72,7 +78,9 @@ def attention_map(q: Tensor, k: Tensor, angles: tuple[Tensor, float], visible: T
 
 
 def mask(config: dict[str, Any], length: int) -> Tensor:
-    """Which keys (columns) a query (row) sees: those up to itself, and with a window W only the last W of them."""
+    """Which keys (columns) a query (row) sees: those up to itself, and with a window W only the
+    last W of them.
+    """
     distance = torch.arange(length)[:, None] - torch.arange(length)
     reach = config["sliding_window"] if config.get("use_sliding_window") else length
     return (distance >= 0) & (distance < reach)
@@ -98,7 +106,9 @@ def rotary_angles(config: dict[str, Any], width: int, length: int) -> tuple[Tens
 
 
 def yarn_frequency(yarn: dict[str, Any], theta: float, width: int, i: int) -> float:
-    """Between theirs (pairs that turn often over the original length) and that divided by the factor (seldom)."""
+    """Between theirs (pairs that turn often over the original length) and that divided by the
+    factor (seldom).
+    """
 
     def index_of(turns: float) -> float:
         return width * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * turns)) / 2 / math.log(theta)

@@ -68,7 +68,9 @@ def config_of(recipe: Recipe, attention: str = "auto") -> MotifConfig:
 
 
 def measure_ranks(output: Path, recipes: dict[str, Recipe]) -> None:
-    """Takes a real step of each recipe; every rank writes the bytes of its parameters, gradients and states."""
+    """Takes a real step of each recipe; every rank writes the bytes of its parameters, gradients
+    and states.
+    """
     with open_world() as world:
         measured = {}
         for name, recipe in recipes.items():

@@ -1,8 +1,10 @@
-"""timm's DiffAttention alone: a second opinion on DIFF V1 that wants neither torchvision nor the rest of timm.
+"""timm's DiffAttention alone: a second opinion on DIFF V1 that wants neither torchvision nor the
+rest of timm.
 
-``import timm`` imports torchvision, whose CUDA build does not import beside a CPU build of torch (``operator
-torchvision::nms does not exist``), and which transformers then stumbles over too. The layer itself needs three sibling
-modules of pure PyTorch, so the packages above it stand in sys.modules as bare names while it is imported.
+``import timm`` imports torchvision, whose CUDA build does not import beside a CPU build of torch
+(``operator torchvision::nms does not exist``), and which transformers then stumbles over too. The
+layer itself needs three sibling modules of pure PyTorch, so the packages above it stand in
+sys.modules as bare names while it is imported.
 """
 
 from __future__ import annotations

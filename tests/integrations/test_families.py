@@ -1,4 +1,6 @@
-"""Every family that can be patched, with its real ratio of heads: as its host, in training, generation and saving."""
+"""Every family that can be patched, with its real ratio of heads: as its host, in training,
+generation and saving.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def patched(family: str, **options: Any) -> tuple[Any, Any]:
 
 
 def moved(model: Any) -> Any:
-    """The model with its new parameters away from where they start: lambda is not 0 and noise heads matter."""
+    """The model with its new parameters away from where they start: lambda is not 0 and noise heads
+    matter.
+    """
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

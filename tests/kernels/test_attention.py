@@ -1,4 +1,6 @@
-"""Differential attention: each backend against the specification, masks, packed documents, and refusals."""
+"""Differential attention: each backend against the specification, masks, packed documents, and
+refusals.
+"""
 
 import itertools
 
@@ -33,7 +35,9 @@ def make_inputs(
 
 
 def run(inputs, *, dtype, backend, seed=1, **options):
-    """Output and gradients; lambda and the norm weight stay in float32 for half-precision inputs."""
+    """Output and gradients; lambda and the norm weight stay in float32 for half-precision
+    inputs.
+    """
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = {
         name: leaves(t, dtype=kept if name in ("lam", "norm_weight") else dtype)[0] for name, t in inputs.items()
@@ -46,7 +50,9 @@ def run(inputs, *, dtype, backend, seed=1, **options):
 
 
 def plain_attention(inputs, dtype, **options):
-    """The same mathematics in plain PyTorch at ``dtype``: probabilities and both outputs are rounded to it."""
+    """The same mathematics in plain PyTorch at ``dtype``: probabilities and both outputs are
+    rounded to it.
+    """
 
     def softmax_attention(q, k, v, causal=False, window_size=(-1, -1), scale=None):
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
@@ -74,9 +80,9 @@ def check(inputs, dtype, backend, **options):
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     plain = [out, *gradients(out, list(kept.values()), grad)]
     assert ours[0].dtype == dtype
-    # In float32 both sides differ from the exact result by the order of their sums alone, and one may be lucky: the
-    # floor is two units in the last place of the largest number in the problem. In half precision the rule stands on
-    # its own.
+    # In float32 both sides differ from the exact result by the order of their sums alone, and one
+    # may be lucky: the floor is two units in the last place of the largest number in the problem.
+    # In half precision the rule stands on its own.
     floor = None
     if dtype == torch.float32:
         largest = max(e.abs().max().item() for e in exact if e.numel())
@@ -172,7 +178,8 @@ def test_softcap_and_max_logits():
     torch.testing.assert_close(capped, torch.tanh(max_signal))
 
 
-# ---------------------------------------------------------------------------------------------- packed documents
+# ----------------------------------------------------------------------------------------------
+# packed documents
 
 
 def packed(lengths, **options):
@@ -249,7 +256,8 @@ def test_packed_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# refusals
 
 
 @pytest.mark.parametrize(

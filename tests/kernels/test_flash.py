@@ -1,4 +1,6 @@
-"""The flash backend on stand-ins for flash-attn, on a CPU; tests marked ``gpu`` run the libraries themselves."""
+"""The flash backend on stand-ins for flash-attn, on a CPU; tests marked ``gpu`` run the libraries
+themselves.
+"""
 
 import inspect
 import itertools
@@ -16,7 +18,9 @@ from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, f
 
 @pytest.fixture
 def install(monkeypatch):
-    """Install stand-ins: ``install(HOPPER, 3, 2)`` puts both on a Hopper GPU and returns the newest."""
+    """Install stand-ins: ``install(HOPPER, 3, 2)`` puts both on a Hopper GPU and returns the
+    newest.
+    """
 
     def forget():
         flash._libraries.clear()
@@ -161,7 +165,9 @@ def test_the_choice_is_made_while_tracing(install, monkeypatch, version):
 @pytest.mark.parametrize(("version", "capability"), GPUS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype):
-    """Two calls and the epilogue, at half precision, by the error rule; the noise heads are not repeated."""
+    """Two calls and the epilogue, at half precision, by the error rule; the noise heads are not
+    repeated.
+    """
     library = install(capability, version)
     tensors = {
         "q1": (2, 9, 8, 64),
@@ -195,7 +201,8 @@ def test_composed_differential_attention_runs_noise_heads_once(install, version,
         assert_error_rule(ours_, plain_, exact_, precision=dtype)
 
 
-# What a call really costs ------------------------------------------------------------------------------------------
+# What a call really costs
+# ------------------------------------------------------------------------------------------
 
 
 def equal_widths(d, dv):
@@ -271,7 +278,8 @@ def test_widths_that_each_library_is_called_at(install, version, capability, wid
     assert [call["widths"] for call in library.calls] == calls
 
 
-# Which library, and refusals ---------------------------------------------------------------------------------------
+# Which library, and refusals
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("versions", "newest"), [((), None), ((2,), 2), ((3, 2), 3), ((4,), 4), ((4, 3, 2), 4)])
@@ -281,7 +289,9 @@ def test_the_newest_library_is_found(install, versions, newest):
 
 
 def test_an_older_library_serves_what_the_newest_cannot(install):
-    """flash-attn 3 knows no Blackwell, 4 has no deterministic backward on consumer Blackwell: 2 serves them."""
+    """flash-attn 3 knows no Blackwell, 4 has no deterministic backward on consumer Blackwell: 2
+    serves them.
+    """
     for newest, capability in ((3, BLACKWELL), (4, GEFORCE), (4, AMPERE)):
         library = install(capability, newest, 2)
         q, k, v = inputs((1, 3), (1, 3), 2, 1, 1, 64, 64)
@@ -371,7 +381,8 @@ def test_a_call_that_cannot_be_served_raises_with_the_reason(install):
         flash.attention(q, k, v, scale=1.0)
 
 
-# The libraries themselves ------------------------------------------------------------------------------------------
+# The libraries themselves
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[4, 3, 2])
@@ -389,7 +400,9 @@ def library(request, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_stand_ins_have_the_librarys_parameters(library):
-    """What is passed by name is a parameter of both, and what is passed by position comes first in both."""
+    """What is passed by name is a parameter of both, and what is passed by position comes first in
+    both.
+    """
     theirs, ours = flash._libraries[library], StandIn(library, HOPPER).module()
     passed = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
     packing = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
@@ -446,7 +459,9 @@ def test_the_library_by_the_error_rule(library, d, dv, causal, window, sq, sk):
 
 @pytest.mark.gpu
 def test_the_library_on_packed_documents(library):
-    """Each document as if it were alone; empty ones and rows that see nothing give 0 and pass no gradient."""
+    """Each document as if it were alone; empty ones and rows that see nothing give 0 and pass no
+    gradient.
+    """
     if flash.refusal(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=128):
         pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
     queries, keys = [100, 0, 30, 200], [90, 40, 0, 120]
@@ -467,11 +482,14 @@ def test_the_library_on_packed_documents(library):
     assert torch.equal(out[:100], alone[0])
 
 
-# Through the public functions --------------------------------------------------------------------------------------
+# Through the public functions
+# --------------------------------------------------------------------------------------
 
 
 def test_the_composition_by_hand_is_the_public_functions_reference(install):
-    """Dense and packed, with the epilogue, in float64: the composition is the operation of the specification."""
+    """Dense and packed, with the epilogue, in float64: the composition is the operation of the
+    specification.
+    """
     install(HOPPER, 3)
     generator = torch.Generator().manual_seed(5)
 

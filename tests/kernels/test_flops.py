@@ -70,7 +70,8 @@ def counted(function, *args, **options):
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-# Two calls of an attention library share nothing: the composed backend's mathematics is Hs + Hn ordinary maps.
+# Two calls of an attention library share nothing: the composed backend's mathematics is Hs + Hn
+# ordinary maps.
 HEADS = 6
 
 

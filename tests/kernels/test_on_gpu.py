@@ -1,8 +1,9 @@
-"""What only many launches or a whole compiled model show: the same bits a thousand times, and torch.compile.
+"""What only many launches or a whole compiled model show: the same bits a thousand times, and
+torch.compile.
 
-Tests marked ``gpu`` are meant for a GPU; without one the same bodies run a few times at tiny sizes, attention
-interpreted. On an H100 a thousand runs of a case should take a second or two beside the compilation of its kernels; the
-long one is the compiled model, most of a minute for Inductor.
+Tests marked ``gpu`` are meant for a GPU; without one the same bodies run a few times at tiny sizes,
+attention interpreted. On an H100 a thousand runs of a case should take a second or two beside the
+compilation of its kernels; the long one is the compiled model, most of a minute for Inductor.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def test_a_compiled_model_is_as_near_to_float64_as_an_eager_one(place: str, back
     exact = loss_and_gradients(double.to(place, torch.float64).train(), ids)
     eps = torch.finfo(torch.bfloat16).eps
     for name, e in exact.items():
-        # The gradient of a scale or a lambda is a sum of thousands of rounded numbers, which cancel: its error is luck.
+        # The gradient of a scale or a lambda is a sum of thousands of rounded numbers, which
+        # cancel: its error is luck.
         floor = (8 if e.ndim < 2 else 1) * eps * e.abs().max().item()
         assert e.abs().max() > 0
         assert_error_rule(compiled[name], eager[name], e, floor=floor)

@@ -1,4 +1,6 @@
-"""PolyNorm: the published figures, the error rule, extreme inputs, gradients and the operator's contract."""
+"""PolyNorm: the published figures, the error rule, extreme inputs, gradients and the operator's
+contract.
+"""
 
 from functools import partial
 
@@ -73,8 +75,9 @@ def test_error_rule_forward_and_backward(kind, dtype, with_up, path):
         plain = run(lambda a, b, w, c: plain_poly_norm(a.float(), w, c).to(dtype), dtype)
         exact = run(lambda a, b, w, c: plain_poly_norm(a, w, c), torch.float64)
     for o, p, e in zip(ours, plain, exact, strict=True):
-        # The weight's and bias's gradients add 37 rows, each rounded: their rounding floor is that of a random walk
-        # of 37 steps, which the three or one numbers of the plain result may by luck undercut.
+        # The weight's and bias's gradients add 37 rows, each rounded: their rounding floor is that
+        # of a random walk of 37 steps, which the three or one numbers of the plain result may by
+        # luck undercut.
         floor = torch.finfo(torch.float32).eps * e.abs().max().item() * 37**0.5 if e.ndim == 1 else None
         assert_error_rule(o, torch.nan_to_num(p), e, floor=floor)
 
@@ -87,7 +90,8 @@ def test_finite_up_to_a_million(dtype, columns, path):
     weight, bias = leaves(WEIGHT.to(path.device), BIAS.to(path.device))
     out = poly_norm(x, weight, bias)
     exact = plain_poly_norm(x.detach().double(), weight.double(), bias.double())
-    # The terms are of order 1 and may cancel: the error is held to the rounding of the largest of them.
+    # The terms are of order 1 and may cancel: the error is held to the rounding of the largest of
+    # them.
     torch.testing.assert_close(out.double(), exact, atol=1e-6, rtol=torch.finfo(dtype).eps)
     for grad in torch.autograd.grad(out.sum(), (x, weight, bias)):
         assert torch.isfinite(grad).all()
@@ -101,7 +105,9 @@ def test_any_leading_shape(shape, path):
 
 @pytest.mark.parametrize("columns", [9000, 17000, 40000])
 def test_rows_longer_than_a_block(columns, path):
-    """Both directions walk through the row twice; also with the moments given, as the sharded form has them."""
+    """Both directions walk through the row twice; also with the moments given, as the sharded form
+    has them.
+    """
     inputs = leaves(*torch.randn(2, 3, columns, device=path.device), WEIGHT.to(path.device), BIAS.to(path.device))
     grad = torch.randn(3, columns, device=path.device)
     out = mul_poly_norm(*inputs)
@@ -160,7 +166,9 @@ def test_gradients_are_the_same_every_time(path):
 
 @pytest.mark.parametrize("with_up", [False, True])
 def test_variants_of_later_models(with_up, path):
-    """Squashed weights, clamped bias and inputs, scaled output, against the same written out in float64."""
+    """Squashed weights, clamped bias and inputs, scaled output, against the same written out in
+    float64.
+    """
     options = {"sigmoid_weight": True, "bias_clamp": 0.5, "out_scale": 0.7, "hidden_clamp": 1.25}
     x, up, grad = torch.randn(3, 11, 70, device=path.device)
     weight, bias = torch.tensor([0.2, -1.0, 0.5], device=path.device), torch.tensor([0.8], device=path.device)

@@ -1,4 +1,6 @@
-"""The sdpa backend's promises: no map or mask of Sq x Sk in memory, one noise map a group, the operator's contract."""
+"""The sdpa backend's promises: no map or mask of Sq x Sk in memory, one noise map a group, the
+operator's contract.
+"""
 
 import pytest
 import torch

@@ -47,7 +47,8 @@ def compare(ours, theirs, translate):
     a, b = ours(input_ids=ids, labels=labels), theirs(input_ids=ids, labels=labels)
     assert_agrees(a.logits, b.logits, name="logits")
     assert_agrees(a.loss, b.loss, name="loss")
-    # The loss is a mean over 50 tokens: scaled, so that the comparison is of numbers of the size of 1.
+    # The loss is a mean over 50 tokens: scaled, so that the comparison is of numbers of the size of
+    # 1.
     (a.loss * 50).backward()
     (b.loss * 50).backward()
     named = dict(ours.named_parameters())
@@ -110,7 +111,9 @@ def test_softmax_agrees_with_llama(rope, tied):
 
 
 def test_yarn_given_as_the_released_files_do():
-    """rope_theta and rope_scaling, as older files name them, through transformers' own computation."""
+    """rope_theta and rope_scaling, as older files name them, through transformers' own
+    computation.
+    """
     position_ids = torch.arange(60)[None]
     scaling = {k: v for k, v in YARN.items() if k != "rope_theta"}
     config = MotifConfig(**SIZES, num_key_value_heads=2, attention_type="softmax", rope_theta=5e5, rope_scaling=scaling)

@@ -1,4 +1,6 @@
-"""Generation with every kind of cache: the tokens that no cache gives, in place, in blocks and compiled."""
+"""Generation with every kind of cache: the tokens that no cache gives, in place, in blocks and
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from helpers.models import VARIANTS, random_ids, tiny_model
 from motifarch.models.paged_cache import PagedCache
 
 KINDS = ["dynamic", "static", "paged"]
-# A penalty, for a model of random weights soon says one word for ever; but then never the padding's token, which some
-# transformers punish for standing before a prompt.
+# A penalty, for a model of random weights soon says one word for ever; but then never the padding's
+# token, which some transformers punish for standing before a prompt.
 GREEDY = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5, "suppress_tokens": [0]}
 
 
@@ -30,7 +32,9 @@ def continued(model, cache, prompts, mask, count):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", ["gda 4:1", "diff_v1", "diff_v2 gated", "gda window", "softmax"])
 def test_two_hundred_tokens_in_float32(variant, kind, rows):
-    """Each token is the one that a pass without a cache finds likeliest, or as likely within float32's rounding."""
+    """Each token is the one that a pass without a cache finds likeliest, or as likely within
+    float32's rounding.
+    """
     model = tiny_model(variant)
     ids = random_ids(rows, 9)
     out = continued(model, cache_of(kind, model, rows), ids, torch.ones_like(ids), 200)
@@ -73,8 +77,8 @@ def test_prefill_in_chunks_equals_one_pass(variant, kind, chunks):
 def test_a_static_cache_is_compiled_once_for_all_lengths(variant, attention):
     """No graph break, and padding or not, no compilation after the first as rows grow.
 
-    transformers keeps a window's fill as a Python number: a second compilation makes that a symbol, and a third
-    follows when the window is full.
+    transformers keeps a window's fill as a Python number: a second compilation makes that a symbol,
+    and a third follows when the window is full.
     """
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -1,4 +1,6 @@
-"""Folders laid out like the released models': loaded whole or refused, and computing what their description says."""
+"""Folders laid out like the released models': loaded whole or refused, and computing what their
+description says.
+"""
 
 import json
 from pathlib import Path
@@ -266,7 +268,9 @@ def test_other_ways_to_load_still_work(folder, tmp_path):
 
 
 def test_quantised_weights_load_and_come_back(tmp_path):
-    """Their tensors have other names and shapes than the config's, which must not pass for a damaged folder."""
+    """Their tensors have other names and shapes than the config's, which must not pass for a
+    damaged folder.
+    """
     torchao = pytest.importorskip("torchao.quantization")
     config = SMALL["12.7B"] | {"hidden_size": 64, "intermediate_size": 64}
     folder = write_folder(tmp_path / "released", config, random_tensors(config, torch.bfloat16))

@@ -1,4 +1,6 @@
-"""The plan that the model declares to transformers: from_pretrained(tp_plan="auto") on two real ranks."""
+"""The plan that the model declares to transformers: from_pretrained(tp_plan="auto") on two real
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from helpers.tensor_parallel_plan import load_and_run, run
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.models.motif.tensor_parallel import check_shared_heads
 
-# Heads, words and columns that two ranks can share; tied weights and norms of queries and keys are in one each.
+# Heads, words and columns that two ranks can share; tied weights and norms of queries and keys are
+# in one each.
 CASES: dict[str, dict[str, Any]] = {
     "gda": {},
     "gda tied": {},

@@ -46,7 +46,8 @@ def test_one_step_by_hand() -> None:
     weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
     optimizer = build_adamw(linear, lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
     linear(torch.randn(5, 4).double()).square().sum().backward()
-    # After one step both corrected moments are the gradient's own, so the update is lr * g / (|g| + eps).
+    # After one step both corrected moments are the gradient's own, so the update is lr * g /
+    # (|g| + eps).
     moved = {name: p.grad / (p.grad.abs() + 1e-8) for name, p in linear.named_parameters() if p.grad is not None}
     optimizer.step()
     torch.testing.assert_close(linear.weight.detach(), weight * (1 - 0.1 * 0.5) - 0.1 * moved["weight"])

@@ -68,7 +68,9 @@ def test_newton_schulz_at_the_edges() -> None:
 
 
 def test_equal_to_torch() -> None:
-    """In bfloat16 and to the bit: the same products of the same shapes in the same order, batched or not."""
+    """In bfloat16 and to the bit: the same products of the same shapes in the same order, batched
+    or not.
+    """
     ours, theirs = matrices(), matrices()
     triple = NS_COEFFICIENTS["keller_jordan"][0]
     muon = Muon(ours, lr=1e-2, weight_decay=0.1, ns_coefficients=NS_COEFFICIENTS["keller_jordan"])
@@ -81,8 +83,8 @@ def test_equal_to_torch() -> None:
         torchs.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(muon.state[a]["momentum_buffer"], torchs.state[b]["momentum_buffer"])
-        # A matrix product of a batch may be summed in another order on other processors: a few of bfloat16's last
-        # places (2^-8 of an update of lr * 0.2 * sqrt(rows) a step) over ten steps.
+        # A matrix product of a batch may be summed in another order on other processors: a few of
+        # bfloat16's last places (2^-8 of an update of lr * 0.2 * sqrt(rows) a step) over ten steps.
         torch.testing.assert_close(a, b, rtol=0, atol=10 * 1e-2 * 0.2 * 2**-8)
 
 

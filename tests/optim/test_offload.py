@@ -1,4 +1,6 @@
-"""Moments in CPU memory: the same results to the last bit, the same checkpoints, the same skipped steps."""
+"""Moments in CPU memory: the same results to the last bit, the same checkpoints, the same skipped
+steps.
+"""
 
 from __future__ import annotations
 

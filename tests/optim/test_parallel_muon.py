@@ -1,4 +1,6 @@
-"""Parallel Muon on real processes: the same numbers as on whole matrices, no message too many, state that travels."""
+"""Parallel Muon on real processes: the same numbers as on whole matrices, no message too many,
+state that travels.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def test_work_is_balanced_and_memory_bounded() -> None:
 def test_which_rows_a_rank_holds() -> None:
     assert [held_indices((5, 3), (4,), (Shard(0),), (i,))[0] for i in range(4)] == [((0, 2),), ((2, 4),), ((4, 5),), ()]
     assert held_indices((5, 3), (2, 2), (Replicate(), Shard(1)), (1, 1)) == (((0, 5),), ((2, 3),))
-    # Three later parts of two rows, each halved: a rank of the first dimension alone has a row of each.
+    # Three later parts of two rows, each halved: a rank of the first dimension alone has a row of
+    # each.
     assert held_indices((6, 1), (2,), (_StridedShard(0, split_factor=3),), (1,))[0] == ((1, 2), (3, 4), (5, 6))
     assert held_indices((8, 1), (2, 2), (_StridedShard(0, split_factor=2), Shard(0)), (0, 1))[0] == ((4, 6),)
     with pytest.raises(ValueError, match="use Shard or Replicate"):

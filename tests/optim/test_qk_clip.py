@@ -1,4 +1,6 @@
-"""QK-clip: no head above the bound afterwards, every other head untouched, for each way of sharing keys."""
+"""QK-clip: no head above the bound afterwards, every other head untouched, for each way of sharing
+keys.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from motifarch.optim.qk_clip import gather_max_logits
 
 E, D, S, TAU = 32, 8, 12, 5.0
 
-# name -> layer, signal heads, noise heads, whether a signal head's key is its own, whether a noise head's is
+# name -> layer, signal heads, noise heads, whether a signal head's key is its own, whether a noise
+# head's is
 LAYERS: dict[str, tuple[Callable[..., Attention], dict[str, int], tuple[bool, bool]]] = {
     "diff_v1, own keys": (DifferentialAttention, {"num_heads": 6, "num_kv_heads": 6}, (True, True)),
     "diff_v1, shared keys": (DifferentialAttention, {"num_heads": 8, "num_kv_heads": 4}, (False, False)),
@@ -95,7 +98,9 @@ def measure(layer: Attention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def set_maxima(layer: Attention, hidden: torch.Tensor) -> None:
-    """Scales queries so that on this data every other head, signal and noise, is above the bound."""
+    """Scales queries so that on this data every other head, signal and noise, is above the
+    bound.
+    """
     for heads, maxima in zip(head_order(layer), measure(layer, hidden), strict=True):
         if maxima is None:
             continue

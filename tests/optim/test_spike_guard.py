@@ -80,7 +80,8 @@ def test_a_change_of_level_is_let_through_after_the_limit() -> None:
     guard = SpikeGuard(3.0, 4, max_in_row=3)
     assert run(guard, [1.0, 1.1, 0.9, 1.0]) == [0] * 4
     level = [7.0, 7.1, 6.9, 7.0, 7.1, 7.2, 7.0]
-    # Three are skipped; the fourth starts a window of the new level, in which the old one has no part.
+    # Three are skipped; the fourth starts a window of the new level, in which the old one has no
+    # part.
     assert run(guard, level) == [1, 1, 1, 0, 0, 0, 0]
     assert guard.counts.tolist() == [4, 0, 3]
     assert guard.history[:, 0].min() > 6

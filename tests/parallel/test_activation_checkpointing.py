@@ -1,4 +1,6 @@
-"""What the backward pass computes again: the gradients stay, and the dear products are as many as was asked for."""
+"""What the backward pass computes again: the gradients stay, and the dear products are as many as
+was asked for.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from motifarch.parallel.activation_checkpointing import apply_activation_checkpo
 
 LAYERS = 4
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
-# q, k, v, o, gate and up, and for gated DIFF V2 lambda and its gate; down_proj comes last: nobody needs its result.
+# q, k, v, o, gate and up, and for gated DIFF V2 lambda and its gate; down_proj comes last: nobody
+# needs its result.
 LINEARS = {"gda": 6, "diff_v2 gated": 8}
 ATTENTION = ("motif::segmented_attention", "aten::_scaled_dot_product_flash_attention_for_cpu")
 

@@ -23,7 +23,8 @@ LAYOUTS = {
 }
 # Muon, with logits that grow past QK-clip's bound on the way.
 MUON: dict[str, Any] = {"variant": "gda window", "optimizer": "muon", "qk_clip": 0.5}
-# Data parallelism does not know what attention is: one variant will do. Two ranks have shown the rest.
+# Data parallelism does not know what attention is: one variant will do. Two ranks have shown the
+# rest.
 _FEW = {"fsdp": ["gda"], "hsdp 2x2": ["gda"]} | {name: ["gda", "diff_v2 gated"] for name in LAYOUTS[4] if " x " in name}
 
 

@@ -1,4 +1,6 @@
-"""The switch to 8-bit products, with torchao's emulation: what is replaced, what stays, and what is refused."""
+"""The switch to 8-bit products, with torchao's emulation: what is replaced, what stays, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_compute_replaces_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two ranks: each precision sharded, each 8-bit one with tensor parallelism, and one after a switch halfway."""
+    """Two ranks: each precision sharded, each 8-bit one with tensor parallelism, and one after a
+    switch halfway.
+    """
     folder = tmp_path_factory.mktemp("low_precision")
     checkpoint = checkpoints_folder(folder) / checkpoint_name(STEPS // 2)
     common: dict[str, Any] = {"variant": "gda", "model": MODEL, "steps": STEPS}
@@ -76,7 +80,8 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def test_training_is_near_bfloat16_and_rounds(trained: dict[str, Any], name: str) -> None:
     (exact, _, exact_weights), (rounded, _, weights) = trained["bf16"], trained[name]
     losses = torch.tensor(rounded)[:, 0]
-    # Three more bits are lost than in bfloat16, in two layers of four: losses of 4 to 6 agree to a hundredth.
+    # Three more bits are lost than in bfloat16, in two layers of four: losses of 4 to 6 agree to a
+    # hundredth.
     torch.testing.assert_close(losses, torch.tensor(exact)[:, 0], rtol=0, atol=0.01)
     assert losses[0] - losses[-1] > 0.5
     assert rounded[0][2] != exact[0][2]

@@ -1,4 +1,6 @@
-"""Layouts of ranks: what is left is filled in, and what cannot be is refused with the numbers that can."""
+"""Layouts of ranks: what is left is filled in, and what cannot be is refused with the numbers that
+can.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A store shared by several starts: each finds a part of it that is its own, on all its ranks the same."""
+"""A store shared by several starts: each finds a part of it that is its own, on all its ranks the
+same.
+"""
 
 from __future__ import annotations
 

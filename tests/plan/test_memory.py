@@ -65,7 +65,8 @@ def test_activations_are_what_a_real_forward_pass_keeps(variant: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.model(input_ids=ids)
     planned = make_plan(recipe, find_gpu("h100"), 1, seq_len=256).rehearsal.activations
-    # The plan also has what is alive without being saved: the hidden states that the loss takes, tables of positions.
+    # The plan also has what is alive without being saved: the hidden states that the loss takes,
+    # tables of positions.
     assert sum(kept.values()) <= planned <= 1.05 * sum(kept.values())
 
 
@@ -79,7 +80,9 @@ def test_recomputing_keeps_less() -> None:
 
 
 def test_micro_batches_keep_whole_gradients() -> None:
-    """Before the last micro-batch nothing is reduced: each rank holds float32 gradients of the whole model."""
+    """Before the last micro-batch nothing is reduced: each rank holds float32 gradients of the
+    whole model.
+    """
     single = make_plan(small_recipe(batch__micro_size=4), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     several = make_plan(small_recipe(batch__micro_size=1), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     assert single.memory[memory.WHOLE_GRADIENTS] == 0
@@ -88,7 +91,9 @@ def test_micro_batches_keep_whole_gradients() -> None:
 
 
 def test_gathered_layers() -> None:
-    """What FSDP2 gathers is a layer's parameters in the compute dtype, and with tensor parallelism its part."""
+    """What FSDP2 gathers is a layer's parameters in the compute dtype, and with tensor parallelism
+    its part.
+    """
     recipe = small_recipe(precision__compute="bfloat16")
     model = MotifForCausalLM(config_of(recipe))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())

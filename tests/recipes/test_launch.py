@@ -1,4 +1,6 @@
-"""The launch scripts: parsed, and run on one machine; SLURM's with stand-ins for srun and scontrol."""
+"""The launch scripts: parsed, and run on one machine; SLURM's with stand-ins for srun and
+scontrol.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """recipes/trainer/train.py on gloo processes: trainer_on_cpu.py RESULT RECIPE ...
 
-On a CPU, accelerate 1.15 quietly falls back to DistributedDataParallel, whatever its configuration asks for: its
-state takes FSDP up in the branch for GPUs alone. So the state is told here what it would have found there. From then
-on all is accelerate's own FSDP2, and the parameters are checked to be DTensors that no process holds whole.
+On a CPU, accelerate 1.15 quietly falls back to DistributedDataParallel, whatever its configuration
+asks for: its state takes FSDP up in the branch for GPUs alone. So the state is told here what it
+would have found there. From then on all is accelerate's own FSDP2, and the parameters are checked
+to be DTensors that no process holds whole.
 """
 
 import importlib.util

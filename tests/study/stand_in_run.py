@@ -1,4 +1,5 @@
-"""A run's process without training: writes what a run leaves, and does what `behaviour.json` beside the study says.
+"""A run's process without training: writes what a run leaves, and does what `behaviour.json` beside
+the study says.
 
 python stand_in_run.py RUN STAGE
 """

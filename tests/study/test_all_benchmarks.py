@@ -1,4 +1,6 @@
-"""`motifarch benchmark all` with stand-ins for the scripts: what runs, what a failure does, what is kept and joined."""
+"""`motifarch benchmark all` with stand-ins for the scripts: what runs, what a failure does, what is
+kept and joined.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from motifarch.study.all_benchmarks import PARTS, main, repository
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 PICTURE = COMMITTED / "poly_norm_cpu.png"
 
-# Writes a committed result as its own and notes that it ran; does instead what a file named after it says.
+# Writes a committed result as its own and notes that it ran; does instead what a file named after
+# it says.
 STAND_IN = f"""
 import pathlib, shutil, sys, time
 name, here = pathlib.Path(__file__).stem, pathlib.Path(__file__).parent

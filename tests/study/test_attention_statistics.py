@@ -1,4 +1,6 @@
-"""Attention statistics against plain formulas on maps from transformers' models, and from plain PyTorch."""
+"""Attention statistics against plain formulas on maps from transformers' models, and from plain
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def packed_row(*documents: Tensor) -> Block:
 
 
 def expected(maps: list[Tensor]) -> tuple[float, float]:
-    """First-token share and entropy over (heads, S, S) maps of several documents, less each one's first query."""
+    """First-token share and entropy over (heads, S, S) maps of several documents, less each one's
+    first query.
+    """
     shares, entropies = [], []
     for document in maps:
         for head in document:
@@ -55,7 +59,9 @@ def check(layer: dict, kind: str, maps: list[Tensor]) -> None:
 
 
 def check_difference(layer: dict, signal: list[Tensor], noise: list[Tensor], lam: list[Tensor]) -> None:
-    """The layer's figures from maps of signal heads, of noise heads repeated to as many, and (heads, S) lambdas."""
+    """The layer's figures from maps of signal heads, of noise heads repeated to as many, and
+    (heads, S) lambdas.
+    """
     difference = [a - factor[..., None] * b for a, b, factor in zip(signal, noise, lam, strict=True)]
     check(layer, "", [d.abs() / d.abs().sum(-1, keepdim=True) for d in difference])
 
@@ -119,7 +125,8 @@ def test_diff_v1_maps_are_diffllamas():
         check_difference(layer, [signal], [noise], [torch.full((2, 17), lam)])
 
 
-# Query heads are two blocks of two signal heads and a noise head. For signal and noise: which query has which key.
+# Query heads are two blocks of two signal heads and a noise head. For signal and noise: which query
+# has which key.
 LAYOUTS = {
     "gda": ([(0, 0), (1, 0), (3, 2), (4, 2)], [(2, 1), (5, 3)]),
     "diff_v2 gated": ([(0, 0), (1, 0), (3, 0), (4, 0)], [(2, 0), (5, 0)]),
@@ -174,7 +181,9 @@ def test_lambda_is_the_layers_own():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_equal_maps_cancel_by_lambda(sign):
-    """A signal head that looks where its noise head looks: in a wrong group or key head they would differ."""
+    """A signal head that looks where its noise head looks: in a wrong group or key head they would
+    differ.
+    """
     model = tiny_model("gda")
     with torch.no_grad():
         for layer in model.model.layers:

@@ -1,4 +1,6 @@
-"""--compare: changes beyond their noise are called moved, others are not, whatever kind of results."""
+"""--compare: changes beyond their noise are called moved, others are not, whatever kind of
+results.
+"""
 
 from __future__ import annotations
 

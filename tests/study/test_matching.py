@@ -65,13 +65,16 @@ def parameters(matched: Matched) -> int:
 
 
 def operations(matched: Matched) -> float:
-    """Of a token, counted by torch as a row's forward pass is really run, times three for the backward pass."""
+    """Of a token, counted by torch as a row's forward pass is really run, times three for the
+    backward pass.
+    """
     built = model(matched)
     built.config._attn_implementation = "sdpa"
     ids = torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(input_ids=ids, labels=ids)
-    # torch's attention is given queries and keys as wide as values: zeros, which the mathematics does without.
+    # torch's attention is given queries and keys as wide as values: zeros, which the mathematics
+    # does without.
     config, pairs = built.config, (64 + 1) / 2
     zeros = config.num_hidden_layers * config.num_attention_heads * 2 * (config.value_width - config.head_dim) * pairs
     return 3 * (counter.get_total_flops() / 64 - zeros)

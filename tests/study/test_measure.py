@@ -1,4 +1,6 @@
-"""A finished run, measured: everything in its place, the same again, and refusals that say what to do."""
+"""A finished run, measured: everything in its place, the same again, and refusals that say what to
+do.
+"""
 
 from __future__ import annotations
 

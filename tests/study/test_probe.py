@@ -1,4 +1,6 @@
-"""The retrieval probe: lines where they should be, and scores that tell models of known abilities apart."""
+"""The retrieval probe: lines where they should be, and scores that tell models of known abilities
+apart.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def lines(tokenizer, data):
 
 
 class Model:
-    """Looks for the lines of a context, as a model of known abilities would, and answers with log-probabilities."""
+    """Looks for the lines of a context, as a model of known abilities would, and answers with
+    log-probabilities.
+    """
 
     def __init__(self, lines, vocab_size: int, noise: float = 0.0):
         self.lines, self.vocab_size = lines, vocab_size
@@ -166,7 +170,8 @@ def test_a_model_that_guesses_is_at_chance_within_the_errors_given(lines, data):
     pairs, count = 300, len(DEPTHS)
     noise = torch.randn(pairs, 2, count, 2, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     answers = Answers.of(noise.numpy())
-    # A mean over two twins of a difference of two draws; and of one draw less the mean of four others.
+    # A mean over two twins of a difference of two draws; and of one draw less the mean of four
+    # others.
     for values, variance in ((answers.gain, 1.0), (answers.binding, (1 + 1 / (count - 1)) / 2)):
         np.testing.assert_allclose(values.var(0, ddof=1), variance, rtol=0.35)
         assert abs(values.mean()) < 4 * np.sqrt(variance / values.size)
@@ -177,7 +182,8 @@ def test_a_model_that_guesses_is_at_chance_within_the_errors_given(lines, data):
     assert np.abs(z).max() < 4.5
     np.testing.assert_allclose(found["gain_error"], np.sqrt(1 / 30), rtol=0.5)
     assert abs(found["overall"]["gain"]) < 4 * found["overall"]["gain_error"]
-    # The mean of all cells errs less than a cell: by the square root of their number, as they are independent here.
+    # The mean of all cells errs less than a cell: by the square root of their number, as they are
+    # independent here.
     assert found["overall"]["gain_error"] == pytest.approx(np.sqrt(1 / 30 / 10), rel=0.4)
 
 

@@ -1,4 +1,6 @@
-"""What a report says: the figures of its results, what may be concluded from them, and what may not."""
+"""What a report says: the figures of its results, what may be concluded from them, and what may
+not.
+"""
 
 from __future__ import annotations
 
@@ -128,8 +130,8 @@ def test_activations_and_sizes_are_kept_apart(tmp_path: Path) -> None:
     for c in study.comparisons:
         assert c.variant.size == c.reference.size
         assert (c.variant.label == c.reference.label) != (c.variant.activation == c.reference.activation)
-    # For each size: one family of six against the reference and three between the other ratios, of either activation,
-    # and of seven between activations.
+    # For each size: one family of six against the reference and three between the other ratios, of
+    # either activation, and of seven between activations.
     assert len(study.comparisons) == 2 * (2 * (6 + 3) + 7)
     _, text = report(results, tmp_path)
     assert "GDA 4:1, SwiGLU, 8m" in text
@@ -162,7 +164,9 @@ def test_variants_stand_in_the_order_of_their_ratios_whatever_the_grids(tmp_path
 
 
 def test_a_difference_over_tokens_is_between_the_same_seeds(tmp_path: Path) -> None:
-    """A seed that only one of both finished would move the curve by what seeds do, ten times what variants do."""
+    """A seed that only one of both finished would move the curve by what seeds do, ten times what
+    variants do.
+    """
     results = made_up_results()
     for run in results["runs"]:
         for row in run["validation"]:

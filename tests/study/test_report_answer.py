@@ -1,4 +1,6 @@
-"""The answer at a report's top: the best head ratio, by how much, how surely, and the paper's claim."""
+"""The answer at a report's top: the best head ratio, by how much, how surely, and the paper's
+claim.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,16 @@ from motifarch.study.findings import Study
 from motifarch.study.report_answer import answer, facts
 
 ONE, TWO, FOUR, SEVEN = "diff_v1 poly_norm", "gda 2:1 poly_norm", "gda 4:1 poly_norm", "gda 7:1 poly_norm"
-# What seeds do to all, and to each alone: both sum to nothing, so that means are what they are set to.
+# What seeds do to all, and to each alone: both sum to nothing, so that means are what they are set
+# to.
 SEEDS = (0.0, 0.05, -0.05)
 OWN = {ONE: (1, -1, 0), TWO: (0, 1, -1), FOUR: (-1, 0, 1), SEVEN: (1, 0, -1)}
 
 
 def study(means: dict[str, float], noise: float, *, others: float = 3.0, seeds: tuple[int, ...] = (0, 1, 2)) -> Study:
-    """A study in which each variant has this mean loss, and each run its own noise beside its seed's."""
+    """A study in which each variant has this mean loss, and each run its own noise beside its
+    seed's.
+    """
     results: dict[str, Any] = made_up_results(seeds=seeds)
     for run in results["runs"]:
         own = OWN.get(run["variant"], (0, 0, 0))[run["seed"]]
@@ -38,7 +43,8 @@ def test_a_ratio_that_beats_each_other_one_is_called_the_best_with_its_differenc
     ]
     test = stats.ttest_rel(*losses)
     half = (test.confidence_interval().high - test.confidence_interval().low) / 2
-    # Six comparisons with 1:1 and three more between ratios; which rank this one has among them is Holm's business.
+    # Six comparisons with 1:1 and three more between ratios; which rank this one has among them is
+    # Holm's business.
     one, four = (next(v for v in found.variants if v.name == name) for name in (ONE, FOUR))
     assert test.pvalue <= found.compared(four, one).p_holm <= 9 * test.pvalue
     assert first.startswith("GDA 4:1 is the best of 4 head ratios: its mean validation loss is 2.4000 nats, ")
@@ -128,7 +134,9 @@ def test_one_seed_is_told_and_not_tested() -> None:
 
 
 def test_a_study_that_is_under_way_is_judged_on_the_seeds_that_all_have_finished() -> None:
-    """The worst ratio alone has come further: that makes it no winner, nor does a later seed's luck."""
+    """The worst ratio alone has come further: that makes it no winner, nor does a later seed's
+    luck.
+    """
     found = study({ONE: 2.6, TWO: 2.5, FOUR: 2.4, SEVEN: 2.45}, 1e-4)
     for run in found.runs:
         if run["seed"] > 0 and run["variant"] != ONE:

@@ -37,7 +37,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The largest of each kind: two activations, failed runs with awkward messages, a comparison; benchmarks."""
+    """The largest of each kind: two activations, failed runs with awkward messages, a comparison;
+    benchmarks.
+    """
     failed = (("gda 2:1 poly_norm", 1), ("diff_v2 silu", 0))
     study = made_up_results(activations=("poly_norm", "silu"), failed=failed)
     for run in study["runs"]:
@@ -96,7 +98,8 @@ def test_every_picture_has_words(page: Any) -> None:
 def test_nothing_sticks_out_of_the_page(page: Any) -> None:
     width = page.evaluate("document.documentElement.clientWidth")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    # Wide tables and benchmarks' pictures scroll inside their boxes; whatever else is drawn stays within the window.
+    # Wide tables and benchmarks' pictures scroll inside their boxes; whatever else is drawn stays
+    # within the window.
     outside = page.locator("h1, h2, h3, h4, p, li, pre, figure, svg, svg text, .box").evaluate_all(
         """(found, width) => found.filter(e => e.getBoundingClientRect().right > width + 1)
             .map(e => e.outerHTML.slice(0, 200))""",

@@ -14,7 +14,9 @@ from motifarch.study.report_probe import probe
 
 
 def asked(accuracy: float, gain: float, binding: float, *, errors: bool = True) -> Section:
-    """The section of a study whose models retrieve so well on average, with noise between places."""
+    """The section of a study whose models retrieve so well on average, with noise between
+    places.
+    """
     results: dict[str, Any] = made_up_results()
     rng = np.random.default_rng(0)
     for run in results["runs"]:

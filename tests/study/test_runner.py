@@ -1,4 +1,5 @@
-"""Many runs: which are started, side by side or not, again or not, and what is known of each in the end.
+"""Many runs: which are started, side by side or not, again or not, and what is known of each in the
+end.
 
 Processes that write what a run leaves stand in for training; `test_study.py` trains.
 """
@@ -77,7 +78,8 @@ def test_every_variant_runs_with_every_seed_and_never_twice(tmp_path: Path, data
     assert run["curve"][0] == [128, 1.28, pytest.approx(3.1), 1.0]
     recipes = [yaml.safe_load((tmp_path / "out" / run / "recipe.yaml").read_text()) for run in both]
     assert [recipe["run"]["seed"] for recipe in recipes] == [3, 3, 5, 5]
-    # What decides the order of the data, the validation rows and the scale of the first weights is the same for all.
+    # What decides the order of the data, the validation rows and the scale of the first weights is
+    # the same for all.
     shared = [
         {k: r[k] for k in ("data", "batch", "validation")} | {"s": r["model"]["initializer_range"]} for r in recipes
     ]

@@ -1,4 +1,6 @@
-"""Speeds from a run's metrics, and the cost of a token in the cache that generation really fills."""
+"""Speeds from a run's metrics, and the cost of a token in the cache that generation really
+fills.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Intervals, paired tests, Holm's correction and power: on known distributions, and against scipy's own tests."""
+"""Intervals, paired tests, Holm's correction and power: on known distributions, and against scipy's
+own tests.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_an_interval_is_scipys() -> None:
 
 
 def draw_study(rng: np.random.Generator, variants: int, seeds: int) -> np.ndarray:
-    """Losses of equal variants, (variants, seeds): a seed moves all by far more than a run's own noise."""
+    """Losses of equal variants, (variants, seeds): a seed moves all by far more than a run's own
+    noise.
+    """
     return 2.7 + rng.normal(0, 0.05, seeds) + rng.normal(0, 0.004, (variants, seeds))
 
 
@@ -103,7 +107,9 @@ def test_welchs_test_is_scipys() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_rejects_what_its_definition_does(p: list[float]) -> None:
-    """Step down: the smallest p against alpha / m, the next against alpha / (m - 1), until one is too large."""
+    """Step down: the smallest p against alpha / m, the next against alpha / (m - 1), until one is
+    too large.
+    """
     adjusted = holm(p)
     for alpha in (0.01, 0.05, 0.3):
         rejected = set()

@@ -1,4 +1,6 @@
-"""A study with real training: killed in the middle and started again, it ends as if nothing had happened."""
+"""A study with real training: killed in the middle and started again, it ends as if nothing had
+happened.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,12 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    """The parent is killed alone, as for want of memory: its run ends with it and goes on from what it saved."""
+    """The parent is killed alone, as for want of memory: its run ends with it and goes on from what
+    it saved.
+    """
     data, out = prepare_text(tmp_path), tmp_path / "out"
-    # Long enough to be caught at work; the second variant is finished already, as far as the study can see.
+    # Long enough to be caught at work; the second variant is finished already, as far as the study
+    # can see.
     grid = write_grid(tmp_path, data, tokens=7680)
     gda, softmax = (out / RUNS / name / "seed_0" for name in ("gda_2to1_poly_norm", "softmax_gqa_poly_norm"))
     softmax.mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""Training whose save of step 20 hangs after the shards are written: a certain moment to be killed at."""
+"""Training whose save of step 20 hangs after the shards are written: a certain moment to be killed
+at.
+"""
 
 import sys
 import time

@@ -45,7 +45,8 @@ def test_our_recipes_are_read(path: Path) -> None:
 
 def test_every_model_field_is_a_config_field() -> None:
     fields = {f.name for f in dataclasses.fields(ModelSection)} - _OURS
-    # rope_theta, rope_scaling and attn_implementation are taken by transformers' config class itself.
+    # rope_theta, rope_scaling and attn_implementation are taken by transformers' config class
+    # itself.
     assert fields - {f.name for f in dataclasses.fields(MotifConfig)} == {
         "rope_theta",
         "rope_scaling",

@@ -1,4 +1,6 @@
-"""A rank that dies or hangs: what is reported, and that torchrun's restart continues the same run."""
+"""A rank that dies or hangs: what is reported, and that torchrun's restart continues the same
+run.
+"""
 
 from __future__ import annotations
 

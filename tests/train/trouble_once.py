@@ -1,4 +1,6 @@
-"""Training in which rank 1 hangs and dies, each once, in reading data: trouble_once.py FOLDER KIND:STEP,... ARGS"""
+"""Training in which rank 1 hangs and dies, each once, in reading data: trouble_once.py FOLDER
+KIND:STEP,... ARGS
+"""
 
 import os
 import signal

@@ -1,9 +1,11 @@
 """The differential epilogue on the CPU, a cache-sized block of tokens at a time.
 
-The backward pass recomputes the difference from the two attention outputs, so that nothing but the inputs is saved.
-With ``A = O1 - lambda O2``, ``n = A r``, ``r = (mean(A^2) + eps)^-1/2`` and ``h`` the gradient that reaches n:
+The backward pass recomputes the difference from the two attention outputs, so that nothing but the
+inputs is saved. With ``A = O1 - lambda O2``, ``n = A r``, ``r = (mean(A^2) + eps)^-1/2`` and ``h``
+the gradient that reaches n:
 
-    dA = r (h - n mean(h n)),    dO1 = dA,    dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
+    dA = r (h - n mean(h n)),    dO1 = dA
+    dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import compute_dtype
+from motif_kernels.reference import compute_dtype
 
 # Elements of the signal in a block of tokens, for each thread; see cpu/poly_norm.py.
 _BLOCK_ELEMENTS = 1 << 17
@@ -28,7 +30,9 @@ def _block_tokens(width: int) -> int:
 
 
 def _difference(signal: Tensor, noise: Tensor, lam: Tensor, out: Tensor) -> Tensor:
-    """``signal - lam * noise`` for signal (R, Hn, g, Dv), noise (R, Hn, 1, Dv) and lam (R, Hn, g, 1)."""
+    """``signal - lam * noise`` for signal (R, Hn, g, Dv), noise (R, Hn, 1, Dv) and lam
+    (R, Hn, g, 1).
+    """
     torch.mul(noise.to(out.dtype), lam, out=out)
     return torch.sub(signal, out, out=out)
 

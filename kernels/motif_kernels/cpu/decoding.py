@@ -1,9 +1,11 @@
-"""Differential attention of a few queries against a cache, for CPUs: each cached key and value is read once.
+"""Differential attention of a few queries against a cache, for CPUs: each cached key and value is
+read once.
 
-A key/value head's signal and noise queries become the rows of one matrix. Where k1 and k2 lie side by side in the
-cache, as the layers keep them, the rows are ``[q1, 0]`` and ``[0, q2]`` over keys as they are, of width 2D: one call of
-torch's attention then gives both maps' products with the values, and copies nothing. Half of the products are with
-zeros; they cost less than a second pass through memory.
+A key/value head's signal and noise queries become the rows of one matrix. Where k1 and k2 lie side
+by side in the cache, as the layers keep them, the rows are ``[q1, 0]`` and ``[0, q2]`` over keys as
+they are, of width 2D: one call of torch's attention then gives both maps' products with the values,
+and copies nothing. Half of the products are with zeros; they cost less than a second pass through
+memory.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators import implementation
-from ..operators.combine import FAMILY
-from ..operators.decoding import Options, Tensors
-from ..reference import compute_dtype
+from motif_kernels.operators import implementation
+from motif_kernels.operators.combine import FAMILY
+from motif_kernels.operators.decoding import Options, Tensors
+from motif_kernels.reference import compute_dtype
 
 
 def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
-    """Both caches' keys as one view: k1 itself where k2 is the same, (..., 2D) where k2 follows k1 in memory."""
+    """Both caches' keys as one view: k1 itself where k2 is the same, (..., 2D) where k2 follows k1
+    in memory.
+    """
     if k1.shape != k2.shape or k1.stride() != k2.stride():
         return None
     if k1.data_ptr() == k2.data_ptr():
@@ -32,7 +36,9 @@ def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
 
 
 def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device) -> Tensor | None:
-    """(Sq, Sk) True where a query does not see a key; None if all see all. The last query stands at the last key."""
+    """(Sq, Sk) True where a query does not see a key; None if all see all. The last query stands at
+    the last key.
+    """
     if not 0 <= right < seqlen_q - 1 and (left < 0 or left >= seqlen_k - 1):
         return None
     ahead = torch.arange(seqlen_k, device=device) - torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[:, None]
@@ -45,7 +51,9 @@ def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.d
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: float, softcap: float) -> Tensor:
-    """Softmax attention of rows q (B, Hk, R, W) to k (B, Hk, Sk, W), v (B, Hk, Sk, Dv); hidden (R, Sk)."""
+    """Softmax attention of rows q (B, Hk, R, W) to k (B, Hk, Sk, W), v (B, Hk, Sk, Dv); hidden
+    (R, Sk).
+    """
     if softcap > 0:  # torch's attention has none
         dtype = compute_dtype(q)
         logits = softcap * torch.tanh((q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale / softcap)
@@ -65,7 +73,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: fl
 
 
 def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor | None) -> Tensor:
-    """Places [begin, end) of some rows, (B, end - begin, H, W): a view of a contiguous cache, a copy of a paged one."""
+    """Places [begin, end) of some rows, (B, end - begin, H, W): a view of a contiguous cache, a
+    copy of a paged one.
+    """
     if block_table is None:
         return cache[row, begin:end]
     size = cache.shape[1]

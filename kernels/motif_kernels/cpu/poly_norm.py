@@ -1,14 +1,16 @@
 """PolyNorm on the CPU, a cache-sized block of rows at a time.
 
-PyTorch's eager formula reads and writes main memory a dozen times and keeps half a dozen intermediates alive for the
-backward pass. Here each block of rows is brought into cache once, and the backward pass recomputes the moments
-from the inputs, so that nothing but the inputs is saved.
+PyTorch's eager formula reads and writes main memory a dozen times and keeps half a dozen
+intermediates alive for the backward pass. Here each block of rows is brought into cache once, and
+the backward pass recomputes the moments from the inputs, so that nothing but the inputs is saved.
 
-The derivative. With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gradient g:
+The derivative. With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming
+gradient g:
 
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
 
-Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the weight: x^3, x^2, x.
+Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the
+weight: x^3, x^2, x.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..constants import POWER_SCALE
-from ..reference import compute_dtype
+from motif_kernels.constants import POWER_SCALE
+from motif_kernels.reference import compute_dtype
 
-# Elements in a block of rows, for each thread: the six float32 buffers of the backward pass take 3 MiB. Measured
-# with two threads and 2 MiB of second-level cache a core, half and double are level with this on an idle machine;
-# smaller blocks lose to the overhead of an operator call, and on a busy machine to waiting for the other thread
-# after each.
+# Elements in a block of rows, for each thread: the six float32 buffers of the backward pass take 3
+# MiB. Measured with two threads and 2 MiB of second-level cache a core, half and double are level
+# with this on an idle machine; smaller blocks lose to the overhead of an operator call, and on a
+# busy machine to waiting for the other thread after each.
 _BLOCK_ELEMENTS = 1 << 17
 
-# Up to here, as in decoding, calls cost more than arithmetic: fewer of them, though each makes a tensor.
+# Up to here, as in decoding, calls cost more than arithmetic: fewer of them, though each makes a
+# tensor.
 _FEW_ELEMENTS = 1 << 14
 
 
@@ -71,7 +74,8 @@ class _Buffers:
 
 
 def _mean_squares(x: Tensor, x2: Tensor, x3: Tensor, work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # torch's mean adds in a tree; a vector norm would save a pass but loses three bits on rows of 65,536.
+    # torch's mean adds in a tree; a vector norm would save a pass but loses three bits on rows of
+    # 65,536.
     return (
         torch.mul(x3, x3, out=work).mean(-1, keepdim=True),
         torch.mul(x2, x2, out=work).mean(-1, keepdim=True),
@@ -90,7 +94,9 @@ def _inverse_rms(
 
 
 def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tensor:
-    """``(c2 x + c1) x + c0``, coefficients (R, 1); addcmul is vectorised for one broadcast argument, not for two."""
+    """``(c2 x + c1) x + c0``, coefficients (R, 1); addcmul is vectorised for one broadcast
+    argument, not for two.
+    """
     torch.mul(x, c2, out=out)
     return torch.addcmul(c0, out.add_(c1), x, out=out)
 
@@ -123,7 +129,9 @@ def forward(
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as inverse_rms (3, R)."""
+    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as
+    inverse_rms (3, R).
+    """
     if inverse_rms is None and x.numel() <= _FEW_ELEMENTS:
         return _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp).to(out_dtype)
     out = torch.empty(x.shape, dtype=out_dtype)
@@ -180,8 +188,8 @@ def backward(
             block_sums = _product_sums(g, powers, work) * torch.stack((r3, r2, r1, torch.ones_like(r1)))
             sums[:, rows] = block_sums.squeeze(-1)
             m3, m2, m1 = block_sums[:3] / x.shape[1]
-        # dx = g (3 c3 x^2 + 2 c2 x + c1) - x (3 c3 r3 m3 x^4 + 2 c2 r2 m2 x^2 + c1 r1 m1), with m_k = mean(g n_k).
-        # The factor POWER_SCALE undoes the scaling of x.
+        # dx = g (3 c3 x^2 + 2 c2 x + c1) - x (3 c3 r3 m3 x^4 + 2 c2 r2 m2 x^2 + c1 r1 m1), with m_k
+        # = mean(g n_k). The factor POWER_SCALE undoes the scaling of x.
         c3, c2, c1 = 3 * POWER_SCALE * c3, 2 * POWER_SCALE * c2, POWER_SCALE * c1
         _horner(x_, c1, c2, c3, out=work).mul_(g)
         projection = _horner(x2, c1 * r1 * m1, c2 * r2 * m2, c3 * r3 * m3, out=x3)
@@ -202,7 +210,9 @@ def _product_sums(g: Tensor, powers: tuple[Tensor, Tensor, Tensor], work: Tensor
 
 
 def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second powers: (3, R)."""
+    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second
+    powers: (3, R).
+    """
     buffers = _Buffers(x, hidden_clamp)
     sums = torch.empty(3, len(x), dtype=buffers.dtype)
     for rows in buffers.blocks(len(x)):
@@ -213,7 +223,9 @@ def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
 
 
 def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if given: (4, R)."""
+    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if
+    given: (4, R).
+    """
     buffers = _Buffers(x, hidden_clamp)
     sums = torch.empty(4, len(x), dtype=buffers.dtype)
     for rows in buffers.blocks(len(x)):

@@ -1,7 +1,9 @@
-"""The torch operators: one schema, fake rule and derivative for each operation, and the device that runs it.
+"""The torch operators: one schema, fake rule and derivative for each operation, and the device that
+runs it.
 
-An operator's arithmetic is in ``cpu/`` (plain PyTorch, blocked) or ``triton/`` (kernels), under the same names and
-with the same arguments. To torch.compile, to activation checkpointing and to a profiler each is one opaque node.
+An operator's arithmetic is in ``cpu/`` (plain PyTorch, blocked) or ``triton/`` (kernels), under the
+same names and with the same arguments. To torch.compile, to activation checkpointing and to a
+profiler each is one opaque node.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from ..tracing import constant
+from motif_kernels.tracing import constant
 
 
 def implementation(family: str, device: torch.device) -> ModuleType:
@@ -37,9 +39,11 @@ def has_implementation(device: torch.device) -> bool:
 
 
 def needs_no_operator(x: torch.Tensor) -> bool:
-    """Whether a call may go straight to its implementation: nobody traces or differentiates it, and x is no subclass.
+    """Whether a call may go straight to its implementation: nobody traces or differentiates it, and
+    x is no subclass.
 
-    An operator's way through the dispatcher costs as much as the arithmetic of a token that is decoded.
+    An operator's way through the dispatcher costs as much as the arithmetic of a token that is
+    decoded.
     """
     return type(x) is torch.Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -56,7 +60,8 @@ def _find_triton() -> bool:
 
 
 def result_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of a norm's result: x's, or float32 where autocast is on and runs norms in float32, as it does on CUDA.
+    """The dtype of a norm's result: x's, or float32 where autocast is on and runs norms in float32,
+    as it does on CUDA.
 
     The operators read the narrow tensors and write the wide one; nothing is cast on the way.
     """

@@ -1,4 +1,6 @@
-"""Differential attention as one torch operator: forward, backward, and what the one leaves for the other."""
+"""Differential attention as one torch operator: forward, backward, and what the one leaves for the
+other.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ class Results(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward pass returns; lam's is per token and head, (T, Hs); absent ones are empty."""
+    """What the backward pass returns; lam's is per token and head, (T, Hs); absent ones are
+    empty.
+    """
 
     q1: Tensor
     k1: Tensor

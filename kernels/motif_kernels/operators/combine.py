@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import compute_dtype
-from . import implementation
+from motif_kernels.operators import implementation
+from motif_kernels.reference import compute_dtype
 
 FAMILY = "combine"
 
@@ -29,7 +29,9 @@ def diff_combine(
     out_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of signal (T, Hs, Dv) and noise (T, Hn, Dv); lam is () | (Hs,) | (T, Hs), gate (T, Hs, Dv)."""
+    """The epilogue of signal (T, Hs, Dv) and noise (T, Hn, Dv); lam is () | (Hs,) | (T, Hs), gate
+    (T, Hs, Dv).
+    """
     if signal.numel() == 0:
         return torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
     with torch.cuda.device_of(signal):
@@ -62,7 +64,9 @@ def _diff_combine_backward(
     norm_eps: float,
     out_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of signal, noise, lam (per token and head), norm_weight and gate; the last two empty if not given."""
+    """Gradients of signal, noise, lam (per token and head), norm_weight and gate; the last two
+    empty if not given.
+    """
     if signal.numel() == 0:
         zeros = signal.new_zeros(signal.shape[-1] if norm_weight is not None else 0, dtype=compute_dtype(signal))
         d_lam = signal.new_zeros(signal.shape[:2], dtype=compute_dtype(signal))

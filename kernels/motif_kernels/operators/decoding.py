@@ -1,4 +1,6 @@
-"""Decoding against a key/value cache as torch operators: appending new tokens, and attending to what is held."""
+"""Decoding against a key/value cache as torch operators: appending new tokens, and attending to
+what is held.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import may_read
+from motif_kernels.checks import may_read
 
 
 def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
     """Write tokens (B, Snew, H, W) behind the first ``lengths`` (B,) places of each row of a cache.
 
-    The cache is (B, capacity, H, W), or with a block_table (B, blocks of a row) the pool (blocks, block size, H, W).
-    What a row has no room for is not written: an error beforehand where lengths may be read.
+    The cache is (B, capacity, H, W), or with a block_table (B, blocks of a row) the pool
+    (blocks, block size, H, W). What a row has no room for is not written: an error beforehand where
+    lengths may be read.
 
     Raises:
-        ValueError: more tokens than a row has room for, or a block outside the pool (where values may be read).
+        ValueError: more tokens than a row has room for, or a block outside the pool
+            (where values may be read).
     """
     batch, added = tokens.shape[:2]
     size = cache.shape[1]
@@ -48,7 +52,9 @@ def _(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None
 
 
 class Tensors(NamedTuple):
-    """The tensors of one call, new tokens already cached; :func:`motif_kernels.diff_attn_with_kvcache`'s shapes."""
+    """The tensors of one call, new tokens already cached;
+    :func:`motif_kernels.diff_attn_with_kvcache`'s shapes.
+    """
 
     q1: Tensor
     k1_cache: Tensor
@@ -91,10 +97,12 @@ _MODULES = {"triton": "..triton.decoding", "cpu": "..cpu.decoding", "packed": ".
 
 
 def attend(*arguments: Any) -> Tensor:
-    """The output (B, Sq, Hs, Dv) of a call, given as its :class:`Tensors` and :class:`Options` one after the other.
+    """The output (B, Sq, Hs, Dv) of a call, given as its :class:`Tensors` and :class:`Options` one
+    after the other.
 
     Raises:
-        ValueError: lengths past the capacity, or a block outside the pool (where values may be read).
+        ValueError: lengths past the capacity, or a block outside the pool
+            (where values may be read).
     """
     tensors, options = Tensors(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
     q1, v_cache = tensors.q1, tensors.v_cache
@@ -124,7 +132,9 @@ def _(q1: Tensor, k1_cache: Tensor, q2: Tensor, k2_cache: Tensor, v_cache: Tenso
 
 
 def check_room(lengths: Tensor, added: int, capacity: int) -> None:
-    """Raise ValueError if a row would hold more than it has room for, or less than none, where values may be read."""
+    """Raise ValueError if a row would hold more than it has room for, or less than none, where
+    values may be read.
+    """
     if not may_read(lengths) or not lengths.numel():
         return
     counts = lengths.tolist()

@@ -1,4 +1,6 @@
-"""PolyNorm, times the feed-forward's other branch if there is one: on whole rows, and on rows sharded over a group."""
+"""PolyNorm, times the feed-forward's other branch if there is one: on whole rows, and on rows
+sharded over a group.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..constants import POWER_SCALE
-from ..reference import compute_dtype
-from . import implementation
+from motif_kernels.constants import POWER_SCALE
+from motif_kernels.operators import implementation
+from motif_kernels.reference import compute_dtype
 
 FAMILY = "poly_norm"
 
@@ -26,7 +28,9 @@ def _optional_rows(x: Tensor | None) -> Tensor | None:
 
 
 def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
-    """A gradient in its tensor's shape; an operator cannot return None, so an absent one is empty."""
+    """A gradient in its tensor's shape; an operator cannot return None, so an absent one is
+    empty.
+    """
     if gradient is None or x is None:
         return other.new_empty(0)
     return gradient.view(x.shape)
@@ -41,7 +45,9 @@ def forward(
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """PolyNorm of x (..., N), times up (..., N) if given, with weight (3,) and bias (1,), rounded once."""
+    """PolyNorm of x (..., N), times up (..., N) if given, with weight (3,) and bias (1,), rounded
+    once.
+    """
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -125,8 +131,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 poly_norm.register_autograd(_differentiate, setup_context=_save)
 
 
-# Rows sharded over a process group. Each way, every rank adds up its own columns, the sums are added over the ranks in
-# one all-reduce, and the rank finishes its columns. The count of columns travels along, so that shards may differ.
+# Rows sharded over a process group. Each way, every rank adds up its own columns, the sums are
+# added over the ranks in one all-reduce, and the rank finishes its columns. The count of columns
+# travels along, so that shards may differ.
 
 
 def _all_reduce(sums: Tensor, extra: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
@@ -151,8 +158,8 @@ def poly_norm_sharded(
     """:func:`poly_norm` of rows whose columns are spread over a process group.
 
     Returns:
-        This rank's columns of the result, and for the backward pass the inverse root mean squares (3, R) and the number
-        of columns on all ranks (1,).
+        This rank's columns of the result, and for the backward pass the inverse root mean squares
+        (3, R) and the number of columns on all ranks (1,).
     """
     rows = _rows(x)
     run = implementation(FAMILY, x.device)

@@ -1,7 +1,7 @@
 """Launching the attention kernels on plain tensors.
 
-In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` queries by ``block_n`` keys is a tile.
-float32, which is for checks, has tables of its own.
+In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` queries by ``block_n``
+keys is a tile. float32, which is for checks, has tables of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..operators.attention import Gradients, Options, Results, Tensors
-from ..tuning import attention_size, launch_choice
-from .attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
-from .attention_forward import _forward_kernel
+from motif_kernels.operators.attention import Gradients, Options, Results, Tensors
+from motif_kernels.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
+from motif_kernels.triton.attention_forward import _forward_kernel
+from motif_kernels.tuning import attention_size, launch_choice
 
 LN_2 = 0.6931471805599453
 
@@ -56,7 +56,9 @@ def _lam_strides(lam: Tensor) -> tuple[int, int, int]:
 
 
 def _dense(tensors: Tensors) -> Tensors:
-    """Copies of what the kernels read without a stride, where it has one; queries, keys and values were checked."""
+    """Copies of what the kernels read without a stride, where it has one; queries, keys and values
+    were checked.
+    """
     gate, weight = tensors.gate, tensors.norm_weight
     return tensors._replace(
         gate=gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate,
@@ -159,7 +161,8 @@ def backward(
     q1, q2 = tensors.q1, tensors.q2
     group = q1.shape[-2] // q2.shape[-2]
     d_a = torch.empty(difference.shape, dtype=q1.dtype, device=q1.device)
-    # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's output.
+    # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's
+    # output.
     d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
     gradients = backward_prepare(
@@ -313,7 +316,9 @@ def backward_queries(
     d_o2: Tensor | None,
     gradients: Gradients,
 ) -> None:
-    """Gradients of queries: of both maps in one walk over the keys, or, given d_o2, of each by itself."""
+    """Gradients of queries: of both maps in one walk over the keys, or, given d_o2, of each by
+    itself.
+    """
     q1, k1, q2, k2, v, lam, _, _, cu_seqlens_q, cu_seqlens_k = tensors
     signal = (q1, k1, d_a, lse[0], deltas[0], gradients.q1)
     noise = (q2, k2, d_o2, lse[1], deltas[1], gradients.q2)

@@ -1,25 +1,28 @@
-"""Differential attention, backward: probabilities are recomputed from the log-sum-exps, tile by tile.
+"""Differential attention, backward: a tile's probabilities are recomputed from log-sum-exps.
 
-With dA the gradient of the difference (after the epilogue's own backward), for a group of signal heads h that share a
-noise head:
+With dA the gradient of the difference (after the epilogue's own backward), for a group of signal
+heads h that share a noise head:
 
     dO1_h = dA_h,    dO2 = -sum over h of lambda_h dA_h,    dlambda_h = -<dA_h, O2>
-    D1_h = <dA_h, O1_h> = <dA_h, A_h> - lambda_h dlambda_h,    D2 = <dO2, O2> = sum over h of lambda_h dlambda_h
-    dP_h = dA_h V^T,    dP2 = -sum over h of lambda_h dP_h,    dV = sum over h of (P1_h - lambda_h P2)^T dA_h
+    D1_h = <dA_h, O1_h> = <dA_h, A_h> - lambda_h dlambda_h
+    D2 = <dO2, O2> = sum over h of lambda_h dlambda_h
+    dP_h = dA_h V^T,    dP2 = -sum over h of lambda_h dP_h
+    dV = sum over h of (P1_h - lambda_h P2)^T dA_h
     dS = P (dP - D),    dQ = scale dS K,    dK = scale dS^T Q
 
 Three kernels, none with atomics:
 
 - ``_prepare_kernel`` differentiates the epilogue and leaves dA, dO2, D1, D2 and dlambda.
-- ``_keys_kernel`` serves a tile of keys of one noise group (or several that share the tile) and walks over queries.
-dP_h
-  is computed once and shared by the signal and the noise map, and one product per signal head gives dV of both.
-- ``_queries_kernel`` serves a tile of queries and walks over keys. With one signal head a noise head it does both maps
-  in one walk, again sharing dP; with more, each map has programs of its own (sharing would need g + 1 accumulators),
-  and dO2 V^T costs less than going through the group again.
+- ``_keys_kernel`` serves a tile of keys of one noise group (or several that share the tile) and
+  walks over queries. dP_h is computed once and shared by the signal and the noise map, and one
+  product per signal head gives dV of both.
+- ``_queries_kernel`` serves a tile of queries and walks over keys. With one signal head a noise
+  head it does both maps in one walk, again sharing dP; with more, each map has programs of its own
+  (sharing would need g + 1 accumulators), and dO2 V^T costs less than going through the group
+  again.
 
-With atomics allowed, the keys kernel adds dQ in float32 as it goes and the queries kernel is not needed: less work,
-but sums in an order that differs from run to run.
+With atomics allowed, the keys kernel adds dQ in float32 as it goes and the queries kernel is not
+needed: less work, but sums in an order that differs from run to run.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import (
+from motif_kernels.triton.attention_tiles import (
     cap_slope,
     document,
     key_ranges,
@@ -105,7 +108,8 @@ def _prepare_kernel(
                 tl.store(d_gate_pointer + own, d_gate.to(d_gate_pointer.dtype.element_ty), mask=mask)
             if weight_pointer is not None:
                 r = tl.load(inverse_rms_pointer + h * tokens + t, mask=present, other=0.0)
-                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow float16.
+                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow
+                # float16.
                 lse = tl.load(lse1_pointer + h * tokens + t, mask=present, other=0.0)
                 r = tl.where(lse == float("inf"), 0.0, r)[:, None]
                 normed = a * r
@@ -198,8 +202,8 @@ def _walk_queries(
 ):
     """Queries [start, stop) of noise head n and its signal heads.
 
-    Maps are (queries, keys): what there is one of a query (log-sum-exps, D, lambda) then costs a thread a few
-    registers. Transposed, as some kernels have them, those alone would take eighty.
+    Maps are (queries, keys): what there is one of a query (log-sum-exps, D, lambda) then costs a
+    thread a few registers. Transposed, as some kernels have them, those alone would take eighty.
     """
     heads = noise_heads * GROUP
     for first in tl.range(start, stop, BLOCK_M):
@@ -324,7 +328,9 @@ def _keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and value heads."""
+    """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and
+    value heads.
+    """
     first = tl.program_id(0) * BLOCK_N
     share = tl.program_id(1)
     z = tl.program_id(2)
@@ -507,7 +513,9 @@ def _queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """DQ (tokens, heads, D) of one head and, with BOTH_MAPS, of the noise head that belongs to it alone."""
+    """DQ (tokens, heads, D) of one head and, with BOTH_MAPS, of the noise head that belongs to it
+    alone.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     z = tl.program_id(2)

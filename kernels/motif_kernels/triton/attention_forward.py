@@ -1,16 +1,18 @@
 """Differential attention, forward: one kernel from queries, keys and values to the finished output.
 
-A program serves a tile of queries of one noise head. It first attends with the noise head and lays the result aside in
-float32; then it attends with each signal head of the group in turn, takes the difference in float32, applies the
-sub-norm or the gate, and rounds once. The noise product is computed once a group; no map and no repeated head is
-ever in memory. The noise tile lies in a scratch array that only its program reads, soon after and so from the GPU's
-cache: held in registers beside the signal's accumulator, it would halve the tile that a program can serve.
+A program serves a tile of queries of one noise head. It first attends with the noise head and lays
+the result aside in float32; then it attends with each signal head of the group in turn, takes the
+difference in float32, applies the sub-norm or the gate, and rounds once. The noise product is
+computed once a group; no map and no repeated head is ever in memory. The noise tile lies in a
+scratch array that only its program reads, soon after and so from the GPU's cache: held in registers
+beside the signal's accumulator, it would halve the tile that a program can serve.
 
-Keys are walked through tile by tile with the online softmax. Only tiles that the mask cuts do the work of masking: the
-walk goes over a masked range, an unmasked one and a masked one.
+Keys are walked through tile by tile with the online softmax. Only tiles that the mask cuts do the
+work of masking: the walk goes over a masked range, an unmasked one and a masked one.
 
-For the backward pass it leaves the rounded difference A (where an epilogue follows), the rounded noise output O2, the
-log-sum-exp of each map, and the sub-norm's inverse root mean square. Arrays of one number a token are (heads, tokens).
+For the backward pass it leaves the rounded difference A (where an epilogue follows), the rounded
+noise output O2, the log-sum-exp of each map, and the sub-norm's inverse root mean square. Arrays of
+one number a token are (heads, tokens).
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import document, key_ranges, load_tile, product, store_tile, to_logits, visible
+from motif_kernels.triton.attention_tiles import (
+    document,
+    key_ranges,
+    load_tile,
+    product,
+    store_tile,
+    to_logits,
+    visible,
+)
 
 
 @triton.jit
@@ -49,7 +59,9 @@ def _walk(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """The online softmax over keys [start, stop): updates the output o, the row maxima m and the row sums l."""
+    """The online softmax over keys [start, stop): updates the output o, the row maxima m and the
+    row sums l.
+    """
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k = load_tile(k_pointer, k_stride, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED)
@@ -99,7 +111,9 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One head's attention for a tile of queries: output (BLOCK_M, BLOCK_DV), log-sum-exp and largest logit."""
+    """One head's attention for a tile of queries: output (BLOCK_M, BLOCK_DV), log-sum-exp and
+    largest logit.
+    """
     q = load_tile(q_pointer, q_stride, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True)
     queries = first_query + tl.arange(0, BLOCK_M)
     o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -211,8 +225,9 @@ def _forward_kernel(
     rows = token_start + queries  # of the arrays that this kernel writes
     tile = z * tl.num_programs(0) + block
 
-    # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's code exists once, and
-    # nothing of the epilogue is alive in registers while it runs, which hoisting out of this loop would bring about.
+    # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's
+    # code exists once, and nothing of the epilogue is alive in registers while it runs, which
+    # hoisting out of this loop would bring about.
     for i in tl.range(0, GROUP + 1, disable_licm=True):
         is_noise = i == 0
         h = n * GROUP + i - 1

@@ -1,7 +1,9 @@
-"""What the attention kernels share: tiles of heads in memory, which keys a tile of queries sees, and logits.
+"""What the attention kernels share: tiles of heads in memory, which keys a tile of queries sees,
+and logits.
 
-Legend: B batch or documents, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise heads,
-g = Hs / Hn (GROUP). Logits are kept in units of log2, so that every exponential is an exp2.
+Legend: B batch or documents, S tokens, D query/key head width, Dv value head width, Hs signal
+heads, Hn noise heads, g = Hs / Hn (GROUP). Logits are kept in units of log2, so that every
+exponential is an exp2.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _addresses(pointer, stride, first, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    # The tile's corner in 64 bits, the way from there in the stride's own: in a loop only the corner changes.
+    # The tile's corner in 64 bits, the way from there in the stride's own: in a loop only the
+    # corner changes.
     corner = pointer + (tl.full((), 0, tl.int64) + first) * stride
     return corner + tl.arange(0, BLOCK_ROWS)[:, None] * stride + tl.arange(0, BLOCK_WIDTH)[None, :]
 
@@ -30,7 +33,9 @@ def load_tile(
     BLOCK_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """A head's rows from ``first`` on, (BLOCK_ROWS, BLOCK_WIDTH): 0 past its width and, if MASKED, from row_end on."""
+    """A head's rows from ``first`` on, (BLOCK_ROWS, BLOCK_WIDTH): 0 past its width and, if MASKED,
+    from row_end on.
+    """
     at = _addresses(pointer, stride, first, BLOCK_ROWS, BLOCK_WIDTH)
     columns = tl.arange(0, BLOCK_WIDTH)
     if MASKED:
@@ -72,7 +77,8 @@ def visible(queries, keys, shift, seqlen_k, left, right, HAS_LEFT: tl.constexpr,
 
 @triton.jit
 def _tile_ranges(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
-    """Cut [begin, end) into a masked, an unmasked and a masked range of whole tiles: four rising bounds.
+    """Cut [begin, end) into a masked, an unmasked and a masked range of whole tiles: four rising
+    bounds.
 
     Tiles within [full_begin, full_end) need no mask.
     """
@@ -120,7 +126,9 @@ def query_ranges(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ):
-    """Ranges of queries for a tile of keys: masked, unmasked, masked. A tile past the last key has no unmasked one."""
+    """Ranges of queries for a tile of keys: masked, unmasked, masked. A tile past the last key has
+    no unmasked one.
+    """
     begin, full_begin, full_end, end = 0, 0, seqlen_q, seqlen_q
     if HAS_RIGHT:
         begin = first_key - shift - right
@@ -155,10 +163,11 @@ def cap_slope(logits, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def document(z, cu_seqlens_pointer, seqlen, tokens):
-    """Of batch entry z: its first row in tensors with strides, its first token counted over the batch, its length.
+    """Of batch entry z: its first row in tensors with strides, its first token counted over the
+    batch, its length.
 
-    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the tensors' tokens: whatever
-    they say, nothing outside is read or written.
+    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the
+    tensors' tokens: whatever they say, nothing outside is read or written.
     """
     if cu_seqlens_pointer is not None:
         start = tl.minimum(tl.maximum(tl.load(cu_seqlens_pointer + z), 0), tokens)

@@ -1,4 +1,6 @@
-"""Writing new keys or values into a contiguous or paged cache, in place and never outside their row."""
+"""Writing new keys or values into a contiguous or paged cache, in place and never outside their
+row.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def _append_kernel(
 
 
 def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
-    """Arguments are :func:`motif_kernels.operators.decoding.append`'s; last dimensions are contiguous."""
+    """Arguments are :func:`motif_kernels.operators.decoding.append`'s; last dimensions are
+    contiguous.
+    """
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     batch, added, heads, width = tokens.shape
     page_size = cache.shape[1]

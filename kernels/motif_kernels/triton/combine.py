@@ -1,16 +1,21 @@
-"""The differential epilogue on a GPU: one forward and one backward kernel for any ratio, sub-norm, gate or neither.
+"""The differential epilogue on a GPU: one forward and one backward kernel for any ratio, sub-norm,
+gate or neither.
 
-With ``A = O1 - lambda O2``, ``n = A r``, ``r = (mean(A^2) + eps)^-1/2`` and ``h`` the gradient that reaches n:
+With ``A = O1 - lambda O2``, ``n = A r``, ``r = (mean(A^2) + eps)^-1/2`` and ``h`` the gradient that
+reaches n:
 
-    dA = r (h - n mean(h n)),    dO1 = dA,    dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
+    dA = r (h - n mean(h n)),    dO1 = dA
+    dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
 
-A program serves a few (token, noise head) pairs. It loads each noise head once and goes through the signal heads that
-share it, so that noise is never repeated in memory and its gradient is summed in registers. The gradient of the
-norm's weight is left as one row a program and added up afterwards in a fixed order: no atomics.
+A program serves a few (token, noise head) pairs. It loads each noise head once and goes through the
+signal heads that share it, so that noise is never repeated in memory and its gradient is summed in
+registers. The gradient of the norm's weight is left as one row a program and added up afterwards in
+a fixed order: no atomics.
 
-In a launch table, the size is a head's bytes, ``tile_bytes`` are the bytes of noise that a program holds and ``tiles``
-is how many such tiles it goes through, one after another. ``maxnreg`` is a limit of registers that a thread may use;
-without one the assembler aims for more programs at once, and spills a register to get there.
+In a launch table, the size is a head's bytes, ``tile_bytes`` are the bytes of noise that a program
+holds and ``tiles`` is how many such tiles it goes through, one after another. ``maxnreg`` is a
+limit of registers that a thread may use; without one the assembler aims for more programs at once,
+and spills a register to get there.
 """
 
 from __future__ import annotations
@@ -22,13 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import compute_dtype
-from ..tuning import launch_choice
+from motif_kernels.reference import compute_dtype
+from motif_kernels.tuning import launch_choice
 
 
 @triton.jit
 def _load_heads(pointer, token_stride, head_stride, tokens, heads, width, mask, DTYPE: tl.constexpr):
-    """A tile (PAIRS, WIDTH) of head ``heads`` of ``tokens``, both (PAIRS,), in the compute dtype."""
+    """A tile (PAIRS, WIDTH) of head ``heads`` of ``tokens``, both (PAIRS,), in the compute
+    dtype.
+    """
     offsets = tokens * token_stride + heads * head_stride
     return tl.load(pointer + offsets[:, None] + width[None, :], mask=mask, other=0.0).to(DTYPE)
 
@@ -202,7 +209,9 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _exact(out_scale: float, signal: Tensor) -> float | None:
-    """For float64 the scale as a constant, for Triton passes numbers in float32; else one kernel serves every scale."""
+    """For float64 the scale as a constant, for Triton passes numbers in float32; else one kernel
+    serves every scale.
+    """
     return out_scale if signal.dtype == torch.float64 else None
 
 

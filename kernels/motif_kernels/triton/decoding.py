@@ -1,14 +1,16 @@
-"""Differential attention of a few new queries against a long cache: each cached key and value is read once.
+"""Differential attention of a few new queries against a long cache: each cached key and value is
+read once.
 
-``_split_kernel``: a program serves one key/value head of one row and a part of its cache. The signal heads and the
-noise heads of all groups that use the head, times the new queries, are the rows of two tiles; a tile of values is
-multiplied by both maps while it is there. It leaves unnormalised outputs, row maxima and row sums in float32.
+``_split_kernel``: a program serves one key/value head of one row and a part of its cache. The
+signal heads and the noise heads of all groups that use the head, times the new queries, are the
+rows of two tiles; a tile of values is multiplied by both maps while it is there. It leaves
+unnormalised outputs, row maxima and row sums in float32.
 
-``_merge_kernel``: a program joins the parts of one noise head and its signal heads for one query, takes the difference
-in float32, applies the epilogue and rounds once.
+``_merge_kernel``: a program joins the parts of one noise head and its signal heads for one query,
+takes the difference in float32, applies the epilogue and rounds once.
 
-The cache is contiguous or paged; the number of parts does not depend on lengths that only the GPU knows. In a launch
-table, the size is ``tuning.attention_size``.
+The cache is contiguous or paged; the number of parts does not depend on lengths that only the GPU
+knows. In a launch table, the size is ``tuning.attention_size``.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operators.decoding import Options, Tensors
-from ..tuning import attention_size, launch_choice
-from .attention_tiles import product, to_logits
+from motif_kernels.operators.decoding import Options, Tensors
+from motif_kernels.triton.attention_tiles import product, to_logits
+from motif_kernels.tuning import attention_size, launch_choice
 
 
 @triton.jit
@@ -99,7 +101,8 @@ def _split_kernel(
     split = tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
     z = tl.program_id(2).to(tl.int64)
-    # Lengths and pages are not checked where that would stall the stream: nothing outside the cache is read even so.
+    # Lengths and pages are not checked where that would stall the stream: nothing outside the cache
+    # is read even so.
     end = tl.minimum(tl.load(lengths_pointer + z), capacity)
     begin = 0
     if leftpad_pointer is not None:
@@ -168,7 +171,9 @@ def _split_kernel(
 
 @triton.jit
 def _join(o_pointer, statistics_pointer, first, step, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """The parts of one head of one query, joined and normalised: (BLOCK_DV,); 0 if no key was seen."""
+    """The parts of one head of one query, joined and normalised: (BLOCK_DV,); 0 if no key was
+    seen.
+    """
     columns = tl.arange(0, BLOCK_DV)
     top = tl.full((), float("-inf"), tl.float32)
     for split in tl.range(splits):

@@ -1,19 +1,23 @@
 """PolyNorm on a GPU: a forward and a backward kernel that read each row from memory once.
 
-With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gradient g (times ``up``, if there is
-one):
+With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gradient g
+(times ``up``, if there is one):
 
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
 
-The backward kernel recomputes r_k, so that nothing but the inputs is saved. It leaves each row's sums of g n_k and of g
-in a small float32 array that is added up afterwards in a fixed order: no atomics.
+The backward kernel recomputes r_k, so that nothing but the inputs is saved. It leaves each row's
+sums of g n_k and of g in a small float32 array that is added up afterwards in a fixed order: no
+atomics.
 
-A program serves a tile of rows. A row that fits into the tile stays in registers between its sums and what is made
-from them; a longer one is walked through twice, block by block, the second time from the GPU's cache.
+A program serves a tile of rows. A row that fits into the tile stays in registers between its sums
+and what is made from them; a longer one is walked through twice, block by block, the second time
+from the GPU's cache.
 
-Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the weight: x^3, x^2, x.
+Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the
+weight: x^3, x^2, x.
 
-In a launch table, a kernel's size is a row's bytes; ``tile_bytes`` are the bytes of x that a program holds.
+In a launch table, a kernel's size is a row's bytes; ``tile_bytes`` are the bytes of x that a
+program holds.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..constants import POWER_SCALE
-from ..reference import compute_dtype
-from ..tuning import launch_choice
+from motif_kernels.constants import POWER_SCALE
+from motif_kernels.reference import compute_dtype
+from motif_kernels.tuning import launch_choice
 
 _SCALE = tl.constexpr(POWER_SCALE)
 
@@ -104,7 +108,9 @@ def _polynomial(x, c3, c2, c1, c0):
 
 @triton.jit
 def _gradient(g, x, c3, c2, c1, p3, p2, p1):
-    """``g dy/dx`` at fixed moments, less what flows through the moments; p_k is c_k r_k mean(g n_k)."""
+    """``g dy/dx`` at fixed moments, less what flows through the moments; p_k is c_k r_k
+    mean(g n_k).
+    """
     x2 = x * x
     direct = g * (3 * c3 * x2 + 2 * c2 * x + c1)
     return _SCALE * (direct - x * (3 * p3 * x2 * x2 + 2 * p2 * x2 + p1))
@@ -286,7 +292,9 @@ def _sums_kernel(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Power sums of x, or, given a gradient, its product sums: the part of the kernels above that shards exchange."""
+    """Power sums of x, or, given a gradient, its product sums: the part of the kernels above that
+    shards exchange.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
@@ -343,7 +351,8 @@ def forward(
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as inverse_rms (3, R).
+    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as
+    inverse_rms (3, R).
 
     Rows may be strided; columns must be contiguous.
     """
@@ -413,7 +422,9 @@ def backward(
 
 
 def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second powers: (3, R)."""
+    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second
+    powers: (3, R).
+    """
     sums = torch.empty(3, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
     _sums_kernel[grid](None, x, None, sums, *x.shape, 0, _stride(x), 0, BOUND=hidden_clamp, **constants)
@@ -421,7 +432,9 @@ def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
 
 
 def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if given: (4, R)."""
+    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if
+    given: (4, R).
+    """
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
     _sums_kernel[grid](

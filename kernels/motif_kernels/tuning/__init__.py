@@ -1,9 +1,10 @@
-"""Launch choices, measured once for a GPU and kept as data: nothing is tuned on a user's first step.
+"""Launch choices, measured once for a GPU and kept as data: nothing is tuned on a user's first
+step.
 
-Each JSON file here serves one GPU (``"gpu"``: a part of the name that CUDA reports) or, ``default.json``, every GPU
-without a file of its own. A kernel's entries are ordered by ``up_to``, the largest size that an entry serves; the
-last entry's is null and serves the rest. What a kernel's size is, and what the other fields mean to it, its module in
-``triton/`` says.
+Each JSON file here serves one GPU (``"gpu"``: a part of the name that CUDA reports) or,
+``default.json``, every GPU without a file of its own. A kernel's entries are ordered by ``up_to``,
+the largest size that an entry serves; the last entry's is null and serves the rest. What a kernel's
+size is, and what the other fields mean to it, its module in ``triton/`` says.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..tracing import constant
+from motif_kernels.tracing import constant
 
 Entry = Mapping[str, Any]
 
@@ -46,8 +47,8 @@ def _table(device: torch.device) -> dict[str, Any]:
 def attention_size(head_dim: int, value_dim: int, element_size: int) -> int:
     """The size of attention in these tables: D + Dv in bytes.
 
-    Where three quarters of their sum padded to powers of two are more, those: a width just above a power of two costs
-    almost twice what it is.
+    Where three quarters of their sum padded to powers of two are more, those: a width just above a
+    power of two costs almost twice what it is.
     """
     padded = sum(1 << max(4, (width - 1).bit_length()) for width in (head_dim, value_dim))
     return max(head_dim + value_dim, padded * 3 // 4) * element_size
@@ -85,7 +86,9 @@ _overrides: dict[str, Entry] = {}
 
 @contextlib.contextmanager
 def overriding(**entries: Entry) -> Iterator[None]:
-    """Within, these kernels take these entries whatever the tables say: for measuring candidates, and for tests."""
+    """Within, these kernels take these entries whatever the tables say: for measuring candidates,
+    and for tests.
+    """
     before = dict(_overrides)
     _overrides.update(entries)
     try:

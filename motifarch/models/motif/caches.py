@@ -1,4 +1,6 @@
-"""What a cache and an attention mask say of a call: how many tokens came before it, and which of them are padding."""
+"""What a cache and an attention mask say of a call: how many tokens came before it, and which of
+them are padding.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from motifarch.layers import PaddingMask
 
 
 def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
-    """Tokens that a cache holds: a number, or a scalar tensor where reading it would stall the device.
+    """Tokens that a cache holds: a number, or a scalar tensor where reading it would stall the
+    device.
 
     Args:
         past_key_values: a transformers Cache, or None.
@@ -51,10 +54,12 @@ def read_attention_mask(
         past_key_values: where they are cached, or None.
 
     Returns:
-        What to pack, or None; and for a cache that goes on after padding on the left, how much, (B,) int32, or None.
+        What to pack, or None; and for a cache that goes on after padding on the left, how much,
+        (B,) int32, or None.
 
     Raises:
-        ValueError: a mask of another shape, or padding that is not on the left in a cache of fixed size.
+        ValueError: a mask of another shape, or padding that is not on the left in a cache of fixed
+            size.
     """
     total = int(seen) + num_new
     if tuple(attention_mask.shape) != (batch, total):

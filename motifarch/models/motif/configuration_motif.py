@@ -1,4 +1,6 @@
-"""Configuration of the Motif models: the released files' fields, and those that choose a variant."""
+"""Configuration of the Motif models: the released files' fields, and those that choose a
+variant.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch._registration import register_models
 from motifarch.layers.attention import check_heads
-
-from .unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
+from motifarch.models.motif.unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
 
 PAIRED_TYPES = ("gda", "diff_v1")
 """Attention types whose lambda is a parameter of the layer, and whose keys may come in pairs."""
@@ -20,7 +21,9 @@ SHARED_STYLE = "motif_shared"
 
 
 def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
-    """Styles of transformers for the modules of a model: heads, the feed-forward's columns and words are shared."""
+    """Styles of transformers for the modules of a model: heads, the feed-forward's columns and
+    words are shared.
+    """
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]
     if config.attention_type == "diff_v2":
@@ -42,26 +45,31 @@ class MotifConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward block.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads, signal and noise together.
-        num_key_value_heads: key/value heads; with paired_kv they come in pairs. Default: num_attention_heads.
+        num_key_value_heads: key/value heads; with paired_kv they come in pairs. Default:
+            num_attention_heads.
         head_dim: width D of a query/key head; default hidden_size // num_attention_heads.
         num_noise_heads: noise heads; None means half of the heads.
-        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or "softmax".
-        paired_kv: whether keys come in pairs, one for signal and one for noise, with values of twice head_dim; false
-            leaves ordinary key/value heads and their cache. None means yes for "gda" and "diff_v1"; no other type has
-            pairs.
+        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or
+            "softmax".
+        paired_kv: whether keys come in pairs, one for signal and one for noise, with values of
+            twice head_dim; false leaves ordinary key/value heads and their cache. None means yes
+            for "gda" and "diff_v1"; no other type has pairs.
         attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
-        sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1", no for "diff_v2".
+        sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1", no for
+            "diff_v2".
         qk_norm: RMS-normalise query and key heads.
-        lambda_init_depth_offset: added to the layer index (from 0) in ``0.8 - 0.6 exp(-0.3 depth)``; None means -1
-            for "gda", which is how the released checkpoints count, and 0 for "diff_v1", the paper's count.
-        lambda_init: the constant of every layer's lambda with "gda" and "diff_v1", instead of the one by depth.
+        lambda_init_depth_offset: added to the layer index (from 0) in
+            ``0.8 - 0.6 exp(-0.3 depth)``; None means -1 for "gda", which is how the released
+            checkpoints count, and 0 for "diff_v1", the paper's count.
+        lambda_init: the constant of every layer's lambda with "gda" and "diff_v1", instead of the
+            one by depth.
         hidden_act: "poly_norm" (PolyNorm times up) or "silu" (SwiGLU).
         poly_norm_eps: PolyNorm's epsilon.
         rms_norm_eps: epsilon of the layer norms.
         attn_rms_norm_eps: epsilon of the sub-norm.
         max_position_embeddings: positions the model was made for.
-        rope_parameters: transformers' rotary parameters; the released files' ``rope_theta`` and ``rope_scaling`` are
-            accepted.
+        rope_parameters: transformers' rotary parameters; the released files' ``rope_theta`` and
+            ``rope_scaling`` are accepted.
         sliding_window: tokens a query sees, itself included; used if use_sliding_window.
         use_sliding_window: switch for sliding_window, in all layers.
         use_bias: biases in the linear layers.
@@ -72,7 +80,8 @@ class MotifConfig(PreTrainedConfig):
         use_cache: keep keys and values in generation.
 
     Raises:
-        ValueError: heads that do not divide, or a field, other models' included, that asks for what no layer computes.
+        ValueError: heads that do not divide, or a field, other models' included, that asks for what
+            no layer computes.
     """
 
     model_type = "Motif"
@@ -124,7 +133,8 @@ class MotifConfig(PreTrainedConfig):
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         if kwargs.get("rope_scaling"):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
-        # Of the instance, for it depends on the fields; transformers leaves it out of what is saved.
+        # Of the instance, for it depends on the fields; transformers leaves it out of what is
+        # saved.
         self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
@@ -144,8 +154,8 @@ class MotifConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A config from a saved one.
 
-        Heads that it does not name follow from its other fields, not from 12.7B's; a theta that it does not name is
-        10,000, as for every reader of such files.
+        Heads that it does not name follow from its other fields, not from 12.7B's; a theta that it
+        does not name is 10,000, as for every reader of such files.
         """
         absent: dict[str, Any] = dict.fromkeys(("num_noise_heads", "num_key_value_heads", "head_dim"))
         if not any("rope_theta" in (fields or {}) for fields in (config_dict, config_dict.get("rope_parameters"))):
@@ -153,7 +163,9 @@ class MotifConfig(PreTrainedConfig):
         return super().from_dict(absent | config_dict | {"model_type": cls.model_type}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; rotary parameters under the released files' names too, so that other readers find them."""
+        """All fields; rotary parameters under the released files' names too, so that other readers
+        find them.
+        """
         output = super().to_dict()
         parameters = dict(output.get("rope_parameters") or {})
         output["rope_theta"] = parameters.pop("rope_theta", self.default_theta)
@@ -197,7 +209,9 @@ class MotifConfig(PreTrainedConfig):
         return (-1, -1)
 
     def validate_architecture(self) -> None:
-        """Refuse combinations that no layer can compute; transformers calls this when a config is made."""
+        """Refuse combinations that no layer can compute; transformers calls this when a config is
+        made.
+        """
         refuse_unsupported(self)
         if self.use_sliding_window and (self.sliding_window or 0) < 1:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""Loading a folder whole or not at all: transformers fills what is missing with random numbers, and only warns."""
+"""Loading a folder whole or not at all: transformers fills what is missing with random numbers, and
+only warns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from motifarch.weight_files import ModelFolderError, WeightFiles, file_names, li
 
 
 class WholeOrNothing:
-    """Goes before PreTrainedModel among a model's base classes, and makes its ``from_pretrained`` strict."""
+    """Goes before PreTrainedModel among a model's base classes, and makes its ``from_pretrained``
+    strict.
+    """
 
     @classmethod
     def from_pretrained(
@@ -24,15 +28,18 @@ class WholeOrNothing:
         """The ``from_pretrained`` of transformers, which takes more arguments than are named here.
 
         Args:
-            pretrained_model_name_or_path: a folder or a name on a hub; None with ``state_dict`` and ``config``.
+            pretrained_model_name_or_path: a folder or a name on a hub; None with ``state_dict`` and
+                ``config``.
             *model_args: of the model's constructor.
             ignore_mismatched_sizes: accept tensors of another shape: they start at random.
-            output_loading_info: return the report too, and accept missing and unexpected tensors: the caller looks.
+            output_loading_info: return the report too, and accept missing and unexpected tensors:
+                the caller looks.
             **kwargs: transformers' others.
 
         Raises:
-            ModelFolderError: a tensor is missing, unexpected or of another shape; a local folder's file is missing or
-                damaged, or its index names what is not there. Nothing is written.
+            ModelFolderError: a tensor is missing, unexpected or of another shape; a local folder's
+                file is missing or damaged, or its index names what is not there. Nothing is
+                written.
         """
         name = pretrained_model_name_or_path
         in_safetensors = kwargs.get("use_safetensors") is not False and kwargs.get("gguf_file") is None
@@ -42,7 +49,8 @@ class WholeOrNothing:
         model, report = parent.from_pretrained(
             name,
             *model_args,
-            # Mismatches are then reported, where transformers would leave them to its log and raise without a name.
+            # Mismatches are then reported, where transformers would leave them to its log and raise
+            # without a name.
             ignore_mismatched_sizes=ignore_mismatched_sizes or not output_loading_info,
             output_loading_info=True,
             **kwargs,
@@ -60,14 +68,16 @@ class WholeOrNothing:
 
 
 def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Opens the safetensors files that transformers would read from a folder, without reading any tensor.
+    """Opens the safetensors files that transformers would read from a folder, without reading any
+    tensor.
 
     Args:
         folder: a local model folder; one with no safetensors files is left to transformers.
         variant: part of the files' names, as transformers takes it.
 
     Raises:
-        ModelFolderError: a file is missing, truncated or damaged, or lacks a tensor that the index says it holds.
+        ModelFolderError: a file is missing, truncated or damaged, or lacks a tensor that the index
+            says it holds.
     """
     if any((folder / name).is_file() for name in file_names(variant)):
         WeightFiles(folder, variant)

@@ -30,15 +30,14 @@ from motifarch.layers import (
     default_lambda_init,
     linear_cross_entropy,
 )
+from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
+from motifarch.models.motif.caches import read_attention_mask, seen_tokens
+from motifarch.models.motif.configuration_motif import MotifConfig
+from motifarch.models.motif.loading import WholeOrNothing
+from motifarch.models.motif.rotary import build_rotary
 
-from . import tensor_parallel as tensor_parallel  # makes its style known to transformers
-from .caches import read_attention_mask, seen_tokens
-from .configuration_motif import MotifConfig
-from .loading import WholeOrNothing
-from .rotary import build_rotary
-
-# attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the rest are transformers'
-# names. Any "flash_..." is whichever flash-attn is installed.
+# attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the
+# rest are transformers' names. Any "flash_..." is whichever flash-attn is installed.
 _BACKENDS = {"auto": "auto", "triton": "triton", "eager": "reference", "sdpa": "sdpa"}
 _FLASH = "flash_"
 
@@ -220,8 +219,9 @@ class MotifModel(MotifPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
-        Packed documents are told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1 int32 bounds in the
-        B * S tokens, and the longest), or by position_ids that restart at each document.
+        Packed documents are told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1
+        int32 bounds in the B * S tokens, and the longest), or by position_ids that restart at each
+        document.
 
         Args:
             input_ids: (B, S).
@@ -233,17 +233,17 @@ class MotifModel(MotifPreTrainedModel):
             cu_seq_lens_q: bounds of packed documents.
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
-            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds tokens: an attention_mask
-                of one size for all lengths.
+            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
+                tokens: an attention_mask of one size for all lengths.
             **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
 
         Returns:
             last_hidden_state (B, S, E), past_key_values, hidden_states.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, an attention_mask that is not (B, cached +
-                S), padding together with packed documents, padding in a static cache that is not on the left, or
-                more tokens than a static cache has room for.
+            ValueError: neither or both of input_ids and inputs_embeds, an attention_mask that is
+                not (B, cached + S), padding together with packed documents, padding in a static
+                cache that is not on the left, or more tokens than a static cache has room for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -300,7 +300,9 @@ class MotifModel(MotifPreTrainedModel):
 
 @dataclass
 class MotifCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output and the z-loss that is part of ``loss`` (a detached float32 scalar; None without labels)."""
+    """transformers' output and the z-loss that is part of ``loss`` (a detached float32 scalar; None
+    without labels).
+    """
 
     z_loss: Tensor | None = None
 
@@ -322,7 +324,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MotifForCausalLM:
-        # Materialising a model from the meta device (to_empty) gives each name a tensor of its own and so unties them.
+        # Materialising a model from the meta device (to_empty) gives each name a tensor of its own
+        # and so unties them.
         super()._apply(fn, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -348,7 +351,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         cache_leftpad: Tensor | None = None,
         **kwargs: Any,
     ) -> MotifCausalLMOutput:
-        """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits for it).
+        """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits
+        for it).
 
         Args:
             input_ids: (B, S).
@@ -356,19 +360,22 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             position_ids: (B, S) or (1, S).
             past_key_values: a transformers Cache.
             inputs_embeds: (B, S, E) instead of input_ids.
-            labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across packed documents
-                or out of padding.
+            labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across
+                packed documents or out of padding.
             use_cache: make and return a cache.
             logits_to_keep: logits of that many last tokens only (0: all), or of these indices.
-            num_items_in_batch: divides the summed loss instead of the number of targets in this call.
+            num_items_in_batch: divides the summed loss instead of the number of targets in this
+                call.
             z_loss_weight: weight of the mean squared log-sum-exp, added to the loss.
-            return_logits: None gives logits unless there is a loss in training mode or shift_labels were given.
+            return_logits: None gives logits unless there is a loss in training mode or shift_labels
+                were given.
             cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents (one row).
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
-            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds tokens.
-            **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and transformers' other
-                arguments (cu_seq_lens_k and max_length_k are those of q).
+            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
+                tokens.
+            **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and
+                transformers' other arguments (cu_seq_lens_k and max_length_k are those of q).
 
         Returns:
             loss, logits, past_key_values, hidden_states and z_loss.
@@ -376,7 +383,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: both labels and shift_labels, or what MotifModel refuses.
         """
-        # Not in the signature: Trainer takes every argument named there with "label" for one that a batch must have.
+        # Not in the signature: Trainer takes every argument named there with "label" for one that a
+        # batch must have.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels were both given; give one")
@@ -421,7 +429,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """What transformers asks for a mask over a static cache: the layers make none of B x S x capacity."""
+        """What transformers asks for a mask over a static cache: the layers make none of B x S x
+        capacity.
+        """
         return attention_mask
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -436,8 +446,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Inputs of a generation step, as transformers prepares them; arguments are its own.
 
-        With a static cache the mask, which grows with each token, becomes the padding that it begins with: all tensors
-        of a decoding step keep their shapes, and a compiled model is compiled once.
+        With a static cache the mask, which grows with each token, becomes the padding that it
+        begins with: all tensors of a decoding step keep their shapes, and a compiled model is
+        compiled once.
         """
         mixin: Any = super()  # it types its self as a protocol that this class is not
         inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
@@ -460,7 +471,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     def _shift(
         labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """Each position's target: the next token's label, but none for padding and a row's or document's last token."""
+        """Each position's target: the next token's label, but none for padding and a row's or
+        document's last token.
+        """
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if cu_seqlens is not None:
             last = cu_seqlens[1:].long() - 1
@@ -472,16 +485,19 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         return shifted
 
     def last_lambdas(self) -> Tensor | None:
-        """Mean lambda of each layer in the last forward pass, (layers,) float32; None for softmax attention."""
+        """Mean lambda of each layer in the last forward pass, (layers,) float32; None for softmax
+        attention.
+        """
         values = [layer.self_attn.last_lambda for layer in self.model.layers]
         return None if any(v is None for v in values) else torch.stack(values).float()
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one token's forward and backward pass, without recomputation.
+        """Floating-point operations of one token's forward and backward pass, without
+        recomputation.
 
-        Matrix products only: six for each weight of a linear layer (the output projection included, the embedding's
-        lookup not), and causal attention at half of the full map: ``2 (D + Dv)`` for each head and visible pair
-        forward, twice that backward.
+        Matrix products only: six for each weight of a linear layer (the output projection included,
+        the embedding's lookup not), and causal attention at half of the full map: ``2 (D + Dv)``
+        for each head and visible pair forward, twice that backward.
 
         Args:
             seq_len: tokens of a document, or of a row if documents are longer.

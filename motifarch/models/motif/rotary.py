@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from motifarch.layers import RotaryEmbedding
-
-from .configuration_motif import MotifConfig
+from motifarch.models.motif.configuration_motif import MotifConfig
 
 
 def build_rotary(config: MotifConfig) -> RotaryEmbedding:
-    """Rotary embeddings with the config's theta and, if any, its scaling: "yarn", "linear" or "llama3"."""
+    """Rotary embeddings with the config's theta and, if any, its scaling: "yarn", "linear" or
+    "llama3".
+    """
     assert config.head_dim is not None  # filled in by the config
     parameters = config.rope_parameters or {}
     kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", config.default_theta)
@@ -28,10 +29,12 @@ def build_rotary(config: MotifConfig) -> RotaryEmbedding:
 
 
 def yarn_frequencies(config: MotifConfig) -> Tensor:
-    """YaRN's inverse frequencies (arXiv 2309.00071, section 3.2), (D / 2,) float64: transformers' own are float32.
+    """YaRN's inverse frequencies (arXiv 2309.00071, section 3.2), (D / 2,) float64: transformers'
+    own are float32.
 
-    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency, those that turn less
-    than ``beta_slow`` times are slowed down by ``factor``, and those between go from one to the other linearly.
+    Pairs that turn more than ``beta_fast`` times over the original length keep their frequency,
+    those that turn less than ``beta_slow`` times are slowed down by ``factor``, and those between
+    go from one to the other linearly.
     """
     parameters, width = config.rope_parameters or {}, config.head_dim
     assert width is not None  # filled in by the config

@@ -1,7 +1,8 @@
-"""How transformers cuts a Motif model over ranks: `from_pretrained(folder, tp_plan="auto")` under torchrun.
+"""How transformers cuts a Motif model over ranks: `from_pretrained(folder, tp_plan="auto")` under
+torchrun.
 
-transformers' own styles cut the projections; attention and PolyNorm have to know the ranks besides, for they share
-parameters (sub-norm, lambda) and moments across what is cut.
+transformers' own styles cut the projections; attention and PolyNorm have to know the ranks besides,
+for they share parameters (sub-norm, lambda) and moments across what is cut.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Tensor
 
 from motifarch.layers import PolyNorm
 from motifarch.layers.attention import Attention
-
-from .configuration_motif import SHARED_STYLE
+from motifarch.models.motif.configuration_motif import SHARED_STYLE
 
 
 class SharedParallel(TensorParallelLayer):
-    """The style of a layer whose own parameters every rank has, and whose heads or columns the ranks share."""
+    """The style of a layer whose own parameters every rank has, and whose heads or columns the
+    ranks share.
+    """
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         """Tells an attention layer or a PolyNorm the ranks of a mesh.
@@ -39,7 +41,8 @@ class SharedParallel(TensorParallelLayer):
 
 
 def check_shared_heads(attention: Any, ranks: int) -> None:
-    """Refuses an attention layer of whose heads each rank can't have whole groups: they would be cut apart.
+    """Refuses an attention layer of whose heads each rank can't have whole groups: they would be
+    cut apart.
 
     Args:
         attention: one of motifarch.layers.

@@ -1,7 +1,8 @@
-"""What a config may say that no layer here computes: refused by name, for loading would silently compute another thing.
+"""What a config may say that no layer here computes: refused by name, for loading would silently
+compute another thing.
 
-Fields that concern training or generation alone, or that no computation reads, are not looked at: they stay in the
-config and are written back.
+Fields that concern training or generation alone, or that no computation reads, are not looked at:
+they stay in the config and are written back.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_motif import MotifConfig
+    from motifarch.models.motif.configuration_motif import MotifConfig
 
 ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
 ACTIVATIONS = ("poly_norm", "silu")
@@ -27,7 +28,8 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "sliding_window_pattern": (1,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
-    # The family's later models bear the same model_type: their attention is latent, their feed-forward routed.
+    # The family's later models bear the same model_type: their attention is latent, their
+    # feed-forward routed.
     "num_experts": (0, 1),
     "q_lora_rank": (),
     "kv_lora_rank": (),
@@ -43,11 +45,14 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""Rotary types whose frequencies do not depend on the length of a row, and what each needs besides rope_theta."""
+"""Rotary types whose frequencies do not depend on the length of a row, and what each needs besides
+rope_theta.
+"""
 
 
 def refuse_unsupported(config: MotifConfig) -> None:
-    """Refuses a field's value, biases in a part of the layers, and rotary parameters that no layer can honour.
+    """Refuses a field's value, biases in a part of the layers, and rotary parameters that no layer
+    can honour.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -94,7 +99,8 @@ def refuse_mixed_windows(config: MotifConfig, layer_types: list[str] | None) -> 
 
 
 def refuse_contradicting_rope(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
-    """Refuses a config whose rope_parameters and older rope_theta and rope_scaling say different things.
+    """Refuses a config whose rope_parameters and older rope_theta and rope_scaling say different
+    things.
 
     Folders are written with both, and one edited by hand may say what would be overlooked.
 
