@@ -30,11 +30,11 @@ class TypedYaml(Generic[T]):
         """Says what is read.
 
         Args:
-            root: The dataclass of the whole file; its sections are dataclasses, or lists of them.
-            noun: What the file is called in messages, such as "recipe".
-            prog: The command whose help the fields are listed in.
-            usage: That command's usage line.
-            description: What the command does.
+            root: the dataclass of the whole file; its sections are dataclasses, or lists of them.
+            noun: what the file is called in messages, such as "recipe".
+            prog: the command whose help the fields are listed in.
+            usage: that command's usage line.
+            description: what the command does.
         """
         self.root, self.noun = root, noun
         self._help: dict[str, Any] = {"prog": prog, "usage": usage, "description": description}
@@ -58,7 +58,7 @@ class TypedYaml(Generic[T]):
             The dataclass, types checked.
 
         Raises:
-            UserError: A missing or unreadable file, an unknown field, a value of the wrong type.
+            UserError: a missing or unreadable file, an unknown field, a value of the wrong type.
         """
         args = list(argv)
         if args and not args[0].startswith("-"):

@@ -1,4 +1,4 @@
-"""Plans a run on a cluster from one CPU: memory, traffic, operations and time of a recipe on many
+"""Plans a run on a cluster from one CPU: memory, traffic, FLOPs and time of a recipe on many
 GPUs.
 """
 

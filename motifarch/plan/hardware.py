@@ -14,7 +14,7 @@ class Gpu:
     """What users see."""
 
     bf16_flops: float
-    """Peak of dense bf16 matrix products, operations a second."""
+    """Peak of dense bf16 matrix products, FLOPs/s."""
 
     memory: float
     """Bytes; a datasheet's GB as 10^9, the least that it can mean."""
@@ -63,7 +63,7 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by its name in the table.
 
     Raises:
-        UserError: It is not there.
+        UserError: it is not there.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]

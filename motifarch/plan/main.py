@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="motifarch plan",
         usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
-        description="Say what a recipe needs on a number of GPUs: memory, traffic, operations, time. Needs no GPU.",
+        description="Say what a recipe needs on a number of GPUs: memory, traffic, FLOPs, time. Needs no GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
@@ -60,7 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there")
-    parser.add_argument("--no-advice", action="store_true", help="do not look for changes that would make it fit")
+    parser.add_argument(
+        "--no-suggestions",
+        "--no-advice",
+        action="store_true",
+        help="do not look for changes that would make it fit",
+    )
     defaults = Assumptions()
     for name, text in _ASSUMED.items():
         value = getattr(defaults, name.replace("-", "_"))
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if the recipe fits, 1 if it does not.
 
     Raises:
-        UserError: Something that the user can mend.
+        UserError: something that the user can mend.
     """
     options, fields = build_parser().parse_known_args(argv)
     assumptions = _assumptions(options)
@@ -102,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Heavy imports only after everything has been read, so that a slip is reported at once.
     from rich.console import Console
 
-    from motifarch.plan.advice import find_advice
     from motifarch.plan.planning import Plan, make_plan
     from motifarch.plan.report import render
+    from motifarch.plan.suggestions import find_suggestions
     from motifarch.train.recipe import Recipe
 
     name = Path(options.recipe).name
@@ -117,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with Console(stderr=True).status(f"running a step of {name} without data") as status:
         plan = plan_it(recipe)
-        if not plan.fits and not options.no_advice:
-            plan.advice = find_advice(plan, plan_it, say=status.update)
+        if not plan.fits and not options.no_suggestions:
+            plan.suggestions = find_suggestions(plan, plan_it, say=status.update)
     Console().print(render(plan, name))
-    fitting = tried[-1] if plan.advice and plan.advice[-1].fits else None
+    fitting = tried[-1] if plan.suggestions and plan.suggestions[-1].fits else None
     _write(options, name, plan, fitting)
     return 0 if plan.fits else 1
 
@@ -141,7 +146,7 @@ def _assumptions(options: argparse.Namespace) -> Any:
 
 def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> None:
     """Writes the files that were asked for."""
-    from motifarch.plan.picture import draw_memory
+    from motifarch.plan.plots import draw_memory
     from motifarch.plan.report import as_text, to_json
 
     content = json.dumps(to_json(plan), indent=2) + "\n"
@@ -155,7 +160,7 @@ def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> N
         _replace(options.output / "plan.txt", as_text(plan, name))
         bars = [("the recipe", plan)]
         if fitting is not None:
-            changes = "\n".join(f"{k} {v}" for k, v in plan.advice[-1].changes.items())
+            changes = "\n".join(f"{k} {v}" for k, v in plan.suggestions[-1].changes.items())
             bars.append((f"with\n{changes}", fitting))
         draw_memory(bars, options.output / "plan.png", f"{name} on {plan.gpus} x {plan.gpu.name}")
     except OSError as error:

@@ -11,9 +11,9 @@ from motifarch.data.manifest import FILE_NAME, Manifest
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.plan import memory
+from motifarch.plan.dry_run import StepTrace, trace_step
+from motifarch.plan.flops import DIRECTIONS
 from motifarch.plan.hardware import Gpu
-from motifarch.plan.operations import DIRECTIONS
-from motifarch.plan.rehearsal import Rehearsal, rehearse
 from motifarch.plan.timing import Assumptions, StepTime, step_time
 from motifarch.train.inputs import _model_config
 from motifarch.train.recipe import Recipe, check_recipe
@@ -39,12 +39,12 @@ class Plan:
     gpus: int
     recipe: Recipe
     seq_len: int
-    rehearsal: Rehearsal
+    trace: StepTrace
     assumptions: Assumptions
     time: StepTime
     tokens: float
     """Of the whole run."""
-    advice: list["Advice"] = field(default_factory=list)
+    suggestions: list["Suggestion"] = field(default_factory=list)
 
     @property
     def usable(self) -> float:
@@ -53,8 +53,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes that a step takes at its height."""
-        return sum(self.rehearsal.peak.values())
+        """Bytes that a step takes at its peak."""
+        return sum(self.trace.peak.values())
 
     @property
     def fits(self) -> bool:
@@ -68,10 +68,10 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of each kind when there is most of it; the heights of different kinds may fall at
+        """Bytes of each kind when there is most of it; the peaks of different kinds may fall at
         different times.
         """
-        r = self.rehearsal
+        r = self.trace
         exact = {
             memory.PARAMETERS: r.parameters,
             memory.OPTIMIZER: r.optimizer,
@@ -83,12 +83,12 @@ class Plan:
 
     @property
     def flops_per_token(self) -> dict[str, float]:
-        """Operations of one token by direction, and the attention's part in each as "...
+        """FLOPs of one token by direction, and the attention's part in each as "...
         attention".
         """
         found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
         scale = self.gpus / self.step_tokens
-        for (phase, part), count in self.rehearsal.operations.items():
+        for (phase, part), count in self.trace.flops.items():
             if phase == "loss":
                 # The loss takes its gradients along: a product forward, two backward.
                 found["forward"] += count / 3 * scale
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs utilisation: operations without what is computed twice, over the peak."""
+        """Model FLOPs utilisation: FLOPs without what is recomputed, over the peak."""
         flops = self.flops_per_token
         return (flops["forward"] + flops["backward"]) * self.tokens_per_second / (self.gpus * self.gpu.bf16_flops)
 
@@ -117,13 +117,13 @@ class Plan:
 
 
 @dataclass
-class Advice:
+class Suggestion:
     """A change that makes a recipe fit, or that was tried and does not."""
 
     changes: dict[str, Any]
     """Recipe fields and their new values."""
     peak: int
-    """Bytes at the height of a step."""
+    """Bytes at the peak of a step."""
     fits: bool
     tokens_per_second: float
 
@@ -137,7 +137,7 @@ def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
         seq_len: tokens of a sequence, in place of the data's; None for the data's.
 
     Raises:
-        UserError: Neither says how long sequences are, or how large the vocabulary is.
+        UserError: neither says how long sequences are, or how large the vocabulary is.
     """
     folder = Path(recipe.data.datasets[0].path) if recipe.data.datasets else None
     manifest = Manifest.read(folder) if folder is not None and (folder / FILE_NAME).is_file() else None
@@ -154,10 +154,10 @@ def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
 
 
 def model_config(recipe: Recipe, sequences: Sequences) -> MotifConfig:
-    """The recipe's model, with the attention that a GPU runs where it can be rehearsed.
+    """The recipe's model, with the attention that a GPU runs, where a dry run can.
 
     Raises:
-        UserError: The model section fits neither itself nor the sequences.
+        UserError: the model section fits neither itself nor the sequences.
     """
     asked = recipe.model.attn_implementation
     if recipe.model.attention_type == "softmax":
@@ -193,14 +193,14 @@ def make_plan(
         rank: whose memory and work are looked at; the first has the largest shards.
 
     Raises:
-        UserError: The recipe can't run on so many GPUs, or what is missing to plan it.
+        UserError: the recipe can't run on so many GPUs, or what is missing to plan it.
     """
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}; it must be at least 1")
     assumptions = assumptions or Assumptions()
     sequences = find_sequences(recipe, seq_len)
     check_recipe(recipe, gpus)
-    rehearsal = rehearse(
+    trace = trace_step(
         recipe,
         model_config(recipe, sequences),
         seq_len=sequences.seq_len,
@@ -214,9 +214,9 @@ def make_plan(
         gpus=gpus,
         recipe=recipe,
         seq_len=sequences.seq_len,
-        rehearsal=rehearsal,
+        trace=trace,
         assumptions=assumptions,
-        time=step_time(rehearsal, gpu, assumptions, compiled=recipe.compile),
+        time=step_time(trace, gpu, assumptions, compiled=recipe.compile),
         tokens=tokens if tokens is not None else float(_samples(recipe) * sequences.seq_len),
     )
 

@@ -18,7 +18,7 @@ _GIB, _GB = 2.0**30, 1e9
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Everything in a plan, with its units in the names; bytes are for each GPU."""
-    r = plan.rehearsal
+    r = plan.trace
     return {
         "gpu": dataclasses.asdict(plan.gpu),
         "gpus": plan.gpus,
@@ -53,18 +53,18 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "days": plan.days,
         "gpu_hours": plan.days * 24 * plan.gpus,
         "assumptions": dataclasses.asdict(plan.assumptions),
-        "advice": [dataclasses.asdict(a) for a in plan.advice],
+        "advice": [dataclasses.asdict(s) for s in plan.suggestions],
         "recipe": to_dict(plan.recipe),
     }
 
 
 def _optimizer_flops(plan: Plan) -> float:
-    return sum(n for (phase, _), n in plan.rehearsal.operations.items() if phase == "optimizer")
+    return sum(n for (phase, _), n in plan.trace.flops.items() if phase == "optimizer")
 
 
 def _by_link(plan: Plan) -> dict[str, float]:
     found = {"NVLink": 0.0, "network": 0.0}
-    for traffic in plan.rehearsal.traffic:
+    for traffic in plan.trace.traffic:
         found[traffic.link] += traffic.sent
     return found
 
@@ -89,7 +89,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _head(plan: Plan, name: str) -> Text:
-    r = plan.rehearsal
+    r = plan.trace
     sizes = dataclasses.asdict(r.layout)
     micro = f"{r.micro_batches} micro-batch{'es' if r.micro_batches > 1 else ''} of {r.rows}"
     return Text(
@@ -102,14 +102,14 @@ def _head(plan: Plan, name: str) -> Text:
 
 
 def _memory(plan: Plan) -> Table:
-    r = plan.rehearsal
-    table = _table("Memory of a GPU (GiB)", "", "at the height of a step", "most of it")
+    r = plan.trace
+    table = _table("Memory of a GPU (GiB)", "", "at the peak of a step", "its own peak")
     for kind in memory.KINDS:
         table.add_row(kind, f"{r.peak[kind] / _GIB:.2f}", f"{plan.memory[kind] / _GIB:.2f}")
     table.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
     table.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
     table.caption = (
-        f"The height is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the "
+        f"The peak is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the "
         f"backward pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a "
         f"time; what is outside of the layers is {r.outside_layers / _GIB:.2f}."
     )
@@ -121,7 +121,7 @@ def _memory(plan: Plan) -> Table:
 
 def _traffic(plan: Plan) -> Table:
     table = _table("\nSent by a GPU in a step (GB)", "", "collective", "ranks", "calls", "NVLink", "network")
-    for t in plan.rehearsal.traffic:
+    for t in plan.trace.traffic:
         cells = [f"{t.sent / _GB:.3f}" if t.link == link else "" for link in ("NVLink", "network")]
         table.add_row(t.name, t.kind, str(t.ranks), f"{t.calls:,.0f}", *cells)
     links = _by_link(plan)
@@ -131,9 +131,9 @@ def _traffic(plan: Plan) -> Table:
 
 def _work(plan: Plan) -> Table:
     flops = plan.flops_per_token
-    table = _table("\nOperations of a token (10^9)", "", "all", "of which attention")
+    table = _table("\nFLOPs of a token (10^9)", "", "all", "of which attention")
     for direction in ("forward", "backward", "recompute"):
-        label = "computed again" if direction == "recompute" else direction
+        label = "recomputed" if direction == "recompute" else direction
         table.add_row(label, f"{flops[direction] / 1e9:.2f}", f"{flops[direction + ' attention'] / 1e9:.2f}")
     if optimizer := _optimizer_flops(plan):
         table.caption = f"Newton-Schulz takes {optimizer / 1e12:.1f} x 10^12 a step on the busiest GPU."
@@ -155,8 +155,8 @@ def _time(plan: Plan) -> Table:
         table.add_row(label, f"{seconds:.3f}")
     table.add_row("together", f"{t.total:.3f}", style="bold")
     speed = plan.tokens_per_second
-    table.add_row("tokens a second", f"{speed:,.0f}")
-    table.add_row("tokens a second and GPU", f"{speed / plan.gpus:,.0f}")
+    table.add_row("tokens/s", f"{speed:,.0f}")
+    table.add_row("tokens/s per GPU", f"{speed / plan.gpus:,.0f}")
     table.add_row("model FLOPs utilisation", f"{plan.utilisation:.1%}")
     table.add_row(f"days to {plan.tokens:.4g} tokens", f"{plan.days:,.2f}")
     table.add_row("GPU-hours", f"{plan.days * 24 * plan.gpus:,.0f}")
@@ -170,7 +170,7 @@ def _tail(plan: Plan) -> list[Text]:
     gpu = plan.gpu
     lines = [
         Text(
-            f"\nAssumed, not measured: {options}; {gpu.bf16_flops / 1e12:,.0f} x 10^12 bf16 operations, "
+            f"\nAssumed, not measured: {options}; {gpu.bf16_flops / 1e12:,.0f} x 10^12 bf16 FLOPs/s, "
             f"{gpu.memory_bandwidth / 1e12:g} TB/s memory, {gpu.nvlink / _GB:g} GB/s NVLink and {gpu.network / _GB:g} "
             f"GB/s network a GPU each way ({gpu.source}); documents as long as their rows; no latencies.\n"
         )
@@ -185,12 +185,12 @@ def _tail(plan: Plan) -> list[Text]:
         lines.append(Text(f"It fits: {(plan.usable - plan.peak) / _GIB:.1f} GiB are free.", style="bold green"))
         return lines
     lines.append(Text(f"It does not fit: {(plan.peak - plan.usable) / _GIB:.1f} GiB are missing.", style="bold red"))
-    for advice in plan.advice:
-        change = " ".join(f"--{name} {value}" for name, value in advice.changes.items())
-        verdict = "fits" if advice.fits else "does not fit"
-        speed = advice.tokens_per_second / plan.tokens_per_second
-        text = f"  {change}: {advice.peak / _GIB:.1f} GiB, {verdict}, {speed:.2f} times the tokens a second"
-        lines.append(Text(text, style="bold green" if advice.fits else ""))
-    if not any(a.fits for a in plan.advice):
+    for suggestion in plan.suggestions:
+        change = " ".join(f"--{name} {value}" for name, value in suggestion.changes.items())
+        verdict = "fits" if suggestion.fits else "does not fit"
+        speed = suggestion.tokens_per_second / plan.tokens_per_second
+        text = f"  {change}: {suggestion.peak / _GIB:.1f} GiB, {verdict}, {speed:.2f} times the tokens/s"
+        lines.append(Text(text, style="bold green" if suggestion.fits else ""))
+    if not any(s.fits for s in plan.suggestions):
         lines.append(Text("Nothing tried fits; take more GPUs, GPUs with more memory, or a smaller model."))
     return lines

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from motifarch.plan.communication import Traffic
+from motifarch.plan.dry_run import StepTrace
+from motifarch.plan.flops import ATTENTION, MATRICES
 from motifarch.plan.hardware import Gpu
-from motifarch.plan.operations import ATTENTION, MATRICES
-from motifarch.plan.rehearsal import Rehearsal
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Assumptions:
     """Part of the peak that products with weights reach."""
 
     attention_efficiency: float = 0.35
-    """Part of the peak that attention reaches, by the operations of its mathematics: what the
+    """Part of the peak that attention reaches, by the FLOPs of its mathematics: what the
     deterministic backward multiplies twice is a part of it.
     """
 
@@ -56,22 +56,20 @@ class StepTime:
         return self.matrices + self.attention + self.elementwise + self.optimizer + self.waiting + self.exposed
 
 
-def step_time(rehearsal: Rehearsal, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
+def step_time(trace: StepTrace, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
     """Estimates a step's time.
 
     Latencies are left out, so a step of many small messages takes longer.
 
     Args:
-        rehearsal: what the rank did.
+        trace: what the rank did.
         gpu: on what.
         assumed: how well.
         compiled: whether decoder layers are compiled.
     """
 
     def work(part: str, optimizer: bool) -> float:
-        return sum(
-            n for (phase, p), n in rehearsal.operations.items() if p == part and (phase == "optimizer") == optimizer
-        )
+        return sum(n for (phase, p), n in trace.flops.items() if p == part and (phase == "optimizer") == optimizer)
 
     def sent(traffic: Traffic) -> float:
         bandwidth = gpu.nvlink if traffic.link == "NVLink" else gpu.network
@@ -80,21 +78,21 @@ def step_time(rehearsal: Rehearsal, gpu: Gpu, assumed: Assumptions, *, compiled:
     matmul, bandwidth = gpu.bf16_flops * assumed.matmul_efficiency, gpu.memory_bandwidth * assumed.memory_efficiency
     moved = sum(
         n / (assumed.fusion if compiled and phase in ("forward", "recompute", "backward") else 1.0)
-        for phase, n in rehearsal.moved.items()
+        for phase, n in trace.moved.items()
         if phase != "optimizer"
     )
     matrices = work(MATRICES, False) / matmul
     attention = work(ATTENTION, False) / (gpu.bf16_flops * assumed.attention_efficiency)
-    optimizer = work(MATRICES, True) / matmul + rehearsal.moved.get("optimizer", 0.0) / bandwidth
-    optimizer += 2 * rehearsal.offloaded / (gpu.host * assumed.link_efficiency)  # there and back
+    optimizer = work(MATRICES, True) / matmul + trace.moved.get("optimizer", 0.0) / bandwidth
+    optimizer += 2 * trace.offloaded / (gpu.host * assumed.link_efficiency)  # there and back
     computing = matrices + attention + moved / bandwidth
-    muon = sum(sent(t) for t in rehearsal.traffic if t.name == "Muon")
-    others = sum(sent(t) for t in rehearsal.traffic if not t.blocking and t.name != "Muon")
+    muon = sum(sent(t) for t in trace.traffic if t.name == "Muon")
+    others = sum(sent(t) for t in trace.traffic if not t.blocking and t.name != "Muon")
     return StepTime(
         matrices=matrices,
         attention=attention,
         elementwise=moved / bandwidth,
         optimizer=optimizer,
-        waiting=sum(sent(t) for t in rehearsal.traffic if t.blocking),
+        waiting=sum(sent(t) for t in trace.traffic if t.blocking),
         exposed=max(0.0, others - assumed.overlap * computing) + max(0.0, muon - assumed.overlap * optimizer),
     )

@@ -194,11 +194,11 @@ class Checkpointer:
         """Makes the process group of the saves, collectively.
 
         Args:
-            output: The run's output folder.
-            keep_last: Complete checkpoints to keep; 0 keeps all.
-            asynchronous: Write in the background.
-            about: What the manifest notes of the run.
-            saved_step: The step that the output folder holds already: it is not saved again.
+            output: the run's output folder.
+            keep_last: complete checkpoints to keep; 0 keeps all.
+            asynchronous: write in the background.
+            about: what the manifest notes of the run.
+            saved_step: the step that the output folder holds already: it is not saved again.
         """
         self.output = output
         self.keep_last = keep_last
@@ -214,7 +214,7 @@ class Checkpointer:
         asynchronous.
 
         Raises:
-            UserError: This save or the previous one failed, on any rank.
+            UserError: this save or the previous one failed, on any rank.
         """
         self.wait()
         if self._saved_step == state.step:
@@ -262,7 +262,7 @@ class Checkpointer:
         """Waits until the last save is complete.
 
         Raises:
-            UserError: It failed, on any rank.
+            UserError: it failed, on any rank.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -289,12 +289,12 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     saving run's.
 
     Args:
-        checkpoint: A complete checkpoint's folder.
-        state: The state, its model and optimizer built as for the saving run. The optimizer keeps
+        checkpoint: a complete checkpoint's folder.
+        state: the state, its model and optimizer built as for the saving run. The optimizer keeps
             its own hyperparameters: a checkpoint holds moments only.
 
     Raises:
-        UserError: The checkpoint does not fit the model.
+        UserError: the checkpoint does not fit the model.
     """
     # Reading the state creates the moments, into which the load writes.
     content = state.state_dict()
@@ -328,11 +328,11 @@ def load_model_state(checkpoint: Path, model: nn.Module) -> None:
     needed.
 
     Args:
-        checkpoint: A complete checkpoint's folder.
-        model: The model, built from the run's config.
+        checkpoint: a complete checkpoint's folder.
+        model: the model, built from the run's config.
 
     Raises:
-        UserError: The checkpoint is incomplete or damaged, or does not fit the model.
+        UserError: the checkpoint is incomplete or damaged, or does not fit the model.
     """
     checkpoint = Path(checkpoint)
     if reason := damage(checkpoint):

@@ -61,7 +61,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     """Opens the datasets and resolves the model config.
 
     Raises:
-        UserError: Naming what is missing or does not fit, and the fix.
+        UserError: naming what is missing or does not fit, and the fix.
     """
     entries = recipe.data.datasets
     training = [PackedDataset.open(entry.path, "train") for entry in entries]
@@ -123,14 +123,14 @@ def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
     """Finds the checkpoint that the run continues, by `run.resume`.
 
     Args:
-        recipe: The recipe.
-        warnings: Gets a line for each checkpoint that is passed over.
+        recipe: the recipe.
+        warnings: gets a line for each checkpoint that is passed over.
 
     Returns:
         A complete and undamaged checkpoint, or None to start from scratch.
 
     Raises:
-        UserError: The checkpoint named is unusable, or the output folder holds a run that would be
+        UserError: the checkpoint named is unusable, or the output folder holds a run that would be
             mixed up.
     """
     output = Path(recipe.run.output)

@@ -23,16 +23,16 @@ from motifarch.parallel import (
     parallelize,
 )
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
-from motifarch.train.feedback import feed_back, feedback_due
-from motifarch.train.first_weights import config_differences, load_weights
+from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, find_parent
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
-from motifarch.train.picture import PICTURE, draw_loss
+from motifarch.train.plots import LOSS_PLOT, draw_loss
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress
 from motifarch.train.recipe import Recipe
 from motifarch.train.record import RECORD, about_checkpoint, check_parent, write_record
+from motifarch.train.restart_from_average import average_due, restart_from_average
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
 
@@ -59,7 +59,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         (143) or Ctrl-C (130) stopped after saving, which the same command resumes.
 
     Raises:
-        UserError: Naming what went wrong and the fix. What was saved stays.
+        UserError: naming what went wrong and the fix. What was saved stays.
     """
     output = Path(recipe.run.output)
     start = world.from_main(lambda: _decide(recipe, inputs, world))
@@ -131,11 +131,11 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             stopped_by = max((n for n, flag in zip(SIGNALS, flags, strict=True) if flag), default=0)
             if stopped_by:
                 break
-            if feedback_due(recipe, state.step):
+            if average_due(recipe, state.step):
                 watchdog.at("the mean of the last checkpoints", patient=True)
                 with metrics.paused():
                     checkpointer.wait()
-                    steps = feed_back(state, recipe, start.parent, world)
+                    steps = restart_from_average(state, recipe, start.parent, world)
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
             targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = recipe.optim.lr * schedule(step)
@@ -164,7 +164,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             if validate:
                 watchdog.at(f"the validation after step {state.step}", patient=True)
                 with metrics.paused():
-                    metrics.note(validation_loss=_validate(state, inputs, recipe, world, mesh))
+                    metrics.update_last(validation_loss=_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
                 _report(metrics, progress, state, recipe, checkpointer)
             if save:
@@ -189,7 +189,7 @@ def build_state(recipe: Recipe, inputs: Inputs, world: World, mesh: Mesh, comput
         The state at step 0, and the model FLOPs of one token, forward and backward.
 
     Raises:
-        UserError: The model or its sequences can't be cut as the recipe asks.
+        UserError: the model or its sequences can't be cut as the recipe asks.
     """
     config, layout = inputs.model_config, mesh.layout
     check_tensor_parallel(config, layout.tensor)
@@ -288,11 +288,11 @@ def _report(
     """Reads the device and shows the last step; stops a run whose steps are skipped too often.
 
     Raises:
-        UserError: Too many skipped steps; the state, which they left untouched, is saved first.
+        UserError: too many skipped steps; the state, which they left untouched, is saved first.
     """
     total, _, longest = state.nonfinite.tolist()
     spikes = int(state.spike_guard.counts[2]) if state.spike_guard else 0
-    metrics.note_all(skipped_total=total + spikes)
+    metrics.update_pending(skipped_total=total + spikes)
     rows = metrics.flush()
     if rows:
         progress.update(rows[-1])
@@ -323,9 +323,9 @@ def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> 
 
 
 def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
-    """Draws the picture and names the files."""
+    """Draws the loss plot and names the files."""
     output = Path(recipe.run.output)
-    draw_loss(read_metrics(output / METRICS), output / PICTURE, f"{output.name}: {state.tokens:,} tokens")
+    draw_loss(read_metrics(output / METRICS), output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
 
     print(
         f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
@@ -333,7 +333,7 @@ def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
     files: dict[str, Any] = {
         "checkpoint": checkpoints_folder(output) / checkpoint_name(state.step),
         "metrics": output / METRICS,
-        "curve": output / PICTURE,
+        "curve": output / LOSS_PLOT,
         "record": output / RECORD,
     }
     if recipe.log.tensorboard:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status (see `motifarch.train.loop.train`).
 
     Raises:
-        UserError: Something that the user can mend.
+        UserError: something that the user can mend.
     """
     recipe = read_recipe(sys.argv[1:] if argv is None else argv)
     check_recipe(recipe, launched_world_size())

@@ -59,8 +59,8 @@ def damage(checkpoint: Path, hashes: bool = True) -> str | None:
     """Says why a checkpoint folder can't be used.
 
     Args:
-        checkpoint: The folder.
-        hashes: Whether to read every file and compare its hash, or to compare sizes alone.
+        checkpoint: the folder.
+        hashes: whether to read every file and compare its hash, or to compare sizes alone.
 
     Returns:
         The reason, or None for a complete and undamaged checkpoint.
@@ -118,11 +118,11 @@ def complete_checkpoints(
     """Lists complete and undamaged checkpoints, newest first, each step once.
 
     Args:
-        folder: Where checkpoints lie side by side.
-        up_to: Leaves out those of later steps.
-        limit: Stops when there are so many.
-        hashes: As in `damage`.
-        warn: Called with a message for each checkpoint that is passed over, naming it and the
+        folder: where checkpoints lie side by side.
+        up_to: leaves out those of later steps.
+        limit: stops when there are so many.
+        hashes: as in `damage`.
+        warn: called with a message for each checkpoint that is passed over, naming it and the
             reason.
     """
     complete: dict[int, Path] = {}
@@ -144,8 +144,8 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
     """Finds the newest checkpoint of a run that is complete and undamaged.
 
     Args:
-        output: The run's output folder.
-        warn: Called with a message for each newer checkpoint that is passed over, naming it and the
+        output: the run's output folder.
+        warn: called with a message for each newer checkpoint that is passed over, naming it and the
             reason.
 
     Returns:
@@ -173,9 +173,9 @@ def prune(output: Path, keep_last: int, newest: Path) -> None:
     than `newest`.
 
     Args:
-        output: The run's output folder.
-        keep_last: Complete checkpoints to keep; 0 keeps all of them.
-        newest: The checkpoint that was completed just now; nothing newer is touched.
+        output: the run's output folder.
+        keep_last: complete checkpoints to keep; 0 keeps all of them.
+        newest: the checkpoint that was completed just now; nothing newer is touched.
     """
     limit = step_of(newest) or 0
     kept = 0

@@ -58,12 +58,12 @@ class MetricsLog:
         """Opens the files, cut to what `start_step` steps wrote.
 
         Args:
-            output: The run's output folder.
-            start_step: Steps done before this start.
-            flops_per_token: Model FLOPs of one token, forward and backward.
-            tensorboard: Whether to write TensorBoard files too.
-            device: Whose peak memory is reported; a CPU stands for the process's resident set.
-            write: Whether this rank writes; the others only keep time.
+            output: the run's output folder.
+            start_step: steps done before this start.
+            flops_per_token: model FLOPs of one token, forward and backward.
+            tensorboard: whether to write TensorBoard files too.
+            device: whose peak memory is reported; a CPU stands for the process's resident set.
+            write: whether this rank writes; the others only keep time.
         """
         self.path = output / METRICS
         self._flops_per_token = flops_per_token
@@ -95,11 +95,11 @@ class MetricsLog:
         self._scalars.append(torch.cat([torch.stack([v.float() for v in values]), lambdas]))
         self._tokens += tokens
 
-    def note(self, **values: Any) -> None:
+    def update_last(self, **values: Any) -> None:
         """Adds values to the row of the last step, which must not be flushed yet."""
         self._rows[-1].update(values)
 
-    def note_all(self, **values: Any) -> None:
+    def update_pending(self, **values: Any) -> None:
         """Adds values to every row that is not flushed yet."""
         for row in self._rows:
             row.update(values)

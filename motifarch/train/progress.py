@@ -15,9 +15,9 @@ class Progress:
         """Starts the clock by which the time left is estimated.
 
         Args:
-            steps: Steps of the whole run.
-            start_step: Steps done before this start.
-            show: Whether this rank prints.
+            steps: steps of the whole run.
+            start_step: steps done before this start.
+            show: whether this rank prints.
         """
         self.steps = steps
         self._show = show

@@ -36,7 +36,7 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         fields.
 
     Raises:
-        UserError: A missing or unreadable file, an unknown field, a value of the wrong type.
+        UserError: a missing or unreadable file, an unknown field, a value of the wrong type.
     """
     return _RECIPES.read(argv)
 

@@ -76,7 +76,7 @@ class ModelSection:
     """Width of the residual stream."""
 
     intermediate_size: int = 1024
-    """Width of the feed-forward block."""
+    """Intermediate size of the feed-forward block."""
 
     num_hidden_layers: int = 6
     """Decoder layers."""
@@ -389,7 +389,7 @@ class Recipe:
     log: LogSection = field(default_factory=LogSection)
 
     activation_checkpointing: Recompute = "none"
-    """What the backward pass computes again: `none`; `full`, every layer: least memory, about a
+    """What the backward pass recomputes: `none`; `full`, every layer: least memory, about a
     third more work; `selective`, all but matrix products and attention; or a number n, every n-th
     layer.
     """
@@ -402,11 +402,11 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
     """Refuse impossible values and combinations.
 
     Args:
-        recipe: The recipe.
-        world_size: Number of ranks of the run.
+        recipe: the recipe.
+        world_size: number of ranks of the run.
 
     Raises:
-        UserError: Naming the field, its value and what is accepted.
+        UserError: naming the field, its value and what is accepted.
     """
     run, batch, optim, data = recipe.run, recipe.batch, recipe.optim, recipe.data
     _at_least(

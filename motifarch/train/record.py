@@ -42,7 +42,7 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
         Warnings: differences that are allowed but change what is seen.
 
     Raises:
-        UserError: The data, the tokenizer or the model differ.
+        UserError: the data, the tokenizer or the model differ.
     """
     about = read_manifest(parent)["about"]
     if "average_of" in about:

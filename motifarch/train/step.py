@@ -64,16 +64,16 @@ def train_step(
     or spikes.
 
     Args:
-        state: Updated in place.
-        micro_batches: This rank's part of the global batch, rows and of each row tokens, on the
+        state: updated in place.
+        micro_batches: this rank's part of the global batch, rows and of each row tokens, on the
             CPU.
-        world: The ranks.
-        targets: Targets of the whole global batch, over all ranks.
-        lr: Learning rate of this step.
-        clip: Largest global gradient norm; None never clips.
-        z_loss_weight: Weight of the z-loss.
-        layout: How the ranks are arranged; by default each has rows of its own.
-        qk_clip: Bound of attention logits (MuonClip), for layers that record theirs; None for none.
+        world: the ranks.
+        targets: targets of the whole global batch, over all ranks.
+        lr: learning rate of this step.
+        clip: largest global gradient norm; None never clips.
+        z_loss_weight: weight of the z-loss.
+        layout: how the ranks are arranged; by default each has rows of its own.
+        qk_clip: bound of attention logits (MuonClip), for layers that record theirs; None for none.
 
     Returns:
         The step's measurements, the same on every rank but for lambdas.
@@ -137,16 +137,16 @@ def validation_loss(
     micro_size: int,
     mesh: Mesh | None = None,
 ) -> float:
-    """The mean cross-entropy over fixed validation rows, in nats a target.
+    """The mean cross-entropy over fixed validation rows, in nats/token.
 
     Args:
-        model: The sharded model.
-        datasets: Validation splits; their rows are taken evenly spread, the same for any number of
+        model: the sharded model.
+        datasets: validation splits; their rows are taken evenly spread, the same for any number of
             ranks.
-        world: The ranks, which share the rows.
-        sequences: Rows to use, over all datasets; fewer where there are fewer.
-        micro_size: Rows in one forward pass.
-        mesh: How the ranks are arranged; by default each takes rows of its own.
+        world: the ranks, which share the rows.
+        sequences: rows to use, over all datasets; fewer where there are fewer.
+        micro_size: rows in one forward pass.
+        mesh: how the ranks are arranged; by default each takes rows of its own.
     """
     rows = spread_rows(datasets, sequences)
     model.eval()

@@ -72,11 +72,11 @@ def build_trainer(recipe: Recipe, **arguments: Any) -> Trainer:
     """The Trainer of a recipe, ready to train.
 
     Args:
-        recipe: Checked already.
-        **arguments: TrainingArguments that take precedence.
+        recipe: checked already.
+        **arguments: trainingArguments that take precedence.
 
     Raises:
-        UserError: The recipe asks for what Trainer can't do, or names data that is not there.
+        UserError: the recipe asks for what Trainer can't do, or names data that is not there.
     """
     optim, batch, world = recipe.optim, recipe.batch, launched_world_size()
     if optim.name != "adamw":

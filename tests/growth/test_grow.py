@@ -295,7 +295,7 @@ def test_a_tied_matrix_that_is_saved_twice(tmp_path):
 
 
 def test_a_grown_folder_is_a_run_s_first_weights(tmp_path):
-    from motifarch.train.first_weights import load_weights
+    from motifarch.train.init_from import load_weights
 
     source = saved(tmp_path / "small", initializer_range=0.1)
     grow(source, tmp_path / "large", Factors(hidden=2, signal_heads=2, layers=3))

@@ -17,7 +17,7 @@ from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import build_optimizer, offload_state
 from motifarch.parallel import Layout, Mesh, initialize, open_world, own_tokens, parallelize
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
-from motifarch.train.first_weights import load_weights
+from motifarch.train.init_from import load_weights
 from motifarch.train.step import count_targets, train_step, validation_loss
 
 # Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Mesh, open_world
-from motifarch.plan.rehearsal import PlannedInputs
+from motifarch.plan.dry_run import PlannedInputs
 from motifarch.train.loop import build_state
 from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.step import train_step

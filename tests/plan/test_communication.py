@@ -16,7 +16,7 @@ from motifarch.plan.communication import Traffic
 def traffic(gpus: int, domain: int = 8, **fields: Any) -> dict[tuple[str, str], Traffic]:
     gpu = dataclasses.replace(GPUS["h100"], domain=domain)
     plan = make_plan(small_recipe(**fields), gpu, gpus, seq_len=SEQ_LEN)
-    return {(t.name, t.kind): t for t in plan.rehearsal.traffic}
+    return {(t.name, t.kind): t for t in plan.trace.traffic}
 
 
 def sizes() -> tuple[int, int]:

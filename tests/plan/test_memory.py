@@ -38,7 +38,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[st
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_are_those_of_real_ranks(case: str, measured: list[dict[str, dict[str, int]]]) -> None:
     for rank in (0, 3):
-        found = make_plan(CASES[case], find_gpu("h100"), 4, seq_len=SEQ_LEN, rank=rank).rehearsal
+        found = make_plan(CASES[case], find_gpu("h100"), 4, seq_len=SEQ_LEN, rank=rank).trace
         real = measured[rank][case]
         assert real["parameters"] > 0
         assert {name: getattr(found, name) for name in real} == real
@@ -64,7 +64,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(variant: str) -> None:
     ids = torch.randint(0, 320, (2, 256))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.model(input_ids=ids)
-    planned = make_plan(recipe, find_gpu("h100"), 1, seq_len=256).rehearsal.activations
+    planned = make_plan(recipe, find_gpu("h100"), 1, seq_len=256).trace.activations
     # The plan also has what is alive without being saved: the hidden states that the loss takes,
     # tables of positions.
     assert sum(kept.values()) <= planned <= 1.05 * sum(kept.values())
@@ -73,7 +73,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(variant: str) -> None:
 def test_recomputing_keeps_less() -> None:
     def activations(mode: Any) -> int:
         recipe = small_recipe(activation_checkpointing=mode)
-        return make_plan(recipe, find_gpu("h100"), 4, seq_len=256).rehearsal.activations
+        return make_plan(recipe, find_gpu("h100"), 4, seq_len=256).trace.activations
 
     assert activations("full") < activations(2) < activations("none")
     assert activations("full") < activations("selective") < activations("none")
@@ -86,7 +86,7 @@ def test_micro_batches_keep_whole_gradients() -> None:
     single = make_plan(small_recipe(batch__micro_size=4), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     several = make_plan(small_recipe(batch__micro_size=1), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     assert single.memory[memory.WHOLE_GRADIENTS] == 0
-    whole = 4 * several.rehearsal.parameter_count
+    whole = 4 * several.trace.parameter_count
     assert whole <= several.memory[memory.WHOLE_GRADIENTS] <= 1.05 * whole
 
 
@@ -98,11 +98,11 @@ def test_gathered_layers() -> None:
     model = MotifForCausalLM(config_of(recipe))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     found = make_plan(recipe, find_gpu("h100"), 4, seq_len=SEQ_LEN)
-    outside = found.rehearsal.parameter_count - 2 * layer
-    assert found.rehearsal.largest_layer == 2 * layer
-    assert found.rehearsal.outside_layers == 2 * outside
+    outside = found.trace.parameter_count - 2 * layer
+    assert found.trace.largest_layer == 2 * layer
+    assert found.trace.outside_layers == 2 * outside
     assert found.memory[memory.GATHERED] == 2 * outside + 4 * layer
-    halved = make_plan(small_recipe(parallel__tensor=2), find_gpu("h100"), 4, seq_len=SEQ_LEN).rehearsal
+    halved = make_plan(small_recipe(parallel__tensor=2), find_gpu("h100"), 4, seq_len=SEQ_LEN).trace
     matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     assert halved.largest_layer == 4 * (layer - matrices // 2)
 

@@ -1,4 +1,4 @@
-"""Plans as users make them: the command, its errors, its advice and its files."""
+"""Plans as users make them: the command, its errors, its suggestions and its files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from helpers.tiny import prepare_text
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import GPUS, find_gpu, make_plan
-from motifarch.plan.advice import changed, find_advice
 from motifarch.plan.main import main
 from motifarch.plan.report import as_text
+from motifarch.plan.suggestions import changed, find_suggestions
 
 LARGE: dict[str, Any] = {
     "run": {"steps": 1000},
@@ -67,7 +67,7 @@ def test_motif_2_12_7b_on_768_b200(tmp_path: Path, capsys: pytest.CaptureFixture
     assert most["parameters"] == pytest.approx(12_703_860_896 * 4 / 8, rel=1e-4)
     assert most["gradients"] == most["parameters"]
     assert sum(found["memory"]["at_peak_bytes"].values()) == found["memory"]["peak_bytes"] < 180e9
-    # Six operations a weight that multiplies, and attention on top.
+    # Six FLOPs a weight that multiplies, and attention on top.
     weights = 12_703_860_896 - 219_520 * 4096
     flops = found["flops_per_token"]
     assert 6 * weights < flops["forward"] + flops["backward"] < 1.15 * 6 * weights
@@ -83,7 +83,7 @@ def test_motif_2_12_7b_on_768_b200(tmp_path: Path, capsys: pytest.CaptureFixture
 )
 def test_ranks_together_hold_every_parameter_once(fields: dict[str, Any]) -> None:
     recipe = small_recipe(**fields)
-    plans = [make_plan(recipe, find_gpu("h100"), 8, seq_len=SEQ_LEN, rank=rank).rehearsal for rank in range(8)]
+    plans = [make_plan(recipe, find_gpu("h100"), 8, seq_len=SEQ_LEN, rank=rank).trace for rank in range(8)]
     vectors = 0
     if "parallel__tensor" in fields:  # what all heads share lies on both ranks of tensor parallelism
         vectors = plans[0].parameter_count - sum(_matrices(recipe))
@@ -105,21 +105,21 @@ def test_advice_fits_when_it_is_planned() -> None:
 
     plan = replan(recipe)
     assert not plan.fits
-    advice = find_advice(plan, replan)
-    assert advice[-1].fits
-    assert not any(a.fits for a in advice[:-1])
-    taken = replan(changed(recipe, advice[-1].changes))
+    suggestions = find_suggestions(plan, replan)
+    assert suggestions[-1].fits
+    assert not any(a.fits for a in suggestions[:-1])
+    taken = replan(changed(recipe, suggestions[-1].changes))
     assert taken.fits
-    assert taken.peak == advice[-1].peak
+    assert taken.peak == suggestions[-1].peak
 
 
 def test_advice_gives_up_where_nothing_helps() -> None:
     recipe = small_recipe()
     gpu = dataclasses.replace(GPUS["h100"], memory=1000.0)
     plan = make_plan(recipe, gpu, 2, seq_len=SEQ_LEN)
-    advice = find_advice(plan, lambda other: make_plan(other, gpu, 2, seq_len=SEQ_LEN), attempts=2)
-    assert len(advice) == 2
-    assert not any(a.fits for a in advice)
+    suggestions = find_suggestions(plan, lambda other: make_plan(other, gpu, 2, seq_len=SEQ_LEN), attempts=2)
+    assert len(suggestions) == 2
+    assert not any(a.fits for a in suggestions)
 
 
 def test_more_time_for_less_hardware() -> None:
@@ -167,10 +167,10 @@ def test_what_needs_a_gpu_is_planned_without_one() -> None:
 def test_offloaded_moments_are_elsewhere(name: str) -> None:
     kept = make_plan(small_recipe(optim__name=name), find_gpu("h100"), 2, seq_len=SEQ_LEN)
     gone = make_plan(small_recipe(optim__name=name, optim__offload=True), find_gpu("h100"), 2, seq_len=SEQ_LEN)
-    assert kept.rehearsal.offloaded == 0
-    assert gone.rehearsal.offloaded + gone.rehearsal.optimizer == kept.rehearsal.optimizer
-    assert gone.rehearsal.optimizer < 1000  # counts of steps
-    assert gone.rehearsal.gradients == kept.rehearsal.gradients
+    assert kept.trace.offloaded == 0
+    assert gone.trace.offloaded + gone.trace.optimizer == kept.trace.optimizer
+    assert gone.trace.optimizer < 1000  # counts of steps
+    assert gone.trace.gradients == kept.trace.gradients
     assert gone.flops_per_token == kept.flops_per_token
     assert gone.time.optimizer > kept.time.optimizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from motifarch.train.metrics import MetricsLog, cut_metrics, read_metrics
-from motifarch.train.picture import draw_loss, smooth
+from motifarch.train.plots import draw_loss, smooth
 from motifarch.train.step import StepResult
 
 
@@ -31,7 +31,7 @@ def test_rows_are_exact_and_each_step_is_there_once(tmp_path: Path) -> None:
     for i, loss in enumerate(losses):
         log.add(result(loss), tokens=100, step=i + 1, learning_rate=0.1)
         if i == 3:
-            log.note(validation_loss=1.25)
+            log.update_last(validation_loss=1.25)
             assert len(log.flush()) == 4
     log.close()
     # A resumed run writes steps 5 and 6 again.
@@ -84,7 +84,7 @@ def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n'
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
     rows = [{"step": s, "loss": 5 / s, "learning_rate": 0.1} for s in range(1, 30)]
     rows[10] |= {"validation_loss": 1.0}
     rows[5]["loss"] = None  # type: ignore[assignment]

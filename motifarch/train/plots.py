@@ -1,9 +1,9 @@
-"""The picture of a run: its losses, and its learning rate below."""
+"""The plot of a run: its losses, and its learning rate below."""
 
 from pathlib import Path
 from typing import Any
 
-PICTURE = "loss.png"
+LOSS_PLOT = "loss.png"
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -11,9 +11,9 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     step.
 
     Args:
-        rows: Rows of `metrics.jsonl`.
-        path: The PNG file to write.
-        title: The picture's title.
+        rows: rows of `metrics.jsonl`.
+        path: the PNG file to write.
+        title: the plot's title.
     """
     import matplotlib
 
@@ -38,7 +38,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if validated:
         points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         top.plot(*points, color="#c0392b", marker="o", markersize=4, linewidth=1, label="validation loss")
-    top.set_ylabel("cross-entropy (nats per token)")
+    top.set_ylabel("cross-entropy (nats/token)")
     top.set_title(title)
     top.legend(frameon=False)
     bottom.plot([row["step"] for row in rows], [row["learning_rate"] for row in rows], color="#555555", linewidth=1.2)

@@ -1,4 +1,4 @@
-"""The picture of a plan: each GPU's memory at the height of a step, against what there is."""
+"""The plot of a plan: each GPU's memory at the peak of a step, against its capacity."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
         plans: names and plans on one kind of GPU: the recipe's own, and what would fit in its
             place.
         path: the PNG file to write.
-        title: the picture's title.
+        title: the plot's title.
     """
     import matplotlib
 
@@ -37,7 +37,7 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     for row, (_, plan) in enumerate(plans):
         left = 0.0
         for kind in memory.KINDS:
-            width = plan.rehearsal.peak[kind] / gib
+            width = plan.trace.peak[kind] / gib
             axis.barh(row, width, left=left, height=0.55, color=_COLOURS[kind], label=kind if row == 0 else None)
             if width > 0.03 * first.gpu.memory / gib:
                 axis.text(left + width / 2, row, f"{width:.1f}", ha="center", va="center", color="white", fontsize=9)
@@ -50,7 +50,7 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     axis.set_yticks(range(len(plans)), [name for name, _ in plans])
     axis.set_ylim(len(plans) - 0.4, -0.6)
     axis.set_xlim(0, 1.13 * max(capacity, *(plan.peak / gib for _, plan in plans)))
-    axis.set_xlabel("GiB of a GPU's memory at the height of a step")
+    axis.set_xlabel("GiB of a GPU's memory at the peak of a step")
     axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", alpha=0.25)

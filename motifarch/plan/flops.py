@@ -1,5 +1,4 @@
-"""Floating-point operations of a step, as they are run: by part, by direction, and what is computed
-twice.
+"""FLOPs of a step, as they are run: by part, by direction, and what is recomputed.
 
 Operators are counted by torch's flop counter's formulas, those of `motif_kernels.flops` for
 attention among them: a noise map once for its group, hidden pairs not at all. The `reference`
@@ -26,7 +25,7 @@ def visible_share(config: MotifConfig, seq_len: int) -> float:
 
 
 def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """An operator's operations, 0 where it multiplies no matrices.
+    """An operator's FLOPs, 0 where it multiplies no matrices.
 
     Args:
         func: the operator, as a dispatch mode gets it.
@@ -39,7 +38,7 @@ def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 
 def part_of(func: Any, phase: str) -> str:
-    """Whether an operator with operations multiplies by weights or computes attention."""
+    """Whether an operator with FLOPs multiplies by weights or computes attention."""
     name = func._schema.name
     # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's.
     batched = name == "aten::bmm" and phase != "optimizer"
@@ -56,8 +55,7 @@ _FREE = ("empty", "new_empty", "detach", "lift", "is_", "sym_", "resize", "set_"
 
 
 def moved_bytes(func: Any, args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> int:
-    """Bytes that an operator reads and writes; 0 for views and for what takes its time in
-    operations or on a link.
+    """Bytes that an operator reads and writes; 0 for views and for what FLOPs or a link bound.
 
     Args:
         func: the operator, as a dispatch mode gets it.

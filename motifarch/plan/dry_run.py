@@ -31,7 +31,7 @@ from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.optim import parallel_muon
 from motifarch.parallel import Layout, Mesh, World
-from motifarch.plan import communication, memory, operations
+from motifarch.plan import communication, flops, memory
 from motifarch.plan.communication import Groups, Traffic
 from motifarch.plan.memory import MemoryLedger
 from motifarch.train import loop
@@ -56,8 +56,8 @@ class PlannedInputs:
 
 
 @dataclass
-class Rehearsal:
-    """What one rank did in a step, and what it held. Bytes and operations are this rank's."""
+class StepTrace:
+    """What one rank did in a step, and what it held. Bytes and FLOPs are this rank's."""
 
     layout: Layout
     rows: int
@@ -84,8 +84,8 @@ class Rehearsal:
     """Bytes of what is gathered outside of the decoder layers, and stays until the backward pass
     ends.
     """
-    operations: dict[tuple[str, str], float]
-    """A step's operations by phase and part (`motifarch.plan.operations`)."""
+    flops: dict[tuple[str, str], float]
+    """A step's FLOPs by phase and part (`motifarch.plan.flops`)."""
     moved: dict[str, float]
     """Bytes that a step's other operators read and write, by phase."""
     traffic: list[Traffic]
@@ -95,7 +95,7 @@ class Rehearsal:
 class _Tally:
     """What is added up over a micro-batch, or over a step's end."""
 
-    operations: dict[tuple[str, str], float] = field(default_factory=dict)
+    flops: dict[tuple[str, str], float] = field(default_factory=dict)
     moved: dict[str, float] = field(default_factory=dict)
     calls: dict[tuple[communication.Collective, str], float] = field(default_factory=dict)
 
@@ -117,7 +117,7 @@ class _Recorder(TorchDispatchMode):
     @property
     def phase(self) -> str:
         """What is being done: what is called within a backward pass, or records gradients there, is
-        computed again.
+        recomputed.
         """
         if torch._C._current_graph_task_id() != -1:
             return "recompute" if self.in_blocks or torch.is_grad_enabled() else "backward"
@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):
         """Follows whether decoder layers' blocks are being called, also where a recomputation stops
         early.
 
-        Their own hooks stay outside of what is computed again.
+        Their own hooks stay outside of what is recomputed.
         """
 
         def enter(*_: Any) -> None:
@@ -167,12 +167,12 @@ class _Recorder(TorchDispatchMode):
             self.ledger.note(tensor, kind)
         self._know(func, args, kwargs)
         self.ledger.look(phase)
-        if work := operations.count(func, args, kwargs, out):
-            part = operations.part_of(func, phase)
-            share = self._share if operations.is_plain_attention(func, phase) else 1.0
-            tally.operations[phase, part] = tally.operations.get((phase, part), 0.0) + work * share
+        if work := flops.count(func, args, kwargs, out):
+            part = flops.part_of(func, phase)
+            share = self._share if flops.is_plain_attention(func, phase) else 1.0
+            tally.flops[phase, part] = tally.flops.get((phase, part), 0.0) + work * share
         everything = [*args, *kwargs.values()]
-        tally.moved[phase] = tally.moved.get(phase, 0.0) + operations.moved_bytes(func, everything, outputs)
+        tally.moved[phase] = tally.moved.get(phase, 0.0) + flops.moved_bytes(func, everything, outputs)
         if call := communication.recognise(func, args, outputs):
             tally.calls[call, phase] = tally.calls.get((call, phase), 0.0) + 1
         return out
@@ -200,7 +200,7 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
     nothing.
 
     Raises:
-        RuntimeError: There is a process group already.
+        RuntimeError: there is a process group already.
     """
     if dist.is_initialized():
         raise RuntimeError("a plan makes a process group of its own; call destroy_process_group() first")
@@ -258,7 +258,7 @@ def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-def rehearse(
+def trace_step(
     recipe: Recipe,
     config: MotifConfig,
     *,
@@ -267,7 +267,7 @@ def rehearse(
     domain: int,
     compute: str = "bfloat16",
     rank: int = 0,
-) -> Rehearsal:
+) -> StepTrace:
     """Runs one training step of one rank without data.
 
     A second micro-batch stands for all that follow it. Documents are as long as their rows, the
@@ -283,7 +283,7 @@ def rehearse(
         rank: which rank; the first has the largest shards.
 
     Raises:
-        UserError: The model or its sequences can't be cut as the recipe asks.
+        UserError: the model or its sequences can't be cut as the recipe asks.
     """
     # An eager step in the compute dtype stands for a compiled one and for 8-bit products, which are
     # for GPUs alone; first weights are not read.
@@ -294,7 +294,7 @@ def rehearse(
         precision=dataclasses.replace(recipe.precision, matmul="compute"),
     )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(operations.visible_share(config, seq_len))
+    recorder = _Recorder(flops.visible_share(config, seq_len))
     ledger = recorder.ledger
     with fake_world(gpus, rank) as world, _pretending(fake, recorder):
         mesh = Mesh("cpu", recipe.parallel.resolve(gpus))
@@ -360,7 +360,7 @@ def rehearse(
         largest, outside = memory.gathered_bytes(model, getattr(torch, compute))
         groups = Groups(_dimensions(mesh), domain)
         total = _sum_up(recorder.tallies, micro_batches)
-        return Rehearsal(
+        return StepTrace(
             layout=layout,
             rows=rows,
             micro_batches=micro_batches,
@@ -375,7 +375,7 @@ def rehearse(
             peak_phase=ledger.peak_phase,
             largest_layer=largest,
             outside_layers=outside,
-            operations=total.operations,
+            flops=total.flops,
             moved=total.moved,
             traffic=_traffic(total, groups),
         )
@@ -420,7 +420,7 @@ def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
     last = len(tallies) - 2  # the tally after it is the optimizer's
     for i, tally in enumerate(tallies):
         weight = micro_batches - 1 if i == 1 and last > 1 else 1
-        _add(total.operations, tally.operations, weight)
+        _add(total.flops, tally.flops, weight)
         _add(total.moved, tally.moved, weight)
         _add(total.calls, tally.calls, weight)
     return total

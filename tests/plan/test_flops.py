@@ -1,4 +1,4 @@
-"""A plan's operations are those that torch's flop counter sees in a real step."""
+"""A plan's FLOPs are those that torch's flop counter sees in a real step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def planned(recipe: Any, gpus: int = 1) -> dict[str, float]:
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_operations_are_the_flop_counters(variant: str, window: int | None) -> None:
+def test_flops_are_the_flop_counters(variant: str, window: int | None) -> None:
     """On the reference backend, whose maps are whole: of the counter's batched products the mask
     shows a share.
     """
@@ -61,7 +61,7 @@ def test_attention_is_counted_as_the_kernels_compute_it() -> None:
 @pytest.mark.parametrize(
     "fields", [{"parallel__tensor": 2}, {"parallel__context": 2}, {"parallel__replicate": 2}, {"batch__micro_size": 1}]
 )
-def test_operations_of_a_token_do_not_depend_on_the_layout(fields: dict[str, Any]) -> None:
+def test_flops_of_a_token_do_not_depend_on_the_layout(fields: dict[str, Any]) -> None:
     whole = planned(small_recipe())
     cut = planned(small_recipe(**fields), gpus=4)
     assert cut == pytest.approx(whole, rel=1e-6)

@@ -20,30 +20,30 @@ from motifarch.train.manifest import checkpoint_name, checkpoints_folder, comple
 from motifarch.train.recipe import Recipe
 
 
-def feedback_due(recipe: Recipe, step: int) -> bool:
+def average_due(recipe: Recipe, step: int) -> bool:
     """Whether the mean takes the weights' place after so many steps."""
     return bool(recipe.average.every) and step > 0 and step % recipe.average.every == 0
 
 
 @torch.no_grad()
-def feed_back(state: TrainState, recipe: Recipe, parent: Path | None, world: World) -> list[int]:
+def restart_from_average(state: TrainState, recipe: Recipe, parent: Path | None, world: World) -> list[int]:
     """Replaces the model's weights by the mean of the last checkpoints; moments stay as they are.
 
     Called by all ranks, when the checkpoint of this step is complete.
 
     Args:
-        state: Its model is changed in place.
+        state: its model is changed in place.
         recipe: `average.last` checkpoints are averaged, this step's among them; fewer where the run
             has fewer yet.
-        parent: The checkpoint that the run resumed from. Its neighbours are averaged where it is of
+        parent: the checkpoint that the run resumed from. Its neighbours are averaged where it is of
             this very step.
-        world: The ranks.
+        world: the ranks.
 
     Returns:
         The steps of the checkpoints that were averaged, newest first.
 
     Raises:
-        UserError: A checkpoint can't be read or does not fit the model.
+        UserError: a checkpoint can't be read or does not fit the model.
     """
     resumed = parent is not None and step_of(parent) == state.step
     folder = parent.parent if parent and resumed else checkpoints_folder(Path(recipe.run.output))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from motifarch.errors import UserError
-from motifarch.plan.planning import Advice, Plan
+from motifarch.plan.planning import Plan, Suggestion
 from motifarch.train.recipe import Recipe
 
 _STRONGER: dict[Any, list[Any]] = {"none": ["selective", "full"], "selective": ["full"], "full": []}
@@ -26,20 +26,20 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
 
 def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     """Single changes that may lower the memory, those that cost least speed first."""
-    recipe, layout, rehearsal = plan.recipe, plan.rehearsal.layout, plan.rehearsal
+    recipe, layout, trace = plan.recipe, plan.trace.layout, plan.trace
     for mode in _STRONGER.get(recipe.activation_checkpointing, ["full"]):
         yield {"activation_checkpointing": mode}
-    if 1 < rehearsal.micro_batches <= 4:
+    if 1 < trace.micro_batches <= 4:
         # Without micro-batches to add up, gradients are reduced as soon as they are there. (More
         # rows than that at once would take more than it saves.)
-        yield {"batch.micro_size": rehearsal.rows * rehearsal.micro_batches}
+        yield {"batch.micro_size": trace.rows * trace.micro_batches}
     if layout.replicate > 1:
         step = next(n for n in range(2, layout.replicate + 1) if layout.replicate % n == 0)
         yield {"parallel.replicate": layout.replicate // step, "parallel.shard": layout.shard * step}
     if not recipe.optim.offload:
         yield {"optim.offload": True}
-    if rehearsal.rows > 1:
-        yield {"batch.micro_size": max(1, rehearsal.rows // 2)}
+    if trace.rows > 1:
+        yield {"batch.micro_size": max(1, trace.rows // 2)}
     for name in ("tensor", "context"):
         size = getattr(layout, name) * 2
         for other in ("shard", "replicate"):
@@ -47,13 +47,13 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
             if ranks % 2 == 0:
                 yield {f"parallel.{name}": size, f"parallel.{other}": ranks // 2}
                 break
-    if recipe.optim.name == "muon" and recipe.optim.muon_chunk_mib > 32 and rehearsal.peak_phase == "optimizer":
+    if recipe.optim.name == "muon" and recipe.optim.muon_chunk_mib > 32 and trace.peak_phase == "optimizer":
         yield {"optim.muon_chunk_mib": 32}
 
 
-def find_advice(
+def find_suggestions(
     plan: Plan, replan: Callable[[Recipe], Plan], *, attempts: int = 10, say: Callable[[str], None] = lambda text: None
-) -> list[Advice]:
+) -> list[Suggestion]:
     """Looks for changes that make a plan fit.
 
     Args:
@@ -67,10 +67,10 @@ def find_advice(
         change that saves most. The last entry is the answer if it fits; those before it were tried
         and do not.
     """
-    tried: list[Advice] = []
+    tried: list[Suggestion] = []
     base: dict[str, Any] = {}
     while len(tried) < attempts:
-        best: tuple[Advice, Plan] | None = None
+        best: tuple[Suggestion, Plan] | None = None
         for change in candidates(plan):
             if len(tried) >= attempts:
                 break
@@ -80,7 +80,7 @@ def find_advice(
                 other = replan(changed(plan.recipe, change))
             except UserError:
                 continue  # the model or the batch can't be cut so
-            tried.append(Advice(changes, other.peak, other.fits, other.tokens_per_second))
+            tried.append(Suggestion(changes, other.peak, other.fits, other.tokens_per_second))
             if other.fits:
                 return tried
             if best is None or other.peak < best[0].peak:

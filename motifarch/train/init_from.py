@@ -23,11 +23,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Replaces the weights of a model, sharded or not; a tensor is held whole at a time at most.
 
     Args:
-        folder: A complete checkpoint's, or a Hugging Face folder with safetensors files.
-        model: On its device already; its parameters' names are the folder's.
+        folder: a complete checkpoint's, or a Hugging Face folder with safetensors files.
+        model: on its device already; its parameters' names are the folder's.
 
     Raises:
-        UserError: The folder is missing, damaged, or does not fit the model.
+        UserError: the folder is missing, damaged, or does not fit the model.
     """
     if not folder.is_dir():
         raise UserError(f"run.init_from is {folder}, which is no folder; give a checkpoint's or a Hugging Face folder")
