@@ -84,6 +84,8 @@ class StudyFolder:
         try:
             self.content = json.loads(text)
             before = self.content["grid"]
+            if before.get("match") == "operations":  # its former name
+                before["match"] = "flops"
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path / STUDY} is damaged; give another --output, or delete that folder") from None
         if changed := list(_differences(before, self.grid)):

@@ -4,6 +4,7 @@ its fields.
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from motifarch.train.recipe import DatasetEntry, ModelSection, Recipe, check_rec
 from motifarch.typed_yaml import TypedYaml
 
 Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]
-Match = Literal["parameters", "operations", "kv_cache"]
+Match = Literal["parameters", "flops", "kv_cache", "operations"]
+"""What can be made equal; `operations` is the former name of `flops`."""
 
 DECIDED = (
     "base",
@@ -183,7 +185,7 @@ class Grid:
     """Each seeds first weights and data order, alike for all variants."""
 
     match: Match = "parameters"
-    """What is made equal: `parameters`; `operations`, of training a token at the data's seq_len,
+    """What is made equal: `parameters`; `flops`, of training a token at the data's seq_len,
     attention included; or `kv_cache`, the bytes a token keeps in generation (parameters are then
     matched as nearly as they can be).
     """
@@ -202,6 +204,11 @@ class Grid:
     """How much is measured after training: the retrieval probe, attention statistics, decoding
     speed.
     """
+
+    def __post_init__(self) -> None:
+        if self.match == "operations":
+            warnings.warn("match: operations is deprecated; write match: flops", FutureWarning, stacklevel=2)
+            self.match = "flops"
 
     @property
     def reference_variant(self) -> VariantSpec:

@@ -1,7 +1,7 @@
 """Makes variants equal: the feed-forward width takes up what their heads differ in, and the model's
 own counts decide.
 
-Parameters are those of the model itself, built without memory; training operations are the model's
+Parameters are those of the model itself, built without memory; training FLOPs are the model's
 `flops_per_token` (matrix products and attention, forward and backward, at the study's sequence
 length); the key/value cache is what its key and value projections put out for a token, in bfloat16.
 """
@@ -29,8 +29,8 @@ CACHE_BYTES = 2
 
 UNITS: dict[str, str] = {
     "parameters": "parameters",
-    "operations": "training operations a token",
-    "kv_cache": "bytes of key/value cache a token",
+    "flops": "training FLOPs per token",
+    "kv_cache": "bytes of key/value cache per token",
 }
 
 
@@ -39,7 +39,7 @@ class Costs:
     """What a model costs."""
 
     parameters: int
-    operations: float
+    flops: float
     """Floating-point operations of training on a token."""
     kv_cache: int
     """Bytes that a token keeps in generation."""
@@ -79,6 +79,22 @@ def count_costs(recipe: Recipe, sequences: Sequences) -> Costs:
             kept += projection.out_features * CACHE_BYTES
     parameters = sum(p.numel() for p in model.parameters())
     return Costs(parameters, model.flops_per_token(sequences.seq_len), kept)
+
+
+def match_intermediate_size(cost: Callable[[int], float], target: float, *, multiple: int = 1) -> int:
+    """The intermediate size that makes a model's cost most nearly a target.
+
+    Args:
+        cost: the cost (parameters, FLOPs, ...) of the model with an intermediate size, which has to
+            grow by the same amount with each unit of it.
+        target: the cost to come near to.
+        multiple: sizes are multiples of this.
+
+    Returns:
+        The nearest allowed size, at least `multiple`; the caller judges whether it is near enough.
+    """
+    one, two = cost(multiple), cost(2 * multiple)
+    return multiple * max(1, 1 + round((target - one) / (two - one)))
 
 
 def match(grid: Grid, sequences: Sequences) -> list[Matched]:
@@ -140,18 +156,16 @@ def _cost(by: Match) -> Callable[[Costs], float]:
 
 
 def _deviations(costs: Costs, target: Costs) -> dict[Match, float]:
-    kinds: tuple[Match, ...] = ("parameters", "operations", "kv_cache")
+    kinds: tuple[Match, ...] = ("parameters", "flops", "kv_cache")
     return {by: _cost(by)(costs) / _cost(by)(target) - 1 for by in kinds}
 
 
 def _nearest(widths: _Widths, target: Costs, by: Match) -> int:
-    """The allowed feed-forward width whose cost is nearest the target's; the cache does not depend
-    on it.
-    """
-    cost, unit = _cost("parameters" if by == "kv_cache" else by), widths.size.intermediate_multiple
-    one, two = cost(widths(unit)), cost(widths(2 * unit))
-    # Costs grow by the same amount with each unit of width.
-    return unit * max(1, 1 + round((cost(target) - one) / (two - one)))
+    """The allowed width whose cost is nearest the target's; the cache does not depend on it."""
+    cost = _cost("parameters" if by == "kv_cache" else by)
+    return match_intermediate_size(
+        lambda width: cost(widths(width)), cost(target), multiple=widths.size.intermediate_multiple
+    )
 
 
 def _refusal(grid: Grid, matched: Matched, widths: _Widths, reference: _Widths, target: Costs) -> str:

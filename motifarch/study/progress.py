@@ -14,7 +14,7 @@ from motifarch.train.progress import duration
 
 
 class StudyProgress:
-    """Time left is judged by the training operations done since the start, whatever else took its
+    """Time left is judged by the training FLOPs done since the start, whatever else took its
     time.
     """
 

@@ -20,6 +20,7 @@ _SOURCES = {"stdlib": "the source text of Python's standard library"}
 COSTS = {
     "parameters": ("parameters", "parameters"),
     "operations": ("training_flops_per_token", "training operations a token"),
+    "flops": ("training_flops_per_token", "training operations a token"),
     "kv_cache": ("kv_bytes_per_token", "key/value cache bytes a token"),
 }
 

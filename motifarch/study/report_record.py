@@ -18,6 +18,7 @@ _FOLDERS = re.compile(r"(?<![\w.…/:])/(?:[\w.+@~-]+/)+")
 _MATCHED = {
     "parameters": "parameters",
     "operations": "training operations a token",
+    "flops": "training operations a token",
     "kv_cache": "bytes of key/value cache a token",
 }
 

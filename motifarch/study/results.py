@@ -105,7 +105,7 @@ def _variant(matched: Matched, by: Any, rate: dict[str, Any] | None) -> dict[str
         "activation": matched.variant.activation,
         "model": matched.model,
         "parameters": costs.parameters,
-        "training_flops_per_token": costs.operations,
+        "training_flops_per_token": costs.flops,
         "kv_bytes_per_token": costs.kv_cache,
         "deviation": matched.deviations[by],
         "deviations": matched.deviations,

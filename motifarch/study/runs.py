@@ -37,7 +37,7 @@ class Run:
     @property
     def work(self) -> float:
         """What a step costs, by which the time left is estimated."""
-        return self.matched.costs.operations
+        return self.matched.costs.flops
 
     @property
     def status(self) -> Status:

@@ -46,7 +46,7 @@ def _table(grid: Grid, size: SizeSpec, matched: Sequence[Matched]) -> Table:
             str(m.model["num_key_value_heads"]),
             str(m.model["intermediate_size"]),
             _cell(f"{m.costs.parameters:,}", m, "parameters"),
-            _cell(f"{m.costs.operations / 1e6:,.2f}", m, "operations"),
+            _cell(f"{m.costs.flops / 1e6:,.2f}", m, "flops"),
             _cell(f"{m.costs.kv_cache:,}", m, "kv_cache"),
         )
     return table

@@ -19,7 +19,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "study").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
-@pytest.mark.parametrize("by", ["parameters", "operations", "kv_cache"])
+@pytest.mark.parametrize("by", ["parameters", "flops", "kv_cache"])
 def test_our_studies_can_be_matched_in_all_three_ways(path: Path, by: str) -> None:
     grid = read_grid([str(path), "--match", by])
     found = match(grid, describe(grid.data, None))
@@ -35,6 +35,14 @@ def test_any_field_can_be_overridden(tmp_path: Path) -> None:
     )
     assert (grid.match, grid.recipe.optim.clip, grid.seeds, grid.tokens) == ("kv_cache", 2.0, [4, 5], 9000)
     assert grid.recipe.batch.size == GRID["recipe"]["batch"]["size"]
+
+
+def test_operations_is_a_deprecated_name_of_flops(tmp_path: Path) -> None:
+    path = write_grid(tmp_path, "somewhere", match="operations")
+    with pytest.warns(FutureWarning, match="match: flops"):
+        assert read_grid([str(path)]).match == "flops"
+    with pytest.warns(FutureWarning, match="match: flops"):
+        assert read_grid([str(path), "--match", "operations"]).match == "flops"
 
 
 SIZE = GRID["sizes"][0]

@@ -64,7 +64,7 @@ def parameters(matched: Matched) -> int:
         return sum(p.numel() for p in model(matched).parameters())
 
 
-def operations(matched: Matched) -> float:
+def flops(matched: Matched) -> float:
     """Of a token, counted by torch as a row's forward pass is really run, times three for the
     backward pass.
     """
@@ -105,13 +105,13 @@ def test_ratios_share_head_width_noise_heads_and_key_value_heads() -> None:
             assert m.model["num_attention_heads"] == 2 + 2 * (m.variant.ratio or 1)
 
 
-def test_operations_are_equal_to_one_per_cent() -> None:
-    found = match(grid(by="operations"), SEQUENCES)
-    reference = found[0].costs.operations
+def test_flops_are_equal_to_one_per_cent() -> None:
+    found = match(grid(by="flops"), SEQUENCES)
+    reference = found[0].costs.flops
     for m in found:
-        assert abs(m.costs.operations / reference - 1) <= 0.01, m.name
+        assert abs(m.costs.flops / reference - 1) <= 0.01, m.name
         if m.variant.activation == "poly_norm":
-            assert operations(m) == pytest.approx(m.costs.operations, rel=1e-9), m.name
+            assert flops(m) == pytest.approx(m.costs.flops, rel=1e-9), m.name
 
 
 def test_caches_are_equal_as_transformers_fills_them() -> None:
@@ -133,7 +133,7 @@ def test_multi_head_attention_costs_more_cache_when_something_else_is_matched() 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    by=st.sampled_from(["parameters", "operations", "kv_cache"]),
+    by=st.sampled_from(["parameters", "flops", "kv_cache"]),
     noise=st.integers(1, 3),
     head_dim=st.sampled_from([8, 16, 32]),
     hidden=st.integers(4, 24),
@@ -168,7 +168,7 @@ def test_any_size_is_matched_to_one_per_cent_or_refused_with_true_figures(
     target = found[0]
     for m in found:
         counts = {"parameters": parameters(m) / parameters(target)}
-        counts["operations"] = m.costs.operations / target.costs.operations
+        counts["flops"] = m.costs.flops / target.costs.flops
         counts["kv_cache"] = m.costs.kv_cache / target.costs.kv_cache
         assert abs(counts[by] - 1) <= 0.01
         assert m.model["intermediate_size"] % multiple == 0 or m is target
