@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# timm is a second opinion in tests. It may not bring torchvision along: beside torch's CPU build that breaks transformers.
+# timm is an independent implementation in tests. It may not bring torchvision along: beside torch's CPU build that breaks transformers.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm

@@ -171,7 +171,7 @@ def _measure(rank: int, setup: Setup, port: int, path: Path) -> None:
                     optimizer.step()
             weights[name] = [m.full_tensor().detach() for m in matrices if isinstance(m, DTensor)]
             received = {kind: sum(b for k, b in counter.messages if k == kind) for kind in KINDS}
-            total = world.sum([round(b) for b in received.values()])
+            total = world.all_reduce_sum([round(b) for b in received.values()])
             found[name] = {
                 "collectives": {kind: sum(k == kind for k, _ in counter.messages) for kind in KINDS},
                 "bytes": dict(zip(KINDS, total, strict=True)),

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted.
 
     Args:
-        argv: The command and its arguments; the process's own where None.
+        argv: the command and its arguments; the process's own where None.
     """
     try:
         status = run(list(sys.argv[1:] if argv is None else argv))
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
         Its exit status.
 
     Raises:
-        UserError: There is no such command.
+        UserError: there is no such command.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

@@ -40,8 +40,8 @@ def environment(command: str, device: torch.device, packages: Iterable[str]) -> 
         "memory_bytes": physical_memory(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "git": _git(),
+        "versions": {name: installed_version(name) for name in packages},
+        "git": git_state(),
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda
@@ -68,14 +68,15 @@ def physical_memory() -> int | None:
         return None
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """A distribution's version, or None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _git() -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """The commit that is checked out, and whether files differ from it; None outside a
     repository.
     """

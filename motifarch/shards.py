@@ -16,14 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-Runs = tuple[tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]
 """Stretches [start, stop) of consecutive indices, in the order in which a shard has them."""
 
 
-def _take(runs: Runs, start: int, stop: int) -> Runs:
+def _take(ranges: Ranges, start: int, stop: int) -> Ranges:
     """The indices at places start to stop of a shard."""
     taken = []
-    for first, last in runs:
+    for first, last in ranges:
         begin, end = max(start, 0), min(stop, last - first)
         if begin < end:
             taken.append((first + begin, first + end))
@@ -31,64 +31,69 @@ def _take(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(taken)
 
 
-def _part(runs: Runs, parts: int, index: int) -> Runs:
+def _chunk(ranges: Ranges, chunks: int, index: int) -> Ranges:
     """As torch.chunk cuts: parts of equal size, rounded up, so that the last ones may be short or
     empty.
     """
-    size = -(-length(runs) // parts)
-    return _take(runs, index * size, (index + 1) * size)
+    size = -(-length(ranges) // chunks)
+    return _take(ranges, index * size, (index + 1) * size)
 
 
-def length(runs: Runs) -> int:
+def length(ranges: Ranges) -> int:
     """How many indices there are."""
-    return sum(stop - start for start, stop in runs)
+    return sum(stop - start for start, stop in ranges)
 
 
 @cache
-def held_indices(
+def held_ranges(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
-) -> tuple[Runs, ...]:
+) -> tuple[Ranges, ...]:
     """The indices along each dimension that one rank of a mesh holds.
 
     Args:
-        shape: Of the whole tensor.
-        mesh_shape: Ranks along each dimension of the mesh.
-        placements: One for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over
+        shape: of the whole tensor.
+        mesh_shape: ranks along each dimension of the mesh.
+        placements: one for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over
             tensor parallelism makes (cut first into as many parts as the later mesh dimensions
             will, then each of those into shares).
-        coordinate: The rank's place in the mesh.
+        coordinate: the rank's place in the mesh.
 
     Returns:
         One tuple of stretches for each dimension; a shard's rows lie in their order.
 
     Raises:
-        ValueError: A placement that is none of these (a partial sum has no shards).
+        ValueError: a placement that is none of these (a partial sum has no shards).
     """
-    held: list[Runs] = [((0, size),) for size in shape]
+    held: list[Ranges] = [((0, size),) for size in shape]
     for placement, parts, index in zip(placements, mesh_shape, coordinate, strict=True):
         if isinstance(placement, _StridedShard):
-            factor, runs = int(placement.split_factor), held[placement.dim]
-            shares = [_part(_part(runs, factor, i), parts, index) for i in range(factor)]
+            factor, ranges = int(placement.split_factor), held[placement.dim]
+            shares = [_chunk(_chunk(ranges, factor, i), parts, index) for i in range(factor)]
             held[placement.dim] = tuple(itertools.chain(*shares))
         elif isinstance(placement, Shard):
-            held[placement.dim] = _part(held[placement.dim], parts, index)
+            held[placement.dim] = _chunk(held[placement.dim], parts, index)
         elif not isinstance(placement, Replicate):
             raise ValueError(f"the placement {placement} is not accepted here: use Shard or Replicate")
     return tuple(held)
 
 
-def own_indices(tensor: torch.Tensor) -> tuple[Runs, ...]:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor, not a copy of it; a tensor that is not sharded itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_ranges(tensor: torch.Tensor) -> tuple[Ranges, ...]:
     """The indices along each dimension that this rank holds of a tensor, all of them where it is no
     DTensor.
 
     Raises:
-        ValueError: The local tensor is not the shard that its placements describe.
+        ValueError: the local tensor is not the shard that its placements describe.
     """
     if not isinstance(tensor, DTensor):
         return tuple(((0, size),) for size in tensor.shape)
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None  # who has a DTensor's shard is in its mesh
-    held = held_indices(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tensor.placements, tuple(coordinate))
+    held = held_ranges(tuple(tensor.shape), tuple(tensor.device_mesh.shape), tensor.placements, tuple(coordinate))
     local = tuple(tensor.to_local().shape)
     if local != tuple(map(length, held)):
         raise ValueError(
@@ -98,20 +103,20 @@ def own_indices(tensor: torch.Tensor) -> tuple[Runs, ...]:
     return held
 
 
-def own_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def local_shard(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of a whole tensor that is sharded as another is.
 
     Args:
-        whole: Of like's (global) shape, on every rank.
-        like: A DTensor, or a plain tensor, which is kept whole.
+        whole: of like's (global) shape, on every rank.
+        like: a DTensor, or a plain tensor, which is kept whole.
 
     Raises:
-        ValueError: The local part of ``like`` is not the shard that its placements describe.
+        ValueError: the local part of ``like`` is not the shard that its placements describe.
     """
-    for dim, runs in enumerate(own_indices(like)):
-        if runs != ((0, whole.shape[dim]),):
+    for dim, ranges in enumerate(local_ranges(like)):
+        if ranges != ((0, whole.shape[dim]),):
             # A rank may hold no row at all, and torch.cat takes no empty list.
-            parts = [whole.narrow(dim, start, stop - start) for start, stop in runs or ((0, 0),)]
+            parts = [whole.narrow(dim, start, stop - start) for start, stop in ranges or ((0, 0),)]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
     return whole
 

@@ -96,8 +96,8 @@ def plan_value_width(head_dim: int, value_dim: int, supported: Callable[[int, in
     library that wants Dv = D gets values of 2D in two pieces.
 
     Args:
-        head_dim: D, the width of queries and keys.
-        value_dim: Dv, the width of values.
+        head_dim: d, the width of queries and keys.
+        value_dim: dv, the width of values.
         supported: for widths (D, Dv) of a call, what it costs: operations for a pair of query and
             key, counted with the columns that the library computes to no end. None for widths that
             it refuses.
@@ -289,8 +289,8 @@ def refusal(
     Args:
         device: where the tensors are.
         dtype: of queries, keys and values.
-        head_dim: D, the width of queries and keys.
-        value_dim: Dv, the width of values.
+        head_dim: d, the width of queries and keys.
+        value_dim: dv, the width of values.
         softcap: soft cap of the logits.
         return_max_logits: whether the largest logits are asked for.
         deterministic: whether the backward pass must not depend on scheduling.

@@ -110,10 +110,10 @@ def diff_attention_flops(pairs: int, signal_heads: int, noise_heads: int, head_d
 
     Args:
         pairs: visible pairs of one map, summed over the batch (:func:`visible_pairs`).
-        signal_heads: Hs.
-        noise_heads: Hn.
-        head_dim: D.
-        value_dim: Dv.
+        signal_heads: hs.
+        noise_heads: hn.
+        head_dim: d.
+        value_dim: dv.
     """
     return attention_flops(pairs, signal_heads + noise_heads, head_dim, value_dim)
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motifarch.growth.description import Description
 from motifarch.growth.folders import SourceFolder
+from motifarch.growth.model_spec import ModelSpec
 from motifarch.models.motif import MotifConfig
 from motifarch.models.motif.modeling_motif import MotifDecoderLayer
 from motifarch.models.motif.rotary import build_rotary
@@ -24,7 +24,7 @@ _VOCABULARY_ROWS = 2**14
 
 
 class Weights(Protocol):
-    """A Motif model's config and tensors: a folder's, or those that a description makes."""
+    """A Motif model's config and tensors: a folder's, or those that a spec makes."""
 
     config: dict[str, Any]
     names: list[str]
@@ -35,22 +35,22 @@ class Weights(Protocol):
 
 
 class Described:
-    """The model that a description makes of a source folder, read like a folder, without writing
+    """The model that a spec makes of a source folder, read like a folder, without writing
     it.
 
     Args:
-        description: of a Motif model.
+        spec: of a Motif model.
         source: the folder that it reads.
     """
 
-    def __init__(self, description: Description, source: SourceFolder) -> None:
-        self.config, self.names = description.config, list(description.tensors)
-        self._tensors, self._source = description.tensors, source
+    def __init__(self, spec: ModelSpec, source: SourceFolder) -> None:
+        self.config, self.names = spec.config, list(spec.tensors)
+        self._tensors, self._source = spec.tensors, source
 
     def read(self, name: str) -> Tensor:
         """A tensor, made of those of the source."""
-        origin = self._tensors[name]
-        return origin.make(*map(self._source.read, origin.sources))
+        lazy = self._tensors[name]
+        return lazy.make(*map(self._source.read, lazy.sources))
 
 
 @dataclass(frozen=True)

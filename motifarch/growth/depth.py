@@ -21,8 +21,8 @@ from functools import partial
 from torch import Tensor
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description, Origin, Step
 from motifarch.growth.lambdas import shift_lambda
+from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.growth.width import coarsest, dtype_name, rounding
 from motifarch.models.motif import MotifConfig
 from motifarch.models.motif.modeling_motif import lambda_init_of
@@ -47,46 +47,46 @@ def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
     return [(i, fresh) for i in range(old) for fresh in (False, *[True] * after.count(i))]
 
 
-def deepen(description: Description, layers: int) -> Description:
+def deepen(spec: ModelSpec, layers: int) -> ModelSpec:
     """Adds blocks that start as the identity, up to a number of layers; the model computes the same
     function.
 
     Args:
-        description: of a Motif model.
+        spec: of a Motif model.
         layers: num_hidden_layers of the grown model.
 
     Raises:
         UserError: fewer layers than there are.
     """
-    config = MotifConfig.from_dict(description.config)
+    config = MotifConfig.from_dict(spec.config)
     old = config.num_hidden_layers
     if layers < old:
         raise UserError(f"--layers is {layers}, but the model has {old}; a model can only grow")
     if layers == old:
-        return description
-    parts: list[dict[str, Origin]] = [{} for _ in range(old)]
+        return spec
+    parts: list[dict[str, LazyTensor]] = [{} for _ in range(old)]
     tensors = {}
-    for name, origin in description.tensors.items():
+    for name, lazy in spec.tensors.items():
         if match := _LAYER.fullmatch(name):
-            parts[int(match[1])][match[2]] = origin
+            parts[int(match[1])][match[2]] = lazy
         else:
-            tensors[name] = origin
+            tensors[name] = lazy
     places = interleaved(old, layers)
     for i, (copied, new) in enumerate(places):
         layer = _moved(parts[copied], config, copied, i)
         if new:
             layer |= {
-                name: Origin.constant(0.0, origin.shape, origin.dtype)
-                for name, origin in layer.items()
+                name: LazyTensor.constant(0.0, lazy.shape, lazy.dtype)
+                for name, lazy in layer.items()
                 if name.startswith(_SILENT)
             }
-        tensors |= {f"model.layers.{i}.{name}": origin for name, origin in layer.items()}
+        tensors |= {f"model.layers.{i}.{name}": lazy for name, lazy in layer.items()}
     fresh = [i for i, (_, new) in enumerate(places) if new]
     summary = f"num_hidden_layers {old} -> {layers}, new blocks {', '.join(map(str, fresh))} start as the identity"
-    return description.changed({"num_hidden_layers": layers}, tensors, Step(summary, _loss(description, config)))
+    return spec.changed({"num_hidden_layers": layers}, tensors, Step(summary, _loss(spec, config)))
 
 
-def _moved(layer: dict[str, Origin], config: MotifConfig, old: int, new: int) -> dict[str, Origin]:
+def _moved(layer: dict[str, LazyTensor], config: MotifConfig, old: int, new: int) -> dict[str, LazyTensor]:
     """The tensors of a layer at another index, where they compute what they did."""
     if _LAMBDAS[0] not in layer:
         return dict(layer)
@@ -95,7 +95,7 @@ def _moved(layer: dict[str, Origin], config: MotifConfig, old: int, new: int) ->
         return dict(layer)
     vectors = [layer[name] for name in _LAMBDAS]
     changed = {
-        name: Origin.joined(vectors, layer[name].shape, partial(_shifted, place=place, shift=before - after))
+        name: LazyTensor.joined(vectors, layer[name].shape, partial(_shifted, place=place, shift=before - after))
         for place, name in enumerate(_LAMBDAS)
     }
     if _SUB_NORM in layer:
@@ -109,9 +109,9 @@ def _shifted(*vectors: Tensor, place: int, shift: float) -> Tensor:
     return shift_lambda(q1, k1, q2, k2, shift)[place]
 
 
-def _loss(description: Description, config: MotifConfig) -> str | None:
-    coarse = coarsest(description)
-    scaled = any(name.endswith(_SUB_NORM) for name in description.tensors) and config.lambda_init is None
+def _loss(spec: ModelSpec, config: MotifConfig) -> str | None:
+    coarse = coarsest(spec)
+    scaled = any(name.endswith(_SUB_NORM) for name in spec.tensors) and config.lambda_init is None
     if coarse is None or not scaled:
         return None
     return (

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description, Origin, Step
 from motifarch.growth.from_softmax_sources import as_motif
+from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 Kind = Literal["diff_v2", "gda"]
@@ -37,7 +37,7 @@ _LAMBDA_STD = 0.1
 
 
 def from_softmax(
-    description: Description,
+    spec: ModelSpec,
     to: Kind,
     *,
     ratio: int | None = None,
@@ -45,11 +45,11 @@ def from_softmax(
     approximate: bool = False,
     gains: Tensor | None = None,
     seed: int = 0,
-) -> Description:
+) -> ModelSpec:
     """The differential model that a softmax model becomes.
 
     Args:
-        description: of a softmax model, as :func:`motifarch.growth.from_softmax_sources.as_motif`
+        spec: of a softmax model, as :func:`motifarch.growth.from_softmax_sources.as_motif`
             takes it.
         to: "diff_v2" or "gda".
         ratio: signal heads for each noise head; default 1 for "diff_v2", and for "gda" as many as
@@ -62,13 +62,13 @@ def from_softmax(
         seed: of lambda_k1 and lambda_k2.
 
     Returns:
-        A description of a Motif folder, whose last step says what is lost, if anything is.
+        A spec of a Motif folder, whose last step says what is lost, if anything is.
 
     Raises:
         UserError: a source that as_motif refuses, heads that do not divide, or a result that would
             not be exact while ``approximate`` is off.
     """
-    base = as_motif(description)
+    base = as_motif(spec)
     before = MotifConfig.from_dict(base.config)
     heads, kv_heads = before.num_attention_heads, before.num_key_value_heads
     ratio = _ratio(heads, heads if kv_heads is None else kv_heads, to, ratio)
@@ -97,7 +97,7 @@ def from_softmax(
     # Code that came with the old layout does not fit the new one.
     kept = {name: value for name, value in base.config.items() if name != "auto_map"}
     tensors = dict(_tensors(base, config, gains, seed))
-    return Description(kept | fields, tensors, (*base.steps, Step(summary, loss)))
+    return ModelSpec(kept | fields, tensors, (*base.steps, Step(summary, loss)))
 
 
 def _ratio(heads: int, kv_heads: int, to: Kind, ratio: int | None) -> int:
@@ -129,7 +129,7 @@ def _loss(to: Kind, ratio: int, sub_norm: bool) -> str | None:
     return None
 
 
-def _tensors(base: Description, config: MotifConfig, gains: Tensor, seed: int) -> Iterator[tuple[str, Origin]]:
+def _tensors(base: ModelSpec, config: MotifConfig, gains: Tensor, seed: int) -> Iterator[tuple[str, LazyTensor]]:
     """The differential model's tensors, by name, made of the softmax model's."""
     given = base.tensors
     with torch.device("meta"):
@@ -150,12 +150,12 @@ def _tensors(base: Description, config: MotifConfig, gains: Tensor, seed: int) -
             yield name, given[name]
         elif field in ("lambda_k1", "lambda_k2"):
             values = (torch.randn(shape, generator=draw) * _LAMBDA_STD).to(dtype)
-            yield name, Origin(shape, dtype, (), values.clone)
+            yield name, LazyTensor(shape, dtype, (), values.clone)
         else:  # lambda_q1, lambda_q2, lambda_proj; a sub-norm's weight
-            yield name, Origin.constant(1.0 if field == "subln.weight" else 0.0, shape, dtype)
+            yield name, LazyTensor.constant(1.0 if field == "subln.weight" else 0.0, shape, dtype)
 
 
-def _with_noise(queries: Origin, shape: tuple[int, ...], noise_heads: int, heads: int) -> Origin:
+def _with_noise(queries: LazyTensor, shape: tuple[int, ...], noise_heads: int, heads: int) -> LazyTensor:
     """Rows of query heads, and behind those of each group their mean as the noise head's."""
 
     def add(tensor: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _with_noise(queries: Origin, shape: tuple[int, ...], noise_heads: int, heads
     return queries.then(shape, add)
 
 
-def _scaled(output: Origin, factors: Tensor) -> Origin:
+def _scaled(output: LazyTensor, factors: Tensor) -> LazyTensor:
     """o_proj with each head's columns multiplied by that head's factor."""
 
     def scale(weight: Tensor) -> Tensor:

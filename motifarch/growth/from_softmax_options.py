@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description, describe
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax import from_softmax
 from motifarch.growth.from_softmax_probe import closest, probe_ids
 from motifarch.growth.from_softmax_sources import FAMILIES, as_motif
+from motifarch.growth.model_spec import ModelSpec, describe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def refuse_without_to(arguments: argparse.Namespace) -> None:
 
 def convert(
     source: SourceFolder, arguments: argparse.Namespace, dtype: torch.dtype | None
-) -> tuple[Description, Description]:
+) -> tuple[ModelSpec, ModelSpec]:
     """What the options ask for.
 
     Args:
@@ -66,11 +66,11 @@ def convert(
     Raises:
         UserError: something does not fit; the message names it and the fix.
     """
-    description = describe(source, dtype)
+    spec = describe(source, dtype)
     options = {"ratio": arguments.ratio, "sub_norm": arguments.sub_norm, "seed": arguments.seed}
     if not arguments.approximate:
         if arguments.probe is not None:
             raise UserError("--probe is measured on with --approximate only; an exact conversion needs none")
-        return as_motif(description), from_softmax(description, arguments.to, **options)
+        return as_motif(spec), from_softmax(spec, arguments.to, **options)
     ids = probe_ids(source, arguments.probe, arguments.seed)
-    return as_motif(description), closest(source, description, arguments.to, ids, **options)
+    return as_motif(spec), closest(source, spec, arguments.to, ids, **options)

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from motifarch.errors import UserError
 from motifarch.growth.compare import Described, logits
-from motifarch.growth.description import Description
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax import Kind, from_softmax
 from motifarch.growth.from_softmax_sources import as_motif
+from motifarch.growth.model_spec import ModelSpec
 from motifarch.models.motif import MotifConfig
 
 ROWS, TOKENS = 4, 256
@@ -53,8 +53,8 @@ def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> 
 
 
 def closest(
-    source: SourceFolder, description: Description, to: Kind, ids: Tensor, *, sub_norm: bool = False, **options: Any
-) -> Description:
+    source: SourceFolder, spec: ModelSpec, to: Kind, ids: Tensor, *, sub_norm: bool = False, **options: Any
+) -> ModelSpec:
     """A conversion that may be inexact, as close as it comes, with what it loses measured.
 
     Behind a sub-norm each head's output is multiplied by one number, the one that brings it closest
@@ -63,7 +63,7 @@ def closest(
 
     Args:
         source: the softmax model's folder.
-        description: of that folder.
+        spec: of that folder.
         to: "diff_v2" or "gda".
         ids: (rows, tokens) to measure on.
         sub_norm: normalise each head's output.
@@ -76,13 +76,13 @@ def closest(
         UserError: what from_softmax raises.
     """
     options |= {"sub_norm": sub_norm, "approximate": True}
-    found = from_softmax(description, to, **options)
+    found = from_softmax(spec, to, **options)
     if found.steps[-1].loss is None:
         return found
     gains = _Gains(MotifConfig.from_dict(found.config), shrink=0.5 if to == "diff_v2" else 1.0)
-    before = logits(Described(as_motif(description), source), ids, before_layer=gains.watch)
+    before = logits(Described(as_motif(spec), source), ids, before_layer=gains.watch)
     if sub_norm:
-        found = from_softmax(description, to, **options, gains=torch.stack(gains.measured))
+        found = from_softmax(spec, to, **options, gains=torch.stack(gains.measured))
     after = logits(Described(found, source), ids)
     moved = (after - before).abs().mean().item()
     changed = (after.argmax(-1) != before.argmax(-1)).float().mean().item()

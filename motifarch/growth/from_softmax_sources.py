@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description, Origin, Step
+from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,29 +41,29 @@ _SAME_FIELDS = (
 )
 
 
-def as_motif(description: Description) -> Description:
+def as_motif(spec: ModelSpec) -> ModelSpec:
     """A softmax model as a Motif model of ``attention_type`` "softmax", which is the same function.
 
     Motif models have biases in all linear layers or in none: where a model has some, the others
     start at zero.
 
     Args:
-        description: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax
+        spec: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax
             attention, which is returned as it is.
 
     Raises:
         UserError: the model is of another family, its config has a field that MotifConfig cannot
             honour, or its tensors are not those that its config describes.
     """
-    if str(description.config.get("model_type")).lower() == "motif":
-        kind = description.config.get("attention_type", "gda")
+    if str(spec.config.get("model_type")).lower() == "motif":
+        kind = spec.config.get("attention_type", "gda")
         if kind != "softmax":
             raise UserError(
                 f"config.json is a Motif model's with attention_type {kind!r}, which is differential already"
             )
-        return description
-    source = _read_config(description)
-    given = _own_tensors(description, source)
+        return spec
+    source = _read_config(spec)
+    given = _own_tensors(spec, source)
     window = _window(source)
     bias = any(name.endswith("_proj.bias") for name in given)
     try:
@@ -84,7 +84,7 @@ def as_motif(description: Description) -> Description:
         state = MotifForCausalLM(config).state_dict()
     dtype = given["model.embed_tokens.weight"].dtype
     tensors = {
-        name: given[name] if name in given else Origin.constant(0.0, tuple(tensor.shape), dtype)
+        name: given[name] if name in given else LazyTensor.constant(0.0, tuple(tensor.shape), dtype)
         for name, tensor in state.items()
         if name in given or name.endswith("_proj.bias")
     }
@@ -92,22 +92,22 @@ def as_motif(description: Description) -> Description:
     if absent := sorted({name.split(".")[-2] for name in tensors if name not in given}):
         summary += f"; biases that the source has not start at zero: {', '.join(absent)}"
     # Of the source's other fields only the weights' dtype means anything to a Motif model.
-    kept = {name: description.config[name] for name in ("dtype", "torch_dtype") if name in description.config}
+    kept = {name: spec.config[name] for name in ("dtype", "torch_dtype") if name in spec.config}
     fields = config.to_dict() | {"architectures": ["MotifForCausalLM"]} | kept
-    return Description(fields, tensors, (*description.steps, Step(summary)))
+    return ModelSpec(fields, tensors, (*spec.steps, Step(summary)))
 
 
-def _read_config(description: Description) -> PreTrainedConfig:
+def _read_config(spec: ModelSpec) -> PreTrainedConfig:
     """The source's config as transformers reads it, once nothing in it stands against a
     conversion.
     """
-    kind = description.config.get("model_type")
+    kind = spec.config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
             f"config.json has model_type {kind!r}; softmax models of {', '.join(FAMILIES)} can be converted"
         )
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(description.config)
+        config: PreTrainedConfig = CONFIG_MAPPING[kind].from_dict(spec.config)
     except Exception as error:  # transformers' validation has several kinds of its own
         raise UserError(f"config.json is no valid {kind} config: {' '.join(str(error).split())}") from None
     parameters = config.rope_parameters or {}
@@ -134,7 +134,7 @@ def _read_config(description: Description) -> PreTrainedConfig:
     return config
 
 
-def _own_tensors(description: Description, config: PreTrainedConfig) -> dict[str, Origin]:
+def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTensor]:
     """The folder's tensors, if they are those of the model that its config describes.
 
     Older folders hold rotary tables, and a tied embedding under a second name, besides: these are
@@ -147,8 +147,8 @@ def _own_tensors(description: Description, config: PreTrainedConfig) -> dict[str
     for name in left_out:
         del expected[name]
     found = {
-        name: origin
-        for name, origin in description.tensors.items()
+        name: lazy
+        for name, lazy in spec.tensors.items()
         if name not in left_out and not name.endswith("rotary_emb.inv_freq")
     }
     for problem, names in (

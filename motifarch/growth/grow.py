@@ -13,9 +13,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from motifarch.errors import UserError
 from motifarch.growth.compare import Described, Difference, difference
 from motifarch.growth.depth import deepen
-from motifarch.growth.description import Description, describe
 from motifarch.growth.folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
 from motifarch.growth.layouts import Factors, factors_to, motif_config
+from motifarch.growth.model_spec import ModelSpec, describe
 from motifarch.growth.width import Noise, untie, widen
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.manifest import sha256, write_json
@@ -29,7 +29,7 @@ def plan(
     *,
     noise: Noise | None = None,
     dtype: torch.dtype | None = None,
-) -> Description:
+) -> ModelSpec:
     """Describes the grown model, and makes sure that its folder will load.
 
     Args:
@@ -45,16 +45,16 @@ def plan(
     config = motif_config(source.config, source.path / CONFIG)
     if isinstance(factors, MotifConfig):
         factors = factors_to(config, factors)
-    description = describe(source, dtype)
-    if config.tie_word_embeddings and "lm_head.weight" in description.tensors:
+    spec = describe(source, dtype)
+    if config.tie_word_embeddings and "lm_head.weight" in spec.tensors:
         # Some folders hold the tied matrix twice; models load the embedding.
-        tensors = {name: origin for name, origin in description.tensors.items() if name != "lm_head.weight"}
-        description = dataclasses.replace(description, tensors=tensors)
-    _check_tensors(description, f"{source.path} does not hold what its {CONFIG} describes")
+        tensors = {name: lazy for name, lazy in spec.tensors.items() if name != "lm_head.weight"}
+        spec = dataclasses.replace(spec, tensors=tensors)
+    _check_tensors(spec, f"{source.path} does not hold what its {CONFIG} describes")
     if factors.untie:
-        description = untie(description)
-    description = widen(
-        description,
+        spec = untie(spec)
+    spec = widen(
+        spec,
         hidden=factors.hidden,
         feed_forward=factors.feed_forward,
         heads=factors.heads,
@@ -62,30 +62,30 @@ def plan(
         noise=noise,
     )
     if factors.layers is not None:
-        description = deepen(description, factors.layers)
-    if not description.steps:
+        spec = deepen(spec, factors.layers)
+    if not spec.steps:
         raise UserError(
             "nothing grows: give a factor above 1 (--hidden, --feed-forward, --signal-heads, --heads), more --layers, "
             "or a larger layout with --like"
         )
     for derived in ("layer_types", "auto_map"):  # of the old depth; code that came with the old layout
-        description.config.pop(derived, None)
-    _check_tensors(description, "the grown tensors do not fit their config")
-    return description
+        spec.config.pop(derived, None)
+    _check_tensors(spec, "the grown tensors do not fit their config")
+    return spec
 
 
 def write(
-    description: Description,
+    spec: ModelSpec,
     source: SourceFolder,
     output: Path,
     *,
     record: dict[str, Any] | None = None,
     check: bool = True,
-    base: Description | None = None,
+    base: ModelSpec | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     console: Console | None = None,
 ) -> Difference | None:
-    """Makes the tensors of a description one at a time and writes the folder, which appears when it
+    """Makes the tensors of a spec one at a time and writes the folder, which appears when it
     is whole.
 
     Besides the weights it gets config.json, the source's tokenizer and generation files, and
@@ -93,7 +93,7 @@ def write(
     and the difference measured.
 
     Args:
-        description: what to write.
+        spec: what to write.
         source: the folder that it reads.
         output: the folder to make.
         record: more fields for `growth.json`.
@@ -111,7 +111,7 @@ def write(
     if source.path.resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"{output} lies within the source {source.path}, which is left as it is; give another output")
     console = Console(stderr=True) if console is None else console
-    total = sum(bytes_of(origin.shape, origin.dtype) for origin in description.tensors.values())
+    total = sum(bytes_of(lazy.shape, lazy.dtype) for lazy in spec.tensors.values())
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -124,7 +124,7 @@ def write(
     with (
         FolderWriter(
             output,
-            description.config,
+            spec.config,
             max_shard_bytes=max_shard_bytes,
             carry_from=source.path,
             report=console.print,
@@ -132,9 +132,9 @@ def write(
         bar,
     ):
         task = bar.add_task("writing", total=total)
-        for name, origin in description.tensors.items():
-            writer.write(name, origin.make(*map(source.read, origin.sources)))
-            bar.advance(task, bytes_of(origin.shape, origin.dtype))
+        for name, lazy in spec.tensors.items():
+            writer.write(name, lazy.make(*map(source.read, lazy.sources)))
+            bar.advance(task, bytes_of(lazy.shape, lazy.dtype))
         writer.finish()
         if check:
             grown = SourceFolder(writer.folder)
@@ -149,7 +149,7 @@ def write(
                 "folder": source.path.name,
                 "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in origin_files},
             },
-            "steps": [dataclasses.asdict(step) for step in description.steps],
+            "steps": [dataclasses.asdict(step) for step in spec.steps],
             "logits": dataclasses.asdict(measured) if measured else None,
         }
         write_json(writer.folder / RECORD, content | (record or {}))
@@ -188,19 +188,19 @@ def grow(
     return write(plan(folder, factors, noise=noise, dtype=dtype), folder, output, check=check)
 
 
-def _check_tensors(description: Description, message: str) -> None:
+def _check_tensors(spec: ModelSpec, message: str) -> None:
     """Compares names and shapes with those of the model that the config makes."""
     with torch.device("meta"):
-        config = MotifConfig.from_dict(description.config)
+        config = MotifConfig.from_dict(spec.config)
         state = MotifForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    for name in (*state, *description.tensors):
-        if name not in description.tensors:
+    for name in (*state, *spec.tensors):
+        if name not in spec.tensors:
             raise UserError(f"{message}: {name} is missing")
         if name not in state:
             raise UserError(f"{message}: {name} is no tensor of this model")
-        if tuple(state[name].shape) != description.tensors[name].shape:
+        if tuple(state[name].shape) != spec.tensors[name].shape:
             raise UserError(
-                f"{message}: {name} is {description.tensors[name].shape}, where {tuple(state[name].shape)} is expected"
+                f"{message}: {name} is {spec.tensors[name].shape}, where {tuple(state[name].shape)} is expected"
             )

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax_options import add_arguments, convert, refuse_without_to
 from motifarch.growth.grow import plan, write
 from motifarch.growth.layouts import LAYOUTS, Factors, read_layout
+from motifarch.growth.model_spec import ModelSpec
 from motifarch.growth.width import Noise
 from motifarch.models.motif import MotifConfig
 
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source, dtype, factors = SourceFolder(arguments.source), DTYPES.get(arguments.dtype), _factors(arguments)
     if arguments.to is None:
         refuse_without_to(arguments)
-        base, description = None, plan(source, factors, noise=noise, dtype=dtype)
+        base, spec = None, plan(source, factors, noise=noise, dtype=dtype)
     elif factors != Factors() or noise is not None:
         raise UserError("--to changes the attention and grows nothing; convert first, then grow the folder it makes")
     else:
-        base, description = convert(source, arguments, dtype)
-    _announce(description, console)
-    check = arguments.check and not (base and description.steps[-1].loss)  # that loss has been measured
-    measured = write(description, source, arguments.output, check=check, base=base, console=console)
+        base, spec = convert(source, arguments, dtype)
+    _announce(spec, console)
+    check = arguments.check and not (base and spec.steps[-1].loss)  # that loss has been measured
+    measured = write(spec, source, arguments.output, check=check, base=base, console=console)
     if measured is not None:
         console.print(
             f"logits of both models differ by at most {measured.largest:.1e} on {measured.tokens} random tokens "
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _announce(description: Description, console: Console) -> None:
-    for step in description.steps:
+def _announce(spec: ModelSpec, console: Console) -> None:
+    for step in spec.steps:
         console.print(step.summary, soft_wrap=True)
         if step.loss:
             console.print(f"  not exact: {step.loss}", soft_wrap=True, style="yellow")
-    parameters = sum(torch.Size(origin.shape).numel() for origin in description.tensors.values())
-    console.print(f"{parameters:,} parameters in {len(description.tensors):,} tensors", soft_wrap=True)
+    parameters = sum(torch.Size(lazy.shape).numel() for lazy in spec.tensors.values())
+    console.print(f"{parameters:,} parameters in {len(spec.tensors):,} tensors", soft_wrap=True)
 
 
 def _factors(arguments: argparse.Namespace) -> Factors | MotifConfig:
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, multiplied in {
         "--hidden": "the hidden size",
-        "--feed-forward": "the feed-forward width",
+        "--feed-forward": "the intermediate size",
         "--signal-heads": "signal heads; noise and key/value heads stay",
         "--heads": "all heads: signal, noise and key/value",
     }.items():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from motifarch.errors import UserError
-from motifarch.growth.description import Description, Origin, Step
+from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.models.motif import MotifConfig
 
 HIDDEN, FEED_FORWARD = "hidden", "feed_forward"
@@ -116,14 +116,14 @@ def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[s
 
 
 def widen(
-    description: Description,
+    spec: ModelSpec,
     *,
     hidden: int = 1,
     feed_forward: int = 1,
     heads: int = 1,
     signal_heads: int = 1,
     noise: Noise | None = None,
-) -> Description:
+) -> ModelSpec:
     """Multiplies widths and heads by whole numbers; the model computes the same function.
 
     The embedding repeats its columns, so that the residual stream holds each number ``hidden``
@@ -131,7 +131,7 @@ def widen(
     the embedding can't be, being read and written alike.
 
     Args:
-        description: of a Motif model.
+        spec: of a Motif model.
         hidden: multiplies hidden_size.
         feed_forward: multiplies intermediate_size.
         heads: multiplies all heads: signal, noise and key/value.
@@ -153,8 +153,8 @@ def widen(
     if all(factor == 1 for factor in factors.values()):
         if noise is not None:
             raise UserError("--noise has nothing to tell apart: give a factor that copies units, or leave it out")
-        return description
-    config = MotifConfig.from_dict(description.config)
+        return spec
+    config = MotifConfig.from_dict(spec.config)
     if signal_heads > 1 and not config.noise_heads:
         raise UserError(
             f"--signal-heads {signal_heads}: this model's attention_type is {config.attention_type!r}, which has no "
@@ -166,21 +166,21 @@ def widen(
     }
     # A space that does not grow needs no work.
     copies = {space: c for space, c in copies.items() if not torch.equal(c.index, torch.arange(len(c.index)))}
-    tensors = {name: _grown(name, origin, copies, noise) for name, origin in description.tensors.items()}
+    tensors = {name: _grown(name, lazy, copies, noise) for name, lazy in spec.tensors.items()}
     if config.tie_word_embeddings and hidden > 1:
         final = tensors["model.norm.weight"]
         tensors["model.norm.weight"] = final.then(final.shape, lambda weight: weight / hidden)
     fields = _config_fields(config, factors)
-    return description.changed(fields, tensors, _step(description, config, fields, factors, noise))
+    return spec.changed(fields, tensors, _step(spec, config, fields, factors, noise))
 
 
-def untie(description: Description) -> Description:
+def untie(spec: ModelSpec) -> ModelSpec:
     """Gives the output projection a matrix of its own, equal to the embedding."""
-    if not description.config.get("tie_word_embeddings"):
-        return description
-    tensors = description.tensors | {"lm_head.weight": description.tensors["model.embed_tokens.weight"]}
+    if not spec.config.get("tie_word_embeddings"):
+        return spec
+    tensors = spec.tensors | {"lm_head.weight": spec.tensors["model.embed_tokens.weight"]}
     step = Step("output projection: tied to the embedding -> a copy of it")
-    return description.changed({"tie_word_embeddings": False}, tensors, step)
+    return spec.changed({"tie_word_embeddings": False}, tensors, step)
 
 
 def _axes(name: str) -> tuple[tuple[str | None, ...], int | None]:
@@ -193,13 +193,13 @@ def _axes(name: str) -> tuple[tuple[str | None, ...], int | None]:
     return _OTHERS.get(place, ()), None
 
 
-def _grown(name: str, origin: Origin, copies: dict[str, Copies], noise: Noise | None) -> Origin:
+def _grown(name: str, lazy: LazyTensor, copies: dict[str, Copies], noise: Noise | None) -> LazyTensor:
     axes, read = _axes(name)
     chosen = {dim: copies[space] for dim, space in enumerate(axes) if space in copies}
     if not chosen:
-        return origin
-    shape = tuple(len(chosen[dim].index) if dim in chosen else size for dim, size in enumerate(origin.shape))
-    grown = origin.then(shape, partial(_copy, chosen=chosen, read=read))
+        return lazy
+    shape = tuple(len(chosen[dim].index) if dim in chosen else size for dim, size in enumerate(lazy.shape))
+    grown = lazy.then(shape, partial(_copy, chosen=chosen, read=read))
     if noise is None or read not in chosen or chosen[read].times == 1:
         return grown
     seed = int.from_bytes(hashlib.sha256(f"{noise.seed} {name}".encode()).digest()[:8])
@@ -254,7 +254,7 @@ def _config_fields(config: MotifConfig, factors: dict[str, int]) -> dict[str, ob
 
 
 def _step(
-    description: Description,
+    spec: ModelSpec,
     config: MotifConfig,
     fields: dict[str, object],
     factors: dict[str, int],
@@ -267,11 +267,11 @@ def _step(
         changes.append(f"attention_type {config.attention_type} -> {fields['attention_type']}")
     if noise is not None:
         changes.append(f"noise of {noise.scale} standard deviations that cancels (seed {noise.seed})")
-    return Step(", ".join(changes), _loss(description, factors, noise))
+    return Step(", ".join(changes), _loss(spec, factors, noise))
 
 
-def _loss(description: Description, factors: dict[str, int], noise: Noise | None) -> str | None:
-    coarse = coarsest(description)
+def _loss(spec: ModelSpec, factors: dict[str, int], noise: Noise | None) -> str | None:
+    coarse = coarsest(spec)
     if coarse is None:
         return None
     divisors = {factors["hidden"], factors["feed_forward"], factors["heads"] * factors["signal_heads"]}
@@ -287,9 +287,9 @@ def _loss(description: Description, factors: dict[str, int], noise: Noise | None
     )
 
 
-def coarsest(description: Description) -> torch.dtype | None:
+def coarsest(spec: ModelSpec) -> torch.dtype | None:
     """The dtype with the fewest digits among the weights, if it has fewer than float32."""
-    dtypes = {origin.dtype for origin in description.tensors.values()}
+    dtypes = {lazy.dtype for lazy in spec.tensors.values()}
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
     return dtype if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps else None
 

@@ -44,7 +44,7 @@ def differential_attention(
             mask.
         scaling: multiplies the logits.
         dropout: must be 0.
-        sliding_window: W, keys that a query sees, its own included; None for all.
+        sliding_window: w, keys that a query sees, its own included; None for all.
         softcap: soft cap of the logits.
         differential_lambda: a scalar tensor or (B, S, H).
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.
@@ -108,7 +108,7 @@ def attend_heads(
             mask.
         scaling: multiplies the logits.
         dropout: must be 0.
-        sliding_window: W, keys that a query sees, its own included; None for all.
+        sliding_window: w, keys that a query sees, its own included; None for all.
         softcap: soft cap of the logits.
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.
         max_length_q: the longest of those.

@@ -139,7 +139,7 @@ def paired_attention(
             mask.
         scaling: multiplies the logits; default ``D ** -0.5``.
         dropout: must be 0.
-        sliding_window: W, keys that a query sees, its own included; None for all.
+        sliding_window: w, keys that a query sees, its own included; None for all.
         softcap: soft cap of the logits.
         is_causal: must not be False.
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.

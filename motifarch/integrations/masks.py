@@ -51,8 +51,8 @@ def visible_keys(
     """The mask function of patched models, which transformers calls once for each kind of layer.
 
     Args:
-        batch_size: B.
-        q_length: S, the new tokens.
+        batch_size: b.
+        q_length: s, the new tokens.
         kv_length: keys that the layers will get, S and what their cache holds.
         q_offset: tokens before the first new one; a scalar tensor with a static cache.
         kv_offset: tokens before the first key that the layers will get (a sliding-window cache

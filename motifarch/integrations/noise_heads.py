@@ -124,9 +124,9 @@ def add_noise_heads(
 
     Args:
         module: a transformers attention module; q_proj gives signal_heads heads.
-        signal_heads: H.
-        noise_heads: Hn, a divisor of H and a multiple of the key/value heads.
-        head_dim: D, of queries, keys and values.
+        signal_heads: h.
+        noise_heads: hn, a divisor of H and a multiple of the key/value heads.
+        head_dim: d, of queries, keys and values.
         attention: "gda" or "diff_v2".
         sub_norm: RMS-normalise each head's output.
         lambda_init: GDA's constant.

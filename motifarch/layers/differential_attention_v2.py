@@ -25,10 +25,10 @@ class DifferentialAttentionV2(Attention):
     noise alike. There is no sub-norm and no lambda_init by default.
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         num_heads: signal and noise heads together.
         num_kv_heads: key/value heads; must divide num_noise_heads.
-        head_dim: D, width of query, key and value heads.
+        head_dim: d, width of query, key and value heads.
         layer_idx: position in the model from 0: the cache's key.
         num_noise_heads: default half of num_heads.
         gate: multiply the difference by ``sigmoid(x W_gate)``, elementwise.

@@ -53,12 +53,12 @@ class GroupedDifferentialAttention(Attention):
     ``lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init`` a layer.
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         num_heads: signal and noise heads together: 40 in Motif-2-12.7B.
         num_noise_heads: noise heads: 8 there, for groups of 4 signal heads.
         num_kv_heads: key/value heads before pairing, even; half of it must divide num_noise_heads.
             Without pairs: key/value heads, which must divide num_noise_heads.
-        head_dim: D, width of a query/key head.
+        head_dim: d, width of a query/key head.
         layer_idx: position in the model from 0: the cache's key, and lambda_init's depth.
         paired_kv: keys in pairs (signal, noise) and values of double width, or ordinary key/value
             heads.
@@ -218,10 +218,10 @@ class DifferentialAttention(GroupedDifferentialAttention):
     (signal, noise).
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         num_heads: signal and noise heads together, even.
         num_kv_heads: key/value heads before pairing, even.
-        head_dim: D; values have 2D.
+        head_dim: d; values have 2D.
         layer_idx: position in the model, from 0.
         **options: those of GroupedDifferentialAttention, but num_noise_heads.
 

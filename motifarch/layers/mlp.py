@@ -30,7 +30,7 @@ class PolyNormMLP(_GatedMLP):
     """``down(PolyNorm(gate(x)) * up(x))``, as in the Motif models.
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         intermediate_size: width of the gate and up branches.
         eps: PolyNorm's epsilon.
         bias: biases in the projections.
@@ -62,7 +62,7 @@ class SwiGLUMLP(_GatedMLP):
     """``down(silu(gate(x)) * up(x))``.
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         intermediate_size: width of the gate and up branches.
         bias: biases in the projections.
         device: where the parameters are made.

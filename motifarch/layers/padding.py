@@ -32,7 +32,7 @@ class PaddingMask:
 
     Args:
         mask: (B, S), nonzero for a real token.
-        num_queries: Sq, the tokens that are new in this call.
+        num_queries: sq, the tokens that are new in this call.
     """
 
     def __init__(self, mask: Tensor, num_queries: int) -> None:

@@ -21,10 +21,10 @@ class SoftmaxAttention(Attention):
     same width.
 
     Args:
-        hidden_size: E.
+        hidden_size: e.
         num_heads: query heads, a multiple of num_kv_heads.
         num_kv_heads: key/value heads.
-        head_dim: D.
+        head_dim: d.
         layer_idx: position in the model from 0: the cache's key.
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.

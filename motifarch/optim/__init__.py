@@ -6,12 +6,12 @@ from motifarch.optim.adamw import build_adamw, parameter_groups
 from motifarch.optim.averaging import CheckpointMean
 from motifarch.optim.build import build_muon, build_optimizer
 from motifarch.optim.clip import clip_gradients
-from motifarch.optim.guard import step_if_finite
 from motifarch.optim.muon import Muon
 from motifarch.optim.newton_schulz import NS_COEFFICIENTS, newton_schulz
 from motifarch.optim.offload import offload_state
 from motifarch.optim.qk_clip import clip_heads, clip_layers
 from motifarch.optim.schedule import build_schedule, cosine, wsd
+from motifarch.optim.skip_nonfinite import step_if_finite
 from motifarch.optim.spike_guard import SpikeGuard
 
 __all__ = [

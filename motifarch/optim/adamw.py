@@ -16,9 +16,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings:
     are. A matrix that is tied to the embedding counts as the embedding.
 
     Args:
-        model: The model, sharded or not.
-        weight_decay: Decay of the decayed group.
-        decay_embeddings: Whether `nn.Embedding` weights are in it.
+        model: the model, sharded or not.
+        weight_decay: decay of the decayed group.
+        decay_embeddings: whether `nn.Embedding` weights are in it.
 
     Returns:
         Optimizer groups, none of them empty: decayed first, then not, one for each mesh of shards.
@@ -47,7 +47,7 @@ def build_adamw(
     decay_embeddings: bool = True,
 ) -> torch.optim.AdamW:
     """Returns torch's fused AdamW, whose kernel can skip a step on the device
-    (see `motifarch.optim.guard`).
+    (see `motifarch.optim.skip_nonfinite`).
     """
     groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+
+from motifarch.shards import to_local
 
 PREFIX = "model."
 """What comes before a weight's name in a checkpoint."""
@@ -35,7 +36,7 @@ class CheckpointMean:
     order nor on how many ranks wrote them or read them.
 
     Args:
-        checkpoints: Complete checkpoints' folders, at least one; of one model, written by any
+        checkpoints: complete checkpoints' folders, at least one; of one model, written by any
             number of ranks.
     """
 
@@ -55,53 +56,49 @@ class CheckpointMean:
         """The mean of some weights; nothing is sent between ranks, each reads what it holds.
 
         Args:
-            like: Names with tensors of the wanted shape, dtype, device and sharding (DTensors);
+            like: names with tensors of the wanted shape, dtype, device and sharding (DTensors);
                 their values don't matter and stay.
 
         Returns:
             The mean in each tensor's dtype; of a DTensor, this rank's local part.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: A checkpoint lacks a weight or has
+            torch.distributed.checkpoint.CheckpointException: a checkpoint lacks a weight or has
                 another shape.
         """
         buffers = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-        sums = {name: torch.zeros_like(_local(buffer), dtype=torch.float64) for name, buffer in buffers.items()}
+        sums = {name: torch.zeros_like(to_local(buffer), dtype=torch.float64) for name, buffer in buffers.items()}
         for reader in self._readers:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load({PREFIX[:-1]: buffers}, storage_reader=reader, no_dist=True)
             for name, buffer in buffers.items():
-                sums[name] += _local(buffer)
+                sums[name] += to_local(buffer)
         return {name: total.div_(len(self._readers)).to(like[name].dtype) for name, total in sums.items()}
 
+    @torch.no_grad()
     def fill(self, weights: Mapping[str, torch.Tensor], budget: int = 2**28) -> None:
         """Replaces a model's weights by the mean, in place.
 
         Args:
-            weights: Names with the model's own tensors, sharded or not (`get_model_state_dict`).
-            budget: Bytes of this rank's weights to work on at once; a larger tensor is worked on
+            weights: names with the model's own tensors, sharded or not (`get_model_state_dict`).
+            budget: bytes of this rank's weights to work on at once; a larger tensor is worked on
                 alone. About four times as much memory is used meanwhile.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: As in `mean`; weights before that one
+            torch.distributed.checkpoint.CheckpointException: as in `mean`; weights before that one
                 are replaced then.
         """
         for part in _chunks(weights, budget):
             for name, value in self.mean(part).items():
-                _local(part[name]).copy_(value)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                to_local(part[name]).copy_(value)
 
 
 def _chunks(weights: Mapping[str, torch.Tensor], budget: int) -> Iterator[dict[str, torch.Tensor]]:
     chunk: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights.items():
-        needed = _local(tensor).nbytes
+        needed = to_local(tensor).nbytes
         if chunk and size + needed > budget:
             yield chunk
             chunk, size = {}, 0

@@ -18,7 +18,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     is a lambda.
 
     Args:
-        model: With `model.model.layers`.
+        model: with `model.model.layers`.
 
     Returns:
         Trainable two-dimensional parameters, in the model's order.
@@ -40,15 +40,15 @@ def build_muon(
     optimizer.
 
     Args:
-        model: With `model.model.layers`, sharded or not.
-        lr: Learning rate.
-        muon_lr_ratio: Multiplies it for the hidden matrices.
-        weight_decay: Decoupled weight decay of matrices; vectors and scalars have none.
-        decay_embeddings: Whether `nn.Embedding` weights are decayed too.
-        **options: Those of `Muon`.
+        model: with `model.model.layers`, sharded or not.
+        lr: learning rate.
+        muon_lr_ratio: multiplies it for the hidden matrices.
+        weight_decay: decoupled weight decay of matrices; vectors and scalars have none.
+        decay_embeddings: whether `nn.Embedding` weights are decayed too.
+        **options: those of `Muon`.
 
     Raises:
-        ValueError: A value out of its range.
+        ValueError: a value out of its range.
     """
     matrices = {id(p) for p in hidden_matrices(model)}
     groups: list[dict[str, Any]] = []
@@ -80,24 +80,25 @@ def build_optimizer(
     ns_dtype: torch.dtype = torch.bfloat16,
     muon_chunk_mib: int = 128,
 ) -> torch.optim.Optimizer:
-    """Returns an optimizer that can skip a step on the device (see `motifarch.optim.guard`).
+    """Returns an optimizer that can skip a step on the device; see
+    `motifarch.optim.skip_nonfinite`.
 
     Args:
-        model: The model, sharded or not; for Muon with `model.model.layers`.
+        model: the model, sharded or not; for Muon with `model.model.layers`.
         name: "adamw", or "muon" for hidden matrices with AdamW for the rest.
-        lr: Learning rate.
+        lr: learning rate.
         betas: AdamW's decay rates.
         eps: AdamW's epsilon.
-        weight_decay: Decoupled weight decay of matrices.
-        decay_embeddings: Whether the embedding is among them.
+        weight_decay: decoupled weight decay of matrices.
+        decay_embeddings: whether the embedding is among them.
         momentum: Muon's.
-        muon_lr_ratio: Multiplies the learning rate for Muon's matrices.
-        ns_coefficients: A name in `motifarch.optim.newton_schulz.NS_COEFFICIENTS`.
-        ns_dtype: What Newton-Schulz computes in.
+        muon_lr_ratio: multiplies the learning rate for Muon's matrices.
+        ns_coefficients: a name in `motifarch.optim.newton_schulz.NS_COEFFICIENTS`.
+        ns_dtype: what Newton-Schulz computes in.
         muon_chunk_mib: MiB of whole matrices that a rank gathers at once.
 
     Raises:
-        ValueError: An unknown name, or a value out of its range.
+        ValueError: an unknown name, or a value out of its range.
     """
     common: dict[str, Any] = {
         "lr": lr,

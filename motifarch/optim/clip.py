@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from motifarch.shards import to_local
+
 
 def _copies(gradient: torch.Tensor) -> int:
     """On how many ranks the same part of a gradient lies."""
@@ -24,17 +26,17 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """Scales gradients so that their global norm is at most max_norm.
 
     Args:
-        parameters: Parameters, which may be DTensors of different meshes; the norm is over all
+        parameters: parameters, which may be DTensors of different meshes; the norm is over all
             shards, each part of a gradient counted once. If any is a DTensor, all ranks call this
             together.
-        max_norm: The largest norm; None only measures.
+        max_norm: the largest norm; None only measures.
 
     Returns:
         The norm before scaling, a float32 scalar on the device, the same on every rank.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = any(isinstance(g, DTensor) for g in gradients)
-    locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    locals_ = [to_local(g) for g in gradients]
     if not gradients:
         return torch.zeros(())
     norms = torch.stack([n.float() for n in torch._foreach_norm(locals_)])

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from motifarch.optim.newton_schulz import NS_COEFFICIENTS, Coefficients, newton_schulz
-from motifarch.optim.parallel_muon import Family, split_families
+from motifarch.optim.parallel_muon import ShardGroup, split_shard_groups
+from motifarch.shards import to_local
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,22 +37,22 @@ class Muon(torch.optim.Optimizer):
     `motifarch.optim.step_if_finite`.
 
     Args:
-        params: Parameters, or groups of them. What follows can be set in each group.
-        lr: Learning rate.
-        lr_ratio: Multiplies it.
+        params: parameters, or groups of them. What follows can be set in each group.
+        lr: learning rate.
+        lr_ratio: multiplies it.
         muon: Muon's step, else AdamW's.
-        weight_decay: Decoupled: parameters shrink by `lr * lr_ratio * weight_decay` a step.
+        weight_decay: decoupled: parameters shrink by `lr * lr_ratio * weight_decay` a step.
         momentum: Muon's decay rate of the mean gradient.
-        nesterov: Step along the mean that the next gradient would find, if it were this one.
+        nesterov: step along the mean that the next gradient would find, if it were this one.
         ns_coefficients: Newton-Schulz's quintics.
-        ns_dtype: What it computes in and ranks send. float32 is for comparisons: bfloat16's
+        ns_dtype: what it computes in and ranks send. float32 is for comparisons: bfloat16's
             rounding differs with the order of sums.
-        chunk_bytes: Bytes of whole matrices that a rank gathers at once.
+        chunk_bytes: bytes of whole matrices that a rank gathers at once.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
 
     Raises:
-        ValueError: A value out of its range, or a parameter in a Muon group that is no matrix.
+        ValueError: a value out of its range, or a parameter in a Muon group that is no matrix.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Muon(torch.optim.Optimizer):
             # What torch's optimizers call it when a step can be skipped on the device.
             "fused": True,
         }
-        self._families: dict[tuple[Any, ...], list[tuple[list[nn.Parameter], Family]]] = {}
+        self._shard_groups: dict[tuple[Any, ...], list[tuple[list[nn.Parameter], ShardGroup]]] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         needed.
         """
         super().__setstate__(state)
-        self._families = {}
+        self._shard_groups = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checks it and makes its state."""
@@ -115,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         """Updates every parameter that has a gradient.
 
         Args:
-            closure: Computes the loss again, with gradients.
+            closure: computes the loss again, with gradients.
 
         Returns:
             The closure's value.
@@ -139,10 +140,10 @@ class Muon(torch.optim.Optimizer):
         """AdamW on the shards themselves, so one kernel takes DTensors of any meshes."""
         states = [self.state[p] for p in parameters]
         adamw(
-            [_local(p) for p in parameters],
+            [to_local(p) for p in parameters],
             [_local_gradient(p) for p in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -158,25 +159,25 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter], skip: torch.Tensor | None) -> None:
         orthogonalize = partial(newton_schulz, coefficients=group["ns_coefficients"], dtype=group["ns_dtype"])
-        for matrices, family in self._families_of(group, parameters):
-            family.run(
+        for matrices, exchange in self._groups_of(group, parameters):
+            exchange.run(
                 partial(self._read, group, matrices, skip), orthogonalize, partial(_write, group, matrices, skip)
             )  # fmt: skip
 
-    def _families_of(
+    def _groups_of(
         self, group: dict[str, Any], parameters: list[nn.Parameter]
-    ) -> list[tuple[list[nn.Parameter], Family]]:
+    ) -> list[tuple[list[nn.Parameter], ShardGroup]]:
         """How these parameters are exchanged: worked out once, for it costs a process group
         perhaps.
         """
         key = (group["ns_dtype"], group["chunk_bytes"], *map(id, parameters))
-        if key not in self._families:
-            self._families[key] = [
-                (matrices, Family(matrices, dtype=group["ns_dtype"], chunk_bytes=group["chunk_bytes"]))
-                for numbers in split_families(parameters)
+        if key not in self._shard_groups:
+            self._shard_groups[key] = [
+                (matrices, ShardGroup(matrices, dtype=group["ns_dtype"], chunk_bytes=group["chunk_bytes"]))
+                for numbers in split_shard_groups(parameters)
                 for matrices in [[parameters[i] for i in numbers]]
             ]
-        return self._families[key]
+        return self._shard_groups[key]
 
     def _read(
         self, group: dict[str, Any], matrices: list[nn.Parameter], skip: torch.Tensor | None, numbers: list[int]
@@ -185,7 +186,7 @@ class Muon(torch.optim.Optimizer):
         read = []
         for matrix in (matrices[number] for number in numbers):
             gradient = _local_gradient(matrix)
-            kept = _local(self.state[matrix]["momentum_buffer"])
+            kept = to_local(self.state[matrix]["momentum_buffer"])
             mean = torch.lerp(kept, gradient, 1 - group["momentum"])
             if skip is not None:
                 mean = torch.where(skip, kept, mean)
@@ -205,15 +206,10 @@ def _write(
     """Decays the matrices' shards and moves them along their updates."""
     lr = group["lr"] * group["lr_ratio"]
     for matrix, update in zip((matrices[number] for number in numbers), updates, strict=True):
-        shard = _local(matrix)
+        shard = to_local(matrix)
         moved = shard * (1 - lr * group["weight_decay"])
         moved.add_(update, alpha=-lr * 0.2 * math.sqrt(max(matrix.shape)))
         shard.copy_(moved if skip is None else torch.where(skip, shard, moved))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard of this rank, not a copy of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:

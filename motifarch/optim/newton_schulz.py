@@ -39,16 +39,16 @@ def newton_schulz(
 
     Args:
         matrices: (..., rows, columns) of any real dtype; left as they are.
-        coefficients: One triple a step, in order.
-        dtype: What is multiplied in. bfloat16's rounding leaves about 1e-2 of noise in each entry's
+        coefficients: one triple a step, in order.
+        dtype: what is multiplied in. bfloat16's rounding leaves about 1e-2 of noise in each entry's
             relative size.
-        eps: Smallest norm to divide by: a matrix of zeros stays one.
+        eps: smallest norm to divide by: a matrix of zeros stays one.
 
     Returns:
         A tensor of the same shape, in `dtype`.
 
     Raises:
-        ValueError: Fewer than two dimensions.
+        ValueError: fewer than two dimensions.
 
     Source: Jordan et al., Muon, https://kellerjordan.github.io/posts/muon/.
     """

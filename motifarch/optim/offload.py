@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from motifarch.shards import to_local
 
 
 def offload_state(optimizer: torch.optim.Optimizer, *, piece_bytes: int = 512 << 20) -> None:
@@ -29,24 +30,24 @@ def offload_state(optimizer: torch.optim.Optimizer, *, piece_bytes: int = 512 <<
     On a CPU the moments are copied to and fro all the same, to no use.
 
     Args:
-        optimizer: One whose step leaves parameters alone that are in none of its groups, with state
+        optimizer: one whose step leaves parameters alone that are in none of its groups, with state
             of a parameter's shape (moments) and other state, which stays where it is.
-        piece_bytes: Bytes of a piece's moments, unless a single parameter has more.
+        piece_bytes: bytes of a piece's moments, unless a single parameter has more.
 
     Raises:
         ValueError: `piece_bytes` is below 1.
     """
     if piece_bytes < 1:
         raise ValueError(f"piece_bytes is {piece_bytes}; it must be at least 1")
-    home = _Home(optimizer, piece_bytes)
-    home.send_all_back()
-    optimizer.step = home.step  # type: ignore[method-assign]
+    offloaded = OffloadedState(optimizer, piece_bytes)
+    offloaded.writeback_all()
+    optimizer.step = offloaded.step  # type: ignore[method-assign]
     # Copies to the CPU are under way when a step returns.
-    optimizer.register_state_dict_pre_hook(lambda _: home.settle())
-    optimizer.register_load_state_dict_post_hook(lambda _: home.adopt())
+    optimizer.register_state_dict_pre_hook(lambda _: offloaded.synchronize())
+    optimizer.register_load_state_dict_post_hook(lambda _: offloaded.reload())
 
 
-class _Home:
+class OffloadedState:
     """Where the moments are between steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, piece_bytes: int) -> None:
@@ -68,28 +69,28 @@ class _Home:
             for number, piece in list(self._pieces()):
                 for i, group in enumerate(groups):
                     group["params"] = piece if i == number else []
-                self._bring(piece)
+                self._prefetch(piece)
                 try:
                     self._step()
                 finally:
-                    self._send_back(piece)
+                    self._writeback(piece)
         finally:
             for group, params in zip(groups, whole, strict=True):
                 group["params"] = params
         return loss
 
-    def send_all_back(self) -> None:
+    def writeback_all(self) -> None:
         """Sends moments home that the optimizer has made already."""
         for group in self._optimizer.param_groups:
-            self._send_back(group["params"])
-        self.settle()
+            self._writeback(group["params"])
+        self.synchronize()
 
-    def adopt(self) -> None:
+    def reload(self) -> None:
         """Sends moments home that were loaded over the kept ones."""
         self._kept.clear()
-        self.send_all_back()
+        self.writeback_all()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Waits until the CPU may read the moments."""
         if any(p.is_cuda for group in self._optimizer.param_groups for p in group["params"]):
             torch.cuda.current_stream().synchronize()
@@ -101,7 +102,7 @@ class _Home:
             size = 0
             for parameter in [p for p in group["params"] if p.grad is not None]:
                 # Two moments; Muon has one, but it is taken whole.
-                bytes_ = 2 * _local(parameter).nbytes
+                bytes_ = 2 * to_local(parameter).nbytes
                 if piece and size + bytes_ > self._piece_bytes and not group.get("muon"):
                     yield number, piece
                     piece, size = [], 0
@@ -110,28 +111,24 @@ class _Home:
             if piece:
                 yield number, piece
 
-    def _bring(self, piece: list[nn.Parameter]) -> None:
+    def _prefetch(self, piece: list[nn.Parameter]) -> None:
         for parameter in piece:
             for name, kept in self._kept.get(parameter, {}).items():
                 there = kept.to(parameter.device, non_blocking=True, copy=True)
                 self._optimizer.state[parameter][name] = there
 
-    def _send_back(self, piece: list[nn.Parameter]) -> None:
+    def _writeback(self, piece: list[nn.Parameter]) -> None:
         for parameter in piece:
             state = self._optimizer.state.get(parameter, {})
-            homes = self._kept.setdefault(parameter, {})
+            kept = self._kept.setdefault(parameter, {})
             for name, there in state.items():
                 # The count of steps, though a scalar parameter has its shape, is for the kernel to
                 # read on the device.
                 if name == "step" or not isinstance(there, torch.Tensor) or there.shape != parameter.shape:
                     continue
-                if there is homes.get(name):
+                if there is kept.get(name):
                     continue
-                if name not in homes:
-                    homes[name] = torch.empty_like(there, device="cpu", pin_memory=parameter.is_cuda)
-                _local(homes[name]).copy_(_local(there), non_blocking=True)
-                state[name] = homes[name]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if name not in kept:
+                    kept[name] = torch.empty_like(there, device="cpu", pin_memory=parameter.is_cuda)
+                to_local(kept[name]).copy_(to_local(there), non_blocking=True)
+                state[name] = kept[name]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from motifarch.optim.newton_schulz import newton_schulz_flops
-from motifarch.shards import Runs, copy_group, held_indices, length, open_group, own_indices
+from motifarch.shards import Ranges, copy_group, held_ranges, length, local_ranges, open_group
 
 Chunk = list[list[int]]
 """The matrices of a chunk by their owner, as numbers in the list of all."""
@@ -35,9 +35,9 @@ def plan_chunks(shapes: Sequence[tuple[int, int]], *, owners: int, chunk_bytes: 
 
     Args:
         shapes: (rows, columns) of each matrix.
-        owners: Ranks to share them.
-        chunk_bytes: An owner's whole matrices of one chunk take no more, unless a single one does.
-        item_bytes: Bytes of an entry.
+        owners: ranks to share them.
+        chunk_bytes: an owner's whole matrices of one chunk take no more, unless a single one does.
+        item_bytes: bytes of an entry.
 
     Returns:
         The chunks. Over all of them, the owners' Newton-Schulz work differs by no more than the
@@ -58,11 +58,11 @@ def plan_chunks(shapes: Sequence[tuple[int, int]], *, owners: int, chunk_bytes: 
     return chunks
 
 
-class _Part(NamedTuple):
+class _LocalBlock(NamedTuple):
     """What one rank holds of a matrix."""
 
-    rows: Runs
-    columns: Runs
+    rows: Ranges
+    columns: Ranges
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +100,7 @@ class _Transfer:
         return self.received
 
 
-class Family:
+class ShardGroup:
     """Matrices whose copies are held by the same ranks, and the exchange between these.
 
     Built by all of the ranks together, from the same matrices in the same order.
@@ -108,14 +108,14 @@ class Family:
     Args:
         matrices: (rows, columns) each; DTensors of any placements but partial ones, or plain
             tensors.
-        dtype: What Newton-Schulz computes in: also what is sent, both ways, for it is all that the
+        dtype: what Newton-Schulz computes in: also what is sent, both ways, for it is all that the
             owner reads.
-        chunk_bytes: Bytes of whole matrices that a rank gathers at once
+        chunk_bytes: bytes of whole matrices that a rank gathers at once
             (never less than one matrix). With the chunks before and after in transfer and
             Newton-Schulz's own products, up to ten times as much is alive at a time.
 
     Raises:
-        ValueError: A shard that its placements do not describe.
+        ValueError: a shard that its placements do not describe.
     """
 
     def __init__(self, matrices: Sequence[torch.Tensor], *, dtype: torch.dtype, chunk_bytes: int) -> None:
@@ -129,7 +129,7 @@ class Family:
             if self.group is not None:
                 self.rank = dist.get_rank(self.group)
         self.shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
-        self.parts = [_parts(matrix) for matrix in matrices]
+        self.local_blocks = [_local_blocks(matrix) for matrix in matrices]
         """Of each matrix, what each rank holds."""
         self.chunks = plan_chunks(self.shapes, owners=ranks, chunk_bytes=chunk_bytes, item_bytes=dtype.itemsize)
 
@@ -142,10 +142,10 @@ class Family:
         """Passes every matrix through its owner, chunk by chunk.
 
         Args:
-            read: Given numbers of matrices, returns this rank's parts of what is to be
+            read: given numbers of matrices, returns this rank's parts of what is to be
                 orthogonalised, in `dtype`.
-            orthogonalize: Maps whole matrices of one shape, (n, rows, columns), to their updates.
-            write: Takes numbers of matrices and this rank's parts of their updates, which are its
+            orthogonalize: maps whole matrices of one shape, (n, rows, columns), to their updates.
+            write: takes numbers of matrices and this rank's parts of their updates, which are its
                 own only while it runs.
         """
         gathering: _Transfer | None = self._gather(self.chunks[0], read)
@@ -190,7 +190,7 @@ class Family:
 
     def _write(self, transfer: _Transfer, write: Callable[[list[int], list[torch.Tensor]], None]) -> None:
         matrices = [matrix for owned in transfer.chunk for matrix in owned]
-        mine = [self.parts[matrix][self.rank] for matrix in matrices]
+        mine = [self.local_blocks[matrix][self.rank] for matrix in matrices]
         flat = transfer.wait().split([part.size for part in mine])
         write(matrices, [update.view(part.shape) for update, part in zip(flat, mine, strict=True)])
 
@@ -198,8 +198,10 @@ class Family:
         """One all-to-all: towards the owners, or back, when the two sides' sizes change places."""
         if self.group is None:
             return _Transfer(chunk, sent, sent, None)
-        mine = [sum(self.parts[matrix][self.rank].size for matrix in owned) for owned in chunk]
-        theirs = [sum(self.parts[matrix][rank].size for matrix in chunk[self.rank]) for rank in range(len(chunk))]
+        mine = [sum(self.local_blocks[matrix][self.rank].size for matrix in owned) for owned in chunk]
+        theirs = [
+            sum(self.local_blocks[matrix][rank].size for matrix in chunk[self.rank]) for rank in range(len(chunk))
+        ]
         sending, receiving = (mine, theirs) if to_owners else (theirs, mine)
         received = sent.new_empty(sum(receiving))
         work = dist.all_to_all_single(received, sent, receiving, sending, group=self.group, async_op=True)
@@ -218,7 +220,7 @@ class Family:
         """
         ranks = len(self.chunks[0])
         owned = list(zip(matrices, wholes, strict=True))
-        parts = [(whole, self.parts[matrix][rank]) for rank in range(ranks) for matrix, whole in owned]
+        parts = [(whole, self.local_blocks[matrix][rank]) for rank in range(ranks) for matrix, whole in owned]
         pieces = flat.split([part.size for _, part in parts])
         for (whole, part), piece in zip(parts, pieces, strict=True):
             yield from part.blocks(whole, piece.view(part.shape))
@@ -230,27 +232,27 @@ class Family:
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
 
-def _parts(matrix: torch.Tensor) -> list[_Part]:
+def _local_blocks(matrix: torch.Tensor) -> list[_LocalBlock]:
     """What each rank of the group that holds a copy has of a matrix."""
-    own = own_indices(matrix)
+    own = local_ranges(matrix)
     if not isinstance(matrix, DTensor):
-        return [_Part(*own)]
+        return [_LocalBlock(*own)]
     mesh, placements = matrix.device_mesh, matrix.placements
     shape = tuple(matrix.shape)
     return [
-        _Part(*held_indices(shape, tuple(mesh.shape), placements, place))
+        _LocalBlock(*held_ranges(shape, tuple(mesh.shape), placements, place))
         for place in copy_group(mesh, placements).coordinates
     ]
 
 
-def split_families(matrices: Sequence[torch.Tensor]) -> list[list[int]]:
+def split_shard_groups(matrices: Sequence[torch.Tensor]) -> list[list[int]]:
     """Numbers of the matrices whose copies lie on the same ranks, and on the same kind of device;
     in order.
     """
-    families: dict[tuple[tuple[int, ...] | None, torch.device], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...] | None, torch.device], list[int]] = {}
     for number, matrix in enumerate(matrices):
         ranks = None
         if isinstance(matrix, DTensor):
             ranks = copy_group(matrix.device_mesh, matrix.placements).ranks
-        families.setdefault((ranks, matrix.device), []).append(number)
-    return list(families.values())
+        groups.setdefault((ranks, matrix.device), []).append(number)
+    return list(groups.values())

@@ -22,11 +22,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from motifarch.layers import SoftmaxAttention
 from motifarch.layers.attention import Attention
-from motifarch.shards import own_indices
+from motifarch.shards import local_ranges, to_local
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
 """Largest scaled, visible logit of each signal head (Hs,) and noise head (Hn,), float32; None
@@ -47,13 +46,13 @@ def clip_heads(
     and on the device.
 
     Args:
-        layer: An attention layer; its projections may be sharded in any way.
+        layer: an attention layer; its projections may be sharded in any way.
         max_signal: (Hs,) largest logit of each of the layer's signal heads, those of other ranks
             included (see `gather_max_logits`), as `diff_attn_func(..., return_max_logits=True)`
             gives it. One that is not finite changes nothing.
         max_noise: (Hn,) the same for noise heads; None for softmax attention.
-        tau: The bound.
-        skip: A scalar on the device; where it is not 0, nothing is changed.
+        tau: the bound.
+        skip: a scalar on the device; where it is not 0, nothing is changed.
 
     Raises:
         ValueError: tau not above 0, a number of heads that is not the layer's, or a layer that
@@ -86,13 +85,13 @@ def clip_layers(layers: Iterable[Attention], *, tau: float = 100.0, skip: torch.
     heads that it computes, which tensor and context parallelism cut into consecutive parts.
 
     Args:
-        layers: Attention layers, in the same order on every rank.
-        tau: The bound.
-        skip: A scalar on the device; where it is not 0, nothing is changed: `step_if_finite`'s
+        layers: attention layers, in the same order on every rank.
+        tau: the bound.
+        skip: a scalar on the device; where it is not 0, nothing is changed: `step_if_finite`'s
             result.
 
     Raises:
-        ValueError: A layer has recorded nothing, and what `clip_heads` raises.
+        ValueError: a layer has recorded nothing, and what `clip_heads` raises.
     """
     layers = list(layers)
     recorded: list[MaxLogits] = []
@@ -130,10 +129,10 @@ def gather_max_logits(
     """The largest logits over all ranks, of all heads, from what each rank saw of its own.
 
     Args:
-        recorded: Of each layer, this rank's heads.
-        part: Which consecutive part of every layer's heads these are.
-        parts: How many there are.
-        group: Ranks to gather from; by default all, where there is a process group.
+        recorded: of each layer, this rank's heads.
+        part: which consecutive part of every layer's heads these are.
+        parts: how many there are.
+        group: ranks to gather from; by default all, where there is a process group.
 
     Returns:
         The same for all of each layer's heads; -inf for one that saw no key.
@@ -169,9 +168,9 @@ def _scale_heads(projection: nn.Linear, factors: torch.Tensor, head_dim: int) ->
     """Multiplies each head's rows of weight and bias, where this rank has them."""
     rows = factors.repeat_interleave(head_dim)
     for parameter in projection.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = to_local(parameter)
         if local.numel():
-            own = torch.cat([rows[start:stop] for start, stop in own_indices(parameter)[0]])
+            own = torch.cat([rows[start:stop] for start, stop in local_ranges(parameter)[0]])
             local.mul_(own.view(-1, *[1] * (local.ndim - 1)))
 
 

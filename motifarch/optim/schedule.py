@@ -28,11 +28,11 @@ def wsd(
     """Warm-up, stable, decay (Hu et al., MiniCPM, arXiv 2404.06395).
 
     Args:
-        step: Step, counted from 0.
-        total_steps: Steps of the run; its last step, total_steps - 1, has the factor min_ratio.
-        warmup_steps: Steps of linear warm-up.
-        decay_steps: Steps of the decay at the end of the run; 0 means no decay.
-        min_ratio: The last factor.
+        step: step, counted from 0.
+        total_steps: steps of the run; its last step, total_steps - 1, has the factor min_ratio.
+        warmup_steps: steps of linear warm-up.
+        decay_steps: steps of the decay at the end of the run; 0 means no decay.
+        min_ratio: the last factor.
         shape: `linear`; `cosine`; or `inverse_sqrt`, proportional to (1 + c t)^(-1/2) with t the
             decay's progress from 0 to 1 and c set by min_ratio (which must be above 0).
 
@@ -77,7 +77,7 @@ def build_schedule(
     """Binds a schedule's settings; `constant` stays at 1 after the warm-up.
 
     Raises:
-        ValueError: A name that is none of the three.
+        ValueError: a name that is none of the three.
     """
     if name == "wsd":
         return lambda step: wsd(

@@ -21,14 +21,14 @@ class SpikeGuard:
     decide alike.
 
     Args:
-        sigma: Standard deviations above the mean that make a spike; above 0.
-        window: Accepted steps to compare with; at least 2.
-        max_in_row: Spikes one after another before a step is accepted whatever its height; at least
+        sigma: standard deviations above the mean that make a spike; above 0.
+        window: accepted steps to compare with; at least 2.
+        max_in_row: spikes one after another before a step is accepted whatever its height; at least
             1.
-        device: Where loss and gradient norm are.
+        device: where loss and gradient norm are.
 
     Raises:
-        ValueError: A value out of those bounds.
+        ValueError: a value out of those bounds.
     """
 
     def __init__(self, sigma: float, window: int, *, max_in_row: int = 10, device: torch.device | str = "cpu") -> None:
@@ -51,9 +51,9 @@ class SpikeGuard:
         """Says whether a step is a spike, and notes it.
 
         Args:
-            loss: Scalar on the device. A step where this or the gradient norm is not finite is no
+            loss: scalar on the device. A step where this or the gradient norm is not finite is no
                 spike and leaves no trace here: it is skipped for that reason.
-            grad_norm: Scalar on the device, before clipping.
+            grad_norm: scalar on the device, before clipping.
 
         Returns:
             A float32 scalar on the device: 1 for a spike, which must be skipped, else 0.

@@ -1,7 +1,7 @@
 """Process groups, device meshes and sharding, applied to models from outside."""
 
 from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
-from motifarch.parallel.context import check_context_parallel, own_tokens
+from motifarch.parallel.context import check_context_parallel, shard_sequence
 from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
@@ -9,6 +9,9 @@ from motifarch.parallel.mesh import Layout, Mesh
 from motifarch.parallel.parallelize import parallelize, set_gradient_sync
 from motifarch.parallel.tensor import check_tensor_parallel
 from motifarch.parallel.watchdog import Watchdog
+
+# The name before 0.1.0, deprecated.
+own_tokens = shard_sequence
 
 __all__ = [
     "Layout",
@@ -26,4 +29,5 @@ __all__ = [
     "own_tokens",
     "parallelize",
     "set_gradient_sync",
+    "shard_sequence",
 ]

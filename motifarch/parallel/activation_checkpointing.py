@@ -50,7 +50,7 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
     """Lets a model's decoder layers be computed again in the backward pass, in place.
 
     Args:
-        model: A causal language model whose `model.model.layers` are transformers'
+        model: a causal language model whose `model.model.layers` are transformers'
             GradientCheckpointingLayers.
         recompute: which, and what of them.
 

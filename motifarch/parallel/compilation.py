@@ -21,7 +21,7 @@ def apply_compile(model: nn.Module) -> None:
     checkpointing repeats it: where it must, a checkpointed layer is not compiled at all.
 
     Args:
-        model: With `model.model.layers`.
+        model: with `model.model.layers`.
     """
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     config = torch._dynamo.config

@@ -44,7 +44,7 @@ def apply_context_parallel(model: nn.Module, group: ProcessGroup) -> None:
         layer.self_attn.context_group = group
 
 
-def own_tokens(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+def shard_sequence(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     """This rank's consecutive part of a packed row's tokens; the documents' bounds stay those of
     the whole row.
 

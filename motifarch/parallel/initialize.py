@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from motifarch.shards import own_part
+from motifarch.shards import local_shard, to_local
 
 
 def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
@@ -54,5 +53,5 @@ def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
             assert value is not None
             if torch.isnan(value).any():
                 raise RuntimeError(f"{type(model).__name__}._init_weights left {name}.{parameter_name} without a value")
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.copy_(own_part(value, parameter))
+            local = to_local(parameter)
+            local.copy_(local_shard(value, parameter))

@@ -38,14 +38,14 @@ class World:
         """Whether this rank prints and writes the shared files."""
         return self.rank == 0
 
-    def from_main(self, work: Callable[[], T]) -> T:
+    def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
         """Does something on rank 0 alone and gives its result to every rank, or its UserError.
 
         Args:
-            work: Called on rank 0. What it returns must be picklable.
+            work: called on rank 0. What it returns must be picklable.
 
         Raises:
-            UserError: On every rank, where the work raised one.
+            UserError: on every rank, where the work raised one.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -58,7 +58,7 @@ class World:
             raise UserError(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
-    def sum(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         """Adds whole numbers up over all ranks, place by place, on the CPU."""
         total = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(total, group=self.control)
@@ -90,7 +90,7 @@ def open_world(limit_s: float = 1800.0) -> Iterator[World]:
     end.
 
     Args:
-        limit_s: Longest time, in seconds, that a rank may be waited for.
+        limit_s: longest time, in seconds, that a rank may be waited for.
     """
     timeout = collective_timeout(limit_s)
     cuda = torch.cuda.is_available()

@@ -40,16 +40,16 @@ class Layout:
         return self.replicate * self.shard * self.context * self.tensor
 
     @property
-    def data(self) -> int:
+    def data_parallel_size(self) -> int:
         """Parts that the rows of a batch are cut into."""
         return self.replicate * self.shard
 
     @property
-    def gradients(self) -> int:
+    def grad_reduce_size(self) -> int:
         """Ranks over which gradients are averaged: all but those of `tensor`, which compute one
         thing together.
         """
-        return self.data * self.context
+        return self.data_parallel_size * self.context
 
     def resolve(self, ranks: int) -> "Layout":
         """The layout with its -1 filled in for so many ranks.
@@ -91,7 +91,7 @@ class Mesh:
         # dimension.
         shape = (layout.replicate, layout.shard * layout.context, layout.tensor)
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
-        rows = (layout.data, layout.context, layout.tensor)
+        rows = (layout.data_parallel_size, layout.context, layout.tensor)
         self._sequence = None
         if layout.context > 1:
             self._sequence = init_device_mesh(device_type, rows, mesh_dim_names=("data", "context", "tensor"))

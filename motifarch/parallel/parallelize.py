@@ -33,16 +33,16 @@ def parallelize(
     The model is on the meta device (`motifarch.parallel.initialize` then gives it weights), or the
     same on every rank. Its parameters become DTensors: float32 shards, gathered in compute_dtype
     for each layer's work, with gradients reduced in float32 to their mean over the ranks
-    (`Layout.gradients` of them).
+    (`Layout.grad_reduce_size` of them).
 
     Args:
-        model: A causal language model with `model.model.layers`.
-        mesh: The ranks.
-        compute_dtype: What matrices are multiplied in.
-        matmul: What those of the inner decoder layers are multiplied in, if not compute_dtype.
-        emulate_matmul: Round as `matmul` says without the hardware for it.
-        activation_checkpointing: What the backward pass recomputes.
-        compile: Compile each decoder layer.
+        model: a causal language model with `model.model.layers`.
+        mesh: the ranks.
+        compute_dtype: what matrices are multiplied in.
+        matmul: what those of the inner decoder layers are multiplied in, if not compute_dtype.
+        emulate_matmul: round as `matmul` says without the hardware for it.
+        activation_checkpointing: what the backward pass recomputes.
+        compile: compile each decoder layer.
 
     Returns:
         The same model.

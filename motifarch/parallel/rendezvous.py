@@ -17,16 +17,16 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: datetime.timed
     """Agrees with the other ranks on a part of a store that no earlier start has used.
 
     Args:
-        store: Shared by all ranks of this start and of those before it.
-        rank: This process's number.
-        size: Number of processes.
-        timeout: How long to wait for the others.
+        store: shared by all ranks of this start and of those before it.
+        rank: this process's number.
+        size: number of processes.
+        timeout: how long to wait for the others.
 
     Returns:
         The store, with a prefix.
 
     Raises:
-        RuntimeError: Some rank did not come in time (`DistStoreError`, and on rank 0 one that names
+        RuntimeError: some rank did not come in time (`DistStoreError`, and on rank 0 one that names
             the missing).
     """
     name = uuid.uuid4().hex

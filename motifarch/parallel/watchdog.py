@@ -39,8 +39,8 @@ def limit_collectives(limit_s: float, *, keep: Iterable[dist.ProcessGroup] = ())
     included.
 
     Args:
-        limit_s: Longest time of a step, in seconds (see `collective_timeout`).
-        keep: Groups to leave as they are.
+        limit_s: longest time of a step, in seconds (see `collective_timeout`).
+        keep: groups to leave as they are.
     """
     kept = set(keep)
     for group in list(distributed_c10d._world.pg_map):
@@ -57,11 +57,11 @@ class Watchdog:
     while it hangs keeps its own rank from writing; the others name it nevertheless.
 
     Args:
-        world: The ranks.
-        output: The run's folder.
-        first_s: Longest time, in seconds, that the first step and patient work (saving, validating)
+        world: the ranks.
+        output: the run's folder.
+        first_s: longest time, in seconds, that the first step and long work (saving, validating)
             may take.
-        limit_s: Longest time, in seconds, between two notes after it.
+        limit_s: longest time, in seconds, between two notes after it.
     """
 
     def __init__(self, world: World, output: Path, *, first_s: float, limit_s: float) -> None:
@@ -73,7 +73,7 @@ class Watchdog:
         connection = distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # not in torch's stubs
         self._store = dist.PrefixStore("watchdog", connection)
         self._store.set_timeout(datetime.timedelta(seconds=_GRACE_S))
-        self._doing = (0, "the start")
+        self._stage = (0, "the start")
         self._started = False
         self._deadline = time.monotonic() + first_s
         self._lock = threading.Lock()
@@ -100,28 +100,28 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
 
-    def at(self, doing: str, *, patient: bool = False) -> None:
+    def heartbeat(self, stage: str, *, no_timeout: bool = False) -> None:
         """Notes what this rank is about to do; all ranks note the same in the same order.
 
         Args:
-            doing: For people, to follow "never arrived at" and "last seen at": "step 5".
-            patient: Whether it may take as long as the first step.
+            stage: for people, to follow "never arrived at" and "last seen at": "step 5".
+            no_timeout: whether it may take as long as the first step.
         """
-        self._deadline = time.monotonic() + (self._limit_s if self._started and not patient else self._first_s)
-        self._doing = (self._doing[0] + 1, doing)
+        self._deadline = time.monotonic() + (self._limit_s if self._started and not no_timeout else self._first_s)
+        self._stage = (self._stage[0] + 1, stage)
 
     def first_step_done(self, keep: Sequence[dist.ProcessGroup] = ()) -> None:
         """Ends the first step's patience, once all ranks are through it; later calls do nothing.
 
         Args:
-            keep: Process groups whose timeout stays as it is.
+            keep: process groups whose timeout stays as it is.
         """
         if self._started:
             return
         if self._world.device.type == "cuda":
             torch.cuda.synchronize()
         # A rank still compiling must not be waited for with the short timeout.
-        self._world.sum([1])
+        self._world.all_reduce_sum([1])
         limit_collectives(self._limit_s, keep=keep)
         self._started = True
 
@@ -130,29 +130,29 @@ class Watchdog:
         while not self._closed.wait(min(5.0, self._limit_s / 10)):
             late = time.monotonic() > self._deadline
             with contextlib.suppress(dist.DistError, RuntimeError):  # a store that is gone must not end the watching
-                if told != self._doing:
-                    told = self._doing
+                if told != self._stage:
+                    told = self._stage
                     self._tell(told)
                 late = late or self._store.check(["hung"])
             if late and not self._closed.is_set():
                 self._expire("no step finished in time")
 
-    def _tell(self, doing: tuple[int, str]) -> None:
-        self._store.set(f"doing/{self._world.rank}", f"{doing[0]} {doing[1]}")
+    def _tell(self, stage: tuple[int, str]) -> None:
+        self._store.set(f"stage/{self._world.rank}", f"{stage[0]} {stage[1]}")
 
     def _expire(self, reason: str) -> NoReturn:
         """Writes this rank's stacks, says once a node what is known of all ranks, and exits."""
         with self._lock:
             self._write_stacks(reason)
             written = {self._world.rank}
-            doing = {self._world.rank: self._doing}
+            stages = {self._world.rank: self._stage}
             with contextlib.suppress(dist.DistError, RuntimeError):
-                self._tell(self._doing)
+                self._tell(self._stage)
                 self._store.set(f"written/{self._world.rank}", "")
                 self._store.set("hung", "")
                 written = self._wait_for_others()
-                doing |= self._read_all()
-            message = f"error: {self._describe(reason, doing, written)}"
+                stages |= self._read_all()
+            message = f"error: {self._describe(reason, stages, written)}"
             if self._world.rank == self._speaker(written):
                 print(message, file=sys.stderr, flush=True)
             tell_torchrun(message)
@@ -163,7 +163,7 @@ class Watchdog:
         try:
             self._folder.mkdir(exist_ok=True)
             with (self._folder / f"rank_{self._world.rank}.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{now} rank {self._world.rank} at {self._doing[1]}: {reason}\n\n")
+                file.write(f"{now} rank {self._world.rank} at {self._stage[1]}: {reason}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.write("\n")
@@ -184,18 +184,18 @@ class Watchdog:
     def _read_all(self) -> dict[int, tuple[int, str]]:
         found = {}
         for rank in range(self._world.size):
-            key = f"doing/{rank}"
+            key = f"stage/{rank}"
             if self._store.check([key]):
                 count, _, text = self._store.get(key).decode().partition(" ")
                 found[rank] = (int(count), text)
         return found
 
-    def _describe(self, reason: str, doing: dict[int, tuple[int, str]], written: set[int]) -> str:
-        count, place = max(doing.values())
-        late = [rank for rank in range(self._world.size) if doing.get(rank, (0, ""))[0] < count]
+    def _describe(self, reason: str, stages: dict[int, tuple[int, str]], written: set[int]) -> str:
+        count, place = max(stages.values())
+        late = [rank for rank in range(self._world.size) if stages.get(rank, (0, ""))[0] < count]
         if not late:
             return f"{reason}: every rank arrived at {place} and none got past it; their stacks are in {self._folder}"
-        seen = sorted({doing[rank][1] for rank in late if rank in doing}) or ["nothing"]
+        seen = sorted({stages[rank][1] for rank in late if rank in stages}) or ["nothing"]
         files = [self._folder / f"rank_{rank}.txt" for rank in late if rank in written]
         stacks = f"stacks: {_few(files)}" if files else "it could not write its stacks"
         return (

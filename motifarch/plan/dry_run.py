@@ -34,6 +34,7 @@ from motifarch.parallel import Layout, Mesh, World
 from motifarch.plan import communication, flops, memory
 from motifarch.plan.communication import Groups, Traffic
 from motifarch.plan.memory import MemoryLedger
+from motifarch.shards import to_local
 from motifarch.train import loop
 from motifarch.train.recipe import Recipe
 from motifarch.train.step import train_step
@@ -301,8 +302,8 @@ def trace_step(
         layout = mesh.layout
         state, _ = loop.build_state(recipe, PlannedInputs(config, seq_len), world, mesh, compute)  # type: ignore[arg-type]
         model, optimizer = state.model, state.optimizer
-        rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data)
-        micro_batches = -(-recipe.batch.size // layout.data // rows)
+        rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data_parallel_size)
+        micro_batches = -(-recipe.batch.size // layout.data_parallel_size // rows)
         found: dict[str, int] = {}
 
         def before_micro_batch(*_: Any) -> None:
@@ -329,12 +330,12 @@ def trace_step(
         with fake:
             _make_state(optimizer)
             for parameter in model.parameters():
-                ledger.note(memory.local(parameter), memory.PARAMETERS)
+                ledger.note(to_local(parameter), memory.PARAMETERS)
             here, there = memory.optimizer_state(optimizer, offloaded=recipe.optim.offload)
             for value in here:
-                ledger.note(memory.local(value), memory.OPTIMIZER)
+                ledger.note(to_local(value), memory.OPTIMIZER)
             for value in there:
-                ledger.leave_out(memory.local(value))
+                ledger.leave_out(to_local(value))
             recorder.watch(model.model.layers)  # type: ignore[union-attr, arg-type]
             model.register_forward_pre_hook(before_micro_batch)
             model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]

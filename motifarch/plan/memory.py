@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from motifarch.shards import to_local
+
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer state"
 GRADIENTS = "gradients"
@@ -24,14 +26,9 @@ WORKING = "working memory"
 KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, WHOLE_GRADIENTS, GATHERED, ACTIVATIONS, LOSS, WORKING)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of this rank's shards."""
-    return sum(shard.numel() * shard.element_size() for shard in map(local, tensors))
+    return sum(shard.numel() * shard.element_size() for shard in map(to_local, tensors))
 
 
 def optimizer_state(

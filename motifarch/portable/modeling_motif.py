@@ -40,7 +40,7 @@ class MotifConfig(PreTrainedConfig):
     Args:
         num_attention_heads: query heads, signal and noise together.
         num_key_value_heads: None means num_attention_heads.
-        head_dim: D; None means hidden_size // num_attention_heads.
+        head_dim: d; None means hidden_size // num_attention_heads.
         num_noise_heads: None means half of the heads.
         attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or
             "softmax".

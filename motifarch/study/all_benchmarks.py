@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 if none failed; 1 if some did; 128 plus the signal's number after Ctrl-C or SIGTERM.
 
     Raises:
-        UserError: Something that the user can mend.
+        UserError: something that the user can mend.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     options = build_parser().parse_args(args)

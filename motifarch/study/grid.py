@@ -237,7 +237,7 @@ def read_grid(argv: Sequence[str]) -> Grid:
         argv: ``STUDY.yaml --section.field value ...``.
 
     Raises:
-        UserError: A missing or unreadable file, an unknown field, a value that is not accepted.
+        UserError: a missing or unreadable file, an unknown field, a value that is not accepted.
     """
     grid = _GRIDS.read(argv)
     check_grid(grid)
@@ -253,7 +253,7 @@ def check_grid(grid: Grid) -> None:
     """Refuses impossible values and combinations.
 
     Raises:
-        UserError: Naming the field, its value and what is accepted.
+        UserError: naming the field, its value and what is accepted.
     """
     for name in ("sizes", "variants", "seeds"):
         if not getattr(grid, name):

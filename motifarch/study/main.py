@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command goes on.
 
     Raises:
-        UserError: Something that the user can mend.
+        UserError: something that the user can mend.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(args):

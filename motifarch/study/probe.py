@@ -151,10 +151,10 @@ def make_questions(
         lines: from :func:`find_lines`.
         datasets: validation splits, whose text is the filler, without the tokens that end
             documents.
-        length: L, tokens up to the value asked for.
+        length: l, tokens up to the value asked for.
         pairs: of twins.
         seed: for names, values and filler.
-        depths: P, ascending: how much of the filler comes before each line, from 0 to 1.
+        depths: p, ascending: how much of the filler comes before each line, from 0 to 1.
 
     Raises:
         ValueError: ``length`` is less than ``lines.shortest(depths)``, or there are fewer than 3 P

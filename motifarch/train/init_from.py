@@ -9,11 +9,10 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
 
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
-from motifarch.shards import own_part
+from motifarch.shards import local_shard, to_local
 from motifarch.train.checkpoint import mismatch
 from motifarch.train.manifest import damage
 from motifarch.weight_files import WeightFiles
@@ -49,7 +48,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             tensor, own = files.read(name), weights[name]
             if tensor.shape != own.shape:
                 raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(own.shape)} in the model")
-            (own.to_local() if isinstance(own, DTensor) else own).copy_(own_part(tensor, own))
+            to_local(own).copy_(local_shard(tensor, own))
             missing.discard(name)
         # A tied matrix is in the folder once.
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())

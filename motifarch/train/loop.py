@@ -19,8 +19,8 @@ from motifarch.parallel import (
     check_low_precision,
     check_tensor_parallel,
     initialize,
-    own_tokens,
     parallelize,
+    shard_sequence,
 )
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
@@ -62,7 +62,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         UserError: naming what went wrong and the fix. What was saved stays.
     """
     output = Path(recipe.run.output)
-    start = world.from_main(lambda: _decide(recipe, inputs, world))
+    start = world.run_on_main_and_broadcast(lambda: _decide(recipe, inputs, world))
     mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
     state, flops_per_token = build_state(recipe, inputs, world, mesh, start.compute)
     if start.parent:
@@ -82,7 +82,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     loader = BatchLoader(
         inputs.mixture,
         rank=mesh.data_rank,
-        world_size=mesh.layout.data,
+        world_size=mesh.layout.data_parallel_size,
         micro_batch_size=recipe.batch.micro_size,
         start_step=state.step,
         stop_step=recipe.run.steps,
@@ -117,13 +117,13 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             world, output, first_s=recipe.distributed.timeout_first_s, limit_s=recipe.distributed.timeout_s
         ) as watchdog,
     ):
-        watchdog.at(f"the data of step {state.step + 1}")
+        watchdog.heartbeat(f"the data of step {state.step + 1}")
         for step, micro_batches in batches:
-            micro_batches = [own_tokens(b, mesh.context_rank, mesh.layout.context) for b in micro_batches]
-            watchdog.at(f"step {step + 1}")
+            micro_batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in micro_batches]
+            watchdog.heartbeat(f"step {step + 1}")
             # One small message a step: the global number of targets, and whether anyone has to
             # stop.
-            targets, failed, *flags = world.sum(
+            targets, failed, *flags = world.all_reduce_sum(
                 [count_targets(micro_batches), int(checkpointer.failed), *signals.flags()]
             )
             if failed:
@@ -132,7 +132,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             if stopped_by:
                 break
             if average_due(recipe, state.step):
-                watchdog.at("the mean of the last checkpoints", patient=True)
+                watchdog.heartbeat("the mean of the last checkpoints", no_timeout=True)
                 with metrics.paused():
                     checkpointer.wait()
                     steps = restart_from_average(state, recipe, start.parent, world)
@@ -162,17 +162,17 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             validate = bool(inputs.validation) and (last or state.step % recipe.validation.every == 0)
             save = last or state.step % recipe.checkpoint.every == 0
             if validate:
-                watchdog.at(f"the validation after step {state.step}", patient=True)
+                watchdog.heartbeat(f"the validation after step {state.step}", no_timeout=True)
                 with metrics.paused():
                     metrics.update_last(validation_loss=_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
                 _report(metrics, progress, state, recipe, checkpointer)
             if save:
-                watchdog.at(f"the checkpoint of step {state.step}", patient=True)
+                watchdog.heartbeat(f"the checkpoint of step {state.step}", no_timeout=True)
                 with metrics.paused():
                     checkpointer.save(state)
             watchdog.first_step_done(keep=[checkpointer.group])
-            watchdog.at(f"the data of step {state.step + 1}")
+            watchdog.heartbeat(f"the data of step {state.step + 1}")
         watchdog.stop()
         _report(metrics, progress, state, recipe, checkpointer)
         checkpointer.save(state)

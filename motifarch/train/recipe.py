@@ -512,9 +512,10 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
         raise UserError("run.resume names a checkpoint and run.init_from is set too; choose one of them")
     check_activation_checkpointing(recipe.activation_checkpointing)
     layout = recipe.parallel.resolve(world_size)
-    if batch.size % layout.data:
+    if batch.size % layout.data_parallel_size:
         raise UserError(
-            f"batch.size is {batch.size}, which {layout.data} ranks can't share evenly; use a multiple of {layout.data}"
+            f"batch.size is {batch.size}, which {layout.data_parallel_size} ranks can't share evenly; "
+            f"use a multiple of {layout.data_parallel_size}"
         )
 
 

@@ -5,13 +5,12 @@ import datetime
 import json
 import platform
 import socket
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
 from motifarch.parallel import World
 from motifarch.train.inputs import Inputs
@@ -112,8 +111,8 @@ def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, par
         "devices": _device_name(world.device),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": _versions(),
-        "git": _git(),
+        "versions": {name: version for name in _PACKAGES if (version := installed_version(name))},
+        "git": git_state(),
     }
     write_json(
         output / RECORD,
@@ -131,28 +130,3 @@ def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, par
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git() -> dict[str, Any] | None:
-    """The commit of the source that runs, and whether it was changed since; None outside a
-    repository.
-    """
-    source = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=source, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -11,7 +11,7 @@ from torch import nn
 from motifarch.data import PackedDataset, collate
 from motifarch.layers import IGNORE_INDEX
 from motifarch.optim import clip_gradients, clip_layers, step_if_finite
-from motifarch.parallel import Layout, Mesh, World, own_tokens, set_gradient_sync
+from motifarch.parallel import Layout, Mesh, World, set_gradient_sync, shard_sequence
 from motifarch.train.checkpoint import TrainState
 
 
@@ -81,7 +81,7 @@ def train_step(
     # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so
     # each rank divides its sum by its even share of the targets: the average is then the mean over
     # all targets, however unevenly the ranks hold them.
-    gradients = world.size if layout is None else layout.gradients
+    gradients = world.size if layout is None else layout.grad_reduce_size
     share = torch.tensor(max(targets, 1) / gradients, device=world.device)
     losses = torch.zeros(2, device=world.device)
     for i, batch in enumerate(micro_batches):
@@ -151,7 +151,7 @@ def validation_loss(
     rows = spread_rows(datasets, sequences)
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    size, rank = (world.size, world.rank) if mesh is None else (mesh.layout.data, mesh.data_rank)
+    size, rank = (world.size, world.rank) if mesh is None else (mesh.layout.data_parallel_size, mesh.data_rank)
     for first in range(0, len(rows), micro_size * size):
         mine = rows[first + rank : first + micro_size * size : size]
         # Forward passes are collective: a rank without rows repeats one, with no targets.
@@ -159,7 +159,7 @@ def validation_loss(
         if not mine:
             batch["shift_labels"] = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
         if mesh is not None:
-            batch = own_tokens(batch, mesh.context_rank, mesh.layout.context)
+            batch = shard_sequence(batch, mesh.context_rank, mesh.layout.context)
         out = model(**to_device(batch, world.device), num_items_in_batch=torch.ones((), device=world.device))
         sums += torch.stack([out.loss.double(), sums.new_tensor(count_targets([batch]))])
     model.train()

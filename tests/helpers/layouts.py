@@ -15,7 +15,7 @@ from helpers.models import tiny_config
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import build_optimizer, offload_state
-from motifarch.parallel import Layout, Mesh, initialize, open_world, own_tokens, parallelize
+from motifarch.parallel import Layout, Mesh, initialize, open_world, parallelize, shard_sequence
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import load_weights
 from motifarch.train.step import count_targets, train_step, validation_loss
@@ -109,15 +109,15 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             loader = BatchLoader(
                 Mixture([component], seed=0, batch_schedule=BatchSchedule(8)),
                 rank=mesh.data_rank,
-                world_size=mesh.layout.data,
+                world_size=mesh.layout.data_parallel_size,
                 micro_batch_size=2,
                 start_step=state.step,
                 stop_step=case.steps,
             )
             history, saver = [], None
             for _, whole in loader:
-                batches = [own_tokens(b, mesh.context_rank, mesh.layout.context) for b in whole]
-                (targets,) = world.sum([count_targets(batches)])
+                batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in whole]
+                (targets,) = world.all_reduce_sum([count_targets(batches)])
                 result = train_step(
                     state,
                     batches,

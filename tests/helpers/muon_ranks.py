@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from helpers.sharded_training import build_model
 from motifarch.optim import Muon, build_muon, step_if_finite
 from motifarch.parallel import Layout, Mesh, World, open_world, parallelize
-from motifarch.shards import own_part
+from motifarch.shards import local_shard
 
 STEPS = 10
 # Rows that no number of ranks divides, fewer rows than ranks, tall and wide, two of one shape.
@@ -85,7 +85,7 @@ def sharded_copies(ranks: int) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
 def give_gradients(sharded: list[nn.Parameter], whole: list[nn.Parameter]) -> None:
     for part, full in zip(sharded, whole, strict=True):
         full.grad = torch.randn_like(full)
-        local = own_part(full.grad, part)
+        local = local_shard(full.grad, part)
         assert isinstance(part, DTensor)
         part.grad = DTensor.from_local(
             local, part.device_mesh, part.placements, shape=part.shape, stride=part.stride()
@@ -123,7 +123,7 @@ def compare_with_whole(world: World, chunk_bytes: int) -> None:
     parameters, values = sharded_copies(world.size)
     whole = [nn.Parameter(v.clone()) for v in values]
     for parameter, value in zip(parameters, values, strict=True):
-        assert torch.equal(parameter.to_local(), own_part(value, parameter))
+        assert torch.equal(parameter.to_local(), local_shard(value, parameter))
     sharded = Muon(parameters, 1e-2, ns_dtype=torch.float32, chunk_bytes=chunk_bytes)
     plain = Muon(whole, 1e-2, ns_dtype=torch.float32)
     for _ in range(STEPS):
@@ -134,7 +134,7 @@ def compare_with_whole(world: World, chunk_bytes: int) -> None:
         assert (full - start).abs().max() > 1e-2  # steps that would show a difference
         momentum = sharded.state[part]["momentum_buffer"]
         for found, expected in ((part, full), (momentum, plain.state[full]["momentum_buffer"])):
-            torch.testing.assert_close(found.to_local(), own_part(expected, part), rtol=0, atol=1e-5)
+            torch.testing.assert_close(found.to_local(), local_shard(expected, part), rtol=0, atol=1e-5)
 
 
 def count_messages(world: World, chunk_bytes: int) -> None:
@@ -146,14 +146,14 @@ def count_messages(world: World, chunk_bytes: int) -> None:
         give_gradients(matrices, [nn.Parameter(m.full_tensor()) for m in matrices])
         with counted() as calls:
             optimizer.step()
-        (((_, family),),) = optimizer._families.values()
+        (((_, family),),) = optimizer._shard_groups.values()
         assert len(calls) == 2 * len(family.chunks)
         if chunk_bytes == 1:
             assert len(family.chunks) == -(-len(SHAPES) // world.size)
         bytes_ = sum(rows * columns for rows, columns in SHAPES) * dtype.itemsize
         # The first call is a gathering and the last one a scattering; in between one or the other
         # comes first.
-        total = world.sum([sum(calls), calls[0] if len(calls) == 2 else 0])
+        total = world.all_reduce_sum([sum(calls), calls[0] if len(calls) == 2 else 0])
         assert total == [2 * bytes_, bytes_ if len(calls) == 2 else 0]
 
 

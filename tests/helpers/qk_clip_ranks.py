@@ -16,7 +16,7 @@ from motifarch.layers import DifferentialAttentionV2, GroupedDifferentialAttenti
 from motifarch.layers.attention import Attention
 from motifarch.optim import clip_heads, clip_layers
 from motifarch.parallel import open_world
-from motifarch.shards import own_indices
+from motifarch.shards import local_ranges
 
 _SIZES: dict[str, Any] = {"num_noise_heads": 4, "num_kv_heads": 8, "head_dim": 6, "layer_idx": 0, "bias": True}
 
@@ -69,6 +69,6 @@ def clip_on_ranks() -> None:
 
 def _same(sharded: nn.Linear, whole: nn.Linear) -> None:
     for found, expected in ((sharded.weight, whole.weight), (sharded.bias, whole.bias)):
-        rows = own_indices(found)[0]
+        rows = local_ranges(found)[0]
         local = torch.cat([expected[a:b] for a, b in rows] or [expected[:0]])
         assert torch.equal(found.to_local(), local)  # type: ignore[operator]

@@ -58,7 +58,7 @@ def train_sharded(data: Path, output: Path, micro: int, options: dict[str, Any])
         state = TrainState(model, build_adamw(model, lr=LR))
         history = []
         for _, batches in loader(data, world.rank, world.size, micro):
-            (targets,) = world.sum([count_targets(batches)])
+            (targets,) = world.all_reduce_sum([count_targets(batches)])
             result = train_step(
                 state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=Z_LOSS
             )  # fmt: skip
@@ -76,7 +76,7 @@ def train_ddp(data: Path, output: Path) -> None:
         optimizer = build_adamw(model, lr=LR)
         history = []
         for _, (batch,) in loader(data, world.rank, world.size, 8 // world.size):
-            (targets,) = world.sum([count_targets([batch])])
+            (targets,) = world.all_reduce_sum([count_targets([batch])])
             # DDP averages over the ranks too.
             out = ddp(**batch, num_items_in_batch=targets / world.size, z_loss_weight=Z_LOSS)
             out.loss.backward()
@@ -111,7 +111,7 @@ def skip_one_step(data: Path) -> None:
         for step, batches in loader(data, world.rank, world.size, 2):
             # Every rank must skip, though the loss is infinite on the last one alone.
             poison = math.inf if step == 1 and world.rank == world.size - 1 else 0.0
-            (targets,) = world.sum([count_targets(batches)])
+            (targets,) = world.all_reduce_sum([count_targets(batches)])
             result = train_step(
                 state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=poison
             )  # fmt: skip

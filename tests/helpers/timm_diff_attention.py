@@ -1,5 +1,5 @@
-"""timm's DiffAttention alone: a second opinion on DIFF V1 that wants neither torchvision nor the
-rest of timm.
+"""timm's DiffAttention alone: an independent implementation of DIFF V1,
+without torchvision and the rest of timm.
 
 ``import timm`` imports torchvision, whose CUDA build does not import beside a CPU build of torch
 (``operator torchvision::nms does not exist``), and which transformers then stumbles over too. The

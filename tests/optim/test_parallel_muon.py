@@ -14,7 +14,7 @@ from helpers.distributed import on_ranks
 from helpers.muon_ranks import check_steps, load_elsewhere, round_trip
 from motifarch.optim.newton_schulz import newton_schulz_flops
 from motifarch.optim.parallel_muon import plan_chunks
-from motifarch.shards import held_indices
+from motifarch.shards import held_ranges
 
 
 @pytest.mark.parametrize(("ranks", "chunk_sizes"), [(2, [1, 1 << 20]), (4, [1, 1500])])
@@ -43,11 +43,11 @@ def test_work_is_balanced_and_memory_bounded() -> None:
 
 
 def test_which_rows_a_rank_holds() -> None:
-    assert [held_indices((5, 3), (4,), (Shard(0),), (i,))[0] for i in range(4)] == [((0, 2),), ((2, 4),), ((4, 5),), ()]
-    assert held_indices((5, 3), (2, 2), (Replicate(), Shard(1)), (1, 1)) == (((0, 5),), ((2, 3),))
+    assert [held_ranges((5, 3), (4,), (Shard(0),), (i,))[0] for i in range(4)] == [((0, 2),), ((2, 4),), ((4, 5),), ()]
+    assert held_ranges((5, 3), (2, 2), (Replicate(), Shard(1)), (1, 1)) == (((0, 5),), ((2, 3),))
     # Three later parts of two rows, each halved: a rank of the first dimension alone has a row of
     # each.
-    assert held_indices((6, 1), (2,), (_StridedShard(0, split_factor=3),), (1,))[0] == ((1, 2), (3, 4), (5, 6))
-    assert held_indices((8, 1), (2, 2), (_StridedShard(0, split_factor=2), Shard(0)), (0, 1))[0] == ((4, 6),)
+    assert held_ranges((6, 1), (2,), (_StridedShard(0, split_factor=3),), (1,))[0] == ((1, 2), (3, 4), (5, 6))
+    assert held_ranges((8, 1), (2, 2), (_StridedShard(0, split_factor=2), Shard(0)), (0, 1))[0] == ((4, 6),)
     with pytest.raises(ValueError, match="use Shard or Replicate"):
-        held_indices((4, 4), (2,), (Partial(),), (0,))
+        held_ranges((4, 4), (2,), (Partial(),), (0,))

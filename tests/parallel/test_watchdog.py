@@ -23,9 +23,9 @@ ALONE = """
         time.sleep(60)
 
     with open_world() as world, Watchdog(world, Path(sys.argv[1]), first_s=60, limit_s=0.3) as watchdog:
-        watchdog.at("step 1")
+        watchdog.heartbeat("step 1")
         watchdog.first_step_done()
-        watchdog.at("step 2")
+        watchdog.heartbeat("step 2")
         stuck()
 """
 
@@ -38,11 +38,11 @@ def test_a_run_of_one_process_ends_too(tmp_path: Path) -> None:
     assert "in stuck" in stack
 
 
-def test_the_first_step_and_patient_work_may_take_longer(tmp_path: Path) -> None:
+def test_the_first_step_and_work_without_a_timeout_may_take_longer(tmp_path: Path) -> None:
     def allowed(doing: str, **options: bool) -> float:
         """Whole seconds until the deadline."""
         before = time.monotonic()
-        watchdog.at(doing, **options)
+        watchdog.heartbeat(doing, **options)
         return round(watchdog._deadline - before, -1)
 
     with open_world() as world:
@@ -50,7 +50,7 @@ def test_the_first_step_and_patient_work_may_take_longer(tmp_path: Path) -> None
         assert allowed("step 1") == 5000
         watchdog.first_step_done()
         assert allowed("step 2") == 1000
-        assert allowed("the checkpoint of step 2", patient=True) == 5000
+        assert allowed("the checkpoint of step 2", no_timeout=True) == 5000
         assert allowed("step 3") == 1000
         with watchdog:
             pass

@@ -68,8 +68,8 @@ def test_it_holds_on_its_gpus(path: Path) -> None:
     sizes = schedule(recipe)
     # No rank is without rows, and no micro-batch is larger than what is left for a rank.
     for step in (0, recipe.batch.warmup_steps // 2, recipe.run.steps - 1):
-        assert sizes.batch_size(step) % layout.data == 0
-        assert sizes.batch_size(step) // layout.data >= recipe.batch.micro_size
+        assert sizes.batch_size(step) % layout.data_parallel_size == 0
+        assert sizes.batch_size(step) // layout.data_parallel_size >= recipe.batch.micro_size
     if path in LARGE:
         # A copy of the parameters fills a node, so that gathering them stays on NVLink.
         assert layout.shard * layout.context * layout.tensor == NODE

@@ -48,7 +48,7 @@ def read_attention_mask(
 
     Args:
         attention_mask: (B, seen + num_new), 0 for padding.
-        batch: B.
+        batch: b.
         num_new: tokens of this call.
         seen: tokens before it.
         past_key_values: where they are cached, or None.

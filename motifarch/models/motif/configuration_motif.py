@@ -41,7 +41,7 @@ class MotifConfig(PreTrainedConfig):
 
     Args:
         vocab_size: words in the vocabulary.
-        hidden_size: E.
+        hidden_size: e.
         intermediate_size: width of the feed-forward block.
         num_hidden_layers: decoder layers.
         num_attention_heads: query heads, signal and noise together.

@@ -1,12 +1,14 @@
 """What a grown model is made of, before any weight is read.
 
-A :class:`Description` is a model folder to be: its config and, for each tensor, an :class:`Origin`.
-Growth steps, and conversions from other kinds of models, are functions from one description to
-another; :func:`describe` gives a source folder's own, to begin with. To build on this for another
-kind of source: make the origins from the names that its folder has (``Origin.read`` for one tensor
-as it is, ``Origin.joined`` for one made of several, ``Origin.constant`` for one made of none), put
-the Motif names over them, say in a :class:`Step` what was done and what could not be kept, and hand
-the description to :func:`motifarch.growth.grow.write`.
+A :class:`ModelSpec` is a model folder to be: its config and a :class:`LazyTensor` for each tensor.
+Growth steps, and conversions from other kinds of models, are functions from one spec to another;
+:func:`describe` gives a source folder's own, to begin with.
+
+To build on this for another kind of source: make the lazy tensors from the names that its folder
+has (``LazyTensor.from_checkpoint`` for one tensor as it is, ``LazyTensor.joined`` for one made of
+several, ``LazyTensor.constant`` for one made of none), put the Motif names over them, say in a
+:class:`Step` what was done and what could not be kept, and hand the spec to
+:func:`motifarch.growth.grow.write`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Origin:
+class LazyTensor:
     """How one tensor comes from tensors of the source folder."""
 
     shape: Shape
@@ -36,32 +38,32 @@ class Origin:
     """From the tensors of those names, in that order; it must not change them."""
 
     @classmethod
-    def read(cls, source: SourceFolder, name: str, dtype: torch.dtype | None = None) -> Origin:
+    def from_checkpoint(cls, source: SourceFolder, name: str, dtype: torch.dtype | None = None) -> LazyTensor:
         """A tensor of the source as it is, or in another dtype."""
         kept = source.dtype(name) if dtype is None else dtype
         return cls(source.shape(name), kept, (name,), lambda tensor: tensor.to(kept))
 
     @classmethod
-    def constant(cls, value: float, shape: Shape, dtype: torch.dtype) -> Origin:
+    def constant(cls, value: float, shape: Shape, dtype: torch.dtype) -> LazyTensor:
         """A tensor filled with one number."""
         return cls(shape, dtype, (), lambda: torch.full(shape, value, dtype=dtype))
 
     @classmethod
-    def joined(cls, origins: Sequence[Origin], shape: Shape, function: Callable[..., Tensor]) -> Origin:
+    def joined(cls, inputs: Sequence[LazyTensor], shape: Shape, function: Callable[..., Tensor]) -> LazyTensor:
         """A tensor that a function makes of several; its dtype is the first one's."""
         bounds = [0]
-        for origin in origins:
-            bounds.append(bounds[-1] + len(origin.sources))
+        for lazy in inputs:
+            bounds.append(bounds[-1] + len(lazy.sources))
 
         def make(*tensors: Tensor) -> Tensor:
-            parts = zip(origins, bounds, bounds[1:], strict=False)
-            return function(*(origin.make(*tensors[start:stop]) for origin, start, stop in parts))
+            parts = zip(inputs, bounds, bounds[1:], strict=False)
+            return function(*(lazy.make(*tensors[start:stop]) for lazy, start, stop in parts))
 
-        return cls(shape, origins[0].dtype, tuple(name for origin in origins for name in origin.sources), make)
+        return cls(shape, inputs[0].dtype, tuple(name for lazy in inputs for name in lazy.sources), make)
 
-    def then(self, shape: Shape, function: Callable[[Tensor], Tensor]) -> Origin:
+    def then(self, shape: Shape, function: Callable[[Tensor], Tensor]) -> LazyTensor:
         """The tensor that a function makes of this one, in the same dtype."""
-        return Origin.joined([self], shape, function)
+        return LazyTensor.joined([self], shape, function)
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,16 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """A model folder to be."""
 
     config: dict[str, Any]
-    tensors: dict[str, Origin]
+    tensors: dict[str, LazyTensor]
     """By name, in the order in which they are written."""
     steps: tuple[Step, ...] = field(default=())
 
-    def changed(self, config: dict[str, Any], tensors: dict[str, Origin], step: Step) -> Description:
-        """The description after a step.
+    def changed(self, config: dict[str, Any], tensors: dict[str, LazyTensor], step: Step) -> ModelSpec:
+        """The spec after a step.
 
         Args:
             config: fields that the step sets.
@@ -96,8 +98,8 @@ class Description:
         return dataclasses.replace(self, config=self.config | config, tensors=tensors, steps=(*self.steps, step))
 
 
-def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> Description:
-    """A folder's own description.
+def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> ModelSpec:
+    """A folder's own spec.
 
     Args:
         source: the folder.
@@ -109,4 +111,4 @@ def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> Descript
         # transformers 5 reads "dtype", older ones "torch_dtype".
         fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(fields, str(dtype).removeprefix("torch."))
-    return Description(config, {name: Origin.read(source, name, dtype) for name in source.names})
+    return ModelSpec(config, {name: LazyTensor.from_checkpoint(source, name, dtype) for name in source.names})

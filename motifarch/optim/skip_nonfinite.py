@@ -13,16 +13,16 @@ def step_if_finite(
     is 1, parameters, moments and step counts stay bitwise as they were.
 
     Args:
-        optimizer: A fused torch optimizer.
-        *values: Tensors on the device, the same on every rank: the loss, the gradient norm.
-        skip: A scalar on the device, 1 where the step must be skipped for another reason
+        optimizer: a fused torch optimizer.
+        *values: tensors on the device, the same on every rank: the loss, the gradient norm.
+        skip: a scalar on the device, 1 where the step must be skipped for another reason
             (see `SpikeGuard`), else 0.
 
     Returns:
         A float32 scalar on the device: 1 where the step was skipped, else 0.
 
     Raises:
-        ValueError: The optimizer is not fused, so it can't skip a step on the device.
+        ValueError: the optimizer is not fused, so it can't skip a step on the device.
     """
     if not all(group.get("fused") for group in optimizer.param_groups):
         raise ValueError("step_if_finite needs a fused optimizer: build it with fused=True")
