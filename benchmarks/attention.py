@@ -73,11 +73,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import attention_report, report
+from benchmarks import attention_report
 from benchmarks.attention_check import Exact, Truth
 from benchmarks.attention_contenders import CONTENDERS, OURS, Candidate, candidates, refusal, unavailable
 from benchmarks.attention_problems import LAYOUTS, Problem, describe, problem
 from benchmarks.kernels import DTYPES, Contender, device_slug, draw_from, fault, terminate_as_interrupt
+from benchmarks.lib import report
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Clock, Limits, Timing, Work, clock_for, measure_limits, time_in_turns
 from motifarch.errors import UserError

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
 from benchmarks.attention_contenders import CONTENDERS
 from benchmarks.attention_problems import LAYOUTS, Layout, describe
 from benchmarks.kernel_report import DIRECTIONS, MEBIBYTE, floor_row, print_limits
+from benchmarks.lib import report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,7 +229,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     heading = "causal differential attention; work is counted by the mathematics"
     figure.suptitle(f"{heading}\n{report.describe(content['environment'])}", fontsize=11)
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 def _value(result: Result | None, panel: str, tera: float) -> float:

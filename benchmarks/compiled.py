@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
 from benchmarks.kernels import terminate_as_interrupt
+from benchmarks.lib import report
 
 MODULE = "benchmarks.compiled"
 FAMILIES = ("poly_norm", "combine", "attention", "decoding")

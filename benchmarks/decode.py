@@ -56,7 +56,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import attention_report, decode_report, report
+from benchmarks import attention_report, decode_report
 from benchmarks.attention import TOLERANCES, Checked, check, is_out_of_memory, reason_of, time_all
 from benchmarks.attention_contenders import Candidate
 from benchmarks.attention_problems import LAYOUTS, describe
@@ -68,6 +68,7 @@ from benchmarks.decode_generate import MODELS as DEFAULT_MODELS
 from benchmarks.decode_generate import judge as judge_generate
 from benchmarks.decode_problems import DECODED, Decoding, Exact, decoding, too_large
 from benchmarks.kernels import DTYPES, device_slug, terminate_as_interrupt
+from benchmarks.lib import report
 from benchmarks.timing import Clock, Limits, clock_for, measure_limits
 from motifarch.environment import physical_memory
 from motifarch.errors import UserError

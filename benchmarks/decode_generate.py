@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from benchmarks import report
 from benchmarks.contenders import CONTENDERS, Entry, Sizes
 from benchmarks.kernels import DTYPES
+from benchmarks.lib import report
 from benchmarks.timing import CpuClock, Work, time_in_turns
 from motifarch.errors import UserError
 

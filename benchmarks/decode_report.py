@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
 from benchmarks.attention_problems import LAYOUTS, describe
 from benchmarks.attention_report import label
 from benchmarks.contenders import CONTENDERS as MODELS
 from benchmarks.decode_contenders import CONTENDERS, OURS
 from benchmarks.decode_generate import DIFFLLAMA
 from benchmarks.kernel_report import print_limits
+from benchmarks.lib import report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,7 +234,7 @@ def draw_kernels(path: Path, content: Mapping[str, Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     heading = "decoding one token a row, each cached key and value counted once, by tokens in the cache"
     figure.suptitle(f"{heading}\n{report.describe(content['environment'])}", fontsize=11)
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 def _panel(axis: Axes, cells: Mapping[int, Mapping[str, Result]], names: Sequence[str]) -> None:
@@ -284,4 +284,4 @@ def draw_generate(path: Path, content: Mapping[str, Any]) -> None:
     cache = content["settings"]["cache"]
     heading = f"generate after the prompt, equal parameters, {cache} cache"
     figure.suptitle(f"{heading}\n{report.describe(content['environment'])}", fontsize=11)
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)

@@ -33,7 +33,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks.lib import report
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.growth import Factors, Noise, grow
@@ -211,7 +211,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         f"4 to 5 layers; noise {setup['noise']}, seed {setup['seed']}\n{report.describe(content['environment'])}",
         fontsize=9,
     )
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 @contextlib.contextmanager

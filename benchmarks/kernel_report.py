@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks.lib import report
 from benchmarks.timing import Limits
 
 MEBIBYTE = 1 << 20
@@ -255,7 +255,7 @@ def draw(path: Path, content: Mapping[str, Any], labels: Mapping[str, str]) -> N
     figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False)
     copy = f"a copy moves {content['copy']['gb_per_second']:,.0f} GB/s; whiskers: middle half of the repetitions"
     figure.suptitle(f"{content['benchmark']}: {copy}\n{report.describe(content['environment'])}", fontsize=11)
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 def _share(result: Mapping[str, Any] | None, direction: str) -> tuple[float, float, float]:

@@ -43,8 +43,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import kernel_report, report
+from benchmarks import kernel_report
 from benchmarks.kernel_report import DIRECTIONS
+from benchmarks.lib import report
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.timing import Clock, Work, clock_for, measure_limits, time_in_turns
 from motifarch.errors import UserError

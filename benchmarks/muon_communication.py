@@ -37,7 +37,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor, distribute_tensor, placement_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import report
+from benchmarks.lib import report
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import NS_COEFFICIENTS, Muon
@@ -265,7 +265,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         f"{report.describe(content['environment'])}",
         fontsize=9,
     )
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,8 +36,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import kernel_cases, report
+from benchmarks import kernel_cases
 from benchmarks.kernels import terminate_as_interrupt
+from benchmarks.lib import report
 from motifarch.errors import UserError
 
 PACKAGES = ("motifarch", "torch", "triton")

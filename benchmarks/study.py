@@ -27,8 +27,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import report
 from benchmarks.kernels import terminate_as_interrupt
+from benchmarks.lib import report
 
 # Relative to the repository, in which the commands run: a record of them then says nothing of the
 # machine's folders.

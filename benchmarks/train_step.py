@@ -67,9 +67,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import report, train_step_report
+from benchmarks import train_step_report
 from benchmarks.contenders import CONTENDERS, LLAMAS, Entry, Sizes, match_parameters
 from benchmarks.kernels import device_slug, terminate_as_interrupt
+from benchmarks.lib import report
 from benchmarks.shapes import SHAPES, default_shape, find_peak
 from benchmarks.train_profile import operator_table
 from benchmarks.train_worker import Prepared, Worker

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import report
 from benchmarks.contenders import CONTENDERS, DIFFLLAMAS, LLAMAS
+from benchmarks.lib import report
 
 Result = Mapping[str, Any]
 
@@ -242,7 +242,7 @@ def draw(path: Path, content: Mapping[str, Any]) -> None:
     heading = f"A full training step at equal parameters: {content['shape']['text']}{compiled}"
     subtitle = f"{content['peak']['text']}\n{report.describe(content['environment'])}"
     figure.suptitle(f"{heading}\n{subtitle}", fontsize=11)
-    report.write_picture(path, figure)
+    report.write_plot(path, figure)
 
 
 def _draw_line(

@@ -42,8 +42,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import report
 from benchmarks.kernels import device_slug, terminate_as_interrupt
+from benchmarks.lib import report
 from benchmarks.timing import clock_for
 from benchmarks.tune_candidates import Entry, Kernel, SizeClass, all_kernels, quick
 from benchmarks.tune_launch import Compilers, OutOfTimeError, Table

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks.lib import report
 from benchmarks.timing import Clock, Work, time_in_turns
 from benchmarks.tune_candidates import BACKEND, Entry, Kernel, SizeClass
 from benchmarks.tune_launch import Compilers, Table, entry_at, launcher, poisoned, reason_of, spilled_bytes, watched

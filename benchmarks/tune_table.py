@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks.lib import report
 from benchmarks.tune_candidates import BACKEND, Entry, SizeClass
 from benchmarks.tune_launch import entry_at
 from motif_kernels import tuning

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks.lib import report
 
 
 def test_spread_is_the_median_and_the_quartiles() -> None:
@@ -64,5 +64,5 @@ def test_bars_stand_at_their_values_with_whiskers_in_view(tmp_path: Path) -> Non
     assert bars.get_ylim()[1] > 9.0
     assert [label.get_text() for label in bars.get_xticklabels()] == ["512", "2048"]
     assert {text.get_text() for text in bars.texts} == {"1.00", "2.00", "3.00", "4.00"}
-    report.write_picture(tmp_path / "picture.png", figure)
+    report.write_plot(tmp_path / "picture.png", figure)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

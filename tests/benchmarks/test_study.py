@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
 from benchmarks import study as part
+from benchmarks.lib import report
 from motifarch.data.prepare import build_parser
 from motifarch.study.grid import read_grid
 from motifarch.study.main import main as head_ratio

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.compiled import ARCHITECTURES, FAMILIES, compile_family
-from benchmarks.report import RESULTS
+from benchmarks.lib.report import RESULTS
 from motif_kernels.tuning import tables
 
 SHARED_MEMORY = 227 * 1024  # bytes a block may use, on both

@@ -1,4 +1,4 @@
-"""What every benchmark reports with: the machine it ran on, tables, JSON files and pictures."""
+"""What every benchmark reports with: the machine it ran on, tables, JSON files and plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 # Told apart by people with any colour vision (Okabe and Ito); grey is for what is only there to
@@ -121,17 +121,22 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name and rename it: readers find the old file or the new one,
-    never a part.
-    """
-    _write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    """Write JSON, a line for each result, under a temporary name that then replaces the file's."""
+    parts = []
+    for name, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
+        parts.append(f"  {json.dumps(name)}: {text}")
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_picture(path: Path, figure: Figure) -> None:
+def write_plot(path: Path, figure: Figure) -> None:
     """Save a matplotlib figure as PNG, in the same way, and close it."""
     from matplotlib import pyplot as plt
 
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    _write(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
     plt.close(figure)
 
 

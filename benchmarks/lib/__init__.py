@@ -1,0 +1,1 @@
+"""What benchmarks share: timing, providers, cases, checks and reports."""

@@ -1,0 +1,99 @@
+"""What the command lines of all benchmarks share: options, the device, where results go, a time limit's end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.lib.report import RESULTS, ROOT
+from motifarch.errors import UserError
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A command line with the options that every benchmark has.
+
+    Args:
+        module: as in ``python -m MODULE``.
+        doc: its docstring: the first paragraph is the summary, the rest stands below the options.
+    """
+    summary, _, rest = (doc or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")
+    add("--output", type=Path, help="JSON file, a plot beside it; default benchmarks/results/NAME_DEVICE.json")
+    add("--quick", action="store_true", help="tiny sizes, a smoke test; writes to runs/ unless told otherwise")
+    return made
+
+
+def resolve_device(arguments: argparse.Namespace, positive: Sequence[str] = ()) -> torch.device:
+    """The device that is asked for; ``arguments.device`` becomes its name, and the threads are set.
+
+    Args:
+        arguments: of :func:`parser`.
+        positive: further options whose values must be above 0.
+
+    Raises:
+        UserError: an option has no meaning or cannot be had here.
+    """
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    for name in ("threads", *positive):
+        values = getattr(arguments, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    torch.set_num_threads(arguments.threads)
+    return torch.device(arguments.device)
+
+
+def device_slug(device: torch.device) -> str:
+    """The device for a file's name: cpu, nvidia_h100 or nvidia_h100_pcie, without memory sizes."""
+    if device.type != "cuda":
+        return device.type
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    return "_".join(word for word in words if not re.fullmatch(r"\d+gb|hbm\d\w*", word))
+
+
+def results_path(benchmark: str, arguments: argparse.Namespace, device: torch.device) -> Path:
+    """Where a benchmark's JSON goes."""
+    quick, default = ROOT / "runs" / f"{benchmark}_quick.json", RESULTS / f"{benchmark}_{device_slug(device)}.json"
+    path: Path = arguments.output or (quick if arguments.quick else default)
+    return path
+
+
+@contextlib.contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """A time limit's SIGTERM ends the measuring as ctrl-C does, with tables and plot of what there is."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """The status that ``run`` returns; 2 with one line on standard error where the user can mend something."""
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
