@@ -106,7 +106,7 @@ class Exact:
                 leaves.get("k2", leaves["k1"])[:, keys],
                 leaves["v"][:, keys],
                 leaves["lambda"][:, rows],
-                visible=(key >= first[rows, None]) & (key <= query[:, None]),
+                mask=(key >= first[rows, None]) & (key <= query[:, None]),
                 softmax_scale=problem.scale,
                 **epilogue(leaves),
             )

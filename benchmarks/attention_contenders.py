@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.attention_problems import Problem, epilogue
 from benchmarks.kernel_report import DIRECTIONS
 from benchmarks.kernels import DTYPES
-from motif_kernels import attention as public
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, flash
-from motif_kernels.reference import visibility_mask
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine
+from motif_kernels import dispatch as public
+from motif_kernels.impl import flash
+from motif_kernels.reference import attention_mask
 
 CONTENDERS = {
     "triton": "ours, deterministic",
@@ -76,7 +77,7 @@ def refusal(problem: Problem, name: str, device: torch.device) -> str | None:
         return "values are as wide as keys: there is nothing to split"
     if name == "flash":
         layout, dtype = problem.layout, DTYPES[problem.dtype]
-        return flash.refusal(device=device, dtype=dtype, head_dim=layout.width, value_dim=layout.value_width)
+        return flash.unsupported_reason(device=device, dtype=dtype, head_dim=layout.width, value_dim=layout.value_width)
     if name == "naive":
         heads = problem.heads["q1"] + problem.heads["q2"]
         needed = _MAPS_AT_ONCE * 4 * problem.batch * heads * problem.rows**2
@@ -213,7 +214,7 @@ def scaled_dot_product(problem: Problem, device: torch.device, kernel: SDPBacken
     """
     mask = None
     if problem.layout.window and not problem.documents:
-        visible = visibility_mask(problem.rows, problem.rows, window_size=problem.window_size, device=device)
+        visible = attention_mask(problem.rows, problem.rows, window_size=problem.window_size, device=device)
         mask = torch.zeros(visible.shape, dtype=DTYPES[problem.dtype], device=device).masked_fill_(~visible, -torch.inf)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _poly_norm() -> None:
     """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole
     rows and sharded.
     """
-    from motif_kernels.triton import poly_norm
+    from motif_kernels.impl.triton import poly_norm
 
     weight, bias = torch.ones(3), torch.ones(1)
     for dtype in (torch.bfloat16, torch.float32):
@@ -128,7 +128,7 @@ def _poly_norm() -> None:
 
 def _combine() -> None:
     """Every head width and ratio that attention kernels serve, with each epilogue."""
-    from motif_kernels.triton import combine
+    from motif_kernels.impl.triton import combine
 
     for dtype, ratios in ((torch.bfloat16, (1, 2, 3, 4, 7)), (torch.float32, (1, 4))):
         for width in (64, 128, 192, 256):
@@ -175,8 +175,8 @@ def _attention_call(
     softcap: float = 0.0,
 ) -> None:
     """A forward and a backward of 256 tokens with 2 noise heads."""
-    from motif_kernels.operators.attention import Options, Tensors, empty_gradients, empty_results
-    from motif_kernels.triton import attention
+    from motif_kernels.impl.triton import diff_attention as attention
+    from motif_kernels.ops.diff_attention import Options, Tensors, empty_gradients, empty_results
 
     leading = (256,) if packed else (1, 256)
     signal, noise, value = (torch.empty(*leading, h, w, dtype=dtype) for h, w in ((2 * group, d), (2, d), (2, dv)))
@@ -197,8 +197,8 @@ def _decoding() -> None:
     """One new token against a cache: the promised widths, groups that share a key head, both kinds
     of cache.
     """
-    from motif_kernels.operators.decoding import Options, Tensors
-    from motif_kernels.triton import cache_append, decoding
+    from motif_kernels.impl.triton import cache_append, decoding
+    from motif_kernels.ops.decoding import Options, Tensors
 
     for dtype in (torch.float32, torch.bfloat16):
         for heads, width in ((2, 512), (16, 128)):

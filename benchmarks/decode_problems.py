@@ -169,7 +169,7 @@ class Exact:
                     parts["k2"],
                     parts["v"],
                     shared["lambda"],
-                    visible=visible,
+                    mask=visible,
                     softmax_scale=problem.scale,
                     **epilogue(shared),
                 )

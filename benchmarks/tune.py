@@ -22,7 +22,7 @@ the geometric mean of the ratios to the present entry decides.
 
 The table is written anew after each class. Kernels and sizes that were not reached keep what they
 had, and a table that exists keeps the other kernels. What a kernel's fields mean, its module in
-kernels/motif_kernels/triton/ says. Every candidate's figures are kept in
+kernels/motif_kernels/impl/triton/ says. Every candidate's figures are kept in
 benchmarks/results/GPU/tune.json, or, with --output, beside that file.
 """
 

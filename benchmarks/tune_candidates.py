@@ -217,7 +217,7 @@ def _prepare(width: int, ratio: int, noise_heads: int) -> Problem:
 
 
 def _backend() -> Kernel:
-    from motif_kernels.attention import BACKENDS
+    from motif_kernels.dispatch import BACKENDS
 
     candidates = tuple({"backend": name} for name in BACKENDS if name not in ("auto", "reference"))
     classes = tuple(

@@ -60,7 +60,7 @@ class Rows:
 
     def launches(self, kernel: str, device: torch.device) -> Launch:
         """Of poly_norm_forward, poly_norm_backward or poly_norm_sums."""
-        from motif_kernels.triton import poly_norm
+        from motif_kernels.impl.triton import poly_norm
 
         draw = draw_from(0, DTYPE, device)
         x, up, grad = (draw(self.rows, self.columns) for _ in range(3))
@@ -113,7 +113,7 @@ class Epilogue:
 
     def launches(self, kernel: str, device: torch.device) -> Launch:
         """Of diff_combine_forward or diff_combine_backward."""
-        from motif_kernels.triton import combine
+        from motif_kernels.impl.triton import combine
 
         draw = draw_from(0, DTYPE, device)
         signal, grad = (draw(self.tokens, self.ratio * self.noise_heads, self.width) for _ in range(2))
@@ -189,8 +189,8 @@ class Attention:
 
     def launches(self, kernel: str, device: torch.device) -> Launch:
         """Of one of the attention kernels."""
-        from motif_kernels.operators import attention as operator
-        from motif_kernels.triton import attention
+        from motif_kernels.impl.triton import diff_attention as attention
+        from motif_kernels.ops import diff_attention as operator
 
         draw = draw_from(0, DTYPE, device)
         bounds = torch.arange(self.batch + 1, dtype=torch.int32, device=device) * self.tokens if self.packed else None

@@ -7,9 +7,9 @@ package needs torch alone.
 from types import ModuleType
 
 from motif_kernels.after_import import after_import
-from motif_kernels.attention import diff_attn_func, diff_attn_varlen_func
 from motif_kernels.combine import diff_combine
-from motif_kernels.decoding import diff_attn_with_kvcache
+from motif_kernels.diff_attention import diff_attn_func, diff_attn_varlen_func
+from motif_kernels.diff_decoding import diff_attn_with_kvcache
 from motif_kernels.poly_norm import mul_poly_norm, poly_norm
 
 __all__ = [

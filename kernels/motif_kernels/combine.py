@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motif_kernels import operators, reference
+from motif_kernels import ops, reference
 from motif_kernels.checks import check_epilogue
-from motif_kernels.operators import combine as operator
+from motif_kernels.ops import combine as operator
 
 
 def diff_combine(
@@ -58,7 +58,7 @@ def diff_combine(
             f"diff_combine: o_noise has shape {tuple(o_noise.shape)} and o_signal {tuple(o_signal.shape)}; "
             "all but the number of heads must be equal"
         )
-    if not operators.has_implementation(o_signal.device):
+    if not ops.has_implementation(o_signal.device):
         out = reference.diff_combine(
             o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
         )
@@ -66,7 +66,7 @@ def diff_combine(
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=reference.compute_dtype(o_signal), device=o_signal.device)
     # Without a sub-norm it is elementwise arithmetic, which autocast leaves in the inputs' dtype.
-    out_dtype = operators.result_dtype(o_signal) if norm_weight is not None else o_signal.dtype
+    out_dtype = ops.result_dtype(o_signal) if norm_weight is not None else o_signal.dtype
     return operator.diff_combine(
         o_signal.flatten(0, -3),
         o_noise.flatten(0, -3),

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from motif_kernels import sdpa  # noqa: F401  (defines the operators that are registered here)
-from motif_kernels.operators.attention import split_arguments
+from motif_kernels.impl import sdpa  # noqa: F401  (defines the operators that are registered here)
+from motif_kernels.ops.diff_attention import split_arguments
 
 _Formula = TypeVar("_Formula", bound=Callable[..., int])
 

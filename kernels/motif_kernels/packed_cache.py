@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motif_kernels.attention import diff_attn_varlen_func
-from motif_kernels.operators.decoding import Options, Tensors
+from motif_kernels.diff_attention import diff_attn_varlen_func
+from motif_kernels.ops.decoding import Options, Tensors
 
 
 def _places(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def _places(batch: int, capacity: int, block_table: Tensor | None, cache: Tensor
 
 
 def attend(tensors: Tensors, options: Options) -> Tensor:
-    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`."""
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.ops.decoding.attend`."""
     q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
     batch, seqlen_q = q1.shape[:2]
     capacity = tensors.capacity

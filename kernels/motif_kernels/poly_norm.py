@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from motif_kernels import operators, reference
-from motif_kernels.operators import poly_norm as operator
+from motif_kernels import ops, reference
+from motif_kernels.ops import poly_norm as operator
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, bounds: dict[str, float | None]) -> None:
@@ -151,11 +151,11 @@ def _apply(
 ) -> Tensor:
     if group is not None:
         return operator.poly_norm_sharded(
-            x, up, weight, bias, eps, hidden_clamp, operators.result_dtype(x), group.group_name
+            x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x), group.group_name
         )[0]
-    if operators.has_implementation(x.device):
-        run = operator.forward if operators.needs_no_operator(x) else operator.poly_norm
-        return run(x, up, weight, bias, eps, hidden_clamp, operators.result_dtype(x))
+    if ops.has_implementation(x.device):
+        run = operator.forward if ops.needs_no_operator(x) else operator.poly_norm
+        return run(x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x))
     if hidden_clamp is not None:
         x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
     out = reference.poly_norm(x, weight, bias, eps=eps)

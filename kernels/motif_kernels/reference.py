@@ -20,7 +20,7 @@ def compute_dtype(*tensors: Tensor | float | None) -> torch.dtype:
     return torch.float64 if has_double else torch.float32
 
 
-def visibility_mask(
+def attention_mask(
     seqlen_q: int,
     seqlen_k: int,
     *,
@@ -52,7 +52,7 @@ def visibility_mask(
     return mask
 
 
-def packed_visibility_mask(
+def packed_attention_mask(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     total_q: int,
@@ -61,7 +61,7 @@ def packed_visibility_mask(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """:func:`visibility_mask` for packed documents: a query sees keys of its own document only.
+    """:func:`attention_mask` for packed documents: a query sees keys of its own document only.
 
     Returns:
         Bool tensor (total_q, total_k).
@@ -85,14 +85,14 @@ def packed_visibility_mask(
 
 
 def attention_map(
-    q: Tensor, k: Tensor, *, visible: Tensor, softmax_scale: float, softcap: float = 0.0
+    q: Tensor, k: Tensor, *, mask: Tensor, softmax_scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The softmax's probabilities, with grouped key heads; a row that sees nothing is 0.
 
     Args:
         q: (B, Sq, H, D).
         k: (B, Sk, Hk, D), H a multiple of Hk.
-        visible: (Sq, Sk) bool, True where a query sees a key.
+        mask: (Sq, Sk) bool, True where a query sees a key.
         softmax_scale: multiplies the logits.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
@@ -107,7 +107,7 @@ def attention_map(
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    hidden = ~visible
+    hidden = ~mask
     logits = logits.masked_fill(hidden, -torch.inf)
     max_logits = (
         logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
@@ -123,7 +123,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    visible: Tensor,
+    mask: Tensor,
     softmax_scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def attention(
         q: (B, Sq, H, D).
         k: (B, Sk, Hk, D), H a multiple of Hk.
         v: (B, Sk, Hv, Dv), H a multiple of Hv.
-        visible: (Sq, Sk) bool, True where a query sees a key.
+        mask: (Sq, Sk) bool, True where a query sees a key.
         softmax_scale: multiplies the logits.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
@@ -143,7 +143,7 @@ def attention(
     dtype = compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
-    probabilities, max_logits = attention_map(q, k, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
+    probabilities, max_logits = attention_map(q, k, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, v), max_logits
 
 
@@ -184,7 +184,7 @@ def diff_attention(
     v: Tensor,
     lam: Tensor | float,
     *,
-    visible: Tensor,
+    mask: Tensor,
     softmax_scale: float,
     softcap: float = 0.0,
     norm_weight: Tensor | None = None,
@@ -195,15 +195,15 @@ def diff_attention(
     """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the
     arguments.
 
-    ``visible`` (Sq, Sk) bool stands for the masks; packed documents are a batch of one with a
+    ``mask`` (Sq, Sk) bool stands for the masks; packed documents are a batch of one with a
     block-diagonal mask.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits
         (Hn,).
     """
-    o_signal, max_signal = attention(q1, k1, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
-    o_noise, max_noise = attention(q2, k2, v, visible=visible, softmax_scale=softmax_scale, softcap=softcap)
+    o_signal, max_signal = attention(q1, k1, v, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
+    o_noise, max_noise = attention(q2, k2, v, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
     out = diff_combine(
         o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
     )

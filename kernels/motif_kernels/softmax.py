@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motif_kernels import reference, sdpa
+from motif_kernels import reference
 from motif_kernels.checks import check_cu_seqlens, may_read
-from motif_kernels.operators.decoding import check_room
+from motif_kernels.impl import sdpa
+from motif_kernels.ops.decoding import check_room
 
 BACKENDS = ("auto", "reference", "sdpa")
 
@@ -47,8 +48,8 @@ def softmax_attn_func(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if _choose_backend(backend, return_max_logits) == "sdpa":
         return sdpa.attention(q, k, v, scale=scale, causal=causal, window_size=window_size)
-    visible = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
-    out, largest = reference.attention(q, k, v, visible=visible, softmax_scale=scale)
+    visible = reference.attention_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
+    out, largest = reference.attention(q, k, v, mask=visible, softmax_scale=scale)
     return (out.to(q.dtype), largest.float()) if return_max_logits else out.to(q.dtype)
 
 
@@ -106,10 +107,10 @@ def softmax_attn_varlen_func(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )[0]
-    visible = reference.packed_visibility_mask(
+    visible = reference.packed_attention_mask(
         cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal=causal, window_size=window_size
     )
-    out, largest = reference.attention(q[None], k[None], v[None], visible=visible, softmax_scale=scale)
+    out, largest = reference.attention(q[None], k[None], v[None], mask=visible, softmax_scale=scale)
     return (out[0].to(q.dtype), largest.float()) if return_max_logits else out[0].to(q.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from motif_kernels.attention import BACKENDS
+from motif_kernels.dispatch import BACKENDS
 from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.integrations.configuration import PATCH
 from motifarch.integrations.families import FAMILIES, Family

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-from motifarch.layers.attention import Attention, check_heads
+from motifarch.layers.base_attention import BaseAttention, check_heads
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.padding import PaddingMask
 from motifarch.layers.rotary import PositionEmbeddings
 
 
-class DifferentialAttentionV2(Attention):
+class DifferentialAttentionV2(BaseAttention):
     """Twice the query heads over unchanged keys and values; ``lambda = sigmoid(x W)`` for each
     token and signal head.
 
@@ -146,7 +146,9 @@ class DifferentialAttentionV2(Attention):
         group = self.num_heads // self.num_noise_heads - 1
         q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
+        key, value, bounds = self._append(
+            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
+        )
         lam = self.compute_lambda(hidden_states)
         self.last_lambda = lam.detach().mean()
         gate = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-from motifarch.layers.attention import Attention, check_heads
+from motifarch.layers.base_attention import BaseAttention, check_heads
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.padding import PaddingMask
 from motifarch.layers.rotary import PositionEmbeddings
@@ -37,7 +37,7 @@ def scalar_lambda(layer: Any) -> Tensor:
     return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + layer.lambda_init
 
 
-class GroupedDifferentialAttention(Attention):
+class GroupedDifferentialAttention(BaseAttention):
     """Differential attention in which a group of signal heads shares one noise head.
 
     Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; key heads as
@@ -125,7 +125,7 @@ class GroupedDifferentialAttention(Attention):
             dtype=dtype,
         )
         self.num_heads, self.num_noise_heads, self.num_kv_heads = num_heads, num_noise_heads, num_kv_heads
-        self.paired_kv, self.head_value_width = paired_kv, value_width
+        self.paired_kv, self.v_head_dim = paired_kv, value_width
         self.lambda_init = default_lambda_init(layer_idx) if lambda_init is None else lambda_init
         self.lambda_q1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         self.lambda_k1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
@@ -181,9 +181,11 @@ class GroupedDifferentialAttention(Attention):
         q, k = self._queries_and_keys(hidden_states, position_embeddings)
         group = self.num_heads // self.num_noise_heads - 1
         q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
-        key = k.flatten(2).unflatten(-1, (-1, self.head_value_width))  # of a pair, k1 and k2 side by side
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_value_width))
-        key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
+        key = k.flatten(2).unflatten(-1, (-1, self.v_head_dim))  # of a pair, k1 and k2 side by side
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))
+        key, value, bounds = self._append(
+            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
+        )
         lam = self._shared(self.compute_lambda())
         self.last_lambda = lam.detach()
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func, softmax_attn_with_kvcache
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.padding import PaddingMask
 from motifarch.layers.rotary import PositionEmbeddings
 
 
-class SoftmaxAttention(Attention):
+class SoftmaxAttention(BaseAttention):
     """Causal multi-head attention with num_heads queries over num_kv_heads keys and values of the
     same width.
 
@@ -116,7 +116,9 @@ class SoftmaxAttention(Attention):
         """
         q, key = self._queries_and_keys(hidden_states, position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        key, value, bounds = self._append(key, value, past_key_values, cache_position, whole=padding is not None)
+        key, value, bounds = self._append(
+            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
+        )
         out = self._attend(
             softmax_attn_func,
             softmax_attn_varlen_func,

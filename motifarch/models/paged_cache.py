@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from motif_kernels.operators.decoding import append_to_cache
+from motif_kernels.ops.decoding import append_to_cache
 
 
 class _Blocks:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from motifarch.layers import SoftmaxAttention
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.shards import local_ranges, to_local
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
@@ -35,7 +35,7 @@ without noise heads.
 
 @torch.no_grad()
 def clip_heads(
-    layer: Attention,
+    layer: BaseAttention,
     max_signal: torch.Tensor,
     max_noise: torch.Tensor | None = None,
     *,
@@ -78,7 +78,7 @@ def clip_heads(
     _scale_heads(layer.k_proj, key, layer.head_dim)
 
 
-def clip_layers(layers: Iterable[Attention], *, tau: float = 100.0, skip: torch.Tensor | None = None) -> None:
+def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: torch.Tensor | None = None) -> None:
     """Clips every layer by what it recorded in `max_logits` since the last call, and clears that.
 
     All ranks call this together; one all-reduce serves all layers. What each rank recorded are the
@@ -110,7 +110,7 @@ def clip_layers(layers: Iterable[Attention], *, tau: float = 100.0, skip: torch.
         layer.max_logits = None  # type: ignore[assignment]
 
 
-def head_share(layer: Attention) -> tuple[int, int]:
+def head_share(layer: BaseAttention) -> tuple[int, int]:
     """Which consecutive part of a layer's heads this rank computes attention for, and how many
     parts there are.
     """
@@ -174,7 +174,7 @@ def _scale_heads(projection: nn.Linear, factors: torch.Tensor, head_dim: int) ->
             local.mul_(own.view(-1, *[1] * (local.ndim - 1)))
 
 
-def _check(layer: Attention, max_signal: torch.Tensor, max_noise: torch.Tensor | None, tau: float) -> None:
+def _check(layer: BaseAttention, max_signal: torch.Tensor, max_noise: torch.Tensor | None, tau: float) -> None:
     if not tau > 0:
         raise ValueError(f"tau is {tau}; it must be above 0")
     if layer.q_norm is not None:

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from motif_kernels import backends
+from motif_kernels import dispatch
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.optim import parallel_muon
@@ -251,7 +251,7 @@ def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
     with (
         mock.patch.object(loop, "initialize", without_values),
         # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
-        mock.patch.object(backends, "refusal_by_triton_on", return_value=None),
+        mock.patch.object(dispatch, "triton_unsupported_reason", return_value=None),
         mock.patch.object(parallel_muon, "copy_group", _with_data(parallel_muon.copy_group)),
         # DTensor finds shapes by running operators on whole tensors, which no rank does.
         mock.patch.object(ShardingPropagator, _SHAPES, recorder.unseen(getattr(ShardingPropagator, _SHAPES))),

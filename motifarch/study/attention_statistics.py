@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motif_kernels.reference import attention_map, visibility_mask
+from motif_kernels.reference import attention_map, attention_mask
 from motifarch.data import Block, collate
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.step import to_device
 
@@ -119,7 +119,7 @@ class _Tally:
 
     def attention(
         self,
-        layer: Attention,
+        layer: BaseAttention,
         queries: Mapping[str, Tensor],
         keys: Mapping[str, Tensor],
         lam: Tensor | None,
@@ -142,7 +142,7 @@ class _Tally:
             document = {name: t[:, start:end] for name, t in (*queries.items(), *keys.items())}
             n, device = end - start, next(iter(document.values())).device
             left, right = layer.window_size
-            visible = visibility_mask(n, n, causal=layer.causal, window_size=(left, right), device=device)
+            visible = attention_mask(n, n, causal=layer.causal, window_size=(left, right), device=device)
             seen = visible[1:].sum(-1)
             self.means["uniform_first_token_share"].add(visible[1:, 0] / seen)
             self.means["uniform_entropy"].add(seen.log())
@@ -152,7 +152,7 @@ class _Tally:
             else:
                 self._differential(layer, document, lam if lam.ndim == 0 else lam[0, start + 1 : end], visible)
 
-    def _differential(self, layer: Attention, document: Mapping[str, Tensor], lam: Tensor, visible: Tensor) -> None:
+    def _differential(self, layer: BaseAttention, document: Mapping[str, Tensor], lam: Tensor, visible: Tensor) -> None:
         group = document["q1"].shape[2] // document["q2"].shape[2]
         for noise_head in range(document["q2"].shape[2]):
             noise = self._map(layer, document["q2"], document["k2"], noise_head, visible)
@@ -167,14 +167,14 @@ class _Tally:
                 self.means["negative_share"].add((-difference).clamp_min(0).sum(-1, keepdim=True) / mass)
                 self.means["cancelled_share"].add(1 - mass / (1 + own.abs()))
 
-    def _map(self, layer: Attention, q: Tensor, k: Tensor, head: int, visible: Tensor) -> Tensor:
+    def _map(self, layer: BaseAttention, q: Tensor, k: Tensor, head: int, visible: Tensor) -> Tensor:
         """One head's map without the first query, (n - 1, n) float32."""
         key_head = head * k.shape[2] // q.shape[2]
         scale = layer.head_dim**-0.5 if layer.softmax_scale is None else layer.softmax_scale
         weights, largest = attention_map(
             q[:, :, head : head + 1].float(),
             k[:, :, key_head : key_head + 1].float(),
-            visible=visible,
+            mask=visible,
             softmax_scale=scale,
         )
         self.largest_logit = max(self.largest_logit, float(largest))
@@ -226,7 +226,7 @@ def _watched(model: MotifForCausalLM, tallies: Sequence[_Tally]) -> Iterator[Non
 
 
 def _observe(
-    layer: Attention,
+    layer: BaseAttention,
     attend: Callable[..., Tensor],
     tally: _Tally,
     *functions: Callable[..., Any],

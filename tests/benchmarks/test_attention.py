@@ -216,7 +216,7 @@ def test_varlen_is_given_every_sequence_and_window(name: str, option: bool, monk
     from torch.nn.attention import varlen as library
 
     from motif_kernels.reference import attention as naive
-    from motif_kernels.reference import packed_visibility_mask
+    from motif_kernels.reference import packed_attention_mask
 
     def old(
         q: Tensor,
@@ -230,8 +230,8 @@ def test_varlen_is_given_every_sequence_and_window(name: str, option: bool, monk
         scale: float,
         window_size: tuple[int, int],
     ) -> Tensor:
-        visible = packed_visibility_mask(bounds_q, bounds_k, len(q), len(k), causal=False, window_size=window_size)
-        return naive(q[None], k[None], v[None], visible=visible, softmax_scale=scale)[0][0]
+        visible = packed_attention_mask(bounds_q, bounds_k, len(q), len(k), causal=False, window_size=window_size)
+        return naive(q[None], k[None], v[None], mask=visible, softmax_scale=scale)[0][0]
 
     def new(q: Tensor, k: Tensor, *rest: Any, enable_gqa: bool, **options: Any) -> Tensor:
         assert enable_gqa == (q.shape[1] != k.shape[1])

@@ -52,7 +52,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention that takes any widths and groups."""
     visible = torch.ones(1, k.shape[1], dtype=torch.bool)
     # The scale is the layouts', whatever the width of joined keys.
-    return reference.attention(q, k, v, visible=visible, softmax_scale=64**-0.5)[0]
+    return reference.attention(q, k, v, mask=visible, softmax_scale=64**-0.5)[0]
 
 
 def test_a_quick_run_measures_both_parts(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_every_form_is_right_where_widths_do_not_matter(name: str, calls: str) -
 
 
 def test_the_kernel_is_right_in_the_interpreter() -> None:
-    kernels = pytest.importorskip("motif_kernels.triton.decoding", reason="the Triton kernels need triton")
+    kernels = pytest.importorskip("motif_kernels.impl.triton.decoding", reason="the Triton kernels need triton")
     if not kernels.triton.knobs.runtime.interpret:
         pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
     with tuning.overriding(decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):

@@ -57,7 +57,7 @@ class FakeClock(Clock):
             return entry
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("motif_kernels.triton.combine.launch_choice", spy)
+            patch.setattr("motif_kernels.impl.triton.combine.launch_choice", spy)
             work.call(work.prepare())
         seconds = self.seconds[self.seen[-1]["tile_bytes"]]
         return Timing(seconds, seconds)

@@ -21,11 +21,11 @@ AMPERE, HOPPER, BLACKWELL, GEFORCE = (8, 0), (9, 0), (10, 0), (12, 0)
 def plain(q, k, v, packing, scale, causal, window, softcap):
     """What a library computes: (B, S, H, D), or packed documents."""
     if packing is None:
-        mask = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window)
-        return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0].to(q.dtype)
-    mask = reference.packed_visibility_mask(*packing, len(q), len(k), causal=causal, window_size=window)
+        mask = reference.attention_mask(q.shape[1], k.shape[1], causal=causal, window_size=window)
+        return reference.attention(q, k, v, mask=mask, softmax_scale=scale, softcap=softcap)[0].to(q.dtype)
+    mask = reference.packed_attention_mask(*packing, len(q), len(k), causal=causal, window_size=window)
     q, k, v = q[None], k[None], v[None]
-    return reference.attention(q, k, v, visible=mask, softmax_scale=scale, softcap=softcap)[0][0].to(q.dtype)
+    return reference.attention(q, k, v, mask=mask, softmax_scale=scale, softcap=softcap)[0][0].to(q.dtype)
 
 
 def compute(q, k, v, packing, lengths, *, scale, causal, window, softcap, deterministic):

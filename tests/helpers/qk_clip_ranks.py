@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from motifarch.layers import DifferentialAttentionV2, GroupedDifferentialAttention
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.optim import clip_heads, clip_layers
 from motifarch.parallel import open_world
 from motifarch.shards import local_ranges
@@ -28,7 +28,7 @@ def clip_on_ranks() -> None:
     with open_world() as world:
         for tensor in (1, 2):
             torch.manual_seed(0)
-            layers: list[Attention] = [
+            layers: list[BaseAttention] = [
                 GroupedDifferentialAttention(10, num_heads=12, **_SIZES),
                 DifferentialAttentionV2(10, num_heads=8, **(_SIZES | {"num_kv_heads": 2, "head_dim": 5})),
             ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from motif_kernels import operators
+from motif_kernels import ops
 
 
 class Path(NamedTuple):
@@ -33,11 +33,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
         if not triton.knobs.runtime.interpret:
             pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
         for family in ("poly_norm", "combine"):
-            module = importlib.import_module(f"motif_kernels.operators.{family}")
+            module = importlib.import_module(f"motif_kernels.ops.{family}")
             monkeypatch.setattr(
                 module,
                 "implementation",
-                lambda family, device: importlib.import_module(f"motif_kernels.triton.{family}"),
+                lambda family, device: importlib.import_module(f"motif_kernels.impl.triton.{family}"),
             )
-    assert operators.has_implementation(torch.device("cpu"))
+    assert ops.has_implementation(torch.device("cpu"))
     return Path(request.param, "cuda" if request.param == "cuda" else "cpu")

@@ -1,5 +1,5 @@
 """Differential attention: each backend against the specification, masks, packed documents, and
-refusals.
+reasons.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def plain_attention(inputs, dtype, **options):
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         v = v.repeat_interleave(q.shape[2] // v.shape[2], 2)
         logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5)
-        visible = reference.visibility_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size)
+        visible = reference.attention_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size)
         logits = logits.masked_fill(~visible, -torch.inf)
         probabilities = torch.nan_to_num(logits.softmax(-1))
         return torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
@@ -257,7 +257,7 @@ def test_packed_compiles_without_a_graph_break(backend):
 
 
 # --------------------------------------------------------------------------------------------------
-# refusals
+# reasons
 
 
 @pytest.mark.parametrize(

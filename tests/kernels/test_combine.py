@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import diff_combine, reference
-from motif_kernels.operators.combine import diff_combine as operator
+from motif_kernels.ops.combine import diff_combine as operator
 
 B, S, HEADS, NOISE, WIDTH = 2, 9, 6, 2, 8
 

@@ -8,7 +8,7 @@ import torch
 from helpers.numerics import assert_error_rule
 from helpers.plain_attention import plain_diff_attention
 from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
-from motif_kernels.operators import decoding as operator
+from motif_kernels.ops import decoding as operator
 
 LENGTHS = [23, 7, 40]  # of whole sequences, the new tokens included
 CAPACITY = 48
@@ -96,7 +96,7 @@ def in_place(request):
     if request.param == "sdpa":
         yield request.param
         return
-    decoding = pytest.importorskip("motif_kernels.triton.decoding", reason="the Triton kernels need triton")
+    decoding = pytest.importorskip("motif_kernels.impl.triton.decoding", reason="the Triton kernels need triton")
     if not decoding.triton.knobs.runtime.interpret:
         pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
     with tuning.overriding(decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):
@@ -290,7 +290,7 @@ def test_a_refused_append_has_written_nothing():
 
 
 def interpreted(name):
-    module = pytest.importorskip(f"motif_kernels.triton.{name}", reason="the Triton kernels need triton")
+    module = pytest.importorskip(f"motif_kernels.impl.triton.{name}", reason="the Triton kernels need triton")
     if not module.triton.knobs.runtime.interpret:
         pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
     return module

@@ -13,7 +13,8 @@ import torch
 
 from helpers.flash_stand_ins import AMPERE, BLACKWELL, GEFORCE, HOPPER, NAMES, StandIn, compute, plain
 from helpers.numerics import assert_error_rule, gradients, leaves
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, flash, reference
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, reference
+from motif_kernels.impl import flash
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_composed_differential_attention_runs_noise_heads_once(install, version,
     def in_plain_pytorch(q, k, v):
         k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
         logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.125
-        hidden = ~reference.visibility_mask(q.shape[1], k.shape[1], causal=True)
+        hidden = ~reference.attention_mask(q.shape[1], k.shape[1], causal=True)
         return torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
     at_precision, exact = run(in_plain_pytorch, dtype), run(in_plain_pytorch, torch.float64)
@@ -278,7 +279,7 @@ def test_widths_that_each_library_is_called_at(install, version, capability, wid
     assert [call["widths"] for call in library.calls] == calls
 
 
-# Which library, and refusals
+# Which library, and reasons
 # ---------------------------------------------------------------------------------------
 
 
@@ -321,7 +322,9 @@ def test_a_library_that_fails_to_load_is_named(install, monkeypatch):
 
 
 def asked(dtype=torch.bfloat16, head_dim=64, value_dim=128, device="cuda", **options):
-    return flash.refusal(device=torch.device(device), dtype=dtype, head_dim=head_dim, value_dim=value_dim, **options)
+    return flash.unsupported_reason(
+        device=torch.device(device), dtype=dtype, head_dim=head_dim, value_dim=value_dim, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,9 +347,9 @@ def asked(dtype=torch.bfloat16, head_dim=64, value_dim=128, device="cuda", **opt
 )
 def test_refusals_say_why(install, versions, capability, arguments, words):
     install(capability, *versions)
-    refusal = asked(**arguments)
-    assert refusal is not None
-    assert re.search(words, refusal), refusal
+    unsupported_reason = asked(**arguments)
+    assert unsupported_reason is not None
+    assert re.search(words, unsupported_reason), unsupported_reason
 
 
 @pytest.mark.parametrize(("version", "capability"), GPUS)
@@ -431,7 +434,7 @@ def test_the_stand_ins_have_the_librarys_parameters(library):
 )
 def test_the_library_by_the_error_rule(library, d, dv, causal, window, sq, sk):
     options = {"causal": causal, "window_size": window}
-    if flash.refusal(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=d, value_dim=dv):
+    if flash.unsupported_reason(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=d, value_dim=dv):
         pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
     q, k, v = inputs((2, sq), (2, sk), 4, 2, 2, d, dv)
     grad = torch.randn(2, sq, 4, dv, generator=torch.Generator().manual_seed(1)).cuda()
@@ -443,7 +446,7 @@ def test_the_library_by_the_error_rule(library, d, dv, causal, window, sq, sk):
 
     def in_plain_pytorch(q, k, v):
         k, v = (t.repeat_interleave(2, 2) for t in (k, v))
-        visible = reference.visibility_mask(sq, sk, causal=causal, window_size=window, device="cuda")
+        visible = reference.attention_mask(sq, sk, causal=causal, window_size=window, device="cuda")
         logits = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.1).masked_fill(~visible, -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).nan_to_num(), v)
 
@@ -462,7 +465,7 @@ def test_the_library_on_packed_documents(library):
     """Each document as if it were alone; empty ones and rows that see nothing give 0 and pass no
     gradient.
     """
-    if flash.refusal(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=128):
+    if flash.unsupported_reason(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=64, value_dim=128):
         pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
     queries, keys = [100, 0, 30, 200], [90, 40, 0, 120]
     cu_q, cu_k = (
@@ -472,7 +475,7 @@ def test_the_library_on_packed_documents(library):
     q, k, v = leaves(*(t.cuda() for t in ts), dtype=torch.bfloat16)
     out = flash.varlen_attention(q, k, v, cu_q, cu_k, 200, 120, scale=0.125, causal=True)
     grads = gradients(out, [q, k, v], torch.ones_like(out))
-    visible = reference.packed_visibility_mask(cu_q, cu_k, 330, 250, causal=True)
+    visible = reference.packed_attention_mask(cu_q, cu_k, 330, 250, causal=True)
     blind = ~visible.any(-1)
     assert blind.sum() == 10 + 30 + 80
     assert not any(t[blind].any() for t in (out, grads[0]))

@@ -16,14 +16,14 @@ BOUNDS = st.integers(-1, 12)
 @settings(max_examples=400, deadline=None)
 @given(st.integers(0, 9), st.integers(0, 9), st.booleans(), st.tuples(BOUNDS, BOUNDS))
 def test_visible_pairs_are_those_of_the_mask(queries, keys, causal, window):
-    mask = reference.visibility_mask(queries, keys, causal=causal, window_size=window)
+    mask = reference.attention_mask(queries, keys, causal=causal, window_size=window)
     assert flops.visible_pairs(queries, keys, causal, window) == mask.sum().item()
 
 
 def test_visible_pairs_add_up_over_documents():
     queries, keys = [3, 0, 5, 1], [4, 2, 0, 1]
     cu_q, cu_k = (torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int() for lengths in (queries, keys))
-    mask = reference.packed_visibility_mask(cu_q, cu_k, 9, 7, causal=True, window_size=(1, -1))
+    mask = reference.packed_attention_mask(cu_q, cu_k, 9, 7, causal=True, window_size=(1, -1))
     assert flops.visible_pairs(queries, keys, True, (1, -1)) == mask.sum().item() > 0
     assert flops.visible_pairs(2**20, 2**20, True) == 2**19 * (2**20 + 1)  # no loop over tokens
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import mul_poly_norm, poly_norm, reference
-from motif_kernels.operators.poly_norm import poly_norm as operator
+from motif_kernels.ops.poly_norm import poly_norm as operator
 
 WEIGHT = torch.tensor([0.2, 0.3, 0.5])
 BIAS = torch.tensor([0.125])

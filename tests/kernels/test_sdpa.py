@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from helpers.memory import largest_allocation
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference, sdpa
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference
+from motif_kernels.impl import sdpa
 
 LENGTH = 2048
 
@@ -65,7 +66,7 @@ def test_segments_cover_exactly_the_visible_pairs(sq, sk, window, causal):
             seen = seen.tril()
         assert seen.any(dim=1).all()  # no row of a segment is blind: torch would give NaN
         covered[s.q_start : s.q_end, s.k_start : s.k_end] += seen
-    visible = reference.visibility_mask(sq, sk, causal=causal, window_size=window)
+    visible = reference.attention_mask(sq, sk, causal=causal, window_size=window)
     assert torch.equal(covered, visible.long())
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from helpers.distributed import on_ranks
 from helpers.numerics import gradients, leaves
 from motif_kernels import mul_poly_norm, poly_norm
-from motif_kernels.operators import poly_norm as operators
+from motif_kernels.ops import poly_norm as operators
 
 SPLITS = {2: [40, 23], 3: [21, 21, 21]}
 OPTIONS = {"sigmoid_weight": True, "out_scale": 0.5, "hidden_clamp": 1.5}
@@ -31,7 +31,7 @@ def on_one_rank(folder: Path, interpreted: bool) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if interpreted:
-        import motif_kernels.triton.poly_norm as triton
+        import motif_kernels.impl.triton.poly_norm as triton
 
         operators.implementation = lambda family, device: triton
     messages: list[int] = []

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.numerics import assert_error_rule, gradients, leaves
 from helpers.plain_attention import plain_diff_attention
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops, tuning
-from motif_kernels.operators import attention as operator
+from motif_kernels.ops import diff_attention as operator
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 WIDTHS = [(64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)]
@@ -463,10 +463,10 @@ def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
 
 @pytest.mark.gpu
 def test_auto_takes_the_kernels_on_a_gpu_and_follows_its_table(monkeypatch):
-    from motif_kernels import backends
+    from motif_kernels import dispatch
 
     inputs = tensors("cuda", dtype=torch.bfloat16)
-    monkeypatch.setattr(backends.operator, "diff_attention", lambda *a: pytest.fail("the kernels were called"))
+    monkeypatch.setattr(dispatch.operator, "diff_attention", lambda *a: pytest.fail("the kernels were called"))
     with tuning.overriding(attention_backend={"up_to": None, "backend": "sdpa"}):
         diff_attn_func(*inputs)
     with pytest.raises(pytest.fail.Exception):
@@ -476,7 +476,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_follows_its_table(monkeypatch):
 @pytest.mark.gpu
 def test_lengths_do_not_recompile():
     """A kernel is compiled for a shape of heads, not for a length."""
-    from motif_kernels.triton.attention_forward import _forward_kernel
+    from motif_kernels.impl.triton.attention_forward import _forward_kernel
 
     fused(*tensors("cuda", sq=512, sk=512, dtype=torch.bfloat16), causal=True)
     before = sum(len(cache[0]) for cache in _forward_kernel.device_caches.values())

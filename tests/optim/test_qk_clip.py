@@ -21,7 +21,7 @@ from motifarch.layers import (
     RotaryEmbedding,
     SoftmaxAttention,
 )
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.optim import clip_heads, clip_layers
 from motifarch.optim.qk_clip import gather_max_logits
 
@@ -29,7 +29,7 @@ E, D, S, TAU = 32, 8, 12, 5.0
 
 # name -> layer, signal heads, noise heads, whether a signal head's key is its own, whether a noise
 # head's is
-LAYERS: dict[str, tuple[Callable[..., Attention], dict[str, int], tuple[bool, bool]]] = {
+LAYERS: dict[str, tuple[Callable[..., BaseAttention], dict[str, int], tuple[bool, bool]]] = {
     "diff_v1, own keys": (DifferentialAttention, {"num_heads": 6, "num_kv_heads": 6}, (True, True)),
     "diff_v1, shared keys": (DifferentialAttention, {"num_heads": 8, "num_kv_heads": 4}, (False, False)),
     "gda 2:1, own noise keys": (
@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[Callable[..., Attention], dict[str, int], tuple[bool, bo
 }
 
 
-def build(name: str, *, bias: bool = False, **options: Any) -> Attention:
+def build(name: str, *, bias: bool = False, **options: Any) -> BaseAttention:
     torch.manual_seed(0)
     kind, heads, _ = LAYERS[name]
     layer = kind(E, **heads, head_dim=D, layer_idx=0, bias=bias, backend="reference", **options)
@@ -69,7 +69,7 @@ def build(name: str, *, bias: bool = False, **options: Any) -> Attention:
     return layer
 
 
-def head_order(layer: Attention) -> tuple[list[int], list[int]]:
+def head_order(layer: BaseAttention) -> tuple[list[int], list[int]]:
     """Which query heads are signal, and which noise: the last one of each block."""
     heads = range(layer.q_proj.weight.shape[0] // D)
     if isinstance(layer, SoftmaxAttention):
@@ -78,7 +78,7 @@ def head_order(layer: Attention) -> tuple[list[int], list[int]]:
     return [h for h in heads if h % block != block - 1], [h for h in heads if h % block == block - 1]
 
 
-def measure(layer: Attention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def measure(layer: BaseAttention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The largest logits of each head, from the attention function itself."""
     q, k = layer._queries_and_keys(hidden, RotaryEmbedding(D)(torch.arange(S)[None]))
     if isinstance(layer, SoftmaxAttention):
@@ -97,7 +97,7 @@ def measure(layer: Attention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 @torch.no_grad()
-def set_maxima(layer: Attention, hidden: torch.Tensor) -> None:
+def set_maxima(layer: BaseAttention, hidden: torch.Tensor) -> None:
     """Scales queries so that on this data every other head, signal and noise, is above the
     bound.
     """

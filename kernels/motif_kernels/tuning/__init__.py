@@ -4,7 +4,7 @@ step.
 Each JSON file here serves one GPU (``"gpu"``: a part of the name that CUDA reports) or,
 ``default.json``, every GPU without a file of its own. A kernel's entries are ordered by ``up_to``,
 the largest size that an entry serves; the last entry's is null and serves the rest. What a kernel's
-size is, and what the other fields mean to it, its module in ``triton/`` says.
+size is, and what the other fields mean to it, its module in ``impl/triton/`` says.
 """
 
 from __future__ import annotations

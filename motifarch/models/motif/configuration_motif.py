@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch._registration import register_models
-from motifarch.layers.attention import check_heads
+from motifarch.layers.base_attention import check_heads
 from motifarch.models.motif.unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
 
 PAIRED_TYPES = ("gda", "diff_v1")

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from motif_kernels import flash
+from motif_kernels.impl import flash
 from motifarch.layers import (
     IGNORE_INDEX,
     CachePosition,

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from motifarch.layers import PolyNorm
-from motifarch.layers.attention import Attention
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.models.motif.configuration_motif import SHARED_STYLE
 
 
@@ -30,7 +30,7 @@ class SharedParallel(TensorParallelLayer):
             ValueError: heads that the ranks cannot share.
         """
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        if isinstance(module, Attention):
+        if isinstance(module, BaseAttention):
             check_shared_heads(module, dist.get_world_size(group))
             module.tensor_group = group
         elif isinstance(module, PolyNorm):

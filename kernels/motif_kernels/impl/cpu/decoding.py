@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motif_kernels.operators import implementation
-from motif_kernels.operators.combine import FAMILY
-from motif_kernels.operators.decoding import Options, Tensors
+from motif_kernels.ops import implementation
+from motif_kernels.ops.combine import FAMILY
+from motif_kernels.ops.decoding import Options, Tensors
 from motif_kernels.reference import compute_dtype
 
 
@@ -85,7 +85,7 @@ def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor |
 
 
 def attend(tensors: Tensors, options: Options) -> Tensor:
-    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`.
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.ops.decoding.attend`.
 
     All caches have the same number of heads, which divides the noise heads'.
     """

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from motif_kernels.constants import POWER_SCALE
+from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.reference import compute_dtype
 
 # Elements in a block of rows, for each thread: the six float32 buffers of the backward pass take 3

@@ -49,7 +49,7 @@ def _append_kernel(
 
 
 def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
-    """Arguments are :func:`motif_kernels.operators.decoding.append`'s; last dimensions are
+    """Arguments are :func:`motif_kernels.ops.decoding.append`'s; last dimensions are
     contiguous.
     """
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()

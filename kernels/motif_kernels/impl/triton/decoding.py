@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motif_kernels.operators.decoding import Options, Tensors
-from motif_kernels.triton.attention_tiles import product, to_logits
+from motif_kernels.impl.triton.attention_tiles import product, to_logits
+from motif_kernels.ops.decoding import Options, Tensors
 from motif_kernels.tuning import attention_size, launch_choice
 
 
@@ -243,7 +243,7 @@ def _processors(device: torch.device) -> int:
 
 
 def attend(tensors: Tensors, options: Options) -> Tensor:
-    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.operators.decoding.attend`.
+    """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.ops.decoding.attend`.
 
     All caches have the same number of heads, which divides that of the noise heads.
     """

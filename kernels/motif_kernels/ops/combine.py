@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motif_kernels.operators import implementation
+from motif_kernels.ops import implementation
 from motif_kernels.reference import compute_dtype
 
 FAMILY = "combine"

@@ -2,5 +2,5 @@
 
 Each file has the kernels and, below them, functions that launch them on plain tensors. The
 functions of a family have the names and arguments of its CPU counterpart in ``cpu/``; the operators
-in ``operators/`` call one or the other.
+in ``ops/`` call one or the other.
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from motif_kernels import backends
-from motif_kernels.backends import BACKENDS as BACKENDS
+from motif_kernels import dispatch
 from motif_kernels.checks import check_attention, check_cu_seqlens, check_epilogue
+from motif_kernels.dispatch import BACKENDS as BACKENDS
 
 
 def diff_attn_func(
@@ -73,7 +73,7 @@ def diff_attn_func(
     """
     check_attention(q1, k1, q2, k2, v, packed=False)
     check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate, q1.device)
-    call = backends.Call(
+    call = dispatch.Call(
         q1=q1,
         k1=k1,
         q2=q2,
@@ -93,7 +93,7 @@ def diff_attn_func(
         max_seqlen_q=q1.shape[1],
         max_seqlen_k=k1.shape[1],
     )
-    return backends.run(backend, call)
+    return dispatch.run(backend, call)
 
 
 def diff_attn_varlen_func(
@@ -165,7 +165,7 @@ def diff_attn_varlen_func(
             f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents and cu_seqlens_k "
             f"{len(cu_seqlens_k) - 1}; they must be equal"
         )
-    call = backends.Call(
+    call = dispatch.Call(
         q1=q1,
         k1=k1,
         q2=q2,
@@ -187,4 +187,4 @@ def diff_attn_varlen_func(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    return backends.run(backend, call)
+    return dispatch.run(backend, call)

@@ -217,7 +217,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _refusal_by(version: int, request: _Request) -> str | None:
+def _version_unsupported_reason(version: int, request: _Request) -> str | None:
     """Why this generation cannot serve the request, whatever the widths."""
     major, minor = request.capability
     here = f"flash-attn {version} on compute capability {major}.{minor}"
@@ -243,21 +243,21 @@ def _plan(request: _Request) -> tuple[int, ValuePlan] | str:
     missing = _find()
     if not _libraries:
         return f"these tensors: no flash-attn is installed ({missing})"
-    refusals = []
+    reasons = []
     for version in _libraries:
-        refusal = _refusal_by(version, request)
-        if refusal is None:
+        unsupported_reason = _version_unsupported_reason(version, request)
+        if unsupported_reason is None:
             supported = functools.partial(_COSTS[version], request)
             plan = plan_value_width(request.head_dim, request.value_dim, supported)
             if plan is not None:
                 return version, plan
             options = f"deterministic={request.deterministic}, softcap={request.softcap}"
-            refusal = (
+            unsupported_reason = (
                 f"head widths ({request.head_dim}, {request.value_dim}) with {options}: flash-attn {version} "
                 f"on compute capability {'.'.join(map(str, request.capability))} has no kernel for them"
             )
-        refusals.append(refusal)
-    return "; nor ".join(refusals)
+        reasons.append(unsupported_reason)
+    return "; nor ".join(reasons)
 
 
 @constant  # a search for libraries cannot be traced; its result, plain numbers, can
@@ -270,7 +270,7 @@ def _choose(device: torch.device, *request: Any) -> tuple[int, ...] | str:
     return plan if isinstance(plan, str) else (plan[0], *plan[1])
 
 
-def refusal(
+def unsupported_reason(
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -332,8 +332,8 @@ def attention(
         Tensor (B, Sq, H, Dv) of q's dtype; a row that sees nothing is 0.
 
     Raises:
-        ValueError: no installed flash-attn can serve the arguments (:func:`refusal` says so
-            beforehand).
+        ValueError: no installed flash-attn can serve the arguments (:func:`unsupported_reason` says
+            so beforehand).
     """
     return _attend(q, k, v, None, scale, causal, window_size, softcap, deterministic)
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from motif_kernels.constants import POWER_SCALE
-from motif_kernels.operators import implementation
+from motif_kernels.impl.constants import POWER_SCALE
+from motif_kernels.ops import implementation
 from motif_kernels.reference import compute_dtype
 
 FAMILY = "poly_norm"

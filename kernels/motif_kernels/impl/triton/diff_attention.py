@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from motif_kernels.operators.attention import Gradients, Options, Results, Tensors
-from motif_kernels.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
-from motif_kernels.triton.attention_forward import _forward_kernel
+from motif_kernels.impl.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
+from motif_kernels.impl.triton.attention_forward import _forward_kernel
+from motif_kernels.ops.diff_attention import Gradients, Options, Results, Tensors
 from motif_kernels.tuning import attention_size, launch_choice
 
 LN_2 = 0.6931471805599453

@@ -17,7 +17,7 @@ MAX_TOKEN_STRIDE = 1 << 23  # a tile of 128 tokens is addressed in 32 bits from 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def refusal(
+def unsupported_reason(
     q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None
 ) -> str | None:
     """Why the kernels cannot serve these tensors, or None."""
@@ -137,7 +137,7 @@ _COUNT = len(Tensors._fields)
 
 
 def _implementation() -> Any:
-    return importlib.import_module("..triton.attention", __package__)
+    return importlib.import_module("..impl.triton.diff_attention", __package__)
 
 
 def split_arguments(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from motif_kernels import flash, reference, sdpa, tuning
+from motif_kernels import reference, tuning
 from motif_kernels.combine import diff_combine
-from motif_kernels.operators import attention as operator
-from motif_kernels.operators import triton_is_installed
+from motif_kernels.impl import flash, sdpa
+from motif_kernels.ops import diff_attention as operator
+from motif_kernels.ops import triton_is_installed
 from motif_kernels.tracing import constant
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -57,11 +58,11 @@ class Call:
 # None.
 
 
-def _refusal_by_reference(call: Call) -> str | None:
+def _reference_unsupported_reason(call: Call) -> str | None:
     return None
 
 
-def _refusal_by_sdpa(call: Call) -> str | None:
+def _sdpa_unsupported_reason(call: Call) -> str | None:
     if call.softcap > 0:
         return f"softcap={call.softcap}: torch's scaled_dot_product_attention has no soft cap"
     if call.return_max_logits:
@@ -69,8 +70,8 @@ def _refusal_by_sdpa(call: Call) -> str | None:
     return None
 
 
-def _refusal_by_flash(call: Call) -> str | None:
-    return flash.refusal(
+def _flash_unsupported_reason(call: Call) -> str | None:
+    return flash.unsupported_reason(
         device=call.q1.device,
         dtype=call.q1.dtype,
         head_dim=call.q1.shape[-1],
@@ -86,7 +87,7 @@ _LAUNCH_TABLES_FIT = ((9, 0), (10, 0), (10, 3))
 
 
 @constant
-def refusal_by_triton_on(device: torch.device) -> str | None:
+def triton_unsupported_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None."""
     if not triton_is_installed():
         return f"tensors on {device}: triton is not installed"
@@ -105,8 +106,8 @@ def refusal_by_triton_on(device: torch.device) -> str | None:
     return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"
 
 
-def _refusal_by_triton(call: Call) -> str | None:
-    return refusal_by_triton_on(call.q1.device) or operator.refusal(
+def _triton_unsupported_reason(call: Call) -> str | None:
+    return triton_unsupported_reason(call.q1.device) or operator.unsupported_reason(
         call.q1, call.k1, call.q2, call.k2, call.v, call.gate, call.cu_seqlens_q
     )
 
@@ -114,7 +115,7 @@ def _refusal_by_triton(call: Call) -> str | None:
 def _run_reference(call: Call) -> Result:
     packed = call.cu_seqlens_q is not None
     if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        visible = reference.packed_visibility_mask(
+        visible = reference.packed_attention_mask(
             call.cu_seqlens_q,
             call.cu_seqlens_k,
             call.q1.shape[0],
@@ -123,7 +124,7 @@ def _run_reference(call: Call) -> Result:
             window_size=call.window_size,
         )
     else:
-        visible = reference.visibility_mask(
+        visible = reference.attention_mask(
             call.q1.shape[1],
             call.k1.shape[1],
             causal=call.causal,
@@ -144,7 +145,7 @@ def _run_reference(call: Call) -> Result:
         batched(call.k2),
         batched(call.v),
         lam,
-        visible=visible,
+        mask=visible,
         softmax_scale=call.softmax_scale,
         softcap=call.softcap,
         norm_weight=call.norm_weight,
@@ -256,15 +257,15 @@ def _run_triton(call: Call) -> Result:
 
 @dataclass(frozen=True)
 class _Backend:
-    refusal: Callable[[Call], str | None]
+    unsupported_reason: Callable[[Call], str | None]
     run: Callable[[Call], Result]
 
 
 _BACKENDS = {
-    "reference": _Backend(_refusal_by_reference, _run_reference),
-    "sdpa": _Backend(_refusal_by_sdpa, _run_sdpa),
-    "flash": _Backend(_refusal_by_flash, _run_flash),
-    "triton": _Backend(_refusal_by_triton, _run_triton),
+    "reference": _Backend(_reference_unsupported_reason, _run_reference),
+    "sdpa": _Backend(_sdpa_unsupported_reason, _run_sdpa),
+    "flash": _Backend(_flash_unsupported_reason, _run_flash),
+    "triton": _Backend(_triton_unsupported_reason, _run_triton),
 }
 BACKENDS = ("auto", *_BACKENDS)
 
@@ -283,15 +284,15 @@ def choose(backend: str, call: Call) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
     if backend != "auto":
-        if refusal := _BACKENDS[backend].refusal(call):
-            raise ValueError(f"backend {backend!r} cannot serve {refusal}; use another backend or 'auto'")
+        if unsupported_reason := _BACKENDS[backend].unsupported_reason(call):
+            raise ValueError(f"backend {backend!r} cannot serve {unsupported_reason}; use another backend or 'auto'")
         return backend
     order = ("sdpa", "reference")
     if call.q1.device.type == "cuda":
         size = tuning.attention_size(call.q1.shape[-1], call.v.shape[-1], call.q1.element_size())
         measured = tuning.find_choice("attention_backend", size, call.q1.device)
         order = (*([measured["backend"]] if measured else []), "triton", "flash", *order)
-    return next(name for name in order if _BACKENDS[name].refusal(call) is None)
+    return next(name for name in order if _BACKENDS[name].unsupported_reason(call) is None)
 
 
 def run(backend: str, call: Call) -> Tensor | tuple[Tensor, Tensor, Tensor]:

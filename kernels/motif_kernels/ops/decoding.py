@@ -33,7 +33,9 @@ def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor |
         return
     if cache.device.type == "cuda":
         with torch.cuda.device_of(cache):
-            importlib.import_module("..triton.cache_append", __package__).append(cache, tokens, lengths, block_table)
+            importlib.import_module("..impl.triton.cache_append", __package__).append(
+                cache, tokens, lengths, block_table
+            )
         return
     positions = lengths[:, None].long() + torch.arange(added, device=cache.device)
     row = torch.arange(batch, device=cache.device)[:, None]
@@ -93,7 +95,7 @@ class Options(NamedTuple):
     """What "packed" hands the packed rows to."""
 
 
-_MODULES = {"triton": "..triton.decoding", "cpu": "..cpu.decoding", "packed": "..packed_cache"}
+_MODULES = {"triton": "..impl.triton.decoding", "cpu": "..impl.cpu.decoding", "packed": "..packed_cache"}
 
 
 def attend(*arguments: Any) -> Tensor:

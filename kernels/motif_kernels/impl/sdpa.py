@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motif_kernels.reference import visibility_mask
+from motif_kernels.reference import attention_mask
 
 # Queries in a segment that needs a mask of its own. Smaller blocks waste fewer masked products,
 # larger ones fewer calls.
@@ -49,7 +49,7 @@ class Segment(NamedTuple):
         if self.window == (-1, -1):
             return None
         queries, keys = self.q_end - self.q_start, self.k_end - self.k_start
-        visible = visibility_mask(queries, keys, window_size=self.window, offset=self.offset, device=like.device)
+        visible = attention_mask(queries, keys, window_size=self.window, offset=self.offset, device=like.device)
         return like.new_zeros(queries, keys).masked_fill_(~visible, -torch.inf)
 
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motif_kernels import backends
+from motif_kernels import dispatch
 from motif_kernels.checks import check_attention, check_epilogue, may_read
-from motif_kernels.operators import attention as attention_operator
-from motif_kernels.operators import decoding as operator
-from motif_kernels.operators import needs_no_operator
+from motif_kernels.ops import decoding as operator
+from motif_kernels.ops import diff_attention as attention_operator
+from motif_kernels.ops import needs_no_operator
 from motif_kernels.reference import compute_dtype
 
 # Queries times signal heads of a key head that are decoding; more are prefill, which the training
 # kernels serve.
-MAX_ROWS = 32
+MAX_DECODE_QUERY_ROWS = 32
 
 
 def diff_attn_with_kvcache(
@@ -99,7 +99,7 @@ def diff_attn_with_kvcache(
     _check_table(q1, block_table)
     added = _check_new_tokens({"k1": (k1, k1_cache), "k2": (k2, k2_cache), "v": (v, v_cache)}, len(q1))
     implementation = _implementation(backend, q1, k1_cache, q2, k2_cache, v_cache, gate)
-    left, right = backends.kernel_window(causal, window_size)
+    left, right = dispatch.kernel_window(causal, window_size)
     if not isinstance(lam, Tensor):
         lam = torch.full((), lam, dtype=compute_dtype(q1), device=q1.device)
     with torch.no_grad():
@@ -145,13 +145,15 @@ def _implementation(
     tells why.
     """
     same_heads = k1.shape[2] == k2.shape[2] == v.shape[2] and q2.shape[2] % v.shape[2] == 0
-    few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_ROWS
+    few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_DECODE_QUERY_ROWS
     if not (same_heads and few):
         return "packed"
     on_gpu = q1.device.type == "cuda"
     if backend == "triton" or (backend == "auto" and on_gpu):
-        refusal = backends.refusal_by_triton_on(q1.device) or attention_operator.refusal(q1, k1, q2, k2, v, gate, None)
-        return "packed" if refusal else "triton"
+        unsupported_reason = dispatch.triton_unsupported_reason(q1.device) or attention_operator.unsupported_reason(
+            q1, k1, q2, k2, v, gate, None
+        )
+        return "packed" if unsupported_reason else "triton"
     return "cpu" if backend == "sdpa" or (backend == "auto" and not on_gpu) else "packed"
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motif_kernels.constants import POWER_SCALE
+from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 

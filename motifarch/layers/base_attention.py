@@ -21,7 +21,7 @@ from motifarch.layers.rotary import PositionEmbeddings, apply_rotary
 from motifarch.layers.ulysses import gather_heads, scatter_heads, sum_gradient
 
 
-class Attention(nn.Module):
+class BaseAttention(nn.Module):
     """Base of the attention layers: projections, rotary embeddings, cache and packing around a
     subclass's attention.
 
@@ -100,7 +100,13 @@ class Attention(nn.Module):
         return F.rms_norm(x, (self.head_dim,), self._shared(norm.weight), norm.eps)
 
     def _append(
-        self, key: Tensor, value: Tensor, past_key_values: Any | None, position: CachePosition | None, *, whole: bool
+        self,
+        key: Tensor,
+        value: Tensor,
+        past_key_values: Any | None,
+        position: CachePosition | None,
+        *,
+        needs_full_cache: bool,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor | None] | None]:
         """Append to the cache, and say what the queries attend to.
 
@@ -109,7 +115,7 @@ class Attention(nn.Module):
             value: (B, S, heads, Dv).
             past_key_values: a transformers Cache or a PagedCache, or None.
             position: where the cache stands; by default the cache is asked.
-            whole: a mask follows that speaks of every cached token.
+            needs_full_cache: a mask follows that speaks of every cached token.
 
         Returns:
             Keys and values, (B, Sk, heads, width) or pages, and for a cache that held tokens
@@ -130,7 +136,7 @@ class Attention(nn.Module):
                 f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
                 "torch.no_grad(), or take a DynamicCache"
             )
-        if hasattr(past_key_values, "append") and not whole:
+        if hasattr(past_key_values, "append") and not needs_full_cache:
             keys, values, lengths, table = past_key_values.append(key, value, self.layer_idx)
             if position.is_start:
                 return key, value, None
@@ -140,7 +146,7 @@ class Attention(nn.Module):
         if position.is_start:
             return key, value, None
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if whole or (torch.is_grad_enabled() and keys.requires_grad):
+        if needs_full_cache or (torch.is_grad_enabled() and keys.requires_grad):
             return keys, values, None
         lengths, leftpad = position.within(keys.shape[1])
         return keys, values, {"cache_seqlens": lengths, "cache_leftpad": leftpad}

@@ -1,9 +1,9 @@
 """The torch operators: one schema, fake rule and derivative for each operation, and the device that
 runs it.
 
-An operator's arithmetic is in ``cpu/`` (plain PyTorch, blocked) or ``triton/`` (kernels), under the
-same names and with the same arguments. To torch.compile, to activation checkpointing and to a
-profiler each is one opaque node.
+An operator's arithmetic is in ``impl/cpu/`` (plain PyTorch, blocked) or ``impl/triton/`` (kernels),
+under the same names and with the same arguments. To torch.compile, to activation checkpointing and
+to a profiler each is one opaque node.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def implementation(family: str, device: torch.device) -> ModuleType:
         NotImplementedError: there is none; :func:`has_implementation` says so beforehand.
     """
     if device.type == "cpu":
-        return importlib.import_module(f"..cpu.{family}", __name__)
+        return importlib.import_module(f"..impl.cpu.{family}", __name__)
     if has_implementation(device):
-        return importlib.import_module(f"..triton.{family}", __name__)
+        return importlib.import_module(f"..impl.triton.{family}", __name__)
     raise NotImplementedError(
         f"motif_kernels has no {family} operator for {device}: it needs a CPU, or a CUDA GPU with triton installed"
     )

@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from motif_kernels.triton.attention_tiles import (
+from motif_kernels.impl.triton.attention_tiles import (
     cap_slope,
     document,
     key_ranges,

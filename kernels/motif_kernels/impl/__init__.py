@@ -1,0 +1,1 @@
+"""What runs the operations: one folder for each backend."""
