@@ -16,18 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from motifarch.data.workspace import claim, new_folder
 from motifarch.errors import UserError
+from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.train.checkpoint import CheckpointWriter, mismatch
-from motifarch.train.manifest import (
-    checkpoint_name,
-    checkpoints_folder,
-    complete_checkpoints,
-    read_manifest,
-    step_of,
-    write_json,
-)
+from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
 
 AVERAGE_OF = "average_of"
@@ -92,7 +85,7 @@ def average(run: Path, output: Path, last: int) -> Path:
         TextColumn("tensors"),
         TimeRemainingColumn(),
     )
-    with claim(output, print), new_folder(output) as folder, Progress(*columns, transient=True) as progress:
+    with claim_folder(output, print), new_folder(output) as folder, Progress(*columns, transient=True) as progress:
         target = checkpoints_folder(folder) / checkpoint_name(steps[0])
         target.parent.mkdir()
         writer = CheckpointWriter(target, steps[0], about)

@@ -19,8 +19,8 @@ from rich.console import Console
 
 import motifarch
 from motifarch.errors import UserError
+from motifarch.files import write_json
 from motifarch.generate import check_folder, load
-from motifarch.train.manifest import write_json
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from motifarch.data.workspace import claim, new_folder
 from motifarch.errors import UserError
+from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.portable import CODE_FILE, add_code
 from motifarch.train.checkpoint import find_newest, load_model_state
-from motifarch.train.manifest import MANIFEST, read_manifest, sha256, step_of, write_json
+from motifarch.train.manifest import MANIFEST, read_manifest, step_of
 from motifarch.train.record import RECORD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,7 +63,7 @@ def export(
     model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]  # transformers hides its signature
     eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
-    with claim(output, print), new_folder(output) as folder:
+    with claim_folder(output, print), new_folder(output) as folder:
         model.save_pretrained(folder)
         saved_tokenizer.save_pretrained(folder)
         shutil.copyfile(run / RECORD, folder / RECORD)

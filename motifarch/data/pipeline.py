@@ -28,8 +28,8 @@ from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, parse_source, path_state
 from motifarch.data.tokenise import tokenise
 from motifarch.data.tokenizer import capped, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
-from motifarch.data.workspace import claim, new_folder
 from motifarch.errors import UserError
+from motifarch.files import claim_folder, new_folder
 
 Report = Callable[[str], None]
 
@@ -59,7 +59,7 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
         inputs.append({"name": f"--tokenizer {settings.tokenizer}", **path_state(Path(settings.tokenizer))})
     if found := _already_prepared(settings, inputs):
         return found
-    with claim(output, report):
+    with claim_folder(output, report):
         # Once more: another process may have finished it, or a killed one may have moved it aside.
         if found := _already_prepared(settings, inputs):
             return found

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from motifarch.data.workspace import claim, new_folder
 from motifarch.errors import UserError
-from motifarch.train.manifest import write_json
+from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.weight_files import INDEX, SINGLE, WeightFiles, first_line
 
 CONFIG = "config.json"
@@ -121,7 +120,7 @@ class FolderWriter:
     def __enter__(self) -> FolderWriter:
         """Begins the folder."""
         with ExitStack() as stack:
-            stack.enter_context(claim(self.output, self.report))
+            stack.enter_context(claim_folder(self.output, self.report))
             if self.output.exists():
                 raise UserError(f"{self.output} exists already; remove it, or give another output folder")
             self.folder = stack.enter_context(new_folder(self.output))

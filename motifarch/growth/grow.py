@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from motifarch.errors import UserError
+from motifarch.files import sha256, write_json
 from motifarch.growth.compare import Described, Difference, difference
 from motifarch.growth.depth import deepen
 from motifarch.growth.folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
@@ -18,7 +19,6 @@ from motifarch.growth.layouts import Factors, factors_to, motif_config
 from motifarch.growth.model_spec import ModelSpec, describe
 from motifarch.growth.width import Noise, untie, widen
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.train.manifest import sha256, write_json
 
 RECORD = "growth.json"
 

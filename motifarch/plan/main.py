@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from motifarch.errors import UserError
+from motifarch.files import atomic_write, write_json
 from motifarch.train.read_recipe import read_recipe
 
 
@@ -149,15 +149,16 @@ def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> N
     from motifarch.plan.plots import draw_memory
     from motifarch.plan.report import as_text, to_json
 
-    content = json.dumps(to_json(plan), indent=2) + "\n"
+    content = to_json(plan)
     try:
         if options.json is not None:
-            _replace(options.json, content)
+            write_json(options.json, content)
         if options.output is None:
             return
         options.output.mkdir(parents=True, exist_ok=True)
-        _replace(options.output / "plan.json", content)
-        _replace(options.output / "plan.txt", as_text(plan, name))
+        write_json(options.output / "plan.json", content)
+        with atomic_write(options.output / "plan.txt") as file:
+            file.write(as_text(plan, name))
         bars = [("the recipe", plan)]
         if fitting is not None:
             changes = "\n".join(f"{k} {v}" for k, v in plan.suggestions[-1].changes.items())
@@ -166,12 +167,6 @@ def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> N
     except OSError as error:
         raise UserError(f"can't write {error.filename}: {error.strerror}; give another --output or --json") from None
     print(f"written: {options.output}/plan.txt, plan.json, plan.png")
-
-
-def _replace(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

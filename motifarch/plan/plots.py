@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from motifarch.files import atomic_write
 from motifarch.plan import memory
 from motifarch.plan.planning import Plan
 
@@ -56,7 +57,6 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    temporary.replace(path)

@@ -11,8 +11,8 @@ from typing import Any
 import motifarch
 from motifarch._registration import MODEL_TYPES
 from motifarch.errors import UserError
+from motifarch.files import atomic_write, write_json
 from motifarch.models.motif import MotifConfig
-from motifarch.train.manifest import write_json
 
 CODE_FILE = "modeling_motif.py"
 _MARK = "# Written by motifarch"
@@ -41,10 +41,9 @@ def add_code(folder: Path) -> Path:
     config = _read_config(folder / "config.json")
     _refuse_other_code(folder, config)
     target = folder / CODE_FILE
-    temporary = target.with_name(target.name + ".tmp")
     source = Path(__file__).with_name(CODE_FILE).read_text(encoding="utf-8")
-    temporary.write_text(_HEADER + source, encoding="utf-8")
-    temporary.replace(target)
+    with atomic_write(target) as file:
+        file.write(_HEADER + source)
     # Last: the config must never name code that is not there.
     classes = {auto: f"{target.stem}.{name}" for auto, name in _CLASSES.items()}
     write_json(folder / "config.json", config | {"auto_map": (config.get("auto_map") or {}) | classes})

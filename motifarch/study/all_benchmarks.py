@@ -188,7 +188,7 @@ class Benchmarks:
         """Writes what there is, with the parts that this run was not asked for or has not come to
         yet.
         """
-        from motifarch.train.manifest import write_json
+        from motifarch.files import write_json
 
         order = [part.name for part in PARTS]
         known = sorted(self._parts, key=lambda name: order.index(name) if name in order else len(order))

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from motifarch.errors import UserError
+from motifarch.files import write_json
 from motifarch.study.grid import Grid
-from motifarch.train.manifest import write_json
 
 STUDY, RESULTS = "study.json", "results.json"
 KIND, FORMAT = "head_ratio_study", 1

@@ -20,12 +20,12 @@ from rich.console import Console
 from motifarch.data import PackedDataset
 from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
+from motifarch.files import write_json
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.study.attention_statistics import attention_statistics, gradient_norm_spikes
 from motifarch.study.probe import DEPTHS, find_lines, model_scorer, probe
 from motifarch.study.speed import decoding_speed, training_speed
 from motifarch.train.checkpoint import find_newest, load_model_state
-from motifarch.train.manifest import write_json
 from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.record import RECORD, read_record
 from motifarch.train.step import spread_rows

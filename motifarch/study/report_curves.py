@@ -10,7 +10,7 @@ from motifarch.study import charts
 from motifarch.study.document import Block, Picture, Section, Text, number
 from motifarch.study.findings import Run, Study, Variant
 from motifarch.study.report_losses import LOSS, hollow, kind
-from motifarch.train.picture import smooth
+from motifarch.train.plots import smooth
 
 
 def curves(study: Study) -> Section:

@@ -6,11 +6,11 @@ from itertools import accumulate
 from typing import Any
 
 from motifarch.errors import UserError
+from motifarch.files import write_json
 from motifarch.study.folder import FORMAT, KIND, RESULTS, StudyFolder
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.runs import FAILED, MEASURED, RESULT, Run
 from motifarch.study.variants import head_ratio
-from motifarch.train.manifest import write_json
 from motifarch.train.metrics import METRICS, read_metrics
 
 CURVE_POINTS = 200

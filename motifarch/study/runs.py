@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from motifarch.files import write_json
 from motifarch.study.grid import Grid, model_section
 from motifarch.study.matching import Matched
-from motifarch.train.manifest import write_json
 from motifarch.train.metrics import METRICS
 from motifarch.train.recipe import DatasetEntry, Recipe
 

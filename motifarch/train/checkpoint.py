@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from motifarch.errors import UserError
+from motifarch.files import sha256, write_json
 from motifarch.optim import SpikeGuard
 from motifarch.train.manifest import (
     FORMAT,
@@ -45,8 +46,6 @@ from motifarch.train.manifest import (
     list_checkpoints,
     prune,
     remove_checkpoint,
-    sha256,
-    write_json,
 )
 
 __all__ = ["CheckpointWriter", "Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]

@@ -5,9 +5,7 @@ atomically, with the size and SHA-256 of every other file. Without a manifest th
 folder is passed over.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,29 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from motifarch.files import sha256
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 PARTIAL = ".partial"
 _NAME = re.compile(r"step_(\d+)(?:\.partial)?")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name, then renames it, so that a reader finds the old file or
-    the new one.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints_folder(output: Path) -> Path:

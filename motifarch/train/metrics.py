@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from motifarch.files import atomic_write
 from motifarch.train.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -35,9 +36,8 @@ def cut_metrics(path: Path, step: int) -> None:
     """Removes the rows after a step, which a resumed run is about to write again."""
     if path.exists():
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
 
 
 class MetricsLog:

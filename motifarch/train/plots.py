@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from motifarch.files import atomic_write
+
 LOSS_PLOT = "loss.png"
 
 
@@ -48,10 +50,9 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     for axis in (top, bottom):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=150, format="png")
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    temporary.replace(path)
 
 
 def smooth(values: list[float], factor: float = 0.95) -> list[float]:

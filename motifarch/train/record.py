@@ -12,9 +12,10 @@ import torch
 
 from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
+from motifarch.files import sha256, write_json
 from motifarch.parallel import World
 from motifarch.train.inputs import Inputs
-from motifarch.train.manifest import MANIFEST, read_manifest, sha256, write_json
+from motifarch.train.manifest import MANIFEST, read_manifest
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import ModelSection, Recipe
 

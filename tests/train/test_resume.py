@@ -12,7 +12,8 @@ import pytest
 
 from helpers.distributed import kill_tree, started, torchrun, wait_until
 from helpers.tiny import write_recipe
-from motifarch.train.manifest import find_newest, sha256
+from motifarch.files import sha256
+from motifarch.train.manifest import find_newest
 from motifarch.train.metrics import read_metrics
 
 STALLED = Path(__file__).with_name("stalled_save.py")
