@@ -5,19 +5,26 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OLDEST := .venv-oldest
 
-# A file's tests share what they set up, so a file goes to one worker; tests/conftest.py says in which order.
-PYTEST_OPTIONS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# A file's tests share what they set up, so a file goes to one worker; tests/conftest.py says in
+# which order.
+PYTEST_OPTIONS := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+# What `make test-fast` runs: files of many quick tests.
+FAST := tests/data tests/layers tests/optim
 
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test lint format test-oldest clean
+.PHONY: help train test test-fast test-slow test-oldest lint format clean
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
-	@echo "make test         run the tests"
-	@echo "make lint         ruff and mypy"
-	@echo "make test-oldest  run the tests with the oldest supported transformers"
+	@echo "make test         all tests but the slow ones, in 10 minutes on two cores; ARGS='tests/optim -k muon' for some"
+	@echo "make test-fast    a quick subset of them, in 2 minutes"
+	@echo "make test-slow    the slow ones: kill loops, every compiled configuration; in 40 minutes"
+	@echo "make test-oldest  make test with the oldest supported transformers"
+	@echo "make lint         formats, types, import contracts, Markdown"
+	@echo "make format       mend what ruff and mdformat can"
 	@echo "make clean        remove environments, runs and prepared data"
 
 $(BIN)/python:
@@ -28,7 +35,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# timm is an independent implementation in tests. It may not bring torchvision along: beside torch's CPU build that breaks transformers.
+# timm, an independent implementation in tests, may not bring torchvision along: beside torch's CPU
+# build that breaks transformers.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
@@ -38,23 +46,33 @@ train: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" recipes/tiny_cpu.sh
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
 
+test-fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(FAST) $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m slow $(ARGS)
+
+# mdformat breaks no line of code, and nobody can break a table's row.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files '*.md' | xargs $(BIN)/mdformat --check
+	! git ls-files '*.md' | LC_ALL=C.UTF-8 xargs grep -nE '^[^|].{100,}' /dev/null
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	git ls-files '*.md' | xargs $(BIN)/mdformat
 
 test-oldest: $(VENV)/.installed-dev
 	$(PYTHON) -m venv --clear $(OLDEST)
 	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm
-	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs data build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

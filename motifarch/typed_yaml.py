@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import jsonargparse
 import yaml
 
+from motifarch import packaged_recipes
 from motifarch.errors import UserError
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class TypedYaml(Generic[T]):
         """
         args = list(argv)
         if args and not args[0].startswith("-"):
-            args = ["--config", *args]
+            args = ["--config", str(packaged_recipes.locate(args[0])), *args[1:]]
         parser = self.parser()
         if "--help" in args or "-h" in args:
             parser.print_help()

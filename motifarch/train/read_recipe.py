@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonargparse
 
+from motifarch import packaged_recipes
 from motifarch.train.recipe import Recipe
 from motifarch.typed_yaml import TypedYaml
 
@@ -13,8 +14,10 @@ _RECIPES = TypedYaml(
     Recipe,
     "recipe",
     prog="motifarch train",
-    usage="%(prog)s RECIPE.yaml [--section.field VALUE ...]",
+    usage="%(prog)s RECIPE [--section.field VALUE ...]",
     description="Train a language model as a recipe says. "
+    "RECIPE is a file, or the name of one that comes with the package: "
+    f"{', '.join(packaged_recipes.names())}. "
     "Several processes: torchrun --standalone --nproc-per-node N -m motifarch.train RECIPE.yaml [...]",
 )
 

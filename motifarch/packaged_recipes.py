@@ -1,0 +1,30 @@
+"""The recipes that come with the package, by their names: `tiny_cpu`, `motif_2.6b/b200_64`."""
+
+from pathlib import Path
+
+from motifarch.errors import UserError
+
+FOLDER = Path(__file__).parent / "recipes"
+# Studies, settings of other programs.
+_OTHERS = ("study", "trainer")
+
+
+def names() -> list[str]:
+    """What `motifarch train` and `motifarch plan` take; a `base` only holds what others share."""
+    found = [file.relative_to(FOLDER).with_suffix("") for file in sorted(FOLDER.rglob("*.yaml"))]
+    return [str(name) for name in found if name.name != "base" and name.parts[0] not in _OTHERS]
+
+
+def locate(given: str) -> Path:
+    """The file that a command line gives by its path or by its name.
+
+    Raises:
+        UserError: no file and no recipe of that name.
+    """
+    path = Path(given)
+    if path.exists() or path.suffix:
+        return path
+    packaged = FOLDER / f"{given}.yaml"
+    if not packaged.is_file():
+        raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(names())}")
+    return packaged
