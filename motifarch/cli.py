@@ -21,10 +21,10 @@ COMMANDS = {
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
     "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),
     "benchmark all": ("motifarch.study.all_benchmarks", "run every benchmark this machine can, into one report"),
-    "eval": ("motifarch.evaluate", "score a folder on lm-eval's tasks"),
+    "eval": ("motifarch.inference.evaluate", "score a folder on lm-eval's tasks"),
     "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
     "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
-    "generate": ("motifarch.generate", "sample text from a folder"),
+    "generate": ("motifarch.inference.generate", "sample text from a folder"),
 }
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
 

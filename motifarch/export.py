@@ -1,5 +1,5 @@
 """`motifarch export`: a checkpoint becomes a Hugging Face folder, for AutoModelForCausalLM after
-`import motifarch`.
+`import motifarch.models`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer=arguments.tokenizer,
         with_code=arguments.with_code,
     )
-    print(f"exported to {folder}")
+    with_what = "with trust_remote_code=True" if arguments.with_code else "after `import motifarch.models`"
+    print(f"exported to {folder}: AutoModelForCausalLM.from_pretrained loads it {with_what}")
     return 0
 
 

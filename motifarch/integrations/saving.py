@@ -1,5 +1,5 @@
 """Patched models in folders: saved by ``save_pretrained``, loaded by the Auto classes once
-motifarch is imported.
+``motifarch.integrations`` is imported.
 
 A patched model is of a class of its own, made from its host's, and so is its config
 (:mod:`motifarch.integrations.configuration`).
@@ -14,13 +14,15 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from motifarch.errors import UserError
-from motifarch.integrations.configuration import MODEL_TYPE, PATCH, PatchedConfigMixin
+from motifarch.integrations.configuration import MODEL_TYPE, PATCH, patched_config_class
+from motifarch.integrations.modules import rebuild
 from motifarch.layers import PolyNorm
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
@@ -30,8 +32,6 @@ class PatchedModelMixin:
     """Mixed into a host's model class: what is built is patched as its config says."""
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
-        from motifarch.integrations.patching import rebuild
-
         host: Any = super()
         host.__init__(config, *arguments, **options)
         model: Any = self
@@ -57,16 +57,10 @@ class PatchedModelMixin:
 
 
 @_cache
-def patched_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The patched class of a host's config class."""
-    names = {"model_type": MODEL_TYPE, "__module__": __name__}
-    return type(f"Patched{host.__name__}", (PatchedConfigMixin, host), names)
-
-
-@_cache
 def patched_model_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The patched class of a host's model class."""
-    names = {"config_class": patched_config_class(host.config_class), "__module__": __name__}
+    config: Any = host.config_class
+    names = {"config_class": patched_config_class(config), "__module__": __name__}
     return type(f"Patched{host.__name__}", (PatchedModelMixin, host), names)
 
 
@@ -79,6 +73,33 @@ def register(host: Any) -> type[PreTrainedConfig]:
         if isinstance(auto, type) and mapping is not None and host in mapping and isinstance(mapping[host], type):
             auto.register(config, patched_model_class(mapping[host]), exist_ok=True)  # type: ignore[attr-defined]
     return config
+
+
+class PatchedConfig(PreTrainedConfig):
+    """What AutoConfig knows: it gives way to its host's patched class as soon as a saved config is
+    read.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config that a saved one describes, of its host's patched class.
+
+        Raises:
+            UserError: no record of a patch, or of a family that this transformers lacks.
+        """
+        record = config_dict.get(PATCH)
+        host: Any = record.get("host") if isinstance(record, dict) else None
+        if host not in CONFIG_MAPPING:
+            raise UserError(
+                f"a config of model_type {MODEL_TYPE!r} whose {PATCH!r} names the family {host!r}, which transformers "
+                f"{transformers.__version__} does not have; it must be one that a patched model was saved with"
+            )
+        return register(CONFIG_MAPPING[host]).from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register(MODEL_TYPE, PatchedConfig, exist_ok=True)
 
 
 def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:

@@ -1,1 +1,14 @@
-"""Hugging Face model classes built from motifarch.layers."""
+"""Hugging Face model classes built from motifarch.layers.
+
+Importing this package makes transformers' Auto classes know the Motif models.
+"""
+
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from motifarch.models.motif import MODEL_TYPES, MotifConfig, MotifForCausalLM, MotifModel
+
+# Not AutoConfig.register, which takes a config class under its own model_type alone.
+for _model_type in MODEL_TYPES:
+    CONFIG_MAPPING.register(_model_type, MotifConfig, exist_ok=True)
+AutoModel.register(MotifConfig, MotifModel, exist_ok=True)
+AutoModelForCausalLM.register(MotifConfig, MotifForCausalLM, exist_ok=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import motifarch
-from motifarch._registration import MODEL_TYPES
 from motifarch.errors import UserError
 from motifarch.files import atomic_write, write_json
-from motifarch.models.motif import MotifConfig
+from motifarch.models.motif import MODEL_TYPES, MotifConfig
 
 CODE_FILE = "modeling_motif.py"
 _MARK = "# Written by motifarch"
@@ -26,7 +25,8 @@ def add_code(folder: Path) -> Path:
     """Make a Motif model's folder load without motifarch, with ``trust_remote_code=True``.
 
     Writes the code, and names its classes in the config's ``auto_map``; weights and other files are
-    not touched. With motifarch imported, the folder still loads as motifarch's own classes.
+    not touched. With ``motifarch.models`` imported, the folder still loads as motifarch's own
+    classes.
 
     Args:
         folder: a Hugging Face folder; one that was written by :func:`add_code` is brought up to

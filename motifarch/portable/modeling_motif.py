@@ -5,8 +5,8 @@ and PolyNorm.
 
 Sources: differential attention (DIFF V1, arXiv 2410.05258), grouped differential attention
 (arXiv 2510.06949), DIFF V2 (Microsoft, January 2026), PolyNorm (arXiv 2411.03884). With motifarch
-installed, ``import motifarch`` first and its own classes, which compute the same faster, load the
-folder instead.
+installed, ``import motifarch.models`` first: its own classes, which compute the same faster, then
+load the folder instead.
 
 Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width, Hs signal and
 Hn noise heads.

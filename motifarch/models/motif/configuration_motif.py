@@ -9,9 +9,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from motifarch._registration import register_models
 from motifarch.layers.base_attention import check_heads
 from motifarch.models.motif.unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
+
+MODEL_TYPES = ("Motif", "motif")
+"""A folder's ``model_type``: the released ones say "Motif", and "motif" is accepted as well."""
 
 PAIRED_TYPES = ("gda", "diff_v1")
 """Attention types whose lambda is a parameter of the layer, and whose keys may come in pairs."""
@@ -140,7 +142,6 @@ class MotifConfig(PreTrainedConfig):
         # transformers validates as well, but wraps the ValueError in an error of another kind.
         self.validate_architecture()
         refuse_mixed_windows(self, layer_types)
-        register_models()
 
     @classmethod
     def get_config_dict(cls, *arguments: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

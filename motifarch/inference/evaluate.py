@@ -20,7 +20,7 @@ from rich.console import Console
 import motifarch
 from motifarch.errors import UserError
 from motifarch.files import write_json
-from motifarch.generate import check_folder, load
+from motifarch.inference.generate import check_folder, load
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import motifarch  # noqa: F401  # registers the Motif models
+import motifarch.integrations
+import motifarch.models  # noqa: F401  # both for the Auto classes to know motifarch's models
 from motifarch.errors import UserError
-from motifarch.prompts import conversation, read_prompts, result_file
-from motifarch.sampling import CACHES, Prompt, Sampling, Speed, generate
+from motifarch.inference.prompts import conversation, read_prompts, result_file
+from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate
 
 _SEED_HELP = (
     "with a prompt's number among --prompts, decides its random draws, whichever prompts it is batched with "

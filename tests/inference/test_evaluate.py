@@ -22,7 +22,7 @@ from helpers.models import tiny_model
 from motifarch.cli import run
 from motifarch.data.tokenizer import train_tokenizer
 from motifarch.errors import UserError
-from motifarch.evaluate import evaluate, index_tasks, load_tasks, main, resolve_tasks
+from motifarch.inference.evaluate import evaluate, index_tasks, load_tasks, main, resolve_tasks
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval (pip install 'motifarch[eval]')"

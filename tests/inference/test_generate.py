@@ -22,8 +22,8 @@ from helpers.prompt_files import prompt_file, results
 from motifarch.cli import run
 from motifarch.errors import UserError
 from motifarch.export import export
-from motifarch.generate import Sampling, Speed, generate, load
-from motifarch.sampling import encode
+from motifarch.inference.generate import Sampling, Speed, generate, load
+from motifarch.inference.sampling import encode
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -212,7 +212,7 @@ def test_the_pass_over_the_prompt_counts_apart(pair, monkeypatch):
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model, "forward", ticking)
-    monkeypatch.setattr("motifarch.sampling.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("motifarch.inference.sampling.time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     tokenizer.eos_token = None
     speed = Speed()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from motifarch.errors import UserError
-from motifarch.sampling import Prompt
+from motifarch.inference.sampling import Prompt
 
 _JSONL = (".jsonl", ".ndjson")
 _RESULTS = ("text", "tokens", "finish")

@@ -1,0 +1,1 @@
+"""Text and scores from a Hugging Face folder: `motifarch generate` and `motifarch eval`."""
