@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from motifarch.data.batch_schedule import BatchSchedule
     from motifarch.data.collation import collate
     from motifarch.data.loader import BatchLoader
+    from motifarch.data.manifest import DataShape
     from motifarch.data.mixture import Mixture, MixtureComponent
     from motifarch.data.packed import Block, PackedDataset, check_same_seq_len, check_same_tokenizer
     from motifarch.data.packing import pack
@@ -17,6 +18,7 @@ __all__ = [
     "BatchLoader",
     "BatchSchedule",
     "Block",
+    "DataShape",
     "Mixture",
     "MixtureComponent",
     "PackedDataset",
@@ -30,6 +32,7 @@ _MODULES = {
     "batch_schedule": ["BatchSchedule"],
     "collation": ["collate"],
     "loader": ["BatchLoader"],
+    "manifest": ["DataShape"],
     "mixture": ["Mixture", "MixtureComponent"],
     "packed": ["Block", "PackedDataset", "check_same_seq_len", "check_same_tokenizer"],
     "packing": ["pack"],

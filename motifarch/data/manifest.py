@@ -14,6 +14,19 @@ FORMAT = "motifarch packed data"
 FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True)
+class DataShape:
+    """What a model has to know of its data, prepared or not."""
+
+    seq_len: int
+    """Tokens of a sequence."""
+    vocab_size: int
+    """Token ids are smaller than this."""
+    eos_token_id: int
+    folder: str
+    """Where the data is, for messages."""
+
+
 @dataclass
 class SplitCounts:
     """Sizes of one split. Tokens count each document's end-of-text token."""
@@ -48,6 +61,10 @@ class Manifest:
     skipped: dict[str, Any]
     """How many documents were left out, by reason, with the names of the first ones."""
     versions: dict[str, str]
+
+    def shape(self, folder: str | Path) -> DataShape:
+        """What a model has to know of the data in a folder."""
+        return DataShape(self.seq_len, self.vocab_size, self.eos_token_id, str(folder))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

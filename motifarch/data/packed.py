@@ -36,6 +36,7 @@ class PackedDataset:
         seq_len: targets in a block.
         vocab_size: token ids are smaller than this.
         eos_token_id: the id that ends each document.
+        shape: all that a model has to know.
         fingerprint: names the data's contents.
         tokenizer_fingerprint: names the tokenizer; equal fingerprints mean equal token ids.
     """
@@ -46,6 +47,7 @@ class PackedDataset:
         self.seq_len = manifest.seq_len
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.eos_token_id
+        self.shape = manifest.shape(folder)
         self.fingerprint = manifest.fingerprint
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
         self._rows = rows

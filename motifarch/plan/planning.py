@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motifarch.data import BatchSchedule
+from motifarch.data import BatchSchedule, DataShape
 from motifarch.data.manifest import FILE_NAME, Manifest
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
@@ -15,20 +15,8 @@ from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
 from motifarch.plan.hardware import Gpu
 from motifarch.plan.timing import Assumptions, StepTime, step_time
-from motifarch.train.inputs import _model_config
+from motifarch.train.inputs import model_config
 from motifarch.train.recipe import Recipe, check_recipe
-
-
-@dataclass
-class Sequences:
-    """What a plan has to know of the data: as much as `motifarch.data.PackedDataset` says of a
-    prepared folder.
-    """
-
-    seq_len: int
-    vocab_size: int
-    eos_token_id: int
-    folder: str
 
 
 @dataclass
@@ -128,7 +116,7 @@ class Suggestion:
     tokens_per_second: float
 
 
-def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
+def find_shape(recipe: Recipe, seq_len: int | None) -> DataShape:
     """The sequences' length and vocabulary, from what is prepared on this machine or from what the
     user says.
 
@@ -150,14 +138,14 @@ def find_sequences(recipe: Recipe, seq_len: int | None) -> Sequences:
     if vocab_size is None:
         raise UserError(f"how large is the vocabulary? {missing} and model.vocab_size is null; give --model.vocab_size")
     length = seq_len if seq_len is not None else manifest.seq_len  # type: ignore[union-attr]
-    return Sequences(length, vocab_size, manifest.eos_token_id if manifest is not None else 0, str(folder))
+    return DataShape(length, vocab_size, manifest.eos_token_id if manifest is not None else 0, str(folder))
 
 
-def model_config(recipe: Recipe, sequences: Sequences) -> MotifConfig:
+def planned_config(recipe: Recipe, data: DataShape) -> MotifConfig:
     """The recipe's model, with the attention that a GPU runs, where a dry run can.
 
     Raises:
-        UserError: the model section fits neither itself nor the sequences.
+        UserError: the model section fits neither itself nor the data.
     """
     asked = recipe.model.attn_implementation
     if recipe.model.attention_type == "softmax":
@@ -168,7 +156,7 @@ def model_config(recipe: Recipe, sequences: Sequences) -> MotifConfig:
         # flash-attn need not be installed here; torch's attention keeps and computes the same.
         name = "sdpa" if asked.startswith("flash") else asked
     model = dataclasses.replace(recipe.model, attn_implementation=name)
-    return _model_config(dataclasses.replace(recipe, model=model), sequences)  # type: ignore[arg-type]
+    return model_config(dataclasses.replace(recipe, model=model), data)
 
 
 def make_plan(
@@ -198,12 +186,12 @@ def make_plan(
     if gpus < 1:
         raise UserError(f"--gpus is {gpus}; it must be at least 1")
     assumptions = assumptions or Assumptions()
-    sequences = find_sequences(recipe, seq_len)
+    data = find_shape(recipe, seq_len)
     check_recipe(recipe, gpus)
     trace = trace_step(
         recipe,
-        model_config(recipe, sequences),
-        seq_len=sequences.seq_len,
+        planned_config(recipe, data),
+        seq_len=data.seq_len,
         gpus=gpus,
         domain=gpu.domain,
         compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
@@ -213,11 +201,11 @@ def make_plan(
         gpu=gpu,
         gpus=gpus,
         recipe=recipe,
-        seq_len=sequences.seq_len,
+        seq_len=data.seq_len,
         trace=trace,
         assumptions=assumptions,
         time=step_time(trace, gpu, assumptions, compiled=recipe.compile),
-        tokens=tokens if tokens is not None else float(_samples(recipe) * sequences.seq_len),
+        tokens=tokens if tokens is not None else float(_samples(recipe) * data.seq_len),
     )
 
 

@@ -2,22 +2,11 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from motifarch.data.manifest import FILE_NAME, Manifest
+from motifarch.data.manifest import FILE_NAME, DataShape, Manifest
 from motifarch.errors import UserError
 from motifarch.study.grid import StudyData
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What a model has to know of the text, prepared or not."""
-
-    seq_len: int
-    vocab_size: int
-    eos_token_id: int
-    folder: str
 
 
 def ensure_data(data: StudyData) -> Manifest:
@@ -54,7 +43,7 @@ def ensure_data(data: StudyData) -> Manifest:
     return manifest
 
 
-def describe(data: StudyData, manifest: Manifest | None) -> Sequences:
+def describe(data: StudyData, manifest: Manifest | None) -> DataShape:
     """Length and vocabulary of the sequences.
 
     Args:
@@ -65,10 +54,10 @@ def describe(data: StudyData, manifest: Manifest | None) -> Sequences:
         UserError: the vocabulary is not known before the data is there.
     """
     if manifest is not None:
-        return Sequences(manifest.seq_len, manifest.vocab_size, manifest.eos_token_id, data.path)
+        return manifest.shape(data.path)
     if data.tokenizer is not None or not data.source:
         raise UserError(f"data.path is {data.path}, which is not prepared: how large its vocabulary is can't be said")
-    return Sequences(data.seq_len, data.vocab_size, 0, data.path)
+    return DataShape(data.seq_len, data.vocab_size, 0, data.path)
 
 
 def look(data: StudyData) -> Manifest | None:

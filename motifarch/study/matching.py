@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
-from motifarch.study.data import Sequences
 from motifarch.study.grid import Grid, Match, SizeSpec, VariantSpec, model_section
 from motifarch.study.variants import model_fields
-from motifarch.train.inputs import _model_config
+from motifarch.train.inputs import model_config
 from motifarch.train.recipe import Recipe
 
 TOLERANCE = 0.01
@@ -63,13 +63,13 @@ class Matched:
         return self.variant.name
 
 
-def count_costs(recipe: Recipe, sequences: Sequences) -> Costs:
+def count_costs(recipe: Recipe, sequences: DataShape) -> Costs:
     """The costs of a recipe's model, from the model itself, built without memory.
 
     Raises:
         UserError: no layer computes such a model.
     """
-    config = _model_config(recipe, sequences)  # type: ignore[arg-type]
+    config = model_config(recipe, sequences)
     with torch.device("meta"):
         model = MotifForCausalLM(config)
     kept = 0
@@ -97,7 +97,7 @@ def match_intermediate_size(cost: Callable[[int], float], target: float, *, mult
     return multiple * max(1, 1 + round((target - one) / (two - one)))
 
 
-def match(grid: Grid, sequences: Sequences) -> list[Matched]:
+def match(grid: Grid, sequences: DataShape) -> list[Matched]:
     """Makes all variants of all sizes equal, each size's to its reference.
 
     Args:
@@ -137,7 +137,7 @@ def match(grid: Grid, sequences: Sequences) -> list[Matched]:
 class _Widths:
     """A variant's costs as its feed-forward width varies."""
 
-    def __init__(self, grid: Grid, size: SizeSpec, variant: VariantSpec, sequences: Sequences) -> None:
+    def __init__(self, grid: Grid, size: SizeSpec, variant: VariantSpec, sequences: DataShape) -> None:
         self.grid, self.size, self.variant, self.sequences = grid, size, variant, sequences
 
     def fields(self, width: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from motifarch.data import (
     BatchSchedule,
+    DataShape,
     Mixture,
     MixtureComponent,
     PackedDataset,
@@ -86,26 +87,35 @@ def open_inputs(recipe: Recipe) -> Inputs:
         ramp_start=recipe.data.ramp_start,
         ramp_end=recipe.data.ramp_end,
     )
-    return Inputs(training, validation, mixture, _model_config(recipe, training[0]))
+    return Inputs(training, validation, mixture, model_config(recipe, training[0].shape))
 
 
-def _model_config(recipe: Recipe, dataset: PackedDataset) -> MotifConfig:
+def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
+    """The config of a recipe's model.
+
+    Args:
+        recipe: its model section decides.
+        data: gives the vocabulary size where the recipe leaves it open, and the end-of-text id.
+
+    Raises:
+        UserError: the model section fits neither itself nor the data.
+    """
     fields = {k: v for k, v in dataclasses.asdict(recipe.model).items() if k not in _OURS}
     multiple = recipe.model.vocab_multiple
     if fields["vocab_size"] is None:
-        fields["vocab_size"] = -(-dataset.vocab_size // multiple) * multiple
-    if fields["vocab_size"] < dataset.vocab_size:
+        fields["vocab_size"] = -(-data.vocab_size // multiple) * multiple
+    if fields["vocab_size"] < data.vocab_size:
         raise UserError(
-            f"model.vocab_size is {fields['vocab_size']}, but the tokenizer of {dataset.folder} has "
-            f"{dataset.vocab_size} tokens; use at least {dataset.vocab_size}, or null to take the tokenizer's"
+            f"model.vocab_size is {fields['vocab_size']}, but the tokenizer of {data.folder} has "
+            f"{data.vocab_size} tokens; use at least {data.vocab_size}, or null to take the tokenizer's"
         )
-    if dataset.seq_len > recipe.model.max_position_embeddings:
+    if data.seq_len > recipe.model.max_position_embeddings:
         raise UserError(
             f"model.max_position_embeddings is {recipe.model.max_position_embeddings}, but the sequences of "
-            f"{dataset.folder} are {dataset.seq_len} tokens long; use at least {dataset.seq_len}"
+            f"{data.folder} are {data.seq_len} tokens long; use at least {data.seq_len}"
         )
     try:
-        config = MotifConfig(**fields, eos_token_id=dataset.eos_token_id)
+        config = MotifConfig(**fields, eos_token_id=data.eos_token_id)
         # Refuses a bad combination now, at no cost, rather than on every rank after the start.
         with torch.device("meta"):
             MotifForCausalLM(config)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import motif_kernels.flops  # noqa: F401  (registers the attention operators' formulas)
+from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.study.data import Sequences
 from motifarch.study.grid import Grid, LearningRate, SizeSpec, StudyData, VariantSpec, check_grid
 from motifarch.study.matching import TOLERANCE, Matched, match
 
@@ -35,7 +35,7 @@ SIZE: dict[str, Any] = {
     "intermediate_size": 300,
     "intermediate_multiple": 1,
 }
-SEQUENCES = Sequences(64, 500, 0, "nowhere")
+SEQUENCES = DataShape(64, 500, 0, "nowhere")
 
 
 def grid(
