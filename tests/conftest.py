@@ -40,13 +40,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run of a few steps on one process, with its data beside it."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of a few hundred blocks of 32 tokens."""
+    from helpers.tiny import prepare_text
+
+    return prepare_text(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path) -> Path:
+    """A recipe file for a model of two layers, writing into `tmp_path / "run"`."""
+    from helpers.tiny import write_recipe
+
+    return write_recipe(tmp_path, data)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The output folder of a run of a few steps on one process."""
     from helpers.python_process import run_python
-    from helpers.tiny import prepare_text, write_recipe
+    from helpers.tiny import write_recipe
 
     folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder, prepare_text(folder))
+    recipe = write_recipe(folder, data)
     run_python(
         "import sys; from motifarch.cli import main; main(sys.argv[1:])",
         "train",

@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,51 +136,6 @@ def test_an_output_that_exists_is_kept(tmp_path):
         FolderWriter(tmp_path / "new", {}).__enter__()
     assert (tmp_path / "new" / "mine").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_killed_process_leaves_nothing_that_looks_finished_and_is_cleared_up_after(tmp_path):
-    code = """
-    import sys, time, torch
-    from pathlib import Path
-    from motifarch.growth import FolderWriter
-    with FolderWriter(Path(sys.argv[1]), {}, max_shard_bytes=1) as writer:
-        writer.write("first", torch.zeros(3))
-        writer.finish()
-        print("written", flush=True)
-        time.sleep(60)
-    """
-    output = tmp_path / "new"
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), output], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "written\n"  # even at the worst moment: all is there but the name
-        process.send_signal(signal.SIGKILL)
-    assert not output.exists()
-    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
-    said: list[str] = []
-    with FolderWriter(output, {"a": 1}, report=said.append) as writer:
-        writer.write("first", torch.ones(3))
-    assert len(said) == 1
-    assert "left by a run that was killed" in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
-
-
-def test_two_processes_do_not_make_one_folder(tmp_path):
-    code = """
-    import sys, time
-    from pathlib import Path
-    from motifarch.growth import FolderWriter
-    with FolderWriter(Path(sys.argv[1]), {}):
-        print("begun", flush=True)
-        time.sleep(60)
-    """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "new"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "begun\n"
-        with pytest.raises(UserError, match="another process is preparing"):
-            FolderWriter(tmp_path / "new", {}).__enter__()
-        process.kill()
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):

@@ -50,12 +50,13 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert not torch.equal(linear.weight, weights["weight"])
 
 
-def test_the_loss_counts_too() -> None:
+@pytest.mark.parametrize(("loss", "skip"), [(math.nan, 0.0), (1.0, 1.0)])
+def test_the_loss_counts_too_and_so_does_another_reason(loss: float, skip: float) -> None:
     linear = nn.Linear(2, 2)
     optimizer = build_adamw(linear, lr=0.1)
     linear(torch.ones(1, 2)).sum().backward()
     before = linear.weight.detach().clone()
-    assert step_if_finite(optimizer, torch.tensor(math.nan), torch.tensor(1.0)).item() == 1
+    assert step_if_finite(optimizer, torch.tensor(loss), torch.tensor(1.0), skip=torch.tensor(skip)).item() == 1
     assert torch.equal(linear.weight, before)
 
 
