@@ -59,6 +59,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	git ls-files '*.md' | xargs $(BIN)/mdformat --check
 	! git ls-files '*.md' | LC_ALL=C.UTF-8 xargs grep -nE '^[^|].{100,}' /dev/null
 

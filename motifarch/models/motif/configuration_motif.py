@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.layers.base_attention import check_heads
-from motifarch.models.motif.unsupported import refuse_contradicting_rope, refuse_mixed_windows, refuse_unsupported
+from motifarch.models.motif.unsupported import check_one_window, check_rope_agrees, check_supported
 
 MODEL_TYPES = ("Motif", "motif")
 """A folder's ``model_type``: the released ones say "Motif", and "motif" is accepted as well."""
@@ -24,7 +24,7 @@ SHARED_STYLE = "motif_shared"
 
 def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
     """Styles of transformers for the modules of a model: heads, the feed-forward's columns and
-    words are shared.
+    the vocabulary are shared.
     """
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]
@@ -42,7 +42,7 @@ class MotifConfig(PreTrainedConfig):
     """Configuration of a Motif model. The defaults are Motif-2-12.7B's.
 
     Args:
-        vocab_size: words in the vocabulary.
+        vocab_size: vocabulary size (tokens).
         hidden_size: e.
         intermediate_size: width of the feed-forward block.
         num_hidden_layers: decoder layers.
@@ -130,7 +130,7 @@ class MotifConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         layer_types = kwargs.pop("layer_types", None)
-        refuse_contradicting_rope(self.rope_parameters, kwargs)
+        check_rope_agrees(self.rope_parameters, kwargs)
         # Copies, for transformers fills them in.
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         if kwargs.get("rope_scaling"):
@@ -141,7 +141,7 @@ class MotifConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
         self.validate_architecture()
-        refuse_mixed_windows(self, layer_types)
+        check_one_window(vars(self), layer_types, self.layer_type)
 
     @classmethod
     def get_config_dict(cls, *arguments: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -199,8 +199,12 @@ class MotifConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What transformers' caches read; without it they would take sliding_window as used."""
-        windowed = self.window_size != (-1, -1)
-        return ["sliding_attention" if windowed else "full_attention"] * self.num_hidden_layers
+        return [self.layer_type] * self.num_hidden_layers
+
+    @property
+    def layer_type(self) -> str:
+        """Of every layer, in transformers' words."""
+        return "full_attention" if self.window_size == (-1, -1) else "sliding_attention"
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -210,10 +214,8 @@ class MotifConfig(PreTrainedConfig):
         return (-1, -1)
 
     def validate_architecture(self) -> None:
-        """Refuse combinations that no layer can compute; transformers calls this when a config is
-        made.
-        """
-        refuse_unsupported(self)
+        """Check that the layers can compute it; transformers calls this when a config is made."""
+        check_supported(vars(self))
         if self.use_sliding_window and (self.sliding_window or 0) < 1:
             raise ValueError(
                 f"use_sliding_window is on but sliding_window={self.sliding_window}; give at least 1 token"

@@ -381,7 +381,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             loss, logits, past_key_values, hidden_states and z_loss.
 
         Raises:
-            ValueError: both labels and shift_labels, or what MotifModel refuses.
+            ValueError: both labels and shift_labels, or what MotifModel raises.
         """
         # Not in the signature: Trainer takes every argument named there with "label" for one that a
         # batch must have.

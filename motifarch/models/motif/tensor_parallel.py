@@ -41,7 +41,7 @@ class SharedParallel(TensorParallelLayer):
 
 
 def check_shared_heads(attention: Any, ranks: int) -> None:
-    """Refuses an attention layer of whose heads each rank can't have whole groups: they would be
+    """Checks that each rank can have whole groups of an attention layer's heads: they would be
     cut apart.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a config may say that no layer here computes: refused by name, for loading would silently
+"""What a config may say that no layer here computes: an error names it, for loading would silently
 compute another thing.
 
 Fields that concern training or generation alone, or that no computation reads, are not looked at:
@@ -8,10 +8,7 @@ they stay in the config and are written back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from motifarch.models.motif.configuration_motif import MotifConfig
+from typing import Any
 
 ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
 ACTIVATIONS = ("poly_norm", "silu")
@@ -50,57 +47,58 @@ rope_theta.
 """
 
 
-def refuse_unsupported(config: MotifConfig) -> None:
-    """Refuses a field's value, biases in a part of the layers, and rotary parameters that no layer
-    can honour.
+def check_supported(fields: Mapping[str, Any]) -> None:
+    """Checks the values of a config's fields, its biases and its rotary parameters.
+
+    Args:
+        fields: of the config, by name.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
     """
     for name, accepted in ACCEPTED.items():
-        value = getattr(config, name, None)
+        value = fields.get(name)
         if value is not None and value not in accepted:
             raise ValueError(f"{name}={value!r} is not supported; {_choice(accepted)}")
     for name in BIASES:
-        value = getattr(config, name, None)
-        if value is not None and bool(value) != config.use_bias:
+        value = fields.get(name)
+        if value is not None and bool(value) != fields["use_bias"]:
             raise ValueError(
-                f"{name}={value} is not supported with use_bias={config.use_bias}; all linear layers have biases "
+                f"{name}={value} is not supported with use_bias={fields['use_bias']}; all linear layers have biases "
                 f"(use_bias true) or none has: set {name} to the same, or leave it out"
             )
-    _refuse_quantization(getattr(config, "quantization_config", None))
-    _refuse_rope(config.rope_parameters or {})
+    _check_quantization(fields.get("quantization_config"))
+    _check_rope(fields.get("rope_parameters") or {})
 
 
-def refuse_mixed_windows(config: MotifConfig, layer_types: list[str] | None) -> None:
-    """Refuses a window in some layers only.
+def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, computed: str) -> None:
+    """Checks that no field asks for a window in some layers only.
 
     Args:
-        config: its `layer_types` are what is computed.
+        fields: of the config, by name.
         layer_types: what the folder says, or None.
+        computed: the type of every layer.
 
     Raises:
         ValueError: naming the field and its value.
     """
-    computed = "sliding_attention" if config.window_size != (-1, -1) else "full_attention"
     others = sorted(set(layer_types or ()) - {computed})
     if others:
         raise ValueError(
-            f"layer_types has {', '.join(map(repr, others))} but use_sliding_window={config.use_sliding_window} with "
-            f"sliding_window={config.sliding_window} makes every layer {computed!r}; all layers have one window or "
-            "none: change these fields, or leave layer_types out"
+            f"layer_types has {', '.join(map(repr, others))} but use_sliding_window={fields['use_sliding_window']} "
+            f"with sliding_window={fields['sliding_window']} makes every layer {computed!r}; all layers have one "
+            "window or none: change these fields, or leave layer_types out"
         )
-    full = getattr(config, "max_window_layers", None)
-    if full and config.use_sliding_window:
+    full = fields.get("max_window_layers")
+    if full and fields["use_sliding_window"]:
         raise ValueError(
             f"max_window_layers={full} is not supported with use_sliding_window on: it leaves the first {full} layers "
             "without the window, and all layers have one window here; set it to 0, or use_sliding_window to false"
         )
 
 
-def refuse_contradicting_rope(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
-    """Refuses a config whose rope_parameters and older rope_theta and rope_scaling say different
-    things.
+def check_rope_agrees(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
+    """Checks that rope_parameters and the older rope_theta and rope_scaling say the same.
 
     Folders are written with both, and one edited by hand may say what would be overlooked.
 
@@ -130,8 +128,10 @@ def _choice(accepted: tuple[Any, ...]) -> str:
     return f"only {accepted[0]} is" if len(accepted) == 1 else f"choose one of {', '.join(map(str, accepted))}"
 
 
-def _refuse_quantization(settings: Any) -> None:
-    """Refuses a method that transformers would only warn of, to read packed numbers as weights."""
+def _check_quantization(settings: Any) -> None:
+    """Raises for a method that transformers would only warn of, reading packed numbers as
+    weights.
+    """
     if not isinstance(settings, Mapping):  # an object is one that transformers made
         return
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -143,7 +143,7 @@ def _refuse_quantization(settings: Any) -> None:
         )
 
 
-def _refuse_rope(parameters: Mapping[str, Any]) -> None:
+def _check_rope(parameters: Mapping[str, Any]) -> None:
     nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
         raise ValueError(
