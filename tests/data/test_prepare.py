@@ -91,6 +91,7 @@ def test_text_json_lines_and_parquet_hold_the_same(tmp_path: Path, make_text: Ca
     assert all(contents(tmp_path / f"out{i}") == first for i in range(1, 5))
 
 
+@pytest.mark.slow
 def test_number_of_processes_does_not_matter(corpus: Path, tmp_path: Path) -> None:
     # As a command of its own: where tests have used DTensors, torch 2.13 hangs in the children that
     # another thread forks, for they end the process groups that the first thread's cache of
@@ -278,6 +279,7 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(many: list[str], tmp_path: Path) -> None:
     process = start(many)
     wait_until_tokenising(process, tmp_path)

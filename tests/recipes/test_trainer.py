@@ -31,6 +31,7 @@ def train(ranks: int, recipe: Path, result: Path) -> dict[str, Any]:
     return json.loads(result.read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_two_processes_shard_and_agree_with_one(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = train(0, recipe, tmp_path / "alone.json")
     assert not any(alone["sharded"])

@@ -34,6 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[tu
     return losses(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_hung_rank_are_restarted_and_the_run_goes_on(
     recipe: Path, tmp_path: Path, undisturbed: list[tuple[int, Any, Any]]
 ) -> None:

@@ -58,6 +58,7 @@ def test_resume_is_bitwise_in_float32(recipe: Path, tmp_path: Path, whole: Path,
     assert record["starts"][0]["parent"] is None
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise_in_bfloat16(recipe: Path, tmp_path: Path) -> None:
     precision = ("--precision.compute", "bfloat16")
     run(2, recipe, tmp_path / "whole", *precision)
@@ -81,12 +82,14 @@ def test_one_rank_after_two(recipe: Path, tmp_path: Path, whole: Path, half: Pat
     assert_close(output, whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_after_one(recipe: Path, tmp_path: Path, whole: Path) -> None:
     run(0, recipe, tmp_path / "run", "--run.steps", "20")
     assert "2 ranks on cpu, float32, resuming after step 20" in run(2, recipe, tmp_path / "run")
     assert_close(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(recipe: Path, tmp_path: Path, whole: Path) -> None:
     output = tmp_path / "killed"
     partial = output / "checkpoints" / "step_00000020.partial"
@@ -110,7 +113,9 @@ def test_killed_in_the_middle_of_a_save(recipe: Path, tmp_path: Path, whole: Pat
     assert losses(output) == losses(whole)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(2, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("ranks", "number"), [pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow), (0, signal.SIGINT)]
+)
 def test_a_signal_saves_before_leaving(recipe: Path, tmp_path: Path, ranks: int, number: signal.Signals) -> None:
     output = tmp_path / "stopped"
     # Far more steps than can be done before the signal, and no checkpoint due on the way.
