@@ -77,9 +77,7 @@ def installed_version(package: str) -> str | None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """The commit that is checked out, and whether files differ from it; None outside a
-    repository.
-    """
+    """The commit and whether files differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

@@ -32,9 +32,7 @@ def _take(ranges: Ranges, start: int, stop: int) -> Ranges:
 
 
 def _chunk(ranges: Ranges, chunks: int, index: int) -> Ranges:
-    """As torch.chunk cuts: parts of equal size, rounded up, so that the last ones may be short or
-    empty.
-    """
+    """As torch.chunk cuts: equal sizes, rounded up; the last may be short or empty."""
     size = -(-length(ranges) // chunks)
     return _take(ranges, index * size, (index + 1) * size)
 
@@ -133,9 +131,7 @@ class CopyGroup:
 
 
 def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
-    """Finds the ranks that hold, with this one, a whole copy: those that differ in sharded mesh
-    dimensions alone.
-    """
+    """The ranks that hold a whole copy with this one: they differ in sharded dimensions alone."""
     mine = mesh.get_coordinate()
     assert mine is not None
     axes = [

@@ -1,6 +1,4 @@
-"""Do two model folders compute the same? Both are run a layer at a time, so that neither has to fit
-in memory.
-"""
+"""Whether two model folders compute the same; both run a layer at a time, to save memory."""
 
 from __future__ import annotations
 

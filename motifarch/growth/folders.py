@@ -152,9 +152,7 @@ class FolderWriter:
             self._write_shard()
 
     def finish(self) -> None:
-        """Writes what is held, and all other files: the folder is complete, though not under its
-        name yet.
-        """
+        """Writes what is held and all other files; the folder has yet to get its name."""
         if self._finished:
             return
         self._finished = True

@@ -1,6 +1,4 @@
-"""Softmax models of other families as Motif models with softmax attention: the same tensors under
-the same names.
-"""
+"""Softmax models of other families as Motif models: the same tensors under the same names."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""By their configs' model_type: pre-norm blocks with the tensor names and the mathematics of
-Motif's.
-"""
+"""Their configs' model_type: pre-norm blocks with Motif's tensor names and mathematics."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not change with the sequence's length."""
@@ -98,9 +94,7 @@ def as_motif(spec: ModelSpec) -> ModelSpec:
 
 
 def _read_config(spec: ModelSpec) -> PreTrainedConfig:
-    """The source's config as transformers reads it, once nothing in it stands against a
-    conversion.
-    """
+    """The source's config as transformers reads it, if a conversion honours all of it."""
     kind = spec.config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(

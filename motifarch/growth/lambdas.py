@@ -102,9 +102,7 @@ def _dot(q: Tensor, k: Tensor) -> float:
 
 
 def _present(direction: Tensor, other: Tensor) -> Tensor:
-    """A direction that has some length at least: where it has none, another vector's, and at last
-    one of our own.
-    """
+    """A direction of some length: this one's, else another vector's, else one of our own."""
     if float(direction.norm()) > _SPARK * 1e-3:
         return direction
     # Places of falling size, the last of which can make up for what rounding takes from the others.

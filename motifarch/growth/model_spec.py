@@ -73,9 +73,7 @@ class Step:
     summary: str
     """Such as "hidden size 2048 -> 4096"."""
     loss: str | None = None
-    """What it can't keep of the function, by how much, and what would keep it; None if it keeps all
-    but rounding in the last place.
-    """
+    """What it can't keep of the function, by how much, and the remedy; None if only rounding."""
 
 
 @dataclass(frozen=True)

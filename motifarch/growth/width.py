@@ -70,9 +70,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise that makes copies differ, so that training can tell them apart, and that cancels in
-    what they compute.
-    """
+    """Noise that makes copies differ for training and cancels in what they compute."""
 
     scale: float
     """Its standard deviation, in those of the tensor that it is added to."""
@@ -215,9 +213,7 @@ def _copy(tensor: Tensor, *, chosen: dict[int, Copies], read: int | None) -> Ten
 
 
 def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Tensor:
-    """Adds noise, in place, that sums to 0 over the columns that copy one column; weight is
-    (rows, columns).
-    """
+    """Adds noise in place that sums to 0 over a column's copies; weight is (rows, columns)."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     # Without its mean over the copies, noise is smaller by this much.
     std = float(weight.std()) * scale * math.sqrt(copies.times / (copies.times - 1))
@@ -231,9 +227,7 @@ def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Te
 
 
 def _config_fields(config: MotifConfig, factors: dict[str, int]) -> dict[str, object]:
-    """The fields of the grown config that differ, or that its reader would derive from those that
-    differ.
-    """
+    """The config fields that change, or that would be derived from those that do."""
     assert config.num_key_value_heads is not None
     noise_heads = config.noise_heads * factors["heads"]
     signal = (config.num_attention_heads - config.noise_heads) * factors["heads"] * factors["signal_heads"]

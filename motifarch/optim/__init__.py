@@ -1,6 +1,4 @@
-"""Optimizers, learning-rate schedules, the guards against bad steps, and averages of
-checkpoints.
-"""
+"""Optimizers, schedules, guards against bad steps, averages of checkpoints."""
 
 from motifarch.optim.adamw import build_adamw, parameter_groups
 from motifarch.optim.averaging import CheckpointMean

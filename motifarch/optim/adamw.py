@@ -1,6 +1,4 @@
-"""AdamW over a model's parameters, with the decay where it belongs (Loshchilov and Hutter, arXiv
-1711.05101).
-"""
+"""AdamW with decay on matrices alone (Loshchilov and Hutter, arXiv 1711.05101)."""
 
 from typing import Any
 
@@ -46,8 +44,6 @@ def build_adamw(
     weight_decay: float = 0.1,
     decay_embeddings: bool = True,
 ) -> torch.optim.AdamW:
-    """Returns torch's fused AdamW, whose kernel can skip a step on the device
-    (see `motifarch.optim.skip_nonfinite`).
-    """
+    """Returns torch's fused AdamW; see `motifarch.optim.skip_nonfinite` for skipped steps."""
     groups = parameter_groups(model, weight_decay=weight_decay, decay_embeddings=decay_embeddings)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

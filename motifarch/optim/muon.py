@@ -90,9 +90,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what was pickled; how matrices are exchanged is worked out again when it is
-        needed.
-        """
+        """Restores what was pickled; the exchange of matrices is planned anew."""
         super().__setstate__(state)
         self._shard_groups = {}
 
@@ -167,9 +165,7 @@ class Muon(torch.optim.Optimizer):
     def _groups_of(
         self, group: dict[str, Any], parameters: list[nn.Parameter]
     ) -> list[tuple[list[nn.Parameter], ShardGroup]]:
-        """How these parameters are exchanged: worked out once, for it costs a process group
-        perhaps.
-        """
+        """How these parameters are exchanged; kept, because it may cost a process group."""
         key = (group["ns_dtype"], group["chunk_bytes"], *map(id, parameters))
         if key not in self._shard_groups:
             self._shard_groups[key] = [

@@ -68,8 +68,6 @@ def newton_schulz(
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = 5) -> int:
-    """Operations of `newton_schulz` on one matrix: two products with the long side a step, and one
-    without.
-    """
+    """FLOPs of `newton_schulz` on one matrix: three products a step, two with the long side."""
     short, long = sorted((rows, columns))
     return steps * (4 * short * short * long + 2 * short**3)

@@ -171,9 +171,7 @@ class ShardGroup:
         return self._exchange(chunk, sent, to_owners=True)
 
     def _assemble(self, chunk: Chunk, arrived: torch.Tensor) -> dict[tuple[int, int], torch.Tensor]:
-        """The whole matrices that this rank owns, those of one shape in one tensor
-        (n, rows, columns).
-        """
+        """The whole matrices that this rank owns, stacked by shape: (n, rows, columns)."""
         mine = chunk[self.rank]
         shapes = [self.shapes[matrix] for matrix in mine]
         stacks = {shape: arrived.new_empty(shapes.count(shape), *shape) for shape in dict.fromkeys(shapes)}
@@ -215,9 +213,7 @@ class ShardGroup:
     def _blocks(
         self, matrices: list[int], wholes: list[torch.Tensor], flat: torch.Tensor
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs what lies in a buffer, rank by rank and matrix by matrix, with its place in the
-        whole matrices.
-        """
+        """Pairs a buffer's pieces, by rank and then matrix, with their places in the matrices."""
         ranks = len(self.chunks[0])
         owned = list(zip(matrices, wholes, strict=True))
         parts = [(whole, self.local_blocks[matrix][rank]) for rank in range(ranks) for matrix, whole in owned]
@@ -246,9 +242,7 @@ def _local_blocks(matrix: torch.Tensor) -> list[_LocalBlock]:
 
 
 def split_shard_groups(matrices: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Numbers of the matrices whose copies lie on the same ranks, and on the same kind of device;
-    in order.
-    """
+    """Numbers of the matrices whose copies lie on the same ranks and kind of device; in order."""
     groups: dict[tuple[tuple[int, ...] | None, torch.device], list[int]] = {}
     for number, matrix in enumerate(matrices):
         ranks = None

@@ -28,9 +28,7 @@ from motifarch.layers.base_attention import BaseAttention
 from motifarch.shards import local_ranges, to_local
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
-"""Largest scaled, visible logit of each signal head (Hs,) and noise head (Hn,), float32; None
-without noise heads.
-"""
+"""Largest logit of each signal head (Hs,) and noise head (Hn,), float32; None without noise."""
 
 
 @torch.no_grad()
@@ -111,9 +109,7 @@ def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: to
 
 
 def head_share(layer: BaseAttention) -> tuple[int, int]:
-    """Which consecutive part of a layer's heads this rank computes attention for, and how many
-    parts there are.
-    """
+    """Which part of a layer's heads this rank computes attention for, and of how many parts."""
     part, parts = 0, 1
     # Tensor parallelism cuts the heads first; context parallelism exchanges tokens for parts of
     # those.

@@ -56,9 +56,7 @@ def wsd(
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
-    """Linear warm-up, then half a cosine down to min_ratio at the last step
-    (SGDR, arXiv 1608.03983).
-    """
+    """Linear warm-up, then half a cosine down to min_ratio (SGDR, arXiv 1608.03983)."""
     if step < warmup_steps:
         return warmup(step, warmup_steps)
     t = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))

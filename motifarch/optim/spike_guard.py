@@ -76,9 +76,7 @@ class SpikeGuard:
         return spike.float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The window and the counts: with them a resumed run decides as one that was never
-        stopped.
-        """
+        """The window and the counts, with which a resumed run decides as an unbroken one."""
         return {"history": self.history, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

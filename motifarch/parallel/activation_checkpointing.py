@@ -10,9 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from motifarch.errors import UserError
 
 Recompute = Literal["none", "full", "selective"] | int
-"""`full`: every decoder layer; `selective`: all but matrix products and attention; a number n:
-every n-th layer.
-"""
+"""`full`: all layers; `selective`: all but matrix products and attention; n: each n-th layer."""
 
 
 def check_activation_checkpointing(recompute: Recompute) -> None:

@@ -1,6 +1,4 @@
-"""torch.compile of a model's decoder layers, one by one, so that FSDP2 can gather and free each
-between them.
-"""
+"""torch.compile of decoder layers, one by one, so that FSDP2 gathers and frees each."""
 
 import torch
 from torch import nn

@@ -1,6 +1,4 @@
-"""Context parallelism: ranks share the tokens of a row, and exchange them for heads around
-attention (Ulysses).
-"""
+"""Context parallelism: ranks share a row's tokens and trade them for heads (Ulysses)."""
 
 from typing import Any
 

@@ -66,9 +66,7 @@ class World:
 
 
 def launched_rank() -> int:
-    """This process's rank as torchrun set it, 0 without torchrun; known before any process group
-    is.
-    """
+    """This process's rank from torchrun, 0 without it; known before any process group is."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -78,9 +76,7 @@ def launched_world_size() -> int:
 
 
 def collective_timeout(limit_s: float) -> datetime.timedelta:
-    """How long a collective may take where a step may take limit_s: longer, for the watchdog knows
-    more to say.
-    """
+    """A collective's timeout: longer than a step's limit, for the watchdog can say more."""
     return datetime.timedelta(seconds=1.5 * limit_s + 10)
 
 

@@ -20,9 +20,7 @@ from motifarch.errors import UserError
 from motifarch.parallel.tensor import projection_styles
 
 Matmul = Literal["compute", "fp8", "mxfp8"]
-"""`compute`: the compute dtype; `fp8`: E4M3 with a scale for each row; `mxfp8`: E4M3 with one for
-each 32 numbers.
-"""
+"""`compute`: the compute dtype; `fp8`: E4M3, a scale a row; `mxfp8`: E4M3, a scale for 32."""
 
 # What the hardware's product wants its dimensions to be multiples of: a scaled block, or a row of
 # 16 bytes.
@@ -106,9 +104,7 @@ def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, em
 
 
 def _inner_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of all decoder layers but the first and the last; lambda's give one number
-    a head.
-    """
+    """The linear layers of all decoder layers but the first and last; not lambda's."""
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     for i, layer in enumerate(layers):
         if 0 < i < len(layers) - 1:

@@ -13,9 +13,7 @@ DIMENSIONS = ("replicate", "shard", "context", "tensor")
 
 @dataclass
 class Layout:
-    """How many ranks there are along each dimension of the mesh; neighbours in rank differ in the
-    last one first.
-    """
+    """Ranks along each dimension of the mesh; neighbouring ranks differ in the last first."""
 
     replicate: int = 1
     """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one
@@ -23,9 +21,7 @@ class Layout:
     """
 
     shard: int = -1
-    """Ranks that share a copy, each with batch rows of its own (FSDP); -1 takes what the others
-    leave.
-    """
+    """Ranks that share a copy, with rows of their own (FSDP); -1 takes what is left."""
 
     context: int = 1
     """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses).
@@ -46,9 +42,7 @@ class Layout:
 
     @property
     def grad_reduce_size(self) -> int:
-        """Ranks over which gradients are averaged: all but those of `tensor`, which compute one
-        thing together.
-        """
+        """Ranks over which gradients are averaged: all but those of `tensor`."""
         return self.data_parallel_size * self.context
 
     def resolve(self, ranks: int) -> "Layout":
@@ -98,9 +92,7 @@ class Mesh:
 
     @property
     def parameters(self) -> DeviceMesh:
-        """The ranks that FSDP2 works on: those that share parameters, and before them, with HSDP,
-        the copies.
-        """
+        """The ranks that FSDP2 works on: shards, and before them, with HSDP, copies."""
         return self._mesh["shard"] if self.layout.replicate == 1 else self._mesh["replicate", "shard"]
 
     @property

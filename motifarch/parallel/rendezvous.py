@@ -42,9 +42,7 @@ def fresh_store(store: dist.Store, rank: int, size: int, timeout: datetime.timed
 
 
 def _welcome(store: dist.Store, size: int, name: str, timeout: datetime.timedelta) -> None:
-    """Answers until every rank has confirmed: a question that is found may still be an earlier
-    start's.
-    """
+    """Answers until every rank has confirmed; a question may be an earlier start's."""
     answered: dict[int, bytes] = {}
     missing = list(range(1, size))
     until = time.monotonic() + timeout.total_seconds()

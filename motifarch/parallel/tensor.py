@@ -42,17 +42,13 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
 
 
 def shared_counts(config: Any) -> dict[str, int]:
-    """What ranks share whole pieces of, by name: noise groups, key/value heads, feed-forward
-    columns, words.
-    """
+    """What ranks share in whole pieces: noise groups, key/value heads, columns, vocabulary."""
     heads = head_counts(config)
     return heads | {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
 
 
 def head_counts(config: Any) -> dict[str, int]:
-    """The groups of heads that must stay together, and the key/value heads (pairs, where they come
-    in pairs).
-    """
+    """The groups of heads that stay together, and the key/value heads (or their pairs)."""
     if config.attention_type == "softmax":
         queries = {"heads (model.num_attention_heads)": config.num_attention_heads}
     else:

@@ -143,9 +143,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_converted_model_is_the_same_function(tmp_path: Path, name: str, kind: str) -> None:
-    """Logits, of left-padded rows too, and tokens generated with a cache; the folder needs nothing
-    else.
-    """
+    """Logits, also of left-padded rows, and tokens generated with a cache."""
     theirs = make(tmp_path / "source", name)
     ours = convert(tmp_path / "source", tmp_path / "output", **KINDS[kind])
     ids, mask = random_ids(2, 33), torch.ones(2, 33, dtype=torch.long)
@@ -189,9 +187,7 @@ def test_a_converted_model_has_what_the_papers_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_new_parameter_learns(tmp_path: Path, kind: str) -> None:
-    """From the first step, but for those that are zero's partners: the noise queries and lambda_k
-    of GDA.
-    """
+    """From the first step, but for GDA's noise queries and lambda_k, which zeros multiply."""
     make(tmp_path / "source", "qwen2")
     model = convert(tmp_path / "source", tmp_path / "output", **KINDS[kind]).train()
     config, ids = model.config, random_ids(4, 24)
@@ -220,9 +216,7 @@ def test_every_new_parameter_learns(tmp_path: Path, kind: str) -> None:
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
-    """Copies, doubling and zeros round nothing: the weights are those of the float32 model of the
-    same numbers.
-    """
+    """Copies, doubling and zeros round nothing."""
     make(tmp_path / "source", dtype=torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     for kind in ("diff_v2", "gda"):
@@ -342,9 +336,7 @@ def test_what_is_not_exact_is_refused(tmp_path: Path, options: dict[str, Any], m
     ids=str,
 )
 def test_an_approximation_says_how_far_it_is(tmp_path: Path, options: dict[str, Any]) -> None:
-    """By the numbers that the two models give; behind a sub-norm the gains bring it nearer than
-    ones do.
-    """
+    """By the models' own numbers; behind a sub-norm the gains bring it nearer."""
     theirs = make(tmp_path / "source")
     source = SourceFolder(tmp_path / "source")
     ids = probe_ids(source)

@@ -1,6 +1,4 @@
-"""`motifarch grow`: from one released layout to the other, memory, the record, and what does not
-fit.
-"""
+"""`motifarch grow`: the released layouts, memory, the record, and what does not fit."""
 
 import hashlib
 import json
@@ -42,9 +40,7 @@ SMALL_RATIOS = {  # Motif-2.6B's layout, all sizes but the heads' numbers divide
 
 
 def hollow_folder(folder: Path, fields: dict) -> Path:
-    """A folder of a model of any size, whose weight file is a header before a hole that takes no
-    disk.
-    """
+    """A model's folder of any size: its weight file is a header before a hole."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     with torch.device("meta"):

@@ -21,9 +21,7 @@ def assert_agrees(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, name: s
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
-    """Overwrite every parameter with random numbers (norm weights around 1), so that no two sides
-    agree by default.
-    """
+    """Overwrites every parameter with random numbers (norm weights around 1)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():

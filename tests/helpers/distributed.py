@@ -32,9 +32,7 @@ def torchrun_command(ranks: int, *args: str | Path) -> list[str]:
 
 
 def torchrun(ranks: int, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a script (a path, or -m MODULE) on some ranks and waits for it; 0 ranks means without
-    torchrun.
-    """
+    """Runs a script (a path, or -m MODULE) on some ranks; 0 ranks means without torchrun."""
     with started(ranks, *args, cwd=cwd) as process:
         out, err = process.communicate(timeout=TIMEOUT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -81,9 +79,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    """Waits for a condition; fails when the process that should bring it about has ended without
-    it.
-    """
+    """Waits for a condition; fails where the process has ended without it."""
     deadline = time.monotonic() + TIMEOUT
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

@@ -1,6 +1,4 @@
-"""The transformers models that are patched in tests: each family with its real ratio of heads,
-small and at random.
-"""
+"""The transformers models that tests patch: real ratios of heads, small and random."""
 
 from __future__ import annotations
 

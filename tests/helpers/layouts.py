@@ -1,6 +1,4 @@
-"""Ten training steps under a layout of ranks, for comparison with one process: functions that ranks
-run.
-"""
+"""Training steps under a layout of ranks: functions that ranks run."""
 
 from __future__ import annotations
 
@@ -95,9 +93,7 @@ def build(case: Case, mesh: Mesh) -> TrainState:
 
 
 def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
-    """Trains every case; rank 0 saves its losses, gradient norms, validation loss and final
-    weights.
-    """
+    """Trains every case; rank 0 saves losses, norms, validation loss and final weights."""
     with open_world() as world:
         results = {}
         for case in cases:

@@ -1,6 +1,4 @@
-"""Muon on sharded matrices against Muon on whole ones, and what it sends: functions that ranks
-run.
-"""
+"""Muon on sharded matrices against whole ones, and what it sends: for ranks to run."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def placements(ranks: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]
 
 
 def fsdp_and_tensor_parallel(ranks: int, shapes: list[tuple[int, int]]) -> nn.Module:
-    """Linear layers cut over two ranks by rows and by columns in turn, then by FSDP2 over all
-    pairs.
-    """
+    """Linear layers cut over two ranks by rows or columns, then by FSDP2 over all pairs."""
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
     model = nn.Sequential(*[nn.Linear(columns, rows, bias=False) for rows, columns in shapes])
     styles = (ColwiseParallel(), RowwiseParallel())
@@ -173,9 +169,7 @@ def _random_step(model: nn.Module, optimizer: Muon) -> None:
 
 
 def round_trip(folder: Path) -> None:
-    """State taken from one optimizer and given to another: both then step alike. Rank 0 saves it
-    too.
-    """
+    """State given from one optimizer to another: both then step alike. Rank 0 saves it."""
     with open_world() as world:
         model, optimizer = _trained(world.size, 0, 2)
         for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):

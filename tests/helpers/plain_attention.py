@@ -1,6 +1,4 @@
-"""The attention formulas of the papers, one head at a time: no code shared with the layers or their
-reference.
-"""
+"""The papers' attention, head by head: no code shared with the layers or the reference."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None 
 
 
 def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotate-half rotary embedding of one head x (S, D) at positions 0, 1, ..., as complex
-    numbers.
-    """
+    """Rotate-half rotary embedding of one head x (S, D), as complex numbers."""
     length, width = x.shape
     frequencies = base ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
     turns = torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.arange(length)[:, None] * frequencies)
@@ -53,9 +49,7 @@ def plain_diff_attention(
     out_scale: float = 1.0,
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """Differential attention of (B, S, H, D) tensors as one writes it down, in the inputs'
-    precision.
-    """
+    """Differential attention of (B, S, H, D) tensors as one writes it down."""
 
     def attention(q: Tensor, k: Tensor) -> Tensor:
         heads = q.shape[2]

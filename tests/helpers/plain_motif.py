@@ -16,9 +16,7 @@ from torch import Tensor
 
 
 def plain_logits(config: dict[str, Any], tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits (B, S, vocabulary) of token ids (B, S), from a released folder's config and
-    tensors.
-    """
+    """Logits (B, S, vocabulary) of ids (B, S), from a folder's config and tensors."""
     eps = config["rms_norm_eps"]
     x = tensors["model.embed_tokens.weight"][ids]
     for i in range(config["num_hidden_layers"]):
@@ -42,9 +40,7 @@ def feed_forward(layer: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def attention(config: dict[str, Any], layer: dict[str, Tensor], index: int, x: Tensor) -> Tensor:
-    """From x (B, S, E) to (B, S, E): the query heads lie as blocks of g signal heads and their
-    noise head.
-    """
+    """(B, S, E) to (B, S, E); query heads lie as blocks of g signal heads and a noise head."""
     noise_heads = config.get("num_noise_heads") or config["num_attention_heads"] // 2
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     block = config["num_attention_heads"] // noise_heads
@@ -78,9 +74,7 @@ def attention_map(q: Tensor, k: Tensor, angles: tuple[Tensor, float], visible: T
 
 
 def mask(config: dict[str, Any], length: int) -> Tensor:
-    """Which keys (columns) a query (row) sees: those up to itself, and with a window W only the
-    last W of them.
-    """
+    """Which keys (columns) a query (row) sees: up to itself, with a window W the last W."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     reach = config["sliding_window"] if config.get("use_sliding_window") else length
     return (distance >= 0) & (distance < reach)
@@ -106,9 +100,7 @@ def rotary_angles(config: dict[str, Any], width: int, length: int) -> tuple[Tens
 
 
 def yarn_frequency(yarn: dict[str, Any], theta: float, width: int, i: int) -> float:
-    """Between theirs (pairs that turn often over the original length) and that divided by the
-    factor (seldom).
-    """
+    """Between its own (pairs that turn often) and that divided by the factor (seldom)."""
 
     def index_of(turns: float) -> float:
         return width * math.log(yarn["original_max_position_embeddings"] / (2 * math.pi * turns)) / 2 / math.log(theta)

@@ -68,9 +68,7 @@ def config_of(recipe: Recipe, attention: str = "auto") -> MotifConfig:
 
 
 def measure_ranks(output: Path, recipes: dict[str, Recipe]) -> None:
-    """Takes a real step of each recipe; every rank writes the bytes of its parameters, gradients
-    and states.
-    """
+    """Takes a step of each recipe; each rank writes bytes of parameters, gradients, states."""
     with open_world() as world:
         measured = {}
         for name, recipe in recipes.items():

@@ -9,9 +9,7 @@ import textwrap
 
 
 def run_python(code: str, *args: object) -> str:
-    """Runs code in a new process and returns what it printed; fails with its error output where the
-    code does.
-    """
+    """Runs code in a new process and returns what it printed; fails where the code does."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env, check=False)

@@ -22,9 +22,7 @@ _SIZES: dict[str, Any] = {"num_noise_heads": 4, "num_kv_heads": 8, "head_dim": 6
 
 
 def clip_on_ranks() -> None:
-    """Layers cut by FSDP2, heads across ranks, and by tensor parallelism before it; maxima gathered
-    too.
-    """
+    """Layers cut by FSDP2, heads across ranks, and by tensor parallelism before it."""
     with open_world() as world:
         for tensor in (1, 2):
             torch.manual_seed(0)

@@ -1,6 +1,4 @@
-"""Folders laid out like the released models': config fields, tensor names and shapes, written
-without our code.
-"""
+"""Folders laid out like the released models', written without our code."""
 
 from __future__ import annotations
 
@@ -109,9 +107,7 @@ def released_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensors(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Tensors of these shapes, norm weights around 1, of a size at which every one of them
-    matters.
-    """
+    """Tensors of these shapes, norm weights around 1; each is large enough to matter."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in released_shapes(config).items():

@@ -1,6 +1,4 @@
-"""The same few training steps sharded, with DDP, and with a step that must be skipped: functions
-that ranks run.
-"""
+"""A few steps sharded, with DDP, and one skipped: functions that ranks run."""
 
 from __future__ import annotations
 
@@ -90,9 +88,7 @@ def train_ddp(data: Path, output: Path) -> None:
 
 
 def skip_one_step(data: Path) -> None:
-    """Three steps, the second with an infinite loss on one rank's part only by way of the z-loss's
-    weight.
-    """
+    """Three steps, the second with an infinite z-loss on one rank's part only."""
     with open_world() as world:
         model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world.size)))
         state = TrainState(model, build_adamw(model, lr=LR))

@@ -41,9 +41,7 @@ def run(model: Any) -> dict[str, Any]:
 
 
 def load_and_run(folders: list[Path], output: Path) -> None:
-    """Loads each folder with transformers' plan; rank 0 saves what came of it and what share of it
-    a rank holds.
-    """
+    """Loads each folder with transformers' plan; rank 0 saves results and its share."""
     dist.init_process_group("gloo")
     results = {}
     for folder in folders:

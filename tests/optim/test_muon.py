@@ -68,9 +68,7 @@ def test_newton_schulz_at_the_edges() -> None:
 
 
 def test_equal_to_torch() -> None:
-    """In bfloat16 and to the bit: the same products of the same shapes in the same order, batched
-    or not.
-    """
+    """In bfloat16 and to the bit: the same products, batched or not."""
     ours, theirs = matrices(), matrices()
     triple = NS_COEFFICIENTS["keller_jordan"][0]
     muon = Muon(ours, lr=1e-2, weight_decay=0.1, ns_coefficients=NS_COEFFICIENTS["keller_jordan"])

@@ -1,6 +1,4 @@
-"""Moments in CPU memory: the same results to the last bit, the same checkpoints, the same skipped
-steps.
-"""
+"""Moments in CPU memory: the same bits, checkpoints and skipped steps."""
 
 from __future__ import annotations
 

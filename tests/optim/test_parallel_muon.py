@@ -1,6 +1,4 @@
-"""Parallel Muon on real processes: the same numbers as on whole matrices, no message too many,
-state that travels.
-"""
+"""Parallel Muon on real processes: the numbers, the messages, state that travels."""
 
 from __future__ import annotations
 

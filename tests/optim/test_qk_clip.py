@@ -1,6 +1,4 @@
-"""QK-clip: no head above the bound afterwards, every other head untouched, for each way of sharing
-keys.
-"""
+"""QK-clip: no head above the bound afterwards, every other head untouched."""
 
 from __future__ import annotations
 
@@ -98,9 +96,7 @@ def measure(layer: BaseAttention, hidden: torch.Tensor) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def set_maxima(layer: BaseAttention, hidden: torch.Tensor) -> None:
-    """Scales queries so that on this data every other head, signal and noise, is above the
-    bound.
-    """
+    """Scales queries so that on this data every other head is above the bound."""
     for heads, maxima in zip(head_order(layer), measure(layer, hidden), strict=True):
         if maxima is None:
             continue

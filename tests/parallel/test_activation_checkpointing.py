@@ -1,6 +1,4 @@
-"""What the backward pass computes again: the gradients stay, and the dear products are as many as
-was asked for.
-"""
+"""What the backward pass recomputes: the same gradients, as many products as asked."""
 
 from __future__ import annotations
 

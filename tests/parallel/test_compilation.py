@@ -1,6 +1,4 @@
-"""Compiled decoder layers compute what they compute uncompiled, also where lengths and layers
-differ.
-"""
+"""Compiled decoder layers compute the same, also where lengths and layers differ."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def fresh() -> Iterator[None]:
 
 
 def losses_and_gradients(lengths: tuple[int, ...], change: Callable[[nn.Module], None], **overrides: Any) -> Any:
-    """The losses of rows of some lengths, the sum of their gradients, and the last lambdas, which
-    layers note.
-    """
+    """The losses of rows of some lengths, the sum of their gradients, the last lambdas."""
     model = tiny_model("gda", **overrides).train()
     change(model)
     losses = []

@@ -1,6 +1,4 @@
-"""The switch to 8-bit products, with torchao's emulation: what is replaced, what stays, and what is
-refused.
-"""
+"""8-bit products with torchao's emulation: what is replaced, stays, is not supported."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ def test_compute_replaces_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two ranks: each precision sharded, each 8-bit one with tensor parallelism, and one after a
-    switch halfway.
-    """
+    """Two ranks: each precision sharded and with tensor parallelism, and a switch halfway."""
     folder = tmp_path_factory.mktemp("low_precision")
     checkpoint = checkpoints_folder(folder) / checkpoint_name(STEPS // 2)
     common: dict[str, Any] = {"variant": "gda", "model": MODEL, "steps": STEPS}

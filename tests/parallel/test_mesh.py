@@ -1,6 +1,4 @@
-"""Layouts of ranks: what is left is filled in, and what cannot be is refused with the numbers that
-can.
-"""
+"""Layouts of ranks: what is left is filled in, what does not fit is named."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A store shared by several starts: each finds a part of it that is its own, on all its ranks the
-same.
-"""
+"""A store shared by several starts: each has a part of its own, the same on all ranks."""
 
 from __future__ import annotations
 

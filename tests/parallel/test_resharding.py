@@ -1,6 +1,4 @@
-"""One state on different meshes: checkpoints that go on elsewhere, first weights, and weights from
-a folder.
-"""
+"""One state on different meshes: checkpoints, first weights, weights from a folder."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ def source(folder: Path) -> MotifForCausalLM:
 
 @pytest.fixture(scope="module")
 def four(data: Path, folder: Path, source: MotifForCausalLM) -> dict[str, Any]:
-    """What four ranks make: runs that write a checkpoint, those that go on from it, and models at
-    their start.
-    """
+    """What four ranks make: runs that save, runs that go on, models at their start."""
     cases = []
     for variant, optimizer in RUNS.items():
         cases.append(Case(f"{variant}, straight", variant, FSDP, optimizer, save=folder / variant))
