@@ -1,6 +1,4 @@
-"""The arrows of the README's picture and no import circles: `make lint` holds them, and it fails
-where an import against them is planted.
-"""
+"""The arrows and no import circles: `make lint` fails where an import against them is planted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Export: the folder computes what the trained model computes, carries its record, and refuses with
-a reason.
-"""
+"""Export: the folder computes what the trained model computes, and carries its record."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Folders with the model code in them: they compute what motifarch's own classes do, also where
-motifarch is not.
-"""
+"""Folders with the model code in them compute what motifarch's own classes do."""
 
 from __future__ import annotations
 

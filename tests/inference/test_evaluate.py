@@ -1,6 +1,4 @@
-"""Evaluation: scores are those worked out by hand from the model's own logits, and refusals say
-why.
-"""
+"""Evaluation: scores equal those worked out by hand from the model's own logits."""
 
 from __future__ import annotations
 
@@ -94,9 +92,7 @@ def model(folder):
 
 @pytest.fixture
 def tasks(tmp_path, model, tokenizer) -> Path:
-    """A folder of tasks on one file of questions; of every second one the continuation given is the
-    model's own.
-    """
+    """A folder of tasks on one file of questions; every second continuation is the model's own."""
     lines = []
     for number, (question, choices, answer) in enumerate(QUESTIONS):
         ids = tokenizer(question, return_tensors="pt").input_ids
@@ -214,9 +210,7 @@ def test_a_group_has_its_tasks_mean(folder, tasks, whole_folder):
 
 @pytest.fixture
 def few_of_its_own(tmp_path, monkeypatch):
-    """Two folders of lm-eval's own tasks in the place of all: reading 15,000 files takes too long
-    for a test.
-    """
+    """Two of lm-eval's own tasks in place of all: 15,000 files take too long to read."""
     from lm_eval.tasks import manager
 
     for name in ("arc", "hellaswag"):

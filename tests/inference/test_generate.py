@@ -1,6 +1,4 @@
-"""Generation from a folder: what comes out for a seed, a batch or a conversation, and refusals with
-a reason.
-"""
+"""Generation from a folder: what comes out for a seed, a batch or a conversation."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def chat_folder(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_folder(folder, tmp_path_factory):
-    """Somebody else's model: few positions, and by its generation_config other ends, sampling and
-    beams.
-    """
+    """Another model: few positions, other ends, sampling and beams in its generation_config."""
     path = tmp_path_factory.mktemp("llama") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
@@ -200,9 +196,7 @@ def test_what_follows_the_end_of_a_text_is_no_part_of_it(pair):
 
 
 def test_the_pass_over_the_prompt_counts_apart(pair, monkeypatch):
-    """By a clock that stands still but for the model: 10 seconds for its first pass, 2 for each
-    other.
-    """
+    """By a made-up clock: 10 seconds for the model's first pass, 2 for each other."""
     model, tokenizer = pair
     forward, durations = model.forward, itertools.chain([10.0], itertools.repeat(2.0))
     clock = SimpleNamespace(now=0.0)

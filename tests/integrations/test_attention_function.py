@@ -1,6 +1,4 @@
-"""DIFF V1 inside transformers' own Llama and Mistral, through the attention function that is
-registered for it.
-"""
+"""DIFF V1 inside transformers' Llama and Mistral, through the registered function."""
 
 from __future__ import annotations
 
@@ -79,9 +77,7 @@ def motif(model: Any, **fields: Any) -> MotifForCausalLM:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_host_computes_what_a_motif_model_does(name: str) -> None:
-    """With the same state dict: logits, gradients of every parameter, left padding, packed
-    documents, generation.
-    """
+    """Logits, gradients, left padding, packed documents and generation."""
     theirs = host(name)
     ours = motif(theirs)
     ids = random_ids(2, 23)
@@ -121,9 +117,7 @@ def test_every_cache_and_padding_give_the_same_tokens(name: str, cache: dict[str
 
 
 def test_it_agrees_with_diffllama() -> None:
-    """Transformers' DIFF V1, whose first half of the heads is signal, and whose sub-norm has no
-    weight.
-    """
+    """Transformers' DIFF V1: signal heads first, no weight in the sub-norm."""
     theirs = DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, attn_implementation="eager")).eval()
     randomise(theirs, std=0.25)
     ours = host(dtype=torch.float32)

@@ -1,6 +1,4 @@
-"""Every family that can be patched, with its real ratio of heads: as its host, in training,
-generation and saving.
-"""
+"""Every family that can be patched, with its real ratio of heads."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def patched(family: str, **options: Any) -> tuple[Any, Any]:
 
 
 def moved(model: Any) -> Any:
-    """The model with its new parameters away from where they start: lambda is not 0 and noise heads
-    matter.
-    """
+    """The model with its new parameters away from where they start."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

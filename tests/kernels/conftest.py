@@ -25,9 +25,7 @@ class Path(NamedTuple):
 
 @pytest.fixture(params=["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The blocked CPU operators; the Triton kernels, interpreted on the CPU; the Triton kernels on
-    a GPU.
-    """
+    """The CPU operators; the Triton kernels, interpreted; the Triton kernels on a GPU."""
     if request.param == "interpreter":
         triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
         if not triton.knobs.runtime.interpret:

@@ -119,9 +119,7 @@ def test_every_ratio_and_width(ratio, width, path):
 
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
 def test_strided_inputs(epilogue, path):
-    """Signal and noise heads as slices of one attention output, as GDA's blocks lie; a gradient
-    with strides.
-    """
+    """Heads as slices of one attention output, as GDA's blocks lie; strided gradients."""
     torch.manual_seed(3)
     block = torch.randn(B, S, NOISE, HEADS // NOISE + 1, WIDTH, device=path.device)
     signal, noise = block[..., :-1, :].flatten(2, 3), block[..., -1, :]

@@ -37,9 +37,7 @@ def test_spills_and_memory_within_bounds_and_as_reported(family: str, arch: int)
 
 
 def _stack_bound(kernel: dict[str, Any]) -> int:
-    """Bytes that a thread may spill: attention's kernels keep accumulators of the head's width in
-    registers.
-    """
+    """Bytes that a thread may spill: attention keeps accumulators in registers."""
     if kernel["kernel"] in ("attention_forward._forward_kernel", "decoding._split_kernel"):
         return 64
     if kernel["kernel"] in ("attention_backward._keys_kernel", "attention_backward._queries_kernel"):

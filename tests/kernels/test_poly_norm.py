@@ -1,6 +1,4 @@
-"""PolyNorm: the published figures, the error rule, extreme inputs, gradients and the operator's
-contract.
-"""
+"""PolyNorm: published figures, the error rule, extreme inputs, gradients."""
 
 from functools import partial
 
@@ -105,9 +103,7 @@ def test_any_leading_shape(shape, path):
 
 @pytest.mark.parametrize("columns", [9000, 17000, 40000])
 def test_rows_longer_than_a_block(columns, path):
-    """Both directions walk through the row twice; also with the moments given, as the sharded form
-    has them.
-    """
+    """Both directions walk through the row twice; also with the moments given."""
     inputs = leaves(*torch.randn(2, 3, columns, device=path.device), WEIGHT.to(path.device), BIAS.to(path.device))
     grad = torch.randn(3, columns, device=path.device)
     out = mul_poly_norm(*inputs)
@@ -166,9 +162,7 @@ def test_gradients_are_the_same_every_time(path):
 
 @pytest.mark.parametrize("with_up", [False, True])
 def test_variants_of_later_models(with_up, path):
-    """Squashed weights, clamped bias and inputs, scaled output, against the same written out in
-    float64.
-    """
+    """Squashed weights, clamped bias and inputs, scaled output, against float64."""
     options = {"sigmoid_weight": True, "bias_clamp": 0.5, "out_scale": 0.7, "hidden_clamp": 1.25}
     x, up, grad = torch.randn(3, 11, 70, device=path.device)
     weight, bias = torch.tensor([0.2, -1.0, 0.5], device=path.device), torch.tensor([0.8], device=path.device)

@@ -66,9 +66,7 @@ def test_batches_have_the_shape_of_their_targets():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_loss_may_be_scaled_before_backward(dtype):
-    """Gradient accumulation and loss scaling multiply the loss: gradients follow, to the dtype's
-    rounding.
-    """
+    """Gradient accumulation and loss scaling multiply the loss; gradients follow."""
     hidden, weight, targets = inputs(dtype)
     once = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss, [hidden, weight])
     scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss * 0.3, [hidden, weight])

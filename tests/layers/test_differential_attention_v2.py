@@ -11,9 +11,7 @@ EMBED, D = 24, 8
 
 
 def plain_v2(layer, x, *, gate=False, sub_norm=False, lambda_init=0.0, qk_norm=False, window=None):
-    """One row x (S, E): adjacent pairs (blocks, when grouped) that share a key/value head; lambda
-    from the token.
-    """
+    """One row x (S, E): adjacent pairs (or blocks) share a key/value head."""
     blocks = layer.num_noise_heads
     q = (x @ layer.q_proj.weight.T).split(D, dim=-1)
     k = (x @ layer.k_proj.weight.T).split(D, dim=-1)

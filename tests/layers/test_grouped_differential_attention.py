@@ -126,9 +126,7 @@ def interleave(weight, heads):
 
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 def test_diff_v1_agrees_with_diffllama(kv_heads):
-    """Transformers keeps the first half of the heads for signal, the second for noise, and has no
-    sub-norm weight.
-    """
+    """Transformers keeps signal heads first and has no sub-norm weight."""
     heads, depth = 8, 3
     config = DiffLlamaConfig(
         hidden_size=EMBED,
@@ -168,9 +166,7 @@ def test_diff_v1_agrees_with_diffllama(kv_heads):
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(("ratio", "kv_heads"), [(1, 4), (2, 2), (4, 1), (2, 1)])
 def test_without_pairs_and_lambda_it_is_softmax_attention(ratio, kv_heads, backend, qk_norm):
-    """Of the signal heads, as Llama's: output, cached keys and values, and gradients; lambda's is
-    its own.
-    """
+    """Signal heads as Llama's: output, cache and gradients; lambda's is its own."""
     heads = 4
     noise = heads // ratio
     options = {"num_kv_heads": kv_heads, "head_dim": D, "layer_idx": 0, "qk_norm": qk_norm, "backend": backend}
@@ -233,9 +229,7 @@ TIMM_HEADS = 3
 
 @pytest.fixture(params=[True, False], ids=["fused", "plain"])
 def theirs(request):
-    """Timm's layer with random weights: adjacent pairs of q and k heads, values of double width, no
-    rotation.
-    """
+    """Timm's layer: adjacent pairs of heads, values of double width, no rotation."""
     layer = timm_diff_attention.import_diff_attention()(
         TIMM_HEADS * 2 * D, num_heads=TIMM_HEADS, depth=4, proj_bias=False
     )
@@ -281,9 +275,7 @@ def test_diff_v1_agrees_with_timm(theirs):
 @needs_timm
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_bidirectional_attention_agrees_with_timm(theirs, backend):
-    """Timm attends to all tokens by default: our function without ``causal``, between timm's own
-    projections.
-    """
+    """Timm attends to all tokens: our function between its projections."""
     x1 = torch.randn(2, 11, TIMM_HEADS * 2 * D, requires_grad=True)
     x2 = x1.detach().clone().requires_grad_()
     q, k, v = theirs.qkv(x1).chunk(3, dim=-1)

@@ -10,9 +10,7 @@ from helpers.models import packed, random_ids, tiny_model
 
 @pytest.mark.parametrize("variant", ["gda 4:1", "gda narrow", "diff_v1", "diff_v2 gated", "softmax", "gda window"])
 def test_records_the_largest_over_calls_until_cleared(variant):
-    """Against the logits of one head, worked out one by one; packed documents give what they give
-    alone.
-    """
+    """Against one head's logits, one by one; packed documents give what each gives alone."""
     model = tiny_model(variant, dtype=torch.float64).train()
     attention = model.model.layers[0].self_attn
     attention.record_max_logits = True

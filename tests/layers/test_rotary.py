@@ -33,9 +33,7 @@ def test_rotation_multiplies_pairs_of_halves_by_unit_complex_numbers():
 
 
 def test_tables_are_exact_far_out():
-    """Positions of 10^5 and more, against float64: the angle itself is rounded to float32, no
-    worse.
-    """
+    """Positions of 10^5 and more, against float64."""
     positions = torch.tensor([[131_071]])
     exact = RotaryEmbedding(8)(positions, torch.float64)
     for a, b in zip(RotaryEmbedding(8)(positions), exact, strict=True):

@@ -111,9 +111,7 @@ def test_softmax_agrees_with_llama(rope, tied):
 
 
 def test_yarn_given_as_the_released_files_do():
-    """rope_theta and rope_scaling, as older files name them, through transformers' own
-    computation.
-    """
+    """rope_theta and rope_scaling of older files, through transformers' own computation."""
     position_ids = torch.arange(60)[None]
     scaling = {k: v for k, v in YARN.items() if k != "rope_theta"}
     config = MotifConfig(**SIZES, num_key_value_heads=2, attention_type="softmax", rope_theta=5e5, rope_scaling=scaling)

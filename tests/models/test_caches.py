@@ -1,6 +1,4 @@
-"""Generation with every kind of cache: the tokens that no cache gives, in place, in blocks and
-compiled.
-"""
+"""Generation with every kind of cache gives the tokens that no cache gives."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ def continued(model, cache, prompts, mask, count):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", ["gda 4:1", "diff_v1", "diff_v2 gated", "gda window", "softmax"])
 def test_two_hundred_tokens_in_float32(variant, kind, rows):
-    """Each token is the one that a pass without a cache finds likeliest, or as likely within
-    float32's rounding.
-    """
+    """Each token is the likeliest without a cache, or as likely within float32's rounding."""
     model = tiny_model(variant)
     ids = random_ids(rows, 9)
     out = continued(model, cache_of(kind, model, rows), ids, torch.ones_like(ids), 200)

@@ -117,9 +117,7 @@ def test_a_row_of_nothing_but_padding_gives_no_nan():
 
 
 def test_cache_holds_keys_and_values_of_one_shape():
-    """k1 and k2 side by side and values of width 2D, once a pair: nothing is kept once a signal
-    head.
-    """
+    """k1 and k2 side by side and values of width 2D, once a pair."""
     model = tiny_model("gda 4:1")
     cache = model(input_ids=random_ids(2, 9), use_cache=True).past_key_values
     assert [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers] == [

@@ -187,9 +187,7 @@ def test_fused_kernels_carry_the_model(variant):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "window" not in v])
 def test_flops_per_token_are_those_that_torch_counts(variant):
-    """The counter sees the eager backend's full map; a causal model needs (S + 1) / 2 pairs a token
-    of its S.
-    """
+    """The counter sees the eager backend's full map; causal needs (S + 1) / 2 pairs a token."""
     length = 24
     model, ids = tiny_model(variant, attn_implementation="eager").train(), random_ids(1, 24)
     with FlopCounterMode(display=False) as counter:

@@ -1,6 +1,4 @@
-"""transformers' Auto classes know the Motif models once motifarch.models is imported, whichever of
-the two is imported first.
-"""
+"""The Auto classes know the Motif models once motifarch.models is imported."""
 
 import json
 

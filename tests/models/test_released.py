@@ -1,6 +1,4 @@
-"""Folders laid out like the released models': loaded whole or refused, and computing what their
-description says.
-"""
+"""Folders laid out like the released models': loaded whole, computing what they describe."""
 
 import json
 from pathlib import Path
@@ -268,9 +266,7 @@ def test_other_ways_to_load_still_work(folder, tmp_path):
 
 
 def test_quantised_weights_load_and_come_back(tmp_path):
-    """Their tensors have other names and shapes than the config's, which must not pass for a
-    damaged folder.
-    """
+    """Their tensors' other names and shapes must not pass for a damaged folder."""
     torchao = pytest.importorskip("torchao.quantization")
     config = SMALL["12.7B"] | {"hidden_size": 64, "intermediate_size": 64}
     folder = write_folder(tmp_path / "released", config, random_tensors(config, torch.bfloat16))

@@ -28,9 +28,7 @@ def sizes() -> tuple[int, int]:
 
 @pytest.mark.parametrize("micro_size", [4, 1])
 def test_fsdp_gathers_twice_and_reduces_once(micro_size: int) -> None:
-    """Layers are gathered forward and backward in every micro-batch, the rest once; gradients
-    travel in the last.
-    """
+    """Layers are gathered twice a micro-batch, the rest once; gradients travel in the last."""
     layers, outside = sizes()
     found = traffic(4, batch__micro_size=micro_size)
     micro_batches = 4 // micro_size
@@ -64,9 +62,7 @@ def test_tensor_parallel_messages() -> None:
 
 
 def test_ulysses_and_muon_messages() -> None:
-    """Queries, keys and values out and the attention's result back, each way; whole matrices there
-    and back.
-    """
+    """Queries, keys, values and attention's result, each way; whole matrices both ways."""
     found = traffic(2, parallel__context=2, batch__size=2, optim__name="muon")
     rows = 2 * SEQ_LEN // 2
     heads = (12 + 8 + 8) * 8 + 8 * 16  # q, k, v, and 8 signal heads of width 16

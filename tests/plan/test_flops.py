@@ -23,9 +23,7 @@ def planned(recipe: Any, gpus: int = 1) -> dict[str, float]:
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_are_the_flop_counters(variant: str, window: int | None) -> None:
-    """On the reference backend, whose maps are whole: of the counter's batched products the mask
-    shows a share.
-    """
+    """On the reference backend the counter sees whole maps: the mask takes a share."""
     fields = {} if window is None else {"model__use_sliding_window": True, "model__sliding_window": window}
     recipe = small_recipe(variant, batch__size=ROWS, batch__micro_size=ROWS, **fields)
     recipe.model.attn_implementation = "eager"

@@ -80,9 +80,7 @@ def test_recomputing_keeps_less() -> None:
 
 
 def test_micro_batches_keep_whole_gradients() -> None:
-    """Before the last micro-batch nothing is reduced: each rank holds float32 gradients of the
-    whole model.
-    """
+    """Before the last micro-batch each rank holds the whole model's float32 gradients."""
     single = make_plan(small_recipe(batch__micro_size=4), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     several = make_plan(small_recipe(batch__micro_size=1), find_gpu("h100"), 4, seq_len=SEQ_LEN)
     assert single.memory[memory.WHOLE_GRADIENTS] == 0
@@ -91,9 +89,7 @@ def test_micro_batches_keep_whole_gradients() -> None:
 
 
 def test_gathered_layers() -> None:
-    """What FSDP2 gathers is a layer's parameters in the compute dtype, and with tensor parallelism
-    its part.
-    """
+    """FSDP2 gathers a layer in the compute dtype, with tensor parallelism its part."""
     recipe = small_recipe(precision__compute="bfloat16")
     model = MotifForCausalLM(config_of(recipe))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())

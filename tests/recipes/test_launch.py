@@ -1,6 +1,4 @@
-"""The launch scripts: parsed, and run on one machine; SLURM's with stand-ins for srun and
-scontrol.
-"""
+"""The launch scripts, run on one machine; SLURM's with stand-ins."""
 
 from __future__ import annotations
 

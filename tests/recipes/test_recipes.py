@@ -1,6 +1,4 @@
-"""Every recipe of a large run: it fits its number of GPUs and its published model, and a shrunken
-copy trains.
-"""
+"""Every recipe fits its GPUs and its published model, and a shrunken copy trains."""
 
 from __future__ import annotations
 
@@ -102,9 +100,7 @@ def test_the_ablation_compares_equals() -> None:
 
 
 def shrunken(path: Path, data: Path, output: Path) -> list[str]:
-    """Overrides that leave a recipe's kind and ratios, and make it two steps of a tiny model on one
-    process.
-    """
+    """Overrides that make a recipe two steps of a tiny model on one process."""
     recipe = read_recipe([str(path)])
     model, batch = recipe.model, recipe.batch
     end = ", weight_end: 0.5" if recipe.data.ramp_end else ""

@@ -1,6 +1,4 @@
-"""Training whose save of step 20 hangs after the shards are written: a certain moment to be killed
-at.
-"""
+"""Training whose save of step 20 hangs after the shards are written."""
 
 import sys
 import time

@@ -1,6 +1,4 @@
-"""A rank that dies or hangs: what is reported, and that torchrun's restart continues the same
-run.
-"""
+"""A rank that dies or hangs: what is reported, and torchrun's restart."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Training in which rank 1 hangs and dies, each once, in reading data: trouble_once.py FOLDER
-KIND:STEP,... ARGS
-"""
+"""Training in which rank 1 hangs and dies, each once: FOLDER KIND:STEP,... ARGS"""
 
 import os
 import signal
