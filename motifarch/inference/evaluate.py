@@ -10,8 +10,7 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_GROUP = re.compile(r"^group\s*:", re.MULTILINE)
 
 
 def evaluate(
@@ -63,7 +61,12 @@ def evaluate(
             load.
     """
     check_folder(folder)
-    _check_harness()
+    try:
+        importlib.import_module("lm_eval")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"motifarch eval needs lm-eval, which is not installed ({error}): pip install 'motifarch[eval]'"
+        ) from None
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -71,8 +74,11 @@ def evaluate(
     manager = index_tasks(tasks)
     found = load_tasks(manager, resolve_tasks(manager, tasks))
     model, tokenizer = load(folder, dtype=dtype, device=device)
-    with _quiet():  # it warns that a loaded model is no name of one
+    logging.disable(logging.WARNING)  # lm-eval warns that a loaded model is no name of one
+    try:
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+    finally:
+        logging.disable(logging.NOTSET)
     results = simple_evaluate(
         harness,
         tasks=found,
@@ -86,21 +92,8 @@ def evaluate(
     return {"motifarch": motifarch.__version__, "folder": str(folder), **results}
 
 
-def _check_harness() -> None:
-    try:
-        importlib.import_module("lm_eval")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"motifarch eval needs lm-eval, which is not installed ({error}): pip install 'motifarch[eval]'"
-        ) from None
-
-
 def index_tasks(tasks: Sequence[str]) -> TaskManager:
-    """lm-eval's index of what is asked for: tasks in files and folders, and lm-eval's own where a
-    name may mean one.
-
-    Args:
-        tasks: names, patterns, YAML files and folders.
+    """lm-eval's index of the tasks in files and folders, and of its own where a name may mean one.
 
     Raises:
         UserError: there is no such file.
@@ -109,41 +102,35 @@ def index_tasks(tasks: Sequence[str]) -> TaskManager:
 
     paths = [Path(task) for task in tasks if _is_path(task)]
     # A group's file names its tasks, which may be its neighbours.
-    folders = [path if path.is_dir() else path.parent for path in paths if path.is_dir() or _GROUP.search(_read(path))]
-    manager = TaskManager(include_path=[str(path) for path in folders], include_defaults=False)
+    folders = [str(path if path.is_dir() else path.parent) for path in paths if path.is_dir() or _is_group(path)]
+    manager = TaskManager(include_path=folders, include_defaults=False)
     names = {task for task in tasks if not _is_path(task)} | _grouped(manager)
     if names <= set(manager.all_tasks):
         return manager
     with Console(stderr=True).status("indexing lm-eval's own tasks"):  # some 15,000: that takes seconds
-        return TaskManager(include_path=[str(path) for path in folders])
+        return TaskManager(include_path=folders)
 
 
 def resolve_tasks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
     """What to load, each once: names, and paths of YAML files; of a folder its groups and the tasks
     in none of them.
 
-    Args:
-        manager: from :func:`index_tasks`.
-        tasks: names, patterns, YAML files and folders.
-
     Raises:
         UserError: there is no such task, or no task in a folder.
     """
     specs: list[str] = []
     for task in tasks:
-        if not _is_path(task):
-            specs += _named(manager, task)
-        else:
-            specs += _at(manager, Path(task))
+        found = _in_files(manager, Path(task)) if _is_path(task) else manager.match_tasks([task])
+        if not found:
+            close = difflib.get_close_matches(task, manager.all_tasks, n=4, cutoff=0.5)
+            hint = f"; close to it are {', '.join(close)}" if close else ""
+            raise UserError(f"lm-eval has no task {task!r}{hint}; `lm-eval ls tasks` lists all")
+        specs += found
     return list(dict.fromkeys(specs))
 
 
 def load_tasks(manager: TaskManager, specs: Sequence[str]) -> list[Any]:
     """Tasks and groups of them, with their data.
-
-    Args:
-        manager: from :func:`index_tasks`.
-        specs: from :func:`resolve_tasks`.
 
     Raises:
         UserError: some cannot be loaded, would run code that a model wrote, or are asked for twice.
@@ -160,9 +147,9 @@ def _is_path(task: str) -> bool:
     return "/" in task or task.endswith((".yaml", ".yml")) or Path(task).is_dir()
 
 
-def _read(file: Path) -> str:
+def _is_group(file: Path) -> bool:
     try:
-        return file.read_text(encoding="utf-8")
+        return re.search(r"^group\s*:", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the task {file} cannot be read ({error}); give a YAML file, or a folder of them") from None
 
@@ -174,16 +161,7 @@ def _grouped(manager: TaskManager) -> set[str]:
     return {name for name in names if isinstance(name, str)}
 
 
-def _named(manager: TaskManager, task: str) -> list[str]:
-    names: list[str] = manager.match_tasks([task])
-    if not names:
-        close = difflib.get_close_matches(task, manager.all_tasks, n=4, cutoff=0.5)
-        hint = f"; close to it are {', '.join(close)}" if close else ""
-        raise UserError(f"lm-eval has no task {task!r}{hint}; `lm-eval ls tasks` lists all")
-    return names
-
-
-def _at(manager: TaskManager, path: Path) -> list[str]:
+def _in_files(manager: TaskManager, path: Path) -> list[str]:
     """What the index has from a file, or from a folder's files; else the file, for lm-eval to
     read.
     """
@@ -198,6 +176,7 @@ def _at(manager: TaskManager, path: Path) -> list[str]:
 
 
 def _load(manager: TaskManager, spec: str) -> list[Any]:
+    """The task, the group, or a tag's tasks."""
     try:
         loaded = manager.load([spec])
     except ConnectionError as error:
@@ -215,20 +194,8 @@ def _load(manager: TaskManager, spec: str) -> list[Any]:
             raise UserError(
                 f"task {name!r} runs code that the model writes, which motifarch eval does not; leave it out"
             )
-    groups = loaded.get("groups", {})
     inner = {child for children in loaded.get("group_map", {}).values() for child in children}
-    return [item for name, item in {**groups, **loaded["tasks"]}.items() if name not in inner]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return [item for name, item in {**loaded.get("groups", {}), **loaded["tasks"]}.items() if name not in inner]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -298,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace, tasks: list[str]) -> None:
-    """Refuses settings at once, before anything is loaded."""
+    """Checks settings before anything is loaded."""
     if not tasks:
         raise UserError(f"--tasks {arguments.tasks!r} names no task; give names or files, with commas between")
     limit, size, shots, output = arguments.limit, arguments.batch_size, arguments.num_fewshot, arguments.output

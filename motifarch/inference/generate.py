@@ -35,7 +35,7 @@ _SPEED_HELP = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is no Hugging Face model folder, with a UserError."""
+    """Raise a UserError for what is no Hugging Face model folder."""
     if not (folder / "config.json").is_file():
         hint = f"; export it first: motifarch export {folder}" if (folder / "checkpoints").is_dir() else ""
         raise UserError(f"{folder} is no Hugging Face model folder (it has no config.json){hint}")

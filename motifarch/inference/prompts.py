@@ -36,7 +36,7 @@ class Request:
 
 def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
     """A conversation of one user message, after a system message if there is one."""
-    return [*_system(system), {"role": "user", "content": text}]
+    return _with_system([{"role": "user", "content": text}], system)
 
 
 def read_prompts(path: Path, *, chat: bool = False, system: str | None = None) -> list[Request]:
@@ -118,13 +118,14 @@ def _check_messages(messages: Any, name: str) -> None:
 
 def _prompt(line: dict[str, Any], chat: bool, system: str | None) -> Prompt:
     if "messages" in line:
-        messages: list[dict[str, str]] = line["messages"]
-        return messages if messages[0]["role"] == "system" else [*_system(system), *messages]
+        return _with_system(line["messages"], system)
     return conversation(line["prompt"], system) if chat else str(line["prompt"])
 
 
-def _system(text: str | None) -> list[dict[str, str]]:
-    return [] if text is None else [{"role": "system", "content": text}]
+def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[str, str]]:
+    if text is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Sampling from a causal language model: one prompt streamed, or many in batches."""
+"""Sampling from a causal language model: one prompt streamed, or many in batches.
+
+The decoding is transformers' own ``generate``; what is added here are random draws that belong to a
+prompt instead of its batch, batches of similar prompts, and errors that name the prompt.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -87,16 +92,13 @@ class Completion:
 
 @dataclass
 class Speed:
-    """Time and tokens of the prompts so far; the prompts' own pass counts apart from the decoding
-    after it.
+    """Time and tokens of the prompts so far, without padding.
 
     Attributes:
         prompts: how many were continued.
-        prompt_tokens: theirs, without padding.
-        prompt_seconds: until each batch had its first new tokens.
-        tokens: made by the model, the first ones and end-of-sequence tokens included, padding after
-            these not.
-        decoded: tokens but for each prompt's first, which its own pass gave.
+        prompt_tokens: theirs.
+        prompt_seconds: until each batch had its first new tokens, by the prompts' own pass.
+        tokens: made by the model, first ones and end-of-sequence tokens included.
         decode_seconds: from each batch's first new tokens to its last.
     """
 
@@ -104,22 +106,20 @@ class Speed:
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
     tokens: int = 0
-    decoded: int = 0
     decode_seconds: float = 0.0
 
     @property
     def rate(self) -> float | None:
-        """Decoded tokens per second, all rows of a batch together; None if no prompt got a second
-        token.
+        """Decoded tokens per second: those after each prompt's first, all rows of a batch together;
+        None if there are none.
         """
-        return self.decoded / self.decode_seconds if self.decoded else None
+        decoded = self.tokens - self.prompts
+        return decoded / self.decode_seconds if decoded else None
 
     def __str__(self) -> str:
-        prompts = f"prompt {_tokens(self.prompt_tokens)}"
-        if self.prompts != 1:
-            prompts = f"{self.prompts:,} prompts, {_tokens(self.prompt_tokens)}"
+        prompts = "prompt" if self.prompts == 1 else f"{self.prompts:,} prompts,"
         rate = "" if self.rate is None else f" at {self.rate:,.1f} tokens/s"
-        return f"{prompts} in {self.prompt_seconds:.2f} s, {_tokens(self.tokens)}{rate}"
+        return f"{prompts} {_count(self.prompt_tokens)} in {self.prompt_seconds:.2f} s, {_count(self.tokens)}{rate}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
@@ -132,10 +132,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
         name: what errors call the prompt.
 
     Raises:
-        UserError: messages without a chat template or refused by it, text that is no Unicode, or an
-            empty prompt for a tokenizer without a token to start from.
+        UserError: messages without a chat template or not accepted by it, text that is no Unicode,
+            or an empty prompt for a tokenizer without a token to start from.
     """
-    text = prompt if isinstance(prompt, str) else _conversation(tokenizer, prompt, name)
+    folder, text = tokenizer.name_or_path, prompt
+    if not isinstance(text, str):
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {folder} has no chat template, which {name} needs to become a conversation; use "
+                "--prompt without --chat, or set tokenizer.chat_template and save it there"
+            )
+        try:
+            text = str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            raise UserError(
+                f"{name}: the chat template of {folder} does not take these messages ({_reason(error)}); change "
+                "their roles, or leave out the system message"
+            ) from None
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -149,25 +162,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
     start = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if start is None:
         raise UserError(
-            f"{name} is empty, and the tokenizer of {tokenizer.name_or_path} has no end-of-text or beginning-of-text "
-            "token to start a document from; give some text"
+            f"{name} is empty, and the tokenizer of {folder} has no end-of-text or beginning-of-text token to start "
+            "a document from; give some text"
         )
     return [start]
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], name: str) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template, which {name} needs to become a "
-            "conversation; use --prompt without --chat, or set tokenizer.chat_template and save it there"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program of its own, and raises what it likes
-        raise UserError(
-            f"{name}: the chat template of {tokenizer.name_or_path} does not take these messages "
-            f"({_reason(error)}); change their roles, or leave out the system message"
-        ) from None
 
 
 def generate(
@@ -217,14 +215,14 @@ def generate(
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
     if stream and len(prompts) != 1:
         raise UserError(f"{len(prompts)} prompts cannot be streamed; stream one, or leave stream=True out")
-    sampling = Sampling() if sampling is None else sampling
+    sampling, speed = sampling or Sampling(), speed or Speed()
     if names is None:
         names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     rows = [encode(tokenizer, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
     limits = [min(sampling.max_new_tokens, _room(model, ids, name)) for ids, name in zip(rows, names, strict=True)]
-    skip_prompt = bool(prompts) and not isinstance(prompts[0], str)
-    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True) if stream else None
-    speed = Speed() if speed is None else speed
+    streamer = None
+    if stream:
+        streamer = TextStreamer(tokenizer, skip_prompt=not isinstance(prompts[0], str), skip_special_tokens=True)
 
     finished: dict[int, Completion] = {}
     following = 0
@@ -241,24 +239,21 @@ def generate(
             following += 1
 
 
-def _room(model: PreTrainedModel, ids: list[int], name: str) -> float:
+def _room(model: PreTrainedModel, ids: list[int], name: str) -> int | float:
     """How many tokens the model's positions leave after a prompt; infinitely many for one without
     such a limit.
     """
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
-    known = weight.shape[0]
-    if max(ids) >= known:
+    if max(ids) >= len(weight):
         raise UserError(
-            f"{name} has token {max(ids)} but the model only {known} tokens; its tokenizer is another model's: put the "
-            "model's own beside it"
+            f"{name} has token {max(ids)} but the model only {len(weight)} tokens; its tokenizer is another model's: "
+            "put the model's own beside it"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return math.inf
-    if len(ids) >= positions:
+    if positions is not None and len(ids) >= positions:
         raise UserError(f"{name} has {len(ids)} tokens but the model {positions} positions; shorten the prompt")
-    return positions - len(ids)
+    return math.inf if positions is None else positions - len(ids)
 
 
 def _batches(rows: Sequence[list[int]], limits: Sequence[float], batch_size: int) -> Iterator[list[int]]:
@@ -291,11 +286,20 @@ def _continue(
     """Each row's new tokens, the end-of-sequence token among them if there is one, and how it
     finished.
     """
-    ends = _end_tokens(model, tokenizer)
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
+    pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
+    ids, mask = (
+        pad_sequence(parts, batch_first=True, padding_value=padding, padding_side="left").to(model.device)
+        for parts, padding in (
+            ([torch.tensor(row) for row in rows], pad),
+            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
+        )
+    )
+    processors: list[LogitsProcessor] = []
+    if sampling.temperature > 0:
+        top_p = [TopPLogitsWarper(float(sampling.top_p))] if sampling.top_p < 1 else []
+        processors = [TemperatureLogitsWarper(float(sampling.temperature)), *top_p, _Draw(sampling.seed, numbers)]
     first_tokens = _FirstTokens(model.device)
     started = time.perf_counter()
     try:
@@ -305,7 +309,7 @@ def _continue(
             max_new_tokens=int(limit),
             # None, not "dynamic": models with a state of their own kind warn of any name.
             cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
-            eos_token_id=ends or None,
+            eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
             # A folder's generation_config may ask for other sampling, or beams; here the options
             # decide.
@@ -314,17 +318,17 @@ def _continue(
             top_p=None,
             top_k=None,
             num_beams=1,
-            logits_processor=_processors(sampling, numbers),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([first_tokens]),
             streamer=streamer,
-        )[:, width:].tolist()
+        )[:, ids.shape[1] :].tolist()
     except KeyboardInterrupt:
         if streamer is not None:
             streamer.end()  # what it still held back for a word to end
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{len(rows)} prompts of up to {width} tokens, and {int(limit)} new ones, do not fit into the GPU's "
+            f"{len(rows)} prompts of up to {ids.shape[1]} tokens, and {int(limit)} new ones, do not fit into the GPU's "
             "memory; lower --batch-size or --max-new-tokens"
         ) from None
     except ValueError as error:
@@ -333,35 +337,16 @@ def _continue(
                 f"{type(model).__name__} does not work with --cache static ({_reason(error)}); use --cache dynamic"
             ) from None
         raise
-    ended = time.perf_counter()
+    speed.decode_seconds += time.perf_counter() - first_tokens.time
+    speed.prompt_seconds += first_tokens.time - started
     made = []
     for new in output:
         end = next((place for place, token in enumerate(new) if token in ends), None)
         made.append((new, "length") if end is None else (new[: end + 1], "eos"))
-    tokens = sum(len(new) for new, _ in made)
     speed.prompts += len(rows)
     speed.prompt_tokens += sum(map(len, rows))
-    speed.prompt_seconds += first_tokens.time - started
-    speed.tokens += tokens
-    speed.decoded += tokens - len(rows)
-    speed.decode_seconds += ended - first_tokens.time
+    speed.tokens += sum(len(new) for new, _ in made)
     return made
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All that end a text: chat models often end a turn with another token than a document."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
-
-
-def _processors(sampling: Sampling, numbers: Sequence[int]) -> LogitsProcessorList:
-    if sampling.temperature == 0:
-        return LogitsProcessorList()
-    shape: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
-    if sampling.top_p < 1:
-        shape.append(TopPLogitsWarper(float(sampling.top_p)))
-    return LogitsProcessorList([*shape, _Draw(sampling.seed, numbers)])
 
 
 class _Draw(LogitsProcessor):
@@ -406,16 +391,15 @@ def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]
     """New tokens as text, decoded after what they continue: alone, some tokenizers drop a space at
     the start.
     """
-    before = str(tokenizer.decode(context, skip_special_tokens=True))
-    whole = str(tokenizer.decode(context + new, skip_special_tokens=True))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(new, skip_special_tokens=True))
+    before, whole, alone = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (context, context + new, new)
+    )
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"
+def _count(tokens: int) -> str:
+    return f"{tokens:,} token{'' if tokens == 1 else 's'}"
