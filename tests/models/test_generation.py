@@ -2,44 +2,12 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from helpers.agreement import assert_agrees
 from helpers.models import VARIANTS, random_ids, tiny_model
 
 # Equal tokens are asked for in float64, where rounding cannot decide between two words.
 GREEDY = {"do_sample": False, "pad_token_id": 0}
-# A model of random weights soon says one word for ever, which would prove little.
-VARIED = GREEDY | {"repetition_penalty": 1.5}
-
-
-@pytest.mark.parametrize(
-    ("variant", "prompt"), [*((v, 11) for v in VARIANTS), ("gda window", 3), ("diff_v2 window", 3)]
-)
-def test_cached_generation_equals_uncached(variant, prompt):
-    """64 tokens, with prompts shorter and longer than the windows."""
-    model = tiny_model(variant, dtype=torch.float64)
-    ids = random_ids(2, prompt)
-    cached, uncached = (
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, use_cache=cache, **VARIED)
-        for cache in (True, False)
-    )
-    assert cached.shape == (2, prompt + 64)
-    assert torch.equal(cached, uncached)
-    assert len(set(cached[0, prompt:].tolist())) > 20
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_left_padded_prompts_give_their_own_tokens(variant):
-    model = tiny_model(variant, dtype=torch.float64)
-    prompts = [random_ids(1, n, seed=n)[0] for n in (3, 17, 11)]
-    batch = torch.zeros(3, 17, dtype=torch.long)
-    for row, prompt in zip(batch, prompts, strict=True):
-        row[17 - len(prompt) :] = prompt
-    together = model.generate(batch, attention_mask=(batch != 0).long(), max_new_tokens=20, **GREEDY)
-    for row, prompt in zip(together, prompts, strict=True):
-        alone = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=20, **GREEDY)
-        assert torch.equal(row[17:], alone[0, len(prompt) :])
 
 
 @pytest.mark.parametrize("variant", ["gda", "diff_v2 window"])
@@ -66,23 +34,6 @@ def test_generation_stops_at_the_end_token():
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, eos_token_id=int(free[4]), **GREEDY
     )[0, 5:]
     assert stopped.tolist() == free[: free.tolist().index(int(free[4])) + 1].tolist()
-
-
-@pytest.mark.parametrize("chunks", [[30], [11, 19], [1] * 30, [5, 1, 1, 16, 7]], ids=str)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_prefill_in_chunks_equals_one_pass(variant, attention, chunks):
-    model = tiny_model(variant, attn_implementation=attention)
-    ids = random_ids(2, 30)
-    cache = DynamicCache(config=model.config)
-    parts = []
-    with torch.no_grad():
-        for chunk in ids.split(chunks, dim=1):
-            out = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-            parts.append(out.logits)
-        whole = model(input_ids=ids, use_cache=False).logits
-    assert cache.get_seq_length() == 30
-    assert_agrees(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
