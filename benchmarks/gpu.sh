@@ -28,11 +28,11 @@ parts=(
   "poly_norm   60 -m benchmarks.poly_norm --seconds 0.15"
   "combine     60 -m benchmarks.combine --seconds 0.15"
   "decode      60 -m benchmarks.decode --parts kernel --limit 45"
-  "train_2.6b 125 -m benchmarks.train_step --shape 2.6b --precisions bf16 --compile --limit 95"
+  "train_2.6b 125 -m benchmarks.models.train_step --shape 2.6b --precisions bf16 --compile --limit 95"
 )
 # The same for parts that run only when they are named, each in less than ten minutes.
 on_request=(
-  "train_300m 300 -m benchmarks.train_step --shape 300m --precisions bf16 --compile --limit 265"
+  "train_300m 300 -m benchmarks.models.train_step --shape 300m --precisions bf16 --compile --limit 265"
   "sanitize   290 -m benchmarks.sanitize --limit 270"
   "study      590 -m benchmarks.study --limit 440"
   "tune       590 -m benchmarks.tune --limit 500"

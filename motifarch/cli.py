@@ -20,12 +20,12 @@ COMMANDS = {
     "average": ("motifarch.average", "average a run's last checkpoints"),
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
     "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),
-    "benchmark all": ("motifarch.study.all_benchmarks", "run every benchmark this machine can, into one report"),
     "eval": ("motifarch.inference.evaluate", "score a folder on lm-eval's tasks"),
     "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
     "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
     "generate": ("motifarch.inference.generate", "sample text from a folder"),
 }
+_MOVED = {"benchmark all": "python -m benchmarks.run --output DIR"}
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
 
 
@@ -70,6 +70,8 @@ def run(argv: list[str]) -> int:
         return 0
     for words in (2, 1):
         name = " ".join(argv[:words])
+        if name in _MOVED:
+            raise UserError(f"`motifarch {name}` is now `{_MOVED[name]}`, in a clone of the repository")
         if name in COMMANDS:
             return importlib.import_module(COMMANDS[name][0]).main(argv[words:]) or 0
     of_two_words = {name.split()[0] for name in COMMANDS if " " in name}

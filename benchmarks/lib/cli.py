@@ -16,20 +16,25 @@ from benchmarks.lib.report import RESULTS, ROOT
 from motifarch.errors import UserError
 
 
-def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """A command line with the options that every benchmark has.
+def bare_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A command line without options.
 
     Args:
         module: as in ``python -m MODULE``.
         doc: its docstring: the first paragraph is the summary, the rest stands below the options.
     """
     summary, _, rest = (doc or "").partition("\n\n")
-    made = argparse.ArgumentParser(
+    return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A command line with the options that every timed benchmark has; see :func:`bare_parser`."""
+    made = bare_parser(module, doc)
     add = made.add_argument
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; default %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU if there is one")

@@ -17,6 +17,7 @@ from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.study.grid import Grid, Match, SizeSpec, VariantSpec, model_section
+from motifarch.study.intermediate_size import match_intermediate_size
 from motifarch.study.variants import model_fields
 from motifarch.train.inputs import model_config
 from motifarch.train.recipe import Recipe
@@ -79,22 +80,6 @@ def count_costs(recipe: Recipe, sequences: DataShape) -> Costs:
             kept += projection.out_features * CACHE_BYTES
     parameters = sum(p.numel() for p in model.parameters())
     return Costs(parameters, model.flops_per_token(sequences.seq_len), kept)
-
-
-def match_intermediate_size(cost: Callable[[int], float], target: float, *, multiple: int = 1) -> int:
-    """The intermediate size that makes a model's cost most nearly a target.
-
-    Args:
-        cost: the cost (parameters, FLOPs, ...) of the model with an intermediate size, which has to
-            grow by the same amount with each unit of it.
-        target: the cost to come near to.
-        multiple: sizes are multiples of this.
-
-    Returns:
-        The nearest allowed size, at least `multiple`; the caller judges whether it is near enough.
-    """
-    one, two = cost(multiple), cost(2 * multiple)
-    return multiple * max(1, 1 + round((target - one) / (two - one)))
 
 
 def match(grid: Grid, sequences: DataShape) -> list[Matched]:

@@ -14,7 +14,7 @@ import pytest
 from helpers.bare_machine import MISSING, without_packages
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("attention", "combine", "decode", "poly_norm", "sanitize", "study", "train_step", "tune")
+BENCHMARKS = ("attention", "combine", "decode", "poly_norm", "models.train_step", "sanitize", "study", "tune")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The growth benchmark on a few steps: what it trains, compares and draws."""
+"""The growth benchmark on a few steps: what it trains and compares."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.growth import curves, main
+from benchmarks.models.growth import main
 from helpers.tiny import prepare_text
 
 
-def test_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_steps(tmp_path: Path) -> None:
     data, output = prepare_text(tmp_path), tmp_path / "growth.json"
     options = {"data": data, "small-steps": 4, "steps": 2, "every": 2, "threads": 1, "output": output}
     assert main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
     content = json.loads(output.read_text())
-    assert output.with_suffix(".png").stat().st_size > 10_000
     small, grown, scratch = (content["runs"][run] for run in ("small", "grown", "scratch"))
     assert (small["steps"], grown["steps"], scratch["steps"]) == ([2, 4], [2], [2, 4, 6])
     assert grown["parameters"] == scratch["parameters"] > 3 * small["parameters"]
@@ -24,13 +23,8 @@ def test_a_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert scratch["tokens"][-1] == small["tokens"][-1] + grown["tokens"][-1] == 6 * 4 * 32
     assert scratch["flops"][-1] > small["flops"][-1] + grown["flops"][-1]
     assert content["growth"]["logits"]["largest"] < 1e-4 * content["growth"]["logits"]["spread"]
-    # The grown model began where the small one ended, not where a new one begins: two steps don't
-    # take it back.
+    # The grown model began where the small one ended: two steps don't take it back.
     assert grown["loss"][0] < scratch["loss"][0]
-    for axis, begin in (("large tokens", 0), ("tokens", small["tokens"][-1]), ("flops", small["flops"][-1])):
-        places, losses = curves(content, axis)["grown"]
-        assert (places[0], losses[0]) == (begin, small["loss"][-1])
-    assert "grown from it, both counted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_what_is_new_what_is_gone_and_other_settings_are_noted() -> None:
     assert "another machine" in notes
 
 
-@pytest.mark.parametrize("name", ["train_step_cpu", "attention_cpu", "poly_norm_cpu", "combine_cpu", "decode_cpu"])
+@pytest.mark.parametrize("name", ["train_step_cpu", "attention_cpu", "poly_norm_cpu", "combine_cpu", "generate_cpu"])
 def test_committed_benchmarks_are_compared_by_the_spread_of_their_repetitions(name: str) -> None:
     old = read_results(COMMITTED / f"{name}.json")
     new = copy.deepcopy(old)

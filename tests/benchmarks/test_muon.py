@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-from benchmarks.muon_communication import KINDS, main
+from benchmarks.communication.muon import KINDS, main
 
 
-def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts(tmp_path: Path) -> None:
     output = tmp_path / "counts.json"
     assert main(["--quick", "--output", str(output)]) == 0
     content = json.loads(output.read_text())
-    assert output.with_suffix(".png").stat().st_size > 10_000
     ours, torchs = content["results"]["parallel"], content["results"]["torch"]
+    assert ours["chunks"] > 0
     assert ours["collectives"] == dict.fromkeys(KINDS, 0) | {"all_to_all": 2 * ours["chunks"]}
     # Of two processes each lacks half of its matrices' bytes on the way there, and half on the way
     # back.
@@ -25,9 +23,3 @@ def test_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Both did the same but for bfloat16's rounding: the two steps move weights by 4e-3 in the root
     # mean square.
     assert content["largest_difference_of_weights"] < 1e-3
-    assert "Parallel Muon" in capsys.readouterr().out
-
-
-def test_slips(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--processes", "0"]) == 2
-    assert "--processes is 0; it must be at least 1" in capsys.readouterr().err

@@ -1,31 +1,29 @@
 """A grown model against one from scratch: the same layout, the same data, equal tokens.
 
     motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
-    python -m benchmarks.growth                                    # about ten minutes on two cores
-    python -m benchmarks.growth --small-steps 20 --steps 20 --every 10
+    python -m benchmarks.models.growth               # about ten minutes on two cores
+    python -m benchmarks.models.growth --small-steps 20 --steps 20 --every 10
 
 A small model (GDA 1:1) is trained, then grown as Motif-2-12.7B was grown from Motif-2.6B: hidden
-size and feed-forward width doubled, signal heads multiplied by four (GDA 4:1), a quarter more
-layers, the output projection untied. The grown model goes on training, on data that the small one
-has not seen. A model of the large layout is trained from scratch for as many tokens as both
-together. All runs use the same recipe: AdamW at a constant rate after a warm-up, so that losses can
-be compared at any number of tokens; each begins with a fresh optimizer.
+and intermediate size doubled, signal heads multiplied by four (GDA 4:1), a quarter more layers, the
+output projection untied. The grown model goes on training, on data that the small one has not seen.
+A model of the large layout is trained from scratch for as many tokens as both together. All runs
+use one recipe: AdamW at a constant rate after a warm-up, so that losses can be compared at any
+number of tokens; each begins with a fresh optimizer.
 
-The picture has the validation losses three times: against the large model's own tokens, against all
-tokens (the small model's included), and against all compute.
+The plot has the validation losses three times: against the large model's own tokens, against all
+tokens (the small model's included), and against all FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks.lib import report
+from benchmarks.lib import cli, report
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.growth import Factors, Noise, grow
@@ -62,6 +60,11 @@ LARGE = {
 }
 SHARED = {"num_key_value_heads": 2, "head_dim": 64, "attention_type": "gda", "hidden_act": "poly_norm"}
 GROWTH = Factors(hidden=2, feed_forward=2, signal_heads=4, layers=5, untie=True)
+AXES = {
+    "large tokens": (1e6, "million tokens, the large model's own"),
+    "tokens": (1e6, "million tokens, the small model's included"),
+    "flops": (1e12, "TFLOP of training, the small model's included"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,27 @@ class Setup:
     lr: float
     threads: int
     batch: int = 4
+
+    def check(self) -> None:
+        """Check what the command line says.
+
+        Raises:
+            UserError: a number that has no meaning, or data that is not there.
+        """
+        for name in ("small_steps", "steps", "every", "threads"):
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value < 1:
+                raise UserError(f"{option} is {value}; it must be at least 1")
+            if name.endswith("steps") and value % self.every:
+                raise UserError(
+                    f"{option} is {value}, no multiple of --every {self.every}: losses are compared where all runs "
+                    "have one"
+                )
+        if not (Path(self.data) / "data.json").is_file():
+            raise UserError(
+                f"--data {self.data} holds no prepared data; make it with `motifarch data prepare --source stdlib "
+                f"--output {self.data} --seq-len 512`"
+            )
 
     def recipe(self, run: str, folder: Path) -> dict[str, Any]:
         """The recipe of a run, for `motifarch train`."""
@@ -100,11 +124,10 @@ class Setup:
 
 
 def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
-    """Trains a model.
+    """Train a model.
 
     Returns:
-        Its size, and its validation losses with the steps, tokens and floating-point operations
-        before each.
+        Its size, and its validation losses with the steps, tokens and FLOPs before each.
 
     Raises:
         UserError: the run failed; what it said is on the screen.
@@ -133,7 +156,7 @@ def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
 
 
 def measure(setup: Setup, folder: Path, console: Console) -> dict[str, Any]:
-    """Trains the three models and grows the one; everything goes into a folder."""
+    """Train the three models and grow the one; everything goes into a folder."""
     runs = {}
     for run, label in RUNS.items():
         if run == "grown":
@@ -147,13 +170,12 @@ def measure(setup: Setup, folder: Path, console: Console) -> dict[str, Any]:
 
 
 def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], list[float]]]:
-    """What to draw against "large tokens", "tokens" or "flops": run -> places and losses.
+    """What to draw against one of :data:`AXES`: run -> places and losses.
 
-    The grown model's curve begins with the small model's last loss, for that is what it computes at
+    The grown model's curve begins with the small model's last loss, which is what it computes at
     the start.
     """
-    runs = content["runs"]
-    small, grown, scratch = (runs[run] for run in RUNS)
+    small, grown, scratch = (content["runs"][run] for run in RUNS)
     field = "flops" if axis == "flops" else "tokens"
     before = 0 if axis == "large tokens" else small[field][-1]
     found = {
@@ -165,103 +187,81 @@ def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], l
 
 def print_table(content: dict[str, Any], console: Console) -> None:
     """Losses at equal tokens, counted both ways, and what each cost."""
-    setup, runs = content["setup"], content["runs"]
-    small, grown, scratch = (runs[run] for run in RUNS)
-    rows = []
-
-    def add(label: str, tokens: float, flops: float, loss: float) -> None:
-        rows.append([label, f"{tokens / 1e6:.3f}", f"{flops / 1e12:.1f}", f"{loss:.4f}"])
-
-    add("small model", small["tokens"][-1], small["flops"][-1], small["loss"][-1])
-    total = small["tokens"][-1] + grown["tokens"][-1], small["flops"][-1] + grown["flops"][-1]
-    add("grown from it, both counted", *total, grown["loss"][-1])
+    setup = content["setup"]
+    small, grown, scratch = (content["runs"][run] for run in RUNS)
     at = scratch["steps"].index(setup["steps"])
-    add("from scratch, the grown model's own tokens", *(scratch[f][at] for f in ("tokens", "flops", "loss")))
-    add("from scratch, both models' tokens", *(scratch[f][-1] for f in ("tokens", "flops", "loss")))
+    found = {
+        "small model": [small[f][-1] for f in ("tokens", "flops", "loss")],
+        "grown from it, both counted": [
+            small["tokens"][-1] + grown["tokens"][-1],
+            small["flops"][-1] + grown["flops"][-1],
+            grown["loss"][-1],
+        ],
+        "from scratch, the grown model's own tokens": [scratch[f][at] for f in ("tokens", "flops", "loss")],
+        "from scratch, both models' tokens": [scratch[f][-1] for f in ("tokens", "flops", "loss")],
+    }
+    rows = [(label, f"{t / 1e6:.3f}", f"{f / 1e12:.1f}", f"{loss:.4f}") for label, (t, f, loss) in found.items()]
     title = f"{small['parameters'] / 1e6:.2f} -> {grown['parameters'] / 1e6:.2f} million parameters, {setup['data']}"
     console.print(report.table(title, ["", "million\ntokens", "TFLOP\n", "validation\nloss"], rows))
-    logits = content["growth"]["logits"]
-    moved, spread = logits["largest"], logits["spread"]
+    moved, spread = content["growth"]["logits"]["largest"], content["growth"]["logits"]["spread"]
     console.print(f"Logits moved by at most {moved:.1e} in growing (their standard deviation is {spread:.2g}).")
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """The validation losses against tokens and compute."""
+    """The validation losses against tokens and FLOPs."""
     figure, axes = report.figure(1, 3, size=(13, 4.4))
     colours = {"small": report.GREY, "grown": report.COLOURS[0], "scratch": report.COLOURS[4]}
-    units = {
-        "large tokens": (1e6, "million tokens, the large model's own"),
-        "tokens": (1e6, "million tokens, the small model's included"),
-        "flops": (1e12, "TFLOP of training, the small model's included"),
-    }
-    for axis, (name, (unit, label)) in zip(axes[0], units.items(), strict=True):
+    for axis, (name, (unit, label)) in zip(axes[0], AXES.items(), strict=True):
         for run, (places, losses) in curves(content, name).items():
             axis.plot([x / unit for x in places], losses, color=colours[run], marker="o", markersize=3, label=RUNS[run])
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.sharey(axes[0][0])
-    axes[0][0].set_ylabel("validation loss (nats per token)")
-    handles, texts = axes[0][1].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False)
+    axes[0][0].set_ylabel("validation loss (nats/token)")
+    axes[0][1].legend()
     small, large = (content["runs"][run]["parameters"] / 1e6 for run in ("small", "grown"))
     setup = content["setup"]
     figure.suptitle(
-        f"{small:.2f} million parameters grown to {large:.2f} million: hidden and feed-forward x2, signal heads x4, "
-        f"4 to 5 layers; noise {setup['noise']}, seed {setup['seed']}\n{report.describe(content['environment'])}",
+        f"{small:.2f} million parameters grown to {large:.2f} million: hidden and intermediate size x2, signal heads "
+        f"x4, 4 to 5 layers; noise {setup['noise']}, seed {setup['seed']}\n{report.describe(content['environment'])}",
         fontsize=9,
     )
     report.write_plot(path, figure)
 
 
-@contextlib.contextmanager
-def workspace(given: Path | None) -> Iterator[Path]:
-    """The folder for the runs: the one asked for, which stays, or one that goes."""
-    if given is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-    else:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = cli.bare_parser("benchmarks.models.growth", __doc__)
+    add = made.add_argument
+    add("--data", default="data/stdlib", help="prepared data; default: %(default)s")
+    add("--small-steps", type=int, default=400, help="of the small model; default: %(default)s")
+    add("--steps", type=int, default=200, help="of the grown model; default: %(default)s")
+    add("--every", type=int, default=25, help="steps between validations; default: %(default)s")
+    add("--noise", type=float, default=0.05, help="as `motifarch grow` takes it; default: %(default)s")
+    add("--lr", type=float, default=3e-3, help="learning rate of all runs; default: %(default)s")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--threads", type=int, default=2, help="CPU threads; default: %(default)s")
+    add("--work", type=Path, help="keep the runs in this folder; default: a temporary one")
+    add("--output", type=Path, default=report.RESULTS / "growth_cpu.json", help="JSON file, a plot beside it")
+    return made
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", default="data/stdlib", help="prepared data; default: data/stdlib")
-    parser.add_argument("--small-steps", type=int, default=400, help="of the small model; default: 400")
-    parser.add_argument("--steps", type=int, default=200, help="of the grown model; default: 200")
-    parser.add_argument("--every", type=int, default=25, help="steps between validations; default: 25")
-    parser.add_argument("--noise", type=float, default=0.05, help="as `motifarch grow` takes it; default: 0.05")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of all runs; default: 3e-3")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; default: 2")
-    parser.add_argument("--work", type=Path, help="keep the runs in this folder (default: a temporary one)")
-    default = report.RESULTS / "growth_cpu.json"
-    parser.add_argument(
-        "--output", type=Path, default=default, help="JSON file, a picture beside it; default: results/growth_cpu.json"
-    )
-    arguments = parser.parse_args(argv)
-    console = Console()
-    try:
-        setup = Setup(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Setup) if f.name != "batch"})
-        _check(setup)
-        torch.set_num_threads(setup.threads)
-        environment = report.environment(
-            "benchmarks.growth", torch.device("cpu"), ["torch", "transformers", "motifarch"]
-        )
-        with workspace(arguments.work) as folder:
-            content = {
-                "benchmark": "growth",
-                "environment": environment,
-                "setup": dataclasses.asdict(setup),
-                **measure(setup, folder, console),
-            }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Train, grow and report.
+
+    Raises:
+        UserError: an option has no meaning, or a run failed.
+    """
+    setup = Setup(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Setup) if f.name != "batch"})
+    setup.check()
+    torch.set_num_threads(setup.threads)
+    packages = ("torch", "transformers", "motifarch")
+    environment = report.environment("benchmarks.models.growth", torch.device("cpu"), packages)
+    content = {"benchmark": "growth", "environment": environment, "setup": dataclasses.asdict(setup)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        content |= measure(setup, folder, console)
     print_table(content, console)
     report.write_json(arguments.output, content)
     draw(content, arguments.output.with_suffix(".png"))
@@ -269,21 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check(setup: Setup) -> None:
-    for name in ("small_steps", "steps", "every", "threads"):
-        if getattr(setup, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(setup, name)}; it must be at least 1")
-    for name in ("small_steps", "steps"):
-        if getattr(setup, name) % setup.every:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(setup, name)}, no multiple of --every {setup.every}: losses "
-                "are compared where all runs have one"
-            )
-    if not (Path(setup.data) / "data.json").is_file():
-        raise UserError(
-            f"--data {setup.data} holds no prepared data; make it with `motifarch data prepare --source stdlib "
-            f"--output {setup.data} --seq-len 512`"
-        )
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return cli.exit_status(lambda: run(parser().parse_args(argv), Console()))
 
 
 if __name__ == "__main__":
