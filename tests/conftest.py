@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 # Files that take minutes. They come first, so that no worker is left alone with one at the end.
 LONG = (
-    "test_readme.py",
+    "test_docs.py",
     "test_on_gpu.py",
     "test_triton_attention.py",
     "test_layouts.py",

@@ -1,0 +1,101 @@
+"""The documentation is true: its examples run, its commands, options and files exist."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from helpers.python_process import run_python
+from motifarch.cli import COMMANDS, run
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+RUN_BLOCKS = """
+import contextlib, io, json, os, re, sys
+
+folder, tests, blocks = sys.argv[1:]
+os.chdir(folder)
+for name, code in json.loads(blocks):
+    if "timm" in code:
+        sys.path.insert(0, tests)
+        from helpers.timm_models import make_timm_importable
+        make_timm_importable()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    for line in re.findall(r"print\\(.*\\)  # (.*)", code):
+        assert line in printed.getvalue(), (name, line, printed.getvalue())
+"""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """A page's code blocks in a language: python and bash are run here, console is only checked."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The command lines of a page's shell blocks, in words."""
+    text = "".join(code for language in ("bash", "console") for code in blocks(page, language))
+    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+COMMANDS_OF_PAGES = [
+    pytest.param(words, id=" ".join(words)[:60]) for page in PAGES for words in commands(page) if words
+]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run_and_print_what_they_say(page, tmp_path):
+    if page.name == "patching.md":
+        pytest.importorskip("timm")
+    code = [(f"{page.name}, block {i}", code) for i, code in enumerate(blocks(page, "python"), 1)]
+    run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
+
+
+def test_a_run_on_your_own_text(tmp_path):
+    """Training's shell block, with fewer steps: the commands count here, not the model's text."""
+    (code,) = blocks(ROOT / "docs" / "training.md", "bash")
+    assert "--run.steps 300" in code
+    code = code.replace("--run.steps 300", "--run.steps 30 --optim.warmup_steps 5 --optim.decay_steps 9")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "text" / "notes").mkdir(parents=True)
+    for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:30]:
+        shutil.copyfile(source, tmp_path / "text" / "notes" / f"{source.stem}.txt")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-euc", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize("words", COMMANDS_OF_PAGES)
+def test_commands_options_and_files_exist(words, capsys):
+    for word in words:
+        if word.startswith(("recipes/", "benchmarks/", "examples/")):
+            assert (ROOT / word).exists(), word
+    if words[0] == "make":
+        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    if "motifarch.train" in words:
+        words = ["motifarch", "train", *words[words.index("motifarch.train") + 1 :]]
+    if words[0] != "motifarch" or words[1] == "--help":
+        return
+    name = " ".join(takewhile(lambda word: not word.startswith("-"), words[1:3]))
+    command = name if name in COMMANDS else words[1]
+    assert command in COMMANDS, command
+    with contextlib.suppress(SystemExit):
+        run([*command.split(), "--help"])
+    printed = capsys.readouterr().out
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        assert option in printed, option

@@ -1,0 +1,67 @@
+"""The scripts of examples/ run, and what they train learns."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from helpers.python_process import run_python
+from motifarch.export import export
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+RUN_SCRIPT = """
+import runpy, sys
+
+script, tests, *arguments = sys.argv[1:]
+if "from timm" in open(script).read():
+    sys.path.insert(0, tests)
+    from helpers.timm_models import make_timm_importable
+    make_timm_importable()
+sys.argv = [script, *arguments]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run_example(name: str, *arguments: object) -> str:
+    return run_python(RUN_SCRIPT, EXAMPLES / name, EXAMPLES.parent / "tests", *arguments)
+
+
+def losses(printed: str) -> list[float]:
+    return [float(x) for x in re.findall(r"loss'?:? '?([\d.]+)", printed)]
+
+
+def test_every_example_is_run_by_a_test_below():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names
+    assert all(f'"{name}"' in Path(__file__).read_text(encoding="utf-8") for name in names)
+
+
+def test_a_layer_in_a_model_of_your_own_learns_to_copy():
+    first, *_, last = losses(run_example("layer_in_your_model.py"))
+    assert last < first / 4
+
+
+def test_a_patched_llama_starts_as_the_same_function_and_trains():
+    printed = run_example("patch_llama.py")
+    assert float(re.findall(r"logits moved by (\S+)", printed)[0]) < 1e-5
+    first, *_, last = losses(printed)
+    assert last < first
+    assert "loaded: PatchedLlamaForCausalLM" in printed
+
+
+def test_a_vision_transformer_learns():
+    pytest.importorskip("timm")
+    first, *_, last = losses(run_example("vision_transformer.py"))
+    assert last < first / 2
+
+
+def test_an_exported_model_trains_on_under_trainer(finished_run, tmp_path):
+    folder = export(finished_run, tmp_path / "export")
+    text = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
+    first, *_, last = losses(run_example("continue_with_trainer.py", folder, text, tmp_path / "out"))
+    assert last < first
+    assert (tmp_path / "out" / "model.safetensors").is_file()
