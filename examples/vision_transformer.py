@@ -2,8 +2,8 @@
 
     python examples/vision_transformer.py
 
-An encoder's attention is a layer with `causal=False`. It trains here on a made-up task: which
-quarter of the image is bright.
+An encoder's attention is a layer with `causal=False`. It trains here on a made-up task: which of
+the three colours is brightest.
 """
 
 import torch
@@ -37,14 +37,14 @@ class Attention(GroupedDifferentialAttention):
 
 torch.manual_seed(0)
 model = VisionTransformer(
-    img_size=32, patch_size=8, num_classes=4, embed_dim=64, depth=2, num_heads=8, attn_layer=Attention
+    img_size=32, patch_size=8, num_classes=3, embed_dim=64, depth=2, num_heads=8, attn_layer=Attention
 )
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for step in range(61):
-    quarter = torch.randint(4, (32,))
-    bright = torch.nn.functional.one_hot(quarter, 4).view(-1, 1, 2, 2).float()
-    images = torch.randn(32, 3, 32, 32) + 0.5 * bright.repeat_interleave(16, 2).repeat_interleave(16, 3)
-    loss = torch.nn.functional.cross_entropy(model(images), quarter)
+for step in range(41):
+    colours = torch.randint(3, (32,))
+    brightness = torch.nn.functional.one_hot(colours, 3).float()
+    images = torch.randn(32, 3, 32, 32) + brightness[:, :, None, None]
+    loss = torch.nn.functional.cross_entropy(model(images), colours)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
