@@ -15,7 +15,7 @@ FAST := tests/data tests/layers tests/optim
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-fast test-slow test-oldest lint format clean
+.PHONY: help train test test-fast test-slow test-oldest lint format docs clean
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-oldest  make test with the oldest supported transformers"
 	@echo "make lint         formats, types, import contracts, Markdown"
 	@echo "make format       mend what ruff and mdformat can"
+	@echo "make docs         build the site in build/site"
 	@echo "make clean        remove environments, runs and prepared data"
 
 $(BIN)/python:
@@ -74,6 +75,11 @@ test-oldest: $(VENV)/.installed-dev
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
+
+# The site, in build/site.
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs data build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
