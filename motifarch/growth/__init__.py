@@ -18,7 +18,7 @@ from motifarch.growth.layouts import Factors, factors_to
 from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step, describe
 from motifarch.growth.width import Noise, widen
 
-# The names before 0.1.0, deprecated.
+# The names in 0.1.0, deprecated.
 Description, Origin = ModelSpec, LazyTensor
 
 __all__ = [

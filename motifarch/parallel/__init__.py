@@ -10,7 +10,7 @@ from motifarch.parallel.parallelize import parallelize, set_gradient_sync
 from motifarch.parallel.tensor import check_tensor_parallel
 from motifarch.parallel.watchdog import Watchdog
 
-# The name before 0.1.0, deprecated.
+# The name in 0.1.0, deprecated.
 own_tokens = shard_sequence
 
 __all__ = [
