@@ -1,4 +1,4 @@
-"""The machine and the versions behind a figure: what every benchmark records beside its results."""
+"""The machine and the versions that every benchmark records beside its results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-# CPU instructions that decide how fast a benchmark runs, as /proc/cpuinfo names them.
+# CPU instruction sets that decide a benchmark's speed, as /proc/cpuinfo names them.
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "sve", "bf16")
 
 
 def environment(command: str, device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
-    """What someone needs to know to judge a result or to repeat it.
+    """Describes the machine, versions and commit that a result was measured with.
 
     Args:
         command: the command line.

@@ -1,6 +1,4 @@
-"""The one exception that is meant for the person at the keyboard, and what torchrun is told at the
-end.
-"""
+"""The exception for errors that a user can mend, and the report that torchrun prints at the end."""
 
 import json
 import os
@@ -8,7 +6,7 @@ import time
 
 
 class UserError(Exception):
-    """Something the user can mend: a wrong setting, a missing folder, a full disk.
+    """An error that the user can mend: a wrong setting, a missing folder, a full disk.
 
     Its message names the thing, its value, what is accepted and the fix. The command line prints
     the message alone, without a traceback, and exits with status 2.
@@ -16,9 +14,7 @@ class UserError(Exception):
 
 
 def tell_torchrun(message: str) -> None:
-    """Gives torchrun, where this process is one of its own, the message for the report that it ends
-    with.
-    """
+    """Writes the message that torchrun, if it started this process, prints in its report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with open(path, "w", encoding="utf-8") as file:
