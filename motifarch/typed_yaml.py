@@ -1,52 +1,67 @@
-"""YAML files and dotted overrides, read into typed dataclasses by jsonargparse.
+"""YAML files and dotted overrides, read into dataclasses by pydantic, with errors for people."""
 
-jsonargparse does the reading and the type checks; this module turns its refusals into one message
-for people.
-"""
+from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
-import typing
+import json
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import jsonargparse
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from motifarch import packaged_recipes
 from motifarch.errors import UserError
 
 T = TypeVar("T")
-_MISSING = object()
+
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+    "array": "a list",
+    "object": "a section of named fields",
+}
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+class Section:
+    """Base of a file's dataclasses: types say what is accepted, docstrings what fields mean."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python, and so to pydantic, true is 1.
+        if isinstance(value, bool) and "bool" not in str(cls.__annotations__[info.field_name or ""]):
+            raise ValueError
+        return value
 
 
 class TypedYaml(Generic[T]):
-    """Reads one kind of file. Where its dataclass has a field `base`, a file may name another that
-    it builds on.
+    """Reads one kind of file. Where its dataclass has a field `base`, a file may build on another.
+
+    Args:
+        root: the dataclass of the whole file, a `Section`.
+        noun: what the file is called in messages, such as "recipe".
+        usage: how the command is called, for its help.
+        description: what the command does.
     """
 
-    def __init__(self, root: type[T], noun: str, *, prog: str, usage: str, description: str) -> None:
-        """Says what is read.
-
-        Args:
-            root: the dataclass of the whole file; its sections are dataclasses, or lists of them.
-            noun: what the file is called in messages, such as "recipe".
-            prog: the command whose help the fields are listed in.
-            usage: that command's usage line.
-            description: what the command does.
-        """
-        self.root, self.noun = root, noun
-        self._help: dict[str, Any] = {"prog": prog, "usage": usage, "description": description}
-
-    def parser(self) -> jsonargparse.ArgumentParser:
-        """Returns the parser of all fields, `--config` among them."""
-        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        parser = jsonargparse.ArgumentParser(**self._help, exit_on_error=False)
-        parser.add_argument("--config", action="config", help=f"The {self.noun}, a YAML file; also the first argument.")
-        parser.add_class_arguments(self.root)  # type: ignore[arg-type]
-        return parser
+    def __init__(self, root: type[T], noun: str, *, usage: str, description: str) -> None:
+        self.noun = noun
+        self._help = f"usage: {usage}\n\n{textwrap.fill(description, 100)}\n"
+        self._adapter = TypeAdapter(root)
+        schema = self._adapter.json_schema()
+        self._fields = dict(_fields(schema, schema.get("$defs", {})))
 
     def read(self, argv: Sequence[str]) -> T:
         """Reads a command line.
@@ -55,194 +70,193 @@ class TypedYaml(Generic[T]):
             argv: ``FILE.yaml --section.field value --section.field=value ...``, the file being
                 optional. A file's `base` is read before it.
 
-        Returns:
-            The dataclass, types checked.
-
         Raises:
-            UserError: a missing or unreadable file, an unknown field, a value of the wrong type.
+            UserError: a missing or unreadable file, an unknown field, a value that is not accepted.
         """
         args = list(argv)
         if args and not args[0].startswith("-"):
             args = ["--config", str(packaged_recipes.locate(args[0])), *args[1:]]
-        parser = self.parser()
         if "--help" in args or "-h" in args:
-            parser.print_help()
+            self.print_help()
             raise SystemExit(0)
-        args = list(self._with_bases(args))
-        for name, value in _pairs(args):
+        sources: list[tuple[str, Any]] = []
+        for name, text in _options(args):
             if name == "config":
-                self._check_names(self._load(Path(value)), self.root, value)
-            elif name.rstrip("+") not in set(_field_names(self.root)):
-                raise UserError(self._unknown(name, " on the command line"))
-        try:
-            values = parser.instantiate_classes(parser.parse_args(args))
-            return self.root(**{f.name: values[f.name] for f in dataclasses.fields(self.root)})  # type: ignore[arg-type]
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            raise UserError(self._explain(args, error)) from None
+                sources += self._files(Path(text))
+                continue
+            # pydantic makes numbers of texts.
+            value = _parse(text, f"--{name} {text}") if text.startswith(("[", "{")) or text == "null" else text
+            for part in reversed(name.split(".")):
+                value = {part: value}
+            sources.append((" on the command line", value))
+        values: Any = {}
+        for _, given in sources:
+            values = self._merge("", values, given)
+        return self._validate(values, sources)
 
-    def _with_bases(self, args: list[str]) -> Iterator[str]:
-        """The same arguments, each file preceded by those that it names as its base."""
-        for name, value in _pairs(args):
-            files = self._bases(Path(value), []) if name == "config" else [value]
-            yield from (f"--{name}={file}" for file in files)
+    def check(self, values: T) -> None:
+        """Checks the values of a dataclass that was made or changed in Python.
 
-    def _bases(self, path: Path, above: list[Path]) -> list[Path]:
-        if path.resolve() in above:
-            raise UserError(f"the {self.noun} {path} is its own base; let base name another file, or leave it out")
-        base = self._load(path).get("base")
-        # Left out, null, or refused with the other values.
-        if not isinstance(base, str) or "base" not in typing.get_type_hints(self.root):
-            return [path]
-        return [*self._bases(path.parent / base, [*above, path.resolve()]), path]
+        Raises:
+            UserError: a value that is not accepted.
+        """
+        self._validate(dataclasses.asdict(values), [])  # type: ignore[call-overload]
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def print_help(self) -> None:
+        """Prints every field with what it accepts, its default and its meaning."""
+        print(self._help)
+        print(f"  --config FILE: the {self.noun}; also the first argument")
+        for name, node in self._fields.items():
+            if "properties" in node:
+                print(textwrap.fill(f"{name or 'everything'}: {node.get('description', '')}", 100))
+                continue
+            of_entries = "items" in self._fields.get(name.rpartition(".")[0], {})
+            default = f"; default {json.dumps(node['default'])}" if "default" in node else ""
+            print(f"  {'each ' if of_entries else '--'}{name}: {_accepted(node)}{default}")
+            print(textwrap.fill(node.get("description", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+    def _files(self, path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
+        """What a file holds, after what its base does, and where that is."""
         this = f"the {self.noun} {path}"
+        if path.resolve() in above:
+            raise UserError(f"{this} is its own base; let base name another file, or leave it out")
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = _parse(path.read_text(encoding="utf-8"), this)
         except OSError as error:
             raise UserError(f"{this} can't be read: {error.strerror}; give the path of a YAML file") from None
         except UnicodeDecodeError:
             raise UserError(f"{this} is not UTF-8 text; give the path of a YAML file") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}" if mark else ""
-            raise UserError(f"{this} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
-        if not isinstance(loaded, dict):
+        if not isinstance(values, dict):
             raise UserError(f"{this} holds no sections; it must be a YAML mapping such as `run: {{steps: 100}}`")
-        return loaded
+        base, files = values.get("base"), [(f" in {path}", values)]
+        if isinstance(base, str) and "base" in self._fields:
+            return self._files(path.parent / base, (*above, path.resolve())) + files
+        return files
 
-    def _check_names(self, values: dict[Any, Any], section: type, where: str, prefix: str = "") -> None:
-        hints = typing.get_type_hints(section)
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            if key not in hints:
-                raise UserError(self._unknown(name, f" in {where}"))
-            hint = hints[key]
-            if inner := _section(hint):
-                if not isinstance(value, dict):
-                    raise UserError(f"{name} is {value!r} in {where}; it is a section and takes named fields")
-                self._check_names(value, inner, where, f"{name}.")
-            elif typing.get_origin(hint) is list and isinstance(value, list):
-                inner = _section(typing.get_args(hint)[0])
-                for i, entry in enumerate(value):
-                    if inner and isinstance(entry, dict):
-                        self._check_names(entry, inner, where, f"{name}[{i}].")
+    def _merge(self, name: str, below: Any, above: Any) -> Any:
+        """Sections are merged field by field; anything else takes the place of what is below."""
+        if "properties" not in self._fields.get(name, {}) or not (isinstance(below, dict) and isinstance(above, dict)):
+            return above
+        return below | {k: self._merge(_join(name, k), below.get(k), value) for k, value in above.items()}
 
-    def _unknown(self, name: str, where: str) -> str:
-        bare = ".".join(part.partition("[")[0] for part in name.split("."))
-        known = list(_field_names(self.root))
-        close = difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
+    def _validate(self, values: Any, sources: list[tuple[str, Any]]) -> T:
+        try:
+            return self._adapter.validate_python(values)
+        except ValidationError as error:
+            # A misspelt field first: another may be missing because of it.
+            first = min(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+            raise UserError(self._explain(first, sources)) from None
+
+    def _explain(self, error: ErrorDetails, sources: list[tuple[str, Any]]) -> str:
+        """The field, its value and where that is, and what is accepted."""
+        loc, kind = error["loc"], error["type"]
+        if kind == "missing" and isinstance(loc[-1], int):  # in a list of fixed length
+            loc, kind = loc[:-1], "too_short"
+        name = known = ""
+        for part in loc:  # after the field may come pydantic's name of a union's branch
+            name = _join(name, part)
+            known = name if _bare(name) in self._fields else known
+        where = next((place for place, given in reversed(sources) if _holds(given, loc)), "")
+        if kind == "unexpected_keyword_argument":
+            return f"unknown {self.noun} field {name!r}{where}{self._meant(_bare(name))}"
+        node = self._fields[_bare(known)]
+        if kind == "missing":
+            return f"{known} is missing; give {_accepted(node)}"
+        if known.endswith("]"):
+            node = node.get("items") or node.get("prefixItems", [node])[0]
+        meaning = f" ({' '.join(node['description'].split())})" if "description" in node else ""
+        return f"{known} is {error['input']!r}{where}; accepted: {_accepted(node)}{meaning}"
+
+    def _meant(self, name: str) -> str:
         # A right field in the wrong section is nearer than anything that merely looks alike.
-        last = bare.rpartition(".")[2]
-        same = [k for k in known if k.rpartition(".")[2] == last]
-        hint = (same or close or [""])[0]
-        return f"unknown {self.noun} field {name!r}{where}" + (f"; did you mean {hint!r}?" if hint else "")
-
-    def _explain(self, args: list[str], error: Exception) -> str:
-        """Finds the one value that is refused by offering each alone."""
-        for name, value in _pairs(args):
-            leaves = _leaves(self._load(Path(value)), self.root) if name == "config" else iter([(name, value)])
-            for leaf, given in leaves:
-                where = f" (in {value})" if name == "config" else ""
-                accepted = _words(_hint(self.root, leaf))
-                if given is _MISSING:
-                    return f"{leaf} is missing{where}; give {accepted}"
-                if not _fits(_hint(self.root, leaf), given, from_file=name == "config"):
-                    return f"{leaf} is {given!r}{where}; accepted: {accepted}"
-        first = str(error).strip().splitlines()
-        return f"the {self.noun} can't be read: {first[0] if first else error}"
+        same = [known for known in self._fields if known.rpartition(".")[2] == name.rpartition(".")[2]]
+        close = same or difflib.get_close_matches(name, self._fields, n=1, cutoff=0.5)
+        return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _pairs(args: list[str]) -> Iterator[tuple[str, str]]:
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice; keep one", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# 1e-3 is a number, as in YAML 1.2.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _parse(text: str, this: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{this} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+
+
+def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields (name without dashes, value) of every option."""
     rest = iter(args)
     for arg in rest:
         if not arg.startswith("--"):
             raise UserError(f"unexpected argument {arg!r}; write overrides as --section.field VALUE")
         name, equals, value = arg[2:].partition("=")
-        if not equals:
-            found = next(rest, None)
-            if found is None:
-                raise UserError(f"--{name} has no value; write --{name} VALUE")
-            value = found
-        yield name, value
+        text = value if equals else next(rest, None)
+        if text is None:
+            raise UserError(f"--{name} has no value; write --{name} VALUE")
+        yield name, text
 
 
-def _section(hint: Any) -> type | None:
-    """The dataclass that a field's type hint stands for, if it does."""
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+def _join(name: str, part: Any) -> str:
+    return f"{name}[{part}]" if isinstance(part, int) else f"{name}.{part}".removeprefix(".")
 
 
-def _field_names(section: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(section).items():
-        yield prefix + name
-        inner = _section(hint)
-        if inner is None and typing.get_origin(hint) is list:
-            inner = _section(typing.get_args(hint)[0])
-        if inner:
-            yield from _field_names(inner, f"{prefix}{name}.")
+def _bare(name: str) -> str:
+    return re.sub(r"\[\d+\]", "", name)
 
 
-def _fits(hint: Any, value: Any, from_file: bool) -> bool:
-    probe: jsonargparse.ArgumentParser = jsonargparse.ArgumentParser(exit_on_error=False)
-    try:
-        probe.add_argument("--value", type=hint)
-        if from_file:
-            probe.parse_object({"value": copy.deepcopy(value)})
-        else:
-            probe.parse_args([f"--value={value}"])
-    except (jsonargparse.ArgumentError, TypeError, ValueError):
-        return False
+def _holds(values: Any, loc: Sequence[int | str]) -> bool:
+    for part in loc:
+        try:
+            values = values[part]
+        except (KeyError, IndexError):
+            return False
+        except TypeError:  # the rest of the place is within a scalar
+            return True
     return True
 
 
-def _leaves(values: dict[str, Any], section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field given, inside lists too, and those that are needed
-    and missing.
-    """
-    for f in dataclasses.fields(section):
-        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if f.name not in values:
-            if needed:
-                yield prefix + f.name, _MISSING
-            continue
-        value, hint = values[f.name], typing.get_type_hints(section)[f.name]
-        entry = _section(typing.get_args(hint)[0]) if typing.get_origin(hint) is list else None
-        if inner := _section(hint):
-            yield from _leaves(value, inner, f"{prefix}{f.name}.")
-        elif entry and isinstance(value, list) and all(isinstance(v, dict) for v in value):
-            for i, v in enumerate(value):
-                yield from _leaves(v, entry, f"{prefix}{f.name}[{i}].")
-        else:
-            yield prefix + f.name, value
+def _fields(node: dict[str, Any], definitions: dict[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Dotted names and JSON schemas of all fields, those of list entries too; the root is ""."""
+
+    def resolved(node: dict[str, Any]) -> dict[str, Any]:
+        return definitions[node["$ref"].rpartition("/")[2]] | node if "$ref" in node else node
+
+    node = resolved(node)
+    entry = resolved(node.get("items", node))
+    yield name, node | ({"items": entry} if "items" in node else {})
+    for key, child in entry.get("properties", {}).items():
+        yield from _fields(child, definitions, _join(name, key))
 
 
-def _hint(root: type, name: str) -> Any:
-    """The type of the field with a dotted name."""
-    hint: Any = root
-    for part in name.rstrip("+").split("."):
-        key, bracket, _ = part.partition("[")
-        hint = typing.get_type_hints(hint)[key]
-        if bracket:
-            hint = typing.get_args(hint)[0]
-    return hint
-
-
-def _words(hint: Any) -> str:
-    simple = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    if hint in simple:
-        return simple[hint]
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(map(str, args))
-    if typing.get_origin(hint) is tuple and Ellipsis in args:
-        return f"a list of any length: {_words(args[0])}"
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {len(args)}: " + ", ".join(map(_words, args))
-    if typing.get_origin(hint) is list:
-        inner = _section(args[0])
-        fields = [f.name for f in dataclasses.fields(inner)] if inner else []
-        return "a list" + (f" of entries with the fields {', '.join(fields)}" if fields else "")
-    if args:
-        return " or ".join(map(_words, args))
-    return str(hint)
+def _accepted(node: dict[str, Any]) -> str:
+    """What a field takes, in words."""
+    if "anyOf" in node:
+        return " or ".join(map(_accepted, node["anyOf"]))
+    if "enum" in node:
+        return ", ".join(map(str, node["enum"]))
+    if "prefixItems" in node:
+        return f"a list of {len(node['prefixItems'])}: " + ", ".join(map(_accepted, node["prefixItems"]))
+    words = _TYPES.get(node.get("type", ""), "a value")
+    if "items" in node:
+        fields = ", ".join(node["items"].get("properties", ()))
+        return f"{words} of entries with the fields {fields}" if fields else f"{words}, each {_accepted(node['items'])}"
+    bounds = [f"{word} {node[key]}" for key, word in _BOUNDS.items() if key in node]
+    return f"{words} {' and '.join(bounds)}".strip()

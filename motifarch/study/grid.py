@@ -12,7 +12,7 @@ from typing import Any, Literal
 from motifarch.errors import UserError
 from motifarch.study.measure import MeasureOptions
 from motifarch.train.recipe import DatasetEntry, ModelSection, Recipe, check_recipe
-from motifarch.typed_yaml import TypedYaml
+from motifarch.typed_yaml import Section, TypedYaml
 
 Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]
 Match = Literal["parameters", "flops", "kv_cache", "operations"]
@@ -32,7 +32,7 @@ DECIDED = (
 
 
 @dataclass
-class VariantSpec:
+class VariantSpec(Section):
     """An attention and an activation."""
 
     attention: Attention
@@ -59,7 +59,7 @@ class VariantSpec:
 
 
 @dataclass
-class SizeSpec:
+class SizeSpec(Section):
     """What the variants of one size share. Key/value and noise heads stay, signal heads follow from
     the ratio.
     """
@@ -115,7 +115,7 @@ class SizeSpec:
 
 
 @dataclass
-class StudyData:
+class StudyData(Section):
     """The text; prepared first where `path` is missing and `source` says from what."""
 
     path: str
@@ -142,7 +142,7 @@ class StudyData:
 
 
 @dataclass
-class LearningRate:
+class LearningRate(Section):
     """One learning rate for all variants, or the best of several for each."""
 
     given: float | None = None
@@ -163,7 +163,7 @@ class LearningRate:
 
 
 @dataclass
-class Grid:
+class Grid(Section):
     """A study: every variant at every size with every seed."""
 
     data: StudyData
@@ -224,8 +224,7 @@ class Grid:
 _GRIDS = TypedYaml(
     Grid,
     "study",
-    prog="motifarch benchmark head-ratio",
-    usage="%(prog)s STUDY.yaml --output DIR [options] [--section.field VALUE ...]",
+    usage="motifarch benchmark head-ratio STUDY.yaml --output DIR [options] [--section.field VALUE ...]",
     description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs.",
 )
 
@@ -246,7 +245,7 @@ def read_grid(argv: Sequence[str]) -> Grid:
 
 def print_fields() -> None:
     """Prints every field of a grid with its meaning."""
-    _GRIDS.parser().print_help()
+    _GRIDS.print_help()
 
 
 def check_grid(grid: Grid) -> None:

@@ -4,27 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jsonargparse
-
-from motifarch import packaged_recipes
-from motifarch.train.recipe import Recipe
-from motifarch.typed_yaml import TypedYaml
-
-_RECIPES = TypedYaml(
-    Recipe,
-    "recipe",
-    prog="motifarch train",
-    usage="%(prog)s RECIPE [--section.field VALUE ...]",
-    description="Train a language model as a recipe says. "
-    "RECIPE is a file, or the name of one that comes with the package: "
-    f"{', '.join(packaged_recipes.names())}. "
-    "Several processes: torchrun --standalone --nproc-per-node N -m motifarch.train RECIPE.yaml [...]",
-)
-
-
-def build_parser() -> jsonargparse.ArgumentParser:
-    """Returns the parser of all recipe fields, `--config` among them."""
-    return _RECIPES.parser()
+from motifarch.train.recipe import RECIPES, Recipe
 
 
 def read_recipe(argv: Sequence[str]) -> Recipe:
@@ -35,13 +15,13 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
             optional. A file's `base` is read before it.
 
     Returns:
-        The recipe, types checked; `motifarch.train.recipe.check_recipe` checks what holds between
-        fields.
+        The recipe, each value checked; `motifarch.train.recipe.check_recipe` checks what holds
+        between fields.
 
     Raises:
-        UserError: a missing or unreadable file, an unknown field, a value of the wrong type.
+        UserError: a missing or unreadable file, an unknown field, a value that is not accepted.
     """
-    return _RECIPES.read(argv)
+    return RECIPES.read(argv)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -1,29 +1,36 @@
 """The recipe of a run: one typed dataclass a section, and the rules that hold between fields.
 
 A YAML file and the command line are read into `Recipe` by `motifarch.train.read_recipe`. Every
-field can be overridden by its dotted name, for example ``--optim.lr 3e-4``.
+field can be overridden by its dotted name, for example ``--optim.lr 3e-4``. A field's type says
+what it accepts; `check_recipe` has what holds between fields.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from motifarch import packaged_recipes
 from motifarch.errors import UserError
-from motifarch.parallel import Layout, check_activation_checkpointing
-from motifarch.parallel.activation_checkpointing import Recompute
+from motifarch.parallel import Layout
 from motifarch.parallel.low_precision import Matmul
+from motifarch.typed_yaml import Section, TypedYaml
+
+# Of a running mean: 0 forgets at once.
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
-class RunSection:
+class RunSection(Section):
     """What is run, how long, and where its files go."""
 
     output: str = "runs/default"
     """Folder for everything that the run writes."""
 
-    steps: int = 1000
+    steps: PositiveInt = 1000
     """Optimizer steps of the whole run, those before a resume included."""
 
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seeds the model's first weights and the order of the data."""
 
     resume: str = "auto"
@@ -36,26 +43,26 @@ class RunSection:
     afresh.
     """
 
-    max_nonfinite_in_row: int = 10
+    max_nonfinite_in_row: PositiveInt = 10
     """Stop when this many steps one after another had a non-finite loss or gradient
     (each is skipped).
     """
 
-    max_nonfinite_total: int = 100
+    max_nonfinite_total: PositiveInt = 100
     """Stop when this many steps of the whole run had a non-finite loss or gradient."""
 
-    spike_sigma: float | None = None
+    spike_sigma: PositiveFloat | None = None
     """Skip a step whose loss or gradient norm is more than this many standard deviations above the
     mean of the last accepted steps; null skips none. A low value (3) skips honest steps too, a high
     one (10) only the worst; OLMo-core takes 6.
     """
 
-    spike_window: int = 128
+    spike_window: Annotated[int, Field(ge=2)] = 128
     """Accepted steps that a step is compared with; none is skipped before there are so many. A long
     window steadies the statistics but falls behind a loss that changes fast.
     """
 
-    spike_max_in_row: int = 10
+    spike_max_in_row: PositiveInt = 10
     """After this many spikes one after another the next step is accepted and the window starts
     again: the level has changed for good. Higher sits out longer stretches of bad data, and loses
     as many steps to a change that is real.
@@ -63,13 +70,13 @@ class RunSection:
 
 
 @dataclass
-class ModelSection:
+class ModelSection(Section):
     """The model: fields of MotifConfig."""
 
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Rows of the embedding; null takes the tokenizer's size, rounded up to `vocab_multiple`."""
 
-    vocab_multiple: int = 64
+    vocab_multiple: PositiveInt = 64
     """What a vocabulary size taken from the tokenizer is rounded up to."""
 
     hidden_size: int = 256
@@ -164,27 +171,27 @@ class ModelSection:
 
 
 @dataclass
-class DatasetEntry:
+class DatasetEntry(Section):
     """One prepared dataset of the mixture."""
 
     path: str
     """A folder written by `motifarch data prepare`."""
 
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """Share of the samples, relative to the other datasets' weights."""
 
-    weight_end: float | None = None
+    weight_end: NonNegativeFloat | None = None
     """The share once the ramp has ended; null keeps `weight`."""
 
 
 @dataclass
-class DataSection:
+class DataSection(Section):
     """What is read."""
 
     datasets: list[DatasetEntry] = field(default_factory=list)
     """The mixture, one entry a prepared dataset."""
 
-    ramp_start: int = 0
+    ramp_start: NonNegativeInt = 0
     """Step at which the weights begin to move towards `weight_end`."""
 
     ramp_end: int = 0
@@ -192,39 +199,39 @@ class DataSection:
 
 
 @dataclass
-class BatchSection:
+class BatchSection(Section):
     """How many sequences make a step."""
 
-    size: int = 32
+    size: PositiveInt = 32
     """Sequences in a global batch, over all ranks."""
 
-    micro_size: int = 8
+    micro_size: PositiveInt = 8
     """Sequences that one rank runs through the model at once; the rest is accumulated."""
 
-    warmup_start: int | None = None
+    warmup_start: PositiveInt | None = None
     """Global batch at step 0, growing linearly to `size`; null starts at `size`."""
 
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps that the growth takes."""
 
-    warmup_multiple: int | None = None
+    warmup_multiple: PositiveInt | None = None
     """Batch sizes on the way are multiples of this; null takes ranks x micro_size."""
 
 
 @dataclass
-class OptimSection:
+class OptimSection(Section):
     """The optimizer and the schedule of its learning rate."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW; or Muon for the matrices inside the decoder layers, with AdamW for all else."""
 
-    lr: float = 5e-4
+    lr: NonNegativeFloat = 5e-4
     """Peak learning rate."""
 
-    muon_lr_ratio: float = 1.0
+    muon_lr_ratio: PositiveFloat = 1.0
     """`muon`: multiplies `lr` for Muon's matrices, whose updates have the size of AdamW's at 1."""
 
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """`muon`: decay rate of the mean gradient (Nesterov's)."""
 
     ns_coefficients: Literal["polar_express", "keller_jordan"] = "polar_express"
@@ -235,12 +242,12 @@ class OptimSection:
     comparing runs.
     """
 
-    muon_chunk_mib: int = 128
+    muon_chunk_mib: PositiveInt = 128
     """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes
     larger messages.
     """
 
-    qk_clip: float | None = None
+    qk_clip: PositiveFloat | None = None
     """After each step, scale query and key heads whose largest logit was above this back to it
     (MuonClip; 100 is Kimi K2's); null leaves them.
     """
@@ -251,43 +258,43 @@ class OptimSection:
     each way in every step. Results stay the same in every bit.
     """
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
 
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
 
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; vectors and scalars (norms, lambdas, PolyNorm) have none.
     """
 
     decay_embeddings: bool = True
     """Whether the embedding matrix is decayed too."""
 
-    clip: float | None = 1.0
+    clip: PositiveFloat | None = 1.0
     """Largest global gradient norm; null never clips."""
 
-    z_loss: float = 0.0
+    z_loss: NonNegativeFloat = 0.0
     """Weight of mean(logsumexp(logits)^2), which keeps logits from drifting."""
 
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Warm-up, stable, decay; one half cosine; or constant after the warm-up."""
 
-    warmup_steps: int = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up."""
 
-    decay_steps: int | None = None
+    decay_steps: NonNegativeInt | None = None
     """`wsd`: steps of the final decay, 0 for none; null means a fifth of the run."""
 
     decay_shape: Literal["linear", "cosine", "inverse_sqrt"] = "linear"
     """`wsd`: how the learning rate falls."""
 
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The last learning rate as a fraction of `lr`."""
 
 
 @dataclass
-class PrecisionSection:
+class PrecisionSection(Section):
     """What the matrices are multiplied in; weights, moments and reductions are float32 always."""
 
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -304,28 +311,28 @@ class PrecisionSection:
 
 
 @dataclass
-class DistributedSection:
+class DistributedSection(Section):
     """How long the ranks wait for one another."""
 
-    timeout_first_s: float = 1800.0
+    timeout_first_s: PositiveFloat = 1800.0
     """Seconds that the first step (compilation, first data) may take, and a save or a validation at
     any time.
     """
 
-    timeout_s: float = 600.0
+    timeout_s: PositiveFloat = 600.0
     """Seconds without a finished step after which a run is taken for hung and ended, with every
     rank's stack. Lower finds a hang sooner; below the longest honest step it ends a healthy run.
     """
 
 
 @dataclass
-class CheckpointSection:
+class CheckpointSection(Section):
     """When the run is saved."""
 
-    every: int = 500
+    every: PositiveInt = 500
     """Steps between checkpoints; the last step is saved always."""
 
-    keep_last: int = 2
+    keep_last: NonNegativeInt = 2
     """Complete checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all.
     """
 
@@ -334,32 +341,32 @@ class CheckpointSection:
 
 
 @dataclass
-class AverageSection:
+class AverageSection(Section):
     """Going on from the mean of the last checkpoints' weights, as Motif-2.6B did; moments stay."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """Steps between averages, a multiple of `checkpoint.every`; 0 never averages."""
 
-    last: int = 6
+    last: PositiveInt = 6
     """Checkpoints to average; fewer while the run has fewer."""
 
 
 @dataclass
-class ValidationSection:
+class ValidationSection(Section):
     """When the validation loss is measured."""
 
-    every: int = 500
+    every: NonNegativeInt = 500
     """Steps between validations; 0 never validates."""
 
-    sequences: int = 64
+    sequences: PositiveInt = 64
     """Validation sequences, the same ones each time and for any number of ranks."""
 
 
 @dataclass
-class LogSection:
+class LogSection(Section):
     """What is reported."""
 
-    every: int = 10
+    every: PositiveInt = 10
     """Steps between reports. The device is waited for only then."""
 
     tensorboard: bool = True
@@ -367,7 +374,7 @@ class LogSection:
 
 
 @dataclass
-class Recipe:
+class Recipe(Section):
     """Everything that decides a run."""
 
     base: str | None = None
@@ -388,7 +395,7 @@ class Recipe:
     validation: ValidationSection = field(default_factory=ValidationSection)
     log: LogSection = field(default_factory=LogSection)
 
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] | PositiveInt = "none"
     """What the backward pass recomputes: `none`; `full`, every layer: least memory, about a
     third more work; `selective`, all but matrix products and attention; or a number n, every n-th
     layer.
@@ -398,8 +405,19 @@ class Recipe:
     """Compile each decoder layer with torch.compile."""
 
 
+RECIPES = TypedYaml(
+    Recipe,
+    "recipe",
+    usage="motifarch train RECIPE [--section.field VALUE ...]",
+    description="Train a language model as a recipe says. "
+    "RECIPE is a file, or the name of one that comes with the package: "
+    f"{', '.join(packaged_recipes.names())}. "
+    "Several processes: torchrun --standalone --nproc-per-node N -m motifarch.train RECIPE.yaml [...]",
+)
+
+
 def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
-    """Refuse impossible values and combinations.
+    """Refuses impossible values and combinations.
 
     Args:
         recipe: the recipe.
@@ -408,119 +426,63 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
     Raises:
         UserError: naming the field, its value and what is accepted.
     """
+    RECIPES.check(recipe)
     run, batch, optim, data = recipe.run, recipe.batch, recipe.optim, recipe.data
-    _at_least(
-        1,
-        {
-            "run.steps": run.steps,
-            "run.max_nonfinite_in_row": run.max_nonfinite_in_row,
-            "run.max_nonfinite_total": run.max_nonfinite_total,
-            "run.spike_max_in_row": run.spike_max_in_row,
-            "model.vocab_multiple": recipe.model.vocab_multiple,
-            "batch.size": batch.size,
-            "batch.micro_size": batch.micro_size,
-            "batch.warmup_start": batch.warmup_start,
-            "batch.warmup_multiple": batch.warmup_multiple,
-            "checkpoint.every": recipe.checkpoint.every,
-            "average.last": recipe.average.last,
-            "validation.sequences": recipe.validation.sequences,
-            "log.every": recipe.log.every,
-            "optim.muon_chunk_mib": optim.muon_chunk_mib,
-        },
-    )
-    _at_least(
-        0,
-        {
-            "run.seed": run.seed,
-            "data.ramp_start": data.ramp_start,
-            "batch.warmup_steps": batch.warmup_steps,
-            "optim.lr": optim.lr,
-            "optim.weight_decay": optim.weight_decay,
-            "optim.z_loss": optim.z_loss,
-            "optim.warmup_steps": optim.warmup_steps,
-            "optim.decay_steps": optim.decay_steps,
-            "optim.min_lr_ratio": optim.min_lr_ratio,
-            "checkpoint.keep_last": recipe.checkpoint.keep_last,
-            "average.every": recipe.average.every,
-            "validation.every": recipe.validation.every,
-        },
-    )
-    patience = recipe.distributed
-    if not patience.timeout_s > 0:
-        raise UserError(f"distributed.timeout_s is {patience.timeout_s}; it must be above 0 seconds")
-    if not patience.timeout_first_s >= patience.timeout_s:
-        raise UserError(
-            f"distributed.timeout_first_s is {patience.timeout_first_s}, below distributed.timeout_s "
-            f"({patience.timeout_s}); the first step takes longest, so give it at least as much"
-        )
-    checkpoint, average = recipe.checkpoint, recipe.average
-    if average.every % checkpoint.every:
-        raise UserError(
+    wait, checkpoint, average = recipe.distributed, recipe.checkpoint, recipe.average
+    decay = optim.decay_steps or 0 if optim.schedule == "wsd" else 0
+    rules = [
+        (
+            wait.timeout_first_s < wait.timeout_s,
+            f"distributed.timeout_first_s is {wait.timeout_first_s}, below distributed.timeout_s ({wait.timeout_s}); "
+            "the first step takes longest, so give it at least as much",
+        ),
+        (
+            average.every % checkpoint.every,
             f"average.every is {average.every}, which is no multiple of checkpoint.every ({checkpoint.every}): a mean "
-            "is taken where a checkpoint has just been written"
-        )
-    if average.every and 0 < checkpoint.keep_last < average.last:
-        raise UserError(
+            "is taken where a checkpoint has just been written",
+        ),
+        (
+            average.every and 0 < checkpoint.keep_last < average.last,
             f"checkpoint.keep_last is {checkpoint.keep_last}, but average.last needs {average.last} checkpoints; keep "
-            "at least as many, or 0 for all"
-        )
-    if not data.datasets:
-        raise UserError("data.datasets is empty; give at least one entry, for example {path: data/stdlib}")
-    for i, entry in enumerate(data.datasets):
-        _at_least(0, {f"data.datasets[{i}].weight": entry.weight, f"data.datasets[{i}].weight_end": entry.weight_end})
-    if sum(d.weight for d in data.datasets) <= 0:
-        raise UserError("data.datasets: every weight is 0; at least one must be above 0")
-    if data.ramp_end < data.ramp_start:
-        raise UserError(f"data.ramp_end is {data.ramp_end}, before data.ramp_start ({data.ramp_start})")
-    _at_least(2, {"run.spike_window": run.spike_window})
-    if run.spike_sigma is not None and not run.spike_sigma > 0:
-        raise UserError(f"run.spike_sigma is {run.spike_sigma}; it must be above 0, or null to skip no spikes")
-    if not all(0 <= b < 1 for b in optim.betas):
-        raise UserError(f"optim.betas is {list(optim.betas)}; each must be at least 0 and below 1")
-    if not 0 <= optim.momentum < 1:
-        raise UserError(f"optim.momentum is {optim.momentum}; it must be at least 0 and below 1")
-    if not optim.muon_lr_ratio > 0:
-        raise UserError(f"optim.muon_lr_ratio is {optim.muon_lr_ratio}; it must be above 0")
-    if optim.qk_clip is not None and not optim.qk_clip > 0:
-        raise UserError(f"optim.qk_clip is {optim.qk_clip}; it must be above 0, or null for no clipping")
-    if optim.qk_clip is not None and recipe.model.qk_norm:
-        raise UserError(
+            "at least as many, or 0 for all",
+        ),
+        (not data.datasets, "data.datasets is empty; give at least one entry, for example {path: data/stdlib}"),
+        (
+            not any(entry.weight for entry in data.datasets),
+            "data.datasets: every weight is 0; at least one must be above 0",
+        ),
+        (
+            data.ramp_end < data.ramp_start,
+            f"data.ramp_end is {data.ramp_end}, before data.ramp_start ({data.ramp_start}); let it be at least that",
+        ),
+        (
+            optim.qk_clip is not None and recipe.model.qk_norm,
             f"optim.qk_clip is {optim.qk_clip} and model.qk_norm is on: normalised queries and keys have bounded "
-            "logits, and their projections' scale changes nothing; use one or the other"
-        )
-    if optim.clip is not None and optim.clip <= 0:
-        raise UserError(f"optim.clip is {optim.clip}; it must be above 0, or null for no clipping")
-    if optim.min_lr_ratio > 1:
-        raise UserError(f"optim.min_lr_ratio is {optim.min_lr_ratio}; it must be between 0 and 1")
-    if optim.eps <= 0:
-        raise UserError(f"optim.eps is {optim.eps}; it must be above 0")
-    if optim.schedule == "wsd" and optim.decay_shape == "inverse_sqrt" and optim.min_lr_ratio <= 0:
-        raise UserError(
-            "optim.min_lr_ratio is 0, which optim.decay_shape inverse_sqrt never reaches; use a ratio above 0"
-        )
-    decay = optim.decay_steps or 0
-    if optim.schedule == "wsd" and optim.warmup_steps + decay > run.steps:
-        raise UserError(
+            "logits, and their projections' scale changes nothing; use one or the other",
+        ),
+        (
+            optim.schedule == "wsd" and optim.decay_shape == "inverse_sqrt" and not optim.min_lr_ratio,
+            "optim.min_lr_ratio is 0, which optim.decay_shape inverse_sqrt never reaches; use a ratio above 0",
+        ),
+        (
+            optim.warmup_steps + decay > run.steps,
             f"optim.warmup_steps ({optim.warmup_steps}) and optim.decay_steps ({decay}) together exceed "
-            f"run.steps ({run.steps}); shorten them or lengthen the run"
-        )
-    if optim.warmup_steps > run.steps:
-        raise UserError(f"optim.warmup_steps is {optim.warmup_steps}, more than run.steps ({run.steps})")
-    if batch.warmup_start is not None and batch.warmup_start > batch.size:
-        raise UserError(f"batch.warmup_start is {batch.warmup_start}, more than batch.size ({batch.size})")
-    if run.resume not in ("auto", "none") and run.init_from:
-        raise UserError("run.resume names a checkpoint and run.init_from is set too; choose one of them")
-    check_activation_checkpointing(recipe.activation_checkpointing)
-    layout = recipe.parallel.resolve(world_size)
-    if batch.size % layout.data_parallel_size:
+            f"run.steps ({run.steps}); shorten them or lengthen the run",
+        ),
+        (
+            (batch.warmup_start or 0) > batch.size,
+            f"batch.warmup_start is {batch.warmup_start}, more than batch.size ({batch.size}); start with at most that",
+        ),
+        (
+            run.resume not in ("auto", "none") and run.init_from,
+            "run.resume names a checkpoint and run.init_from is set too; choose one of them",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise UserError(message)
+    ranks = recipe.parallel.resolve(world_size).data_parallel_size
+    if batch.size % ranks:
         raise UserError(
-            f"batch.size is {batch.size}, which {layout.data_parallel_size} ranks can't share evenly; "
-            f"use a multiple of {layout.data_parallel_size}"
+            f"batch.size is {batch.size}, which {ranks} ranks can't share evenly; use a multiple of {ranks}"
         )
-
-
-def _at_least(lowest: float, fields: dict[str, float | int | None]) -> None:
-    for name, value in fields.items():
-        # The comparison is written so that NaN fails it.
-        if value is not None and not value >= lowest:
-            raise UserError(f"{name} is {value}; it must be at least {lowest}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 MISSING = (
     "datasets",
-    "jsonargparse",
+    "pydantic",
     "multiprocess",
     "liger_kernel",
     "flash_attn",

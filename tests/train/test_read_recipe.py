@@ -37,6 +37,18 @@ def test_values_come_typed_and_overrides_win(tmp_path: Path) -> None:
     assert recipe.data.datasets[0].weight == 1.0
 
 
+def test_lists_and_sections_on_the_command_line(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        [
+            *(write(tmp_path, MINIMAL), "--data.datasets", "[{path: data/mine}, {path: other, weight: 2e0}]"),
+            *("--optim.clip", "null", "--run.output", "3", "--optim", "{lr: 1e-3}", "--activation_checkpointing", "2"),
+        ]
+    )
+    assert [(d.path, d.weight) for d in recipe.data.datasets] == [("data/mine", 1.0), ("other", 2.0)]
+    assert (recipe.optim.clip, recipe.optim.lr, recipe.run.output) == (None, 1e-3, "3")
+    assert recipe.activation_checkpointing == 2
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_our_recipes_are_read(path: Path) -> None:
     recipe = read_recipe([str(path)])
@@ -75,6 +87,11 @@ def test_every_model_field_is_a_config_field() -> None:
         ({"run": 3}, r"run is 3 .*a section"),
         ("run: [", r"not valid YAML at line 1"),
         ("just text", r"holds no sections"),
+        ("run: {steps: 3}\nrun: {seed: 3}", r"not valid YAML at line 2: run is there twice"),
+        ({"run": {"steps": True}}, r"run\.steps is True .*a whole number"),
+        ({"run": {"spike_sigma": 0}}, r"run\.spike_sigma is 0 .*a number above 0 or null"),
+        ({"parallel": {"shrad": 2}}, r"'parallel\.shrad'.*'parallel\.shard'"),
+        ({"activation_checkpointing": "most"}, r"none, full, selective or a whole number above 0"),
     ],
 )
 def test_slips_in_the_file(tmp_path: Path, content: Any, message: str) -> None:
@@ -86,9 +103,11 @@ def test_slips_in_the_file(tmp_path: Path, content: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optim.lr", "high"], r"optim\.lr is 'high'; accepted: a number"),
+        (["--optim.lr", "high"], r"optim\.lr is 'high' on the command line; accepted: a number"),
         (["--optim.wamup_steps", "3"], r"'optim\.wamup_steps' on the command line; did you mean 'optim\.warmup_steps'"),
         (["--batch.size"], r"--batch\.size has no value"),
+        (["--data.datasets", "[{path"], r"--data\.datasets .* is not valid YAML"),
+        (["--data.datasets", "[{weight: 1}]"], r"data\.datasets\[0\]\.path is missing"),
         (["more"], r"unexpected argument 'more'"),
     ],
 )
@@ -133,9 +152,9 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("run.steps", 0, r"run\.steps is 0; it must be at least 1"),
+        ("run.steps", 0, r"run\.steps is 0; accepted: a whole number above 0"),
         ("optim.lr", float("nan"), r"optim\.lr is nan"),
-        ("optim.betas", (0.9, 1.0), r"optim\.betas is \[0\.9, 1\.0\]"),
+        ("optim.betas", (0.9, 1.0), r"optim\.betas\[1\] is 1\.0; accepted: a number at least 0 and below 1"),
         ("optim.clip", 0.0, r"optim\.clip is 0\.0; .*null"),
         ("optim.min_lr_ratio", 2.0, r"optim\.min_lr_ratio is 2\.0"),
         ("optim.decay_steps", 990, r"optim\.warmup_steps \(100\) and optim\.decay_steps \(990\) together exceed"),
