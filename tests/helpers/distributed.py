@@ -101,6 +101,30 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
     mp.start_processes(_call, args=(ranks, store.port, function, args), nprocs=ranks, start_method="forkserver")
 
 
+def train(ranks: int, folder: Path, *args: str | Path) -> str:
+    """`motifarch train` on ranks without torchrun, which takes much longer to start.
+
+    Args:
+        ranks: their number.
+        folder: for what they print.
+        *args: those of the command.
+
+    Returns:
+        What rank 0 printed.
+    """
+    on_ranks(ranks, _train, folder, list(map(str, args)))
+    return (folder / "printed_by_0").read_text()
+
+
+def _train(folder: Path, args: list[str]) -> None:
+    from motifarch.train.main import main
+
+    with (folder / f"printed_by_{os.environ['RANK']}").open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        assert main(args) == 0
+        sys.stdout.flush()
+
+
 def _call(rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     faulthandler.dump_traceback_later(RANKS_TIMEOUT, exit=True)
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from helpers.distributed import torchrun
+from helpers.distributed import train
 from helpers.tiny import write_recipe
 from motifarch.average import main as average
 from motifarch.errors import UserError
@@ -51,8 +51,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path,
     """A recipe and the run of 6 steps on two ranks that keeps every second one."""
     folder = tmp_path_factory.mktemp("sharded")
     recipe = write_recipe(folder, data)
-    done = torchrun(2, "-m", "motifarch.train", recipe, *EVERY_TWO, "--run.steps", "6")
-    assert done.returncode == 0, done.stderr
+    train(2, folder, recipe, *EVERY_TWO, "--run.steps", "6")
     return recipe, folder / "run"
 
 
@@ -156,9 +155,8 @@ def test_two_ranks_take_the_same_mean(sharded: tuple[Path, Path], tmp_path: Path
     two = tmp_path / "two"
     options = (*EVERY_TWO, *FEEDBACK, "--run.steps", "6", "--run.output", str(two), "--optim.lr", "0")
     shutil.copytree(run, two, ignore=shutil.ignore_patterns("step_00000006*"))
-    done = torchrun(2, "-m", "motifarch.train", recipe, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the mean of the checkpoints of steps 4, 2") == 1
+    printed = train(2, tmp_path, recipe, *options)
+    assert printed.count("the mean of the checkpoints of steps 4, 2") == 1
     expected = plain_mean(run, 4, 2)
     for name, value in weights(two / "checkpoints" / "step_00000006").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.distributed import torchrun
+from helpers.distributed import torchrun, train
 from helpers.tiny import write_recipe
 from motifarch.errors import UserError
 from motifarch.train.main import main
@@ -26,8 +26,7 @@ def losses(output: Path) -> list[tuple[int, Any, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[tuple[int, Any, Any]]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = torchrun(2, "-m", "motifarch.train", write_recipe(folder, data), *LENGTH)
-    assert done.returncode == 0, done.stderr
+    train(2, folder, write_recipe(folder, data), *LENGTH)
     assert not (folder / "run" / "stacks").exists()
     return losses(folder / "run")
 
