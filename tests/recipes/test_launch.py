@@ -121,6 +121,7 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(tmp_path: Path, slurm: di
         assert words in said.read_text()
 
 
+@pytest.mark.slow
 def test_slurm_saves_and_requeues_and_torchrun_resumes(tmp_path: Path, data: Path, slurm: dict[str, str]) -> None:
     recipe = write_recipe(tmp_path, data)
     output = tmp_path / "run"
