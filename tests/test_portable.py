@@ -116,6 +116,24 @@ def test_logits_and_generated_tokens_are_motifarchs(tmp_path, variant):
     assert torch.equal(other.generate(ids, **options, use_cache=False), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("scaling", [None, {"factor": 4.0}, {"factor": 8.0, "beta_fast": 16, "truncate": False}])
+def test_logits_at_position_16384_are_motifarchs(tmp_path, scaling, dtype):
+    """A rounded frequency shows there: it is multiplied by the distance between two tokens."""
+    rope = {"rope_type": "default", "rope_theta": 500_000.0}
+    if scaling is not None:
+        rope |= {"rope_type": "yarn", "original_max_position_embeddings": 4096} | scaling
+    model = trained_like("gda", rope_parameters=rope, max_position_embeddings=32_768, head_dim=64).to(dtype)
+    other = portable(model, tmp_path)
+    positions = torch.arange(9)[None] * 2048
+    assert positions[0, -1] == 16_384
+    inputs = {"input_ids": random_ids(2, 9), "attention_mask": torch.ones(2, 9), "position_ids": positions}
+    with torch.no_grad():
+        logits, expected = other(**inputs).logits, model(**inputs).logits
+    tolerance = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-12}
+    torch.testing.assert_close(logits, expected, **tolerance)
+
+
 @pytest.mark.parametrize("variant", ["gda", "gda window", "diff_v2 gated"])
 def test_a_static_cache_gives_the_same_tokens(tmp_path, variant):
     other = portable(trained_like(variant), tmp_path)

@@ -120,7 +120,7 @@ class PolyNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., N) -> (..., N)."""
+        """Takes x (..., N), gives (..., N)."""
         x = _wide(x)
         w0, w1, w2 = self.weight.to(x.dtype)
         return w0 * self._scaled(x**3) + w1 * self._scaled(x**2) + w2 * self._scaled(x) + self.bias.to(x.dtype)
@@ -142,33 +142,62 @@ class MotifMLP(nn.Module):
         self.act_fn = PolyNorm(config.poly_norm_eps) if config.hidden_act == "poly_norm" else nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B, S, E) -> (B, S, E)."""
+        """Takes x (B, S, E), gives (B, S, E)."""
         up = self.up_proj(x)
         return self.down_proj((self.act_fn(self.gate_proj(x)) * up).to(up.dtype))
 
 
 class MotifRotaryEmbedding(nn.Module):
-    """Cosines and sines of each position's angles, in float32 whatever the model computes in."""
+    """Cosines and sines of each position's angles: float64 for a float64 model, else float32."""
 
     def __init__(self, config: MotifConfig) -> None:
         super().__init__()
         parameters = config.rope_parameters or {}
-        kind, width = parameters.get("rope_type", "default"), config.head_dim
-        assert width is not None  # filled in by the config
+        kind, self._theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 10_000.0)
+        assert config.head_dim is not None  # filled in by the config
+        self._head_dim, self._inv_freq, self._scaling = config.head_dim, None, 1.0
+        if kind == "default":
+            return
         # No buffer: it would be lost on the meta device and rounded by model.bfloat16().
         with torch.device("cpu"):
-            if kind == "default":
-                exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-                self._inv_freq, self._scaling = parameters.get("rope_theta", 10_000.0) ** -exponents, 1.0
-            else:
-                self._inv_freq, self._scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+            self._inv_freq, self._scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
+            if kind == "yarn":
+                self._inv_freq = _yarn_frequencies(config)
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor) -> PositionEmbeddings:
-        """Positions (B or 1, S) -> two tables (B or 1, 1, S, D / 2)."""
-        self._inv_freq = self._inv_freq.to(position_ids.device)
-        angles = position_ids[:, None, :, None].float() * self._inv_freq
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> PositionEmbeddings:
+        """Positions (B or 1, S) and the model's dtype -> two tables (B or 1, 1, S, D / 2)."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        if self._inv_freq is None:
+            exponents = torch.arange(0, self._head_dim, 2, device=position_ids.device, dtype=dtype) / self._head_dim
+            inv_freq = self._theta**-exponents
+        else:
+            self._inv_freq = self._inv_freq.to(position_ids.device)
+            inv_freq = self._inv_freq.to(dtype)
+        angles = position_ids[:, None, :, None].to(dtype) * inv_freq
         return angles.cos() * self._scaling, angles.sin() * self._scaling
+
+
+def _yarn_frequencies(config: MotifConfig) -> Tensor:
+    """YaRN's inverse frequencies (arXiv 2309.00071, section 3.2), (D / 2,) float64: transformers'
+    own are float32, whose rounding shows at far positions.
+    """
+    parameters, width = config.rope_parameters or {}, config.head_dim
+    assert width is not None  # filled in by the config
+    theta, length = parameters["rope_theta"], parameters["original_max_position_embeddings"]
+    factor = parameters["factor"] or config.max_position_embeddings / length
+
+    def pair_turning(times: float) -> float:
+        return width * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair_turning(parameters.get("beta_fast") or 32), pair_turning(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float64)
+    frequencies = theta ** (-2 * pairs / width)
+    slowed = ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequencies * (1 - slowed) + frequencies / factor * slowed
 
 
 class MotifAttention(nn.Module):
@@ -264,7 +293,7 @@ class MotifAttention(nn.Module):
 
     @staticmethod
     def _heads(x: Tensor, width: int) -> Tensor:
-        """X (B, S, heads * width) -> (B, heads, S, width)."""
+        """Takes x (B, S, heads * width), gives (B, heads, S, width)."""
         return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
@@ -384,7 +413,7 @@ class MotifModel(MotifPreTrainedModel):
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
         mask = self._mask(hidden_states, attention_mask, position_ids, past_key_values)
-        position_embeddings = self.rotary_emb(position_ids)
+        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         every = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings, mask, past_key_values)
