@@ -1,36 +1,156 @@
-"""What every shipped kernel configuration needs of a GPU: registers, spills, shared and tensor
-memory. No GPU needed.
+"""What every shipped kernel configuration needs of a GPU: registers, spills, memory. No GPU needed.
 
-    python -m benchmarks.compiled                        # some ten minutes of two cores, less with Triton's cache
+    python -m benchmarks.compiled                # some ten minutes of two cores
+    python -m benchmarks.compiled --families attention --architectures 90 --every
 
 Each kernel is compiled for Hopper (sm_90) and Blackwell (sm_100) exactly as it would be launched,
-and read with the cuobjdump that triton brings. benchmarks/results/compiled.json has every
-configuration; the tests compile them again and hold them to bounds, and to that file where triton's
-version is the same. Nothing here is a time.
+and read with the cuobjdump that triton brings. benchmarks/results/compiled.json has a line for
+every configuration; the tests compile them again and hold them to bounds, and to that file where
+triton's version is the same. Nothing here is a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.kernels import terminate_as_interrupt
-from benchmarks.lib import report
+from benchmarks.lib import cli, report
+from benchmarks.lib.compiling import compile_only
 
 MODULE = "benchmarks.compiled"
-FAMILIES = ("poly_norm", "combine", "attention", "decoding")
 ARCHITECTURES = {90: "Hopper", 100: "Blackwell"}
 NEEDS = ("registers", "stack", "shared", "tensor_memory")
+
+
+# --- What is compiled, in a process of its own ----------------------------------------------------
+
+
+def _poly_norm() -> None:
+    """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole
+    rows and sharded.
+    """
+    from motif_kernels.impl.triton import poly_norm
+    from motif_kernels.tuning import tables
+
+    weight, bias = torch.ones(3), torch.ones(1)
+    names = [f"poly_norm_{kind}" for kind in ("forward", "backward", "sums")]
+    entries = [e for table in tables().values() for name in names for e in table["kernels"].get(name, [])]
+    lengths = {entry["up_to"] or 1 << 20 for entry in entries}
+    for dtype, has_up in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        for columns in sorted(length // dtype.itemsize for length in lengths):
+            for x in (torch.empty(64, columns, dtype=dtype), torch.empty(1, columns)):
+                up = x if has_up else None
+                fixed: dict[str, Any] = {"eps": 1e-6, "hidden_clamp": None}
+                poly_norm.forward(x, up, weight, bias, inverse_rms=None, out_dtype=x.dtype, **fixed)
+                poly_norm.backward(x, x, up, weight, bias, inverse_rms=None, mean_products=None, **fixed)
+                moments = torch.empty(3, len(x))
+                poly_norm.power_sums(x, hidden_clamp=None)
+                poly_norm.product_sums(x, x, up, hidden_clamp=None)
+                fixed["hidden_clamp"] = 1000.0
+                poly_norm.forward(x, up, weight, bias, inverse_rms=moments, out_dtype=x.dtype, **fixed)
+                poly_norm.backward(x, x, up, weight, bias, inverse_rms=moments, mean_products=moments, **fixed)
+
+
+def _combine() -> None:
+    """Every head width and ratio that attention kernels serve, with each epilogue."""
+    from motif_kernels.impl.triton import combine
+
+    for dtype, ratios in ((torch.bfloat16, (1, 2, 3, 4, 7)), (torch.float32, (1, 4))):
+        for width, group in itertools.product((64, 128, 192, 256), ratios):
+            signal = torch.empty(64, 2 * group, width, dtype=dtype)
+            noise, lam = torch.empty(64, 2, width, dtype=dtype), torch.ones(())
+            for weight, gate in ((None, None), (torch.ones(width), None), (None, signal)):
+                fixed = {"norm_eps": 1e-5, "out_scale": 0.5}
+                combine.forward(signal, noise, lam, weight, gate, out_dtype=dtype, **fixed)
+                combine.backward(signal, signal, noise, lam, weight, gate, **fixed)
+
+
+WIDTHS = ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128))
+CALLS: tuple[dict[str, Any], ...] = (
+    {"group": 1, "epilogue": "norm"},
+    {"group": 4, "epilogue": "norm"},
+    {"group": 1, "window_size": (511, 0)},
+    {"group": 1, "packed": True},
+    {"group": 3, "epilogue": "gate", "causal": False, "deterministic": False, "softcap": 20.0},
+)
+
+
+def _attention() -> None:
+    """Every pair of widths that is promised: whole and grouped, every epilogue, masks, and both
+    backward modes.
+    """
+    for d, dv in WIDTHS:
+        for options in CALLS:
+            _attention_call(torch.bfloat16, d, dv, **options)
+    _attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
+
+
+def _attention_call(
+    dtype: torch.dtype, d: int, dv: int, *, group: int, epilogue: str = "", packed: bool = False, **options: Any
+) -> None:
+    """Forward and backward of 256 tokens with 2 noise heads."""
+    from motif_kernels import diff_attn_func, diff_attn_varlen_func
+
+    leading = (256,) if packed else (1, 256)
+    shapes = ((2 * group, d), (2, d), (2, d), (2, d), (2, dv))
+    leaves = [torch.zeros(*leading, h, w, dtype=dtype).requires_grad_() for h, w in shapes]
+    options = {"causal": True, "backend": "triton", **options}
+    if epilogue == "norm":
+        options["norm_weight"] = torch.ones(dv).requires_grad_()
+    if epilogue == "gate":
+        options["gate"] = torch.zeros(*leading, 2 * group, dv, dtype=dtype).requires_grad_()
+    lam = torch.zeros(()).requires_grad_()
+    bounds = torch.tensor([0, 256], dtype=torch.int32)
+    call: Callable[..., Any] = diff_attn_varlen_func if packed else diff_attn_func
+    out = call(*leaves, lam, *((bounds, bounds, 256, 256) if packed else ()), **options)
+    extra = [options[name] for name in ("norm_weight", "gate") if name in options]
+    torch.autograd.grad(out, [*leaves, lam, *extra], torch.zeros_like(out))
+
+
+def _decoding() -> None:
+    """One new token, appended to a cache: the promised widths, groups that share a key head, both
+    kinds of cache.
+    """
+    from motif_kernels import diff_attn_with_kvcache
+    from motif_kernels.impl.triton import cache_append
+
+    for dtype, (heads, width) in itertools.product((torch.float32, torch.bfloat16), ((2, 512), (16, 128))):
+        cache, tokens = (torch.empty(2, n, heads, width, dtype=dtype) for n in (256, 1))
+        for table in (None, torch.empty(2, 1, dtype=torch.int32)):
+            cache_append.append(cache, tokens, torch.empty(2, dtype=torch.int32), table)
+
+    for d, dv in WIDTHS:
+        for group, noises, paged in ((1, 1, False), (4, 1, False), (1, 4, True), (4, 2, True)):
+            k, v = (torch.zeros(2, 256, 2, width, dtype=torch.bfloat16) for width in (d, dv))
+            q1, q2 = (torch.zeros(2, 1, h, d, dtype=torch.bfloat16) for h in (2 * group * noises, 2 * noises))
+            lengths, pages = torch.tensor([256, 256], dtype=torch.int32), torch.tensor([[0], [1]], dtype=torch.int32)
+            options: dict[str, Any] = {"causal": True, "num_splits": 2, "backend": "triton", "out_scale": 0.5}
+            options |= {"norm_weight": torch.ones(dv), "block_table": pages if paged else None}
+            diff_attn_with_kvcache(q1, k, q2, k, v, torch.zeros(()), lengths, **options)
+
+
+FAMILIES = {"poly_norm": _poly_norm, "combine": _combine, "attention": _attention, "decoding": _decoding}
+
+
+def _worker(arch: int, family: str) -> None:
+    """Compile a family and print an object a line."""
+    with compile_only(arch) as found:
+        FAMILIES[family]()
+    for usage in found:
+        print(json.dumps(usage))
+
+
+# --- The report -----------------------------------------------------------------------------------
 
 
 def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
@@ -41,74 +161,73 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
         family: one of FAMILIES.
 
     Returns:
-        For each: family, kernel, arch, registers and stack bytes (spills) a thread, shared memory
-        bytes and tensor memory columns a block, and the constants that it was compiled with.
+        For each: kernel, arch, registers and stack bytes (spills) a thread, shared memory bytes and
+        tensor memory columns a block, and the constants that it was compiled with.
 
     Raises:
         RuntimeError: it did not compile.
     """
     # A process of its own: whether kernels are interpreted is decided when triton is imported.
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(report.ROOT), *sys.path])}
-    command = [sys.executable, "-m", "benchmarks.compiled_kernels", "--json", str(arch), family]
+    command = [sys.executable, "-m", MODULE, "--worker", str(arch), family]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise RuntimeError(f"{family} does not compile for sm_{arch}: {done.stderr.strip()}")
-    found = [{"family": family, **json.loads(line)} for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     return sorted(found, key=lambda usage: json.dumps(usage, sort_keys=True))
 
 
-def summarise(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most that any configuration of a kernel needs, and how many configurations there are, by
-    kernel and arch.
+def rows_of(kernels: Iterable[dict[str, Any]]) -> list[str]:
+    """For the JSON file, a line for each configuration: kernel, GPU, the needs, and the constants
+    that differ.
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for usage in kernels:
         groups.setdefault((usage["kernel"], usage["arch"]), []).append(usage)
-    return [
-        {"kernel": kernel, "arch": arch, "configurations": len(group), **{n: max(u[n] for u in group) for n in NEEDS}}
-        for (kernel, arch), group in sorted(groups.items())
-    ]
+    rows = []
+    for (kernel, arch), group in groups.items():
+        values = {n: {u["constants"].get(n) for u in group} for u in group for n in u["constants"]}
+        shown = [n for n, found in values.items() if len(found) > 1]
+        for u in group:
+            constants = (f"{n}={u['constants'][n]}" for n in shown if n in u["constants"])
+            rows.append(" ".join([kernel, f"sm_{arch}", *(str(u[n]) for n in NEEDS), *constants]))
+    return rows
 
 
-def print_summary(console: Console, kernels: Sequence[dict[str, Any]]) -> None:
-    """A table of it."""
-    rows = [
-        (
-            row["kernel"].replace("._", ".").removesuffix("_kernel"),
-            f"sm_{row['arch']}",
-            str(row["configurations"]),
-            *(str(row[name]) for name in ("registers", "stack")),
-            f"{row['shared'] / 1024:.0f}",
-            str(row["tensor_memory"] or "-"),
-        )
-        for row in summarise(kernels)
-    ]
-    headings = ("kernel", "for", "ways", "registers", "spilled", "shared\nKiB", "tensor\nmemory")
-    console.print(report.table("The most that any configuration needs", headings, rows, text_columns=2))
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = cli.parser(MODULE, __doc__)
+    add = made.add_argument
+    add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    archs = list(ARCHITECTURES)
+    add("--architectures", nargs="+", type=int, choices=archs, default=archs, help="default: all")
+    add("--jobs", type=int, default=2, help="compilations side by side; default %(default)s")
+    add("--every", action="store_true", help="print every configuration")
+    add("--worker", nargs=2, metavar=("ARCH", "FAMILY"), help=argparse.SUPPRESS)
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    summary, *_ = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=summary)
-    add = parser.add_argument
-    add("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
-    add("--jobs", type=int, default=2, help="compilations side by side; default %(default)s")
-    add("--output", type=Path, help="JSON file; default benchmarks/results/compiled.json, for some families runs/")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
+    if options.worker:
+        _worker(int(options.worker[0]), options.worker[1])
+        return 0
     console = Console()
-    whole = set(options.families) == set(FAMILIES)
+    work = list(itertools.product(options.architectures, options.families))
+    whole = len(work) == len(ARCHITECTURES) * len(FAMILIES)
     path = options.output or (report.RESULTS if whole else report.ROOT / "runs") / "compiled.json"
-    work = [(arch, family) for family in options.families for arch in ARCHITECTURES]
     kernels: list[dict[str, Any]] = []
-    with terminate_as_interrupt(), report.progress(console) as bar, ThreadPoolExecutor(options.jobs) as pool:
-        task = bar.add_task("compiling", total=len(work))
+    with cli.terminate_as_interrupt(), ThreadPoolExecutor(options.jobs) as pool:
         for (arch, family), found in zip(work, pool.map(lambda job: compile_family(*job), work), strict=True):
             kernels += found
-            bar.update(task, advance=1, description=f"{family} for sm_{arch}: {len(found)} kernels")
+            console.print(f"{family} for sm_{arch}: {len(found)} kernels")
     env = report.environment(MODULE, torch.device("cpu"), ("motifarch", "triton"))
-    report.write_json(path, {"benchmark": "compiled", "format": 1, "environment": env, "kernels": kernels})
-    print_summary(console, kernels)
+    content = {"benchmark": "compiled", "format": 2, "environment": env, "columns": ["kernel", "for", *NEEDS]}
+    rows = rows_of(kernels)
+    report.write_json(path, content | {"kernels": rows})
+    for row in rows if options.every else ():
+        console.print(row, soft_wrap=True)
     console.print(f"all configurations: {path}", soft_wrap=True)
     return 0
 

@@ -7,7 +7,7 @@
 # These run only when they are named; the first two fit in ten minutes together:
 #
 #     benchmarks/gpu.sh OUT train_300m   # its twenty layers compile for longer than they are timed
-#     benchmarks/gpu.sh OUT sanitize     # memcheck of every kernel
+#     benchmarks/gpu.sh OUT memcheck     # every kernel once under compute-sanitizer
 #     benchmarks/gpu.sh OUT study        # a head-ratio study: the same command again goes on with it
 #     benchmarks/gpu.sh OUT tune         # a launch table for this GPU, OUT/tune.json
 #
@@ -24,18 +24,18 @@ set -uo pipefail
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
 parts=(
   "tests      140 -m pytest -m gpu -q tests/kernels"
-  "attention  125 -m benchmarks.attention --limit 105"
-  "poly_norm   60 -m benchmarks.poly_norm --seconds 0.15"
-  "combine     60 -m benchmarks.combine --seconds 0.15"
-  "decode      60 -m benchmarks.decode --parts kernel --limit 45"
+  "attention  125 -m benchmarks.ops.attention --limit 105"
+  "poly_norm   60 -m benchmarks.ops.poly_norm --limit 45 --seconds 0.15"
+  "combine     60 -m benchmarks.ops.combine --limit 45 --seconds 0.15"
+  "decode      60 -m benchmarks.ops.decode --limit 45"
   "train_2.6b 125 -m benchmarks.models.train_step --shape 2.6b --precisions bf16 --compile --limit 95"
 )
 # The same for parts that run only when they are named, each in less than ten minutes.
 on_request=(
   "train_300m 300 -m benchmarks.models.train_step --shape 300m --precisions bf16 --compile --limit 265"
-  "sanitize   290 -m benchmarks.sanitize --limit 270"
+  "memcheck   590 -m pytest -m gpu -q tests/kernels/test_on_gpu.py --deselect tests/kernels/test_on_gpu.py::test_a_compiled_model_is_as_near_to_float64_as_an_eager_one"
   "study      590 -m benchmarks.study --limit 440"
-  "tune       590 -m benchmarks.tune --limit 500"
+  "tune       590 -m benchmarks.tuning.tune --limit 500"
 )
 
 usage() {
@@ -101,12 +101,20 @@ for part in "${parts[@]}"; do
   [[ $chosen == "  " || $chosen == *" $name "* ]] || continue
   read -ra command <<<"$arguments"
   [[ $name == tests ]] && command+=(${workers[@]+"${workers[@]}"})
+  run=("$python")
+  if [[ $name == memcheck ]]; then
+    sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+    # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
+    [[ -n $sanitizer ]] && run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 MOTIF_GPU_RUNS=1 "$sanitizer" --tool memcheck
+      --padding 4096 --target-processes application-only --report-api-errors no --error-exitcode 1 "$python")
+    [[ -n $sanitizer ]] || echo "compute-sanitizer is not installed: the tests run without it" | tee -a "$out/gpu.log"
+  fi
   [[ ${command[1]} == benchmarks.* ]] && command+=(--output "$out/$name.json" ${quick[@]+"${quick[@]}"})
   log="$out/$name.log"
   echo "== $name, at most $limit s: python ${command[*]}" | tee -a "$out/gpu.log"
   began=$SECONDS
   : >"$log"
-  timeout --kill-after=20 "$limit" "$python" "${command[@]}" >"$log" 2>&1 &
+  timeout --kill-after=20 "$limit" "${run[@]}" "${command[@]}" >"$log" 2>&1 &
   child=$!
   tail -n +1 -s 0.2 -f --pid="$child" "$log" &
   viewer=$!

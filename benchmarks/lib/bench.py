@@ -87,7 +87,8 @@ def time_side_by_side(
         names = [name for name in works if name not in failed]
         if not names or (i >= rounds and time.perf_counter() - begun >= seconds * len(names)):
             break
-        # No provider always follows the same one, whose leavings in caches and allocator it would inherit.
+        # No provider always follows the same one, whose leavings in caches and allocator it would
+        # inherit.
         first = i % len(names)
         for name in names[first:] + names[:first]:
             try:
@@ -140,7 +141,9 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``function`` and its result hold at once, beyond what was allocated before."""
+    """The most bytes that ``function`` and its result hold at once, beyond what was allocated
+    before.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -232,7 +235,8 @@ def measure_roofline(
     bandwidth = 2 * copied / median(lambda: target.copy_(source))
     rates = {}
     for name in dtypes:
-        # Random numbers: a GPU's clock falls with the bits that change, and zeros are multiplied faster.
+        # Random numbers: a GPU's clock falls with the bits that change, and zeros are multiplied
+        # faster.
         generator = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator, device=device).to(DTYPES[name]) for _ in range(2))
         out = torch.empty_like(a)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from motifarch.environment import environment as machine
+from motifarch.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,18 +89,6 @@ def busy_warning(env: Mapping[str, Any]) -> str | None:
     )
 
 
-def progress(console: Console) -> Progress:
-    """A progress bar: what is being measured, how many of how many, time passed and left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
     """A table of results.
 
@@ -125,26 +112,22 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     parts = []
     for name, value in content.items():
         text = json.dumps(value)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if isinstance(value, list) and value and isinstance(value[0], (dict, str)):
             text = "[\n    " + ",\n    ".join(map(json.dumps, value)) + "\n  ]"
         parts.append(f"  {json.dumps(name)}: {text}")
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
-    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def write_plot(path: Path, figure: Figure) -> None:
     """Save a matplotlib figure as PNG, in the same way, and close it."""
     from matplotlib import pyplot as plt
 
-    _write(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
-    plt.close(figure)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, dpi=100, format="png")
+    plt.close(figure)
 
 
 def figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, Any]:

@@ -14,7 +14,10 @@ import pytest
 from helpers.bare_machine import MISSING, without_packages
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("attention", "combine", "decode", "poly_norm", "models.train_step", "sanitize", "study", "tune")
+BENCHMARKS = (
+    *("ops.attention", "ops.combine", "ops.decode", "ops.poly_norm", "models.train_step", "study"),
+    *("compiled", "tuning.tune"),
+)
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ if [[ $1 == -c ]]; then
   echo "version"; exit 0
 fi
 echo "arguments: $*"
-[[ $2 == benchmarks.poly_norm ]] && { echo "a typing error" >&2; exit 3; }
-[[ $2 == benchmarks.combine && -n $HANG ]] && sleep 60
+[[ $2 == benchmarks.ops.poly_norm ]] && { echo "a typing error" >&2; exit 3; }
+[[ $2 == benchmarks.ops.combine && -n $HANG ]] && sleep 60
 while [[ $# -gt 0 ]]; do [[ $1 == --output ]] && echo "{}" >"$2"; shift; done
 exit 0
 """
@@ -66,7 +66,7 @@ def test_a_part_that_fails_is_named_and_the_next_ones_run(environment: dict[str,
         f"{m}.{s}" for m in measured for s in ("log", "json")
     }
     assert "results.tar.gz" not in packed(out)
-    for name in ("train_300m", "sanitize", "study", "tune"):
+    for name in ("train_300m", "memcheck", "study", "tune"):
         assert not (out / f"{name}.log").exists()
     assert "--quick" in (out / "combine.log").read_text()
 
@@ -83,7 +83,7 @@ def test_an_unknown_part_is_refused_with_the_known_ones(environment: dict[str, s
     done = gpu(environment, tmp_path / "out", "poly")
     assert done.returncode == 2
     assert "there is no part poly" in done.stderr
-    known = "tests attention poly_norm combine decode train_2.6b; on request: train_300m sanitize study tune\n"
+    known = "tests attention poly_norm combine decode train_2.6b; on request: train_300m memcheck study tune\n"
     assert f"parts: {known}" in done.stderr
 
 
@@ -104,7 +104,7 @@ def test_a_part_on_request_runs_when_it_is_named(environment: dict[str, str], tm
     done = gpu(environment, out, "tune")
     assert done.returncode == 0, done.stdout
     assert packed(out) == {"gpu.log", "tune.log", "tune.json"}
-    assert f"-m benchmarks.tune --limit 500 --output {out}/tune.json --quick" in (out / "tune.log").read_text()
+    assert f"-m benchmarks.tuning.tune --limit 500 --output {out}/tune.json --quick" in (out / "tune.log").read_text()
 
 
 def test_what_there_is_is_packed_when_the_script_is_stopped(environment: dict[str, str], tmp_path: Path) -> None:

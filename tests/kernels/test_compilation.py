@@ -1,8 +1,8 @@
 """Every shipped kernel configuration, compiled for Hopper and Blackwell: spills and memory within
 their bounds.
 
-``TRITON_INTERPRET=0 python -m benchmarks.compiled_kernels 90 attention`` prints what is checked
-here.
+``python -m benchmarks.compiled --families attention --architectures 90 --every`` prints what is
+checked here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compiled import ARCHITECTURES, FAMILIES, compile_family
+from benchmarks.compiled import ARCHITECTURES, FAMILIES, compile_family, rows_of
 from benchmarks.lib.report import RESULTS
 from motif_kernels.tuning import tables
 
@@ -32,8 +32,8 @@ def test_spills_and_memory_within_bounds_and_as_reported(family: str, arch: int)
     assert not [k for k in kernels if k["tensor_memory"] > TENSOR_MEMORY]
     reported = json.loads((RESULTS / "compiled.json").read_text())
     if reported["environment"]["versions"]["triton"] == triton.__version__:
-        found = [k for k in reported["kernels"] if (k["arch"], k["family"]) == (arch, family)]
-        assert kernels == found, "kernels have changed: python -m benchmarks.compiled writes the report anew"
+        message = "kernels have changed: python -m benchmarks.compiled writes the report anew"
+        assert set(rows_of(kernels)) <= set(reported["kernels"]), message
 
 
 def _stack_bound(kernel: dict[str, Any]) -> int:

@@ -8,21 +8,23 @@ compilation of its kernels; the long one is the compiled model, most of a minute
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernel_cases
+from helpers import kernel_cases
 from helpers.models import random_ids, tiny_config
 from helpers.numerics import assert_error_rule
 from motifarch.models.motif import MotifForCausalLM
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-RUNS = {"cuda": 1000, "cpu": 2}
-ROWS = {"cuda": 1024, "cpu": 20}
+# Under compute-sanitizer one run is enough.
+RUNS = {"cuda": int(os.environ.get("MOTIF_GPU_RUNS", "1000")), "cpu": 2}
+ROWS = {"cuda": 1024 if RUNS["cuda"] > 1 else 150, "cpu": 20}
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ONE_PASS = kernel_cases.FAMILIES["one-pass attention"]  # adds up with atomics, in any order
 PAIRED = [case.removesuffix(" in one pass") for case in ONE_PASS]

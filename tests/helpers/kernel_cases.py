@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import combine, poly_norm
-from benchmarks.attention_contenders import backend
-from benchmarks.attention_problems import Layout, Problem, epilogue
-from benchmarks.kernels import DTYPES, Draw, draw_from
+from benchmarks.lib.bench import DTYPES
+from benchmarks.lib.rows import RowCase
+from benchmarks.lib.shapes import AttentionCase, Draw, Layout, draw_from, epilogue
+from benchmarks.ops import combine, poly_norm
+from benchmarks.ops.attention import ours
 from motif_kernels import diff_attn_with_kvcache
 
 Results = dict[str, Tensor]
@@ -49,20 +50,13 @@ def differentiable(
     return call
 
 
-def attention(
-    layout: Layout, draw: Draw, dtype: str, device: torch.device, rows: int, *, gate: bool = False, fast: bool = False
-) -> Call:
+def attention(layout: Layout, draw: Draw, dtype: str, device: torch.device, rows: int, *, fast: bool = False) -> Call:
     """The fused attention on two sequences of ``rows`` tokens, or on documents; ``fast`` is not
     deterministic.
     """
     documents = (1, rows, 17, rows // 2) if layout.packed else ()
-    batch = 1 if documents else 2
-    problem = Problem("", layout, dtype, rows, batch, layout.noise_heads, documents)
-    inputs = problem.make(draw)
-    if gate:
-        inputs.pop("norm_weight", None)
-        inputs["gate"] = draw(*problem.shape("output"))
-    return differentiable(backend(problem, "triton_fast" if fast else "triton", device), inputs, draw)
+    case = AttentionCase("", layout, dtype, rows, 1 if documents else 2, layout.kv_heads, documents)
+    return differentiable(ours(case, "triton_fast" if fast else "triton", device), case.make(draw), draw)
 
 
 def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: int, paged: bool) -> Call:
@@ -103,20 +97,23 @@ def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: in
     return call
 
 
+def _rows(case: RowCase, draw: Draw) -> Call:
+    return differentiable(lambda t: case.ours(*t.values()), case.make(draw), draw)
+
+
 def _poly_norm(function: str, columns: int, draw: Draw, dtype: str, device: torch.device, rows: int) -> Call:
-    problem = poly_norm.problem(function, dtype, rows, columns)
-    return differentiable(lambda t: problem.ours(*t.values()), problem.make(draw), draw)
+    return _rows(poly_norm.case(function, dtype, rows, columns), draw)
 
 
-def _combine(layout: str, kind: str, draw: Draw, dtype: str, device: torch.device, rows: int) -> Call:
-    columns = 3 * combine.LAYOUTS[layout].ratio * combine.LAYOUTS[layout].head_width
-    problem = combine.problem(combine.LAYOUTS[layout], kind, dtype, rows, columns)
-    return differentiable(lambda t: problem.ours(*t.values()), problem.make(draw), draw)
+def _combine(name: str, kind: str, draw: Draw, dtype: str, device: torch.device, rows: int) -> Call:
+    layout = combine.LAYOUTS[name]
+    return _rows(combine.case(layout, kind, dtype, rows, 3 * layout.ratio * layout.head_dim), draw)
 
 
-_V1, _GDA = Layout("DIFF V1", 1, 64, 128, 2), Layout("GDA 4:1", 4, 128, 256, 2)
-_V2, _ODD = Layout("DIFF V2", 1, 64, 64, 4, 2, shared_keys=True), Layout("GDA 3:1", 3, 96, 192, 2)
-_WINDOW, _PACKED = Layout("DIFF V1", 1, 64, 128, 2, window=24), Layout("GDA 4:1", 4, 64, 128, 2, packed=True)
+_V1, _GDA = Layout("DIFF V1", 2, 2, 2, 64, 128), Layout("GDA 4:1", 8, 2, 2, 128, 256)
+_V2 = Layout("DIFF V2", 4, 4, 2, 64, 64, shared_keys=True)
+_ODD = Layout("GDA 3:1", 6, 2, 2, 96, 192, gate=True)
+_WINDOW, _PACKED = Layout("DIFF V1", 2, 2, 2, 64, 128, window=24), Layout("GDA 4:1", 8, 2, 2, 64, 128, packed=True)
 
 FAMILIES: dict[str, dict[str, Make]] = {
     "attention": {
@@ -125,7 +122,7 @@ FAMILIES: dict[str, dict[str, Make]] = {
         "DIFF V2": partial(attention, _V2),
         "DIFF V1 in a window": partial(attention, _WINDOW),
         "GDA 4:1 packed": partial(attention, _PACKED),
-        "GDA 3:1 gated, 96 wide": partial(attention, _ODD, gate=True),
+        "GDA 3:1 gated, 96 wide": partial(attention, _ODD),
     },
     "one-pass attention": {
         "DIFF V1 in one pass": partial(attention, _V1, fast=True),

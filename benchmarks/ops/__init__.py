@@ -1,0 +1,1 @@
+"""Benchmarks of kernels, each an entry point: attention, decode, poly_norm, combine."""

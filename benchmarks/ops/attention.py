@@ -1,0 +1,290 @@
+"""Attention by every way there is to compute it: time, peak memory, share of the roofline.
+
+    python -m benchmarks.ops.attention            # a GPU: four minutes; two CPU cores: two to three
+    python -m benchmarks.ops.attention --all      # every layout at 512 to 32K, and much longer
+    python -m benchmarks.ops.attention --quick    # a smoke test, with no meaning
+    python -m benchmarks.ops.attention --layouts v1_64 --lengths 4096 16384 --providers triton two
+
+All is causal, and the tokens of all sequences together stay the same (16,384 on a GPU, 2,048 on a
+CPU, or one longer sequence). Layouts are named for their kind, their D and their mask: softmax has
+no noise; v1 is DIFF V1; gda2 and gda4 are GDA with 2 and 4 signal heads for each noise head, heads
+as in Motif-2-12.7B; both have values twice as wide as keys. v2 is DIFF V2: values as wide as keys,
+the same keys for signal and noise, lambda for each token and head. w128 is a window of 128 keys, a
+query's own included. Packed layouts are documents in one sequence, a fixed mixture that is even
+over all magnitudes up to the length. On a CPU there is an eighth of the heads.
+
+Every provider computes the same function, from queries, keys and values to the finished output and
+back to all gradients: the difference with lambda and, in DIFF V1 and GDA, the sub-norm.
+Compositions take motif_kernels' diff_combine for that. Noise heads are never repeated. Providers:
+
+    ours           motif_kernels: the fused kernel in its deterministic and its other mode; the
+                   backends that compose, sdpa and, where flash-attn is installed, flash
+    one call       softmax attention of another library, for the layouts without noise
+    two calls      the same for signal and for noise, values at their full width; keys are padded
+                   or repeated where a kernel needs it
+    four calls     each of the two on one half of the values, as the papers' implementations do
+    FlexAttention  compiled (not timed); on a CPU its forward alone. By default at one length of a
+                   few layouts: it compiles for long
+    naive formula  with maps in memory, where they fit
+
+Calls are measured with each library there is: torch's scaled_dot_product_attention by cuDNN and by
+flash attention, flash-attn 4, 3 and 2; windows and documents by torch's varlen_attn. Tables and
+plot show the fastest, the JSON file all. **The softmax baseline** of each size is whatever was
+measured to be fastest there, ours included, and named: "softmax_baselines" in the JSON file, a line
+below the tables.
+
+Right first: at its size, each provider's output and gradients are held to torch's attention and the
+plain epilogue in float64 (on a GPU float32). One that is off, fails or runs out of memory is
+reported by name, and the others go on.
+
+FLOPs are the mathematics' alone: for each visible pair of query and key 2D + 2Dv for each map
+forward; backward 6D + 4Dv for each signal head and 6D for each noise head. The roofline, the least
+time for a direction, is that work at the rate of a large matrix product, or every tensor moved once
+at the bandwidth of a large copy, both measured in the same run: whichever is longer.
+
+Time: providers take turns, in an order that rotates; the figure is the median, and ± half the width
+of the middle half: on a GPU of triton.testing.do_bench, on a CPU of torch.utils.benchmark. Peak
+memory is the most that forward and backward hold at once, inputs and incoming gradient included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.lib.exact import of_attention
+from benchmarks.lib.measure import Row, seconds_of
+from benchmarks.lib.providers import Function, Provider, compose, flex, forms, libraries
+from benchmarks.lib.run import Aim, KernelBenchmark
+from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, epilogue
+from motif_kernels import diff_attn_func, diff_attn_varlen_func
+from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func
+
+_DOC = __doc__  # within the class it is another
+LABELS = {
+    "triton": "ours, deterministic",
+    "triton_fast": "ours, non-deterministic",
+    "sdpa": "ours, sdpa backend",
+    "flash": "ours, flash backend",
+    "four": "four calls",
+    "two": "two calls",
+    "one": "one call",
+    "flex": "FlexAttention",
+    "naive": "naive formula",
+}
+OURS = ("triton", "triton_fast", "sdpa")  # flash-attn may not serve all widths
+_CALLS = {"one": 1, "two": 2, "four": 4}
+ALL_LENGTHS = [512 << i for i in range(7)]
+CPU_LAYOUTS = ["v1_64", "gda4_128", "v2_64", "softmax_64", "v1_64_w128", "v1_64_packed"]
+QUICK_LAYOUTS = ["v1_64", "gda4_128_w128", "v2_64", "softmax_64", "v1_64_packed"]
+
+# Largest error of an element, relative to |exact| + the root mean square: several times what
+# rounding does to gradients of attention, far below what a wrong mask, a wrong head or an element
+# that nothing wrote would show.
+TOLERANCES = {"float32": 1e-3, "bf16": 0.15}
+
+# The naive formula holds several maps in float32 at once, and its backward more.
+_MAPS_AT_ONCE = 8
+_CPU_BYTES_FOR_MAPS = 2 << 30
+
+
+def providers(case: AttentionCase, names: Sequence[str], device: torch.device) -> list[Provider]:
+    """Those of these names, each with every kernel that it could take."""
+    found = []
+    for name in names:
+        if name in _CALLS:
+            for variant, attend in libraries(case, device).items():
+                found.append(Provider(name, forms(case, attend, _CALLS[name]), variant))
+        elif name == "flex":
+            function = compose(flex(case, device), case.calls)
+            directions = ("forward",) if device.type == "cpu" else DIRECTIONS
+            found.append(Provider(name, [("", function)], directions=directions))
+        else:
+            found.append(Provider(name, [("", ours(case, name, device))]))
+    return found
+
+
+def ours(case: AttentionCase, name: str, device: torch.device) -> Function:
+    """motif_kernels by one of its backends."""
+    options: dict[str, Any] = {
+        "backend": {"triton_fast": "triton", "naive": "reference"}.get(name, name),
+        "deterministic": name != "triton_fast",
+        "causal": True,
+        "window_size": case.window_size,
+    }
+    softmax_options = {name: value for name, value in options.items() if name != "deterministic"}
+    bounds = torch.tensor(case.bounds, dtype=torch.int32, device=device)
+
+    def run(t: Mapping[str, Tensor]) -> Tensor:
+        longest = max(case.documents, default=0)
+        packed = (bounds, bounds, longest, longest) if case.documents else ()
+        call: Callable[..., Any]
+        if not case.layout.noise_heads:
+            call = softmax_attn_varlen_func if packed else softmax_attn_func
+            out = call(t["q1"], t["k1"], t["v"], *packed, **softmax_options)
+        else:
+            call = diff_attn_varlen_func if packed else diff_attn_func
+            tensors = (t["q1"], t["k1"], t["q2"], t.get("k2", t["k1"]), t["v"], t["lambda"])
+            out = call(*tensors, *packed, **options, **epilogue(t))
+        assert isinstance(out, Tensor)  # no maximum logits were asked for
+        return out
+
+    return run
+
+
+def _aim_of(mask: str, *head_dims: int) -> Any:
+    """Of causal, windowed or packed layouts with noise, and these widths; of 4K to 16K tokens if
+    causal.
+    """
+
+    def applies(result: Mapping[str, Any]) -> bool:
+        layout = LAYOUTS[result["layout"]]
+        kind = "window" if layout.window else "packed" if layout.packed else "causal"
+        of_size = kind != "causal" or 4096 <= result["length"] <= 16384
+        return bool(layout.noise_heads) and kind == mask and of_size and head_dims in ((), layout_dims(result))
+
+    return applies
+
+
+def layout_dims(result: Mapping[str, Any]) -> tuple[int, int]:
+    """D and Dv."""
+    layout = LAYOUTS[result["layout"]]
+    return layout.head_dim, layout.v_head_dim
+
+
+_FUSED = ("triton", "triton_fast")
+# flash-attn's own kernels, where they are installed, are such a composition as well.
+_FOUR_CALLS = ("four", "flash")
+AIMS = {
+    "cuda": (
+        Aim(
+            "at least 1.3 times the best four calls, 4K to 16K", "speed", 1.3, _FUSED, _FOUR_CALLS,
+            applies=_aim_of("causal", 64, 128),
+        ),
+        Aim(
+            "at least 1.0 times the best four calls, 4K to 16K", "speed", 1.0, _FUSED, _FOUR_CALLS,
+            applies=_aim_of("causal", 128, 256),
+        ),
+        Aim(
+            "at least 1.5 times the best four calls on windows", "speed", 1.5, _FUSED, _FOUR_CALLS,
+            applies=_aim_of("window"),
+        ),
+        Aim("peak memory at most that of two calls", "peak_bytes", 1.0, _FUSED, ("two",)),
+    )
+}  # fmt: skip
+
+
+class Attention(KernelBenchmark):
+    """Layouts with and without noise, by every way there is."""
+
+    name, doc = "attention", _DOC
+    packages = ("motifarch", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12")
+    labels, ours, tolerances, aims = LABELS, OURS, TOLERANCES, AIMS
+    group, size, matrix = ("layout", "dtype"), "length", True
+    settings = ("tokens", "head_divisor")
+    positive = ("lengths", "tokens", "head_divisor")
+    providers = staticmethod(providers)
+    exact = staticmethod(of_attention)
+
+    def add_options(self, add: Callable[..., Any]) -> None:
+        """See :class:`KernelBenchmark`."""
+        add("--layouts", nargs="+", choices=list(LAYOUTS), help=f"default: all, on a CPU {' '.join(CPU_LAYOUTS)}")
+        add("--lengths", nargs="+", type=int, help="default: a few for each layout, on a CPU 512 2048")
+        add("--all", action="store_true", help="all layouts, lengths of 512 to 32K, FlexAttention, no --limit")
+        add("--tokens", type=int, help="of all sequences together; default 16384 on a GPU, 2048 on a CPU")
+        add("--head-divisor", type=int, help="leave one of so many heads; default 1 on a GPU, 8 on a CPU")
+
+    def set_defaults(self, arguments: argparse.Namespace, *, cuda: bool, quick: bool) -> None:
+        """See :class:`KernelBenchmark`."""
+        everything = arguments.all
+        arguments.flex_everywhere = everything or (arguments.named and "flex" in arguments.providers)
+        if arguments.layouts is None:
+            arguments.layouts = QUICK_LAYOUTS if quick else list(LAYOUTS) if cuda or everything else CPU_LAYOUTS
+        if arguments.lengths is None:
+            lengths = ALL_LENGTHS if everything else None if cuda else [512, 2048]
+            arguments.lengths = [160] if quick else lengths
+        arguments.tokens = arguments.tokens or (320 if quick else 16384 if cuda else 2048)
+        arguments.head_divisor = arguments.head_divisor or (1 if cuda and not quick else 8)
+        arguments.seconds = arguments.seconds or (0.02 if quick else 0.2 if cuda else 0.5)
+        if arguments.limit is None and not everything:
+            arguments.limit = 220.0 if cuda else 160.0
+
+    def cases(self, arguments: argparse.Namespace) -> Iterator[AttentionCase]:
+        """A layout after the other."""
+        tokens, divisor = arguments.tokens, arguments.head_divisor
+        for name, dtype in itertools.product(arguments.layouts, arguments.dtypes):
+            for length in arguments.lengths or LAYOUTS[name].lengths:
+                yield attention_case(name, dtype, length, tokens=tokens, head_divisor=divisor)
+
+    def extra(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        """See :class:`KernelBenchmark`."""
+        layouts = {n: LAYOUTS[n] for n in arguments.layouts}
+        return {
+            "layouts": {n: dataclasses.asdict(lay) | {"label": lay.describe()} for n, lay in layouts.items()},
+            "documents": {f"{c.name} {c.length}": c.documents for c in self.cases(arguments) if c.documents},
+        }
+
+    def describe_group(self, result: Mapping[str, Any]) -> str:
+        """See :class:`KernelBenchmark`."""
+        return f"{LAYOUTS[result['layout']].describe()}, {result['dtype']}"
+
+    def left_out(self, device: torch.device) -> dict[str, str]:
+        """Providers that cannot run here at all, with the reason."""
+        if device.type != "cuda":
+            return dict.fromkeys(("triton", "triton_fast", "flash"), "it needs a GPU")
+        installed = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
+        return {} if installed else {"flash": "flash-attn is not installed"}
+
+    def unsupported(self, case: AttentionCase, name: str, arguments: argparse.Namespace) -> str | None:
+        """Why a provider is not tried on a case, or None."""
+        layout, cuda = case.layout, arguments.device == "cuda"
+        if _CALLS.get(name, 0) > case.calls == 1:
+            return "without noise one call is enough"
+        if name == "one" and case.calls == 2:
+            return "signal and noise are a call each"
+        if name == "four" and layout.v_head_dim == layout.head_dim:
+            return "values are as wide as keys: there is nothing to split"
+        if name == "naive":
+            heads = case.heads["q1"] + case.heads.get("q2", 0)
+            needed = _MAPS_AT_ONCE * 4 * case.batch * heads * case.rows**2
+            # Half of it: what the allocator would else have to hand back slows all the others.
+            limit = torch.cuda.get_device_properties(0).total_memory // 2 if cuda else _CPU_BYTES_FOR_MAPS
+            if needed > limit:
+                return f"its maps would take about {needed / 2**30:.0f} GiB"
+        if name == "flex" and not arguments.flex_everywhere:
+            lengths = arguments.lengths or layout.lengths
+            chosen = layout.flex if cuda else case.name == arguments.layouts[0]
+            if not (chosen and case.length == min(lengths, key=lambda n: abs(n - 4096))):
+                return "it compiles for long: --providers flex or --all measures it everywhere"
+        return None
+
+    def finish(self, content: dict[str, Any]) -> list[str]:
+        """Name each size's fastest softmax attention, in the JSON and in lines to print."""
+        cells: dict[tuple[str, str, int], Row] = {}
+        for r in content["results"]:
+            if not LAYOUTS[r["layout"]].noise_heads and "both" in r["seconds"]:
+                key = (r["layout"], r["dtype"], r["length"])
+                if key not in cells or seconds_of(r) < seconds_of(cells[key]):
+                    cells[key] = r
+        names = ("layout", "dtype", "length", "provider", "variant", "form", "seconds")
+        content["softmax_baselines"] = [{name: r[name] for name in names} for r in cells.values()]
+        return [
+            f"softmax baseline at {LAYOUTS[layout].describe()}, {dtype}, {length:,}: {self.label(r)}, "
+            f"{seconds_of(r) * 1e3:,.3g} ms forward and backward"
+            for (layout, dtype, length), r in cells.items()
+        ]
+
+
+BENCHMARK = Attention()
+main = BENCHMARK.main
+
+if __name__ == "__main__":
+    sys.exit(main())

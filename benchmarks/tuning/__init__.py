@@ -1,0 +1,3 @@
+"""Launch tables: what is tried, and the script that measures it and writes
+kernels/motif_kernels/tuning/.
+"""
