@@ -101,7 +101,9 @@ def sdpa(
         with chosen, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = F.scaled_dot_product_attention(
-                *(t.transpose(-3, -2) for t in (q, k, v)),
+                q.transpose(-3, -2),
+                k.transpose(-3, -2),
+                v.transpose(-3, -2),
                 attn_mask=mask,
                 is_causal=mask is None and q.shape[-3] > 1,
                 scale=case.scale,

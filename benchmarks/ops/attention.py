@@ -126,7 +126,7 @@ def ours(case: AttentionCase, name: str, device: torch.device) -> Function:
     def run(t: Mapping[str, Tensor]) -> Tensor:
         longest = max(case.documents, default=0)
         packed = (bounds, bounds, longest, longest) if case.documents else ()
-        call: Callable[..., Any]
+        call: Any
         if not case.layout.noise_heads:
             call = softmax_attn_varlen_func if packed else softmax_attn_func
             out = call(t["q1"], t["k1"], t["v"], *packed, **softmax_options)

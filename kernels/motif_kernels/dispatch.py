@@ -101,7 +101,7 @@ def triton_unsupported_reason(device: torch.device) -> str | None:
             return None
         return (
             f"compute capability {'.'.join(map(str, capability))}: there are launch tables for Hopper and data-centre "
-            "Blackwell, whose tiles may not fit here; benchmarks.tune writes a table for another GPU"
+            "Blackwell, whose tiles may not fit here; benchmarks.tuning.tune writes a table for another GPU"
         )
     return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"
 
