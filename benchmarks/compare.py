@@ -92,7 +92,7 @@ def _about(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare_studies(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     # Here, for a GPU machine may lack what a study needs.
-    from motifarch.study.comparison import compare as compare_studies
+    from motifarch.study.compare import compare_studies
 
     found = compare_studies(new, old)
     return found["rows"], found["notes"]

@@ -20,6 +20,7 @@ COMMANDS = {
     "average": ("motifarch.average", "average a run's last checkpoints"),
     "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
     "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),
+    "benchmark report": ("motifarch.study.report", "write the report of a head-ratio study's results again"),
     "eval": ("motifarch.inference.evaluate", "score a folder on lm-eval's tasks"),
     "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
     "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),

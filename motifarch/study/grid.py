@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from motifarch.errors import UserError
 from motifarch.study.measure import MeasureOptions
-from motifarch.train.recipe import DatasetEntry, ModelSection, Recipe, check_recipe
+from motifarch.train.recipe import DatasetEntry, Recipe, check_recipe
 from motifarch.typed_yaml import Section, TypedYaml
 
 Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]
@@ -353,8 +353,3 @@ def _unique(name: str, values: Iterable[Any]) -> None:
     for value in seen:
         if seen.count(value) > 1:
             raise UserError(f"{name} holds {value} twice; leave one out")
-
-
-def model_section(grid: Grid, fields: dict[str, Any]) -> ModelSection:
-    """The recipe's model with a variant's fields."""
-    return dataclasses.replace(grid.recipe.model, **fields)

@@ -1,6 +1,4 @@
-"""`motifarch benchmark head-ratio`: variants of attention, made equal, trained, measured and
-reported.
-"""
+"""`motifarch benchmark head-ratio`: variants of attention, made equal, trained and reported."""
 
 import argparse
 import shlex
@@ -10,9 +8,6 @@ from pathlib import Path
 
 from motifarch.errors import UserError
 from motifarch.study.grid import print_fields, read_grid
-
-# Narrower terminals fold its lines, which loses less than cutting its cells.
-_TABLE_WIDTH = 120
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,20 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Heavy imports only after the grid has been read, so that a slip in it is reported at once.
     from rich.console import Console
 
-    from motifarch.study.comparison import read_results
-    from motifarch.study.conduct import conduct
+    from motifarch.study.analysis import read_results
     from motifarch.study.data import describe, ensure_data, look
-    from motifarch.study.matching import match
-    from motifarch.study.table import tables
+    from motifarch.study.matching import match, print_matched
+    from motifarch.study.run import run_study
 
     console = Console(highlight=False)
     options.compare = read_results(options.compare) if options.compare else None
     manifest = look(grid.data) if options.dry_run else ensure_data(grid.data)
     matched = match(grid, describe(grid.data, manifest))
-    for table in tables(grid, matched):
-        Console(width=max(console.width, _TABLE_WIDTH), highlight=False).print(table)
-    if options.dry_run:
+    print_matched(grid, matched, console)
+    if manifest is None or options.dry_run:
         return 0
-    assert manifest is not None
     command = shlex.join(["motifarch", "benchmark", "head-ratio", *args])
-    return conduct(grid, matched, options, command=command, fingerprint=manifest.fingerprint, console=console)
+    return run_study(grid, matched, options, command=command, fingerprint=manifest.fingerprint, console=console)

@@ -6,17 +6,21 @@ Parameters are those of the model itself, built without memory; training FLOPs a
 length); the key/value cache is what its key and value projections put out for a token, in bfloat16.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
-from motifarch.study.grid import Grid, Match, SizeSpec, VariantSpec, model_section
+from motifarch.study.grid import Grid, Match, SizeSpec, VariantSpec
 from motifarch.study.intermediate_size import match_intermediate_size
 from motifarch.study.variants import model_fields
 from motifarch.train.inputs import model_config
@@ -129,7 +133,7 @@ class _Widths:
         return model_fields(self.variant, self.size, self.grid.match, width)
 
     def __call__(self, width: int) -> Costs:
-        recipe = Recipe(model=model_section(self.grid, self.fields(width)))
+        recipe = Recipe(model=dataclasses.replace(self.grid.recipe.model, **self.fields(width)))
         try:
             return count_costs(recipe, self.sequences)
         except UserError as error:
@@ -178,3 +182,33 @@ def _refusal(grid: Grid, matched: Matched, widths: _Widths, reference: _Widths, 
     else:
         help_ = f"lower sizes.intermediate_multiple ({unit}), or make the model wider or less deep"
     return f"  {matched.name} at size {size.name}: the reference has {aim}; reached: {reached}; {help_}"
+
+
+def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> None:
+    """Prints a table for each size: heads, widths, costs and their differences."""
+    # Narrower terminals fold its lines, which loses less than cutting its cells.
+    wide = Console(width=max(console.width, 120), highlight=False)
+    columns = ("heads\n(noise)", "key/value\nheads", "intermediate\nsize")
+    costs = ("parameters", "training\nMFLOPs/token", "cache\nbytes/token")
+    for size in grid.sizes:
+        table = Table(
+            title=f"{size.name}: equal {UNITS[grid.match]}, to {TOLERANCE:.0%} of {grid.reference_variant.name}; "
+            f"hidden size {size.hidden_size}, {size.num_hidden_layers} layers, {grid.steps(size):,} steps of "
+            f"{grid.recipe.batch.size} x {grid.data.seq_len} tokens, {len(grid.seeds)} seeds",
+            title_justify="left",
+            box=box.SIMPLE,
+            collapse_padding=True,
+        )
+        table.add_column("variant", no_wrap=True)
+        for heading in (*columns, *costs):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for m in (m for m in matched if m.size.name == size.name):
+            noise = f" ({m.model['num_noise_heads']})" if m.model["num_noise_heads"] else ""
+            counts = (f"{m.costs.parameters:,}", f"{m.costs.flops / 1e6:,.2f}", f"{m.costs.kv_cache:,}")
+            table.add_row(
+                m.name,
+                f"{m.model['num_attention_heads']}{noise}",
+                *(str(m.model[name]) for name in ("num_key_value_heads", "intermediate_size")),
+                *(f"{count} {share:+7.2%}" for count, share in zip(counts, m.deviations.values(), strict=True)),
+            )
+        wide.print(table)

@@ -1,136 +1,294 @@
-"""The report of a study, or of every benchmark, from results as JSON has them: one HTML page, and
-it in Markdown.
+"""The report of a study: its tables as Markdown, and the same as one HTML page with plots.
+
+    motifarch benchmark report results.json --output DIR
+
+Texts and tables are in `report.md.j2`, which both are made from; `report.html.j2` is the page
+around it, which needs nothing from elsewhere. This file has what they call.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+import argparse
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from motifarch.errors import UserError
-from motifarch.study import comparison
-from motifarch.study.benchmark_figures import aims, tables
-from motifarch.study.document import Block, Code, Document, Picture, Section, Table, Text, plural
-from motifarch.study.findings import Study
-from motifarch.study.report_answer import answer
-from motifarch.study.report_curves import curves
-from motifarch.study.report_html import to_html
-from motifarch.study.report_limits import limits
-from motifarch.study.report_losses import differences, losses
-from motifarch.study.report_markdown import to_markdown
-from motifarch.study.report_measures import attention, costs
-from motifarch.study.report_probe import probe
-from motifarch.study.report_record import environment_table, failures, matching, reproduction, short_error
-from motifarch.study.report_summary import summary
+import numpy as np
+import yaml
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markdown_it import MarkdownIt
+
+from motifarch.files import atomic_write
+from motifarch.study import plots
+from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, estimate, read_results
 
 HTML, MARKDOWN = "report.html", "report.md"
+SPEEDS = {
+    "Training, tokens/s": ("train_tokens_per_s", 1),
+    "Model TFLOP/s": ("model_tflops", 1),
+    "Peak memory, MiB": ("peak_memory_bytes", 1 << 20),
+    "Decoding, tokens/s": ("decode_tokens_per_s", 1),
+    "KV bytes per token": ("kv_bytes_per_token", 1),
+}
+PROBE = {"gain": ("Gain, nats", 1.0), "binding": ("Binding, nats", 1.0), "accuracy": ("Accuracy, %", 100.0)}
+STATISTICS = {
+    "first_token_share": "Share of attention on the first token",
+    "signal_first_token_share": "The same, signal map alone",
+    "noise_first_token_share": "The same, noise map alone",
+    "entropy": "Entropy of attention, nats",
+    "signal_entropy": "Entropy of the signal map, nats",
+    "noise_entropy": "Entropy of the noise map, nats",
+    "negative_share": "Share of attention that is negative",
+    "cancelled_share": "Share of attention that cancels out",
+    "lambda": "Lambda",
+    "outlier_ratio": "Largest activation over root mean square",
+    "attention_outlier_ratio": "The same, attention's output",
+    "largest_logit": "Largest attention logit",
+    "kurtosis": "Kurtosis of the residual stream",
+    "attention_kurtosis": "Kurtosis of attention's output",
+}
+# Folders from the root on, before the name of a file.
+_FOLDERS = re.compile(r"(?<![\w.…/:])/(?:[\w.+@~-]+/)+")
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> None:
     """Writes report.html and report.md.
 
     Args:
-        results: what a study's ``results.json`` or the ``all.json`` of ``motifarch benchmark all``
-            holds. A ``comparison`` among it, from :func:`motifarch.study.comparison.compare`, gets
-            a section.
-        folder: where to; made if need be. Pictures that ``all.json`` names lie there too.
+        results: what a study's `results.json` holds. A `comparison` among it, from
+            `motifarch.study.compare.compare_studies`, gets a section.
+        folder: where to; made if need be.
 
     Raises:
-        UserError: the results are of neither kind.
+        UserError: the results are of another kind.
     """
-    document = make_document(results, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((HTML, to_html(document)), (MARKDOWN, to_markdown(document, page=HTML))):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(folder / name)
+    for name, content in ((HTML, to_html(results)), (MARKDOWN, to_markdown(results))):
+        with atomic_write(folder / name) as file:
+            file.write(content)
 
 
-def make_document(results: Mapping[str, Any], folder: Path) -> Document:
-    """The report before it is written; see :func:`write_report`."""
-    kind = results.get("kind")
-    if kind == comparison.STUDY:
-        study = Study(results)
-        lead, more = answer(study, study.main_group)
-        return Document("Which head ratio is best?", lead, _study_sections(study), more)
-    if kind == comparison.ALL:
-        return _all_benchmarks(results, folder)
-    raise UserError(f"results of kind {kind!r} have no report; give a study's results.json or an all.json")
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The report without plots.
+
+    Raises:
+        UserError: the results are of another kind.
+    """
+    return _render(results, None)
 
 
-def _study_sections(study: Study) -> list[Section]:
-    moved = study.results.get("comparison")
-    sections: list[Section | None] = [
-        summary(study),
-        limits(study),
-        comparison.section(moved) if moved else None,
-        losses(study),
-        differences(study),
-        curves(study),
-        probe(study),
-        attention(study),
-        costs(study),
-        matching(study),
-        failures(study),
-        reproduction(study),
-    ]
-    return [section for section in sections if section is not None]
+def to_html(results: Mapping[str, Any]) -> str:
+    """The report as a page, plots inlined as SVG.
+
+    Raises:
+        UserError: the results are of another kind.
+    """
+    drawn: list[str] = []
+    text = _render(results, drawn)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    body = re.sub(r"<p>@plot (\d+)@</p>", lambda found: drawn[int(found[1])], body)
+    body = body.replace("<table>", '<div class="box" tabindex="0"><table>').replace("</table>", "</table></div>")
+    titles = re.findall(r"<h2>(.*)</h2>", body)
+    for i, title in enumerate(titles):
+        body = body.replace(f"<h2>{title}</h2>", f'<h2 id="section-{i}">{title}</h2>')
+    return _environment().get_template("report.html.j2").render(body=body, titles=titles)
 
 
-def _all_benchmarks(results: Mapping[str, Any], folder: Path) -> Document:
-    parts = results["parts"]
-    done = [p for p in parts if p["status"] == "finished"]
-    rows = [
-        (p["title"], p["status"].replace("_", " "), _duration(p), short_error(p.get("reason") or "")) for p in parts
-    ]
-    overview = Section(
-        "What ran",
-        [
-            Table("Benchmarks", ("Benchmark", "Outcome", "Took", "Reason"), rows, 4),
-            Code(str(results["command"])),
-            environment_table(results["environment"]),
-        ],
+def _environment() -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=ChainableUndefined,  # results of before a field was there have no such field
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # what is not ours in it is escaped where Markdown becomes HTML
     )
-    sections = [overview]
-    if results.get("comparison"):
-        sections.append(comparison.section(results["comparison"]))
-    for part in done:
-        if part["content"].get("kind") == comparison.STUDY:
-            study = Study(part["content"])
-            told = [Text(text) for text in answer(study, study.main_group) if text]
-            sections.append(Section(part["title"], told, _study_sections(study)))
-        else:
-            sections.append(_benchmark(part, folder))
-    environment = results["environment"]
-    machine = environment["cpu"] if environment["device"] == "cpu" else environment["device"]
-    date = environment["date"][:10]
-    lead = f"{len(done)} of {plural(len(parts), 'benchmark')} ran on {machine}, {date}."
-    return Document("Benchmarks", lead, sections)
+    for tool in (number, percent, with_interval, p_value, span, listed, header, row, short_error):
+        found.filters[tool.__name__] = tool
+    found.filters["median"] = lambda values: float(np.median(list(values)))
+    found.globals["detectable"] = detectable_difference
+    return found
 
 
-def _duration(part: Mapping[str, Any]) -> str:
-    seconds = part.get("seconds")
-    return "–" if seconds is None else f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
+    """The Markdown; plots are drawn into a list, or left out where there is none."""
+    study = StudyResults(results)
+    probe: dict[str, Any] = next((run["probe"] for run in study.finished if run.get("probe")), {})
+    attention = [run["attention"] for run in study.finished if run.get("attention")]
+    parameters = {(v.name, v.size): v.row["parameters"] for v in study.variants}
+    tried = {(run["variant"], run["size"], run["learning_rate"]): run for run in results.get("sweep") or ()}
+    rates = sorted({rate for _, _, rate in tried})
+
+    def plot(name: str, caption: str, *args: Any) -> str:
+        if drawn is None or not (svg := getattr(plots, name)(study, *args)):
+            return ""
+        drawn.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
+        return f"@plot {len(drawn) - 1}@"
+
+    text = (
+        _environment()
+        .get_template(f"{MARKDOWN}.j2")
+        .render(
+            study=study,
+            results=results,
+            page=drawn is not None,
+            plot=plot,
+            tokens_per_parameter=[r["tokens"] / parameters[r["variant"], r["size"]] for r in study.finished],
+            last_fall=study.last_fall(),
+            probe=probe,
+            probe_names=[name for key, (name, _) in PROBE.items() if key in probe],
+            probe_rows=by_variant(study, [probed(study, key) for key in PROBE if key in probe]),
+            at_chance=[key for key in PROBE if study.above_chance(key) == []],
+            uniform=attention[0] if attention else None,
+            attention_rows=partial(attention_rows, study),
+            titles=lambda variants: [study.title(v) for v in variants],
+            speed_names=list(SPEEDS),
+            speed_rows=by_variant(study, [speed(study, *measure) for measure in SPEEDS.values()]),
+            environment=list(_flat(results["environment"])),
+            rates=[f"{rate:g}" for rate in rates],
+            rate_rows=[
+                _rates(study.title(v), v.row, [tried.get((v.name, v.size, r)) for r in rates]) for v in study.variants
+            ],
+            lengths=sorted({(r["size"], r.get("steps") or 0, r.get("tokens") or 0) for r in study.finished}),
+            settings=yaml.safe_dump(results["grid"], sort_keys=False, allow_unicode=True, width=100).rstrip(),
+        )
+    )
+    return "\n\n".join(map(_wrap, re.split(r"\n{2,}", text.strip()))) + "\n"
 
 
-def _benchmark(part: Mapping[str, Any], folder: Path) -> Section:
-    content = part["content"]
-    blocks: list[Block] = []
-    if (content.get("settings") or {}).get("quick"):
-        blocks.append(Text("Tiny sizes (--quick): this proves that the benchmark runs, and measures nothing."))
-    found = tables(content)
-    for name in part.get("pictures") or ():
-        path = folder / name
-        if path.is_file():
-            where = "the tables below" if found else "its JSON file"
-            told = f"{part['title']}: bars or lines for each contender and size; the figures are in {where}."
-            blocks.append(Picture(f"{part['title']}, as its benchmark drew it", told, png=path.read_bytes(), file=name))
-    blocks += found
-    if judged := aims(content):
-        blocks.append(judged)
-    left_out = [f"{name}: {reason}" for name, reason in (content.get("left_out") or {}).items()]
-    if left_out:
-        blocks.append(Text(f"Left out: {'; '.join(left_out)}.", note=True))
-    blocks.append(Code(str(content["environment"]["command"])))
-    return Section(part["title"], blocks)
+def _wrap(block: str) -> str:
+    """A paragraph or list in lines of 100 columns; tables, code and headings as they are."""
+    if block.startswith(("|", "#", "```")):
+        return block
+    items = [" ".join(item.split()) for item in re.split(r"\n(?=- )", block)]
+    return "\n".join(
+        textwrap.fill(item, 100, subsequent_indent="  " * item.startswith("- "), break_on_hyphens=False)
+        for item in items
+    )
+
+
+def speed(study: StudyResults, name: str, unit: float) -> list[Estimate | None]:
+    """A speed of each variant."""
+    return [study.estimate(v, "speed", name, unit=unit) for v in study.variants]
+
+
+def probed(study: StudyResults, name: str) -> list[Estimate | None]:
+    """A measure of the retrieval probe of each variant, over all lengths and depths."""
+    found = [study.probed(v, name) for v in study.variants]
+    return [None if x is None else estimate(list(PROBE[name][1] * x.mean(axis=(1, 2)))) for x in found]
+
+
+def by_variant(study: StudyResults, columns: Sequence[Sequence[Estimate | None]]) -> list[list[str]]:
+    """Rows of a table, each column with the decimals that its largest mean takes."""
+    written = []
+    for column in columns:
+        digits = decimals(e.mean for e in column if e)
+        written.append([with_interval(e, digits) for e in column])
+    return [[study.title(v), *cells] for v, *cells in zip(study.variants, *written, strict=True)]
+
+
+def attention_rows(study: StudyResults, variants: Sequence[Variant]) -> Iterator[list[str]]:
+    """Attention statistics, means over layers, each with the decimals that its largest takes."""
+    for name, label in STATISTICS.items():
+        layers = [[y for _, y in study.by_layer(v, name)] for v in variants]
+        means = [float(np.mean(values)) if values else None for values in layers]
+        if any(mean is not None for mean in means):
+            yield [label, *(number(mean, decimals(means)) for mean in means)]
+    spikes = [study.estimate(v, "attention", "gradient_norm_spikes") for v in variants]
+    yield ["Gradient norm spikes in a run", *(number(s.mean if s else None, 1) for s in spikes)]
+
+
+def _rates(title: str, chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    losses = [
+        number(run["validation_loss"]) if run and run.get("validation_loss") else (run and run["status"]) or "–"
+        for run in tried
+    ]
+    rate = chosen["learning_rate"]
+    return [title, *losses, f"{rate:.3g}" if rate else "–", chosen["learning_rate_from"] or "–"]
+
+
+def decimals(values: Iterable[float | None], figures: int = 3) -> int:
+    """Decimals, from none to three, that give the largest value so many significant figures."""
+    largest = max((abs(v) for v in values if v is not None and math.isfinite(v)), default=0.0)
+    return min(max(figures - 1 - math.floor(math.log10(largest)), 0), 3) if largest else figures - 1
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A figure, with a plus if asked for; one that is rounded to 0 has no sign."""
+    if value is None:
+        return "–"
+    written = f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+    return written.replace("-", "−") if re.search("[1-9]", written) else written.lstrip("+-")
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A relative difference."""
+    return "–" if share is None else f"{number(100 * share, digits, sign=True)}%"
+
+
+def with_interval(estimate: Estimate | None, digits: int = 4, sign: bool = False) -> str:
+    """A mean with half of its interval."""
+    if estimate is None:
+        return "–"
+    return number(estimate.mean, digits, sign) + (f" ± {number(estimate.half, digits)}" if estimate.half else "")
+
+
+def p_value(value: float | None) -> str:
+    """A p value."""
+    return "–" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def span(values: Iterable[float], unit: float = 1.0, figures: int = 3, digits: int | None = None) -> str:
+    """The range of some values, in a unit."""
+    found = [value / unit for value in values] or [0.0]
+    places = decimals(found, figures) if digits is None else digits
+    low, high = (number(v, places) for v in (min(found), max(found)))
+    return f"{max(found):.{figures}g}" if low == high else f"{low} to {high}"
+
+
+def listed(items: Iterable[object], last: str = " and ") -> str:
+    """A list in words: "a, b and c"."""
+    words = list(map(str, items))
+    return last.join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def short_error(error: str | None, limit: int = 400) -> str:
+    """The last lines of an error, where the reason is, without the machine's folders."""
+    said = _FOLDERS.sub("…/", " ".join((error or "–").split()))
+    return said if len(said) <= limit else f"… {said[-limit:]}"
+
+
+def header(columns: Sequence[str], caption: str, words: int = 1) -> str:
+    """The beginning of a Markdown table, whose first columns are words."""
+    marks = [":--" if i < words else "--:" for i in range(len(columns))]
+    return f"**{caption}**\n\n{row(columns)}\n{row(marks)}"
+
+
+def row(cells: Iterable[object], strong: bool = False) -> str:
+    """A row of a Markdown table, in bold or not."""
+    written = [" ".join(str(cell).split()).replace("|", "\\|").replace("<", "\\<") for cell in cells]
+    return "| " + " | ".join(f"**{cell}**" if strong and cell else cell for cell in written) + " |"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (name, value) of all that is known of where and with what something ran."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}: ")
+        elif name.endswith("_bytes") and isinstance(value, int):
+            yield f"{prefix}{name.removesuffix('_bytes')}", f"{value / 2**30:.1f} GiB"
+        elif value not in (None, []) and name != "command":
+            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Renders the report of a study's results again; see the module."""
+    parser = argparse.ArgumentParser(prog="motifarch benchmark report", description="Write a study's report again.")
+    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="the results.json of a study")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to (default: beside the results)")
+    options = parser.parse_args(argv)
+    folder = options.output or options.results.parent
+    write_report(read_results(options.results), folder)
+    print(f"written: {folder / HTML}, {folder / MARKDOWN}")
+    return 0

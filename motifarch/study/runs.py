@@ -1,46 +1,46 @@
-"""The runs of a study: a folder and a recipe for each, and how far it has come."""
+"""A run of a study: its folder, its recipe, how far it has come and what came of it."""
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+from motifarch.errors import UserError
 from motifarch.files import write_json
-from motifarch.study.grid import Grid, model_section
+from motifarch.study.grid import Grid
 from motifarch.study.matching import Matched
-from motifarch.train.metrics import METRICS
+from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.recipe import DatasetEntry, Recipe
 
 RESULT, FAILED, RECIPE, MEASURED = "result.json", "failed.json", "recipe.yaml", "measured.json"
-Status = Literal["finished", "failed", "missing"]
+_CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """One training run; what is known of it is in its folder."""
 
     matched: Matched
     seed: int
     steps: int
     learning_rate: float
+    """NaN where it is not chosen yet."""
     folder: Path
     sweep: bool = False
     """Whether it only tries a learning rate: it is not measured afterwards."""
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Its name in what is printed."""
         what = f"lr {self.learning_rate:g}" if self.sweep else f"seed {self.seed}"
         return f"{self.matched.name} · {self.matched.size.name} · {what}"
 
     @property
-    def work(self) -> float:
-        """What a step costs, by which the time left is estimated."""
-        return self.matched.costs.flops
-
-    @property
-    def status(self) -> Status:
+    def status(self) -> Literal["finished", "failed", "missing"]:
         """What its folder says."""
         if (self.folder / RESULT).is_file():
             return "finished"
@@ -55,17 +55,18 @@ class Run:
         write_json(self.folder / RESULT, result)
         (self.folder / FAILED).unlink(missing_ok=True)
 
-    def fail(self, stage: str, error: str, status: int, log_tail: list[str]) -> None:
+    def fail(self, stage: str, error: str, status: int, log_tail: Sequence[str] = ()) -> None:
         """Writes that it failed; checkpoints stay."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / FAILED, {"stage": stage, "error": error, "status": status, "log_tail": log_tail})
+        about = {"stage": stage, "error": error, "status": status, "log_tail": list(log_tail)}
+        write_json(self.folder / FAILED, about)
 
     def forget_failure(self) -> None:
         """Lets a failed run be tried again; it resumes from its newest checkpoint."""
         (self.folder / FAILED).unlink(missing_ok=True)
 
     def steps_done(self) -> int:
-        """Steps that its metrics speak of, read from the file's end."""
+        """Steps that its metrics hold, read from the file's end."""
         try:
             with (self.folder / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 8192))
@@ -78,6 +79,20 @@ class Run:
             except (ValueError, KeyError, TypeError):
                 continue  # cut short by the file's being written, or by where reading began
         return 0
+
+    def outcome(self) -> dict[str, Any]:
+        """Its row of results.json: what it was, its state and, where it has one, its result."""
+        row: dict[str, Any] = {"variant": self.matched.name, "size": self.matched.size.name, "seed": self.seed}
+        if self.sweep:
+            row["learning_rate"] = self.learning_rate
+        status = self.status
+        if status != "finished":
+            error = self.read(FAILED)["error"] if status == "failed" else None
+            return row | {"status": status, "error": error, "steps": self.steps}
+        result = self.read(RESULT)
+        if self.sweep:
+            result = {name: result[name] for name in ("steps", "tokens", "validation_loss")}
+        return row | {"status": status, "error": None} | result
 
 
 def main_run(grid: Grid, study: Path, matched: Matched, seed: int, learning_rate: float) -> Run:
@@ -110,8 +125,44 @@ def run_recipe(grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat
     return dataclasses.replace(
         recipe,
         run=dataclasses.replace(recipe.run, output=str(run.folder), steps=run.steps, seed=run.seed),
-        model=model_section(grid, run.matched.model),
+        model=dataclasses.replace(recipe.model, **run.matched.model),
         data=dataclasses.replace(recipe.data, datasets=[DatasetEntry(grid.data.path)]),
         optim=optim,
         precision=dataclasses.replace(recipe.precision, compute=compute),
     )
+
+
+def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
+    """A finished run's result: its curve, its losses, and what was measured.
+
+    Seconds are those of training steps alone, summed over resumes.
+
+    Raises:
+        UserError: it did not come to a finite validation loss.
+    """
+    rows = read_metrics(run.folder / METRICS)
+    if not rows or rows[-1]["step"] != run.steps:
+        raise UserError(f"its {METRICS} ends after step {rows[-1]['step'] if rows else 0} of {run.steps}")
+    if rows[-1].get("validation_loss") is None:
+        raise UserError("its last validation loss is not finite: it diverged")
+    seconds = accumulate(tokens_per_step / row["tokens_per_second"] for row in rows)
+    at = [(row["step"] * tokens_per_step, round(second, 3)) for row, second in zip(rows, seconds, strict=True)]
+    # At most so many stretches: (tokens, seconds) at the end, mean loss, largest gradient norm.
+    length = -(-len(rows) // _CURVE_POINTS)
+    curve = []
+    for part in (range(first, min(first + length, len(rows))) for first in range(0, len(rows), length)):
+        # What was not finite is null in the metrics: such a step was skipped.
+        losses, norms = ([rows[i][name] for i in part if rows[i][name] is not None] for name in ("loss", "grad_norm"))
+        mean = float(f"{math.fsum(losses) / len(losses):.6g}") if losses else None
+        curve.append([*at[part[-1]], mean, float(f"{max(norms):.6g}") if norms else None])
+    result = {
+        "steps": run.steps,
+        "tokens": run.steps * tokens_per_step,
+        "learning_rate": run.learning_rate,
+        "curve": curve,
+        "validation": [
+            [*place, row["validation_loss"]] for place, row in zip(at, rows, strict=True) if row.get("validation_loss")
+        ],
+        "validation_loss": rows[-1]["validation_loss"],
+    }
+    return result if run.sweep else result | run.read(MEASURED)

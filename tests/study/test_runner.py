@@ -17,10 +17,10 @@ import yaml
 from helpers.tiny import prepare_text
 from helpers.tiny_study import GRID, write_grid
 from motifarch.errors import UserError
-from motifarch.study import conduct
-from motifarch.study.folder import locked
+from motifarch.study import run
 from motifarch.study.main import main
-from motifarch.study.runner import Places, Runner
+from motifarch.study.pool import Pool, Slots
+from motifarch.study.run import locked
 
 STAND_IN = Path(__file__).with_name("stand_in_run.py")
 SOFTMAX, GDA = "softmax_gqa_poly_norm", "gda_2to1_poly_norm"
@@ -33,11 +33,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def command(self: Runner, run: Any, stage: str) -> list[str]:
+    def command(self: Pool, run: Any, stage: str) -> list[str]:
         return [sys.executable, str(STAND_IN), str(run.folder), stage]
 
-    monkeypatch.setattr(Runner, "_command", command)
-    monkeypatch.setattr(conduct, "write_report", lambda results, folder: None)
+    monkeypatch.setattr(Pool, "command", command)
+    monkeypatch.setattr(run, "write_report", lambda results, folder: None)
 
 
 def behave(folder: Path, **by_variant: str) -> None:
@@ -162,8 +162,8 @@ def test_a_variant_that_no_rate_trains_fails_and_the_rest_go_on(tmp_path: Path, 
 
 def test_each_run_has_gpus_of_its_own(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed: the processes only look at what they were given."""
-    monkeypatch.setattr(conduct, "find_places", lambda *_: Places(["0", "3", "5"], jobs=3, threads=1))
-    monkeypatch.setattr(conduct, "environment", lambda command, *_: {"command": command})
+    monkeypatch.setattr(run, "find_slots", lambda *_: Slots(["0", "3", "5"], jobs=3, threads=1))
+    monkeypatch.setattr(run, "environment", lambda command, *_: {"command": command})
     behave(tmp_path, **{SOFTMAX: "together", GDA: "together"})
     size = GRID["sizes"][0]
     assert study(tmp_path, data, sizes=[size], seeds=[0]) == 0

@@ -1,0 +1,186 @@
+"""The plots of a study's report, by matplotlib, as SVG to stand in a page."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from motifarch.study.analysis import ACTIVATIONS, StudyResults, Variant
+from motifarch.train.plots import smooth
+
+P = ParamSpec("P")
+_LABELS = ("softmax MHA", "softmax GQA", "DIFF V1", "GDA 2:1", "GDA 3:1", "GDA 4:1", "GDA 7:1", "DIFF V2")
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "motifarch",  # the same results make the same page
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def _plot(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, str]:
+    """Turns a function that draws on a figure into one that returns SVG, empty without data."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context(_SETTINGS):
+            figure = Figure(figsize=(8, 4), layout="constrained")
+            draw(figure, *args, **kwargs)
+            if not any(axes.has_data() for axes in figure.axes):
+                return ""
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        svg = buffer.getvalue()
+        return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+
+    return drawn
+
+
+@_plot
+def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
+    """Every variant's loss with its interval and single seeds; a line joins rising head ratios."""
+    axes = figure.subplots()
+    shown = [v for v in study.variants if v.size == size and study.loss(v)]
+    labels = list(dict.fromkeys(v.label for v in shown))
+    for v in shown:
+        at, loss = labels.index(v.label) + 0.25 * study.activations.index(v.activation), study.loss(v)
+        assert loss is not None
+        axes.errorbar(at, loss.mean, yerr=loss.half or 0, capsize=4, markersize=7, **_style(study, v))
+        seeds = list(study.values(v, "validation_loss").values())
+        axes.plot([at + 0.1] * len(seeds), seeds, ".", color="0.5", markersize=4)
+    for group in study.groups(size):
+        shift = 0.25 * study.activations.index(group[0].activation)
+        points = [(labels.index(v.label) + shift, loss.mean) for v in study.ratios(group) if (loss := study.loss(v))]
+        if points:
+            axes.plot(*zip(*points, strict=True), color="0.5", linewidth=1, zorder=0)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel("validation loss, nats/token")
+
+
+@_plot
+def differences(figure: Figure, study: StudyResults) -> None:
+    """Paired differences: own intervals thin, those from the noise of all variants thick."""
+    shown = [c for c in study.comparisons if c.difference]
+    axes = figure.subplots()
+    figure.set_figheight(1 + 0.3 * len(shown))
+    for at, c in enumerate(reversed(shown)):
+        assert c.difference is not None
+        style = _style(study, c.variant)
+        axes.errorbar(c.difference.mean, at, xerr=c.difference.half or 0, capsize=4, **style)
+        if c.shared and c.shared.half:
+            axes.errorbar(c.shared.mean, at, xerr=c.shared.half, elinewidth=4, alpha=0.4, color=style["color"])
+    names = [f"{study.title(c.variant)} − {study.title(c.reference)}" for c in reversed(shown)]
+    axes.set_yticks(range(len(shown)), names)
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.set_xlabel("difference in validation loss, nats/token (left of 0: lower)")
+
+
+@_plot
+def curves(figure: Figure, study: StudyResults, size: str) -> None:
+    """Training loss (smoothed), validation loss less the reference's, and loss against time."""
+    figure.set_size_inches(8, 10)
+    training, validation, timed = figure.subplots(3)
+    for group in study.groups(size):
+        reference = study.runs_of(study.reference(group))
+        for v in group:
+            runs, style = study.runs_of(v), _style(study, v) | {"marker": "", "label": study.title(v)}
+            at, _, loss = _mean_curve(runs, "curve")
+            training.plot(at, smooth(list(loss), 1 - 1 / min(50, 1 + len(loss) / 25)), **style)
+            # Seeds that only one has finished would add what seeds do.
+            seeds = {run["seed"] for run in runs} & {run["seed"] for run in reference}
+            pair = [_mean_curve([r for r in found if r["seed"] in seeds], "validation") for found in (runs, reference)]
+            if len(group) > 1 and all(map(np.size, pair)):
+                (at, _, loss), (base_at, _, base) = pair
+                validation.plot(at, loss - np.interp(at, base_at, base), **style)
+            _, seconds, loss = _mean_curve(runs, "validation")
+            timed.plot(seconds, loss, **style)
+    labels = (
+        ("tokens", "training loss, smoothed"),
+        ("tokens", "validation loss less reference's"),
+        ("seconds of training", "validation loss"),
+    )
+    for axes, (x, y) in zip((training, validation, timed), labels, strict=True):
+        axes.set(xlabel=x, ylabel=f"{y}, nats/token")
+    for axes in (training, timed):
+        _cut_first_descent(axes)
+    training.legend(ncols=3)
+
+
+@_plot
+def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str, str]) -> None:
+    """Attention statistics over layers, mean over seeds, a panel for each name."""
+    figure.set_size_inches(9, 6)
+    for axes, (name, label) in zip(figure.subplots(2, 3).flat, names.items(), strict=True):
+        for v in (v for v in study.variants if v.size == size):
+            if points := study.by_layer(v, name):
+                axes.plot(*zip(*points, strict=True), **_style(study, v), markersize=4, label=study.title(v))
+        axes.set(title=label, xlabel="layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+@_plot
+def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chance: float) -> None:
+    """The probe's measure by length and depth, mean over seeds: blue above chance, orange below."""
+    maps = [(v, scale * x.mean(axis=0)) for v in study.variants if (x := study.probed(v, name)) is not None]
+    about = next(run["probe"] for run in study.finished if run.get("probe"))
+    reach = max(float(np.abs(values - chance).max()) for _, values in maps) or 1.0
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+    figure.set_size_inches(2.3 * columns + 0.5, 1.9 * rows + 0.3)
+    for axes, (v, values) in zip(figure.subplots(rows, columns, squeeze=False).flat, maps, strict=False):
+        axes.pcolormesh(values, cmap="PuOr", vmin=chance - reach, vmax=chance + reach)
+        axes.invert_yaxis()
+        for (i, j), value in np.ndenumerate(values):
+            dark = abs(value - chance) > 0.6 * reach
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
+        axes.set_xticks(np.arange(len(about["depths"])) + 0.5, [f"{100 * d:g}%" for d in about["depths"]])
+        axes.set_yticks(np.arange(len(about["lengths"])) + 0.5, [f"{n:,}" for n in about["lengths"]])
+        axes.set_title(study.title(v))
+        axes.grid(visible=False)
+    for axes in figure.axes[len(maps) :]:
+        axes.remove()
+
+
+def _style(study: StudyResults, variant: Variant) -> dict[str, Any]:
+    """The colour and marker of an attention, alike in all plots; outlined unless PolyNorm."""
+    others = dict.fromkeys(v.label for v in study.variants if v.label not in _LABELS)
+    kind = [*_LABELS, *others].index(variant.label)
+    plain = variant.activation != ACTIVATIONS["poly_norm"]
+    look = {"color": f"C{kind % 10}", "marker": "osD^p>v*Xh"[kind % 10]}
+    return look | ({"markerfacecolor": "white", "linestyle": "--"} if plain else {})
+
+
+def _mean_curve(runs: Sequence[Mapping[str, Any]], field: str) -> np.ndarray:
+    """The mean over runs at the first one's tokens: (tokens, seconds, loss) by point."""
+    found = [[row[:3] for row in run.get(field) or () if row[2] is not None] for run in runs]
+    tables = [np.array(rows, dtype=float).T for rows in found if rows]
+    if not tables:
+        return np.empty((3, 0))
+    at = tables[0][0]
+    return np.mean([[np.interp(at, table[0], column) for column in table] for table in tables], axis=0)
+
+
+def _cut_first_descent(axes: Axes) -> None:
+    """The first descent is alike for all, and would flatten the rest."""
+    curves = [np.array(line.get_data(), dtype=float) for line in axes.get_lines()]
+    if tops := [float(np.interp(0.2 * x[-1], x, y)) for x, y in curves if x.size]:
+        axes.set_ylim(top=max(tops))

@@ -1,0 +1,253 @@
+"""Runs a study's runs, each in processes of its own: side by side, and none stops the others."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from motifarch.errors import UserError
+from motifarch.study.grid import Grid
+from motifarch.study.runs import MEASURED, RECIPE, Run, run_recipe, run_result
+from motifarch.train.manifest import damage, list_checkpoints, step_of
+from motifarch.train.read_recipe import to_dict
+
+_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+# As a script, which does not import the package around it and torch with it.
+_DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
+_POLL_S = 0.2
+_PATIENCE_S = 120.0
+_TAIL = 40
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where runs can be."""
+
+    devices: list[str]
+    """GPUs as CUDA_VISIBLE_DEVICES names them; empty on a CPU."""
+
+    jobs: int
+    """Runs side by side, at most."""
+
+    threads: int
+    """CPU threads of each process."""
+
+
+def find_slots(grid: Grid, jobs: int | None, threads: int | None) -> Slots:
+    """Where runs can be on this machine: each on GPUs of its own, or on the CPU.
+
+    Args:
+        grid: the study.
+        jobs: runs side by side; None for as many as have GPUs, or one on a CPU.
+        threads: CPU threads of each process; None shares the cores among the jobs.
+
+    Raises:
+        UserError: a run takes more GPUs than there are.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices: list[str] = []
+    if torch.cuda.is_available():
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        ranks = [size.ranks for size in grid.sizes]
+        if max(ranks) > len(devices):
+            raise UserError(f"sizes.ranks is {max(ranks)}, but there are {len(devices)} GPUs; lower it, or add GPUs")
+        jobs = jobs or len(devices) // min(ranks)
+    jobs = jobs or 1
+    return Slots(devices, jobs, threads or max(1, cores // jobs))
+
+
+@dataclass
+class _Active:
+    """A run at work."""
+
+    run: Run
+    devices: list[str]
+    stage: Literal["train", "measure"]
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+
+class Pool:
+    """Starts and watches processes; what is known of a run is in its folder."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        slots: Slots,
+        runs: Sequence[Run],
+        *,
+        compute: Literal["auto", "float32", "bfloat16"],
+        lock: int,
+        console: Console,
+        stopped: Callable[[], bool],
+        after: Callable[[], object],
+    ) -> None:
+        """Takes what holds for all runs.
+
+        Args:
+            grid: the study.
+            slots: where runs can be.
+            runs: all of the study's, whose FLOPs tell the time left.
+            compute: the precision of all runs.
+            lock: the study folder's lock, which the processes inherit.
+            console: where progress is shown.
+            stopped: whether the study is to stop.
+            after: called after every run that ended, well or not.
+        """
+        self.grid, self.slots, self.compute = grid, slots, compute
+        self._lock, self._console, self._stopped, self._after = lock, console, stopped, after
+        self._free = list(slots.devices)
+        self._active: list[_Active] = []
+        self._runs = list(runs)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        # Speed is that since the start: runs differ.
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e9)
+        total = sum(run.steps * run.matched.costs.flops for run in runs)
+        self._bar = self._bars.add_task("the study", total=total, completed=int(self._flops_done()))
+
+    def _flops_done(self) -> float:
+        """Of all runs; one that failed is no longer waited for."""
+        done = {"finished": lambda r: r.steps, "failed": lambda r: r.steps, "missing": Run.steps_done}
+        return sum(done[run.status](run) * run.matched.costs.flops for run in self._runs)
+
+    def run(self, runs: Sequence[Run]) -> None:
+        """Runs those given, until all have ended or the study is to stop: then they save."""
+        waiting = deque(runs)
+        try:
+            with self._bars:
+                while (waiting or self._active) and not self._stopped():
+                    while waiting and len(self._active) < self.slots.jobs and self._fits(waiting[0]):
+                        self._begin(waiting.popleft())
+                    time.sleep(_POLL_S)
+                    for active in list(self._active):
+                        if (status := active.process.poll()) is not None:
+                            self._ended(active, status)
+                    if self._console.is_terminal:
+                        working = ", ".join(f"{a.run.label} {a.run.steps_done()}/{a.run.steps}" for a in self._active)
+                        self._bars.update(self._bar, completed=self._flops_done(), description=working)
+        finally:
+            self._stop_all()
+
+    def _fits(self, run: Run) -> bool:
+        return not self.slots.devices or len(self._free) >= run.matched.size.ranks
+
+    def _begin(self, run: Run) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        recipe = json.loads(json.dumps(to_dict(run_recipe(self.grid, run, self.compute))))
+        (run.folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        count = run.matched.size.ranks if self.slots.devices else 0
+        devices, self._free = self._free[:count], self._free[count:]
+        stage: Literal["train", "measure"] = "measure" if _is_trained(run) and not run.sweep else "train"
+        self._active.append(_Active(run, devices, stage, *self._start(run, stage, devices)))
+
+    def _start(self, run: Run, stage: str, devices: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        threads = str(self.slots.threads)
+        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        if devices:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
+        log = (run.folder / f"{stage}.log").open("ab")
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_DIE_WITH_PARENT), str(os.getpid()), *self.command(run, stage)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=(self._lock,),
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+        )
+        return process, log
+
+    def command(self, run: Run, stage: str) -> list[str]:
+        """The process of a run's stage, "train" or "measure"."""
+        python, ranks = sys.executable, run.matched.size.ranks
+        if stage == "measure":
+            options = {"output": run.folder / MEASURED, "seed": run.seed, "device": "cpu"}
+            options["device"] = "cuda" if self.slots.devices else "cpu"
+            command = [python, "-m", "motifarch.study.measure", str(run.folder)]
+            for name, value in (options | dataclasses.asdict(self.grid.measure)).items():
+                # What is null or empty the measuring decides itself.
+                values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+                command += [f"--{name.replace('_', '-')}", *map(str, values)] if values else []
+            return command
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        return [python, *torchrun, "-m", "motifarch.train", str(run.folder / RECIPE)]
+
+    def _ended(self, active: _Active, status: int) -> None:
+        """Goes on to the next stage, or notes how the run ended."""
+        active.log.close()
+        run = active.run
+        if status == 0 and active.stage == "train" and not run.sweep:
+            active.stage = "measure"
+            active.process, active.log = self._start(run, active.stage, active.devices)
+            return
+        self._active.remove(active)
+        self._free += active.devices
+        outcome = self._conclude(active, status)
+        done = sum(other.status != "missing" for other in self._runs)
+        self._console.print(Text(f"{run.label}: {outcome}; {done} of {len(self._runs)} runs done"), soft_wrap=True)
+        self._after()
+
+    def _conclude(self, active: _Active, status: int) -> str:
+        run, stage = active.run, active.stage
+        if status in _STOPPED:
+            return "stopped from outside; the same command resumes it"
+        log = (run.folder / f"{stage}.log").read_text(encoding="utf-8", errors="replace")
+        tail = [line.rstrip() for line in log.splitlines()[-_TAIL:]]
+        try:
+            if status:
+                raise UserError(_reason(tail, status))
+            result = run_result(run, self.grid.recipe.batch.size * self.grid.data.seq_len)
+        except UserError as error:
+            run.fail(stage, str(error), status, tail)
+            return f"failed ({stage}): {error}"
+        run.finish(result)
+        return f"finished, validation loss {result['validation_loss']:.4f}"
+
+    def _stop_all(self) -> None:
+        """Asks what is still running to save and end, and waits for it."""
+        for active in self._active:
+            active.process.terminate()
+        deadline = time.monotonic() + _PATIENCE_S
+        for active in self._active:
+            try:
+                active.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                active.process.kill()
+                active.process.wait()
+            active.log.close()
+        self._active.clear()
+
+
+def _is_trained(run: Run) -> bool:
+    """Whether a complete checkpoint of its last step is there."""
+    newest = next(iter(list_checkpoints(run.folder)), None)
+    return newest is not None and step_of(newest) == run.steps and damage(newest, hashes=False) is None
+
+
+def _reason(tail: Sequence[str], status: int) -> str:
+    """Why a process ended: its error line, an exception's last one, or what the status means."""
+    if status == -signal.SIGKILL:
+        return "killed (signal 9), which mostly means that memory ran out"
+    if status < 0:
+        return f"ended by signal {-status} ({signal.Signals(-status).name})"
+    for pattern in (r"error: .*", r"[\w.]*(Error|Exception|Interrupt)\b.*"):
+        for line in reversed(tail):
+            if re.match(pattern, line):
+                return line.removeprefix("error: ")
+    return f"exit status {status}" + (f": {tail[-1]}" if tail else "")

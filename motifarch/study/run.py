@@ -1,0 +1,298 @@
+"""A study from its folder to its report: the sweep, then the runs compared, then results.json."""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from motifarch.environment import environment
+from motifarch.errors import UserError
+from motifarch.files import write_json
+from motifarch.study.analysis import FORMAT, KIND
+from motifarch.study.compare import compare_studies
+from motifarch.study.grid import Grid
+from motifarch.study.learning_rates import given_rates, smallest_size, swept_rates
+from motifarch.study.matching import TOLERANCE, Matched
+from motifarch.study.pool import Pool, Slots, find_slots
+from motifarch.study.report import write_report
+from motifarch.study.runs import FAILED, Run, main_run, sweep_run
+from motifarch.study.variants import head_ratio
+from motifarch.train.precision import choose_compute
+from motifarch.train.stop import StopSignals
+
+STUDY, RESULTS = "study.json", "results.json"
+_PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "numpy")
+
+
+def run_study(
+    grid: Grid,
+    matched: Sequence[Matched],
+    options: argparse.Namespace,
+    *,
+    command: str,
+    fingerprint: str,
+    console: Console,
+) -> int:
+    """Does what is still to be done of a study.
+
+    Args:
+        grid: the study.
+        matched: its variants at all sizes.
+        options: of the command line: output, jobs, threads, retry_failed, and compare: earlier
+            results, or None.
+        command: the command line, for the record.
+        fingerprint: of the prepared data.
+        console: where to print.
+
+    Returns:
+        The exit status: 0 if all is finished, 1 if a run failed, 128 plus the signal's number if
+        one stopped it.
+
+    Raises:
+        UserError: the folder belongs to something else, or the machine has too few GPUs.
+    """
+    slots = find_slots(grid, options.jobs, options.threads)
+    with locked(options.output, console.print) as lock, StopSignals() as signals:
+        plan = StudyPlan(options.output, grid, matched)
+        plan.begin(command, fingerprint, slots)
+        if options.retry_failed:
+            for run in [*plan.open_sweep("failed"), *plan.runs]:
+                run.forget_failure()
+        pool = Pool(
+            grid,
+            slots,
+            [*plan.sweep, *plan.runs],
+            compute=plan.content["compute"],
+            lock=lock,
+            console=console,
+            stopped=lambda: bool(signals.received),
+            after=plan.write_results,
+        )
+        pool.run(plan.open_sweep("missing"))
+        if not signals.received:
+            plan.choose_rates()
+            pool.run([run for run in plan.runs if run.status == "missing"])
+        return _finish(plan, signals.received, console, options.compare)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None], patience_s: float = 60.0) -> Iterator[int]:
+    """Keeps other studies out of a folder.
+
+    The lock is passed on to the runs' processes (flock's outlive the process that took them), so
+    that those of a study that was killed are waited for: they end by themselves.
+
+    Args:
+        folder: the study's, made if need be.
+        say: told that others are waited for.
+        patience_s: how long, in seconds.
+
+    Yields:
+        The lock's file descriptor, for the processes to inherit.
+
+    Raises:
+        UserError: another study is at work there, or the folder can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"--output is {folder}, which can't be written: {error.strerror}; give another one") from None
+    with file:
+        deadline, told = time.monotonic() + patience_s, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process is at work in {folder}; wait until it ends, or give another --output"
+                    ) from None
+                if not told:
+                    say(f"waiting for the processes that are still at work in {folder}")
+                    told = True
+                time.sleep(0.2)
+        yield file.fileno()
+
+
+class StudyPlan:
+    """All runs of a study, and `study.json`: its grid and what was decided once for all runs."""
+
+    def __init__(self, path: Path, grid: Grid, matched: Sequence[Matched]) -> None:
+        """Opens the folder for a grid.
+
+        Raises:
+            UserError: it belongs to another grid.
+        """
+        self.path, self.grid, self.matched = path, grid, matched
+        # As JSON has it: tuples are lists there.
+        own = json.loads(json.dumps(dataclasses.asdict(grid)))
+        self.content: dict[str, Any] = {"kind": KIND, "format": FORMAT, "grid": own}
+        try:
+            self.content = json.loads((path / STUDY).read_text(encoding="utf-8"))
+            before = self.content["grid"]
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path / STUDY} is damaged; give another --output, or delete that folder") from None
+        if before.get("match") == "operations":  # its former name
+            before["match"] = "flops"
+        if changed := list(_differences(before, own)):
+            shown = "; ".join(f"{name} is {now!r}, was {was!r}" for name, was, now in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise UserError(
+                f"{path} holds a study of another grid: {shown}{more}. Give this one an --output of its own, or the "
+                "former grid again"
+            )
+
+    @cached_property
+    def sweep(self) -> list[Run]:
+        """The runs that try learning rates, of each variant at the smallest size."""
+        smallest = smallest_size(self.matched)
+        variants = [m for m in self.matched if m.size.name == smallest]
+        return [sweep_run(self.grid, self.path, m, rate) for m in variants for rate in self.grid.learning_rate.sweep]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs that are compared; a rate that is not chosen yet is NaN."""
+        # By seeds, so that a study that is cut short has compared all variants on the first ones.
+        return [
+            main_run(self.grid, self.path, m, seed, float(self._rate(m).get("learning_rate", math.nan)))
+            for seed in self.grid.seeds
+            for m in self.matched
+        ]
+
+    def _rate(self, matched: Matched) -> dict[str, Any]:
+        rates = self.content.get("learning_rates", {})
+        return rates.get(matched.size.name, {}).get(matched.name, {})  # type: ignore[no-any-return]
+
+    def note(self, name: str, value: Any) -> None:
+        """Writes a value under a name of study.json."""
+        self.content[name] = value
+        write_json(self.path / STUDY, self.content)
+
+    def begin(self, command: str, fingerprint: str, slots: Slots) -> None:
+        """Writes down what the study runs on; what was decided at an earlier start stays.
+
+        Raises:
+            UserError: the data are not those that it was begun with.
+        """
+        device = torch.device("cuda" if slots.devices else "cpu")
+        asked = self.grid.recipe.precision.compute
+        decided: dict[str, Callable[[], Any]] = {
+            "data": lambda: {"path": self.grid.data.path, "fingerprint": fingerprint},
+            "reference": lambda: self.grid.reference_variant.name,
+            # Once for all runs: on a CPU speed decides it, and two runs might measure differently.
+            "compute": lambda: choose_compute(device) if asked == "auto" else asked,
+        }
+        if not self.sweep:
+            decided["learning_rates"] = lambda: given_rates(self.grid, self.matched)
+        for name, decide in decided.items():
+            if name not in self.content:
+                self.note(name, decide())
+        if (data := self.content["data"])["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{self.grid.data.path} holds other data (fingerprint {fingerprint[:12]}) than the study in "
+                f"{self.path} was begun with ({data['fingerprint'][:12]}); give that data, or another --output"
+            )
+        start = environment(command, device, _PACKAGES) | dataclasses.asdict(slots)
+        self.note("starts", [*self.content.get("starts", []), start])
+
+    def open_sweep(self, status: str) -> list[Run]:
+        """Runs of the sweep with a status, of variants whose rate is not chosen yet."""
+        known = self.content.get("learning_rates", {}).get(smallest_size(self.matched), {})
+        return [run for run in self.sweep if run.matched.name not in known and run.status == status]
+
+    def choose_rates(self) -> None:
+        """Adds the sweep's best rates to those chosen, and gives up variants without one."""
+        if not self.sweep:
+            return
+        swept, before = swept_rates(self.grid, self.matched, self.sweep), self.content.get("learning_rates", {})
+        self.note("learning_rates", {size: new | before.get(size, {}) for size, new in swept.items()})
+        for run in self.runs:
+            if math.isnan(run.learning_rate) and run.status == "missing":
+                run.fail("sweep", "no learning rate of its sweep gave a finished run", 1)
+
+    def write_results(self) -> dict[str, Any]:
+        """Joins what there is, writes results.json and returns it."""
+        content = self.content
+        joined = {
+            "kind": KIND,
+            "format": FORMAT,
+            "command": content["starts"][-1]["command"],
+            "environment": content["starts"][-1],
+            "starts": content["starts"],
+            "grid": content["grid"],
+            "matching": {"by": self.grid.match, "tolerance": TOLERANCE, "reference": content["reference"]},
+            "data": content["data"],
+            "compute": content["compute"],
+            "variants": [self._variant(m) for m in self.matched],
+            "sweep": [run.outcome() for run in self.sweep],
+            "runs": [run.outcome() for run in self.runs],
+        }
+        write_json(self.path / RESULTS, joined)
+        return joined
+
+    def _variant(self, matched: Matched) -> dict[str, Any]:
+        return {
+            "name": matched.name,
+            "size": matched.size.name,
+            "attention": matched.variant.attention,
+            "ratio": head_ratio(matched.variant),
+            "activation": matched.variant.activation,
+            "model": matched.model,
+            "parameters": matched.costs.parameters,
+            "training_flops_per_token": matched.costs.flops,
+            "kv_bytes_per_token": matched.costs.kv_cache,
+            "deviation": matched.deviations[self.grid.match],
+            "deviations": matched.deviations,
+            **(self._rate(matched) or {"learning_rate": None, "learning_rate_from": None}),
+        }
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted name, before, after) of each value that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before | after:
+            yield from _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (was, now) in enumerate(zip(before, after, strict=True)):
+            yield from _differences(was, now, f"{prefix}[{i}]")
+    elif before != after:
+        yield prefix, before, after
+
+
+def _finish(plan: StudyPlan, stopped: int, console: Console, earlier: dict[str, Any] | None) -> int:
+    """Writes the report and says what came out; the exit status."""
+    results = plan.write_results()
+    if any(run.status == "finished" for run in plan.runs):
+        if earlier is not None:
+            results["comparison"] = compare_studies(results, earlier)
+            moved = [row for row in results["comparison"]["rows"] if row["verdict"] == "moved"]
+            console.print(f"{len(moved)} of {len(results['comparison']['rows'])} figures moved, see report.md")
+        write_report(results, plan.path)
+        console.print(Text(f"written: {plan.path / RESULTS}, report.html, report.md"), soft_wrap=True)
+    left = [run for run in plan.runs if run.status != "finished"]
+    if stopped:
+        name = signal.Signals(stopped).name
+        console.print(f"stopped by {name}; runs still to be finished: {len(left)}. The same command goes on")
+        return 128 + stopped
+    for run in left:
+        error = run.read(FAILED)["error"] if run.status == "failed" else "stopped from outside"
+        console.print(Text(f"{run.label}: {run.status}: {error}"), soft_wrap=True)
+    if left:
+        console.print(f"{len(left)} of {len(plan.runs)} runs are not finished; --retry-failed tries failed ones again")
+    return 1 if left else 0
