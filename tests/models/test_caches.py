@@ -8,17 +8,14 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.agreement import assert_agrees
 from helpers.models import VARIANTS, random_ids, tiny_model
-from motifarch.models.paged_cache import PagedCache
 
-KINDS = ["dynamic", "static", "paged"]
+KINDS = ["dynamic", "static"]
 # A penalty, for a model of random weights soon says one word for ever; but then never the padding's
 # token, which some transformers punish for standing before a prompt.
 GREEDY = {"do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5, "suppress_tokens": [0]}
 
 
-def cache_of(kind, model, rows, places=256):
-    if kind == "paged":
-        return PagedCache(model.config, num_blocks=rows * -(-places // 16), block_size=16)
+def cache_of(kind, model, places=256):
     return StaticCache(model.config, max_cache_len=places) if kind == "static" else DynamicCache(config=model.config)
 
 
@@ -33,7 +30,7 @@ def test_two_hundred_tokens_in_float32(variant, kind, rows):
     """Each token is the likeliest without a cache, or as likely within float32's rounding."""
     model = tiny_model(variant)
     ids = random_ids(rows, 9)
-    out = continued(model, cache_of(kind, model, rows), ids, torch.ones_like(ids), 200)
+    out = continued(model, cache_of(kind, model), ids, torch.ones_like(ids), 200)
     assert out.shape == (rows, 209)
     uncached = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, use_cache=False, **GREEDY)
     assert torch.equal(out, uncached)
@@ -48,9 +45,9 @@ def test_left_padded_prompts_give_their_own_tokens(variant, kind):
     batch = torch.zeros(3, 17, dtype=torch.long)
     for row, prompt in zip(batch, prompts, strict=True):
         row[17 - len(prompt) :] = prompt
-    together = continued(model, cache_of(kind, model, 3, 64), batch, (batch != 0).long(), 20)
+    together = continued(model, cache_of(kind, model, 64), batch, (batch != 0).long(), 20)
     for row, prompt in zip(together, prompts, strict=True):
-        alone = continued(model, cache_of(kind, model, 1, 64), prompt[None], torch.ones_like(prompt)[None], 20)
+        alone = continued(model, cache_of(kind, model, 64), prompt[None], torch.ones_like(prompt)[None], 20)
         assert torch.equal(row[17:], alone[0, len(prompt) :])
 
 
@@ -60,7 +57,7 @@ def test_left_padded_prompts_give_their_own_tokens(variant, kind):
 def test_prefill_in_chunks_equals_one_pass(variant, kind, chunks):
     model = tiny_model(variant)
     ids = random_ids(2, 30)
-    cache = cache_of(kind, model, 2, 48)
+    cache = cache_of(kind, model, 48)
     with torch.no_grad():
         parts = [model(input_ids=c, past_key_values=cache, use_cache=True).logits for c in ids.split(chunks, dim=1)]
         whole = model(input_ids=ids, use_cache=False).logits
@@ -120,7 +117,7 @@ def test_generate_compiles_decoding_with_a_static_cache(variant):
 
 def test_a_static_cache_can_be_reset_and_used_again():
     model = tiny_model()
-    cache = cache_of("static", model, 2, 48)
+    cache = cache_of("static", model, 48)
     with torch.no_grad():
         model(input_ids=random_ids(2, 20, seed=3), past_key_values=cache)
         cache.reset()
@@ -129,28 +126,10 @@ def test_a_static_cache_can_be_reset_and_used_again():
     assert_agrees(again, fresh)
 
 
-def test_a_paged_cache_takes_blocks_as_rows_grow_and_gives_them_back():
-    model = tiny_model()
-    cache = PagedCache(model.config, num_blocks=6, block_size=4)
-    with torch.no_grad():
-        model(input_ids=random_ids(2, 5), past_key_values=cache)
-        table = cache.append(*[torch.zeros(2, 0, 2, 16)] * 2, 0)[3]
-        assert table.shape == (2, 2)
-        assert len(set(table.flatten().tolist())) == 4
-        model(input_ids=random_ids(2, 7), past_key_values=cache)  # 12 tokens: all blocks
-        with pytest.raises(ValueError, match="6 blocks of 4 tokens, and 0 are left: 2 rows of 13 tokens need 2 more"):
-            model(input_ids=random_ids(2, 1), past_key_values=cache)
-        assert cache.get_seq_length() == 12
-        cache.reset()
-        again = model(input_ids=random_ids(1, 24), past_key_values=cache).logits
-    assert_agrees(again, model(input_ids=random_ids(1, 24), use_cache=False).logits)
-
-
-@pytest.mark.parametrize("kind", ["static", "paged"])
-def test_no_gradients_through_a_cache_written_in_place(kind):
+def test_no_gradients_through_a_cache_written_in_place():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"Cache gives no gradients, for it is written in place; call under"):
-        model(input_ids=random_ids(1, 4), past_key_values=cache_of(kind, model, 1, 16))
+        model(input_ids=random_ids(1, 4), past_key_values=cache_of("static", model, 16))
 
 
 @pytest.mark.parametrize("variant", ["gda", "softmax"])
@@ -168,20 +147,11 @@ def test_gradients_through_a_dynamic_cache(variant):
 
 def test_refuses_with_a_reason():
     model = tiny_model()
-    cache = cache_of("static", model, 1, 16)
+    cache = cache_of("static", model, 16)
     with torch.no_grad():
         model(input_ids=random_ids(1, 12), past_key_values=cache)
         with pytest.raises(ValueError, match="room for 16 tokens in a row, but 12 are cached and 5 are to be added"):
             model(input_ids=random_ids(1, 5), past_key_values=cache)
         right_padded = torch.tensor([[1, 1, 1, 0, 0]])
         with pytest.raises(ValueError, match="pad prompts on the left"):
-            model(input_ids=random_ids(1, 5), attention_mask=right_padded, past_key_values=cache_of("static", model, 1))
-    with pytest.raises(ValueError, match="num_blocks is 0"):
-        PagedCache(model.config, num_blocks=0)
-    paged = cache_of("paged", model, 2)
-    with torch.no_grad():
-        model(input_ids=random_ids(2, 5), past_key_values=paged)
-        with pytest.raises(ValueError, match=r"holds 2 rows and 1 come; reset\(\) it"):
-            model(input_ids=random_ids(1, 5), past_key_values=paged)
-    with pytest.raises(NotImplementedError, match="beam search; take a DynamicCache"):
-        paged.reorder_cache(torch.tensor([0, 0]))
+            model(input_ids=random_ids(1, 5), attention_mask=right_padded, past_key_values=cache_of("static", model))
