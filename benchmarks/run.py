@@ -13,18 +13,21 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 from rich.console import Console
 
 from benchmarks.compare import compare, read_results, show, summary
-from benchmarks.lib import cli, process, report
+from benchmarks.lib import cli, report
 from benchmarks.lib.figures import Table, tables
 from motifarch.errors import UserError
 
@@ -58,10 +61,8 @@ class Run:
     def __init__(self, options: argparse.Namespace, console: Console):
         self.options, self.console, self.output = options, console, options.output.resolve()
         self.cuda = torch.cuda.is_available()
-        self.parts: dict[str, dict[str, Any]] = {}
-        if (self.output / "all.json").is_file():
-            earlier = read_results(self.output / "all.json")
-            self.parts = {part["name"]: part for part in earlier.get("parts", ())}
+        earlier = read_results(self.output / "all.json") if (self.output / "all.json").is_file() else {"parts": ()}
+        self.parts: dict[str, dict[str, Any]] = {part["name"]: part for part in earlier["parts"]}
         env = report.environment("benchmarks.run", torch.device("cuda" if self.cuda else "cpu"), PACKAGES)
         self.content: dict[str, Any] = {"kind": "all_benchmarks", "format": 1, "command": env["command"]}
         self.content["environment"] = env
@@ -95,59 +96,72 @@ class Run:
 
     def measure(self, name: str, left: str) -> dict[str, Any]:
         """Run a part, or say why not; what came of it."""
-        title, module, _ = PARTS[name]
-        entry: dict[str, Any] = {"name": name, "title": title, "plots": []}
+        title, quick = PARTS[name].title, ["--quick"] if self.options.quick else []
+        entry: dict[str, Any] = {"name": name, "title": title, "reason": None, "plots": []}
         result = self.output / ("study/results.json" if name == "study" else f"{name}.json")
-        words = ["--output", str(result), *(["--quick"] if self.options.quick else [])]
+        words = ["--output", str(result), *quick]
         if name == "study":
-            if self.options.quick and not self.options.study:
+            if quick and not self.options.study:
                 reason = "a study takes hours, and this is --quick; give a small one as --study STUDY.yaml"
                 self.console.print(f"{title}: skipped: {reason}")
                 return {**entry, "status": "not_run", "reason": reason}
             grid = self.options.study or report.ROOT / STUDIES[self.cuda]
             words = ["benchmark", "head-ratio", str(grid.resolve()), "--output", str(result.parent)]
-        command = [sys.executable, "-m", module, *words]
-        before = self.parts.get(name)
-        finished = before is not None and before["status"] == "finished" and before["command"] == shlex.join(command)
-        if before and finished and not self.options.again:
+        command = [sys.executable, "-m", PARTS[name].module, *words]
+        before = self.parts.get(name, {"status": "none"})
+        if before["status"] == "finished" and before["command"] == shlex.join(command) and not self.options.again:
             self.console.print(f"{title}: kept from {before['content']['environment']['date']}")
             return before
         # What lies there is of another run: a part that fails must not be reported with it.
-        if name != "study":
-            for path in (result, *self.output.glob(f"{name}*.png")):
-                path.unlink(missing_ok=True)
+        for path in () if name == "study" else (result, *self.output.glob(f"{name}*.png")):
+            path.unlink(missing_ok=True)
         log, began = self.output / "logs" / f"{name}.log", time.monotonic()
         self.console.print(f"{title}: begun{left}; {log} has what it prints", soft_wrap=True)
-        with log.open("wb") as file:
-            status = process.finish(command, log=file)
+        status = execute(command, log)
         entry |= {"command": shlex.join(command), "log": f"logs/{name}.log"}
-        entry |= {"seconds": round(time.monotonic() - began, 1), **_outcome(status, result, log)}
-        if entry["status"] == "finished":
+        entry |= {"seconds": round(time.monotonic() - began, 1), "status": "failed"}
+        content = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
+        if content is None:
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+            entry["reason"] = f"exit status {status}, no figures; the last line it printed: {last}"
+        elif content.get("complete") is False:
+            entry["reason"] = f"exit status {status}, before it had measured everything"
+        else:  # figures that are whole count, whatever it complains about
+            entry |= {"status": "finished", "content": content}
             entry["plots"] = sorted(path.name for path in self.output.glob(f"{name}*.png"))
+            if status:
+                entry["reason"] = f"exit status {status}: its log says what went wrong beside the figures"
         reason = f": {entry['reason']}" if entry["reason"] else ""
         self.console.print(f"{title}: {entry['status']} after {entry['seconds']:.0f} s{reason}", soft_wrap=True)
         return entry
 
 
-def _outcome(status: int | None, result: Path, log: Path) -> dict[str, Any]:
-    """What came of a process: figures that are whole count, whatever it complains about."""
-    try:
-        content = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        last = process.last_line(log)
-        return {"status": "failed", "reason": f"exit status {status}, no figures; the last line it printed: {last}"}
-    if content.get("complete") is False:
-        return {"status": "failed", "reason": f"exit status {status}, before it had measured everything"}
-    reason = f"exit status {status}: its log says what went wrong beside the figures" if status else None
-    return {"status": "finished", "reason": reason, "content": content}
+def execute(command: Sequence[str], log: Path) -> int:
+    """Run a command in the repository, which ends with this process; its exit status."""
+    search = os.pathsep.join(filter(None, [str(report.ROOT), str(report.ROOT / "kernels"), os.getenv("PYTHONPATH")]))
+    variables = os.environ | {"PYTHONPATH": search, "PYTHONUNBUFFERED": "1", "COLUMNS": "110"}
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            command, cwd=report.ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # it writes what it has
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def write_report(content: Mapping[str, Any], folder: Path) -> None:
     """Write report.html and report.md from what all.json holds; plots lie in the same folder."""
-    import jinja2
-
     rows = [
-        [p["title"], p["status"].replace("_", " "), f"{p.get('seconds', 0) / 60:.1f} min", p.get("reason") or ""]
+        [p["title"], p["status"].replace("_", " "), f"{p.get('seconds', 0) / 60:.1f} min", p["reason"] or ""]
         for p in content["parts"]
     ]
     overview = Table("What ran", ("Benchmark", "Outcome", "Took", "Reason"), rows)
@@ -155,9 +169,8 @@ def write_report(content: Mapping[str, Any], folder: Path) -> None:
     if comparison := content.get("comparison"):
         lines, table = summary(comparison)
         sections.append({"title": "What moved", "lines": lines, "tables": [table]})
-    for part in content["parts"]:
-        if (found := part.get("content")) is None:
-            continue
+    for part in (part for part in content["parts"] if "content" in part):
+        found = part["content"]
         quick = (found.get("settings") or {}).get("quick")
         lines = ["Tiny sizes (--quick): this proves that it runs, and measures nothing."] if quick else []
         lines += [f"Skipped: {name}: {reason}." for name, reason in (found.get("left_out") or {}).items()]

@@ -18,7 +18,6 @@ tokens (the small model's included), and against all FLOPs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -40,25 +39,13 @@ from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.record import RECORD
 
 RUNS = {"small": "small model", "grown": "grown from it", "scratch": "from scratch"}
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_noise_heads": 1,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.088,  # hidden_size ** -0.5
-}
-LARGE = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 5,
-    "num_noise_heads": 1,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.0625,
-}
-SHARED = {"num_key_value_heads": 2, "head_dim": 64, "attention_type": "gda", "hidden_act": "poly_norm"}
+_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+# Matrices are drawn with a standard deviation of hidden_size ** -0.5.
+SMALL = dict(zip(_FIELDS, (128, 384, 4, 2, True), strict=True)) | {"initializer_range": 0.088}
+LARGE = dict(zip(_FIELDS, (256, 768, 5, 5, False), strict=True)) | {"initializer_range": 0.0625}
+SHARED: dict[str, Any] = {"attention_type": "gda", "hidden_act": "poly_norm"}
+SHARED |= {"num_noise_heads": 1, "num_key_value_heads": 2, "head_dim": 64}
+BATCH = 4
 GROWTH = Factors(hidden=2, feed_forward=2, signal_heads=4, layers=5, untie=True)
 AXES = {
     "large tokens": (1e6, "million tokens, the large model's own"),
@@ -67,63 +54,48 @@ AXES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """How long, and on what."""
+def check(options: argparse.Namespace) -> None:
+    """Check what the command line says.
 
-    data: str
-    small_steps: int
-    steps: int
-    every: int
-    """Steps between validations."""
-    noise: float
-    seed: int
-    lr: float
-    threads: int
-    batch: int = 4
-
-    def check(self) -> None:
-        """Check what the command line says.
-
-        Raises:
-            UserError: a number that has no meaning, or data that is not there.
-        """
-        for name in ("small_steps", "steps", "every", "threads"):
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value < 1:
-                raise UserError(f"{option} is {value}; it must be at least 1")
-            if name.endswith("steps") and value % self.every:
-                raise UserError(
-                    f"{option} is {value}, no multiple of --every {self.every}: losses are compared where all runs "
-                    "have one"
-                )
-        if not (Path(self.data) / "data.json").is_file():
+    Raises:
+        UserError: a number that has no meaning, or data that is not there.
+    """
+    for name in ("small_steps", "steps", "every", "threads"):
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value < 1:
+            raise UserError(f"{option} is {value}; it must be at least 1")
+        if name.endswith("steps") and value % options.every:
             raise UserError(
-                f"--data {self.data} holds no prepared data; make it with `motifarch data prepare --source stdlib "
-                f"--output {self.data} --seq-len 512`"
+                f"{option} is {value}, no multiple of --every {options.every}: losses are compared where all runs have "
+                "one"
             )
-
-    def recipe(self, run: str, folder: Path) -> dict[str, Any]:
-        """The recipe of a run, for `motifarch train`."""
-        steps = {"small": self.small_steps, "grown": self.steps, "scratch": self.small_steps + self.steps}[run]
-        # The seed chooses the data's order as well: the grown model reads another than the small
-        # one has read.
-        seed = self.seed + (run == "grown")
-        return {
-            "run": {"steps": steps, "seed": seed, "output": str(folder / run)}
-            | ({"init_from": str(folder / "large")} if run == "grown" else {}),
-            "model": SHARED | (SMALL if run == "small" else LARGE),
-            "data": {"datasets": [{"path": self.data}]},
-            "batch": {"size": self.batch, "micro_size": self.batch},
-            "optim": {"lr": self.lr, "schedule": "constant", "warmup_steps": min(20, steps // 2), "z_loss": 1e-4},
-            "precision": {"compute": "float32"},
-            "checkpoint": {"every": steps, "keep_last": 1},
-            "validation": {"every": self.every, "sequences": 32},
-            "log": {"every": self.every, "tensorboard": False},
-        }
+    if not (Path(options.data) / "data.json").is_file():
+        raise UserError(
+            f"--data {options.data} holds no prepared data; make it with `motifarch data prepare --source stdlib "
+            f"--output {options.data} --seq-len 512`"
+        )
 
 
-def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
+def recipe(options: argparse.Namespace, run: str, folder: Path) -> dict[str, Any]:
+    """The recipe of a run, for `motifarch train`."""
+    own, small, every = options.steps, options.small_steps, options.every
+    steps = {"small": small, "grown": own, "scratch": small + own}[run]
+    return {
+        # The seed chooses the data's order as well: the grown model reads another than the small one has read.
+        "run": {"steps": steps, "seed": options.seed + (run == "grown"), "output": str(folder / run)}
+        | ({"init_from": str(folder / "large")} if run == "grown" else {}),
+        "model": SHARED | (SMALL if run == "small" else LARGE),
+        "data": {"datasets": [{"path": options.data}]},
+        "batch": {"size": BATCH, "micro_size": BATCH},
+        "optim": {"lr": options.lr, "schedule": "constant", "warmup_steps": min(20, steps // 2), "z_loss": 1e-4},
+        "precision": {"compute": "float32"},
+        "checkpoint": {"every": steps, "keep_last": 1},
+        "validation": {"every": every, "sequences": 32},
+        "log": {"every": every, "tensorboard": False},
+    }
+
+
+def train(options: argparse.Namespace, run: str, folder: Path) -> dict[str, Any]:
     """Train a model.
 
     Returns:
@@ -132,18 +104,18 @@ def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the run failed; what it said is on the screen.
     """
-    recipe = folder / f"{run}.yaml"
-    recipe.write_text(yaml.safe_dump(setup.recipe(run, folder)), encoding="utf-8")
+    path = folder / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(recipe(options, run, folder)), encoding="utf-8")
     # A process of its own: a run opens a process group and ends with its process.
-    command = [sys.executable, "-m", "motifarch.train", str(recipe)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(setup.threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-m", "motifarch.train", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if subprocess.run(command, env=environment, check=False).returncode:
         raise UserError(f"the run {run!r} failed; what it says is above")
     record = json.loads((folder / run / RECORD).read_text(encoding="utf-8"))
     with torch.device("meta"):
         model = MotifForCausalLM(MotifConfig(**record["model_config"]))
-    seq_len = json.loads((Path(setup.data) / "data.json").read_text(encoding="utf-8"))["seq_len"]
-    tokens = setup.batch * seq_len
+    seq_len = json.loads((Path(options.data) / "data.json").read_text(encoding="utf-8"))["seq_len"]
+    tokens = BATCH * seq_len
     flops = tokens * model.flops_per_token(seq_len)
     rows = [row for row in read_metrics(folder / run / METRICS) if "validation_loss" in row]
     return {
@@ -153,20 +125,6 @@ def train(setup: Setup, run: str, folder: Path) -> dict[str, Any]:
         "flops": [row["step"] * flops for row in rows],
         "loss": [row["validation_loss"] for row in rows],
     }
-
-
-def measure(setup: Setup, folder: Path, console: Console) -> dict[str, Any]:
-    """Train the three models and grow the one; everything goes into a folder."""
-    runs = {}
-    for run, label in RUNS.items():
-        if run == "grown":
-            export(folder / "small", folder / "exported")
-            noise = Noise(setup.noise, setup.seed) if setup.noise else None
-            grow(folder / "exported", folder / "large", GROWTH, noise=noise)
-        console.rule(label)
-        runs[run] = train(setup, run, folder)
-    growth = json.loads((folder / "large" / "growth.json").read_text(encoding="utf-8"))
-    return {"runs": runs, "growth": {name: growth[name] for name in ("steps", "logits")}}
 
 
 def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], list[float]]]:
@@ -187,21 +145,19 @@ def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], l
 
 def print_table(content: dict[str, Any], console: Console) -> None:
     """Losses at equal tokens, counted both ways, and what each cost."""
-    setup = content["setup"]
     small, grown, scratch = (content["runs"][run] for run in RUNS)
-    at = scratch["steps"].index(setup["steps"])
+    at = scratch["steps"].index(content["setup"]["steps"])
+    fields = ("tokens", "flops", "loss")
+    both = [small[f][-1] + grown[f][-1] for f in ("tokens", "flops")]
     found = {
-        "small model": [small[f][-1] for f in ("tokens", "flops", "loss")],
-        "grown from it, both counted": [
-            small["tokens"][-1] + grown["tokens"][-1],
-            small["flops"][-1] + grown["flops"][-1],
-            grown["loss"][-1],
-        ],
-        "from scratch, the grown model's own tokens": [scratch[f][at] for f in ("tokens", "flops", "loss")],
-        "from scratch, both models' tokens": [scratch[f][-1] for f in ("tokens", "flops", "loss")],
+        "small model": [small[f][-1] for f in fields],
+        "grown from it, both counted": [*both, grown["loss"][-1]],
+        "from scratch, the grown model's own tokens": [scratch[f][at] for f in fields],
+        "from scratch, both models' tokens": [scratch[f][-1] for f in fields],
     }
     rows = [(label, f"{t / 1e6:.3f}", f"{f / 1e12:.1f}", f"{loss:.4f}") for label, (t, f, loss) in found.items()]
-    title = f"{small['parameters'] / 1e6:.2f} -> {grown['parameters'] / 1e6:.2f} million parameters, {setup['data']}"
+    sizes = [f"{model['parameters'] / 1e6:.2f}" for model in (small, grown)]
+    title = f"{' -> '.join(sizes)} million parameters, {content['setup']['data']}"
     console.print(report.table(title, ["", "million\ntokens", "TFLOP\n", "validation\nloss"], rows))
     moved, spread = content["growth"]["logits"]["largest"], content["growth"]["logits"]["spread"]
     console.print(f"Logits moved by at most {moved:.1e} in growing (their standard deviation is {spread:.2g}).")
@@ -252,16 +208,26 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     Raises:
         UserError: an option has no meaning, or a run failed.
     """
-    setup = Setup(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Setup) if f.name != "batch"})
-    setup.check()
-    torch.set_num_threads(setup.threads)
+    check(arguments)
+    torch.set_num_threads(arguments.threads)
     packages = ("torch", "transformers", "motifarch")
     environment = report.environment("benchmarks.models.growth", torch.device("cpu"), packages)
-    content = {"benchmark": "growth", "environment": environment, "setup": dataclasses.asdict(setup)}
+    names = ("data", "small_steps", "steps", "every", "noise", "seed", "lr", "threads")
+    setup = {name: getattr(arguments, name) for name in names} | {"batch": BATCH}
+    runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        content |= measure(setup, folder, console)
+        for run_, label in RUNS.items():
+            if run_ == "grown":
+                export(folder / "small", folder / "exported")
+                noise = Noise(arguments.noise, arguments.seed) if arguments.noise else None
+                grow(folder / "exported", folder / "large", GROWTH, noise=noise)
+            console.rule(label)
+            runs[run_] = train(arguments, run_, folder)
+        growth = json.loads((folder / "large" / "growth.json").read_text(encoding="utf-8"))
+    content = {"benchmark": "growth", "environment": environment, "setup": setup, "runs": runs}
+    content["growth"] = {name: growth[name] for name in ("steps", "logits")}
     print_table(content, console)
     report.write_json(arguments.output, content)
     draw(content, arguments.output.with_suffix(".png"))

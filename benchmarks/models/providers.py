@@ -20,13 +20,12 @@ Ours take "auto": on a GPU the fastest kernels known there, on a CPU torch's att
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
@@ -72,18 +71,6 @@ class Sizes:
         """Query heads of softmax attention."""
         return self.hidden_size // self.head_dim
 
-    def check(self) -> None:
-        """Check that the heads can be paired.
-
-        Raises:
-            UserError: they cannot.
-        """
-        if self.hidden_size % self.head_dim or self.heads % 2:
-            raise UserError(
-                f"hidden_size={self.hidden_size} is not an even number of heads of head_dim={self.head_dim}, which "
-                "differential attention pairs; choose another of the two"
-            )
-
     def shrunk(self) -> Sizes:
         """The same proportions at heads of 16, and two layers: what smoke tests train."""
         by = max(1, self.head_dim // 16)
@@ -107,49 +94,6 @@ class Sizes:
             )
         return int(total)
 
-    def common(self, intermediate_size: int) -> dict[str, Any]:
-        """Config fields that have the same names in all models."""
-        return {
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tied,
-            "use_cache": False,
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-        }
-
-
-_Configure = Callable[[Sizes, int], PreTrainedConfig]
-
-
-def _motif(attention_type: str, hidden_act: str, narrow: bool = False) -> Callable[[Sizes, int], MotifConfig]:
-    def configure(sizes: Sizes, intermediate_size: int) -> MotifConfig:
-        heads, kv_heads, noise_heads = sizes.heads, sizes.heads, None
-        if attention_type == "gda":
-            heads = sizes.gda(narrow)
-            noise_heads, kv_heads = heads // 5, heads // 5 * 2
-        elif attention_type == "diff_v2":
-            heads = 2 * sizes.heads
-        return MotifConfig(
-            **sizes.common(intermediate_size),
-            attention_type=attention_type,
-            hidden_act=hidden_act,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            num_noise_heads=noise_heads,
-        )
-
-    return configure
-
-
-def _transformers(config: type[LlamaConfig] | type[DiffLlamaConfig]) -> _Configure:
-    return lambda sizes, intermediate_size: config(
-        **sizes.common(intermediate_size), num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads
-    )
-
 
 def _cudnn_attention(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
     """Transformers' attention through torch, by cuDNN's kernel alone."""
@@ -171,19 +115,40 @@ class Provider:
     name: str
     label: str
     """For tables and plots."""
-    library: str
-    attention: str
+    kind: str
+    """"gda", "gda_narrow", "diff_v1", "diff_v2" or "softmax"."""
+    feed_forward: str = "PolyNorm"
+    library: str = "motifarch"
+    attention: str = "auto"
     """transformers' attn_implementation."""
-    feed_forward: str
-    configure: _Configure
-    twin: Callable[[Sizes, int], MotifConfig]
-    """Our model with the same matrices and attention maps, which counts the FLOPs."""
 
     def build(self, sizes: Sizes, intermediate_size: int) -> PreTrainedModel:
         """The model in float32 and training mode, with random weights."""
-        config = self.configure(sizes, intermediate_size)
+        if self.library == "motifarch":
+            config: PreTrainedConfig = self.twin(sizes, intermediate_size)
+        else:
+            config = (LlamaConfig if self.kind == "softmax" else DiffLlamaConfig)(
+                **_common(sizes, intermediate_size), num_attention_heads=sizes.heads, num_key_value_heads=sizes.heads
+            )
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=self.attention)
         return model.train()
+
+    def twin(self, sizes: Sizes, intermediate_size: int) -> MotifConfig:
+        """Our model with the same matrices and attention maps; of ours, themselves."""
+        heads, kv_heads, noise_heads = sizes.heads, sizes.heads, None
+        if self.kind.startswith("gda"):
+            heads = sizes.gda(narrow=self.kind == "gda_narrow")
+            noise_heads, kv_heads = heads // 5, heads // 5 * 2
+        elif self.kind == "diff_v2":
+            heads = 2 * sizes.heads
+        return MotifConfig(
+            **_common(sizes, intermediate_size),
+            attention_type=self.kind.removesuffix("_narrow"),
+            hidden_act="silu" if self.feed_forward == "SwiGLU" else "poly_norm",
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            num_noise_heads=noise_heads,
+        )
 
     def unsupported_reason(self, device: str) -> str | None:
         """Why it cannot run on "cpu" or "cuda" here; None if it can."""
@@ -198,47 +163,39 @@ class Provider:
         return None
 
 
-def _ours(
-    name: str, label: str, configure: Callable[[Sizes, int], MotifConfig], feed_forward: str = "PolyNorm"
-) -> Provider:
-    return Provider(name, label, "motifarch", "auto", feed_forward, configure, configure)
+def _common(sizes: Sizes, intermediate_size: int) -> dict[str, Any]:
+    """Config fields that have the same names in all models."""
+    return {
+        "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": sizes.num_layers,
+        "head_dim": sizes.head_dim,
+        "max_position_embeddings": sizes.max_positions,
+        "tie_word_embeddings": sizes.tied,
+        "use_cache": False,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
 
 
-def _diffllama(attention: str) -> Provider:
-    label = f"DiffLlama {attention}"
-    configure = _transformers(DiffLlamaConfig)
-    return Provider(
-        f"diffllama_{attention}", label, "transformers", attention, "SwiGLU", configure, _motif("diff_v1", "silu")
-    )
-
-
-def _llama(name: str, label: str, attention: str) -> Provider:
-    configure = _transformers(LlamaConfig)
-    return Provider(name, label, "transformers", attention, "SwiGLU", configure, _motif("softmax", "silu"))
-
-
+_LLAMA, _DIFFLLAMA = (("softmax", "SwiGLU", "transformers"), ("diff_v1", "SwiGLU", "transformers"))
 PROVIDERS = {
     p.name: p
     for p in (
-        _ours("gda", "GDA 4:1", _motif("gda", "poly_norm")),
-        _ours("gda_narrow", "GDA 4:1 narrow", _motif("gda", "poly_norm", narrow=True)),
-        _ours("diff_v1", "DIFF V1", _motif("diff_v1", "poly_norm")),
-        _ours("diff_v2", "DIFF V2", _motif("diff_v2", "poly_norm")),
-        _ours("softmax", "our softmax", _motif("softmax", "silu"), "SwiGLU"),
-        _diffllama("sdpa"),
-        _diffllama("eager"),
-        _llama("llama", "Llama", "sdpa"),
-        _llama("llama_cudnn", "Llama cuDNN", _CUDNN),
-        *(_llama(f"llama_flash{n}", f"Llama flash-attn {n}", f"{_FLASH}{n}") for n in (2, 3, 4)),
+        Provider("gda", "GDA 4:1", "gda"),
+        Provider("gda_narrow", "GDA 4:1 narrow", "gda_narrow"),
+        Provider("diff_v1", "DIFF V1", "diff_v1"),
+        Provider("diff_v2", "DIFF V2", "diff_v2"),
+        Provider("softmax", "our softmax", "softmax", "SwiGLU"),
+        Provider("diffllama_sdpa", "DiffLlama sdpa", *_DIFFLLAMA, "sdpa"),
+        Provider("diffllama_eager", "DiffLlama eager", *_DIFFLLAMA, "eager"),
+        Provider("llama", "Llama", *_LLAMA, "sdpa"),
+        Provider("llama_cudnn", "Llama cuDNN", *_LLAMA, _CUDNN),
+        *(Provider(f"llama_flash{n}", f"Llama flash-attn {n}", *_LLAMA, f"{_FLASH}{n}") for n in (2, 3, 4)),
     )
 }
 DIFFLLAMAS = tuple(name for name in PROVIDERS if name.startswith("diffllama"))
 LLAMAS = tuple(name for name in PROVIDERS if name.startswith("llama"))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters of a model."""
-    return sum(p.numel() for p in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -263,27 +220,25 @@ class MatchedModel:
             AssertionError: it has another number of parameters than it was matched with.
         """
         model = self.provider.build(sizes, self.intermediate_size)
-        if count_parameters(model) != self.parameters:
-            raise AssertionError(f"{self.name} has {count_parameters(model):,} parameters, not {self.parameters:,}")
+        if model.num_parameters() != self.parameters:
+            raise AssertionError(f"{self.name} has {model.num_parameters():,} parameters, not {self.parameters:,}")
         return model
 
     def flops_per_token(self, sizes: Sizes, seq_len: int) -> float:
         """What :meth:`MotifForCausalLM.flops_per_token` counts of a model with these matrices."""
-        config = self.provider.twin(sizes, self.intermediate_size)
         with torch.device("meta"):
-            return MotifForCausalLM(config).flops_per_token(seq_len)
+            return MotifForCausalLM(self.provider.twin(sizes, self.intermediate_size)).flops_per_token(seq_len)
 
     def describe(self) -> dict[str, Any]:
         """For JSON."""
-        p = self.provider
-        names = {"name": p.name, "label": p.label, "library": p.library, "attention": p.attention}
-        return names | {"feed_forward": p.feed_forward} | {k: v for k, v in vars(self).items() if k != "name"}
+        names = ("name", "label", "library", "attention", "feed_forward")
+        return {name: getattr(self.provider, name) for name in names} | dataclasses.asdict(self)
 
 
 def _count(name: str, sizes: Sizes, intermediate_size: int) -> int:
     # By an attention that is everywhere: parameters are the same, and flash-attn may be missing.
     with torch.device("meta"):
-        return count_parameters(dataclasses.replace(PROVIDERS[name], attention="eager").build(sizes, intermediate_size))
+        return dataclasses.replace(PROVIDERS[name], attention="eager").build(sizes, intermediate_size).num_parameters()
 
 
 def match_parameters(names: Iterable[str], sizes: Sizes) -> dict[str, MatchedModel]:
@@ -292,7 +247,11 @@ def match_parameters(names: Iterable[str], sizes: Sizes) -> dict[str, MatchedMod
     Raises:
         UserError: impossible sizes, or a model that stays more than 3% away.
     """
-    sizes.check()
+    if sizes.hidden_size % sizes.head_dim or sizes.heads % 2:
+        raise UserError(
+            f"hidden_size={sizes.hidden_size} is not an even number of heads of head_dim={sizes.head_dim}, which "
+            "differential attention pairs; choose another of the two"
+        )
     target = _count(REFERENCE, sizes, sizes.intermediate_size)
     matched = {}
     for name in names:

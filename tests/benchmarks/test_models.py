@@ -84,7 +84,7 @@ def test_flops_are_those_that_torch_counts(name: str, heads: int, v_head_dim: in
 @pytest.mark.parametrize("name", ["llama", "diffllama_eager"])
 def test_a_twin_has_the_matrices_of_transformers_model(name: str) -> None:
     matched = match_parameters([name], SMALL)[name]
-    twin = dataclasses.replace(matched.provider, configure=matched.provider.twin, attention="auto")
+    twin = dataclasses.replace(matched.provider, library="motifarch", attention="auto")
     models = [p.build(SMALL, matched.intermediate_size) for p in (matched.provider, twin)]
     sizes = [sorted(m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)) for model in models]
     assert sizes[0] == sizes[1]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import pytest
 
 from benchmarks import run
 from benchmarks.compare import compare, main, read_results
-from benchmarks.lib import process
 from motifarch.cli import run as motifarch
 from motifarch.errors import UserError
 
@@ -25,16 +26,16 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Benchmarks that end with committed figures; combine fails as long as it is named first."""
     names = ["fails:combine"]
 
-    def finish(command: list[str], log: Any) -> int:
+    def execute(command: list[str], log: Path) -> int:
         output = Path(command[command.index("--output") + 1])
         names.append(output.stem)
         if names[0] == f"fails:{output.stem}":
-            log.write(b"begun\nthe disk is on fire\n")
+            log.write_text("begun\nthe disk is on fire\n")
             return 1
         output.write_text((COMMITTED / f"{output.stem}_cpu.json").read_text())
         return 0
 
-    monkeypatch.setattr(process, "finish", finish)
+    monkeypatch.setattr(run, "execute", execute)
     return names
 
 
@@ -62,12 +63,18 @@ def test_what_failed_is_named_and_tried_again_and_the_rest_is_kept(ran: list[str
     assert ran[1:] == ["combine", "train_step", "combine"]
 
 
-def test_a_command_is_stopped_at_its_deadline_and_told_first(tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    script = f"trap 'echo to stop > {told}; exit 143' TERM; sleep 60 & wait"
-    assert process.finish(["bash", "-c", script], deadline=process.time.monotonic() + 2) is None
+def test_a_stop_reaches_the_benchmark_which_writes_what_it_has(tmp_path: Path) -> None:
+    told, log = tmp_path / "told", tmp_path / "log"
+    script = f"trap 'echo to stop > {told}; exit 143' TERM; echo begun; sleep 60 & wait"
+    call = f"execute(['bash', '-c', {script!r}], Path({str(log)!r}))"
+    code = f"from benchmarks.run import *\nwith cli.terminate_as_interrupt(): {call}"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=run.report.ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert b"KeyboardInterrupt" in process.communicate(timeout=30)[1]
     assert told.read_text() == "to stop\n"
-    assert process.finish([sys.executable, "-c", "raise SystemExit(3)"]) == 3
 
 
 def test_the_former_command_names_its_successor() -> None:
