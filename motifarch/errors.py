@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def tell_torchrun(message: str) -> None:
     """Writes the message that torchrun, if it started this process, prints in its report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

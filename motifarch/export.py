@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.portable import CODE_FILE, add_code
@@ -101,8 +101,9 @@ def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedToke
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} holds no tokenizer that loads: {reason}; name one with --tokenizer") from None
+        raise UserError(
+            f"{folder} holds no tokenizer that loads: {first_line(error)}; name one with --tokenizer"
+        ) from None
     rows = record["model_config"]["vocab_size"]
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer {folder} has {len(tokenizer)} tokens but the model {rows}; give the run's own")

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -156,8 +156,3 @@ def listed(names: Collection[str]) -> str:
     """A few names, and how many more there are."""
     shown = ", ".join(sorted(names)[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

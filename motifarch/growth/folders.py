@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, write_json
-from motifarch.weight_files import INDEX, SINGLE, WeightFiles, first_line
+from motifarch.weight_files import INDEX, SINGLE, WeightFiles
 
 CONFIG = "config.json"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.growth.compare import Described, logits
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax import Kind, from_softmax
@@ -45,7 +45,7 @@ def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> 
     try:
         ids = AutoTokenizer.from_pretrained(source.path)(text.read_text(encoding="utf-8"))["input_ids"]
     except (OSError, ValueError) as error:
-        raise UserError(f"{text} can't be made into tokens of {source.path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{text} can't be made into tokens of {source.path}: {first_line(error)}") from None
     length = min(longest, len(ids) // ROWS)
     if length < 2:
         raise UserError(f"{text} has {len(ids)} tokens; give a text of at least {2 * ROWS}")
@@ -105,7 +105,7 @@ class _Gains:
     """
 
     def __init__(self, config: MotifConfig, shrink: float) -> None:
-        self.width, self.eps, self.shrink = config.value_width, config.attn_rms_norm_eps, shrink
+        self.width, self.eps, self.shrink = config.v_head_dim, config.attn_rms_norm_eps, shrink
         self.measured: list[Tensor] = []
         """(heads,) for each layer that has run."""
 

@@ -108,7 +108,7 @@ def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[s
     return {
         QUERIES: Copies(queries.repeat(heads, 1, 1).flatten(), heads),
         KEYS: tiled(config.num_key_value_heads * config.head_dim, heads),
-        SIGNALS: signals(config.value_width),
+        SIGNALS: signals(config.v_head_dim),
         SIGNAL_HEADS: signals(1),
     }
 

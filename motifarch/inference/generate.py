@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import motifarch.integrations
 import motifarch.models  # noqa: F401  # both for the Auto classes to know motifarch's models
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate
 
@@ -59,15 +59,14 @@ def load(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"device {device!r} is not there ({reason}); give cpu, or cuda on a machine with a GPU"
+            f"device {device!r} is not there ({first_line(error)}); give cpu, or cuda on a machine with a GPU"
         ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not load: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{folder} does not load: {first_line(error)}") from None
     return model.to(device=device).eval(), tokenizer  # type: ignore[call-arg]  # transformers hides its signature
 
 

@@ -29,7 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 
 Prompt = str | list[dict[str, str]]
 """Text to continue, or a conversation to answer: messages with "role" and "content"."""
@@ -146,7 +146,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
             text = str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program of its own, and raises what it likes
             raise UserError(
-                f"{name}: the chat template of {folder} does not take these messages ({_reason(error)}); change "
+                f"{name}: the chat template of {folder} does not take these messages ({first_line(error)}); change "
                 "their roles, or leave out the system message"
             ) from None
     try:
@@ -334,7 +334,7 @@ def _continue(
     except ValueError as error:
         if sampling.cache == "static":
             raise UserError(
-                f"{type(model).__name__} does not work with --cache static ({_reason(error)}); use --cache dynamic"
+                f"{type(model).__name__} does not work with --cache static ({first_line(error)}); use --cache dynamic"
             ) from None
         raise
     speed.decode_seconds += time.perf_counter() - first_tokens.time
@@ -395,10 +395,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]
         str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (context, context + new, new)
     )
     return whole[len(before) :] if whole.startswith(before) else alone
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _count(tokens: int) -> str:

@@ -147,7 +147,7 @@ def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> A
         return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
     if not isinstance(visible, VisibleKeys):
         raise ValueError(
-            "attention_mask is a mask of its own making, of every query and key; a patched model's attention is causal "
+            "attention_mask is a mask of every query and key; a patched model's attention is causal "
             "and takes masks of padding, (B, tokens)"
         )
     places, padding = k1.shape[1], visible.padding
@@ -155,7 +155,7 @@ def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> A
         if not (torch.is_grad_enabled() and (q1.requires_grad or k1.requires_grad)):
             options |= {"cache_leftpad": visible.leftpad}
             return diff_attn_with_kvcache(q1, k1, q2, k2, v, lam, visible.lengths, **options)
-        if not visible.whole:
+        if not visible.full:
             raise ValueError("a cache of fixed size gives no gradients; call under torch.no_grad(), or without a cache")
         if visible.leftpad is None:
             return diff_attn_func(q1, k1, q2, k2, v, lam, **options)

@@ -90,12 +90,12 @@ def add_lambdas(
         module.subln = nn.RMSNorm(width, eps=norm_eps, device=weight.device, dtype=weight.dtype) if sub_norm else None
         module.out_scale = 1.0 - module.lambda_init if sub_norm else 1.0
         module.backend, module.motifarch_pairs = "auto", True
-        module.register_forward_pre_hook(_refuse_others)
+        module.register_forward_pre_hook(_check_implementation)
     model.set_attn_implementation(IMPLEMENTATION)
     model.create_masks_for_generate = _leave_mask  # type: ignore[assignment]  # generate() looks for it
 
 
-def _refuse_others(module: Any, _: Any) -> None:
+def _check_implementation(module: Any, _: Any) -> None:
     """Other attention functions would take noise heads for heads like all others, and run."""
     found = module.config._attn_implementation
     if found != IMPLEMENTATION:

@@ -26,14 +26,14 @@ class VisibleKeys:
             longest one's length.
         lengths: (B,) int32, how many of a cache's places are filled, the new tokens included.
         leftpad: with lengths: (B,) int32, how many places at their start are padding.
-        whole: with lengths: every place of the cache is filled, as far as the host knows.
+        full: with lengths: every place of the cache is filled, as far as the host knows.
     """
 
     padding: PaddingMask | None = None
     documents: tuple[Tensor, int] | None = None
     lengths: Tensor | None = None
     leftpad: Tensor | None = None
-    whole: bool = False
+    full: bool = False
 
 
 def visible_keys(
@@ -88,8 +88,8 @@ def visible_keys(
     if attention_mask is not None:
         before = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, dtype=torch.int32)
         leftpad = (before - kv_offset).clamp(min=0)
-    whole = isinstance(q_offset, int) and q_offset + added == kv_length
-    return VisibleKeys(lengths=lengths, leftpad=leftpad, whole=whole)
+    full = isinstance(q_offset, int) and q_offset + added == kv_length
+    return VisibleKeys(lengths=lengths, leftpad=leftpad, full=full)
 
 
 def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | None:

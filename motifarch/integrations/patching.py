@@ -63,7 +63,7 @@ def patch(
         merge_kv: where the ratio does not fit, take means of neighbouring key/value heads until it
             does.
         experts: with "polynorm" and routed experts: "keep" theirs (dense and shared ones are
-            swapped), or "swap" their activation too, one PolyNorm a layer; None refuses such a
+            swapped), or "swap" their activation too, one PolyNorm a layer; None raises for such a
             model.
         backend: motif_kernels' backend.
 

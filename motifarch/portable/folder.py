@@ -39,7 +39,7 @@ def add_code(folder: Path) -> Path:
         UserError: no Motif model is there, or one that brings code of its own.
     """
     config = _read_config(folder / "config.json")
-    _refuse_other_code(folder, config)
+    _check_no_other_code(folder, config)
     target = folder / CODE_FILE
     source = Path(__file__).with_name(CODE_FILE).read_text(encoding="utf-8")
     with atomic_write(target) as file:
@@ -67,7 +67,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
-def _refuse_other_code(folder: Path, config: dict[str, Any]) -> None:
+def _check_no_other_code(folder: Path, config: dict[str, Any]) -> None:
     named = [entry for entry in (config.get("auto_map") or {}).values() if isinstance(entry, str) and "--" not in entry]
     for name in {CODE_FILE, *(f"{entry.partition('.')[0]}.py" for entry in named)}:
         path = folder / name

@@ -215,14 +215,14 @@ class MotifAttention(nn.Module):
         assert width is not None  # these three are filled in by the config
         assert kv_heads is not None
         assert noise_heads is not None
-        self.head_dim, self.value_width = width, 2 * width if self.paired else width
+        self.head_dim, self.v_head_dim = width, 2 * width if self.paired else width
         self.block = 1 if self.kind == "softmax" else heads // noise_heads
         signal_heads = heads if self.kind == "softmax" else heads - noise_heads
         size, bias = config.hidden_size, config.use_bias
         self.q_proj = nn.Linear(size, heads * width, bias=bias)
         self.k_proj = nn.Linear(size, kv_heads * width, bias=bias)
         self.v_proj = nn.Linear(size, kv_heads * width, bias=bias)
-        self.o_proj = nn.Linear(signal_heads * self.value_width, size, bias=bias)
+        self.o_proj = nn.Linear(signal_heads * self.v_head_dim, size, bias=bias)
         self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.lambda_init, self.gate_proj, self.subln = 0.0, None, None
@@ -239,7 +239,7 @@ class MotifAttention(nn.Module):
             self.lambda_q2 = nn.Parameter(0.1 * torch.randn(width))
             self.lambda_k2 = nn.Parameter(0.1 * torch.randn(width))
         if config.sub_norm:
-            self.subln = nn.RMSNorm(self.value_width, eps=config.attn_rms_norm_eps)
+            self.subln = nn.RMSNorm(self.v_head_dim, eps=config.attn_rms_norm_eps)
 
     def forward(
         self,
@@ -254,8 +254,8 @@ class MotifAttention(nn.Module):
         query = self.q_norm(self._heads(self.q_proj(hidden_states), self.head_dim))
         key = self.k_norm(self._heads(self.k_proj(hidden_states), self.head_dim))
         query, key = _rotate(query, position_embeddings), _rotate(key, position_embeddings)
-        key = self._heads(key.transpose(1, 2).flatten(2), self.value_width)  # of a pair, k1 and k2 side by side
-        value = self._heads(self.v_proj(hidden_states), self.value_width)
+        key = self._heads(key.transpose(1, 2).flatten(2), self.v_head_dim)  # of a pair, k1 and k2 side by side
+        value = self._heads(self.v_proj(hidden_states), self.v_head_dim)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.kind == "softmax":
@@ -276,9 +276,9 @@ class MotifAttention(nn.Module):
         out = out - self._lambda(hidden_states) * noise_out.repeat_interleave(self.block - 1, dim=1)
         if self.subln is not None:
             weight = self.subln.weight.to(out.dtype)
-            out = F.rms_norm(out, (self.value_width,), weight, self.subln.eps) * (1.0 - self.lambda_init)
+            out = F.rms_norm(out, (self.v_head_dim,), weight, self.subln.eps) * (1.0 - self.lambda_init)
         if self.gate_proj is not None:
-            out = out * torch.sigmoid(_wide(self._heads(self.gate_proj(hidden_states), self.value_width)))
+            out = out * torch.sigmoid(_wide(self._heads(self.gate_proj(hidden_states), self.v_head_dim)))
         return out
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:

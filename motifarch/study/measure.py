@@ -19,7 +19,7 @@ from rich.console import Console
 
 from motifarch.data import PackedDataset
 from motifarch.data.tokenizer import load_tokenizer
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.files import write_json
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.study.attention_statistics import attention_statistics, gradient_norm_spikes
@@ -148,9 +148,8 @@ def _load_model(run: Path, record: dict[str, Any], device: str) -> MotifForCausa
     try:
         model.to(device=device)  # type: ignore[call-arg]  # transformers hides its signature
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"device {device!r} cannot be used ({reason}); give cpu, or cuda on a machine with a GPU"
+            f"device {device!r} cannot be used ({first_line(error)}); give cpu, or cuda on a machine with a GPU"
         ) from None
     return model.float().eval()
 

@@ -201,7 +201,7 @@ def test_what_the_interface_does_not_serve_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention dropout is 0\.1"):
         model(input_ids=ids)
     model = host()
-    with pytest.raises(ValueError, match="a mask of its own making"):
+    with pytest.raises(ValueError, match="a mask of every query and key"):
         model(input_ids=ids, attention_mask=torch.zeros(1, 1, 5, 5, dtype=torch.float64))
     with pytest.raises(ValueError, match="output_attentions"):
         model(input_ids=ids, output_attentions=True)

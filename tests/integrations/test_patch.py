@@ -370,7 +370,7 @@ def test_masks_that_cannot_be_honoured_are_refused() -> None:
     hole[0, 3] = 0
     with pytest.raises(ValueError, match="padding between"):
         model(ids, attention_mask=hole)
-    with pytest.raises(ValueError, match="mask of its own making"):
+    with pytest.raises(ValueError, match="mask of every query and key"):
         model(ids, attention_mask=torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"shape \(2, 5\); it must have 8 columns"):
         model(ids, attention_mask=torch.ones(2, 5))

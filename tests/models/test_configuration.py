@@ -14,7 +14,7 @@ from motifarch.models.motif import MotifConfig, MotifForCausalLM
 def test_defaults_are_the_12b_model_s():
     config = MotifConfig()
     assert (config.num_attention_heads, config.noise_heads, config.num_key_value_heads) == (40, 8, 16)
-    assert config.value_width == 256
+    assert config.v_head_dim == 256
 
 
 @pytest.mark.parametrize("given", [{}, {"num_noise_heads": None}], ids=["absent", "null"])

@@ -193,7 +193,7 @@ def test_flops_per_token_are_those_that_torch_counts(variant):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     config = model.config
-    pair = 3 * 2 * (config.head_dim + config.value_width) * config.num_attention_heads * config.num_hidden_layers
+    pair = 3 * 2 * (config.head_dim + config.v_head_dim) * config.num_attention_heads * config.num_hidden_layers
     hidden_pairs = length - (length + 1) / 2
     assert counter.get_total_flops() / length == model.flops_per_token(length) + pair * hidden_pairs
 

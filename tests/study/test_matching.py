@@ -76,7 +76,7 @@ def flops(matched: Matched) -> float:
     # torch's attention is given queries and keys as wide as values: zeros, which the mathematics
     # does without.
     config, pairs = built.config, (64 + 1) / 2
-    zeros = config.num_hidden_layers * config.num_attention_heads * 2 * (config.value_width - config.head_dim) * pairs
+    zeros = config.num_hidden_layers * config.num_attention_heads * 2 * (config.v_head_dim - config.head_dim) * pairs
     return 3 * (counter.get_total_flops() / 64 - zeros)
 
 

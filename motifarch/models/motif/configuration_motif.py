@@ -191,10 +191,15 @@ class MotifConfig(PreTrainedConfig):
         return self.paired_kv
 
     @property
-    def value_width(self) -> int:
+    def v_head_dim(self) -> int:
         """Width Dv of a value head as attention sees it."""
         assert self.head_dim is not None  # filled in by __post_init__
         return 2 * self.head_dim if self.has_paired_kv else self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """The name of :attr:`v_head_dim` in 0.1.0, deprecated."""
+        return self.v_head_dim
 
     @property
     def layer_types(self) -> list[str]:

@@ -219,7 +219,7 @@ class MotifModel(MotifPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
-        Packed documents are told apart by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1
+        Packed documents are given by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1
         int32 bounds in the B * S tokens, and the longest), or by position_ids that restart at each
         document.
 
@@ -509,5 +509,5 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             w = config.sliding_window
             pairs = w - w * (w - 1) / (2 * seq_len)
         assert config.head_dim is not None  # filled in by the config
-        heads = config.num_attention_heads * 2 * (config.head_dim + config.value_width)
+        heads = config.num_attention_heads * 2 * (config.head_dim + config.v_head_dim)
         return 6.0 * weights + 3.0 * config.num_hidden_layers * heads * pairs
