@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -138,7 +139,9 @@ def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
         range(size) if not isinstance(placement, Replicate) else (own,)
         for size, placement, own in zip(mesh.shape, placements, mine, strict=True)
     ]
-    found = sorted((int(mesh.mesh[place]), place) for place in itertools.product(*axes))
+    with unset_fake_temporarily():  # a mesh's numbers are read also where a step is traced on fake tensors
+        ranks = mesh.mesh
+        found = sorted((int(ranks[place]), place) for place in itertools.product(*axes))
     return CopyGroup(tuple(rank for rank, _ in found), tuple(place for _, place in found))
 
 

@@ -9,15 +9,15 @@ operator that the step calls on this rank.
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -29,17 +29,17 @@ from torch.utils._pytree import tree_leaves
 from motif_kernels import dispatch
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
-from motifarch.optim import parallel_muon
 from motifarch.parallel import Layout, Mesh, World
 from motifarch.plan import communication, flops, memory
-from motifarch.plan.communication import Groups, Traffic
-from motifarch.plan.memory import MemoryLedger
+from motifarch.plan.communication import Collective, Groups, Traffic
+from motifarch.plan.memory import MemoryLedger, replaced
 from motifarch.shards import to_local
-from motifarch.train import loop
+from motifarch.train.loop import build_state
 from motifarch.train.recipe import Recipe
 from motifarch.train.step import train_step
 
-_SHAPES = "_propagate_tensor_meta_non_cached"
+FIND_SHAPES = "_propagate_tensor_meta_non_cached"
+"""Of torch's ShardingPropagator, the one of torch's internals that a dry run replaces."""
 
 _KIND_OF_PHASE = {
     "forward": memory.ACTIVATIONS,
@@ -47,13 +47,13 @@ _KIND_OF_PHASE = {
     "loss": memory.LOSS,
 }
 
-
-@dataclass
-class PlannedInputs:
-    """What `build_state` asks of a run's inputs."""
-
-    model_config: MotifConfig
-    seq_len: int
+# What FSDP2's operators work on: an argument's place or name, and its kind.
+_KIND_OF_ARGUMENT: dict[str, tuple[int | str, str]] = {
+    "fsdp::all_gather_copy_in": (1, memory.GATHERED),
+    "fsdp::split_with_sizes_copy": ("out", memory.GATHERED),
+    "c10d::_allgather_base_": (0, memory.GATHERED),
+    "c10d::_reduce_scatter_base_": (0, memory.GRADIENTS),
+}
 
 
 @dataclass
@@ -96,9 +96,9 @@ class StepTrace:
 class _Tally:
     """What is added up over a micro-batch, or over a step's end."""
 
-    flops: dict[tuple[str, str], float] = field(default_factory=dict)
-    moved: dict[str, float] = field(default_factory=dict)
-    calls: dict[tuple[communication.Collective, str], float] = field(default_factory=dict)
+    flops: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    moved: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    calls: defaultdict[tuple[Collective, str], float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Recorder(TorchDispatchMode):
@@ -110,9 +110,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.ledger = MemoryLedger()
         self.tallies: list[_Tally] = [_Tally()]
-        self.stage = "other"
-        self.in_blocks = 0
-        self.asleep = False
+        self.activations = 0
+        self.gradients: int | None = None
+        self._stage = "other"
+        self._in_blocks = 0
+        self._asleep = False
         self._share = visible_share
 
     @property
@@ -121,78 +123,86 @@ class _Recorder(TorchDispatchMode):
         recomputed.
         """
         if torch._C._current_graph_task_id() != -1:
-            return "recompute" if self.in_blocks or torch.is_grad_enabled() else "backward"
-        return self.stage
+            return "recompute" if self._in_blocks or torch.is_grad_enabled() else "backward"
+        return self._stage
 
     def unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What a function does, nobody records."""
+        """The same function, whose operators are not recorded."""
 
         def run(*args: Any) -> Any:
-            before, self.asleep = self.asleep, True
+            before, self._asleep = self._asleep, True
             try:
                 return function(*args)
             finally:
-                self.asleep = before
+                self._asleep = before
 
         return run
 
-    def watch(self, layers: Iterable[nn.Module]) -> None:
-        """Follows whether decoder layers' blocks are being called, also where a recomputation stops
-        early.
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Hooks into the places where a step goes from one stage to the next."""
 
-        Their own hooks stay outside of what is recomputed.
-        """
+        def before_micro_batch(*_: Any) -> None:
+            if len(self.tallies) == 2:
+                # Whatever the backward pass made and left: gradients that are not reduced yet.
+                self.ledger.rename(memory.WORKING, memory.WHOLE_GRADIENTS)
+                # What follows is never less, and counts them apart.
+                self.ledger.highest[memory.WORKING] = 0
+            self.tallies.append(_Tally())
+            self._stage = "forward"
 
-        def enter(*_: Any) -> None:
-            self.in_blocks += 1
+        def before_loss(*_: Any) -> None:
+            self._stage = "loss"
+            self.activations = self.ledger.now[memory.ACTIVATIONS]
 
-        def leave(*_: Any) -> None:
-            self.in_blocks -= 1
+        def before_optimizer(*_: Any) -> None:
+            if self.gradients is None:  # an offloaded optimizer steps in pieces
+                self.tallies.append(_Tally())
+            self._stage = "optimizer"
+            self.gradients = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
-        for block in (block for layer in layers for block in layer.children()):
-            block.register_forward_pre_hook(enter)
-            block.register_forward_hook(leave, always_call=True)
+        def after_optimizer(*_: Any) -> None:
+            self._stage = "other"
+
+        def enter_block(*_: Any) -> None:
+            self._in_blocks += 1
+
+        def leave_block(*_: Any) -> None:
+            self._in_blocks -= 1
+
+        model.register_forward_pre_hook(before_micro_batch)
+        model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]
+        optimizer.register_step_pre_hook(before_optimizer)
+        optimizer.register_step_post_hook(after_optimizer)
+        # Blocks are followed also where a recomputation stops early. The layers' own hooks stay
+        # outside of what is recomputed.
+        for block in (block for layer in model.model.layers for block in layer.children()):  # type: ignore[union-attr]
+            block.register_forward_pre_hook(enter_block)
+            block.register_forward_hook(leave_block, always_call=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
             return NotImplemented  # they come again as what they are made of
         kwargs = kwargs or {}
-        if self.asleep or func.namespace == "prim":  # a tensor's device is asked for by an operator too
+        if self._asleep or func.namespace == "prim":  # a tensor's device is asked for by an operator too
             return func(*args, **kwargs)
         phase = self.phase
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         tally = self.tallies[-1]
-        kind = _KIND_OF_PHASE.get(phase, memory.WORKING)
         for tensor in outputs:
-            self.ledger.note(tensor, kind)
-        self._know(func, args, kwargs)
+            self.ledger.note(tensor, _KIND_OF_PHASE.get(phase, memory.WORKING))
+        if func._schema.name in _KIND_OF_ARGUMENT:
+            place, kind = _KIND_OF_ARGUMENT[func._schema.name]
+            for tensor in tree_leaves(kwargs[place] if isinstance(place, str) else args[place]):
+                self.ledger.note(tensor, kind, again=True)
         self.ledger.look(phase)
         if work := flops.count(func, args, kwargs, out):
-            part = flops.part_of(func, phase)
             share = self._share if flops.is_plain_attention(func, phase) else 1.0
-            tally.flops[phase, part] = tally.flops.get((phase, part), 0.0) + work * share
-        everything = [*args, *kwargs.values()]
-        tally.moved[phase] = tally.moved.get(phase, 0.0) + flops.moved_bytes(func, everything, outputs)
+            tally.flops[phase, flops.part_of(func, phase)] += work * share
+        tally.moved[phase] += flops.moved_bytes(func, [*args, *kwargs.values()], outputs)
         if call := communication.recognise(func, args, outputs):
-            tally.calls[call, phase] = tally.calls.get((call, phase), 0.0) + 1
+            tally.calls[call, phase] += 1
         return out
-
-    def _know(self, func: Any, args: Any, kwargs: Any) -> None:
-        """FSDP2's operators say what their tensors are."""
-        name = func._schema.name
-        known: list[tuple[Any, str]] = []
-        if name == "fsdp::all_gather_copy_in":
-            known = [(args[1], memory.GATHERED)]
-        elif name == "fsdp::split_with_sizes_copy":
-            known = [(kwargs["out"], memory.GATHERED)]
-        elif name == "c10d::_allgather_base_":
-            known = [(args[0], memory.GATHERED)]
-        elif name == "c10d::_reduce_scatter_base_":
-            known = [(args[0], memory.GRADIENTS)]
-        for tensors, kind in known:
-            for tensor in tree_leaves(tensors):
-                self.ledger.note(tensor, kind, again=True)
 
 
 @contextlib.contextmanager
@@ -226,37 +236,6 @@ def _forget_meshes() -> None:
                 if not isinstance(value, type) and callable(clear := getattr(value, "cache_clear", None)):
                     clear()
     vars(ShardingPropagator)["_propagate_tensor_meta_cached"].cache_clear()
-
-
-def _with_data(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a function read what it computes, such as ranks' numbers in a mesh."""
-
-    def run(*args: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args)
-
-    return run
-
-
-@contextlib.contextmanager
-def _pretending(fake: FakeTensorMode, recorder: _Recorder) -> Iterator[None]:
-    """What of building and running needs weights' values or a GPU is passed over; nothing depends
-    on either.
-    """
-
-    def without_values(model: nn.Module, device: torch.device, seed: int) -> None:
-        with fake:
-            model.to_empty(device=device)
-
-    with (
-        mock.patch.object(loop, "initialize", without_values),
-        # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
-        mock.patch.object(dispatch, "triton_unsupported_reason", return_value=None),
-        mock.patch.object(parallel_muon, "copy_group", _with_data(parallel_muon.copy_group)),
-        # DTensor finds shapes by running operators on whole tensors, which no rank does.
-        mock.patch.object(ShardingPropagator, _SHAPES, recorder.unseen(getattr(ShardingPropagator, _SHAPES))),
-    ):
-        yield
 
 
 def trace_step(
@@ -297,36 +276,24 @@ def trace_step(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(flops.visible_share(config, seq_len))
     ledger = recorder.ledger
-    with fake_world(gpus, rank) as world, _pretending(fake, recorder):
+
+    def without_values(model: nn.Module, device: torch.device, seed: int) -> None:
+        with fake:
+            model.to_empty(device=device)
+
+    with (
+        fake_world(gpus, rank) as world,
+        # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
+        replaced(dispatch, "triton_unsupported_reason", lambda device: None),
+        # DTensor finds shapes by running operators on whole tensors, which no rank does.
+        replaced(ShardingPropagator, FIND_SHAPES, recorder.unseen(getattr(ShardingPropagator, FIND_SHAPES))),
+    ):
         mesh = Mesh("cpu", recipe.parallel.resolve(gpus))
         layout = mesh.layout
-        state, _ = loop.build_state(recipe, PlannedInputs(config, seq_len), world, mesh, compute)  # type: ignore[arg-type]
+        state, _ = build_state(recipe, config, world, mesh, seq_len=seq_len, compute=compute, initialize=without_values)
         model, optimizer = state.model, state.optimizer
         rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data_parallel_size)
         micro_batches = -(-recipe.batch.size // layout.data_parallel_size // rows)
-        found: dict[str, int] = {}
-
-        def before_micro_batch(*_: Any) -> None:
-            if len(recorder.tallies) == 2:
-                # Whatever the backward pass made and left: gradients that are not reduced yet.
-                ledger.rename(memory.WORKING, memory.WHOLE_GRADIENTS)
-                ledger.highest[memory.WORKING] = 0  # what follows is never less, and counts them apart
-            recorder.tallies.append(_Tally())
-            recorder.stage = "forward"
-
-        def before_loss(*_: Any) -> None:
-            recorder.stage = "loss"
-            found["activations"] = ledger.now[memory.ACTIVATIONS]
-
-        def before_optimizer(*_: Any) -> None:
-            if "gradients" not in found:  # an offloaded optimizer steps in pieces
-                recorder.tallies.append(_Tally())
-            recorder.stage = "optimizer"
-            found["gradients"] = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
-
-        def after_optimizer(*_: Any) -> None:
-            recorder.stage = "other"
-
         with fake:
             _make_state(optimizer)
             for parameter in model.parameters():
@@ -336,20 +303,15 @@ def trace_step(
                 ledger.note(to_local(value), memory.OPTIMIZER)
             for value in there:
                 ledger.leave_out(to_local(value))
-            recorder.watch(model.model.layers)  # type: ignore[union-attr, arg-type]
-            model.register_forward_pre_hook(before_micro_batch)
-            model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]
-            optimizer.register_step_pre_hook(before_optimizer)
-            optimizer.register_step_post_hook(after_optimizer)
+            recorder.follow(model, optimizer)
             batch = _batch(rows, seq_len // layout.context)
-            targets = recipe.batch.size * seq_len
             with recorder, ledger.following_resizes():
                 try:
                     train_step(
                         state,
                         [batch] * min(micro_batches, 2),
                         world=world,
-                        targets=targets,
+                        targets=recipe.batch.size * seq_len,
                         lr=recipe.optim.lr,
                         clip=recipe.optim.clip,
                         z_loss_weight=recipe.optim.z_loss,
@@ -359,7 +321,6 @@ def trace_step(
                 except ValueError as error:
                     raise UserError(f"the recipe's model can't be run as it says: {error}") from None
         largest, outside = memory.gathered_bytes(model, getattr(torch, compute))
-        groups = Groups(_dimensions(mesh), domain)
         total = _sum_up(recorder.tallies, micro_batches)
         return StepTrace(
             layout=layout,
@@ -367,18 +328,18 @@ def trace_step(
             micro_batches=micro_batches,
             parameters=memory.local_bytes(model.parameters()),
             parameter_count=sum(p.numel() for p in model.parameters()),
-            gradients=found["gradients"],
+            gradients=recorder.gradients or 0,
             optimizer=memory.local_bytes(here),
             offloaded=memory.local_bytes(there),
-            activations=found["activations"],
+            activations=recorder.activations,
             highest=dict(ledger.highest),
             peak=dict(ledger.peak),
             peak_phase=ledger.peak_phase,
             largest_layer=largest,
             outside_layers=outside,
-            flops=total.flops,
-            moved=total.moved,
-            traffic=_traffic(total, groups),
+            flops=dict(total.flops),
+            moved=dict(total.moved),
+            traffic=_traffic(total, Groups(_dimensions(mesh), domain)),
         )
 
 
@@ -421,15 +382,11 @@ def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
     last = len(tallies) - 2  # the tally after it is the optimizer's
     for i, tally in enumerate(tallies):
         weight = micro_batches - 1 if i == 1 and last > 1 else 1
-        _add(total.flops, tally.flops, weight)
-        _add(total.moved, tally.moved, weight)
-        _add(total.calls, tally.calls, weight)
+        for name in ("flops", "moved", "calls"):
+            sums = getattr(total, name)
+            for key, value in getattr(tally, name).items():
+                sums[key] += weight * value
     return total
-
-
-def _add(kept: dict[Any, float], added: dict[Any, float], weight: float) -> None:
-    for key, value in added.items():
-        kept[key] = kept.get(key, 0.0) + weight * value
 
 
 def _traffic(total: _Tally, groups: Groups) -> list[Traffic]:

@@ -1,15 +1,17 @@
 """The training loop: from a recipe to a trained run, top to bottom."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from motifarch.data import BatchLoader
 from motifarch.errors import UserError
-from motifarch.models.motif import MotifForCausalLM
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import SpikeGuard, build_optimizer, build_schedule, offload_state
 from motifarch.parallel import (
     Mesh,
@@ -64,7 +66,9 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     output = Path(recipe.run.output)
     start = world.run_on_main_and_broadcast(lambda: _decide(recipe, inputs, world))
     mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
-    state, flops_per_token = build_state(recipe, inputs, world, mesh, start.compute)
+    state, flops_per_token = build_state(
+        recipe, inputs.model_config, world, mesh, seq_len=inputs.seq_len, compute=start.compute
+    )
     if start.parent:
         load_state(start.parent, state)
         # A row of skipped steps that stopped the last start must not stop this one at once.
@@ -182,8 +186,26 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
-def build_state(recipe: Recipe, inputs: Inputs, world: World, mesh: Mesh, compute: str) -> tuple[TrainState, float]:
+def build_state(
+    recipe: Recipe,
+    config: MotifConfig,
+    world: World,
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    compute: str,
+    initialize: Callable[[nn.Module, torch.device, int], None] = initialize,
+) -> tuple[TrainState, float]:
     """Builds model and optimizer, sharded from the start; first weights do not depend on the ranks.
+
+    Args:
+        recipe: what to build.
+        config: its model (`motifarch.train.inputs.model_config`).
+        world: the ranks.
+        mesh: how they are arranged.
+        seq_len: tokens of a sequence.
+        compute: name of the dtype that matrices are multiplied in.
+        initialize: gives a sharded model on the meta device its first weights, from a seed.
 
     Returns:
         The state at step 0, and the model FLOPs of one token, forward and backward.
@@ -191,17 +213,17 @@ def build_state(recipe: Recipe, inputs: Inputs, world: World, mesh: Mesh, comput
     Raises:
         UserError: the model or its sequences can't be cut as the recipe asks.
     """
-    config, layout = inputs.model_config, mesh.layout
+    layout = mesh.layout
     check_tensor_parallel(config, layout.tensor)
-    check_context_parallel(config, inputs.seq_len, layout.context, layout.tensor)
+    check_context_parallel(config, seq_len, layout.context, layout.tensor)
     with torch.device("meta"):
         model = MotifForCausalLM(config).train()
-    flops_per_token = model.flops_per_token(inputs.seq_len)
+    flops_per_token = model.flops_per_token(seq_len)
     check_low_precision(
         recipe.precision.matmul,
         device=world.device,
         compute_dtype=getattr(torch, compute),
-        tokens=inputs.seq_len // layout.context,
+        tokens=seq_len // layout.context,
         model=model,
         tensor=layout.tensor,
     )

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Mesh, open_world
-from motifarch.plan.dry_run import PlannedInputs
 from motifarch.train.loop import build_state
 from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.step import train_step
@@ -73,7 +72,7 @@ def measure_ranks(output: Path, recipes: dict[str, Recipe]) -> None:
         measured = {}
         for name, recipe in recipes.items():
             mesh = Mesh("cpu", recipe.parallel.resolve(world.size))
-            state, _ = build_state(recipe, PlannedInputs(config_of(recipe), SEQ_LEN), world, mesh, "float32")  # type: ignore[arg-type]
+            state, _ = build_state(recipe, config_of(recipe), world, mesh, seq_len=SEQ_LEN, compute="float32")
             found: dict[str, int] = {}
 
             def before_step(*_: Any, state: Any = state, found: dict[str, int] = found) -> None:
