@@ -22,6 +22,7 @@ from motifarch.cli import COMMANDS, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/README.md")]
 
 RUN_BLOCKS = """
 import contextlib, io, json, os, re, sys
@@ -52,7 +53,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 COMMANDS_OF_PAGES = [
-    pytest.param(words, id=" ".join(words)[:60]) for page in PAGES for words in commands(page) if words
+    pytest.param(words, id=" ".join(words)[:60]) for page in PAGES + OTHERS for words in commands(page) if words
 ]
 
 
