@@ -3,11 +3,12 @@ its fields.
 """
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from motifarch.errors import UserError
 from motifarch.study.measure import MeasureOptions
@@ -64,43 +65,43 @@ class SizeSpec(Section):
     the ratio.
     """
 
-    name: str
-    """Names the size in tables and folders, such as 2m."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the size in tables and folders, such as 2m: letters, digits, dots and dashes."""
 
-    hidden_size: int
+    hidden_size: PositiveInt
     """Width of the residual stream."""
 
-    num_hidden_layers: int
+    num_hidden_layers: PositiveInt
     """Decoder layers."""
 
-    head_dim: int
+    head_dim: PositiveInt
     """Width of a query/key head."""
 
-    num_noise_heads: int
+    num_noise_heads: PositiveInt
     """Noise heads of DIFF V1 and GDA."""
 
-    intermediate_size: int
+    intermediate_size: PositiveInt
     """Width of the feed-forward block in the reference variant; the others' follow from the
     matching.
     """
 
-    intermediate_multiple: int = 8
+    intermediate_multiple: PositiveInt = 8
     """Feed-forward widths are multiples of this: smaller matches more closely, larger computes
     faster.
     """
 
-    num_key_value_heads: int | None = None
+    num_key_value_heads: PositiveInt | None = None
     """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head.
     """
 
-    num_query_heads: int | None = None
+    num_query_heads: PositiveInt | None = None
     """Query heads of softmax attention, and half of DIFF V2's; null means hidden_size / head_dim.
     """
 
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     """Training tokens of a run; null means the study's."""
 
-    ranks: int = 1
+    ranks: PositiveInt = 1
     """Processes (on GPUs: GPUs) that one run takes; several share it by torchrun."""
 
     @property
@@ -125,19 +126,19 @@ class StudyData(Section):
     """What to prepare it from, as `motifarch data prepare --source` takes it; empty never prepares.
     """
 
-    seq_len: int = 512
+    seq_len: PositiveInt = 512
     """Tokens of a sequence."""
 
     tokenizer: str | None = None
     """A Hugging Face tokenizer; null trains one on the text."""
 
-    vocab_size: int = 4096
+    vocab_size: PositiveInt = 4096
     """Tokens of a trained tokenizer."""
 
     validation_fraction: float = 0.05
     """Part of the documents kept for validation."""
 
-    max_documents: int | None = None
+    max_documents: PositiveInt | None = None
     """Read only so many documents of each source."""
 
 
@@ -145,15 +146,15 @@ class StudyData(Section):
 class LearningRate(Section):
     """One learning rate for all variants, or the best of several for each."""
 
-    given: float | None = None
+    given: PositiveFloat | None = None
     """The peak learning rate of every variant at the smallest size."""
 
-    sweep: list[float] = field(default_factory=list)
+    sweep: list[PositiveFloat] = field(default_factory=list)
     """Rates that each variant tries at the smallest size, with the first seed; the lowest
     validation loss wins.
     """
 
-    tokens: int | None = None
+    tokens: PositiveInt | None = None
     """Training tokens of a run of the sweep; null means a quarter of the study's."""
 
     transfer: Literal["same", "inverse_width"] = "same"
@@ -175,13 +176,13 @@ class Grid(Section):
     variants: list[VariantSpec]
     """What is compared."""
 
-    tokens: int
+    tokens: PositiveInt
     """Training tokens of a run."""
 
     learning_rate: LearningRate
     """Given, or swept for each variant."""
 
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
     """Each seeds first weights and data order, alike for all variants."""
 
     match: Match = "parameters"
@@ -257,23 +258,10 @@ def check_grid(grid: Grid) -> None:
     for name in ("sizes", "variants", "seeds"):
         if not getattr(grid, name):
             raise UserError(f"{name} is empty; give at least one entry")
-    _at_least_one("tokens", grid.tokens)
     _check_variants(grid)
     _unique("sizes", [s.name for s in grid.sizes])
-    for i, size in enumerate(grid.sizes):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", size.name):
-            raise UserError(
-                f"sizes[{i}].name is {size.name!r}; use letters, digits, dots and dashes: it names a folder"
-            )
-        for f in dataclasses.fields(size):
-            if isinstance(value := getattr(size, f.name), int):
-                _at_least_one(f"sizes[{i}].{f.name}", value)
     _unique("seeds", grid.seeds)
-    if any(seed < 0 for seed in grid.seeds):
-        raise UserError(f"seeds is {grid.seeds}; each must be at least 0")
     _check_learning_rate(grid.learning_rate)
-    _at_least_one("recipe.batch.size", grid.recipe.batch.size)
-    _at_least_one("data.seq_len", grid.data.seq_len)
     _check_recipe(grid)
 
 
@@ -298,14 +286,9 @@ def _check_learning_rate(rate: LearningRate) -> None:
             f"learning_rate.given is {rate.given} and learning_rate.sweep is {rate.sweep}; give one of them: a rate, "
             "or a list of rates for each variant to choose from (null and '[]' take back what a file gives)"
         )
-    for value in [*rate.sweep, *([] if rate.given is None else [rate.given])]:
-        if not value > 0:
-            raise UserError(f"learning_rate holds {value}; each rate must be above 0")
     _unique("learning_rate.sweep", rate.sweep)
     if len(rate.sweep) == 1:
         raise UserError(f"learning_rate.sweep is {rate.sweep}; give at least two rates, or the one as given")
-    if rate.tokens is not None:
-        _at_least_one("learning_rate.tokens", rate.tokens)
 
 
 def _check_recipe(grid: Grid) -> None:
@@ -341,11 +324,6 @@ def _field(recipe: Recipe, dotted: str) -> Any:
     for name in dotted.split("."):
         value = getattr(value, name)
     return value
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 def _unique(name: str, values: Iterable[Any]) -> None:

@@ -2,7 +2,6 @@
 or carried over.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,45 +20,29 @@ def smallest_size(matched: Sequence[Matched]) -> str:
     return min(matched, key=lambda m: m.costs.parameters).size.name
 
 
-def given_rates(grid: Grid, matched: Sequence[Matched]) -> Rates:
-    """Rates where none are swept."""
-    rate = grid.learning_rate.given
-    assert rate is not None
-    rates: Rates = {}
-    for m in matched:
-        _carry_over(grid, rates, matched, m, rate, "given")
-    return rates
-
-
-def swept_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run]) -> Rates:
-    """The rate of the lowest validation loss for each variant; variants none of whose runs finished
-    are left out.
+def choose_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run] = ()) -> Rates:
+    """The rate of each variant at each size: the one given, or the best of its sweep.
 
     Args:
         grid: the study.
         matched: all variants at all sizes.
-        sweep: the runs at the smallest size, none of them still to be run.
+        sweep: the runs at the smallest size, none of them still to be run; a variant none of whose
+            runs finished has no rate.
     """
-    rates: Rates = {}
-    for name in dict.fromkeys(run.matched.name for run in sweep):
-        tried = [run for run in sweep if run.matched.name == name]
-        finished = {run.learning_rate: run.read(RESULT)["validation_loss"] for run in tried if run.status == "finished"}
-        if not finished:
-            continue
-        best = min(finished, key=lambda rate: finished[rate])
-        edge = best in (min(grid.learning_rate.sweep), max(grid.learning_rate.sweep))
-        for m in matched:
-            if m.name == name:
-                _carry_over(grid, rates, matched, m, best, "swept")
-                rates[m.size.name][name]["learning_rate_at_edge"] = edge
-    return rates
-
-
-def _carry_over(grid: Grid, rates: Rates, matched: Sequence[Matched], to: Matched, rate: float, origin: str) -> None:
-    """Sets a variant's rate at a size, from the smallest size's."""
     smallest = next(m.size for m in matched if m.size.name == smallest_size(matched))
-    inverse = grid.learning_rate.transfer == "inverse_width"
-    factor = smallest.hidden_size / to.size.hidden_size if inverse else 1.0
-    carried = to.size.name != smallest.name and (origin == "swept" or not math.isclose(factor, 1.0))
-    entry = {"learning_rate": rate * factor, "learning_rate_from": "transferred" if carried else origin}
-    rates.setdefault(to.size.name, {})[to.name] = entry
+    rule, rates = grid.learning_rate, Rates()
+    for m in matched:
+        tried = [run for run in sweep if run.matched.name == m.name and run.status == "finished"]
+        if rule.sweep and not tried:
+            continue
+        best = min(tried, key=lambda run: float(run.read(RESULT)["validation_loss"]), default=None)
+        rate = best.learning_rate if best else rule.given
+        assert rate is not None
+        factor = smallest.hidden_size / m.size.hidden_size if rule.transfer == "inverse_width" else 1.0
+        carried = m.size.name != smallest.name and (best is not None or factor != 1)
+        origin = "transferred" if carried else "swept" if best else "given"
+        entry: dict[str, Any] = {"learning_rate": rate * factor, "learning_rate_from": origin}
+        if best:
+            entry["learning_rate_at_edge"] = rate in (min(rule.sweep), max(rule.sweep))
+        rates.setdefault(m.size.name, {})[m.name] = entry
+    return rates

@@ -3,8 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from motifarch.study.analysis import ACTIVATIONS, StudyResults, Variant
 from motifarch.train.plots import smooth
 
-P = ParamSpec("P")
 _LABELS = ("softmax MHA", "softmax GQA", "DIFF V1", "GDA 2:1", "GDA 3:1", "GDA 4:1", "GDA 7:1", "DIFF V2")
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "motifarch",  # the same results make the same page
@@ -28,25 +26,19 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def _plot(draw: Callable[Concatenate[Figure, P], None]) -> Callable[P, str]:
-    """Turns a function that draws on a figure into one that returns SVG, empty without data."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
-        with matplotlib.rc_context(_SETTINGS):
-            figure = Figure(figsize=(8, 4), layout="constrained")
-            draw(figure, *args, **kwargs)
-            if not any(axes.has_data() for axes in figure.axes):
-                return ""
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None})
-        svg = buffer.getvalue()
-        return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-
-    return drawn
+def draw(plot: Callable[..., None], study: StudyResults, *args: Any) -> str:
+    """One of the plots below as SVG; empty without data."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        plot(figure, study, *args)
+        if not any(axes.has_data() for axes in figure.axes):
+            return ""
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
 
 
-@_plot
 def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
     """Every variant's loss with its interval and single seeds; a line joins rising head ratios."""
     axes = figure.subplots()
@@ -67,7 +59,6 @@ def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
     axes.set_ylabel("validation loss, nats/token")
 
 
-@_plot
 def differences(figure: Figure, study: StudyResults) -> None:
     """Paired differences: own intervals thin, those from the noise of all variants thick."""
     shown = [c for c in study.comparisons if c.difference]
@@ -85,7 +76,6 @@ def differences(figure: Figure, study: StudyResults) -> None:
     axes.set_xlabel("difference in validation loss, nats/token (left of 0: lower)")
 
 
-@_plot
 def curves(figure: Figure, study: StudyResults, size: str) -> None:
     """Training loss (smoothed), validation loss less the reference's, and loss against time."""
     figure.set_size_inches(8, 10)
@@ -116,7 +106,6 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
     training.legend(ncols=3)
 
 
-@_plot
 def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str, str]) -> None:
     """Attention statistics over layers, mean over seeds, a panel for each name."""
     figure.set_size_inches(9, 6)
@@ -129,7 +118,6 @@ def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str,
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-@_plot
 def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chance: float) -> None:
     """The probe's measure by length and depth, mean over seeds: blue above chance, orange below."""
     maps = [(v, scale * x.mean(axis=0)) for v in study.variants if (x := study.probed(v, name)) is not None]

@@ -121,7 +121,7 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
     rates = sorted({rate for _, _, rate in tried})
 
     def plot(name: str, caption: str, *args: Any) -> str:
-        if drawn is None or not (svg := getattr(plots, name)(study, *args)):
+        if drawn is None or not (svg := plots.draw(getattr(plots, name), study, *args)):
             return ""
         drawn.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
         return f"@plot {len(drawn) - 1}@"

@@ -23,7 +23,7 @@ from motifarch.files import write_json
 from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
 from motifarch.study.grid import Grid
-from motifarch.study.learning_rates import given_rates, smallest_size, swept_rates
+from motifarch.study.learning_rates import choose_rates, smallest_size
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.pool import Pool, Slots, find_slots
 from motifarch.study.report import write_report
@@ -199,7 +199,7 @@ class StudyPlan:
             "compute": lambda: choose_compute(device) if asked == "auto" else asked,
         }
         if not self.sweep:
-            decided["learning_rates"] = lambda: given_rates(self.grid, self.matched)
+            decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched)
         for name, decide in decided.items():
             if name not in self.content:
                 self.note(name, decide())
@@ -220,7 +220,7 @@ class StudyPlan:
         """Adds the sweep's best rates to those chosen, and gives up variants without one."""
         if not self.sweep:
             return
-        swept, before = swept_rates(self.grid, self.matched, self.sweep), self.content.get("learning_rates", {})
+        swept, before = choose_rates(self.grid, self.matched, self.sweep), self.content.get("learning_rates", {})
         self.note("learning_rates", {size: new | before.get(size, {}) for size, new in swept.items()})
         for run in self.runs:
             if math.isnan(run.learning_rate) and run.status == "missing":
