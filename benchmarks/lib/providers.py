@@ -158,7 +158,7 @@ def flash_attn(case: AttentionCase, device: torch.device, module: Any) -> Attend
 
 
 def flex(case: AttentionCase, device: torch.device, compile_: Callable[..., Any] = torch.compile) -> Attend:
-    """FlexAttention through ``compile_``; its block mask is made here."""
+    """FlexAttention through ``compile_``; its block mask is made here. A single query sees all."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     window, document = case.layout.window or case.rows, case.document_starts().to(device)
@@ -169,8 +169,10 @@ def flex(case: AttentionCase, device: torch.device, compile_: Callable[..., Any]
     def limited(_: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window) & (document[query] == document[key])
 
-    visible = limited if case.documents or case.layout.window else causal
-    mask = create_block_mask(visible, None, None, case.rows, case.rows, device=str(device))
+    mask = None
+    if case.queries > 1:
+        visible = limited if case.documents or case.layout.window else causal
+        mask = create_block_mask(visible, None, None, case.rows, case.rows, device=str(device))
     compiled = compile_(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -39,7 +39,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.lib.bench import DTYPES
 from benchmarks.lib.exact import of_attention
-from benchmarks.lib.providers import Attend, Function, Provider, compose, first_of, flash_attn_modules, known_options
+from benchmarks.lib.providers import (
+    Attend,
+    Function,
+    Provider,
+    compose,
+    first_of,
+    flash_attn_modules,
+    flex,
+    known_options,
+)
 from benchmarks.lib.run import Aim, KernelBenchmark
 from benchmarks.lib.shapes import LAYOUTS, AttentionCase, Draw, epilogue
 from benchmarks.ops.attention import TOLERANCES
@@ -124,7 +133,7 @@ def providers(case: DecodeCase, names: Sequence[str], device: torch.device) -> l
         if name in OURS:
             kernels: dict[str, list[tuple[str, Function]]] = {"": [("", ours(case, name, device))]}
         elif name == "flex":
-            kernels = {"": [("", compose(flex(case), 2))]}
+            kernels = {"": [("", compose(flex(case, device), 2))]}
         else:
             kernels = {variant: forms(name, attend) for variant, attend in libraries(case, device).items()}
         found += [Provider(name, tried, variant, ("forward",)) for variant, tried in kernels.items()]
@@ -228,20 +237,6 @@ def flash_attn(module: Any, scale: float, lengths: Tensor) -> Attend:
     # As many splits as the library thinks best.
     options = known_options(function, cache_seqlens=lengths, num_splits=0)
     return lambda q, k, v: first_of(function(q, k, v, softmax_scale=scale, causal=True, **options))
-
-
-def flex(case: DecodeCase, compile_: Callable[..., Any] = torch.compile) -> Attend:
-    """FlexAttention through ``compile_``: with so few queries it takes its own split kernel."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled = compile_(flex_attention, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tensors = [t.transpose(1, 2) for t in (q, k, v)]
-        out: Tensor = compiled(*tensors, scale=case.scale, enable_gqa=q.shape[2] != k.shape[2])
-        return out.transpose(1, 2)
-
-    return attend
 
 
 def _long(result: Mapping[str, Any]) -> bool:

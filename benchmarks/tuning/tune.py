@@ -374,10 +374,7 @@ def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.
             present = entry_at(before[kernel.name], up_to)
             # Backends compete with the entries that were just chosen.
             others = {n: of[up_to] for n, of in chosen.items() if kernel.name == BACKEND and up_to in of}
-            tuner = Tuner(
-                kernel, device, others, arguments.jobs, lambda text: console.print(text, style="yellow", soft_wrap=True)
-            )
-            outcome = tuner.tune(size_class, present)
+            outcome = Tuner(kernel, device, others, arguments.jobs, say).tune(size_class, present)
             content["outcomes"].append({"kernel": kernel.name, "up_to": up_to, **vars(outcome)})
             if outcome.chosen:
                 chosen.setdefault(kernel.name, {})[up_to] = outcome.chosen

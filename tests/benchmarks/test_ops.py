@@ -437,6 +437,7 @@ def test_decoding_runs_with_every_provider_of_a_cpu(tmp_path: Path) -> None:
     assert all(found == {"sdpa", "four", "two", "one"} for found in cells.values())
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["gda4_64", "gda4_128", "v1_64"])
 def test_every_way_to_decode_is_right(name: str) -> None:
     case = small_decode(name)
@@ -445,6 +446,8 @@ def test_every_way_to_decode_is_right(name: str) -> None:
         assert not isinstance(found, str), (provider.name, found)
         # A CPU's flash attention has one width for all.
         assert found[0] == ("joined keys" if provider.name == "two" else "")
+    eager = flex(case, CPU, lambda function, dynamic: function)
+    assert not isinstance(decode_verdict(case, ("", compose(eager, 2))), str)
 
 
 @pytest.mark.parametrize("part", [slice(1, None), slice(None, -1), slice(0, 1024)], ids=["oldest", "newest", "rest"])
