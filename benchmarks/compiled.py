@@ -139,13 +139,18 @@ def _decoding() -> None:
             diff_attn_with_kvcache(q1, k, q2, k, v, torch.zeros(()), lengths, **options)
 
 
+def _motif() -> None:
+    """What the attention of Motif-2-12.7B runs in training: enough to see that kernels compile."""
+    _attention_call(torch.bfloat16, 128, 256, **CALLS[1])
+
+
 FAMILIES = {"poly_norm": _poly_norm, "combine": _combine, "attention": _attention, "decoding": _decoding}
 
 
 def _worker(arch: int, family: str) -> None:
     """Compile a family and print an object a line."""
     with compile_only(arch) as found:
-        FAMILIES[family]()
+        (FAMILIES | {"motif": _motif})[family]()
     for usage in found:
         print(json.dumps(usage))
 
@@ -158,7 +163,7 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
 
     Args:
         arch: 90 or 100.
-        family: one of FAMILIES.
+        family: one of FAMILIES, or "motif", some seconds of attention.
 
     Returns:
         For each: kernel, arch, registers and stack bytes (spills) a thread, shared memory bytes and
