@@ -23,9 +23,6 @@ from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.manifest import damage, find_newest, step_of
 from motifarch.train.recipe import Recipe
 
-# Fields of the model section that are not MotifConfig's.
-_OURS = {"vocab_multiple"}
-
 
 @dataclass
 class Inputs:
@@ -100,8 +97,8 @@ def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
     Raises:
         UserError: the model section fits neither itself nor the data.
     """
-    fields = {k: v for k, v in dataclasses.asdict(recipe.model).items() if k not in _OURS}
-    multiple = recipe.model.vocab_multiple
+    fields = dataclasses.asdict(recipe.model)
+    multiple = fields.pop("vocab_multiple")
     if fields["vocab_size"] is None:
         fields["vocab_size"] = -(-data.vocab_size // multiple) * multiple
     if fields["vocab_size"] < data.vocab_size:

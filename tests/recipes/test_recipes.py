@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from motifarch.data import BatchSchedule
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.train.inputs import _OURS
+from motifarch.data import BatchSchedule, DataShape
+from motifarch.models.motif import MotifForCausalLM
+from motifarch.train.inputs import model_config
 from motifarch.train.main import main
 from motifarch.train.metrics import read_metrics
 from motifarch.train.read_recipe import read_recipe
@@ -46,9 +45,9 @@ def schedule(recipe: Recipe) -> BatchSchedule:
 
 
 def parameters(recipe: Recipe) -> int:
-    fields = {k: v for k, v in dataclasses.asdict(recipe.model).items() if k not in _OURS}
+    config = model_config(recipe, DataShape(32, recipe.model.vocab_size or 32768, 0, "nowhere"))
     with torch.device("meta"):
-        model = MotifForCausalLM(MotifConfig(**(fields | {"vocab_size": fields["vocab_size"] or 32768})))
+        model = MotifForCausalLM(config)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,8 @@ import pytest
 import yaml
 
 from motifarch.errors import UserError
-from motifarch.models.motif import MotifConfig
-from motifarch.train.inputs import _OURS
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import ModelSection, Recipe, check_recipe
+from motifarch.train.recipe import Recipe, check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {"data": {"datasets": [{"path": "somewhere"}]}}
@@ -53,19 +50,6 @@ def test_lists_and_sections_on_the_command_line(tmp_path: Path) -> None:
 def test_our_recipes_are_read(path: Path) -> None:
     recipe = read_recipe([str(path)])
     check_recipe(recipe, world_size=2)
-
-
-def test_every_model_field_is_a_config_field() -> None:
-    fields = {f.name for f in dataclasses.fields(ModelSection)} - _OURS
-    # rope_theta, rope_scaling and attn_implementation are taken by transformers' config class
-    # itself.
-    assert fields - {f.name for f in dataclasses.fields(MotifConfig)} == {
-        "rope_theta",
-        "rope_scaling",
-        "attn_implementation",
-    }
-    config = MotifConfig(**(dataclasses.asdict(ModelSection()) | {"num_attention_heads": 6, "vocab_size": 64}))
-    assert config.rope_parameters["rope_theta"] == 10000.0
 
 
 @pytest.mark.parametrize(
