@@ -14,7 +14,6 @@ MISSING = (
     "flash_attn_interface",
     "torchao",
     "lm_eval",
-    "playwright",
 )
 
 # Read by every interpreter as it starts: what it names is not to be found, as where it is not
