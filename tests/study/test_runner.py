@@ -181,6 +181,15 @@ def test_a_folder_belongs_to_one_grid(tmp_path: Path, data: Path) -> None:
         study(tmp_path, data, seeds=[0, 1])
 
 
+def test_a_study_begun_with_the_former_name_of_flops_goes_on(tmp_path: Path, data: Path) -> None:
+    assert study(tmp_path, data, match="flops") == 0
+    path = tmp_path / "out" / "study.json"
+    path.write_text(path.read_text().replace('"match": "flops"', '"match": "operations"'))
+    with pytest.warns(FutureWarning):
+        assert study(tmp_path, data, match="operations") == 0
+    assert results(tmp_path)["matching"]["by"] == results(tmp_path)["grid"]["match"] == "flops"
+
+
 def test_other_data_are_refused(tmp_path: Path, data: Path) -> None:
     moving = tmp_path / "data"
     moving.symlink_to(data)
