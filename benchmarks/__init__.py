@@ -1,3 +1,1 @@
-"""Benchmarks: each script measures in one run on one machine, prints a table, and writes JSON and a
-picture.
-"""
+"""Benchmarks: each script measures on one machine, prints a table and writes JSON."""

@@ -36,9 +36,7 @@ NEEDS = ("registers", "stack", "shared", "tensor_memory")
 
 
 def _poly_norm() -> None:
-    """Every entry of every table, for two- and four-byte elements, with and without ``up``, whole
-    rows and sharded.
-    """
+    """Every entry of every table, by width of elements, with and without ``up``, sharded too."""
     from motif_kernels.impl.triton import poly_norm
     from motif_kernels.tuning import tables
 
@@ -86,9 +84,7 @@ CALLS: tuple[dict[str, Any], ...] = (
 
 
 def _attention() -> None:
-    """Every pair of widths that is promised: whole and grouped, every epilogue, masks, and both
-    backward modes.
-    """
+    """Every pair of widths, epilogue, mask and backward mode that is promised."""
     for d, dv in WIDTHS:
         for options in CALLS:
             _attention_call(torch.bfloat16, d, dv, **options)
@@ -118,9 +114,7 @@ def _attention_call(
 
 
 def _decoding() -> None:
-    """One new token, appended to a cache: the promised widths, groups that share a key head, both
-    kinds of cache.
-    """
+    """One new token, appended to both kinds of cache, at the promised widths."""
     from motif_kernels import diff_attn_with_kvcache
     from motif_kernels.impl.triton import cache_append
 
@@ -183,9 +177,7 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
 
 
 def rows_of(kernels: Iterable[dict[str, Any]]) -> list[str]:
-    """For the JSON file, a line for each configuration: kernel, GPU, the needs, and the constants
-    that differ.
-    """
+    """A line for each configuration: kernel, GPU, needs, and the constants that differ."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for usage in kernels:
         groups.setdefault((usage["kernel"], usage["arch"]), []).append(usage)

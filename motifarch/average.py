@@ -1,6 +1,4 @@
-"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint to export or to start
-another run from.
-"""
+"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The `motifarch` command: finds the subcommand, and turns errors meant for people into one
-line.
-"""
+"""The `motifarch` command: finds the subcommand, and prints users' errors as one line."""
 
 import difflib
 import importlib

@@ -1,6 +1,4 @@
-"""`motifarch export`: a checkpoint becomes a Hugging Face folder, for AutoModelForCausalLM after
-`import motifarch.models`.
-"""
+"""`motifarch export`: a checkpoint becomes a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -111,9 +109,7 @@ def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedToke
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`export`, and with --with-code on a model's folder of
-    :func:`add_code`.
-    """
+    """The command line of :func:`export` and, with --with-code, :func:`add_code`."""
     parser = argparse.ArgumentParser(prog="motifarch export", description=__doc__)
     parser.add_argument(
         "source",

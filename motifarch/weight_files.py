@@ -1,6 +1,4 @@
-"""The safetensors files of a Hugging Face model folder: checked whole at once, read a tensor at a
-time.
-"""
+"""A model folder's safetensors files: checked at once, read a tensor at a time."""
 
 from __future__ import annotations
 

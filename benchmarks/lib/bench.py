@@ -141,9 +141,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> dict
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``function`` and its result hold at once, beyond what was allocated
-    before.
-    """
+    """The most bytes that ``function`` and its result hold at once, beyond those before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

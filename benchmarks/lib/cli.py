@@ -1,6 +1,4 @@
-"""What the command lines of all benchmarks share: options, the device, where results go, a time
-limit's end.
-"""
+"""What all benchmarks' command lines share: options, the device, results, time limits."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ def results_path(benchmark: str, arguments: argparse.Namespace, device: torch.de
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """A time limit's SIGTERM ends the measuring as ctrl-C does, with tables and plot of what there
-    is.
-    """
+    """A time limit's SIGTERM ends the measuring as ctrl-C does, keeping what there is."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -100,9 +96,7 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """The status that ``run`` returns; 2 with one line on standard error where the user can mend
-    something.
-    """
+    """The status that ``run`` returns; 2 and one line for what the user can mend."""
     try:
         return run()
     except UserError as error:

@@ -15,9 +15,7 @@ GPUS = {90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200"}
 
 @contextlib.contextmanager
 def launches_through(run: Callable[..., Any]) -> Iterator[None]:
-    """Within, Triton's compiled launches go through ``run(launch, *args, **kwargs)``; interpreted
-    ones do not.
-    """
+    """Within, Triton's compiled launches go through ``run(launch, *args, **kwargs)``."""
     import triton
 
     original = triton.JITFunction.run
@@ -87,9 +85,7 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and stack bytes a thread, from the cuobjdump that triton's package
-    carries.
-    """
+    """Registers and stack bytes a thread, from triton's own cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -194,9 +194,7 @@ def measure(
 
 
 def rates(case: Case, timings: Mapping[str, Sequence[float]], roofline: Roofline) -> Row:
-    """What a result says of its times: bandwidth, FLOP/s, the roofline, and the share of each that
-    was reached.
-    """
+    """A result's bandwidth, FLOP/s, roofline, and the share of each that was reached."""
     spreads = {d: report.spread(values) for d, values in timings.items()}
     moved, flops = case.bytes_moved(), case.flops()
     bounds = {d: roofline.bound(moved[d], flops[d] if flops else None, case.dtype) for d in spreads}

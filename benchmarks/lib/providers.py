@@ -1,6 +1,4 @@
-"""The attentions that users could pick, each as one function of q, k and v, and what is composed of
-them.
-"""
+"""The attentions that users could pick, as functions of q, k and v, and compositions."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ from motif_kernels import diff_combine
 Function = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name -> the output."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Softmax attention of q, k and v, (batch, rows, heads, width), without the batch in packed
-layouts.
-"""
+"""Softmax attention of q, k and v, (batch, rows, heads, width); packed without batch."""
 
 _FLASH_ATTN = {"flash-attn 4": "flash_attn.cute", "flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
@@ -64,9 +60,7 @@ def flash_attn_modules() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def libraries(case: AttentionCase, device: torch.device) -> dict[str, Attend]:
-    """The softmax attentions for a case's mask, by the names of their kernels; flex is apart, for
-    it compiles.
-    """
+    """The softmax attentions for a case's mask, by their kernels' names, without flex."""
     masked = bool(case.documents or case.layout.window)
     if device.type != "cuda":
         one = sdpa(case, device, SDPBackend.FLASH_ATTENTION)
@@ -83,9 +77,7 @@ def libraries(case: AttentionCase, device: torch.device) -> dict[str, Attend]:
 def sdpa(
     case: AttentionCase, device: torch.device, kernel: SDPBackend | None, dtype: torch.dtype | None = None
 ) -> Attend:
-    """The scaled_dot_product_attention of torch by one of its kernels; a window is a mask, made
-    here.
-    """
+    """SDPA by one of torch's kernels; a window is a mask, made here."""
     mask = None
     if case.layout.window and not case.documents:
         row = torch.arange(case.rows, device=device)
@@ -221,9 +213,7 @@ def forms(case: AttentionCase, attend: Attend, calls: int) -> list[tuple[str, Fu
 
 
 def padded(attend: Attend) -> Attend:
-    """For kernels with one width: zeros widen the narrower of (q, k) and v, and are cut off the
-    output.
-    """
+    """For kernels with one width: zeros widen the narrower of (q, k) and v."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = max(q.shape[-1], v.shape[-1])

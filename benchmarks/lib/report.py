@@ -53,9 +53,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def half_spread(spread: Mapping[str, float]) -> float:
-    """Half of the middle half's width, in per cent of the median; of a :class:`Spread` as JSON has
-    it.
-    """
+    """Half of the middle half's width, in per cent of the median."""
     return 50 * (spread["upper"] - spread["lower"]) / spread["median"]
 
 

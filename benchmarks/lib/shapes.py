@@ -48,9 +48,7 @@ class Layout:
     head_dim: int
     v_head_dim: int
     shared_keys: bool = False
-    """Signal and noise have the same keys, and lambda is one for each token and signal head: DIFF
-    V2.
-    """
+    """One key for signal and noise, one lambda for each token and signal head: DIFF V2."""
     gate: bool = False
     """A sigmoid gate in the place of the sub-norm."""
     window: int | None = None
@@ -128,9 +126,7 @@ LAYOUTS = {
 
 
 def mix_documents(total: int, longest: int) -> tuple[int, ...]:
-    """Lengths that add up to ``total``: one is ``longest``, the others are even over all magnitudes
-    below.
-    """
+    """Lengths that add up to ``total``: one is ``longest``, the others of all magnitudes."""
     source = random.Random(0)
     lengths = [min(longest, total)]
     while (left := total - sum(lengths)) > 0:
@@ -254,9 +250,7 @@ class AttentionCase:
         return (*names, "gate") if self.layout.gate else names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor with heads: (batch, rows, heads, width), without batch if packed; lambda has
-        no width.
-        """
+        """(batch, rows, heads, width) of a tensor, without batch if packed."""
         rows = self.rows if name in ("k1", "k2", "v") else self.queries
         width: dict[str, tuple[int, ...]] = dict.fromkeys(("v", "output", "gate"), (self.layout.v_head_dim,))
         width["lambda"] = ()

@@ -141,9 +141,7 @@ def ours(case: AttentionCase, name: str, device: torch.device) -> Function:
 
 
 def _aim_of(mask: str, *head_dims: int) -> Any:
-    """Of causal, windowed or packed layouts with noise, and these widths; of 4K to 16K tokens if
-    causal.
-    """
+    """Causal, windowed or packed layouts with noise, and these widths; 4K to 16K tokens."""
 
     def applies(result: Mapping[str, Any]) -> bool:
         layout = LAYOUTS[result["layout"]]

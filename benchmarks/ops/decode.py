@@ -157,9 +157,7 @@ def ours(case: DecodeCase, backend: str, device: torch.device) -> Function:
 
 
 def forms(name: str, attend: Attend) -> list[tuple[str, Function]]:
-    """A kernel as four, two or one calls; two calls join the keys where it wants values as wide as
-    keys.
-    """
+    """A kernel as four, two or one calls; two join the keys where widths must agree."""
     if name == "four":
         return [("", compose(attend, 4))]
     if name == "two":
@@ -174,9 +172,7 @@ def _joined_queries(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _two_joined(attend: Attend) -> Function:
-    """Two calls over the pairs of keys as they lie side by side: no key is copied, each is read
-    twice.
-    """
+    """Two calls over the pairs of keys side by side: none is copied, each is read twice."""
     twice = compose(attend, 2)
 
     def run(t: Mapping[str, Tensor]) -> Tensor:

@@ -1,3 +1,1 @@
-"""Launch tables: what is tried, and the script that measures it and writes
-kernels/motif_kernels/tuning/.
-"""
+"""Launch tables: what is tried, and the script that measures and writes them."""

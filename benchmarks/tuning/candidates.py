@@ -50,9 +50,7 @@ class Kernel:
     """The pass of the public function that has this kernel in it, and is timed."""
     classes: tuple[SizeClass, ...]
     tolerance: float
-    """As in the benchmarks: several times what rounding does, far below what a tile that is missing
-    shows.
-    """
+    """As in the benchmarks: several times rounding, far below a missing tile."""
     spilled_bytes: int = 0
     """The most local memory that a thread of a candidate may use."""
 

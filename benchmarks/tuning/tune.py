@@ -259,9 +259,7 @@ def entry_at(entries: Sequence[Entry], size: int | None) -> Entry:
 
 
 def splice(present: Sequence[Entry], classes: Sequence[SizeClass], chosen: Mapping[int | None, Entry]) -> list[Entry]:
-    """A kernel's entries with those of the chosen classes replaced; neighbours that are equal
-    become one.
-    """
+    """A kernel's entries with the chosen classes' replaced; equal neighbours become one."""
 
     def order(bound: int | None) -> float:
         return math.inf if bound is None else bound
@@ -277,9 +275,7 @@ def splice(present: Sequence[Entry], classes: Sequence[SizeClass], chosen: Mappi
 
 
 def read_table(path: Path, shipped: Path) -> dict[str, Any]:
-    """The table at ``path``, or where there is none the one that is shipped for the GPU, or an
-    empty one.
-    """
+    """The table at ``path``, else the one shipped for the GPU, else an empty one."""
     found = next((p for p in (path, shipped) if p.exists()), None)
     return json.loads(found.read_text(encoding="utf-8")) if found else {"kernels": {}}
 
@@ -305,9 +301,7 @@ def write_table(path: Path, shipped: Path, gpu: str, source: str, kernels: Table
 
 
 def present_table(path: Path, shipped: Path, gpu: str) -> dict[str, list[Entry]]:
-    """What launches take now: the table that is to be written, if it exists, over what is shipped
-    for the GPU.
-    """
+    """What launches take now: the table to be written over what is shipped for the GPU."""
     backend = [{"up_to": None, "backend": "triton"}]  # what "auto" takes where no table says
     return {BACKEND: backend, **tuning.merged_table(gpu), **read_table(path, shipped)["kernels"]}
 

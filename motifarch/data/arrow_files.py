@@ -1,6 +1,4 @@
-"""Streams of tables written as memory-mapped Arrow files: memory does not grow with their
-length.
-"""
+"""Streams of tables as memory-mapped Arrow files; memory does not grow with them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The documents of a preparation: read from the sources onto disk, and split into training and
-validation.
-"""
+"""A preparation's documents: read onto disk, split into training and validation."""
 
 from __future__ import annotations
 
@@ -111,9 +109,7 @@ def _document_tables(documents: Iterable[tuple[str, int]]) -> Iterator[pa.Table]
 
 
 def shuffled(rows: datasets.Dataset, seed: int, column: str) -> Iterator[tuple[pa.Scalar, int]]:
-    """The values of a column with their split hashes, in the seed's document order; a few at a time
-    in memory.
-    """
+    """A column's values with their split hashes, in the seed's document order."""
     order = Permutation(len(rows), seed, "documents")
     for begin in range(0, len(rows), 10_000):
         for index in order(np.arange(begin, min(begin + 10_000, len(rows)))).tolist():

@@ -1,6 +1,4 @@
-"""A Hugging Face dataset, from the hub or a local folder, downloaded or streamed, as a source of
-documents.
-"""
+"""A Hugging Face dataset, from the hub or a folder, as a source of documents."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from motifarch.errors import UserError
 
 @dataclass(frozen=True)
 class HubSource:
-    """What ``datasets.load_dataset`` can load: a name on the hub, or a local folder of data
-    files.
-    """
+    """What ``datasets.load_dataset`` can load: a name on the hub, or a local folder."""
 
     spec: str
     path: str
@@ -29,9 +25,7 @@ class HubSource:
     known_state: dict[str, Any]
 
     def state(self) -> dict[str, Any]:
-        """For a local folder, its files' state; for the hub, the name alone
-        (it may not be within reach).
-        """
+        """A local folder's files' state; for the hub, the name alone."""
         return self.known_state
 
     def documents(self) -> Iterator[Document | Skipped]:

@@ -89,9 +89,7 @@ class BatchLoader:
             reader.shutdown(wait=True, cancel_futures=True)
 
     def micro_batches(self, step: int) -> MicroBatches:
-        """This rank's micro-batches of one step. The last one is smaller where the rows do not
-        divide evenly.
-        """
+        """This rank's micro-batches of one step; the last one may be smaller."""
         samples = self.mixture.global_batch(step)
         share = len(samples) // self.world_size
         mine = samples[self.rank * share : (self.rank + 1) * share]

@@ -55,9 +55,7 @@ class Manifest:
     settings: dict[str, Any]
     """The options that decide the contents, as given."""
     inputs: list[dict[str, Any]]
-    """Name and state of each source, and of a tokenizer given as a folder: enough to see cheaply
-    that files changed.
-    """
+    """Name and state of each source and tokenizer folder, to see changes cheaply."""
     skipped: dict[str, Any]
     """How many documents were left out, by reason, with the names of the first ones."""
     versions: dict[str, str]

@@ -23,9 +23,7 @@ _HORIZON = 2**40
 
 
 class BlockDataset(Protocol):
-    """What the sampler and the loader need of a dataset: :class:`motifarch.data.PackedDataset` has
-    it.
-    """
+    """What the sampler and the loader need of a dataset, such as a PackedDataset."""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -115,9 +113,7 @@ class Mixture:
         self._replayed = {0: [0] * len(self.components)}  # counts before step 0 and before the last steps asked for
 
     def global_batch(self, step: int) -> list[tuple[int, int]]:
-        """The samples of one step's batch, the same for any number of ranks, as (component, row)
-        pairs in order.
-        """
+        """One step's batch as (component, row) pairs in order, whatever the ranks."""
         before, after = self._counts(step), self._counts(step + 1)
         samples: list[tuple[int, int]] = []
         for component, (begin, end) in enumerate(zip(before, after, strict=True)):
@@ -170,9 +166,7 @@ class Mixture:
         return drawn
 
     def _deadline(self, component: int, count: int, after: int) -> float:
-        """The first step after ``after`` before which the integral asks for ``count`` whole
-        samples.
-        """
+        """The first step after ``after`` before which the integral reaches ``count``."""
 
         def reached(step: int) -> bool:
             return self._integrals(step)[component] >= count * self._unit
@@ -189,9 +183,7 @@ class Mixture:
         return high
 
     def _integrals(self, step: int) -> list[int]:
-        """The integral of each weight over the samples before ``step``, in units of
-        ``1 / self._unit`` samples.
-        """
+        """Each weight's integral over the samples before ``step``, times ``self._unit``."""
         begin, end = self._ramp
         samples, step_sum = self.batch_schedule.prefix_sums(step)
         ramped = 0  # the sum over earlier steps s of batch_size(s) * clip(s - begin, 0, end - begin)

@@ -21,9 +21,7 @@ class Block(NamedTuple):
     """int32 [seq_len + 1]; neighbouring blocks share one token: one's last is the next one's first.
     """
     doc_lengths: np.ndarray
-    """int32 [documents], summing to seq_len + 1. A document cut by the block's border counts as
-    two.
-    """
+    """int32 [documents], summing to seq_len + 1; a document cut by the border counts twice."""
 
 
 class PackedDataset:

@@ -1,6 +1,4 @@
-"""A pseudorandom permutation of ``range(size)`` that is computed index by index and stored
-nowhere.
-"""
+"""A pseudorandom permutation of ``range(size)``, computed index by index."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The stages of data preparation: read, split, train or load the tokenizer, tokenise, pack,
-publish.
-"""
+"""Data preparation: read, split, train or load the tokenizer, tokenise, pack, publish."""
 
 from __future__ import annotations
 

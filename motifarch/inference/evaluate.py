@@ -1,6 +1,4 @@
-"""`motifarch eval`: a Hugging Face folder on the tasks of lm-evaluation-harness (lm-eval), or on
-tasks of your own.
-"""
+"""`motifarch eval`: a Hugging Face folder on lm-eval's tasks, or on your own."""
 
 from __future__ import annotations
 
@@ -162,9 +160,7 @@ def _grouped(manager: TaskManager) -> set[str]:
 
 
 def _in_files(manager: TaskManager, path: Path) -> list[str]:
-    """What the index has from a file, or from a folder's files; else the file, for lm-eval to
-    read.
-    """
+    """What the index has of a file or folder; else the file, for lm-eval to read."""
     files = {name: manager.task_index[name].yaml_path for name in manager.all_tasks}
     names = [name for name, file in files.items() if file and file.resolve().is_relative_to(path.resolve())]
     if not path.is_dir():

@@ -1,6 +1,4 @@
-"""`motifarch generate`: text from a Hugging Face folder, streamed as it is sampled, or for a whole
-file of prompts.
-"""
+"""`motifarch generate`: text from a Hugging Face folder, streamed, or for many prompts."""
 
 from __future__ import annotations
 

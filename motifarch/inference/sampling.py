@@ -110,9 +110,7 @@ class Speed:
 
     @property
     def rate(self) -> float | None:
-        """Decoded tokens per second: those after each prompt's first, all rows of a batch together;
-        None if there are none.
-        """
+        """Decoded tokens per second after each prompt's first, over all rows; None if none."""
         decoded = self.tokens - self.prompts
         return decoded / self.decode_seconds if decoded else None
 
@@ -240,9 +238,7 @@ def generate(
 
 
 def _room(model: PreTrainedModel, ids: list[int], name: str) -> int | float:
-    """How many tokens the model's positions leave after a prompt; infinitely many for one without
-    such a limit.
-    """
+    """How many tokens the positions leave after a prompt; infinitely many without a limit."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     if max(ids) >= len(weight):
@@ -283,9 +279,7 @@ def _continue(
     streamer: TextStreamer | None,
     speed: Speed,
 ) -> list[tuple[list[int], str]]:
-    """Each row's new tokens, the end-of-sequence token among them if there is one, and how it
-    finished.
-    """
+    """Each row's new tokens, an end-of-sequence token included, and how it finished."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
@@ -388,9 +382,7 @@ class _FirstTokens(StoppingCriteria):
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]) -> str:
-    """New tokens as text, decoded after what they continue: alone, some tokenizers drop a space at
-    the start.
-    """
+    """New tokens as text, decoded after what they continue, which keeps leading spaces."""
     before, whole, alone = (
         str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (context, context + new, new)
     )

@@ -76,9 +76,7 @@ def differential_attention(
 
 
 def as_kernels_take(*tensors: Tensor) -> list[Tensor]:
-    """Tensors (B, heads, S, width) of a transformers module as (B, S, heads, width), in autocast's
-    dtype if on.
-    """
+    """(B, heads, S, width) of transformers as (B, S, heads, width), in autocast's dtype."""
     if torch.is_autocast_enabled(tensors[0].device.type):
         tensors = tuple(t.to(torch.get_autocast_dtype(t.device.type)) for t in tensors)
     return [t.transpose(1, 2) for t in tensors]
@@ -139,9 +137,7 @@ def attend_heads(
 
 
 def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> Any:
-    """Attention of (B, S, heads, width) tensors q1, k1, q2, k2 and v, by the kernels that suit what
-    is visible.
-    """
+    """Attention of (B, S, heads, width) tensors, by the kernels that suit the mask."""
     q1, k1, q2, k2, v = heads
     if visible is None:
         return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
@@ -164,9 +160,7 @@ def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> A
 
 
 def _attend_packed(heads: Any, lam: Tensor, packed: Any, options: dict[str, Any]) -> Any:
-    """Attention of tensors (B, S, heads, width): documents with their bounds, or the real tokens of
-    a padded batch.
-    """
+    """Attention of packed documents, or of the real tokens of a padded batch."""
     out: Any
     batch, length = heads[0].shape[:2]
     shared = heads[1] is heads[3]

@@ -106,9 +106,7 @@ def _check_implementation(module: Any, _: Any) -> None:
 
 
 def _leave_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """What generate() asks for a mask over a static cache: the mask function makes none of every
-    query and key.
-    """
+    """For generate()'s mask over a static cache: none of every query and key is made."""
     return attention_mask
 
 

@@ -1,6 +1,4 @@
-"""Grouped-query attention in place of multi-head latent attention, whose keys a noise head cannot
-share as they are.
-"""
+"""Grouped-query attention for multi-head latent attention, whose keys noise can't share."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ class GroupedQueryAttention:
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Arguments and results are those of transformers' attention modules: (B, S, E) ->
-        (B, S, E).
-        """
+        """As transformers' attention modules: (B, S, E) -> (B, S, E)."""
         q, k, v = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._rotated(q, position_embeddings), self._rotated(k, position_embeddings)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,6 +1,4 @@
-"""Which keys a call of a transformers model sees: its mask, read for kernels that take bounds
-instead of masks.
-"""
+"""Which keys a call sees: its mask, read for kernels that take bounds instead."""
 
 from __future__ import annotations
 

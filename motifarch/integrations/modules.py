@@ -37,9 +37,7 @@ class PatchOptions:
 
 
 def rebuild(model: Any) -> None:
-    """Patch a model that was just built, as its config says: what is loaded into it was patched
-    before it was saved.
-    """
+    """Patches a model that was just built, as its config says, before loading."""
     record = {k: v for k, v in getattr(model.config, PATCH).items() if k in PatchOptions.__dataclass_fields__}
     options, family = PatchOptions(**record), FAMILIES[getattr(model.config, PATCH)["host"]]
     modules = find_modules(model, family, options)

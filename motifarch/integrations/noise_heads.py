@@ -19,9 +19,7 @@ from motifarch.layers.grouped_differential_attention import scalar_lambda
 
 
 class QueryProjection(nn.Linear):
-    """A host's query projection that gives the noise heads' queries behind its own: (..., E) ->
-    (..., (H + Hn) D).
-    """
+    """A host's query projection, noise heads last: (..., E) -> (..., (H + Hn) D)."""
 
     noise: nn.Linear
 
@@ -31,9 +29,7 @@ class QueryProjection(nn.Linear):
 
 
 class QueryNorm:
-    """Mixed into a host's query norm: the noise heads, which lie behind the signal heads, have a
-    norm of their own.
-    """
+    """Mixed into a host's query norm: noise heads, which come last, have their own norm."""
 
     noise: nn.Module
     heads_dim: int

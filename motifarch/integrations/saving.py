@@ -40,9 +40,7 @@ class PatchedModelMixin:
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any = None, **_: Any) -> Any:
-        """What transformers asks for a mask over a static cache: the model itself reads the mask of
-        padding.
-        """
+        """For the mask over a static cache: the model reads the mask of padding itself."""
         return attention_mask
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,9 +74,7 @@ def register(host: Any) -> type[PreTrainedConfig]:
 
 
 class PatchedConfig(PreTrainedConfig):
-    """What AutoConfig knows: it gives way to its host's patched class as soon as a saved config is
-    read.
-    """
+    """What AutoConfig knows; a saved config's host has its own patched class."""
 
     model_type = MODEL_TYPE
 

@@ -1,6 +1,4 @@
-"""Plans a run on a cluster from one CPU: memory, traffic, FLOPs and time of a recipe on many
-GPUs.
-"""
+"""Plans a run on many GPUs from one CPU: memory, traffic, FLOPs and time."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,4 @@
-"""What a rank sends in a step: every collective that the step calls, by the group of ranks that it
-runs over.
-"""
+"""What a rank sends in a step: every collective, by its group of ranks."""
 
 import math
 from collections.abc import Sequence

@@ -82,9 +82,7 @@ class StepTrace:
     largest_layer: int
     """Bytes of the largest decoder layer as it is gathered."""
     outside_layers: int
-    """Bytes of what is gathered outside of the decoder layers, and stays until the backward pass
-    ends.
-    """
+    """Bytes gathered outside of decoder layers until the backward pass ends."""
     flops: dict[tuple[str, str], float]
     """A step's FLOPs by phase and part (`motifarch.plan.flops`)."""
     moved: dict[str, float]
@@ -102,9 +100,7 @@ class _Tally:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator on plain tensors: after DTensor has cut it, and before it is
-    forgotten.
-    """
+    """Sees every operator on plain tensors, after DTensor has cut it."""
 
     def __init__(self, visible_share: float) -> None:
         super().__init__()
@@ -119,9 +115,7 @@ class _Recorder(TorchDispatchMode):
 
     @property
     def phase(self) -> str:
-        """What is being done: what is called within a backward pass, or records gradients there, is
-        recomputed.
-        """
+        """The stage; calls or records within a backward pass are recomputation."""
         if torch._C._current_graph_task_id() != -1:
             return "recompute" if self._in_blocks or torch.is_grad_enabled() else "backward"
         return self._stage
@@ -226,9 +220,7 @@ def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
 
 
 def _forget_meshes() -> None:
-    """Empties DTensor's caches: to them, a mesh of an earlier world that has the same numbers is
-    the same mesh.
-    """
+    """Empties DTensor's caches, which take equal meshes of two worlds for one."""
     _clear_sharding_prop_cache()
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.tensor"):
@@ -375,9 +367,7 @@ def _dimensions(mesh: Mesh) -> dict[str, tuple[int, ...]]:
 
 
 def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:
-    """The whole step: the first micro-batch stands for all but the last, which reduces
-    gradients.
-    """
+    """The whole step: the first micro-batch stands for all but the last."""
     total = _Tally()
     last = len(tallies) - 2  # the tally after it is the optimizer's
     for i, tally in enumerate(tallies):

@@ -26,9 +26,7 @@ class Gpu:
     """Bytes a second to GPUs of the same NVLink domain."""
 
     network: float
-    """Bytes a second to others: one 400 Gbit/s adapter a GPU, as the reference designs of all these
-    have.
-    """
+    """Bytes a second to others: one 400 Gbit/s adapter a GPU, the reference designs'."""
 
     host: float
     """Bytes a second to the CPU's memory: PCIe 5, or NVLink-C2C."""
@@ -54,9 +52,7 @@ GPUS = {
         "GB200 (NVL72)", 2500e12, 186e9, 8e12, 900e9, 50e9, 450e9, 72, "https://www.nvidia.com/en-us/data-center/gb200-nvl72/"
     ),
 }  # fmt: skip
-"""Datasheets give matrix products with sparsity, which is twice the dense figure, and NVLink in
-both directions.
-"""
+"""Datasheets give sparse matrix products, twice the dense, and NVLink both ways."""
 
 
 def find_gpu(name: str) -> Gpu:

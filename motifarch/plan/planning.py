@@ -56,9 +56,7 @@ class Plan:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of each kind when there is most of it; the peaks of different kinds may fall at
-        different times.
-        """
+        """Peak bytes of each kind; different kinds may peak at different times."""
         r = self.trace
         exact = {
             memory.PARAMETERS: r.parameters,

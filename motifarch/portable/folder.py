@@ -1,6 +1,4 @@
-"""Writes the model code into a Hugging Face folder, and into its config where transformers finds
-the code.
-"""
+"""Writes the model code into a Hugging Face folder, and its place into the config."""
 
 from __future__ import annotations
 

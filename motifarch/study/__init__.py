@@ -1,3 +1,1 @@
-"""Studies: variants made equal, trained on the same data, measured, and reported with what the
-figures can say.
-"""
+"""Studies: variants made equal, trained on the same data, measured and reported."""

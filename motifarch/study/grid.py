@@ -1,6 +1,4 @@
-"""The grid of a head-ratio study: variants x sizes x seeds, read from YAML, and the rules between
-its fields.
-"""
+"""A head-ratio study's grid: variants x sizes x seeds, from YAML, and its rules."""
 
 import dataclasses
 import warnings
@@ -61,9 +59,7 @@ class VariantSpec(Section):
 
 @dataclass
 class SizeSpec(Section):
-    """What the variants of one size share. Key/value and noise heads stay, signal heads follow from
-    the ratio.
-    """
+    """What one size's variants share; signal heads follow from the ratio."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the size in tables and folders, such as 2m: letters, digits, dots and dashes."""
@@ -81,14 +77,10 @@ class SizeSpec(Section):
     """Noise heads of DIFF V1 and GDA."""
 
     intermediate_size: PositiveInt
-    """Width of the feed-forward block in the reference variant; the others' follow from the
-    matching.
-    """
+    """The reference variant's intermediate size; the others' follow from matching."""
 
     intermediate_multiple: PositiveInt = 8
-    """Feed-forward widths are multiples of this: smaller matches more closely, larger computes
-    faster.
-    """
+    """Intermediate sizes are multiples of this: smaller matches better, larger is faster."""
 
     num_key_value_heads: PositiveInt | None = None
     """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head.
@@ -150,17 +142,13 @@ class LearningRate(Section):
     """The peak learning rate of every variant at the smallest size."""
 
     sweep: list[PositiveFloat] = field(default_factory=list)
-    """Rates that each variant tries at the smallest size, with the first seed; the lowest
-    validation loss wins.
-    """
+    """Rates tried at the smallest size with the first seed; the lowest loss wins."""
 
     tokens: PositiveInt | None = None
     """Training tokens of a run of the sweep; null means a quarter of the study's."""
 
     transfer: Literal["same", "inverse_width"] = "same"
-    """Larger sizes take the smallest one's rate as it is, or times smallest / own hidden_size, as
-    muP does.
-    """
+    """Larger sizes take the smallest's rate as it is, or by hidden_size, as muP does."""
 
 
 @dataclass
@@ -197,14 +185,10 @@ class Grid(Section):
     """
 
     recipe: Recipe = field(default_factory=Recipe)
-    """Everything else of a run, as `motifarch train` takes it: batch, optim, validation,
-    initializer_range, ...
-    """
+    """The rest of a run, as `motifarch train` takes it: batch, optim, validation, ..."""
 
     measure: MeasureOptions = field(default_factory=MeasureOptions)
-    """How much is measured after training: the retrieval probe, attention statistics, decoding
-    speed.
-    """
+    """How much is measured after training: probe, attention, decoding speed."""
 
     def __post_init__(self) -> None:
         if self.match == "operations":

@@ -1,6 +1,4 @@
-"""The learning rate of each variant at each size: given, the best of a sweep at the smallest size,
-or carried over.
-"""
+"""Each variant's learning rate at each size: given, swept or carried over."""
 
 from collections.abc import Sequence
 from typing import Any

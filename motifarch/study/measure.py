@@ -36,9 +36,7 @@ class MeasureOptions:
     """How much is measured: more takes longer and errs less."""
 
     lengths: tuple[int, ...] = ()
-    """Tokens of the probe's contexts; empty for a quarter, a half and all of the training
-    sequences' length.
-    """
+    """Tokens of the probe's contexts; empty for parts of the training length."""
 
     depths: tuple[float, ...] = DEPTHS
     """Where in them the lines lie, from 0 to 1, ascending."""

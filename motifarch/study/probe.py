@@ -42,9 +42,7 @@ from motifarch.study.speed import fill_cache
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""Contexts (N, C) and questions on each (N, P, Q), int64 -> log-probabilities of what follows each,
-(N, P, V).
-"""
+"""Contexts (N, C), questions (N, P, Q), int64 -> log-probabilities (N, P, V)."""
 
 # Words to draw names and values from, and how many of the tokenizer's are tried for them.
 _WORDS = 256
@@ -75,9 +73,7 @@ class Lines:
         return [*self.question(name), value, *self.tail]
 
     def shortest(self, depths: Sequence[float]) -> int:
-        """Tokens of the shortest context with a line at each of ``depths``, and filler before,
-        between and behind.
-        """
+        """Tokens of the shortest context with a line at each of ``depths`` and filler around."""
         question = len(self.question(0))
         return len(depths) * (question + 1 + len(self.tail)) + question + len(depths) + 1
 
@@ -129,9 +125,7 @@ class Questions:
     contexts: Tensor
     """(pairs, 2, C) int64: of each pair the twins, up to the question."""
     questions: Tensor
-    """(pairs, P, Q) int64: of each pair the question for every name, up to the value; C + Q is the
-    length.
-    """
+    """(pairs, P, Q) int64: each pair's question for every name, up to the value."""
     values: Tensor
     """(pairs, 2, P) int64: what the twins' lines hold, in the order of depth."""
 
@@ -184,9 +178,7 @@ def make_questions(
 
 
 def _filler(datasets: Sequence[PackedDataset], rng: np.random.Generator, count: int) -> list[int]:
-    """So many tokens of consecutive rows, from one chosen at random on; after the last comes the
-    first.
-    """
+    """So many tokens of consecutive rows from a random one on, wrapping around."""
     data = datasets[int(rng.integers(len(datasets)))]
     row, found = int(rng.integers(len(data))), list[int]()
     while len(found) < count:

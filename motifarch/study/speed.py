@@ -98,9 +98,7 @@ def fill_cache(model: MotifForCausalLM, ids: Tensor) -> DynamicCache:
 
 
 def kv_bytes_per_token(cache: DynamicCache, tokens: int) -> int:
-    """Bytes of all keys and values that a cache has allocated, for each of the ``tokens``
-    (rows times length).
-    """
+    """Bytes of all keys and values that a cache has allocated for each token."""
     layers: list[Any] = cache.layers
     return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values)) // tokens
 

@@ -62,9 +62,7 @@ class TrainState:
     """Its optimizer."""
 
     step: int = 0
-    """Optimizer steps done. It decides the data, the learning rate and the batch size of the next
-    step.
-    """
+    """Optimizer steps done; decides the next step's data, rate and batch size."""
 
     tokens: int = 0
     """Targets trained on so far, over all ranks."""
@@ -96,18 +94,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class _HashedResult(WriteResult):
-    """What a rank reports to rank 0 of a tensor it wrote, with the size and hash of the file that
-    holds it.
-    """
+    """What a rank reports of a tensor: the size and hash of its file."""
 
     file_size: int = 0
     file_sha256: str = ""
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes a checkpoint's files, their hashes into a manifest, and renames the folder when all is
-    there.
-    """
+    """Writes a checkpoint's files, then the manifest, and renames the whole folder."""
 
     def __init__(self, final: Path, step: int, about: dict[str, Any]) -> None:
         super().__init__(final.with_name(final.name + PARTIAL))
@@ -162,9 +156,7 @@ class CheckpointWriter(FileSystemWriter):
 
 
 def _as_os_error(error: BaseException, folder: Path) -> OSError:
-    """Digs out the operating system's reason: torch's zip writer hides it behind an error of its
-    own.
-    """
+    """The operating system's reason, which torch's zip writer hides."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

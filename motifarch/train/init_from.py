@@ -1,6 +1,4 @@
-"""A run's first weights from a checkpoint or a Hugging Face folder: every rank reads what it
-keeps.
-"""
+"""A run's first weights, from a checkpoint or a Hugging Face folder."""
 
 import json
 from pathlib import Path

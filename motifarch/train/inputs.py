@@ -46,9 +46,7 @@ class Inputs:
         return self.training[0].seq_len
 
     def fingerprints(self) -> dict[str, Any]:
-        """What names the data's and the tokenizer's contents, for the record and its comparison on
-        resume.
-        """
+        """Fingerprints of data and tokenizer, for the record and for resuming."""
         return {
             "data": [{"path": str(d.folder), "fingerprint": d.fingerprint} for d in self.training],
             "tokenizer": self.training[0].tokenizer_fingerprint,

@@ -142,9 +142,7 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint, its manifest first, so that a deletion cut short leaves nothing that
-    looks complete.
-    """
+    """Deletes a checkpoint, its manifest first: what is left never looks complete."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -1,6 +1,4 @@
-"""What a run measures, to `metrics.jsonl` and TensorBoard: one row a step, each step once, resumes
-included.
-"""
+"""What a run measures, to `metrics.jsonl` and TensorBoard: one row a step."""
 
 import json
 import math
@@ -41,9 +39,7 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Collects device scalars step by step and reads them together, so that no step waits for the
-    device.
-    """
+    """Collects device scalars and reads them together: no step waits for the device."""
 
     def __init__(
         self,
@@ -85,9 +81,7 @@ class MetricsLog:
         self._since = time.perf_counter()
 
     def add(self, result: StepResult, *, tokens: int, **row: Any) -> None:
-        """Notes a step; `tokens` are those that went through the model, over all ranks, in this
-        step.
-        """
+        """Notes a step; `tokens` went through the model over all ranks."""
         self._rows.append(row)
         spike = torch.zeros_like(result.skipped) if result.spike is None else result.spike
         values = [result.loss, result.z_loss, result.grad_norm, result.skipped, spike]
@@ -159,9 +153,7 @@ class MetricsLog:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that the device's allocator held, or the process's largest resident set on a
-    CPU.
-    """
+    """Bytes: the allocator's peak, or on a CPU the process's largest resident set."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -34,19 +34,13 @@ class RunSection(Section):
     """Seeds the model's first weights and the order of the data."""
 
     resume: str = "auto"
-    """`auto`: the newest complete checkpoint in the output folder, or from scratch; `none`; or a
-    checkpoint folder.
-    """
+    """`auto`: the output's newest checkpoint, else from scratch; `none`; or a checkpoint."""
 
     init_from: str | None = None
-    """First weights: a checkpoint folder or a Hugging Face folder. The optimizer and the data start
-    afresh.
-    """
+    """First weights: a checkpoint or a Hugging Face folder; all else starts afresh."""
 
     max_nonfinite_in_row: PositiveInt = 10
-    """Stop when this many steps one after another had a non-finite loss or gradient
-    (each is skipped).
-    """
+    """Stop when so many steps in a row had a non-finite loss or gradient."""
 
     max_nonfinite_total: PositiveInt = 100
     """Stop when this many steps of the whole run had a non-finite loss or gradient."""
@@ -138,9 +132,7 @@ class ModelSection(Section):
     """Base of the rotary position embedding."""
 
     rope_scaling: dict[str, Any] | None = None
-    """Scaling of its frequencies, as in a model's config.json: a `rope_type` (linear, yarn, llama3)
-    and its numbers.
-    """
+    """Scaling as in a model's config.json: a `rope_type` (linear, yarn, llama3) and numbers."""
 
     rms_norm_eps: float = 1e-6
     """Epsilon of the layers' RMS norms."""
@@ -238,14 +230,10 @@ class OptimSection(Section):
     """`muon`: the five Newton-Schulz steps' polynomials: one each, or one for all."""
 
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """`muon`: what Newton-Schulz computes in and ranks send. float32, at twice the bytes, is for
-    comparing runs.
-    """
+    """`muon`: what Newton-Schulz computes in and ranks send; float32 is for comparing runs."""
 
     muon_chunk_mib: PositiveInt = 128
-    """`muon`: MiB of whole matrices that a rank gathers at once. Less saves memory, more makes
-    larger messages.
-    """
+    """`muon`: MiB of whole matrices gathered at once: less memory or larger messages."""
 
     qk_clip: PositiveFloat | None = None
     """After each step, scale query and key heads whose largest logit was above this back to it
@@ -298,9 +286,7 @@ class PrecisionSection(Section):
     """What the matrices are multiplied in; weights, moments and reductions are float32 always."""
 
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, and on a CPU where a measured matrix product is at least 1.5 times
-    as fast in it.
-    """
+    """`auto`: bfloat16 on a GPU, and on a CPU where it is at least 1.5 times as fast."""
 
     matmul: Matmul = "compute"
     """What the linear layers of all decoder layers but the first and the last multiply in:
@@ -315,9 +301,7 @@ class DistributedSection(Section):
     """How long the ranks wait for one another."""
 
     timeout_first_s: PositiveFloat = 1800.0
-    """Seconds that the first step (compilation, first data) may take, and a save or a validation at
-    any time.
-    """
+    """Seconds that the first step may take, and any save or validation."""
 
     timeout_s: PositiveFloat = 600.0
     """Seconds without a finished step after which a run is taken for hung and ended, with every
@@ -378,9 +362,7 @@ class Recipe(Section):
     """Everything that decides a run."""
 
     base: str | None = None
-    """Another recipe's file, relative to this one's folder, whose values hold where this one gives
-    none.
-    """
+    """Another recipe's file, relative to this one, for values not given here."""
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)

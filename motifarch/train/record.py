@@ -24,9 +24,7 @@ _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "data
 
 
 def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str) -> dict[str, Any]:
-    """What a checkpoint's manifest notes of its run: enough to refuse a resume that would not
-    continue it.
-    """
+    """What a manifest notes of its run: enough to see that a resume continues it."""
     return {
         "seed": recipe.run.seed,
         "compute": compute,
@@ -91,9 +89,7 @@ def read_record(output: Path) -> dict[str, Any]:
 
 
 def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None) -> None:
-    """Writes `run.json` into the output folder; the starts that came before are kept under
-    `starts`.
-    """
+    """Writes `run.json`; earlier starts are kept under `starts`."""
     output = Path(recipe.run.output)
     previous = read_record(output)
     origin = parent or (Path(recipe.run.init_from) if recipe.run.init_from else None)

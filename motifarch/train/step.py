@@ -116,9 +116,7 @@ def train_step(
 
 
 def spread_rows(datasets: Sequence[PackedDataset], sequences: int) -> list[tuple[PackedDataset, int]]:
-    """So many rows over all splits together, the same number of each and evenly spread; fewer where
-    there are fewer.
-    """
+    """So many rows over all splits together, evenly spread; fewer where there are fewer."""
     return [
         (dataset, i * len(dataset) // count)
         for dataset in datasets

@@ -8,9 +8,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While open, SIGINT and SIGTERM only set `received`; a terminal and torchrun may both deliver
-    one, harmlessly.
-    """
+    """While open, SIGINT and SIGTERM only set `received`, however often they come."""
 
     def __init__(self) -> None:
         """Starts with no signal received."""

@@ -1,6 +1,4 @@
-"""The Motif model family: grouped differential attention, DIFF V1, DIFF V2 or softmax attention,
-chosen by config.
-"""
+"""The Motif models: GDA, DIFF V1, DIFF V2 or softmax attention, chosen by config."""
 
 from motifarch.models.motif.configuration_motif import MODEL_TYPES, MotifConfig
 from motifarch.models.motif.modeling_motif import MotifForCausalLM, MotifModel, MotifPreTrainedModel

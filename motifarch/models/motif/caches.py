@@ -1,6 +1,4 @@
-"""What a cache and an attention mask say of a call: how many tokens came before it, and which of
-them are padding.
-"""
+"""What a cache and a mask say of a call: tokens before it, and which are padding."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Configuration of the Motif models: the released files' fields, and those that choose a
-variant.
-"""
+"""Configuration of the Motif models: the released fields, and those of variants."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ SHARED_STYLE = "motif_shared"
 
 
 def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
-    """Styles of transformers for the modules of a model: heads, the feed-forward's columns and
-    the vocabulary are shared.
-    """
+    """Styles of transformers: heads, feed-forward columns and the vocabulary are shared."""
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]
     if config.attention_type == "diff_v2":
@@ -164,9 +160,7 @@ class MotifConfig(PreTrainedConfig):
         return super().from_dict(absent | config_dict | {"model_type": cls.model_type}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; rotary parameters under the released files' names too, so that other readers
-        find them.
-        """
+        """All fields; rotary parameters under the released files' names too."""
         output = super().to_dict()
         parameters = dict(output.get("rope_parameters") or {})
         output["rope_theta"] = parameters.pop("rope_theta", self.default_theta)

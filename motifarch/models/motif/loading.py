@@ -1,6 +1,4 @@
-"""Loading a folder whole or not at all: transformers fills what is missing with random numbers, and
-only warns.
-"""
+"""Loads a folder whole or not at all, where transformers fills gaps and warns."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from motifarch.weight_files import ModelFolderError, WeightFiles, file_names, li
 
 
 class WholeOrNothing:
-    """Goes before PreTrainedModel among a model's base classes, and makes its ``from_pretrained``
-    strict.
-    """
+    """Goes before PreTrainedModel among the bases: a strict ``from_pretrained``."""
 
     @classmethod
     def from_pretrained(

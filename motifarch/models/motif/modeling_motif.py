@@ -300,9 +300,7 @@ class MotifModel(MotifPreTrainedModel):
 
 @dataclass
 class MotifCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output and the z-loss that is part of ``loss`` (a detached float32 scalar; None
-    without labels).
-    """
+    """transformers' output and ``loss``'s z-loss (detached float32; None without labels)."""
 
     z_loss: Tensor | None = None
 
@@ -429,9 +427,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """What transformers asks for a mask over a static cache: the layers make none of B x S x
-        capacity.
-        """
+        """For the mask over a static cache: none of B x S x capacity is made."""
         return attention_mask
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -471,9 +467,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
     def _shift(
         labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
-        """Each position's target: the next token's label, but none for padding and a row's or
-        document's last token.
-        """
+        """Each position's next token, but none for padding and a row's or document's last."""
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         if cu_seqlens is not None:
             last = cu_seqlens[1:].long() - 1
@@ -485,9 +479,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         return shifted
 
     def last_lambdas(self) -> Tensor | None:
-        """Mean lambda of each layer in the last forward pass, (layers,) float32; None for softmax
-        attention.
-        """
+        """Each layer's mean lambda in the last pass, (layers,) float32; None for softmax."""
         values = [layer.self_attn.last_lambda for layer in self.model.layers]
         return None if any(v is None for v in values) else torch.stack(values).float()
 

@@ -19,9 +19,7 @@ from motifarch.models.motif.configuration_motif import SHARED_STYLE
 
 
 class SharedParallel(TensorParallelLayer):
-    """The style of a layer whose own parameters every rank has, and whose heads or columns the
-    ranks share.
-    """
+    """The style of a layer whose own parameters are replicated, its heads or columns shared."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         """Tells an attention layer or a PolyNorm the ranks of a mesh.

@@ -42,9 +42,7 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-"""Rotary types whose frequencies do not depend on the length of a row, and what each needs besides
-rope_theta.
-"""
+"""Rotary types that ignore a row's length, and what each needs besides rope_theta."""
 
 
 def check_supported(fields: Mapping[str, Any]) -> None:
@@ -129,9 +127,7 @@ def _choice(accepted: tuple[Any, ...]) -> str:
 
 
 def _check_quantization(settings: Any) -> None:
-    """Raises for a method that transformers would only warn of, reading packed numbers as
-    weights.
-    """
+    """Raises for a method of which transformers would only warn."""
     if not isinstance(settings, Mapping):  # an object is one that transformers made
         return
     from transformers.quantizers.auto import AutoHfQuantizer
