@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from benchmarks.models.providers import LLAMAS, PROVIDERS, Sizes
-from motifarch.plan.hardware import GPUS, Gpu
+from motifarch.hardware import GPUS, Gpu
 
 MOTIF_2_6B = Sizes(
     hidden_size=2048,

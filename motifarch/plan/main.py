@@ -33,7 +33,7 @@ _ASSUMED = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the plan's own options; all others are the recipe's fields."""
-    from motifarch.plan.hardware import GPUS
+    from motifarch.hardware import GPUS
     from motifarch.plan.timing import Assumptions
 
     parser = _Parser(
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options, fields = build_parser().parse_known_args(argv)
     assumptions = _assumptions(options)
-    from motifarch.plan.hardware import find_gpu
+    from motifarch.hardware import find_gpu
 
     gpu = find_gpu(options.gpu)
     if options.domain is not None:

@@ -9,11 +9,11 @@ from typing import Any
 from motifarch.data import BatchSchedule, DataShape
 from motifarch.data.manifest import FILE_NAME, Manifest
 from motifarch.errors import UserError
+from motifarch.hardware import Gpu
 from motifarch.models.motif import MotifConfig
 from motifarch.plan import memory
 from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
-from motifarch.plan.hardware import Gpu
 from motifarch.plan.timing import Assumptions, StepTime, step_time
 from motifarch.train.inputs import model_config
 from motifarch.train.recipe import Recipe, check_recipe

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from motifarch.hardware import Gpu
 from motifarch.plan.communication import Traffic
 from motifarch.plan.dry_run import StepTrace
 from motifarch.plan.flops import ATTENTION, MATRICES
-from motifarch.plan.hardware import Gpu
 
 
 @dataclass(frozen=True)
