@@ -66,6 +66,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q -k 'imports_itself or triton' tests/test_architecture.py
 	$(MARKDOWN) | xargs $(BIN)/mdformat --check
 	! $(MARKDOWN) | LC_ALL=C.UTF-8 xargs grep -nE '^[^|].{100,}' /dev/null
 
