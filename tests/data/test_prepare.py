@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -330,15 +329,3 @@ def test_without_a_terminal_only_whole_lines_are_said(corpus: Path, tmp_path: Pa
     assert "\r" not in done.stdout
     stages = [line.partition(":")[0] for line in done.stdout.splitlines()]
     assert stages[:4] == ["reading", "training the tokenizer", "tokenising", "packing train"]
-
-
-def test_blocks_of_the_two_splits_share_no_document(corpus: Path, tmp_path: Path) -> None:
-    prepare(tmp_path / "data", f"files:{corpus}/*.txt", options=["--validation-fraction", "0.4"])
-    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
-    numbers = [
-        set(re.findall(r"document (\d+)\n", tokenizer.decode(stream(tmp_path / "data", split))))
-        for split in ("train", "validation")
-    ]
-    assert not numbers[0] & numbers[1]
-    assert len(numbers[0] | numbers[1]) == 30
-    assert np.mean([len(found) for found in numbers]) == 15

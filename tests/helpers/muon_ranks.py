@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from helpers.sharded_training import build_model
-from motifarch.optim import Muon, build_muon
-from motifarch.parallel import Layout, Mesh, World, open_world, parallelize
+from motifarch.optim import Muon
+from motifarch.parallel import World, open_world
 from motifarch.shards import local_shard
 
 STEPS = 10
@@ -150,59 +141,3 @@ def count_messages(world: World, chunk_bytes: int) -> None:
         # comes first.
         total = world.all_reduce_sum([sum(calls), calls[0] if len(calls) == 2 else 0])
         assert total == [2 * bytes_, bytes_ if len(calls) == 2 else 0]
-
-
-def _trained(world_size: int, seed: int, steps: int) -> tuple[nn.Module, Muon]:
-    model = parallelize(build_model().train(), Mesh("cpu", Layout().resolve(world_size)))
-    optimizer = build_muon(model, lr=1e-2, ns_dtype=torch.float32)
-    for i in range(steps):
-        torch.manual_seed(seed + i)
-        _random_step(model, optimizer)
-    return model, optimizer
-
-
-def _random_step(model: nn.Module, optimizer: Muon) -> None:
-    for p in model.parameters():
-        assert isinstance(p, DTensor)
-        p.grad = distribute_tensor(torch.randn(p.shape), p.device_mesh, p.placements)
-    optimizer.step()
-
-
-def round_trip(folder: Path) -> None:
-    """State given from one optimizer to another: both then step alike. Rank 0 saves it."""
-    with open_world() as world:
-        model, optimizer = _trained(world.size, 0, 2)
-        for options in (StateDictOptions(), StateDictOptions(flatten_optimizer_state_dict=True)):
-            # The other one's own steps make its state differ, so that what isn't loaded shows.
-            other, fresh = _trained(world.size, 7, 3)
-            other.load_state_dict(model.state_dict())
-            taken = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-            set_optimizer_state_dict(other, fresh, taken, options=options)
-            twin, twin_optimizer = _trained(world.size, 0, 2)
-            for m, o in ((other, fresh), (twin, twin_optimizer)):
-                torch.manual_seed(99)
-                _random_step(m, o)
-            for a, b in zip(other.parameters(), twin.parameters(), strict=True):
-                assert torch.equal(a.to_local(), b.to_local())
-        dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)["state"]}, checkpoint_id=folder)
-        state = {
-            name: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
-            for name, values in get_optimizer_state_dict(model, optimizer)["state"].items()
-        }
-        if world.is_main:
-            torch.save(state, folder.with_suffix(".pt"))
-
-
-def load_elsewhere(folder: Path) -> None:
-    """Reads that checkpoint with another number of ranks."""
-    with open_world() as world:
-        model, optimizer = _trained(world.size, 0, 0)
-        state = get_optimizer_state_dict(model, optimizer)["state"]
-        assert all(not v.any() for values in state.values() for v in values.values())  # no step was needed to make it
-        dcp.load({"optimizer": state}, checkpoint_id=folder)
-        expected = torch.load(folder.with_suffix(".pt"))
-        assert state.keys() == expected.keys()
-        for name, values in state.items():
-            for key, value in values.items():
-                found = value.full_tensor() if isinstance(value, DTensor) else value
-                assert torch.equal(found, expected[name][key]), (name, key)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.models import tiny_model
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.models.motif import MotifForCausalLM
 from motifarch.optim import build_adamw, clip_gradients
 from motifarch.parallel import Layout, Mesh, open_world, parallelize
 from motifarch.train.checkpoint import TrainState
@@ -23,20 +24,8 @@ STEPS, LR, CLIP, Z_LOSS = 4, 3e-3, 0.5, 1e-3
 
 
 def build_model(tied: bool = True) -> MotifForCausalLM:
-    torch.manual_seed(0)
-    return MotifForCausalLM(
-        MotifConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_noise_heads=2,
-            num_key_value_heads=4,
-            head_dim=8,
-            tie_word_embeddings=tied,
-        )
-    )
+    sizes = {"vocab_size": 320, "intermediate_size": 64, "initializer_range": 0.02}
+    return tiny_model(tie_word_embeddings=tied, **sizes)
 
 
 def loader(data: Path, rank: int, ranks: int, micro: int) -> BatchLoader:

@@ -1,15 +1,13 @@
-"""Parallel Muon on real processes: the numbers, the messages, state that travels."""
+"""Parallel Muon on real processes: the numbers and the messages."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from helpers.distributed import on_ranks
-from helpers.muon_ranks import check_steps, load_elsewhere, round_trip
+from helpers.muon_ranks import check_steps
 from motifarch.optim.newton_schulz import newton_schulz_flops
 from motifarch.optim.parallel_muon import plan_chunks
 from motifarch.shards import held_ranges
@@ -18,11 +16,6 @@ from motifarch.shards import held_ranges
 @pytest.mark.parametrize(("ranks", "chunk_sizes"), [(2, [1, 1 << 20]), (4, [1, 1500])])
 def test_same_steps_as_on_whole_matrices_and_each_moves_once_each_way(ranks: int, chunk_sizes: list[int]) -> None:
     on_ranks(ranks, check_steps, chunk_sizes)
-
-
-def test_state_travels(tmp_path: Path) -> None:
-    on_ranks(2, round_trip, tmp_path / "saved")
-    on_ranks(1, load_elsewhere, tmp_path / "saved")
 
 
 def test_work_is_balanced_and_memory_bounded() -> None:
