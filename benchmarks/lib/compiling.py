@@ -39,7 +39,13 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
     from triton.runtime.driver import driver
 
     from motif_kernels import tuning
-    from motif_kernels.impl.triton import cache_append, decoding, diff_attention  # noqa: F401  before what follows
+    from motif_kernels.impl.triton import (  # noqa: F401  before what follows
+        cache_append,
+        combine,
+        decoding,
+        diff_attention,
+        poly_norm,
+    )
 
     class Driver:
         def get_current_device(self) -> int:
