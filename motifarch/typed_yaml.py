@@ -169,20 +169,22 @@ class TypedYaml(Generic[T]):
 
     def _meant(self, name: str) -> str:
         # A right field in the wrong section is nearer than anything that merely looks alike.
-        same = [known for known in self._fields if known.rpartition(".")[2] == name.rpartition(".")[2]]
+        same = [known for known in self._fields if known and known.rpartition(".")[2] == name.rpartition(".")[2]]
         close = same or difflib.get_close_matches(name, self._fields, n=1, cutoff=0.5)
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last."""
+    """Refuses a key that is given twice, of which YAML would take the last. Keys are texts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: list[Any] = []
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice; keep one", problem_mark=key.start_mark)
-            seen.add(key.value)
+            seen.append(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
