@@ -144,7 +144,10 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
             attention_rows=partial(attention_rows, study),
             titles=lambda variants: [study.title(v) for v in variants],
             speed_names=list(SPEEDS),
-            speed_rows=by_variant(study, [speed(study, *measure) for measure in SPEEDS.values()]),
+            speed_rows=by_variant(
+                study,
+                [[study.estimate(v, "speed", name, unit=u) for v in study.variants] for name, u in SPEEDS.values()],
+            ),
             environment=list(_flat(results["environment"])),
             rates=[f"{rate:g}" for rate in rates],
             rate_rows=[
@@ -166,11 +169,6 @@ def _wrap(block: str) -> str:
         textwrap.fill(item, 100, subsequent_indent="  " * item.startswith("- "), break_on_hyphens=False)
         for item in items
     )
-
-
-def speed(study: StudyResults, name: str, unit: float) -> list[Estimate | None]:
-    """A speed of each variant."""
-    return [study.estimate(v, "speed", name, unit=unit) for v in study.variants]
 
 
 def probed(study: StudyResults, name: str) -> list[Estimate | None]:

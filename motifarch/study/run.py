@@ -281,8 +281,11 @@ def _finish(plan: StudyPlan, stopped: int, console: Console, earlier: dict[str, 
     if any(run.status == "finished" for run in plan.runs):
         if earlier is not None:
             results["comparison"] = compare_studies(results, earlier)
-            moved = [row for row in results["comparison"]["rows"] if row["verdict"] == "moved"]
-            console.print(f"{len(moved)} of {len(results['comparison']['rows'])} figures moved, see report.md")
+            rows = results["comparison"]["rows"]
+            console.print(f"{sum(row['verdict'] == 'moved' for row in rows)} of {len(rows)} figures moved")
+            for row in (row for row in rows if row["verdict"] == "moved"):
+                told = f"{row['what']}, {row['measure']}: {row['old']:.5g} to {row['new']:.5g} ({row['change']:+.2%})"
+                console.print(Text(f"  {told}, {'better' if row['better'] else 'worse'}"), soft_wrap=True)
         write_report(results, plan.path)
         console.print(Text(f"written: {plan.path / RESULTS}, report.html, report.md"), soft_wrap=True)
     left = [run for run in plan.runs if run.status != "finished"]
