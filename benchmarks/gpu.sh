@@ -16,8 +16,8 @@
 # keep the next from running: the exit status is 1 then, and the last line names it.
 #
 # Without a GPU the same parts run at tiny sizes, to prove the script. PYTHON names the interpreter; the packages need
-# not be installed as such. Only the study needs more than torch, triton and transformers bring: datasets and pydantic.
-# Its runs stay in runs/study_gpu, its text (the Python sources on the machine) in data/study_gpu.
+# not be installed as such. Only the study needs more than torch, triton and transformers bring: datasets, pydantic,
+# matplotlib, statsmodels, jinja2 and markdown-it-py. Its runs stay in runs/study_gpu, its text (the Python sources on the machine) in data/study_gpu.
 
 set -uo pipefail
 
@@ -116,7 +116,10 @@ for part in "${parts[@]}"; do
     [[ -n $sanitizer ]] || skip memcheck "compute-sanitizer is not installed: its tests run without it"
   fi
   if [[ $name == study ]]; then
-    "$python" -c 'import datasets, pydantic' || { skip study "it needs datasets and pydantic on PYTHONPATH"; continue; }
+    "$python" -c 'import datasets, pydantic, matplotlib, statsmodels, jinja2, markdown_it' || {
+      skip study "it needs datasets, pydantic, matplotlib, statsmodels, jinja2 and markdown-it-py on PYTHONPATH"
+      continue
+    }
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
     command+=(--data.path data/study_gpu --data.source "[stdlib, 'files:$packages/**/*.py']" --data.max_documents 30000)
     [[ ${#quick[@]} -gt 0 ]] && command+=(--dry-run)
