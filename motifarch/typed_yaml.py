@@ -56,12 +56,13 @@ class TypedYaml(Generic[T]):
         description: what the command does.
     """
 
-    def __init__(self, root: type[T], noun: str, *, usage: str, description: str) -> None:
+    def __init__(self, root: type[T], noun: str, *, usage: str = "", description: str = "") -> None:
         self.noun = noun
         self._help = f"usage: {usage}\n\n{textwrap.fill(description, 100)}\n"
         self._adapter = TypeAdapter(root)
         schema = self._adapter.json_schema()
-        self._fields = dict(_fields(schema, schema.get("$defs", {})))
+        self.fields = dict(_fields(schema, schema.get("$defs", {})))
+        """JSON schemas by dotted name, those of list entries too; the whole has the name ""."""
 
     def read(self, argv: Sequence[str]) -> T:
         """Reads a command line.
@@ -106,11 +107,11 @@ class TypedYaml(Generic[T]):
         """Prints every field with what it accepts, its default and its meaning."""
         print(self._help)
         print(f"  --config FILE: the {self.noun}; also the first argument")
-        for name, node in self._fields.items():
+        for name, node in self.fields.items():
             if "properties" in node:
                 print(textwrap.fill(f"{name or 'everything'}: {node.get('description', '')}", 100))
                 continue
-            of_entries = "items" in self._fields.get(name.rpartition(".")[0], {})
+            of_entries = "items" in self.fields.get(name.rpartition(".")[0], {})
             default = f"; default {json.dumps(node['default'])}" if "default" in node else ""
             print(f"  {'each ' if of_entries else '--'}{name}: {_accepted(node)}{default}")
             print(textwrap.fill(node.get("description", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
@@ -129,13 +130,13 @@ class TypedYaml(Generic[T]):
         if not isinstance(values, dict):
             raise UserError(f"{this} holds no sections; it must be a YAML mapping such as `run: {{steps: 100}}`")
         base, files = values.get("base"), [(f" in {path}", values)]
-        if isinstance(base, str) and "base" in self._fields:
+        if isinstance(base, str) and "base" in self.fields:
             return self._files(path.parent / base, (*above, path.resolve())) + files
         return files
 
     def _merge(self, name: str, below: Any, above: Any) -> Any:
         """Sections are merged field by field; anything else takes the place of what is below."""
-        if "properties" not in self._fields.get(name, {}) or not (isinstance(below, dict) and isinstance(above, dict)):
+        if "properties" not in self.fields.get(name, {}) or not (isinstance(below, dict) and isinstance(above, dict)):
             return above
         return below | {k: self._merge(_join(name, k), below.get(k), value) for k, value in above.items()}
 
@@ -155,11 +156,11 @@ class TypedYaml(Generic[T]):
         name = known = ""
         for part in loc:  # after the field may come pydantic's name of a union's branch
             name = _join(name, part)
-            known = name if _bare(name) in self._fields else known
+            known = name if _bare(name) in self.fields else known
         where = next((place for place, given in reversed(sources) if _holds(given, loc)), "")
         if kind == "unexpected_keyword_argument":
             return f"unknown {self.noun} field {name!r}{where}{self._meant(_bare(name))}"
-        node = self._fields[_bare(known)]
+        node = self.fields[_bare(known)]
         if kind == "missing":
             return f"{known} is missing; give {_accepted(node)}"
         if known.endswith("]"):
@@ -169,8 +170,8 @@ class TypedYaml(Generic[T]):
 
     def _meant(self, name: str) -> str:
         # A right field in the wrong section is nearer than anything that merely looks alike.
-        same = [known for known in self._fields if known and known.rpartition(".")[2] == name.rpartition(".")[2]]
-        close = same or difflib.get_close_matches(name, self._fields, n=1, cutoff=0.5)
+        same = [known for known in self.fields if known and known.rpartition(".")[2] == name.rpartition(".")[2]]
+        close = same or difflib.get_close_matches(name, self.fields, n=1, cutoff=0.5)
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -236,8 +237,6 @@ def _holds(values: Any, loc: Sequence[int | str]) -> bool:
 
 
 def _fields(node: dict[str, Any], definitions: dict[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Dotted names and JSON schemas of all fields, those of list entries too; the root is ""."""
-
     def resolved(node: dict[str, Any]) -> dict[str, Any]:
         return definitions[node["$ref"].rpartition("/")[2]] | node if "$ref" in node else node
 

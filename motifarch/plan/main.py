@@ -3,14 +3,22 @@
 import argparse
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+
 from motifarch.errors import UserError
 from motifarch.files import atomic_write, write_json
+from motifarch.hardware import GPUS, find_gpu
+from motifarch.plan.planning import Plan, make_plan
+from motifarch.plan.plots import draw_memory
+from motifarch.plan.report import as_text, render, to_json
+from motifarch.plan.suggestions import find_suggestions
+from motifarch.plan.timing import ASSUMPTIONS, Assumptions
 from motifarch.train.read_recipe import read_recipe
+from motifarch.train.recipe import Recipe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,22 +28,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see motifarch plan --help")
 
 
-_ASSUMED = {
-    "matmul-efficiency": "part of the peak that products with weights reach",
-    "attention-efficiency": "part of the peak that attention reaches",
-    "memory-efficiency": "part of the memory bandwidth that other operators reach",
-    "link-efficiency": "part of the links' bandwidth that collectives reach",
-    "overlap": "part of the computing time that FSDP's and Muon's messages can hide behind",
-    "fusion": "with compile: how many times fewer bytes the layers' element-wise operators move",
-    "reserve": "part of the memory left to CUDA, NCCL and fragments",
-}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the plan's own options; all others are the recipe's fields."""
-    from motifarch.hardware import GPUS
-    from motifarch.plan.timing import Assumptions
-
     parser = _Parser(
         prog="motifarch plan",
         usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
@@ -66,10 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not look for changes that would make it fit",
     )
-    defaults = Assumptions()
-    for name, text in _ASSUMED.items():
-        value = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text} (%(default)s)")
+    for f in dataclasses.fields(Assumptions):
+        text = f"{ASSUMPTIONS.fields[f.name]['description']} (%(default)s)"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=float, default=f.default, metavar="X", help=text)
     return parser
 
 
@@ -87,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: something that the user can mend.
     """
     options, fields = build_parser().parse_known_args(argv)
-    assumptions = _assumptions(options)
-    from motifarch.hardware import find_gpu
-
+    assumptions = Assumptions(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Assumptions)})
+    ASSUMPTIONS.check(assumptions)
     gpu = find_gpu(options.gpu)
     if options.domain is not None:
         if options.domain < 1:
@@ -103,15 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--tokens is {options.tokens}; it must be above 0")
     recipe = read_recipe([options.recipe, *fields])
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-    # Heavy imports only after everything has been read, so that a slip is reported at once.
-    from rich.console import Console
-
-    from motifarch.plan.planning import Plan, make_plan
-    from motifarch.plan.report import render
-    from motifarch.plan.suggestions import find_suggestions
-    from motifarch.train.recipe import Recipe
-
     name = Path(options.recipe).name
     known: dict[str, Any] = {"seq_len": options.seq_len, "tokens": options.tokens, "assumptions": assumptions}
     tried: list[Plan] = []
@@ -130,25 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if plan.fits else 1
 
 
-def _assumptions(options: argparse.Namespace) -> Any:
-    from motifarch.plan.timing import Assumptions
-
-    values = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _ASSUMED}
-    for name, value in values.items():
-        highest = float("inf") if name == "fusion" else 1.0
-        lowest = 1.0 if name == "fusion" else 0.0
-        # A share of nothing would never end; overlap and reserve may be none.
-        if not lowest <= value <= highest or (value == 0 and name not in ("overlap", "reserve")):
-            accepted = "at least 1" if name == "fusion" else "between 0 and 1"
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {accepted}")
-    return Assumptions(**values)
-
-
-def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> None:
+def _write(options: argparse.Namespace, name: str, plan: Plan, fitting: Plan | None) -> None:
     """Writes the files that were asked for."""
-    from motifarch.plan.plots import draw_memory
-    from motifarch.plan.report import as_text, to_json
-
     content = to_json(plan)
     try:
         if options.json is not None:
@@ -167,11 +133,3 @@ def _write(options: argparse.Namespace, name: str, plan: Any, fitting: Any) -> N
     except OSError as error:
         raise UserError(f"can't write {error.filename}: {error.strerror}; give another --output or --json") from None
     print(f"written: {options.output}/plan.txt, plan.json, plan.png")
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
