@@ -80,6 +80,9 @@ CALLS: tuple[dict[str, Any], ...] = (
     {"group": 1, "window_size": (511, 0)},
     {"group": 1, "packed": True},
     {"group": 3, "epilogue": "gate", "causal": False, "deterministic": False, "softcap": 20.0},
+    {"group": 1, "softmax": True},
+    {"group": 4, "softmax": True, "packed": True},
+    {"group": 4, "softmax": True, "window_size": (511, 0), "deterministic": False},
 )
 
 
@@ -92,9 +95,17 @@ def _attention() -> None:
 
 
 def _attention_call(
-    dtype: torch.dtype, d: int, dv: int, *, group: int, epilogue: str = "", packed: bool = False, **options: Any
+    dtype: torch.dtype,
+    d: int,
+    dv: int,
+    *,
+    group: int,
+    epilogue: str = "",
+    packed: bool = False,
+    softmax: bool = False,
+    **options: Any,
 ) -> None:
-    """Forward and backward of 256 tokens with 2 noise heads."""
+    """Forward and backward of 256 tokens with 2 noise heads, or without noise, and 2 key heads."""
     from motif_kernels import diff_attn_func, diff_attn_varlen_func
 
     leading = (256,) if packed else (1, 256)
@@ -108,9 +119,12 @@ def _attention_call(
     lam = torch.zeros(()).requires_grad_()
     bounds = torch.tensor([0, 256], dtype=torch.int32)
     call: Callable[..., Any] = diff_attn_varlen_func if packed else diff_attn_func
-    out = call(*leaves, lam, *((bounds, bounds, 256, 256) if packed else ()), **options)
+    tensors: list[torch.Tensor | None] = [*leaves, lam]
+    if softmax:
+        tensors[2] = tensors[3] = tensors[5] = None
+    out = call(*tensors, *((bounds, bounds, 256, 256) if packed else ()), **options)
     extra = [options[name] for name in ("norm_weight", "gate") if name in options]
-    torch.autograd.grad(out, [*leaves, lam, *extra], torch.zeros_like(out))
+    torch.autograd.grad(out, [t for t in (*tensors, *extra) if t is not None], torch.zeros_like(out))
 
 
 def _decoding() -> None:
@@ -124,13 +138,18 @@ def _decoding() -> None:
             cache_append.append(cache, tokens, torch.empty(2, dtype=torch.int32), table)
 
     for d, dv in WIDTHS:
-        for group, noises, paged in ((1, 1, False), (4, 1, False), (1, 4, True), (4, 2, True)):
+        for group, noises, paged in (
+            *((1, 1, False), (4, 1, False), (1, 4, True), (4, 2, True)),
+            *((4, 0, False), (1, 0, True)),  # softmax attention
+        ):
             k, v = (torch.zeros(2, 256, 2, width, dtype=torch.bfloat16) for width in (d, dv))
-            q1, q2 = (torch.zeros(2, 1, h, d, dtype=torch.bfloat16) for h in (2 * group * noises, 2 * noises))
+            q2: torch.Tensor | None
+            q1, q2 = (torch.zeros(2, 1, h, d, dtype=torch.bfloat16) for h in (2 * group * (noises or 1), 2 * noises))
             lengths, pages = torch.tensor([256, 256], dtype=torch.int32), torch.tensor([[0], [1]], dtype=torch.int32)
             options: dict[str, Any] = {"causal": True, "num_splits": 2, "backend": "triton", "out_scale": 0.5}
             options |= {"norm_weight": torch.ones(dv), "block_table": pages if paged else None}
-            diff_attn_with_kvcache(q1, k, q2, k, v, torch.zeros(()), lengths, **options)
+            q2, k2, lam = (q2, k, torch.zeros(())) if noises else (None, None, None)
+            diff_attn_with_kvcache(q1, k, q2, k2, v, lam, lengths, **options)
 
 
 def _motif() -> None:

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from motif_kernels.types import AttentionInputs, Sequences
+
 
 def check_epilogue(
     leading: Sequence[int],
     signal_heads: int,
-    noise_heads: int,
-    width: int,
-    lam: Tensor | float,
+    noise_heads: int | None,
+    v_head_dim: int,
+    lam: Tensor | float | None,
     norm_weight: Tensor | None,
     gate: Tensor | None,
     device: torch.device,
@@ -28,7 +30,7 @@ def check_epilogue(
     for name, tensor in (("lam", lam), ("norm_weight", norm_weight), ("gate", gate)):
         if isinstance(tensor, Tensor) and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and the attention on {device}; all must be on one device")
-    if noise_heads < 1 or signal_heads % noise_heads:
+    if noise_heads is not None and (noise_heads < 1 or signal_heads % noise_heads):
         raise ValueError(
             f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
             "the number of signal heads must be a multiple of the number of noise heads"
@@ -42,62 +44,69 @@ def check_epilogue(
         )
     if norm_weight is not None and gate is not None:
         raise ValueError("norm_weight and gate were both given; choose the sub-norm or the gate")
-    if norm_weight is not None and tuple(norm_weight.shape) != (width,):
+    if norm_weight is not None and tuple(norm_weight.shape) != (v_head_dim,):
         raise ValueError(
-            f"norm_weight has shape {tuple(norm_weight.shape)}; it must be ({width},), the value head width"
+            f"norm_weight has shape {tuple(norm_weight.shape)}; it must be ({v_head_dim},), the width of a value head"
         )
-    if gate is not None and tuple(gate.shape) != (*leading, signal_heads, width):
+    if gate is not None and tuple(gate.shape) != (*leading, signal_heads, v_head_dim):
         raise ValueError(
-            f"gate has shape {tuple(gate.shape)}; it must have the output's shape {(*leading, signal_heads, width)}"
+            f"gate has shape {tuple(gate.shape)}; it must have the output's shape "
+            f"{(*leading, signal_heads, v_head_dim)}"
         )
 
 
-def check_attention(
-    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, *, packed: bool, paged: bool = False
-) -> None:
+def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = False) -> None:
     """Raise unless the tensors are (B, S, heads, width), or (total, heads, width) when packed, and
     fit together.
 
     Paged keys and values are (blocks, block size, heads, width).
     """
-    named = {"q1": q1, "k1": k1, "q2": q2, "k2": k2, "v": v}
+    q1, k1, q2, k2, v, lam = inputs[:6]
+    given = [name for name, t in (("q2", q2), ("k2", k2), ("lam", lam)) if t is not None]
+    if len(given) not in (0, 3):
+        missing = ", ".join(name for name in ("q2", "k2", "lam") if name not in given)
+        raise ValueError(
+            f"{', '.join(given)} given without {missing}: differential attention takes q2, k2 and lam together, "
+            "softmax attention none of them"
+        )
+    q, k = ("q1", "k1") if q2 is not None else ("q", "k")  # as the public functions call them
+    named = ((q, q1), (k, k1), ("q2", q2), ("k2", k2), ("v", v))
+    present = {name: t for name, t in named if t is not None}
     layout = "(total, heads, headdim)" if packed else "(batch, seqlen, heads, headdim)"
-    for name, tensor in named.items():
+    for name, tensor in present.items():
         if tensor.ndim != (3 if packed else 4):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {layout}")
         if tensor.dtype != q1.dtype or not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype} and q1 is {q1.dtype}; all must be one floating-point dtype")
+            raise TypeError(f"{name} is {tensor.dtype} and {q} is {q1.dtype}; all must be one floating-point dtype")
         if tensor.device != q1.device:
-            raise ValueError(f"{name} is on {tensor.device} and q1 on {q1.device}; all must be on one device")
+            raise ValueError(f"{name} is on {tensor.device} and {q} on {q1.device}; all must be on one device")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
-                f"{name} has stride {tensor.stride(-1)} in its last dimension, the head width; "
+                f"{name} has stride {tensor.stride(-1)} in its last dimension, head_dim; "
                 f"it must be contiguous there (stride 1): call {name}.contiguous()"
             )
-    for name in ("q2", "k1", "k2"):
-        if named[name].shape[-1] != q1.shape[-1]:
-            raise ValueError(
-                f"{name} has head width {named[name].shape[-1]} and q1 has {q1.shape[-1]}; they must be equal"
-            )
-    if q1.shape[:-2] != q2.shape[:-2]:
+        if name != "v" and tensor.shape[-1] != q1.shape[-1]:
+            raise ValueError(f"{name} has head_dim {tensor.shape[-1]} and {q} has {q1.shape[-1]}; they must be equal")
+    if q2 is not None and q1.shape[:-2] != q2.shape[:-2]:
         raise ValueError(f"q1 is {tuple(q1.shape)} and q2 {tuple(q2.shape)}; they must differ only in heads")
     for name in ("k2", "v"):
-        if named[name].shape[:-2] != k1.shape[:-2]:
+        if name in present and present[name].shape[:-2] != k1.shape[:-2]:
             raise ValueError(
-                f"{name} is {tuple(named[name].shape)} and k1 {tuple(k1.shape)}; "
+                f"{name} is {tuple(present[name].shape)} and {k} {tuple(k1.shape)}; "
                 "they must differ only in heads and width"
             )
     if not (packed or paged) and k1.shape[0] != q1.shape[0]:
-        raise ValueError(f"k1 has batch size {k1.shape[0]} and q1 has {q1.shape[0]}; they must be equal")
-    signal_heads, noise_heads = q1.shape[-2], q2.shape[-2]
-    for name, heads, of, whole in (
-        ("q2", noise_heads, "q1", signal_heads),
-        ("k1", k1.shape[-2], "q1", signal_heads),
-        ("k2", k2.shape[-2], "q2", noise_heads),
-        ("v", v.shape[-2], "q2", noise_heads),
-    ):
+        raise ValueError(f"{k} has batch size {k1.shape[0]} and {q} has {q1.shape[0]}; they must be equal")
+    for name, of in (("q2", q), (k, q), ("k2", "q2"), ("v", q if q2 is None else "q2")):
+        if name not in present:
+            continue
+        heads, whole = present[name].shape[-2], present[of].shape[-2]
         if heads < 1 or whole % heads:
             raise ValueError(f"{of} has {whole} heads and {name} has {heads}; {of}'s must be a multiple of {name}'s")
+    check_epilogue(
+        q1.shape[:-2], q1.shape[-2], inputs.noise_heads or None, v.shape[-1], lam, inputs.norm_weight, inputs.gate,
+        q1.device,
+    )  # fmt: skip
 
 
 def may_read(values: Tensor) -> bool:
@@ -109,13 +118,26 @@ def may_read(values: Tensor) -> bool:
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int, device: torch.device) -> None:
-    """Raise unless cu_seqlens is int32, starts at 0, never falls, ends at total and has no document
-    over max_seqlen.
+def check_cu_seqlens(documents: Sequences, total_q: int, total_k: int, device: torch.device) -> None:
+    """Raise unless each cu_seqlens is int32, starts at 0, never falls, ends at the total and has no
+    document over max_seqlen, and both name equally many documents.
 
     Values are read on the CPU; on a GPU, where reading them would stall the stream, only with
     ``MOTIF_CHECK=1``; never while torch.compile traces, for a traced program has no values to read.
     """
+    max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k = documents
+    assert cu_seqlens_q is not None
+    assert cu_seqlens_k is not None
+    _check_bounds("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q, device)
+    _check_bounds("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k, device)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents and cu_seqlens_k "
+            f"{len(cu_seqlens_k) - 1}; they must be equal"
+        )
+
+
+def _check_bounds(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int, device: torch.device) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
         raise TypeError(
             f"{name} is {cu_seqlens.dtype} with shape {tuple(cu_seqlens.shape)}; "

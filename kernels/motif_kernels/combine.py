@@ -58,7 +58,23 @@ def diff_combine(
             f"diff_combine: o_noise has shape {tuple(o_noise.shape)} and o_signal {tuple(o_signal.shape)}; "
             "all but the number of heads must be equal"
         )
-    if not ops.has_implementation(o_signal.device):
+    return combine(o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate)
+
+
+def combine(
+    o_signal: Tensor,
+    o_noise: Tensor | None,
+    lam: Tensor | float | None,
+    *,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    out_scale: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """:func:`diff_combine` of arguments that were checked; without noise, softmax attention's
+    epilogue, in plain PyTorch.
+    """
+    if o_noise is None or lam is None or not ops.has_implementation(o_signal.device):
         out = reference.diff_combine(
             o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from motif_kernels import dispatch
-from motif_kernels.checks import check_attention, check_cu_seqlens, check_epilogue
-from motif_kernels.dispatch import BACKENDS as BACKENDS
+from motif_kernels.reference import compute_dtype
+from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 
 def diff_attn_func(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor | float,
+    lam: Tensor | float | None,
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -28,7 +29,7 @@ def diff_attn_func(
     deterministic: bool = True,
     return_max_logits: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Differential attention: ``softmax(q1 k1^T) v - lam * softmax(q2 k2^T) v``, then sub-norm,
     gate or neither.
 
@@ -40,7 +41,8 @@ def diff_attn_func(
     Args:
         q1: (B, Sq, Hs, D) signal queries.
         k1: (B, Sk, Hk1, D) signal keys, Hs a multiple of Hk1.
-        q2: (B, Sq, Hn, D) noise queries, Hs a multiple of Hn.
+        q2: (B, Sq, Hn, D) noise queries, Hs a multiple of Hn. Without noise, which is softmax
+            attention, q2, k2 and lam are None.
         k2: (B, Sk, Hk2, D) noise keys, Hn a multiple of Hk2; may be k1 itself.
         v: (B, Sk, Hv, Dv) values, Hn a multiple of Hv.
         lam: a float, or a differentiable tensor of shape (), (Hs,) or (B, Sq, Hs).
@@ -71,38 +73,29 @@ def diff_attn_func(
         ValueError: shapes or heads that do not fit, an unknown backend, or one that cannot serve
             the arguments.
     """
-    check_attention(q1, k1, q2, k2, v, packed=False)
-    check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v.shape[-1], lam, norm_weight, gate, q1.device)
-    call = dispatch.Call(
-        q1=q1,
-        k1=k1,
-        q2=q2,
-        k2=k2,
-        v=v,
-        lam=lam,
-        softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+    inputs = AttentionInputs(q1, k1, q2, k2, v, lam_tensor(lam, q1), norm_weight, gate)
+    options = AttentionOptions.of(
+        q1.shape[-1],
+        softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
-        norm_weight=norm_weight,
         norm_eps=norm_eps,
         out_scale=out_scale,
-        gate=gate,
         deterministic=deterministic,
         return_max_logits=return_max_logits,
-        max_seqlen_q=q1.shape[1],
-        max_seqlen_k=k1.shape[1],
     )
-    return dispatch.run(backend, call)
+    results = dispatch.attend(inputs, options, backend=backend)
+    return results if return_max_logits else results[0]
 
 
 def diff_attn_varlen_func(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor | float,
+    lam: Tensor | float | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
@@ -119,7 +112,7 @@ def diff_attn_varlen_func(
     deterministic: bool = True,
     return_max_logits: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """:func:`diff_attn_func` over packed documents, which never attend to each other.
 
     Args:
@@ -156,35 +149,25 @@ def diff_attn_varlen_func(
         ValueError: shapes, heads or cu_seqlens that do not fit, or a backend that cannot serve the
             arguments.
     """
-    check_attention(q1, k1, q2, k2, v, packed=True)
-    check_epilogue(q1.shape[:1], q1.shape[1], q2.shape[1], v.shape[-1], lam, norm_weight, gate, q1.device)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q1.shape[0], max_seqlen_q, q1.device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k1.shape[0], max_seqlen_k, q1.device)
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(
-            f"cu_seqlens_q names {len(cu_seqlens_q) - 1} documents and cu_seqlens_k "
-            f"{len(cu_seqlens_k) - 1}; they must be equal"
-        )
-    call = dispatch.Call(
-        q1=q1,
-        k1=k1,
-        q2=q2,
-        k2=k2,
-        v=v,
-        lam=lam,
-        softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+    inputs = AttentionInputs(q1, k1, q2, k2, v, lam_tensor(lam, q1), norm_weight, gate)
+    options = AttentionOptions.of(
+        q1.shape[-1],
+        softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
-        norm_weight=norm_weight,
         norm_eps=norm_eps,
         out_scale=out_scale,
-        gate=gate,
         deterministic=deterministic,
         return_max_logits=return_max_logits,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
     )
-    return dispatch.run(backend, call)
+    documents = Sequences(max_seqlen_q, max_seqlen_k, cu_seqlens_q, cu_seqlens_k)
+    results = dispatch.attend(inputs, options, documents, backend)
+    return results if return_max_logits else results[0]
+
+
+def lam_tensor(lam: Tensor | float | None, q: Tensor) -> Tensor | None:
+    """Lambda as a tensor beside q, in the dtype that arithmetic runs in, if it is a number."""
+    if lam is None or isinstance(lam, Tensor):
+        return lam
+    return torch.full((), lam, dtype=compute_dtype(q), device=q.device)

@@ -12,24 +12,22 @@ import torch
 from torch import Tensor
 
 from motif_kernels import dispatch
-from motif_kernels.checks import check_attention, check_epilogue, may_read
+from motif_kernels.checks import check_attention, may_read
+from motif_kernels.diff_attention import lam_tensor
 from motif_kernels.ops import decoding as operator
-from motif_kernels.ops import diff_attention as attention_operator
 from motif_kernels.ops import needs_no_operator
-from motif_kernels.reference import compute_dtype
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
-# Queries times signal heads of a key head that are decoding; more are prefill, which the training
-# kernels serve.
-MAX_DECODE_QUERY_ROWS = 32
+NewTokens = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def diff_attn_with_kvcache(
     q1: Tensor,
     k1_cache: Tensor,
-    q2: Tensor,
-    k2_cache: Tensor,
+    q2: Tensor | None,
+    k2_cache: Tensor | None,
     v_cache: Tensor,
-    lam: Tensor | float,
+    lam: Tensor | float | None,
     cache_seqlens: Tensor,
     *,
     k1: Tensor | None = None,
@@ -93,81 +91,86 @@ def diff_attn_with_kvcache(
         ValueError: shapes that do not fit, new keys without values, or more tokens than a cache has
             room for.
     """
-    check_attention(q1, k1_cache, q2, k2_cache, v_cache, packed=False, paged=block_table is not None)
-    check_epilogue(q1.shape[:2], q1.shape[2], q2.shape[2], v_cache.shape[-1], lam, norm_weight, gate, q1.device)
-    _check_lengths(q1, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad)
-    _check_table(q1, block_table)
-    added = _check_new_tokens({"k1": (k1, k1_cache), "k2": (k2, k2_cache), "v": (v, v_cache)}, len(q1))
-    implementation = _implementation(backend, q1, k1_cache, q2, k2_cache, v_cache, gate)
-    left, right = dispatch.kernel_window(causal, window_size)
-    if not isinstance(lam, Tensor):
-        lam = torch.full((), lam, dtype=compute_dtype(q1), device=q1.device)
+    inputs = AttentionInputs(q1, k1_cache, q2, k2_cache, v_cache, lam_tensor(lam, q1), norm_weight, gate)
+    options = AttentionOptions.of(
+        q1.shape[-1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+    )
+    cache = Cache(cache_seqlens, cache_leftpad, block_table, num_splits)
+    return attend(inputs, cache, options, backend, new=(k1, k2, v))
+
+
+def attend(
+    inputs: AttentionInputs,
+    cache: Cache,
+    options: AttentionOptions,
+    backend: str = "auto",
+    *,
+    new: NewTokens = (None, None, None),
+) -> Tensor:
+    """Check a call against a cache and serve it.
+
+    Args:
+        inputs: whose k1, k2 and v are the cache.
+        cache: what rows hold, before new tokens are appended.
+        options: the call's numbers.
+        backend: as in :func:`motif_kernels.diff_attn_func`.
+        new: k1, k2 and v to append.
+
+    Returns:
+        The output (B, Sq, Hs, Dv).
+
+    Raises:
+        TypeError: see :func:`diff_attn_with_kvcache`.
+        ValueError: likewise.
+    """
+    q1 = inputs.q1
+    check_attention(inputs, packed=False, paged=cache.block_table is not None)
+    _check_lengths(q1, cache_seqlens=cache.lengths, cache_leftpad=cache.leftpad)
+    _check_table(q1, cache.block_table)
+    tokens = _new_tokens(inputs, new)
+    reader = dispatch.choose_decoding(backend, inputs)
     with torch.no_grad():
         plain = needs_no_operator(q1)
-        if k1 is not None and k2 is not None and v is not None:
+        if tokens:
             append = operator.append if plain else operator.append_to_cache
-            append(k1_cache, k1, cache_seqlens, block_table)
-            append(k2_cache, k2, cache_seqlens, block_table)
-            append(v_cache, v, cache_seqlens, block_table)
-        attend = operator.attend if plain else operator.attend_to_cache
-        return attend(
-            *operator.Tensors(
-                q1=q1,
-                k1_cache=k1_cache,
-                q2=q2,
-                k2_cache=k2_cache,
-                v_cache=v_cache,
-                lam=lam,
-                lengths=cache_seqlens + added if added else cache_seqlens,
-                leftpad=cache_leftpad,
-                block_table=block_table,
-                norm_weight=norm_weight,
-                gate=gate,
-            ),
-            *operator.Options(
-                num_splits=num_splits,
-                softmax_scale=q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-                left=left,
-                right=right,
-                softcap=softcap,
-                norm_eps=norm_eps,
-                out_scale=out_scale,
-                implementation=implementation,
-                packed_backend=backend,
-            ),
-        )
+            for added, held in tokens:
+                append(held, added, cache.lengths, cache.block_table)
+            cache = cache._replace(lengths=cache.lengths + tokens[0][0].shape[1])
+        serve = operator.attend if plain else operator.attend_to_cache
+        return serve(*inputs, *cache, *options, reader, backend)
 
 
-def _implementation(
-    backend: str, q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None
-) -> str:
-    """Which of the operator's implementations runs. If one asked for cannot serve at all, packing
-    tells why.
-    """
-    same_heads = k1.shape[2] == k2.shape[2] == v.shape[2] and q2.shape[2] % v.shape[2] == 0
-    few = q1.shape[1] * q1.shape[2] // v.shape[2] <= MAX_DECODE_QUERY_ROWS
-    if not (same_heads and few):
-        return "packed"
-    on_gpu = q1.device.type == "cuda"
-    if backend == "triton" or (backend == "auto" and on_gpu):
-        unsupported_reason = dispatch.triton_unsupported_reason(q1.device) or attention_operator.unsupported_reason(
-            q1, k1, q2, k2, v, gate, None
-        )
-        return "packed" if unsupported_reason else "triton"
-    return "cpu" if backend == "sdpa" or (backend == "auto" and not on_gpu) else "packed"
-
-
-def _check_new_tokens(new: dict[str, tuple[Tensor | None, Tensor]], batch: int) -> int:
-    """How many tokens a row gets; they have the caches' heads and widths."""
-    given = {name: (tokens, cache) for name, (tokens, cache) in new.items() if tokens is not None}
+def _new_tokens(inputs: AttentionInputs, new: NewTokens) -> list[tuple[Tensor, Tensor]]:
+    """The new tokens, each with the cache it is appended to; they have its heads and widths."""
+    caches = inputs.k1, inputs.k2, inputs.v
+    named = [
+        (n, t, c)
+        for n, t, c in zip(("k1" if inputs.noise_heads else "k", "k2", "v"), new, caches, strict=True)
+        if t is not None or c is not None
+    ]
+    given = [(name, tokens) for name, tokens, _ in named if tokens is not None]
     if not given:
-        return 0
-    if len(given) < len(new):
-        missing = ", ".join(name for name in new if name not in given)
-        raise ValueError(f"{', '.join(given)} given without {missing}: k1, k2 and v must be given together, or none")
-    added = next(iter(given.values()))[0].shape[1]
-    for name, (tokens, cache) in given.items():
-        expected = (batch, added, *cache.shape[2:])
+        return []
+    if len(given) < len(named):
+        missing = ", ".join(name for name, tokens, _ in named if tokens is None)
+        names = [name for name, _, _ in named]
+        together = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(
+            f"{', '.join(name for name, _ in given)} given without {missing}: "
+            f"{together} must be given together, or none"
+        )
+    added = given[0][1].shape[1]
+    pairs = []
+    for name, tokens, cache in named:
+        if tokens is None or cache is None:
+            raise ValueError(f"{name} was given and {name}_cache was not: softmax attention has no noise keys")
+        expected = (len(inputs.q1), added, *cache.shape[2:])
         if tuple(tokens.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tokens.shape)}; it must be {expected}, as q1 and its cache ask")
         if tokens.dtype != cache.dtype or tokens.device != cache.device:
@@ -175,7 +178,8 @@ def _check_new_tokens(new: dict[str, tuple[Tensor | None, Tensor]], batch: int) 
                 f"{name} is {tokens.dtype} on {tokens.device} and its cache {cache.dtype} on {cache.device}; "
                 "they must be equal"
             )
-    return added
+        pairs.append((tokens, cache))
+    return pairs
 
 
 def _check_lengths(q1: Tensor, **lengths: Tensor | None) -> None:

@@ -1,307 +1,188 @@
-"""The backends of differential attention: which of them can serve a call, which is taken, and how
-each is run.
-"""
+"""Who serves an attention call: which backends can, which is taken, and how each is run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from motif_kernels import reference, tuning
-from motif_kernels.combine import diff_combine
-from motif_kernels.impl import flash, sdpa
-from motif_kernels.ops import diff_attention as operator
-from motif_kernels.ops import triton_is_installed
-from motif_kernels.tracing import constant
+from motif_kernels.checks import check_attention, check_cu_seqlens
+from motif_kernels.combine import combine
+from motif_kernels.impl.flash import attention as flash
+from motif_kernels.ops import diff_attention as fused
+from motif_kernels.ops import sdpa
+from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
-Result = tuple[Tensor, Tensor | None, Tensor | None]
-"""The output, and where asked for the largest signal and noise logits."""
+# Queries times signal heads of a key head that are decoding; more are prefill, which the training
+# kernels serve.
+MAX_DECODE_QUERY_ROWS = 32
 
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """The checked arguments of :func:`motif_kernels.diff_attn_func`, or of its packed form if
-    cu_seqlens are given.
-    """
-
-    q1: Tensor
-    k1: Tensor
-    q2: Tensor
-    k2: Tensor
-    v: Tensor
-    lam: Tensor | float
-    softmax_scale: float
-    causal: bool
-    window_size: tuple[int, int]
-    softcap: float
-    norm_weight: Tensor | None
-    norm_eps: float
-    out_scale: float
-    gate: Tensor | None
-    deterministic: bool
-    return_max_logits: bool
-    max_seqlen_q: int
-    max_seqlen_k: int
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-
-    def needs_grad(self) -> bool:
-        """Whether a backward pass may follow."""
-        tensors = (self.q1, self.k1, self.q2, self.k2, self.v, self.lam, self.norm_weight, self.gate)
-        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+Attend = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor]
 
 
-# Why a backend cannot serve a call, in words that go on from "backend '...' cannot serve ", or
-# None.
-
-
-def _reference_unsupported_reason(call: Call) -> str | None:
-    return None
-
-
-def _sdpa_unsupported_reason(call: Call) -> str | None:
-    if call.softcap > 0:
-        return f"softcap={call.softcap}: torch's scaled_dot_product_attention has no soft cap"
-    if call.return_max_logits:
-        return "return_max_logits=True: torch's scaled_dot_product_attention does not give its logits"
-    return None
-
-
-def _flash_unsupported_reason(call: Call) -> str | None:
-    return flash.unsupported_reason(
-        device=call.q1.device,
-        dtype=call.q1.dtype,
-        head_dim=call.q1.shape[-1],
-        value_dim=call.v.shape[-1],
-        softcap=call.softcap,
-        return_max_logits=call.return_max_logits,
-        deterministic=call.deterministic,
-        needs_grad=call.needs_grad(),
-    )
-
-
-_LAUNCH_TABLES_FIT = ((9, 0), (10, 0), (10, 3))
-
-
-@constant
-def triton_unsupported_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
-    if not triton_is_installed():
-        return f"tensors on {device}: triton is not installed"
-    import triton
-
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return None
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability in _LAUNCH_TABLES_FIT or tuning.has_table(device, "attention_forward"):
-            return None
-        return (
-            f"compute capability {'.'.join(map(str, capability))}: there are launch tables for Hopper and data-centre "
-            "Blackwell, whose tiles may not fit here; benchmarks.tuning.tune writes a table for another GPU"
+def _composed(
+    attend: Attend, inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions
+) -> tuple[Tensor, ...]:
+    """Each map by a library's softmax attention, and the epilogue."""
+    out = attend(inputs.q1, inputs.k1, inputs.v, sequences, options)
+    noise = inputs.noise
+    o_noise = None if noise is None else attend(noise.q, noise.k, inputs.v, sequences, options)
+    if noise is not None or fused.has_epilogue(inputs, options):
+        out = combine(
+            out,
+            o_noise,
+            inputs.lam,
+            norm_weight=inputs.norm_weight,
+            norm_eps=options.norm_eps,
+            out_scale=options.out_scale,
+            gate=inputs.gate,
         )
-    return f"tensors on {device}: Triton kernels need a CUDA GPU (or, to try them out, TRITON_INTERPRET=1)"
+    return (out,)
 
 
-def _triton_unsupported_reason(call: Call) -> str | None:
-    return triton_unsupported_reason(call.q1.device) or operator.unsupported_reason(
-        call.q1, call.k1, call.q2, call.k2, call.v, call.gate, call.cu_seqlens_q
-    )
+def _sdpa(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
+    return _composed(sdpa.attention, inputs, sequences, options)
 
 
-def _run_reference(call: Call) -> Result:
-    packed = call.cu_seqlens_q is not None
-    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        visible = reference.packed_attention_mask(
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.q1.shape[0],
-            call.k1.shape[0],
-            causal=call.causal,
-            window_size=call.window_size,
-        )
-    else:
-        visible = reference.attention_mask(
-            call.q1.shape[1],
-            call.k1.shape[1],
-            causal=call.causal,
-            window_size=call.window_size,
-            device=call.q1.device,
-        )
-
-    def batched(x: Tensor) -> Tensor:
-        return x[None] if packed else x
-
-    lam = call.lam
-    if isinstance(lam, Tensor) and lam.ndim == 2:
-        lam = lam[None]
-    out, max_signal, max_noise = reference.diff_attention(
-        batched(call.q1),
-        batched(call.k1),
-        batched(call.q2),
-        batched(call.k2),
-        batched(call.v),
-        lam,
-        mask=visible,
-        softmax_scale=call.softmax_scale,
-        softcap=call.softcap,
-        norm_weight=call.norm_weight,
-        norm_eps=call.norm_eps,
-        out_scale=call.out_scale,
-        gate=None if call.gate is None else batched(call.gate),
-    )
-    return out[0] if packed else out, max_signal.float(), max_noise.float()
+def _flash(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
+    return _composed(flash.attention, inputs, sequences, options)
 
 
-def _combine(call: Call, o_signal: Tensor, o_noise: Tensor) -> Result:
-    out = diff_combine(
-        o_signal,
-        o_noise,
-        call.lam,
-        norm_weight=call.norm_weight,
-        norm_eps=call.norm_eps,
-        out_scale=call.out_scale,
-        gate=call.gate,
-    )
-    return out, None, None
+def _triton_unsupported_reason(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> str | None:
+    from motif_kernels import machine
+
+    reason = machine.triton_unsupported_reason(inputs.q1.device)
+    return reason or fused.unsupported_reason(inputs, sequences)
 
 
-def _run_sdpa(call: Call) -> Result:
-    packed = call.cu_seqlens_q is not None
-
-    def attend(q: Tensor, k: Tensor) -> Tensor:
-        out = sdpa.attention(
-            *((q[None], k[None], call.v[None]) if packed else (q, k, call.v)),
-            scale=call.softmax_scale,
-            causal=call.causal,
-            window_size=call.window_size,
-            cu_seqlens_q=call.cu_seqlens_q,
-            cu_seqlens_k=call.cu_seqlens_k,
-        )
-        return out[0] if packed else out
-
-    return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
+class _Backend(NamedTuple):
+    run: Callable[[AttentionInputs, Sequences, AttentionOptions], tuple[Tensor, ...]]
+    """Gives the output and, where asked for, the largest signal logits and noise logits."""
+    library: str
+    """For people."""
+    serves: frozenset[str]
+    """Which of the optional fields of inputs and options it knows: any other is refused."""
+    unsupported_reason: Callable[[AttentionInputs, Sequences, AttentionOptions], str | None]
+    """Why else it cannot serve a call, in words that go on from "cannot serve"; None if it can."""
 
 
-def _run_flash(call: Call) -> Result:
-    def attend(q: Tensor, k: Tensor) -> Tensor:
-        if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-            return flash.attention(
-                q,
-                k,
-                call.v,
-                scale=call.softmax_scale,
-                causal=call.causal,
-                window_size=call.window_size,
-                softcap=call.softcap,
-                deterministic=call.deterministic,
-            )
-        return flash.varlen_attention(
-            q,
-            k,
-            call.v,
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_seqlen_q,
-            call.max_seqlen_k,
-            scale=call.softmax_scale,
-            causal=call.causal,
-            window_size=call.window_size,
-            softcap=call.softcap,
-            deterministic=call.deterministic,
-        )
-
-    return _combine(call, attend(call.q1, call.k1), attend(call.q2, call.k2))
-
-
-def kernel_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """The window that the kernels take: causal is a right side of 0, and no side is too long for 32
-    bits.
-    """
-    far = 1 << 30  # further than any key; added to a position, 32 bits still hold it
-    left, right = window_size
-    return min(left, far), 0 if causal else min(right, far)
-
-
-def _run_triton(call: Call) -> Result:
-    lam = call.lam
-    if not isinstance(lam, Tensor):
-        lam = torch.full((), lam, dtype=torch.float32, device=call.q1.device)
-    results = operator.diff_attention(
-        call.q1,
-        call.k1,
-        call.q2,
-        call.k2,
-        call.v,
-        lam,
-        call.norm_weight,
-        call.gate,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.max_seqlen_q,
-        call.max_seqlen_k,
-        call.softmax_scale,
-        *kernel_window(call.causal, call.window_size),
-        call.softcap,
-        call.norm_eps,
-        call.out_scale,
-        call.deterministic,
-        call.needs_grad(),
-        call.return_max_logits,
-    )
-    return results[0], results[6], results[7]
-
-
-@dataclass(frozen=True)
-class _Backend:
-    unsupported_reason: Callable[[Call], str | None]
-    run: Callable[[Call], Result]
-
-
+_EPILOGUE = frozenset({"norm_weight", "gate"})
 _BACKENDS = {
-    "reference": _Backend(_reference_unsupported_reason, _run_reference),
-    "sdpa": _Backend(_sdpa_unsupported_reason, _run_sdpa),
-    "flash": _Backend(_flash_unsupported_reason, _run_flash),
-    "triton": _Backend(_triton_unsupported_reason, _run_triton),
+    "reference": _Backend(
+        reference.attend, "the reference", _EPILOGUE | {"softcap", "return_max_logits"}, lambda *_: None
+    ),
+    "sdpa": _Backend(_sdpa, "torch's scaled_dot_product_attention", _EPILOGUE, lambda *_: None),
+    "flash": _Backend(_flash, "flash-attn", _EPILOGUE | {"softcap"}, flash.unsupported_reason),
+    "triton": _Backend(
+        fused.attend, "the fused kernel", _EPILOGUE | {"softcap", "return_max_logits"}, _triton_unsupported_reason
+    ),
 }
 BACKENDS = ("auto", *_BACKENDS)
 
 
-def choose(backend: str, call: Call) -> str:
-    """Resolve ``"auto"`` and refuse a backend that cannot serve the call.
+def unsupported_reason(
+    backend: str, inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions
+) -> str | None:
+    """Why a backend cannot serve a call, in words that follow "cannot serve"; None if it can."""
+    _, library, serves, further_reason = _BACKENDS[backend]
+    for value in (inputs, options):
+        for name, default in value._field_defaults.items():
+            given = getattr(value, name)
+            if name not in serves and given is not default and given != default:
+                return f"{name}={given}: {library} does not have it"
+    return further_reason(inputs, sequences, options)
 
-    On a GPU "auto" takes what the GPU's table (``tuning/``, "attention_backend") says is fastest
-    for the head widths, or without one the kernels written here; then what else can serve, composed
-    attention before the plain formula. On a CPU it takes torch's attention, or the plain formula.
+
+def choose(backend: str, inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> str:
+    """Resolve ``"auto"``, and raise for a backend that cannot serve the call.
 
     Raises:
-        ValueError: an unknown backend, or one asked for by name that cannot serve the call
-            (the message says why).
+        ValueError: an unknown backend, or one asked for by name that cannot serve the call (the
+            message says why).
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
     if backend != "auto":
-        if unsupported_reason := _BACKENDS[backend].unsupported_reason(call):
-            raise ValueError(f"backend {backend!r} cannot serve {unsupported_reason}; use another backend or 'auto'")
+        if reason := unsupported_reason(backend, inputs, sequences, options):
+            raise ValueError(f"backend {backend!r} cannot serve {reason}; use another backend or 'auto'")
         return backend
-    order = ("sdpa", "reference")
-    if call.q1.device.type == "cuda":
-        size = tuning.attention_size(call.q1.shape[-1], call.v.shape[-1], call.q1.element_size())
-        measured = tuning.find_choice("attention_backend", size, call.q1.device)
-        order = (*([measured["backend"]] if measured else []), "triton", "flash", *order)
-    return next(name for name in order if _BACKENDS[name].unsupported_reason(call) is None)
+    order = _order(inputs, sequences, options)
+    return next(name for name in order if unsupported_reason(name, inputs, sequences, options) is None)
 
 
-def run(backend: str, call: Call) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Serve a call: the output, or with return_max_logits the output and the largest signal and
-    noise logits.
+def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[str, ...]:
+    """What "auto" tries: on a GPU what its table (``tuning/``, "attention_backend") found fastest
+    for the head widths; without a table what is known to be fast for such a call.
     """
-    out, max_signal, max_noise = _BACKENDS[choose(backend, call)].run(call)
-    if not call.return_max_logits:
-        return out
-    assert max_signal is not None
-    assert max_noise is not None
-    return out, max_signal, max_noise
+    q1, packed = inputs.q1, sequences.is_packed
+    if q1.device.type != "cuda":
+        return "sdpa", "reference"
+    from motif_kernels import machine
+
+    size = tuning.attention_size(q1.shape[-1], inputs.v.shape[-1], q1.element_size())
+    measured = machine.measured_backend(size, q1.device)
+    if packed and inputs.needs_grad:
+        # Torch's attention reads the documents' bounds, which waits for the GPU in every layer.
+        order: tuple[str, ...] = ("flash", "triton")
+    elif q1.dtype not in (torch.float16, torch.bfloat16):
+        order = ("sdpa", "triton")
+    elif packed or options.left >= 0 or options.right > 0:
+        order = ("flash", "triton", "sdpa")
+    else:
+        order = ("flash", "sdpa", "triton")
+    return (*([] if measured is None else [measured]), *order, "reference")
+
+
+def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
+    """What attends to a cache: "triton" and "cpu" read it in place, "packed" copies what rows hold.
+
+    If a backend asked for cannot serve at all, packing tells why.
+    """
+    q1, k1, k2, v = inputs.q1, inputs.k1, inputs.k2, inputs.v
+    heads = v.shape[2]
+    of_each_value = inputs.noise_heads or q1.shape[2]
+    same_heads = k1.shape[2] == heads and (k2 is None or k2.shape[2] == heads) and of_each_value % heads == 0
+    if not same_heads or q1.shape[1] * q1.shape[2] // heads > MAX_DECODE_QUERY_ROWS:
+        return "packed"
+    on_gpu = q1.device.type == "cuda"
+    if backend == "triton" or (backend == "auto" and on_gpu):
+        from motif_kernels import machine
+
+        reason = machine.triton_unsupported_reason(q1.device) or fused.unsupported_reason(inputs)
+        return "packed" if reason else "triton"
+    return "cpu" if backend == "sdpa" or (backend == "auto" and not on_gpu) else "packed"
+
+
+def attend(
+    inputs: AttentionInputs, options: AttentionOptions, documents: Sequences | None = None, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Check a call and serve it.
+
+    Args:
+        inputs: a batch or, with documents, packed tensors.
+        options: the call's numbers.
+        documents: bounds of packed documents.
+        backend: one of :data:`BACKENDS`.
+
+    Returns:
+        The output and, with return_max_logits, the largest logits of the signal heads (Hs,) and of
+        the noise heads (Hn,) where there are any.
+
+    Raises:
+        TypeError: dtypes differ, or cu_seqlens is not int32.
+        ValueError: shapes, heads or cu_seqlens that do not fit, or a backend that cannot serve.
+    """
+    check_attention(inputs, packed=documents is not None)
+    if documents is None:
+        sequences = Sequences(inputs.q1.shape[1], inputs.k1.shape[1])
+    else:
+        sequences = documents
+        check_cu_seqlens(documents, inputs.q1.shape[0], inputs.k1.shape[0], inputs.q1.device)
+    name = choose(backend, inputs, sequences, options)
+    out, *max_logits = _BACKENDS[name].run(inputs, sequences, options)
+    if not options.return_max_logits:
+        return (out,)
+    return out, *(max_logits if inputs.noise is not None else max_logits[:1])

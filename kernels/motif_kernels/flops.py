@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from motif_kernels.impl import sdpa  # noqa: F401  (defines the operators that are registered here)
-from motif_kernels.ops.diff_attention import split_arguments
+from motif_kernels.ops import diff_attention, sdpa, take  # noqa: F401  (define what is registered here)
+from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 _Formula = TypeVar("_Formula", bound=Callable[..., int])
 
@@ -91,42 +91,42 @@ def _keys_before(queries: int, keys: int, shift: int) -> int:
     return running_sum(last) - running_sum(last - queries)
 
 
-def attention_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> int:
+def attention_flops(pairs: int, heads: int, head_dim: int, v_head_dim: int) -> int:
     """Softmax attention's forward pass: ``pairs`` visible pairs a head, summed over the batch."""
-    return pairs * heads * (2 * head_dim + 2 * value_dim)
+    return pairs * heads * (2 * head_dim + 2 * v_head_dim)
 
 
-def attention_backward_flops(pairs: int, heads: int, head_dim: int, value_dim: int) -> int:
+def attention_backward_flops(pairs: int, heads: int, head_dim: int, v_head_dim: int) -> int:
     """Softmax attention's backward pass: five products, which is 2.5 times the forward where D =
     Dv.
     """
-    return pairs * heads * (6 * head_dim + 4 * value_dim)
+    return pairs * heads * (6 * head_dim + 4 * v_head_dim)
 
 
-def diff_attention_flops(pairs: int, signal_heads: int, noise_heads: int, head_dim: int, value_dim: int) -> int:
+def diff_attention_flops(pairs: int, signal_heads: int, noise_heads: int, head_dim: int, v_head_dim: int) -> int:
     """Differential attention's forward pass, the noise map computed once for its group.
 
     With Dv = 2D a group takes 12D a pair for one signal head and 30D for four.
 
     Args:
         pairs: visible pairs of one map, summed over the batch (:func:`visible_pairs`).
-        signal_heads: hs.
-        noise_heads: hn.
-        head_dim: d.
-        value_dim: dv.
+        signal_heads: Hs.
+        noise_heads: Hn.
+        head_dim: D.
+        v_head_dim: Dv.
     """
-    return attention_flops(pairs, signal_heads + noise_heads, head_dim, value_dim)
+    return attention_flops(pairs, signal_heads + noise_heads, head_dim, v_head_dim)
 
 
 def diff_attention_backward_flops(
-    pairs: int, signal_heads: int, noise_heads: int, head_dim: int, value_dim: int
+    pairs: int, signal_heads: int, noise_heads: int, head_dim: int, v_head_dim: int
 ) -> int:
     """Differential attention's backward pass in one pass, dP and dV shared within a group.
 
     With Dv = 2D a group takes 20D a pair for one signal head and 62D for four. Arguments as in
     :func:`diff_attention_flops`.
     """
-    return attention_backward_flops(pairs, signal_heads, head_dim, value_dim) + pairs * noise_heads * 6 * head_dim
+    return attention_backward_flops(pairs, signal_heads, head_dim, v_head_dim) + pairs * noise_heads * 6 * head_dim
 
 
 def document_lengths(cu_seqlens: Tensor) -> list[int]:
@@ -151,17 +151,13 @@ def register(operator: torch._ops.OpOverloadPacket) -> Callable[[_Formula], _For
     return decorate
 
 
-def _segmented_pairs(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    window_size: tuple[int, int],
+def _pairs(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, window_size: tuple[int, int]
 ) -> int:
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return q.shape[0] * visible_pairs(q.shape[1], k.shape[1], causal, window_size)
-    return visible_pairs(document_lengths(cu_seqlens_q), document_lengths(cu_seqlens_k), causal, window_size)
+        return q.shape[0] * visible_pairs(q.shape[1], k.shape[1], window_size=window_size)
+    lengths = document_lengths(cu_seqlens_q), document_lengths(cu_seqlens_k)
+    return visible_pairs(*lengths, window_size=window_size)
 
 
 @register(torch.ops.motif.segmented_attention)
@@ -172,12 +168,11 @@ def _(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     scale: float,
-    causal: bool,
     left: int,
     right: int,
     **_: Any,
 ) -> int:
-    pairs = _segmented_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, (left, right))
+    pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, (left, right))
     return attention_flops(pairs, q.shape[2], q.shape[-1], v.shape[-1])
 
 
@@ -192,12 +187,11 @@ def _(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     scale: float,
-    causal: bool,
     left: int,
     right: int,
     **_: Any,
 ) -> int:
-    pairs = _segmented_pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, (left, right))
+    pairs = _pairs(q, k, cu_seqlens_q, cu_seqlens_k, (left, right))
     return attention_backward_flops(pairs, q.shape[2], q.shape[-1], v.shape[-1])
 
 
@@ -235,22 +229,19 @@ def _(
     return attention_backward_flops(pairs, query.shape[1], query.shape[-1], value.shape[-1])
 
 
-def _diff_attention_pairs(arguments: tuple[Any, ...]) -> tuple[int, int, int, int, int]:
-    """Visible pairs, signal heads, noise heads, head width and value width of the operator's
-    arguments.
-    """
-    tensors, options = split_arguments(arguments)
-    q1, k1 = tensors.q1, tensors.k1
-    window = (options.left, options.right)
-    pairs = _segmented_pairs(q1, k1, tensors.cu_seqlens_q, tensors.cu_seqlens_k, False, window)
-    return pairs, q1.shape[-2], tensors.q2.shape[-2], q1.shape[-1], tensors.v.shape[-1]
+def _call(arguments: tuple[Any, ...]) -> tuple[int, int, int, int, int]:
+    """Visible pairs, signal heads, noise heads, D and Dv of the operator's arguments."""
+    inputs, sequences, options, _ = take(arguments, AttentionInputs, Sequences, AttentionOptions)
+    q1 = inputs.q1
+    pairs = _pairs(q1, inputs.k1, sequences.cu_seqlens_q, sequences.cu_seqlens_k, options.window_size)
+    return pairs, q1.shape[-2], inputs.noise_heads, q1.shape[-1], inputs.v.shape[-1]
 
 
 @register(torch.ops.motif.diff_attention)
 def _(*arguments: Any, **_: Any) -> int:
-    return diff_attention_flops(*_diff_attention_pairs(arguments))
+    return diff_attention_flops(*_call(arguments))
 
 
 @register(torch.ops.motif.diff_attention_backward)
 def _(grad: Tensor, *arguments: Any, **_: Any) -> int:
-    return diff_attention_backward_flops(*_diff_attention_pairs(arguments))
+    return diff_attention_backward_flops(*_call(arguments))

@@ -4,7 +4,7 @@ Nothing here is fast and attention maps are materialised. What it buys is that e
 next to the mathematics. Arithmetic is in float32, or in float64 for float64 inputs, and is rounded
 once at the end.
 
-Shapes: B batch, S tokens, D query/key head width, Dv value head width, Hs signal heads, Hn noise
+Shapes: B batch, S tokens, D head_dim of queries and keys, Dv of values, Hs signal heads, Hn noise
 heads, g = Hs / Hn signal heads a noise head.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 
 def compute_dtype(*tensors: Tensor | float | None) -> torch.dtype:
@@ -87,7 +89,7 @@ def packed_attention_mask(
 def attention_map(
     q: Tensor, k: Tensor, *, mask: Tensor, softmax_scale: float, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The softmax's probabilities, with grouped key heads; a row that sees nothing is 0.
+    """The softmax's probabilities, with grouped key heads; a fully masked row is 0.
 
     Args:
         q: (B, Sq, H, D).
@@ -97,7 +99,7 @@ def attention_map(
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
     Returns:
-        The map (B, H, Sq, Sk) in the compute dtype, and each head's largest visible logit (H,).
+        The map (B, H, Sq, Sk) in the compute dtype, and each head's largest unmasked logit (H,).
     """
     dtype = compute_dtype(q, k)
     heads = q.shape[2]
@@ -114,8 +116,8 @@ def attention_map(
     )
     # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros
     # and then cleared.
-    blind_rows = hidden.all(dim=-1)[:, None]
-    return logits.masked_fill(blind_rows, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0), max_logits
+    fully_masked = hidden.all(dim=-1)[:, None]
+    return logits.masked_fill(fully_masked, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0), max_logits
 
 
 def attention(
@@ -127,7 +129,7 @@ def attention(
     softmax_scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention with grouped key and value heads; a row that sees nothing gives 0.
+    """Softmax attention with grouped key and value heads; a fully masked row gives 0.
 
     Args:
         q: (B, Sq, H, D).
@@ -138,7 +140,7 @@ def attention(
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
     Returns:
-        The output (B, Sq, H, Dv) in the compute dtype, and each head's largest visible logit (H,).
+        The output (B, Sq, H, Dv) in the compute dtype, and each head's largest unmasked logit (H,).
     """
     dtype = compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -149,26 +151,27 @@ def attention(
 
 def diff_combine(
     o_signal: Tensor,
-    o_noise: Tensor,
-    lam: Tensor | float,
+    o_noise: Tensor | None,
+    lam: Tensor | float | None,
     *,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
     out_scale: float = 1.0,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """``signal - lambda * noise``, then sub-norm, gate or neither, in the compute dtype
-    (not rounded).
+    """``signal - lambda * noise``, then sub-norm, gate or neither, in the compute dtype (not
+    rounded).
 
-    Shapes and arguments are those of :func:`motif_kernels.diff_combine`.
+    Shapes and arguments are those of :func:`motif_kernels.diff_combine`; without noise it is
+    softmax attention's epilogue.
     """
     dtype = compute_dtype(o_signal, o_noise, lam)
-    o_signal, o_noise = o_signal.to(dtype), o_noise.to(dtype)
-    group = o_signal.shape[-2] // o_noise.shape[-2]
-    if isinstance(lam, Tensor):
-        lam = lam.to(dtype)
-        lam = lam[..., None] if lam.ndim else lam
-    out = o_signal - lam * o_noise.repeat_interleave(group, dim=-2)
+    out = o_signal.to(dtype)
+    if o_noise is not None and lam is not None:
+        if isinstance(lam, Tensor):
+            lam = lam.to(dtype)
+            lam = lam[..., None] if lam.ndim else lam
+        out = out - lam * o_noise.to(dtype).repeat_interleave(out.shape[-2] // o_noise.shape[-2], dim=-2)
     if norm_weight is not None:
         out = out * torch.rsqrt(out.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight.to(dtype)
     if gate is not None:
@@ -179,10 +182,10 @@ def diff_combine(
 def diff_attention(
     q1: Tensor,
     k1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
+    q2: Tensor | None,
+    k2: Tensor | None,
     v: Tensor,
-    lam: Tensor | float,
+    lam: Tensor | float | None,
     *,
     mask: Tensor,
     softmax_scale: float,
@@ -191,7 +194,7 @@ def diff_attention(
     norm_eps: float = 1e-5,
     out_scale: float = 1.0,
     gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The one operation behind every variant; see :func:`motif_kernels.diff_attn_func` for the
     arguments.
 
@@ -200,14 +203,38 @@ def diff_attention(
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype, the largest signal logits (Hs,) and noise logits
-        (Hn,).
+        (Hn,), None without noise.
     """
     o_signal, max_signal = attention(q1, k1, v, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
-    o_noise, max_noise = attention(q2, k2, v, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
+    o_noise = max_noise = None
+    if q2 is not None and k2 is not None:
+        o_noise, max_noise = attention(q2, k2, v, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
     out = diff_combine(
         o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
     )
     return out.to(q1.dtype), max_signal, max_noise
+
+
+def attend(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
+    """:func:`diff_attention` of a call; the largest logits are those of heads that there are."""
+    window, packed = options.window_size, sequences.is_packed
+    tokens = inputs.q1.shape[-3], inputs.k1.shape[-3]
+    if sequences.cu_seqlens_q is not None and sequences.cu_seqlens_k is not None:
+        mask = packed_attention_mask(sequences.cu_seqlens_q, sequences.cu_seqlens_k, *tokens, window_size=window)
+        inputs = inputs.map(lambda t: t[None])
+    else:
+        mask = attention_mask(*tokens, window_size=window, device=inputs.q1.device)
+    out, *max_logits = diff_attention(
+        *inputs[:6],
+        mask=mask,
+        softmax_scale=options.softmax_scale,
+        softcap=options.softcap,
+        norm_weight=inputs.norm_weight,
+        norm_eps=options.norm_eps,
+        out_scale=options.out_scale,
+        gate=inputs.gate,
+    )
+    return out[0] if packed else out, *(m.float() for m in max_logits if m is not None)
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:

@@ -1,68 +1,113 @@
-"""What every attention layer shares: head shapes, positions, the cache, and packed or padded
-batches.
+"""What every attention layer shares: one forward pass, head shapes, positions, the cache, and
+packed or padded batches.
 
-Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head width.
+Shapes: B batch, S tokens, E hidden size, D head_dim of queries and keys, Dv of values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from motif_kernels import diff_decoding, dispatch
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.padding import PaddingMask
 from motifarch.layers.rotary import PositionEmbeddings, apply_rotary
 from motifarch.layers.ulysses import gather_heads, scatter_heads, sum_gradient
 
+Batch = Sequences | PaddingMask | Cache | None
+"""What a call's tokens are: packed, padded, new ones after a cache, or neither."""
+
+AttentionHook = Callable[[AttentionInputs, Batch], None]
+
+
+class AttentionLayerOptions(TypedDict, total=False):
+    """Keyword arguments of every attention layer, which :class:`BaseAttention` describes."""
+
+    qk_norm: bool
+    qk_norm_eps: float
+    window_size: tuple[int, int]
+    causal: bool
+    softmax_scale: float | None
+    bias: bool
+    backend: str
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
 
 class BaseAttention(nn.Module):
-    """Base of the attention layers: projections, rotary embeddings, cache and packing around a
-    subclass's attention.
+    """Base of the attention layers: everything but what the noise is.
 
-    A subclass sets the widths of its projections and says how heads are split into signal and
-    noise.
-    """
+    Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; without noise
+    heads it is softmax attention. A subclass gives the widths, lambda (:meth:`_lambda`) and a gate
+    (:meth:`_gate`), and sets ``subln`` for a sub-norm.
 
-    paired_kv = False
-    """Whether key heads come in pairs, one for signal and one for noise, with values of double
-    width.
+    Args:
+        hidden_size: E.
+        num_heads: signal and noise heads together.
+        num_noise_heads: noise heads, 0 for softmax attention.
+        num_kv_heads: key/value heads, before pairing.
+        head_dim: D.
+        layer_idx: position in the model from 0: the cache's key.
+        paired_kv: key heads come in pairs, one for signal and one for noise, with values of double
+            width.
+        lambda_init: a constant in lambda; with the sub-norm the output is scaled by
+            ``1 - lambda_init``.
+        qk_norm: RMS-normalise each query and key head before the rotation.
+        qk_norm_eps: its epsilon.
+        window_size: inclusive (left, right) attention window, -1 for unbounded.
+        causal: a token sees none after it; False is for encoders, and takes no cache.
+        softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
+        bias: biases in the four projections.
+        backend: motif_kernels' backend.
+        device: where the parameters are made.
+        dtype: their dtype.
     """
 
     def __init__(
         self,
         hidden_size: int,
         *,
-        query_width: int,
-        key_width: int,
-        value_width: int,
-        out_width: int,
+        num_heads: int,
+        num_noise_heads: int,
+        num_kv_heads: int,
         head_dim: int,
         layer_idx: int,
-        qk_norm: bool,
-        qk_norm_eps: float,
-        window_size: tuple[int, int],
-        causal: bool,
-        softmax_scale: float | None,
-        bias: bool,
-        backend: str,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        paired_kv: bool = False,
+        lambda_init: float = 0.0,
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        window_size: tuple[int, int] = (-1, -1),
+        causal: bool = True,
+        softmax_scale: float | None = None,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.head_dim, self.layer_idx = head_dim, layer_idx
-        self.window_size, self.causal = tuple(window_size), causal
+        self.num_heads, self.num_noise_heads, self.num_kv_heads = num_heads, num_noise_heads, num_kv_heads
+        self.head_dim, self.paired_kv = head_dim, paired_kv
+        self.v_head_dim = 2 * head_dim if paired_kv else head_dim
+        self.layer_idx, self.lambda_init = layer_idx, lambda_init
+        self.window_size, self.causal = (window_size[0], window_size[1]), causal
         self.softmax_scale, self.backend = softmax_scale, backend
-        self.q_proj = nn.Linear(hidden_size, query_width, bias=bias, **factory)
-        self.k_proj = nn.Linear(hidden_size, key_width, bias=bias, **factory)
-        self.v_proj = nn.Linear(hidden_size, value_width, bias=bias, **factory)
-        self.o_proj = nn.Linear(out_width, hidden_size, bias=bias, **factory)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
+        out_features = (num_heads - num_noise_heads) * self.v_head_dim
+        self.o_proj = nn.Linear(out_features, hidden_size, bias=bias, **factory)
+        self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.subln: nn.RMSNorm | None = None
+        """The sub-norm, which a subclass may set."""
         self.tensor_group: ProcessGroup | None = None
         """Ranks that each hold some of the heads (tensor parallelism): set from outside, with
         projections to match.
@@ -72,23 +117,110 @@ class BaseAttention(nn.Module):
         self.record_max_logits = False
         """Whether forward passes in training mode record each head's largest logit, for QK-clip."""
         self.max_logits: tuple[Tensor, Tensor | None] | None = None
-        """Largest scaled, visible logits since this was last cleared, of the signal heads (Hs,) and
-        noise heads (Hn,) that this rank computes; None without noise heads.
+        """Largest scaled, unmasked logits since this was last cleared, of the signal heads (Hs,)
+        and noise heads (Hn,) that this rank computes; None without noise heads.
         """
-        self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.last_lambda: Tensor | None = None
+        """Mean lambda of the last forward pass; None without noise heads."""
+        self.attention_hook: AttentionHook | None = None
+        """Called in each forward pass with the final queries, keys, values and lambda, (B, S,
+        heads, width), and with what kind of batch they are: to observe attention.
+        """
 
-    def _queries_and_keys(
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: PositionEmbeddings | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        past_key_values: Any | None = None,
+        padding: PaddingMask | None = None,
+        cache_position: CachePosition | None = None,
+    ) -> Tensor:
+        """Attention over a batch, packed documents, or new tokens after a cache.
+
+        Args:
+            hidden_states: (B, S, E); packed documents are one row (1, total, E).
+            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
+                leaves positions out.
+            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
+                each other.
+            max_seqlen: the longest document (or more); with cu_seqlens.
+            past_key_values: a transformers Cache of num_kv_heads heads of width head_dim; with
+                paired key heads of half as many heads of 2 * head_dim, k1 and k2 side by side.
+            padding: which tokens of a padded batch are real, cached ones included.
+            cache_position: where past_key_values stands before this call; by default it is asked.
+                With tokens padded on the left in the cache, it says how many.
+
+        Returns:
+            Tensor (B, S, E).
+
+        Raises:
+            ValueError: gradients are wanted through a cache that is written in place, or arguments
+                do not fit.
+        """
+        q, key, value = self._project(hidden_states, position_embeddings)
+        key, value, cache = self._append(
+            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
+        )
+        batch: Batch = cache if cache is not None else padding
+        if cu_seqlens is not None and batch is None:
+            if max_seqlen is None:
+                raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
+            batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
+        out = self._attend(self._inputs(q, key, value, hidden_states), batch)
+        return self.o_proj(out.flatten(2))
+
+    def _lambda(self, hidden_states: Tensor) -> Tensor:
+        """Lambda, a scalar or (B, S, Hs) of tokens and signal heads; asked where there are noise
+        heads.
+        """
+        raise NotImplementedError
+
+    def _gate(self, hidden_states: Tensor) -> Tensor | None:
+        """What the output is gated with, (B, S, Hs, Dv), or None."""
+        return None
+
+    def _project(
         self, hidden_states: Tensor, position_embeddings: PositionEmbeddings | None
-    ) -> tuple[Tensor, Tensor]:
-        """Projected, optionally normalised and rotated: (B, S, H, D) and (B, S, Hk, D)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, S, H, D), normalised and rotated, and keys and values as the cache holds
+        them: heads of a pair's k1 and k2 side by side.
+        """
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
         if position_embeddings is not None:
             q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
-        return q, k
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))
+        return q, k.flatten(2).unflatten(-1, (-1, self.v_head_dim)) if self.paired_kv else k, value
+
+    def _inputs(self, q: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> AttentionInputs:
+        """Heads as signal and noise, and lambda; the epilogue's tensors."""
+        weight = None if self.subln is None else self._shared(self.subln.weight)
+        if not self.num_noise_heads:
+            return AttentionInputs(q, key, None, None, value, None, weight, self._gate(hidden_states))
+        group = self.num_heads // self.num_noise_heads - 1
+        q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
+        k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
+        lam = self._lambda(hidden_states)
+        self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
+        return AttentionInputs(
+            q[..., :group, :].flatten(2, 3), k1, q[..., group, :], k2, value, lam, weight, self._gate(hidden_states)
+        )
+
+    def _options(self) -> AttentionOptions:
+        return AttentionOptions.of(
+            self.head_dim,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+            window_size=self.window_size,
+            norm_eps=0.0 if self.subln is None or self.subln.eps is None else self.subln.eps,
+            out_scale=1.0 if self.subln is None else 1.0 - self.lambda_init,
+            return_max_logits=self.record_max_logits and self.training,
+        )
 
     def _shared(self, parameter: Tensor) -> Tensor:
         """What all heads use: with tensor parallelism each rank's heads give a part of its
@@ -107,19 +239,19 @@ class BaseAttention(nn.Module):
         position: CachePosition | None,
         *,
         needs_full_cache: bool,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None] | None]:
+    ) -> tuple[Tensor, Tensor, Cache | None]:
         """Append to the cache, and say what the queries attend to.
 
         Args:
             key: (B, S, heads, width), this call's.
             value: (B, S, heads, Dv).
-            past_key_values: a transformers Cache or a PagedCache, or None.
+            past_key_values: a transformers Cache, or None.
             position: where the cache stands; by default the cache is asked.
             needs_full_cache: a mask follows that speaks of every cached token.
 
         Returns:
-            Keys and values, (B, Sk, heads, width) or pages, and for a cache that held tokens
-            before, the bounds that the attention to a cache takes.
+            Keys and values, (B, Sk, heads, width), and what they hold where they are a
+            cache that held tokens before.
 
         Raises:
             ValueError: gradients are wanted through a cache that is written in place, or the layer
@@ -130,166 +262,73 @@ class BaseAttention(nn.Module):
         if not self.causal:
             raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
-        in_place = bool(getattr(past_key_values, "is_compileable", False)) or hasattr(past_key_values, "append")
+        in_place = bool(getattr(past_key_values, "is_compileable", False))
         if in_place and torch.is_grad_enabled() and key.requires_grad:
             raise ValueError(
                 f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
                 "torch.no_grad(), or take a DynamicCache"
             )
-        if hasattr(past_key_values, "append") and not needs_full_cache:
-            keys, values, lengths, table = past_key_values.append(key, value, self.layer_idx)
-            if position.is_start:
-                return key, value, None
-            bounds = {"cache_seqlens": lengths, "cache_leftpad": position.leftpad, "block_table": table}
-            return keys, values, bounds
         keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
         if position.is_start:
             return key, value, None
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if needs_full_cache or (torch.is_grad_enabled() and keys.requires_grad):
             return keys, values, None
-        lengths, leftpad = position.within(keys.shape[1])
-        return keys, values, {"cache_seqlens": lengths, "cache_leftpad": leftpad}
+        return keys, values, Cache(*position.within(keys.shape[1]))
 
-    def _attend(
-        self,
-        dense: Callable[..., Any],
-        varlen: Callable[..., Any],
-        with_kvcache: Callable[..., Any],
-        *,
-        queries: dict[str, Tensor],
-        keys: dict[str, Tensor],
-        per_query: dict[str, Tensor | None] | None = None,
-        cache_bounds: dict[str, Tensor | None] | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        padding: PaddingMask | None,
-        **options: Any,
-    ) -> Tensor:
-        """Call ``dense``, ``varlen`` or ``with_kvcache``, as the batch is plain, packed or padded,
-        or goes on.
-
-        Args:
-            dense: attention on a batch.
-            varlen: the same on packed documents.
-            with_kvcache: the same on a cache, with "_cache" behind the keys' names.
-            queries: its arguments that have a row for each query, (B, Sq, heads, width).
-            keys: its arguments that have a row for each key, (B, Sk, heads, width).
-            per_query: what else has a row for each query, (B, Sq, ...), or is None.
-            cache_bounds: what of a cache is held, from :meth:`_append`; None if the keys are to be
-                taken as they are.
-            cu_seqlens: bounds of packed documents.
-            max_seqlen: the longest of them.
-            padding: which tokens of a padded batch are real.
-            **options: passed on.
-
-        Returns:
-            Tensor (B, Sq, heads, Dv); rows of padding are 0.
-        """
-        options |= {
-            "softmax_scale": self.softmax_scale,
-            "causal": self.causal,
-            "window_size": self.window_size,
-            "backend": self.backend,
-        }
-        per_query = per_query or {}
-        if self.record_max_logits and self.training:
-            dense, varlen = partial(self._record, dense), partial(self._record, varlen)
+    def _attend(self, inputs: AttentionInputs, batch: Batch) -> Tensor:
+        """Attention of (B, S, heads, width) tensors: (B, S, Hs, Dv), 0 in rows of padding."""
+        if self.attention_hook is not None:
+            self.attention_hook(inputs, batch)
         if self.context_group is not None:
-            return self._attend_in_context(
-                dense if cu_seqlens is None else varlen,
-                queries,
-                keys,
-                per_query,
-                cu_seqlens,
-                max_seqlen,
-                refused="a cache" if cache_bounds is not None else "padding" if padding is not None else None,
-                options=options,
-            )
-        if cache_bounds is not None:
-            caches = {f"{name}_cache": t for name, t in keys.items()}
-            return with_kvcache(**queries, **caches, **per_query, **cache_bounds, **options)
-        if cu_seqlens is None and padding is None:
-            return dense(**queries, **keys, **per_query, **options)
+            return self._attend_in_context(inputs, batch, self.context_group)
+        if isinstance(batch, Cache):
+            return diff_decoding.attend(inputs, batch, self._options(), self.backend)
+        if batch is None:
+            return self._call(inputs, None)
+        shape = inputs.q1.shape[:2]
+        if isinstance(batch, Sequences):
+            return self._call(inputs.map(lambda t: t.flatten(0, 1)), batch).unflatten(0, shape)
+        packed = batch.pack(inputs.k1.shape[1])
+        real = inputs.map(lambda t: t.flatten(0, 1)[packed.query_index], lambda t: t.flatten(0, 1)[packed.key_index])
+        bounds = packed.max_seqlen_q, packed.max_seqlen_k, packed.cu_seqlens_q, packed.cu_seqlens_k
+        out = self._call(real, Sequences(*bounds))
+        padded = out.new_zeros(shape.numel(), *out.shape[1:]).index_copy(0, packed.query_index, out)
+        return padded.unflatten(0, shape)
 
-        batch, seqlen = next(iter(queries.values())).shape[:2]
-        flat_queries = {n: t if t is None else t.flatten(0, 1) for n, t in (queries | per_query).items()}
-        flat_keys = {n: t.flatten(0, 1) for n, t in keys.items()}
-        if padding is None:
-            if max_seqlen is None:
-                raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
-            out = varlen(
-                **flat_queries,
-                **flat_keys,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                max_seqlen_k=max_seqlen,
-                **options,
-            )
-            return out.unflatten(0, (batch, seqlen))
-
-        packed = padding.pack(next(iter(keys.values())).shape[1])
-        out = varlen(
-            **{n: t if t is None else t[packed.query_index] for n, t in flat_queries.items()},
-            **{n: t[packed.key_index] for n, t in flat_keys.items()},
-            cu_seqlens_q=packed.cu_seqlens_q,
-            cu_seqlens_k=packed.cu_seqlens_k,
-            max_seqlen_q=packed.max_seqlen_q,
-            max_seqlen_k=packed.max_seqlen_k,
-            **options,
-        )
-        padded = out.new_zeros(batch * seqlen, *out.shape[1:]).index_copy(0, packed.query_index, out)
-        return padded.unflatten(0, (batch, seqlen))
-
-    def _record(self, attend: Callable[..., Any], **arguments: Any) -> Tensor:
-        """Attention that leaves its largest logits, or those of the calls before it, in
-        :attr:`max_logits`.
+    def _call(self, inputs: AttentionInputs, documents: Sequences | None) -> Tensor:
+        """Attention, whose largest logits, or those of the calls before it, are left in
+        :attr:`max_logits` where they are recorded.
         """
-        out, *found = attend(**arguments, return_max_logits=True)
-        before = self.max_logits or (None, None)
-        # A maximum in the first call too: a call that is computed again must do what it did, or
-        # checkpointing is lost.
-        found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
-        self.max_logits = found[0], found[1] if len(found) > 1 else None
-        return out  # type: ignore[no-any-return]
+        out, *found = dispatch.attend(inputs, self._options(), documents, self.backend)
+        if found:
+            before = self.max_logits or (None, None)
+            # A maximum in the first call too: a call that is recomputed must do what it did, or
+            # checkpointing is lost.
+            found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
+            self.max_logits = found[0], found[1] if len(found) > 1 else None
+        return out
 
-    def _attend_in_context(
-        self,
-        attend: Callable[..., Any],
-        queries: dict[str, Tensor],
-        keys: dict[str, Tensor],
-        per_query: dict[str, Tensor | None],
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        *,
-        refused: str | None,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _attend_in_context(self, inputs: AttentionInputs, batch: Batch, group: ProcessGroup) -> Tensor:
         """Attention whose ranks hold parts of the sequence: they exchange these for heads, and
         back.
         """
-        assert self.context_group is not None
-        if refused is not None:
-            raise ValueError(f"context parallelism does not serve {refused}; pack documents instead (cu_seqlens)")
-        tensors = {n: t for n, t in (queries | keys | per_query).items() if t is not None}
-        # Lambda for each token and head, (B, S, Hs), lacks a width.
-        wide = [t[..., None] if t.ndim == 3 else t for t in tensors.values()]
-        exchanged = scatter_heads(wide, self.context_group)
-        whole: dict[str, Tensor | None] = dict.fromkeys(per_query)
-        for (name, tensor), arrived in zip(tensors.items(), exchanged, strict=True):
-            whole[name] = arrived.squeeze(-1) if tensor.ndim == 3 else arrived
-        if cu_seqlens is not None:
-            if max_seqlen is None:
-                raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
-            batch = next(iter(queries.values())).shape[0]
-            whole = {n: None if t is None else t.flatten(0, 1) for n, t in whole.items()}
-            bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-            out = attend(**whole, **bounds, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, **options)
-            out = out.unflatten(0, (batch, -1))
-        else:
-            out = attend(**whole, **options)
-        return gather_heads(out, self.context_group)
+        if isinstance(batch, Cache | PaddingMask):
+            kind = "a cache" if isinstance(batch, Cache) else "padding"
+            raise ValueError(f"context parallelism does not serve {kind}; pack documents instead (cu_seqlens)")
+        sent: list[Tensor] = []
+
+        def send(t: Tensor) -> Tensor:
+            sent.append(t[..., None] if t.ndim == 3 else t)  # lambda for each token and head lacks a width
+            return t
+
+        inputs.map(send)
+        arrived = iter(scatter_heads(sent, group))
+        whole = inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
+        if batch is None:
+            return gather_heads(self._call(whole, None), group)
+        out = self._call(whole.map(lambda t: t.flatten(0, 1)), batch)
+        return gather_heads(out.unflatten(0, (inputs.q1.shape[0], -1)), group)
 
 
 def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:

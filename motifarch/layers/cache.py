@@ -16,7 +16,7 @@ class CachePosition:
     Args:
         seen: tokens that each row holds: a number, or a scalar tensor where the cache counts on its
             device.
-        batch: b.
+        batch: B.
         num_new: tokens that this call appends.
         leftpad: (B,) int32, tokens at the start of each row that are padding; None for none.
         device: where the attention runs.

@@ -5,16 +5,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-from motifarch.layers.base_attention import BaseAttention, check_heads
-from motifarch.layers.cache import CachePosition
-from motifarch.layers.padding import PaddingMask
-from motifarch.layers.rotary import PositionEmbeddings
+from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention, check_heads
 
 
 def default_lambda_init(depth: float) -> float:
@@ -58,7 +54,7 @@ class GroupedDifferentialAttention(BaseAttention):
         num_noise_heads: noise heads: 8 there, for groups of 4 signal heads.
         num_kv_heads: key/value heads before pairing, even; half of it must divide num_noise_heads.
             Without pairs: key/value heads, which must divide num_noise_heads.
-        head_dim: d, width of a query/key head.
+        head_dim: D, width of a query/key head.
         layer_idx: position in the model from 0: the cache's key, and lambda_init's depth.
         paired_kv: keys in pairs (signal, noise) and values of double width, or ordinary key/value
             heads.
@@ -67,15 +63,10 @@ class GroupedDifferentialAttention(BaseAttention):
         sub_norm: normalise each head's output and scale it by ``1 - lambda_init``; without it the
             difference is used as it is.
         norm_eps: the sub-norm's epsilon.
-        qk_norm: RMS-normalise each query and key head before the rotation.
-        qk_norm_eps: its epsilon.
-        window_size: inclusive (left, right) attention window, -1 for unbounded.
-        causal: a token sees none after it; False is for encoders, and takes no cache.
-        softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
-        bias: biases in the four projections.
-        backend: motif_kernels' backend.
-        device: where the parameters are made.
-        dtype: their dtype.
+        **options: of every attention layer
+            (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
+            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``backend``, ``device`` and
+            ``dtype``.
 
     Raises:
         ValueError: heads that do not divide.
@@ -94,45 +85,27 @@ class GroupedDifferentialAttention(BaseAttention):
         lambda_init: float | None = None,
         sub_norm: bool = True,
         norm_eps: float = 1e-5,
-        qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
-        window_size: tuple[int, int] = (-1, -1),
-        causal: bool = True,
-        softmax_scale: float | None = None,
-        bias: bool = False,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[AttentionLayerOptions],
     ) -> None:
         check_heads(num_heads, num_noise_heads, num_kv_heads, paired_keys=paired_kv)
-        value_width = 2 * head_dim if paired_kv else head_dim
         super().__init__(
             hidden_size,
-            query_width=num_heads * head_dim,
-            key_width=num_kv_heads * head_dim,
-            value_width=num_kv_heads * head_dim,
-            out_width=(num_heads - num_noise_heads) * value_width,
+            num_heads=num_heads,
+            num_noise_heads=num_noise_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             layer_idx=layer_idx,
-            qk_norm=qk_norm,
-            qk_norm_eps=qk_norm_eps,
-            window_size=window_size,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            bias=bias,
-            backend=backend,
-            device=device,
-            dtype=dtype,
+            paired_kv=paired_kv,
+            lambda_init=default_lambda_init(layer_idx) if lambda_init is None else lambda_init,
+            **options,
         )
-        self.num_heads, self.num_noise_heads, self.num_kv_heads = num_heads, num_noise_heads, num_kv_heads
-        self.paired_kv, self.v_head_dim = paired_kv, value_width
-        self.lambda_init = default_lambda_init(layer_idx) if lambda_init is None else lambda_init
+        device, dtype = options.get("device"), options.get("dtype")
         self.lambda_q1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         self.lambda_k1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         self.lambda_q2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         self.lambda_k2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
-        self.subln = nn.RMSNorm(value_width, eps=norm_eps, device=device, dtype=dtype) if sub_norm else None
-        self.last_lambda: Tensor | None = None
+        if sub_norm:
+            self.subln = nn.RMSNorm(self.v_head_dim, eps=norm_eps, device=device, dtype=dtype)
         self.reset_lambda()
 
     def reset_lambda(self) -> None:
@@ -144,67 +117,8 @@ class GroupedDifferentialAttention(BaseAttention):
         """The layer's lambda: a float32 (float64) scalar tensor."""
         return scalar_lambda(self)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: PositionEmbeddings | None = None,
-        *,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        past_key_values: Any | None = None,
-        padding: PaddingMask | None = None,
-        cache_position: CachePosition | None = None,
-    ) -> Tensor:
-        """Attention over a batch, packed documents, or new tokens after a cache.
-
-        Args:
-            hidden_states: (B, S, E); packed documents are one row (1, total, E).
-            position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
-                leaves positions out.
-            cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
-                each other.
-            max_seqlen: the longest document (or more); with cu_seqlens.
-            past_key_values: a transformers Cache: keys are kept as heads of k1 and k2 side by side,
-                of width 2 * head_dim, and values as heads of the same width; without pairs, both as
-                num_kv_heads heads of head_dim.
-            padding: which tokens of a padded batch are real, cached ones included.
-            cache_position: where past_key_values stands before this call; by default it is asked.
-                With tokens padded on the left in the cache, it says how many.
-
-        Returns:
-            Tensor (B, S, E).
-
-        Raises:
-            ValueError: gradients are wanted through a cache that is written in place, or arguments
-                do not fit.
-        """
-        q, k = self._queries_and_keys(hidden_states, position_embeddings)
-        group = self.num_heads // self.num_noise_heads - 1
-        q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
-        key = k.flatten(2).unflatten(-1, (-1, self.v_head_dim))  # of a pair, k1 and k2 side by side
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))
-        key, value, bounds = self._append(
-            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
-        )
-        lam = self._shared(self.compute_lambda())
-        self.last_lambda = lam.detach()
-        k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
-        out = self._attend(
-            diff_attn_func,
-            diff_attn_varlen_func,
-            diff_attn_with_kvcache,
-            queries={"q1": q[..., :group, :].flatten(2, 3), "q2": q[..., group, :]},
-            keys={"k1": k1, "k2": k2, "v": value},
-            lam=lam,
-            cache_bounds=bounds,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            padding=padding,
-            norm_weight=self._shared(self.subln.weight) if self.subln is not None else None,
-            norm_eps=self.subln.eps if self.subln is not None else 0.0,
-            out_scale=1.0 - self.lambda_init if self.subln is not None else 1.0,
-        )
-        return self.o_proj(out.flatten(2))
+    def _lambda(self, hidden_states: Tensor) -> Tensor:
+        return self._shared(self.compute_lambda())
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""
@@ -223,7 +137,7 @@ class DifferentialAttention(GroupedDifferentialAttention):
         hidden_size: e.
         num_heads: signal and noise heads together, even.
         num_kv_heads: key/value heads before pairing, even.
-        head_dim: d; values have 2D.
+        head_dim: D; values have 2D.
         layer_idx: position in the model, from 0.
         **options: those of GroupedDifferentialAttention, but num_noise_heads.
 

@@ -26,7 +26,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from motif_kernels import dispatch
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Layout, Mesh, World
@@ -273,10 +272,12 @@ def trace_step(
         with fake:
             model.to_empty(device=device)
 
+    from motif_kernels.machine import assume_kernels_run  # imports torch's tracer: not for who asks for --help
+
     with (
         fake_world(gpus, rank) as world,
         # Kernels are not launched: their rules for tensors without data run, and these need no GPU.
-        replaced(dispatch, "triton_unsupported_reason", lambda device: None),
+        assume_kernels_run(),
         # DTensor finds shapes by running operators on whole tensors, which no rank does.
         replaced(ShardingPropagator, FIND_SHAPES, recorder.unseen(getattr(ShardingPropagator, FIND_SHAPES))),
     ):

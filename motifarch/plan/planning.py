@@ -146,13 +146,9 @@ def planned_config(recipe: Recipe, data: DataShape) -> MotifConfig:
         UserError: the model section fits neither itself nor the data.
     """
     asked = recipe.model.attn_implementation
-    if recipe.model.attention_type == "softmax":
-        name = asked
-    elif asked is None or asked == "auto":
-        name = "triton"
-    else:
-        # flash-attn need not be installed here; torch's attention keeps and computes the same.
-        name = "sdpa" if asked.startswith("flash") else asked
+    name = "triton" if asked is None or asked == "auto" else asked
+    if name.startswith("flash"):
+        name = "sdpa"  # flash-attn need not be installed here; torch's attention keeps and computes the same
     model = dataclasses.replace(recipe.model, attn_implementation=name)
     return model_config(dataclasses.replace(recipe, model=model), data)
 

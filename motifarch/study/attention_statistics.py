@@ -16,9 +16,10 @@ first token in "Efficient Streaming Language Models with Attention Sinks" (arXiv
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor
 
 from motif_kernels.reference import attention_map, attention_mask
+from motif_kernels.types import AttentionInputs, Noise, Sequences
 from motifarch.data import Block, collate
-from motifarch.layers.base_attention import BaseAttention
+from motifarch.layers.base_attention import BaseAttention, Batch
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.step import to_device
 
@@ -117,64 +119,59 @@ class _Tally:
         self.largest_logit = -math.inf
         self.residual, self.output = _Moments(), _Moments()
 
-    def attention(
-        self,
-        layer: BaseAttention,
-        queries: Mapping[str, Tensor],
-        keys: Mapping[str, Tensor],
-        lam: Tensor | None,
-        bounds: Sequence[int],
-    ) -> None:
-        """Adds the maps of one packed row.
+    def attention(self, layer: BaseAttention, inputs: AttentionInputs, batch: Batch) -> None:
+        """Adds the maps of one packed row: what a layer calls as its ``attention_hook``.
 
         Args:
             layer: whose.
-            queries: "q", or "q1" and "q2": (1, T, H, D).
-            keys: "k", or "k1" and "k2": (1, T, Hk, D).
-            lam: (), or (1, T, Hs); None for softmax attention.
-            bounds: of the documents, from 0 to T.
+            inputs: queries (1, T, H, D), keys (1, T, Hk, D) and lambda, () or (1, T, Hs); None for
+                softmax attention.
+            batch: the documents' bounds, from 0 to T.
         """
-        if lam is not None:
-            self.means["lambda"].add(lam)
-        for start, end in pairwise(bounds):
+        assert isinstance(batch, Sequences)
+        assert batch.cu_seqlens_q is not None
+        if inputs.lam is not None:
+            self.means["lambda"].add(inputs.lam)
+        for start, end in pairwise(batch.cu_seqlens_q.tolist()):
             if end - start < 2:
                 continue
-            document = {name: t[:, start:end] for name, t in (*queries.items(), *keys.items())}
-            n, device = end - start, next(iter(document.values())).device
+            document = inputs.map(operator.itemgetter((slice(None), slice(start, end))))
+            n, device = end - start, inputs.q1.device
             left, right = layer.window_size
-            visible = attention_mask(n, n, causal=layer.causal, window_size=(left, right), device=device)
-            seen = visible[1:].sum(-1)
-            self.means["uniform_first_token_share"].add(visible[1:, 0] / seen)
+            mask = attention_mask(n, n, causal=layer.causal, window_size=(left, right), device=device)
+            seen = mask[1:].sum(-1)
+            self.means["uniform_first_token_share"].add(mask[1:, 0] / seen)
             self.means["uniform_entropy"].add(seen.log())
-            if lam is None:
-                for head in range(document["q"].shape[2]):
-                    self._add_map("", self._map(layer, document["q"], document["k"], head, visible))
+            if document.noise is None:
+                for head in range(document.q1.shape[2]):
+                    self._add_map("", self._map(layer, document.q1, document.k1, head, mask))
             else:
-                self._differential(layer, document, lam if lam.ndim == 0 else lam[0, start + 1 : end], visible)
+                self._differential(layer, document, document.noise, mask)
 
-    def _differential(self, layer: BaseAttention, document: Mapping[str, Tensor], lam: Tensor, visible: Tensor) -> None:
-        group = document["q1"].shape[2] // document["q2"].shape[2]
-        for noise_head in range(document["q2"].shape[2]):
-            noise = self._map(layer, document["q2"], document["k2"], noise_head, visible)
-            self._add_map("noise_", noise)
+    def _differential(self, layer: BaseAttention, document: AttentionInputs, noise: Noise, mask: Tensor) -> None:
+        group = document.q1.shape[2] // noise.q.shape[2]
+        lam = noise.lam if noise.lam.ndim == 0 else noise.lam[0, 1:]
+        for noise_head in range(noise.q.shape[2]):
+            noise_map = self._map(layer, noise.q, noise.k, noise_head, mask)
+            self._add_map("noise_", noise_map)
             for head in range(noise_head * group, (noise_head + 1) * group):
-                signal = self._map(layer, document["q1"], document["k1"], head, visible)
+                signal = self._map(layer, document.q1, document.k1, head, mask)
                 self._add_map("signal_", signal)
                 own = lam.float() if lam.ndim == 0 else lam[:, head, None].float()
-                difference = signal - own * noise
+                difference = signal - own * noise_map
                 mass = difference.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
                 self._add_map("", difference.abs() / mass)
                 self.means["negative_share"].add((-difference).clamp_min(0).sum(-1, keepdim=True) / mass)
                 self.means["cancelled_share"].add(1 - mass / (1 + own.abs()))
 
-    def _map(self, layer: BaseAttention, q: Tensor, k: Tensor, head: int, visible: Tensor) -> Tensor:
+    def _map(self, layer: BaseAttention, q: Tensor, k: Tensor, head: int, mask: Tensor) -> Tensor:
         """One head's map without the first query, (n - 1, n) float32."""
         key_head = head * k.shape[2] // q.shape[2]
         scale = layer.head_dim**-0.5 if layer.softmax_scale is None else layer.softmax_scale
         weights, largest = attention_map(
             q[:, :, head : head + 1].float(),
             k[:, :, key_head : key_head + 1].float(),
-            mask=visible,
+            mask=mask,
             softmax_scale=scale,
         )
         self.largest_logit = max(self.largest_logit, float(largest))
@@ -210,9 +207,8 @@ def _watched(model: MotifForCausalLM, tallies: Sequence[_Tally]) -> Iterator[Non
     """Within, each layer's forward pass is added to its tally."""
     handles, attentions = [], []
     for layer, tally in zip(model.model.layers, tallies, strict=True):
-        attention: Any = layer.self_attn
-        # The one place through which every kind of layer passes its final queries, keys and lambda.
-        attention._attend = partial(_observe, attention, attention._attend, tally)
+        attention: BaseAttention = layer.self_attn
+        attention.attention_hook = partial(tally.attention, attention)
         attentions.append(attention)
         handles.append(layer.register_forward_hook(lambda *call, to=tally.residual: to.add(call[-1])))
         handles.append(attention.register_forward_hook(lambda *call, to=tally.output: to.add(call[-1])))
@@ -222,22 +218,7 @@ def _watched(model: MotifForCausalLM, tallies: Sequence[_Tally]) -> Iterator[Non
         for handle in handles:
             handle.remove()
         for attention in attentions:
-            del attention._attend
-
-
-def _observe(
-    layer: BaseAttention,
-    attend: Callable[..., Tensor],
-    tally: _Tally,
-    *functions: Callable[..., Any],
-    queries: dict[str, Tensor],
-    keys: dict[str, Tensor],
-    **options: Any,
-) -> Tensor:
-    """What stands in for a layer's ``_attend``: notes its arguments and calls it."""
-    lam = options.get("lam", (options.get("per_query") or {}).get("lam"))
-    tally.attention(layer, queries, keys, lam, options["cu_seqlens"].tolist())
-    return attend(*functions, queries=queries, keys=keys, **options)
+            attention.attention_hook = None
 
 
 def gradient_norm_spikes(

@@ -14,7 +14,7 @@ import torch
 from motif_kernels import reference
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
-NAMES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
+NAMES = {4: "flash_attn.cute", 2: "flash_attn"}
 AMPERE, HOPPER, BLACKWELL, GEFORCE = (8, 0), (9, 0), (10, 0), (12, 0)
 
 
@@ -78,14 +78,6 @@ class StandIn:
         major = self.capability[0]
         if self.version == 2:
             assert d == dv <= 256
-        elif self.version == 3:
-            assert d <= 256
-            assert major in (8, 9)
-            if d != dv:
-                assert major == 9
-                assert (128 < d <= 192 and 96 < dv <= 128) or (d <= 64 and dv <= 512)
-            assert not backward or max(d, dv) <= 256
-            assert not (backward and deterministic and max(d, dv) > 192), "no deterministic backward at 256"
         elif major == 9:
             assert d <= 256
             assert dv <= 256
@@ -137,60 +129,6 @@ class StandIn:
             deterministic=False,
             return_attn_probs=False,
             block_table=None,
-        ):
-            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
-            packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-            return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic)
-
-        return flash_attn_func, flash_attn_varlen_func
-
-    def functions_3(self):
-        def flash_attn_func(
-            q,
-            k,
-            v,
-            softmax_scale=None,
-            causal=False,
-            qv=None,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-            window_size=(-1, -1),
-            attention_chunk=0,
-            softcap=0.0,
-            num_splits=1,
-            pack_gqa=None,
-            deterministic=False,
-            sm_margin=0,
-            return_attn_probs=False,
-        ):
-            options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
-            return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
-
-        def flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            seqused_q=None,
-            seqused_k=None,
-            softmax_scale=None,
-            causal=False,
-            qv=None,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-            window_size=(-1, -1),
-            attention_chunk=0,
-            softcap=0.0,
-            num_splits=1,
-            pack_gqa=None,
-            deterministic=False,
-            sm_margin=0,
-            return_attn_probs=False,
         ):
             options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
             packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)

@@ -9,10 +9,12 @@ from helpers.numerics import assert_error_rule
 from helpers.plain_attention import plain_diff_attention
 from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
 from motif_kernels.ops import decoding as operator
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 LENGTHS = [23, 7, 40]  # of whole sequences, the new tokens included
 CAPACITY = 48
 PAGE = 8
+OPTIONS = AttentionOptions(softmax_scale=0.25, left=-1, right=0, norm_eps=1e-5, out_scale=1.0, deterministic=True)
 
 
 def sequences(dtype=torch.float64):
@@ -319,8 +321,9 @@ def test_the_append_kernel_writes_what_has_room_and_nothing_else(is_paged, heads
     torch.testing.assert_close(whole, expected, atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("has_noise", [True, False])
 @pytest.mark.parametrize("is_paged", [False, True])
-def test_the_kernel_reads_no_further_than_the_cache(is_paged):
+def test_the_kernel_reads_no_further_than_the_cache(is_paged, has_noise):
     """A length past the cache counts as its end, and pages outside the pool as its first or last
     page.
     """
@@ -334,10 +337,9 @@ def test_the_kernel_reads_no_further_than_the_cache(is_paged):
     table = torch.tensor([[0], [-3], [99]], dtype=torch.int32) if is_paged else None
 
     def result(lengths, table, leftpad):
-        tensors = operator.Tensors(
-            q, cache, q[:, :, :1], cache, cache, torch.tensor(0.3), lengths, leftpad, table, None, None
-        )
-        return attend(tensors, operator.Options(2, 0.25, -1, 0, 0.0, 1e-5, 1.0, "triton", ""))
+        noise = (q[:, :, :1], cache, torch.tensor(0.3)) if has_noise else (None, None, None)
+        inputs = AttentionInputs(q, cache, *noise[:2], cache, noise[2])
+        return attend(inputs, Cache(lengths, leftpad, table, 2), OPTIONS)
 
     held = torch.full((3,), 16, dtype=torch.int32)
     clean = torch.tensor([[0], [0], [2]], dtype=torch.int32) if is_paged else None
@@ -355,10 +357,11 @@ def test_opcheck(is_paged):
     if table is not None:
         k1, k2, v = (torch.nan_to_num(paged(c, table)) for c in (k1, k2, v))
     torch.library.opcheck(operator.append_to_cache, (v, last(rows, 4, 1), seqlens, table))
-    arguments = (last(rows, 0, 1), k1, last(rows, 2, 1), k2, v, last(rows, 5, 1), seqlens, None, table, None, None)
-    for implementation, backend in (("cpu", "sdpa"), ("packed", "sdpa"), ("packed", "reference")):
-        options = (None, 0.3, -1, 0, 0.0, 1e-5, 1.0, implementation, backend)
-        torch.library.opcheck(operator.attend_to_cache, (*arguments, *options))
+    q1, q2, lam = (last(rows, i, 1) for i in (0, 2, 5))
+    for inputs in (AttentionInputs(q1, k1, q2, k2, v, lam), AttentionInputs(q1, k1, None, None, v, None)):
+        for reader, backend in (("cpu", "sdpa"), ("packed", "sdpa"), ("packed", "reference")):
+            arguments = (*inputs, *Cache(seqlens, None, table), *OPTIONS, reader, backend)
+            torch.library.opcheck(operator.attend_to_cache, arguments)
 
 
 def test_compiled_without_breaks_and_once_for_all_lengths():

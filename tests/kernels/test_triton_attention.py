@@ -14,9 +14,11 @@ from helpers.numerics import assert_error_rule, gradients, leaves
 from helpers.plain_attention import plain_diff_attention
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops, tuning
 from motif_kernels.ops import diff_attention as operator
+from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
 WIDTHS = [(64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)]
+OPTIONS = AttentionOptions(softmax_scale=0.25, left=-1, right=0, norm_eps=1e-5, out_scale=1.0, deterministic=True)
 fused = partial(diff_attn_func, backend="triton")
 fused_varlen = partial(diff_attn_varlen_func, backend="triton")
 
@@ -216,14 +218,14 @@ def test_bounds_that_lie_are_cut_to_the_tensors(device, monkeypatch):
     results = []
     for bounds in ([0, 20, 30], [-7, 20, 80]):
         bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-        options = operator.Options(30, 30, 0.25, -1, 0, 0.0, 1e-5, 1.0, True, True, False)
-        out = operator.diff_attention(*views, lam, None, None, bounds, bounds, *options)[0]
+        inputs, documents = AttentionInputs(*views, lam), Sequences(30, 30, bounds, bounds)
+        out = operator.diff_attention(*inputs, *documents, *OPTIONS, True)[0]
         results.append([out, *gradients(out, views, torch.ones_like(out))])
     for lying, honest in zip(*results, strict=True):
         assert torch.equal(lying, honest)
 
 
-def test_rows_that_see_nothing_are_zero(device):
+def test_fully_masked_rows_are_zero(device):
     inputs = leaves(*tensors(device, sq=60, sk=20))
     out = fused(*inputs, causal=True, norm_weight=torch.ones(32, device=device))
     assert (out[:, :40] == 0).all()
@@ -330,7 +332,7 @@ def test_windows_without_end(device):
         torch.testing.assert_close(fused(*inputs, window_size=window), expected, atol=0, rtol=0)
 
 
-def test_blind_rows_survive_large_gradients_in_float16(device):
+def test_fully_masked_rows_survive_large_gradients_in_float16(device):
     """Loss scaling makes gradients of a thousand; 1 / sqrt(eps) times that is past float16."""
     inputs = leaves(*tensors(device, sq=40, sk=20, dtype=torch.float16))
     out = fused(*inputs, causal=True, norm_weight=torch.ones(32, device=device))
@@ -372,8 +374,8 @@ def test_tokens_far_apart_in_memory(device):
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
 def test_operator_contract(epilogue, device):
     inputs = leaves(*tensors(device, sq=9, sk=9), *extras(epilogue, tensors(device, sq=9, sk=9)))
-    options = operator.Options(9, 9, 0.25, -1, 0, 0.0, 1e-5, 0.8, True, True, False)
-    torch.library.opcheck(operator.diff_attention, (*inputs, None, None, *options))
+    options = OPTIONS._replace(out_scale=0.8)
+    torch.library.opcheck(operator.diff_attention, (*inputs, *Sequences(9, 9), *options, True))
 
 
 def test_compiles_and_checkpoints(device):
@@ -403,7 +405,7 @@ def test_without_gradients_nothing_is_saved(device):
     inputs = leaves(*tensors(device))
     with torch.no_grad():
         results = torch.ops.motif.diff_attention  # the operator's own results, before the public function drops them
-        saved = results(*inputs, None, None, None, None, 70, 70, 0.25, -1, 0, 0.0, 1e-5, 1.0, True, False, False)
+        saved = results(*AttentionInputs(*inputs), *Sequences(70, 70), *OPTIONS, False)
     assert all(t.numel() == 0 for t in saved[1:])
     recorded = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: recorded.append(t) or t, lambda t: t), torch.no_grad():
@@ -459,18 +461,6 @@ def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="Triton kernels need a CUDA GPU"):
         fused(*tensors("cpu", sq=4, sk=4))
-
-
-@pytest.mark.gpu
-def test_auto_takes_the_kernels_on_a_gpu_and_follows_its_table(monkeypatch):
-    from motif_kernels import dispatch
-
-    inputs = tensors("cuda", dtype=torch.bfloat16)
-    monkeypatch.setattr(dispatch.operator, "diff_attention", lambda *a: pytest.fail("the kernels were called"))
-    with tuning.overriding(attention_backend={"up_to": None, "backend": "sdpa"}):
-        diff_attn_func(*inputs)
-    with pytest.raises(pytest.fail.Exception):
-        diff_attn_func(*inputs)
 
 
 @pytest.mark.gpu

@@ -29,14 +29,15 @@ def test_records_the_largest_over_calls_until_cleared(variant):
 
     window = model.config.sliding_window if model.config.use_sliding_window else 99
     largest = -torch.inf
-    with torch.no_grad():
-        for document in documents:
-            hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(document[None]))
-            positions = model.model.rotary_emb(torch.arange(len(document))[None], torch.float64)
-            q, k = attention._queries_and_keys(hidden, positions)
-            for i in range(len(document)):
-                for j in range(max(0, i + 1 - window), i + 1):
-                    largest = max(largest, float(q[0, i, 0] @ k[0, j, 0]) * model.config.head_dim**-0.5)
+    for document in documents:
+        captured = []
+        attention.attention_hook = lambda inputs, batch, to=captured: to.append(inputs)
+        with torch.no_grad():
+            model(input_ids=document[None], use_cache=False)
+        q, k = captured[0].q1, captured[0].k1
+        for i in range(len(document)):
+            for j in range(max(0, i + 1 - window), i + 1):
+                largest = max(largest, float(q[0, i, 0] @ k[0, j, 0]) * model.config.head_dim**-0.5)
     assert float(together[0][0]) == pytest.approx(largest, abs=1e-5)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from helpers.distributed import on_ranks
 from helpers.qk_clip_ranks import clip_on_ranks
 from motif_kernels import diff_attn_func
+from motif_kernels.types import AttentionInputs
 from motifarch.layers import (
     DifferentialAttention,
     DifferentialAttentionV2,
@@ -78,20 +79,12 @@ def head_order(layer: BaseAttention) -> tuple[list[int], list[int]]:
 
 def measure(layer: BaseAttention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The largest logits of each head, from the attention function itself."""
-    q, k = layer._queries_and_keys(hidden, RotaryEmbedding(D)(torch.arange(S)[None]))
-    if isinstance(layer, SoftmaxAttention):
-        # Its one map takes both places.
-        _, maxima, again = diff_attn_func(
-            q, k, q, k, k, 0.0, causal=True, return_max_logits=True, backend="reference"
-        )  # fmt: skip
-        assert torch.equal(maxima, again)
-        return maxima, None
-    signal, noise = head_order(layer)
-    k1, k2 = (k[:, :, ::2], k[:, :, 1::2]) if layer.paired_kv else (k, k)
-    _, max_signal, max_noise = diff_attn_func(
-        q[:, :, signal], k1, q[:, :, noise], k2, k1, 0.5, causal=True, return_max_logits=True, backend="reference"
-    )
-    return max_signal, max_noise
+    seen: list[AttentionInputs] = []
+    layer.attention_hook = lambda inputs, batch: seen.append(inputs)
+    layer(hidden, RotaryEmbedding(D)(torch.arange(S)[None]))
+    layer.attention_hook = None
+    _, *maxima = diff_attn_func(*seen[0][:6], causal=True, return_max_logits=True, backend="reference")
+    return maxima[0], maxima[1] if len(maxima) > 1 else None
 
 
 @torch.no_grad()

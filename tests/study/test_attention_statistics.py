@@ -243,7 +243,7 @@ def test_the_model_is_left_as_it_was(variant):
         found = attention_statistics(model, [packed_row(random_ids(20))])
         assert torch.equal(model(ids).logits, before)
     for layer, own in zip(found["layers"], model.model.layers, strict=True):
-        assert "_attend" not in vars(own.self_attn)
+        assert own.self_attn.attention_hook is None
         assert not own._forward_hooks
         assert not own.self_attn._forward_hooks
         assert 0 < layer["first_token_share"] < 1

@@ -8,14 +8,21 @@ to a profiler each is one opaque node.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
-from motif_kernels.tracing import constant
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "SymInt",
+    int | None: "SymInt?",
+    float: "float",
+    bool: "bool",
+}
 
 
 def implementation(family: str, device: torch.device) -> ModuleType:
@@ -25,9 +32,9 @@ def implementation(family: str, device: torch.device) -> ModuleType:
         NotImplementedError: there is none; :func:`has_implementation` says so beforehand.
     """
     if device.type == "cpu":
-        return importlib.import_module(f"..impl.cpu.{family}", __name__)
+        return importlib.import_module(f"motif_kernels.impl.cpu.{family}")
     if has_implementation(device):
-        return importlib.import_module(f"..impl.triton.{family}", __name__)
+        return importlib.import_module(f"motif_kernels.impl.triton.{family}")
     raise NotImplementedError(
         f"motif_kernels has no {family} operator for {device}: it needs a CPU, or a CUDA GPU with triton installed"
     )
@@ -35,31 +42,39 @@ def implementation(family: str, device: torch.device) -> ModuleType:
 
 def has_implementation(device: torch.device) -> bool:
     """Whether operators run on this device; if not, the public functions use the plain formulas."""
-    return device.type in ("cpu", "meta") or (device.type == "cuda" and triton_is_installed())
+    if device.type == "cuda":
+        from motif_kernels.machine import triton_is_installed
+
+        return triton_is_installed()
+    return device.type in ("cpu", "meta")
 
 
-def needs_no_operator(x: torch.Tensor) -> bool:
+def needs_no_operator(x: Tensor) -> bool:
     """Whether a call may go straight to its implementation: nobody traces or differentiates it, and
     x is no subclass.
 
     An operator's way through the dispatcher costs as much as the arithmetic of a token that is
     decoded.
     """
-    return type(x) is torch.Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-@constant
-def triton_is_installed() -> bool:
-    """Whether there is a triton to import."""
-    return _find_triton()
+def schema(*values: Any) -> str:
+    """An operator's arguments: the fields of NamedTuples, one after the other."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for v in values for name, kind in get_type_hints(v).items())
 
 
-@functools.cache  # a search through the path, asked for in every call
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def take(arguments: tuple[Any, ...], *values: Any) -> tuple[Any, ...]:
+    """The opposite of :func:`schema`: arguments as NamedTuples, and those that are left."""
+    taken, start = [], 0
+    for value in values:
+        end = start + len(value._fields)
+        taken.append(value(*arguments[start:end]))
+        start = end
+    return *taken, arguments[start:]
 
 
-def result_dtype(x: torch.Tensor) -> torch.dtype:
+def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a norm's result: x's, or float32 where autocast is on and runs norms in float32,
     as it does on CUDA.
 

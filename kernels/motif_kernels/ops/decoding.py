@@ -4,13 +4,16 @@ what is held.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from motif_kernels import packed_cache
 from motif_kernels.checks import may_read
+from motif_kernels.impl.cpu import decoding as cpu
+from motif_kernels.ops import schema, take
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 
 def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
@@ -32,10 +35,10 @@ def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor |
     if not tokens.numel():
         return
     if cache.device.type == "cuda":
+        from motif_kernels.impl.triton import cache_append
+
         with torch.cuda.device_of(cache):
-            importlib.import_module("..impl.triton.cache_append", __package__).append(
-                cache, tokens, lengths, block_table
-            )
+            cache_append.append(cache, tokens, lengths, block_table)
         return
     positions = lengths[:, None].long() + torch.arange(added, device=cache.device)
     row = torch.arange(batch, device=cache.device)[:, None]
@@ -53,84 +56,49 @@ def _(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor | None
     return None
 
 
-class Tensors(NamedTuple):
-    """The tensors of one call, new tokens already cached;
-    :func:`motif_kernels.diff_attn_with_kvcache`'s shapes.
-    """
-
-    q1: Tensor
-    k1_cache: Tensor
-    q2: Tensor
-    k2_cache: Tensor
-    v_cache: Tensor
-    lam: Tensor
-    lengths: Tensor
-    """(B,) int32, the tokens that rows hold, the queries' own among them."""
-    leftpad: Tensor | None
-    block_table: Tensor | None
-    norm_weight: Tensor | None
-    gate: Tensor | None
-
-    @property
-    def capacity(self) -> int:
-        """Places of a row."""
-        return self.k1_cache.shape[1] * (1 if self.block_table is None else self.block_table.shape[1])
-
-
-class Options(NamedTuple):
-    """The numbers of one call, and who serves it."""
-
-    num_splits: int | None
-    softmax_scale: float
-    left: int
-    """Keys seen to the left of a query's position, -1 for all."""
-    right: int
-    """Likewise to the right; 0 is causal."""
-    softcap: float
-    norm_eps: float
-    out_scale: float
-    implementation: str
-    """"triton", "cpu" or "packed": the module that runs the call."""
-    packed_backend: str
-    """What "packed" hands the packed rows to."""
-
-
-_MODULES = {"triton": "..impl.triton.decoding", "cpu": "..impl.cpu.decoding", "packed": "..packed_cache"}
-
-
 def attend(*arguments: Any) -> Tensor:
-    """The output (B, Sq, Hs, Dv) of a call, given as its :class:`Tensors` and :class:`Options` one
-    after the other.
+    """The output (B, Sq, Hs, Dv) of a call.
+
+    Args:
+        *arguments: the fields of AttentionInputs, Cache and AttentionOptions, one after the other;
+            who reads the cache ("triton", "cpu" or "packed"); and what "packed" hands the packed
+            rows to.
 
     Raises:
-        ValueError: lengths past the capacity, or a block outside the pool
-            (where values may be read).
+        ValueError: lengths past the capacity, or a block outside the pool (where values may be
+            read).
     """
-    tensors, options = Tensors(*arguments[:_COUNT]), Options(*arguments[_COUNT:])
-    q1, v_cache = tensors.q1, tensors.v_cache
-    check_block_table(tensors.block_table, len(v_cache))
-    check_room(tensors.lengths, 0, tensors.capacity)
-    if not q1.numel() or not v_cache.numel() or not tensors.capacity:
-        return q1.new_zeros(*q1.shape[:-1], v_cache.shape[-1])
-    module = importlib.import_module(_MODULES[options.implementation], __package__)
+    inputs, cache, options, (reader, packed_backend) = take(arguments, *_CALL)
+    q1, v = inputs.q1, inputs.v
+    check_block_table(cache.block_table, len(v))
+    check_room(cache.lengths, 0, cache.capacity(v))
+    if not q1.numel() or not v.numel() or not cache.capacity(v):
+        return q1.new_zeros(*q1.shape[:-1], v.shape[-1])
     with torch.cuda.device_of(q1):
-        out: Tensor = module.attend(tensors, options)
+        if reader == "triton":
+            from motif_kernels.impl.triton import decoding as kernels
+
+            out = kernels.attend(inputs, cache, options)
+        elif reader == "cpu":
+            out = cpu.attend(inputs, cache, options)
+        else:
+            out = packed_cache.attend(inputs, cache, options, packed_backend)
     return out.contiguous()  # as the fake rule promises
 
 
-_COUNT = len(Tensors._fields)
-_SCHEMA = (
-    "(Tensor q1, Tensor k1_cache, Tensor q2, Tensor k2_cache, Tensor v_cache, Tensor lam, Tensor lengths, "
-    "Tensor? leftpad, Tensor? block_table, Tensor? norm_weight, Tensor? gate, int? num_splits, float softmax_scale, "
-    "int left, int right, float softcap, float norm_eps, float out_scale, str implementation, str packed_backend) "
-    "-> Tensor"
+_CALL = AttentionInputs, Cache, AttentionOptions
+attend_to_cache = torch.library.custom_op(
+    "motif::diff_attention_with_kvcache",
+    attend,
+    mutates_args=(),
+    schema=f"({schema(*_CALL)}, str reader, str packed_backend) -> Tensor",
 )
-attend_to_cache = torch.library.custom_op("motif::diff_attention_with_kvcache", attend, mutates_args=(), schema=_SCHEMA)
 
 
 @attend_to_cache.register_fake
-def _(q1: Tensor, k1_cache: Tensor, q2: Tensor, k2_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:
-    return q1.new_empty(*q1.shape[:-1], v_cache.shape[-1])
+def _(*arguments: Any) -> Tensor:
+    inputs = take(arguments, *_CALL)[0]
+    return inputs.q1.new_empty(*inputs.q1.shape[:-1], inputs.v.shape[-1])
 
 
 def check_room(lengths: Tensor, added: int, capacity: int) -> None:

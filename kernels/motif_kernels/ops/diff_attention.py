@@ -1,15 +1,17 @@
-"""Differential attention as one torch operator: forward, backward, and what the one leaves for the
-other.
+"""Differential and softmax attention as one torch operator: forward, backward, and what the one
+leaves for the other.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from motif_kernels.ops import schema, take
+from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
 MAX_WIDTH = 256
 MAX_BATCH = 65535
@@ -17,25 +19,26 @@ MAX_TOKEN_STRIDE = 1 << 23  # a tile of 128 tokens is addressed in 32 bits from 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unsupported_reason(
-    q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, v: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None
-) -> str | None:
-    """Why the kernels cannot serve these tensors, or None."""
+def unsupported_reason(inputs: AttentionInputs, sequences: Sequences | None = None) -> str | None:
+    """Why the kernels cannot serve these tensors on any device, in words that follow "cannot
+    serve", or None.
+    """
+    q1, k1, q2, k2, v = inputs[:5]
     if q1.dtype not in DTYPES:
         return f"dtype {q1.dtype}: the kernels take float16, bfloat16 and float32"
     for name, width in (("query and key", q1.shape[-1]), ("value", v.shape[-1])):
         if width > MAX_WIDTH:
             return f"{name} heads of width {width}: the kernels take at most {MAX_WIDTH}"
-    noise_heads = q2.shape[-2]
-    if noise_heads % k1.shape[-2]:
+    if q2 is not None and q2.shape[-2] % k1.shape[-2]:
         return (
-            f"{k1.shape[-2]} heads of k1 and {noise_heads} noise heads: the signal heads of a group must share their "
+            f"{k1.shape[-2]} heads of k1 and {q2.shape[-2]} noise heads: the signal heads of a group must share their "
             "key head, so the noise heads must be a multiple of k1's"
         )
-    batch = len(q1) if cu_seqlens is None else len(cu_seqlens) - 1
+    bounds = None if sequences is None else sequences.cu_seqlens_q
+    batch = len(q1) if bounds is None else len(bounds) - 1
     if batch > MAX_BATCH:
         return f"{batch} sequences in one call: the kernels take at most {MAX_BATCH}, a grid's limit"
-    for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v), ("gate", gate)):
+    for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v), ("gate", inputs.gate)):
         if tensor is not None and tensor.stride(-3) > MAX_TOKEN_STRIDE:
             return (
                 f"{name} with tokens {tensor.stride(-3)} elements apart: the kernels take at most {MAX_TOKEN_STRIDE}; "
@@ -44,218 +47,146 @@ def unsupported_reason(
     return None
 
 
-class Tensors(NamedTuple):
-    """The tensors of one call: dense, (B, S, H, D), or packed, (total, H, D), with cu_seqlens.
-
-    Arguments are :func:`motif_kernels.diff_attn_func`'s.
-    """
-
-    q1: Tensor
-    k1: Tensor
-    q2: Tensor
-    k2: Tensor
-    v: Tensor
-    lam: Tensor
-    norm_weight: Tensor | None
-    gate: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-
-
-class Options(NamedTuple):
-    """The numbers of one call."""
-
-    max_seqlen_q: int
-    max_seqlen_k: int
-    softmax_scale: float
-    left: int
-    """Keys seen to the left of a query's position, -1 for all."""
-    right: int
-    """Likewise to the right; 0 is causal."""
-    softcap: float
-    norm_eps: float
-    out_scale: float
-    deterministic: bool
-    save: bool
-    """Leave what the backward pass needs."""
-    max_logits: bool
-
-
-class Results(NamedTuple):
-    """What the forward pass returns; what was not asked for is empty. T tokens, H heads."""
-
-    out: Tensor
-    """(B, S, Hs, Dv), or (total, Hs, Dv)."""
-    difference: Tensor
-    """(T, Hs, Dv): signal - lambda * noise, rounded; empty where that is the output."""
-    noise: Tensor
-    """(T, Hn, Dv): the noise map's output, rounded."""
-    lse_signal: Tensor
-    """(Hs, T) float32, in units of log2."""
-    lse_noise: Tensor
-    """(Hn, T)."""
-    inverse_rms: Tensor
-    """(Hs, T), with the sub-norm."""
-    max_signal: Tensor
-    """(Hs,)."""
-    max_noise: Tensor
-    """(Hn,)."""
-
-
-class Gradients(NamedTuple):
-    """What the backward pass returns; lam's is per token and head, (T, Hs); absent ones are
-    empty.
-    """
-
-    q1: Tensor
-    k1: Tensor
-    q2: Tensor
-    k2: Tensor
-    v: Tensor
-    lam: Tensor
-    norm_weight: Tensor
-    gate: Tensor
-
-
-def has_epilogue(tensors: Tensors, options: Options) -> bool:
+def has_epilogue(inputs: AttentionInputs, options: AttentionOptions) -> bool:
     """Whether the output is not the difference itself."""
-    return tensors.norm_weight is not None or tensors.gate is not None or options.out_scale != 1.0
+    return inputs.norm_weight is not None or inputs.gate is not None or options.out_scale != 1.0
 
 
-_TENSORS = (
-    "Tensor q1, Tensor k1, Tensor q2, Tensor k2, Tensor v, Tensor lam, Tensor? norm_weight, Tensor? gate, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-_OPTIONS = (
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, int left, int right, float softcap, "
-    "float norm_eps, float out_scale, bool deterministic, bool save, bool max_logits"
-)
-_SAVED = "Tensor difference, Tensor noise, Tensor lse_signal, Tensor lse_noise, Tensor inverse_rms"
-_RETURNS = "(" + ", ".join(["Tensor"] * 8) + ")"
-
-_COUNT = len(Tensors._fields)
-
-
-def _implementation() -> Any:
-    return importlib.import_module("..impl.triton.diff_attention", __package__)
-
-
-def split_arguments(arguments: tuple[Any, ...]) -> tuple[Tensors, Options]:
-    """The operator's arguments, with or without what follows them."""
-    return Tensors(*arguments[:_COUNT]), Options(*arguments[_COUNT : _COUNT + len(Options._fields)])
+_CALL = AttentionInputs, Sequences, AttentionOptions
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, options = split_arguments(arguments)
-    results = empty_results(tensors, options)
-    if results.out.numel() == 0 or tensors.v.numel() == 0:
+    inputs, sequences, options, (save,) = take(arguments, *_CALL)
+    results = empty_results(inputs, options, save)
+    if results.out.numel() == 0 or inputs.v.numel() == 0:
         for tensor in results[:6]:
             tensor.zero_()
         results.lse_signal.fill_(torch.inf)
         results.lse_noise.fill_(torch.inf)
         return results[:6] + tuple(t.fill_(-torch.inf) for t in results[6:])
-    with torch.cuda.device_of(tensors.q1):
-        return tuple(_implementation().forward(tensors, options, results))
+    from motif_kernels.impl.triton import diff_attention as kernels
+
+    with torch.cuda.device_of(inputs.q1):
+        return tuple(kernels.forward(inputs, sequences, options, results))
 
 
-def empty_results(tensors: Tensors, options: Options) -> Results:
-    """Room for what the forward pass returns."""
-    q1, heads, width = tensors.q1, tensors.q1.shape[-2], tensors.v.shape[-1]
-    noise_heads = tensors.q2.shape[-2]
+def empty_results(inputs: AttentionInputs, options: AttentionOptions, save: bool) -> Results:
+    """Room for what the forward pass returns; ``save``: with what the backward pass needs."""
+    q1, heads, v_head_dim = inputs.q1, inputs.q1.shape[-2], inputs.v.shape[-1]
+    noise_heads = inputs.noise_heads
     tokens = math.prod(q1.shape[:-2])
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return q1.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    save = options.save
+    save_noise = save and noise_heads > 0
     return Results(
-        out=empty(*q1.shape[:-1], width, dtype=q1.dtype),
-        difference=empty(tokens, heads, width, wanted=save and has_epilogue(tensors, options), dtype=q1.dtype),
-        noise=empty(tokens, noise_heads, width, wanted=save, dtype=q1.dtype),
+        out=empty(*q1.shape[:-1], v_head_dim, dtype=q1.dtype),
+        difference=empty(tokens, heads, v_head_dim, wanted=save and has_epilogue(inputs, options), dtype=q1.dtype),
+        noise=empty(tokens, noise_heads, v_head_dim, wanted=save_noise, dtype=q1.dtype),
         lse_signal=empty(heads, tokens, wanted=save),
-        lse_noise=empty(noise_heads, tokens, wanted=save),
-        inverse_rms=empty(heads, tokens, wanted=save and tensors.norm_weight is not None),
-        max_signal=empty(heads, wanted=options.max_logits),
-        max_noise=empty(noise_heads, wanted=options.max_logits),
+        lse_noise=empty(noise_heads, tokens, wanted=save_noise),
+        inverse_rms=empty(heads, tokens, wanted=save and inputs.norm_weight is not None),
+        max_signal=empty(heads, wanted=options.return_max_logits),
+        max_noise=empty(noise_heads, wanted=options.return_max_logits),
     )
 
 
+def _returns(values: type[Results] | type[Gradients]) -> str:
+    return "(" + ", ".join(["Tensor"] * len(values._fields)) + ")"
+
+
 diff_attention = torch.library.custom_op(
-    "motif::diff_attention", _forward, mutates_args=(), schema=f"({_TENSORS}, {_OPTIONS}) -> {_RETURNS}"
+    "motif::diff_attention",
+    _forward,
+    mutates_args=(),
+    schema=f"({schema(*_CALL)}, bool save) -> {_returns(Results)}",
 )
 
 
 @diff_attention.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_results(*split_arguments(arguments)))
+    inputs, _, options, (save,) = take(arguments, *_CALL)
+    return tuple(empty_results(inputs, options, save))
+
+
+def attend(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
+    """The output, and the largest logits of signal and noise heads (empty where not asked for)."""
+    results = diff_attention(*inputs, *sequences, *options, inputs.needs_grad)
+    return results[0], results[6], results[7]
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, options = split_arguments(arguments)
-    saved = arguments[_COUNT + len(Options._fields) :]
-    gradients = empty_gradients(tensors)
-    if grad.numel() == 0 or tensors.v.numel() == 0:
+    inputs, sequences, options, saved = take(arguments, *_CALL)
+    gradients = empty_gradients(inputs)
+    if grad.numel() == 0 or inputs.v.numel() == 0:
         return tuple(t.zero_() for t in gradients)
+    from motif_kernels.impl.triton import diff_attention as kernels
+
     with torch.cuda.device_of(grad):
-        return tuple(_implementation().backward(grad, tensors, options, *saved, gradients))
+        difference, noise, lse_signal, lse_noise, inverse_rms = saved
+        lse = lse_signal, lse_noise
+        return tuple(
+            kernels.backward(grad, inputs, sequences, options, difference, noise, *lse, inverse_rms, gradients)
+        )
 
 
-def empty_gradients(tensors: Tensors) -> Gradients:
+def empty_gradients(inputs: AttentionInputs) -> Gradients:
     """Room for what the backward pass returns."""
-    q1 = tensors.q1
+    q1 = inputs.q1
 
-    def like(tensor: Tensor) -> Tensor:
-        return tensor.new_empty(tensor.shape)
+    def like(tensor: Tensor | None) -> Tensor:
+        return q1.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
+    lam = (math.prod(q1.shape[:-2]), q1.shape[-2]) if inputs.lam is not None else (0,)
     return Gradients(
         q1=like(q1),
-        k1=like(tensors.k1),
-        q2=like(tensors.q2),
-        k2=like(tensors.k2),
-        v=like(tensors.v),
-        lam=q1.new_empty((math.prod(q1.shape[:-2]), q1.shape[-2]), dtype=torch.float32),
-        norm_weight=q1.new_empty(0 if tensors.norm_weight is None else tensors.v.shape[-1], dtype=torch.float32),
-        gate=q1.new_empty(0) if tensors.gate is None else like(tensors.gate),
+        k1=like(inputs.k1),
+        q2=like(inputs.q2),
+        k2=like(inputs.k2),
+        v=like(inputs.v),
+        lam=q1.new_empty(lam, dtype=torch.float32),
+        norm_weight=q1.new_empty(0 if inputs.norm_weight is None else inputs.v.shape[-1], dtype=torch.float32),
+        gate=like(inputs.gate),
     )
 
 
+_SAVED = "Tensor difference, Tensor noise, Tensor lse_signal, Tensor lse_noise, Tensor inverse_rms"
 _diff_attention_backward = torch.library.custom_op(
     "motif::diff_attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, {_OPTIONS}, {_SAVED}) -> {_RETURNS}",
+    schema=f"(Tensor grad, {schema(*_CALL)}, {_SAVED}) -> {_returns(Gradients)}",
 )
 
 
 @_diff_attention_backward.register_fake
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(empty_gradients(split_arguments(arguments)[0]))
+    return tuple(empty_gradients(take(arguments, *_CALL)[0]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.options = split_arguments(inputs)
+    call, ctx.sequences, ctx.options, _ = take(inputs, *_CALL)
     results = Results(*output)
     ctx.mark_non_differentiable(*results[1:])
-    difference = results.difference if has_epilogue(tensors, ctx.options) else results.out
-    ctx.save_for_backward(*tensors, difference, *results[2:6])
+    difference = results.difference if has_epilogue(call, ctx.options) else results.out
+    bounds = ctx.sequences.cu_seqlens_q, ctx.sequences.cu_seqlens_k
+    ctx.sequences = ctx.sequences._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    ctx.save_for_backward(*call, *bounds, difference, *results[2:6])
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under activation checkpointing, a second look would recompute
-    tensors = Tensors(*saved[:_COUNT])
-    gradients = Gradients(*_diff_attention_backward(grad, *saved[:_COUNT], *ctx.options, *saved[_COUNT:]))
-    lam = tensors.lam
-    d_lam = gradients.lam.view(*grad.shape[:-1]).sum_to_size(lam.shape).to(lam.dtype)
-    weight = tensors.norm_weight
-    return (
-        *gradients[:5],
-        d_lam,
-        gradients.norm_weight.to(weight.dtype) if weight is not None else None,
-        gradients.gate if tensors.gate is not None else None,
-        None,
-        None,
-        *(None for _ in Options._fields),
-    )
+    # Read once: under activation checkpointing, a second look would recompute.
+    inputs, (bounds_q, bounds_k, *saved) = take(ctx.saved_tensors, AttentionInputs)
+    sequences = ctx.sequences._replace(cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
+    gradients = Gradients(*_diff_attention_backward(grad, *inputs, *sequences, *ctx.options, *saved))
+    lam, weight = inputs.lam, inputs.norm_weight
+    if lam is not None:
+        gradients = gradients._replace(lam=gradients.lam.view(*grad.shape[:-1]).sum_to_size(lam.shape).to(lam.dtype))
+    if weight is not None:
+        gradients = gradients._replace(norm_weight=gradients.norm_weight.to(weight.dtype))
+    of_inputs = [g if t is not None else None for g, t in zip(gradients, inputs, strict=True)]
+    return *of_inputs, *(None for _ in (*sequences, *ctx.options)), None
 
 
 diff_attention.register_autograd(_differentiate, setup_context=_save)

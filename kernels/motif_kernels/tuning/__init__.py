@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from motif_kernels.tracing import constant
-
 Entry = Mapping[str, Any]
 
 
@@ -72,7 +70,6 @@ def has_table(device: torch.device, kernel: str) -> bool:
     return any(kernel in t["kernels"] for t in tables().values() if t["gpu"] and t["gpu"] in name)
 
 
-@constant
 def find_choice(kernel: str, size: int, device: torch.device) -> Entry | None:
     """:func:`launch_choice`, or None if no table lists the kernel."""
     if kernel in _overrides:

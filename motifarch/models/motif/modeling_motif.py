@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from motif_kernels.impl import flash
+from motif_kernels.impl.flash import libraries as flash
 from motifarch.layers import (
     IGNORE_INDEX,
     CachePosition,
@@ -30,6 +30,7 @@ from motifarch.layers import (
     default_lambda_init,
     linear_cross_entropy,
 )
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from motifarch.models.motif.caches import read_attention_mask, seen_tokens
 from motifarch.models.motif.configuration_motif import MotifConfig
@@ -153,6 +154,27 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
             return name
         return super()._check_and_adjust_attn_implementation(name, *arguments, **options)
 
+    def set_attn_implementation(self, *arguments: Any, **options: Any) -> None:
+        """As transformers does; the layers follow."""
+        super().set_attn_implementation(*arguments, **options)
+        self._set_backend()
+
+    def _set_backend(self) -> None:
+        """Gives all attention layers the backend that the config's attn_implementation means.
+
+        Raises:
+            ValueError: it means none.
+        """
+        name = self.config._attn_implementation
+        if not name.startswith(_FLASH) and name not in _BACKENDS:
+            raise ValueError(
+                f"attn_implementation {name!r} is not supported; "
+                f"choose one of {', '.join(_BACKENDS)}, flash_attention_2"
+            )
+        for module in self.modules():
+            if isinstance(module, BaseAttention):
+                module.backend = _BACKENDS.get(name, "flash")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -188,20 +210,10 @@ class MotifModel(MotifPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MotifDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._set_backend()
         self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _backend(self) -> str:
-        name = self.config._attn_implementation
-        if name.startswith(_FLASH):
-            return "flash"
-        if name not in _BACKENDS:
-            raise ValueError(
-                f"attn_implementation {name!r} is not supported; "
-                f"choose one of {', '.join(_BACKENDS)}, flash_attention_2"
-            )
-        return _BACKENDS[name]
 
     def forward(
         self,
@@ -273,10 +285,8 @@ class MotifModel(MotifPreTrainedModel):
                 "leave one of the two out"
             )
 
-        backend = self._backend()
         every = [hidden_states] if output_hidden_states else None
         for layer in self.layers:
-            layer.self_attn.backend = backend  # type: ignore[union-attr]  # may be changed after construction
             hidden_states = layer(
                 hidden_states,
                 position_embeddings,

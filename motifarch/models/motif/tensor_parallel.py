@@ -38,7 +38,7 @@ class SharedParallel(TensorParallelLayer):
         return module
 
 
-def check_shared_heads(attention: Any, ranks: int) -> None:
+def check_shared_heads(attention: BaseAttention, ranks: int) -> None:
     """Checks that each rank can have whole groups of an attention layer's heads: they would be
     cut apart.
 
@@ -49,8 +49,8 @@ def check_shared_heads(attention: Any, ranks: int) -> None:
     Raises:
         ValueError: naming the number that does not divide, and those that would.
     """
-    noise = getattr(attention, "num_noise_heads", None)
-    queries = ("attention heads", attention.num_heads) if noise is None else ("noise heads", noise)
+    noise = attention.num_noise_heads
+    queries = ("noise heads", noise) if noise else ("attention heads", attention.num_heads)
     paired, kv_heads = attention.paired_kv, attention.num_kv_heads
     keys = ("key/value pairs", kv_heads // 2) if paired else ("key/value heads", kv_heads)
     for name, count in (queries, keys):

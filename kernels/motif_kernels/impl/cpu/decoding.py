@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motif_kernels.ops import implementation
-from motif_kernels.ops.combine import FAMILY
-from motif_kernels.ops.decoding import Options, Tensors
-from motif_kernels.reference import compute_dtype
+from motif_kernels.impl.cpu import combine
+from motif_kernels.reference import compute_dtype, diff_combine
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 
 def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
@@ -69,7 +68,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: fl
         out = F.scaled_dot_product_attention(q, k, padded, attn_mask=mask, scale=scale)[..., : v.shape[-1]]
     if hidden is None:
         return out
-    return out.masked_fill(hidden.all(-1)[:, None], 0.0)  # a row that sees nothing
+    return out.masked_fill(hidden.all(-1)[:, None], 0.0)  # a fully masked row
 
 
 def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor | None) -> Tensor:
@@ -84,24 +83,26 @@ def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor |
     return cache[blocks].flatten(1, 2)[:, begin - skipped : end - skipped]
 
 
-def attend(tensors: Tensors, options: Options) -> Tensor:
+def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> Tensor:
     """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.ops.decoding.attend`.
 
-    All caches have the same number of heads, which divides the noise heads'.
+    All caches have the same number of heads, which divides that of the noise heads, or of the
+    softmax heads.
     """
-    q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
-    left, right = options.left, options.right
-    batch, seqlen_q = q1.shape[:2]
+    q1, k1, q2, k2, v_cache = inputs[:5]
+    left, right = options.window_size
+    batch, seqlen_q, heads, d = q1.shape
     kv_heads, width = v_cache.shape[2:]
-    ends = lengths.tolist()
-    keys = _joined(k1_cache, k2_cache)
-    d, signals, noises = q1.shape[3], q1.shape[2] // kv_heads, q2.shape[2] // kv_heads
+    ends = cache.lengths.tolist()
+    signals, noises = heads // kv_heads, inputs.noise_heads // kv_heads
+    keys = k1 if k2 is None else _joined(k1, k2)
     shared = keys is not None and keys.shape[-1] == d
     queries = q1.new_zeros(batch, kv_heads, seqlen_q, signals + noises, d if shared else 2 * d)
     queries[..., :signals, :d] = q1.unflatten(2, (kv_heads, signals)).transpose(1, 2)
-    queries[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
+    if q2 is not None:
+        queries[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
     queries = queries.flatten(2, 3)
-    begins = [0] * batch if leftpad is None else leftpad.tolist()
+    begins = [0] * batch if cache.leftpad is None else cache.leftpad.tolist()
     if left >= 0:  # what lies before the first query's window is not read
         begins = [max(b, e - seqlen_q - left) for b, e in zip(begins, ends, strict=True)]
     equal = len(set(ends)) == len(set(begins)) == 1
@@ -112,18 +113,18 @@ def attend(tensors: Tensors, options: Options) -> Tensor:
         begin, end = begins[rows.start], ends[rows.start]
         if begin >= end:
             continue  # nothing is held
-        v = _view(v_cache, rows, begin, end, block_table)
         if keys is None:
-            k = torch.cat([_view(t, rows, begin, end, block_table) for t in (k1_cache, k2_cache)], dim=-1)
+            both = (t for t in (k1, k2) if t is not None)
+            k = torch.cat([_view(t, rows, begin, end, cache.block_table) for t in both], dim=-1)
         else:
-            k = _view(keys, rows, begin, end, block_table)
+            k = _view(keys, rows, begin, end, cache.block_table)
         hidden = _hidden(seqlen_q, end - begin, left, right, queries.device)
         if hidden is not None:
             hidden = hidden.repeat_interleave(signals + noises, dim=0)
         part = _attend(
             queries[rows],
             k.transpose(1, 2),
-            v.transpose(1, 2),
+            _view(v_cache, rows, begin, end, cache.block_table).transpose(1, 2),
             hidden,
             scale=options.softmax_scale,
             softcap=options.softcap,
@@ -135,18 +136,22 @@ def attend(tensors: Tensors, options: Options) -> Tensor:
     if out is None:  # no row holds anything
         out = queries.new_zeros(*queries.shape[:3], width)
     out = out.unflatten(2, (seqlen_q, signals + noises)).transpose(1, 2)
-    tokens = batch * seqlen_q
-    return (
-        implementation(FAMILY, q1.device)
-        .forward(
-            out[..., :signals, :].reshape(tokens, -1, width),
-            out[..., signals:, :].reshape(tokens, -1, width),
-            lam.reshape(tokens, -1) if lam.ndim == 3 else lam,
-            norm_weight,
-            None if gate is None else gate.reshape(tokens, -1, width),
-            norm_eps=options.norm_eps,
-            out_scale=options.out_scale,
-            out_dtype=q1.dtype,
-        )
-        .view(batch, seqlen_q, -1, width)
+    return _epilogue(out[..., :signals, :].flatten(2, 3), out[..., signals:, :].flatten(2, 3), inputs, options)
+
+
+def _epilogue(o_signal: Tensor, o_noise: Tensor, inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
+    """Of (B, Sq, heads, Dv), without noise heads in softmax attention."""
+    lam, gate, numbers = inputs.lam, inputs.gate, {"norm_eps": options.norm_eps, "out_scale": options.out_scale}
+    if lam is None:
+        out = diff_combine(o_signal, None, None, norm_weight=inputs.norm_weight, gate=gate, **numbers)
+        return out.to(o_signal.dtype)
+    out = combine.forward(
+        o_signal.flatten(0, 1),
+        o_noise.flatten(0, 1),
+        lam.flatten(0, 1) if lam.ndim == 3 else lam,
+        inputs.norm_weight,
+        None if gate is None else gate.flatten(0, 1),
+        **numbers,
+        out_dtype=o_signal.dtype,
     )
+    return out.view(o_signal.shape)

@@ -76,6 +76,7 @@ def _prepare_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """A program goes through TILES tiles of PAIRS (token, noise head) pairs."""
+    HAS_NOISE: tl.constexpr = o2_pointer is not None
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_DV)
     heads = noise_heads * GROUP
@@ -89,16 +90,18 @@ def _prepare_kernel(
         t, n = (pairs // noise_heads).to(tl.int64), (pairs % noise_heads).to(tl.int64)
         mask = present[:, None] & (columns < DV)[None, :]
         at = ((t * noise_heads + n) * DV)[:, None] + columns[None, :]
-        o2 = tl.load(o2_pointer + at, mask=mask, other=0.0).to(tl.float32)
-        d_o2 = tl.zeros([PAIRS, BLOCK_DV], tl.float32)
-        delta2 = tl.zeros([PAIRS], tl.float32)
+        if HAS_NOISE:
+            o2 = tl.load(o2_pointer + at, mask=mask, other=0.0).to(tl.float32)
+            d_o2 = tl.zeros([PAIRS, BLOCK_DV], tl.float32)
+            delta2 = tl.zeros([PAIRS], tl.float32)
         for i in tl.range(GROUP):
             h = n * GROUP + i
             own = ((t * heads + h) * DV)[:, None] + columns[None, :]  # in contiguous tensors (T, Hs, Dv)
             given = (t * grad_token + h * grad_head)[:, None] + columns[None, :]
             g = tl.load(grad_pointer + given, mask=mask, other=0.0).to(tl.float32) * out_scale
             a = tl.load(a_pointer + own, mask=mask, other=0.0).to(tl.float32)
-            lam = tl.load(lam_pointer + t * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
+            if HAS_NOISE:
+                lam = tl.load(lam_pointer + t * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
             if gate_pointer is not None:
                 gate_at = (t * gate_token + h * gate_head)[:, None] + columns[None, :]
                 gate = tl.load(gate_pointer + gate_at, mask=mask, other=0.0).to(tl.float32)
@@ -108,7 +111,7 @@ def _prepare_kernel(
                 tl.store(d_gate_pointer + own, d_gate.to(d_gate_pointer.dtype.element_ty), mask=mask)
             if weight_pointer is not None:
                 r = tl.load(inverse_rms_pointer + h * tokens + t, mask=present, other=0.0)
-                # A row that saw nothing passes no gradient; eps^-1/2 times one could overflow
+                # A fully masked row passes no gradient; eps^-1/2 times one could overflow
                 # float16.
                 lse = tl.load(lse1_pointer + h * tokens + t, mask=present, other=0.0)
                 r = tl.where(lse == float("inf"), 0.0, r)[:, None]
@@ -120,12 +123,16 @@ def _prepare_kernel(
             rounded = g.to(d_a_pointer.dtype.element_ty)
             tl.store(d_a_pointer + own, rounded, mask=mask)
             g = rounded.to(tl.float32)
-            d_lam = -tl.sum(g * o2, axis=1)
-            tl.store(d_lam_pointer + t * heads + h, d_lam, mask=present)
-            tl.store(delta1_pointer + h * tokens + t, tl.sum(g * a, axis=1) - lam * d_lam, mask=present)
-            delta2 += lam * d_lam
-            d_o2 -= lam[:, None] * g
-        tl.store(delta2_pointer + n * tokens + t, delta2, mask=present)
+            delta1 = tl.sum(g * a, axis=1)
+            if HAS_NOISE:
+                d_lam = -tl.sum(g * o2, axis=1)
+                tl.store(d_lam_pointer + t * heads + h, d_lam, mask=present)
+                delta1 -= lam * d_lam
+                delta2 += lam * d_lam
+                d_o2 -= lam[:, None] * g
+            tl.store(delta1_pointer + h * tokens + t, delta1, mask=present)
+        if HAS_NOISE:
+            tl.store(delta2_pointer + n * tokens + t, delta2, mask=present)
         if d_o2_pointer is not None:
             tl.store(d_o2_pointer + at, d_o2.to(d_o2_pointer.dtype.element_ty), mask=mask)
     if weight_pointer is not None:
@@ -200,39 +207,42 @@ def _walk_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Queries [start, stop) of noise head n and its signal heads.
+    """Queries [start, stop) of noise head n and its signal heads; without noise, of head n.
 
     Maps are (queries, keys): what there is one of a query (log-sum-exps, D, lambda) then costs a
     thread a few registers. Transposed, as some kernels have them, those alone would take eighty.
     """
+    HAS_NOISE: tl.constexpr = lam_pointer is not None
     heads = noise_heads * GROUP
     for first in tl.range(start, stop, BLOCK_M):
         queries = first + tl.arange(0, BLOCK_M)
         rows = queries.to(tl.int64)
         present = queries < seqlen_q
-        q2 = load_tile(q2_pointer, q2_token, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED)
-        lse2 = tl.load(lse2_pointer + rows, mask=present, other=float("inf"))
-        delta2 = tl.load(delta2_pointer + rows, mask=present, other=0.0)
-        s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
-        p2 = _probabilities(
-            s2,
-            lse2[:, None],
-            queries[:, None],
-            keys[None, :],
-            shift,
-            seqlen_k,
-            left,
-            right,
-            MASKED,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
-        dp2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if HAS_NOISE:
+            q2 = load_tile(q2_pointer, q2_token, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED)
+            lse2 = tl.load(lse2_pointer + rows, mask=present, other=float("inf"))
+            delta2 = tl.load(delta2_pointer + rows, mask=present, other=0.0)
+            s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
+            p2 = _probabilities(
+                s2,
+                lse2[:, None],
+                queries[:, None],
+                keys[None, :],
+                shift,
+                seqlen_k,
+                left,
+                right,
+                MASKED,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            dp2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.range(GROUP):
             h = n * GROUP + i
             q1 = load_tile(q1_pointer + h * q1_head, q1_token, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED)
             d_a = load_tile(d_a_pointer + h * DV, heads * DV, first, seqlen_q, BLOCK_M, DV, BLOCK_DV, MASKED)
-            lam = tl.load(lam_pointer + rows * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
+            if HAS_NOISE:
+                lam = tl.load(lam_pointer + rows * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
             lse1 = tl.load(lse1_pointer + h * tokens + rows, mask=present, other=float("inf"))
             delta1 = tl.load(delta1_pointer + h * tokens + rows, mask=present, other=0.0)
             s1 = to_logits(product(q1, tl.trans(k1)), SCALE, SOFTCAP)
@@ -241,22 +251,27 @@ def _walk_queries(
                 MASKED, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             dp = product(d_a, tl.trans(v))
-            dv = product(tl.trans((p1 - lam[:, None] * p2).to(d_a.dtype)), d_a, dv)
+            p = p1
+            if HAS_NOISE:
+                p -= lam[:, None] * p2
+            dv = product(tl.trans(p.to(d_a.dtype)), d_a, dv)
             ds1 = p1 * (dp - delta1[:, None])
             if SOFTCAP > 0:
                 ds1 *= cap_slope(s1, SOFTCAP)
             ds1 = ds1.to(q1.dtype)
             dk1 = product(tl.trans(ds1), q1, dk1)
-            dp2 -= lam[:, None] * dp
+            if HAS_NOISE:
+                dp2 -= lam[:, None] * dp
             if dq1_pointer is not None:
                 _add_tile(dq1_pointer + h * D, heads * D, rows, present, product(ds1, k1) * SCALE, D, BLOCK_D)
-        ds2 = p2 * (dp2 - delta2[:, None])
-        if SOFTCAP > 0:
-            ds2 *= cap_slope(s2, SOFTCAP)
-        ds2 = ds2.to(q2.dtype)
-        dk2 = product(tl.trans(ds2), q2, dk2)
-        if dq2_pointer is not None:
-            _add_tile(dq2_pointer + n * D, noise_heads * D, rows, present, product(ds2, k2) * SCALE, D, BLOCK_D)
+        if HAS_NOISE:
+            ds2 = p2 * (dp2 - delta2[:, None])
+            if SOFTCAP > 0:
+                ds2 *= cap_slope(s2, SOFTCAP)
+            ds2 = ds2.to(q2.dtype)
+            dk2 = product(tl.trans(ds2), q2, dk2)
+            if dq2_pointer is not None:
+                _add_tile(dq2_pointer + n * D, noise_heads * D, rows, present, product(ds2, k2) * SCALE, D, BLOCK_D)
     return dk1, dk2, dv
 
 
@@ -331,6 +346,7 @@ def _keys_kernel(
     """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and
     value heads.
     """
+    HAS_NOISE: tl.constexpr = lam_pointer is not None
     first = tl.program_id(0) * BLOCK_N
     share = tl.program_id(1)
     z = tl.program_id(2)
@@ -349,17 +365,21 @@ def _keys_kernel(
         k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head,
         k1_token, first, length_k, BLOCK_N, D, BLOCK_D, True,
     )  # fmt: skip
-    k2 = load_tile(
-        k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head,
-        k2_token, first, length_k, BLOCK_N, D, BLOCK_D, True,
-    )  # fmt: skip
+    if HAS_NOISE:
+        k2 = load_tile(
+            k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head,
+            k2_token, first, length_k, BLOCK_N, D, BLOCK_D, True,
+        )  # fmt: skip
+    else:  # a stand-in that is never read
+        k2 = k1
     v = load_tile(
         v_pointer + z * v_batch + k_start * v_token + n // NOISES_PER_V * v_head,
         v_token, first, length_k, BLOCK_N, DV, BLOCK_DV, True,
     )  # fmt: skip
     q1_pointer += z * q1_batch + q_start * q1_token
     q2_pointer += z * q2_batch + q_start * q2_token
-    lam_pointer += z * lam_batch + q_start * lam_token
+    if HAS_NOISE:
+        lam_pointer += z * lam_batch + q_start * lam_token
     heads = noise_heads * GROUP
     d_a_pointer += token_start * heads * DV
     lse1_pointer += token_start
@@ -388,7 +408,8 @@ def _keys_kernel(
     shares = noise_heads // NOISES
     at = key_start * shares + share
     store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk1 * SCALE, BLOCK_N, D, BLOCK_D)
-    store_tile(dk2_pointer + at * D, shares * D, first, length_k, dk2 * SCALE, BLOCK_N, D, BLOCK_D)
+    if HAS_NOISE:
+        store_tile(dk2_pointer + at * D, shares * D, first, length_k, dk2 * SCALE, BLOCK_N, D, BLOCK_D)
     store_tile(dv_pointer + at * DV, shares * DV, first, length_k, dv, BLOCK_N, DV, BLOCK_DV)
 
 
@@ -513,8 +534,8 @@ def _queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """DQ (tokens, heads, D) of one head and, with BOTH_MAPS, of the noise head that belongs to it
-    alone.
+    """Gradient dQ (tokens, heads, D) of one head and, with BOTH_MAPS, of the noise head that
+    belongs to it alone.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)

@@ -7,6 +7,8 @@ computed once a group; no map and no repeated head is ever in memory. The noise 
 scratch array that only its program reads, soon after and so from the GPU's cache: held in registers
 beside the signal's accumulator, it would halve the tile that a program can serve.
 
+Softmax attention is the same kernel without a noise map, each head a group of its own.
+
 Keys are walked through tile by tile with the online softmax. Only tiles that the mask cuts do the
 work of masking: the walk goes over a masked range, an unmasked one and a masked one.
 
@@ -127,11 +129,56 @@ def _attend(
                 o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, start, stop, shift, seqlen_k, left,
                 right, SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-    blind = l == 0
-    o = o * tl.where(blind, 0.0, 1 / l)[:, None]
-    # Infinite where nothing is seen: every probability that the backward pass recomputes is then 0.
-    lse = tl.where(blind, float("inf"), m + tl.log2(l))
+    fully_masked = l == 0
+    o = o * tl.where(fully_masked, 0.0, 1 / l)[:, None]
+    # Infinite in a fully masked row: every probability that the backward pass recomputes is then 0.
+    lse = tl.where(fully_masked, float("inf"), m + tl.log2(l))
     return o, lse, m
+
+
+@triton.jit
+def _finish(
+    a,
+    out,
+    a_pointer,
+    weight_pointer,
+    gate_pointer,
+    inverse_rms_pointer,
+    gate_batch,
+    gate_token,
+    gate_head,
+    z,
+    h,
+    q_start,
+    token_start,
+    first,
+    length_q,
+    heads,
+    tokens,
+    out_scale,
+    NORM_EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """The epilogue of a head's difference a (BLOCK_M, BLOCK_DV), and the one rounding."""
+    queries = first + tl.arange(0, BLOCK_M)
+    present = queries < length_q
+    if a_pointer is not None:
+        own = a_pointer + (token_start * heads + h) * DV
+        store_tile(own, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+    if weight_pointer is not None:
+        inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
+        if inverse_rms_pointer is not None:
+            tl.store(inverse_rms_pointer + h * tokens + token_start + queries, inverse_rms, mask=present)
+        columns = tl.arange(0, BLOCK_DV)
+        weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
+        a *= inverse_rms[:, None] * weight[None, :]
+    if gate_pointer is not None:
+        gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
+        gate = load_tile(gate_at, gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
+        a *= tl.sigmoid(gate.to(tl.float32))
+    store_tile(out, heads * DV, first, length_q, a * out_scale, BLOCK_M, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
@@ -210,7 +257,8 @@ def _forward_kernel(
     if first >= length_q:
         if max1_pointer is not None:
             at = z.to(tl.int64) * tl.num_programs(0) + block
-            tl.store(max2_pointer + at * noise_heads + n, float("-inf"))
+            if lam_pointer is not None:
+                tl.store(max2_pointer + at * noise_heads + n, float("-inf"))
             for i in tl.range(GROUP):
                 tl.store(max1_pointer + at * (noise_heads * GROUP) + n * GROUP + i, float("-inf"))
         return
@@ -227,51 +275,57 @@ def _forward_kernel(
 
     # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's
     # code exists once, and nothing of the epilogue is alive in registers while it runs, which
-    # hoisting out of this loop would bring about.
-    for i in tl.range(0, GROUP + 1, disable_licm=True):
-        is_noise = i == 0
+    # hoisting out of this loop would bring about. Softmax attention has no map 0.
+    HAS_NOISE: tl.constexpr = lam_pointer is not None
+    for i in tl.range(0 if HAS_NOISE else 1, GROUP + 1, disable_licm=True):
         h = n * GROUP + i - 1
-        q1 = q1_pointer + z * q1_batch + q_start * q1_token + h * q1_head
-        q2 = q2_pointer + z * q2_batch + q_start * q2_token + n * q2_head
-        k1 = k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head
-        k2 = k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head
+        q = q1_pointer + z * q1_batch + q_start * q1_token + h * q1_head
+        k = k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head
+        q_token, k_token = q1_token, k1_token
+        if HAS_NOISE:
+            is_noise = i == 0
+            q2 = q2_pointer + z * q2_batch + q_start * q2_token + n * q2_head
+            k2 = k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head
+            q, q_token = tl.where(is_noise, q2, q), tl.where(is_noise, q2_token, q1_token)
+            k, k_token = tl.where(is_noise, k2, k), tl.where(is_noise, k2_token, k1_token)
         v = v_pointer + z * v_batch + k_start * v_token + n // NOISES_PER_V * v_head
         a, lse, m = _attend(
-            tl.where(is_noise, q2, q1), tl.where(is_noise, q2_token, q1_token),
-            tl.where(is_noise, k2, k1), tl.where(is_noise, k2_token, k1_token), v, v_token,
+            q, q_token, k, k_token, v, v_token,
             first, length_q, length_k, shift, begin, middle, middle_end, end, left, right,
             SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if lse1_pointer is not None:
-            at = tl.where(is_noise, lse2_pointer + n * tokens, lse1_pointer + h * tokens)
+            at = lse1_pointer + h * tokens
+            if HAS_NOISE:
+                at = tl.where(is_noise, lse2_pointer + n * tokens, at)
             tl.store(at + rows, lse, mask=present)
         if max1_pointer is not None:
-            at = tl.where(is_noise, max2_pointer + tile * noise_heads + n, max1_pointer + tile * heads + h)
+            at = max1_pointer + tile * heads + h
+            if HAS_NOISE:
+                at = tl.where(is_noise, max2_pointer + tile * noise_heads + n, at)
             tl.store(at, tl.max(tl.where(present, m, float("-inf")), axis=0))
-        scratch = scratch_pointer + (token_start * noise_heads + n) * DV
-        if is_noise:
-            store_tile(scratch, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
-            tl.debug_barrier()  # other threads of this program may be the ones to read it
-            if o2_pointer is not None:
-                o2_own = o2_pointer + (token_start * noise_heads + n) * DV
-                store_tile(o2_own, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+        out = out_pointer + (token_start * heads + h) * DV
+        if HAS_NOISE:
+            scratch = scratch_pointer + (token_start * noise_heads + n) * DV
+            if is_noise:
+                store_tile(scratch, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+                tl.debug_barrier()  # other threads of this program may be the ones to read it
+                if o2_pointer is not None:
+                    o2_own = o2_pointer + (token_start * noise_heads + n) * DV
+                    store_tile(o2_own, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+            else:
+                lam_at = lam_pointer + z * lam_batch + h * lam_head + (q_start + queries) * lam_token
+                lam = tl.load(lam_at, mask=present, other=0.0)
+                o2 = load_tile(scratch, noise_heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
+                a -= lam.to(tl.float32)[:, None] * o2
+                _finish(
+                    a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
+                    gate_head, z, h, q_start, token_start, first, length_q, heads, tokens, out_scale,
+                    NORM_EPS, BLOCK_M, DV, BLOCK_DV,
+                )  # fmt: skip
         else:
-            lam_at = lam_pointer + z * lam_batch + h * lam_head + (q_start + queries) * lam_token
-            lam = tl.load(lam_at, mask=present, other=0.0)
-            o2 = load_tile(scratch, noise_heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
-            a -= lam.to(tl.float32)[:, None] * o2
-            head = (token_start * heads + h) * DV
-            if a_pointer is not None:
-                store_tile(a_pointer + head, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
-            if weight_pointer is not None:
-                inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
-                if inverse_rms_pointer is not None:
-                    tl.store(inverse_rms_pointer + h * tokens + rows, inverse_rms, mask=present)
-                columns = tl.arange(0, BLOCK_DV)
-                weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
-                a *= inverse_rms[:, None] * weight[None, :]
-            if gate_pointer is not None:
-                gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
-                gate = load_tile(gate_at, gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
-                a *= tl.sigmoid(gate.to(tl.float32))
-            store_tile(out_pointer + head, heads * DV, first, length_q, a * out_scale, BLOCK_M, DV, BLOCK_DV)
+            _finish(
+                a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
+                gate_head, z, h, q_start, token_start, first, length_q, heads, tokens, out_scale,
+                NORM_EPS, BLOCK_M, DV, BLOCK_DV,
+            )  # fmt: skip

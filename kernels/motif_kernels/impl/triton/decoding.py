@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from motif_kernels.impl.triton.attention_tiles import product, to_logits
-from motif_kernels.ops.decoding import Options, Tensors
 from motif_kernels.tuning import attention_size, launch_choice
+from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 
 @triton.jit
@@ -113,23 +113,29 @@ def _split_kernel(
     first = begin + split * part
     last = tl.minimum(first + part, end)
 
+    HAS_NOISE: tl.constexpr = q2_pointer is not None
     signals: tl.constexpr = NOISES * GROUP  # heads of a query in each tile
-    rows1, rows2 = tl.arange(0, ROWS1), tl.arange(0, ROWS2)
-    tokens1, tokens2 = rows1 // signals, rows2 // NOISES
-    heads1, heads2 = kv * signals + rows1 % signals, kv * NOISES + rows2 % NOISES
-    present1, present2 = tokens1 < seqlen_q, tokens2 < seqlen_q
+    rows1 = tl.arange(0, ROWS1)
+    tokens1 = rows1 // signals
+    heads1 = kv * signals + rows1 % signals
+    present1 = tokens1 < seqlen_q
     width = tl.arange(0, BLOCK_D)
     inside = (width < D)[None, :]
     q1_at = z * q1_batch + tokens1 * q1_token + heads1 * q1_head
-    q2_at = z * q2_batch + tokens2 * q2_token + heads2 * q2_head
     q1 = tl.load(q1_pointer + q1_at[:, None] + width[None, :], mask=present1[:, None] & inside, other=0.0)
-    q2 = tl.load(q2_pointer + q2_at[:, None] + width[None, :], mask=present2[:, None] & inside, other=0.0)
-    position1, position2 = end - seqlen_q + tokens1, end - seqlen_q + tokens2
-
+    position1 = end - seqlen_q + tokens1
     o1 = tl.zeros([ROWS1, BLOCK_DV], tl.float32)
-    o2 = tl.zeros([ROWS2, BLOCK_DV], tl.float32)
     m1, l1 = tl.full([ROWS1], float("-inf"), tl.float32), tl.zeros([ROWS1], tl.float32)
-    m2, l2 = tl.full([ROWS2], float("-inf"), tl.float32), tl.zeros([ROWS2], tl.float32)
+    if HAS_NOISE:
+        rows2 = tl.arange(0, ROWS2)
+        tokens2 = rows2 // NOISES
+        heads2 = kv * NOISES + rows2 % NOISES
+        present2 = tokens2 < seqlen_q
+        q2_at = z * q2_batch + tokens2 * q2_token + heads2 * q2_head
+        q2 = tl.load(q2_pointer + q2_at[:, None] + width[None, :], mask=present2[:, None] & inside, other=0.0)
+        position2 = end - seqlen_q + tokens2
+        o2 = tl.zeros([ROWS2, BLOCK_DV], tl.float32)
+        m2, l2 = tl.full([ROWS2], float("-inf"), tl.float32), tl.zeros([ROWS2], tl.float32)
     value_width = tl.arange(0, BLOCK_DV)
     for start in tl.range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -143,30 +149,35 @@ def _split_kernel(
             slot = keys
         mask = held[:, None] & inside
         k1_at = page * k1_page + slot.to(tl.int64) * k1_token + kv * k1_head
-        k2_at = page * k2_page + slot.to(tl.int64) * k2_token + kv * k2_head
         v_at = page * v_page + slot.to(tl.int64) * v_token + kv * v_head
         k1 = tl.load(k1_pointer + k1_at[:, None] + width[None, :], mask=mask, other=0.0)
-        k2 = tl.load(k2_pointer + k2_at[:, None] + width[None, :], mask=mask, other=0.0)
+        if HAS_NOISE:
+            k2_at = page * k2_page + slot.to(tl.int64) * k2_token + kv * k2_head
+            k2 = tl.load(k2_pointer + k2_at[:, None] + width[None, :], mask=mask, other=0.0)
         v_mask = held[:, None] & (value_width < DV)[None, :]
         v = tl.load(v_pointer + v_at[:, None] + value_width[None, :], mask=v_mask, other=0.0)
         s1 = to_logits(product(q1, tl.trans(k1)), SCALE, SOFTCAP)
-        s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
         seen1 = held[None, :] & present1[:, None]
-        seen2 = held[None, :] & present2[:, None]
         if HAS_LEFT:
             seen1 = seen1 & (keys[None, :] >= position1[:, None] - left)
-            seen2 = seen2 & (keys[None, :] >= position2[:, None] - left)
         if HAS_RIGHT:
             seen1 = seen1 & (keys[None, :] <= position1[:, None] + right)
-            seen2 = seen2 & (keys[None, :] <= position2[:, None] + right)
         o1, m1, l1 = _accumulate(o1, m1, l1, tl.where(seen1, s1, float("-inf")), v)
-        o2, m2, l2 = _accumulate(o2, m2, l2, tl.where(seen2, s2, float("-inf")), v)
+        if HAS_NOISE:
+            s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
+            seen2 = held[None, :] & present2[:, None]
+            if HAS_LEFT:
+                seen2 = seen2 & (keys[None, :] >= position2[:, None] - left)
+            if HAS_RIGHT:
+                seen2 = seen2 & (keys[None, :] <= position2[:, None] + right)
+            o2, m2, l2 = _accumulate(o2, m2, l2, tl.where(seen2, s2, float("-inf")), v)
 
     query = (z * splits + split) * seqlen_q
     at1 = (query + tokens1) * (kv_heads * signals) + heads1
-    at2 = (query + tokens2) * (kv_heads * NOISES) + heads2
     _store_part(o1_pointer, statistics1_pointer, at1, present1, o1, m1, l1, DV, BLOCK_DV)
-    _store_part(o2_pointer, statistics2_pointer, at2, present2, o2, m2, l2, DV, BLOCK_DV)
+    if HAS_NOISE:
+        at2 = (query + tokens2) * (kv_heads * NOISES) + heads2
+        _store_part(o2_pointer, statistics2_pointer, at2, present2, o2, m2, l2, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -221,13 +232,15 @@ def _merge_kernel(
     query = z * splits * seqlen_q + token
     columns = tl.arange(0, BLOCK_DV)
     inside = columns < DV
-    noise = _join(
-        o2_pointer, statistics2_pointer, query * noise_heads + n, seqlen_q * noise_heads, splits, DV, BLOCK_DV
-    )
+    if lam_pointer is not None:
+        noise = _join(
+            o2_pointer, statistics2_pointer, query * noise_heads + n, seqlen_q * noise_heads, splits, DV, BLOCK_DV
+        )
     for i in tl.range(GROUP):
         h = n * GROUP + i
         a = _join(o1_pointer, statistics1_pointer, query * heads + h, seqlen_q * heads, splits, DV, BLOCK_DV)
-        a -= tl.load(lam_pointer + z * lam_batch + token * lam_token + h * lam_head).to(tl.float32) * noise
+        if lam_pointer is not None:
+            a -= tl.load(lam_pointer + z * lam_batch + token * lam_token + h * lam_head).to(tl.float32) * noise
         if weight_pointer is not None:
             weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
             a *= tl.rsqrt(tl.sum(a * a, axis=0) / DV + NORM_EPS) * weight
@@ -242,54 +255,57 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def attend(tensors: Tensors, options: Options) -> Tensor:
+def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> Tensor:
     """The output (B, Sq, Hs, Dv) of :func:`motif_kernels.ops.decoding.attend`.
 
-    All caches have the same number of heads, which divides that of the noise heads.
+    All caches have the same number of heads, which divides that of the noise heads, or of the
+    softmax heads.
     """
-    q1, k1_cache, q2, k2_cache, v_cache, lam, lengths, leftpad, block_table, norm_weight, gate = tensors
-    num_splits, left, right = options.num_splits, options.left, options.right
+    q1, k1, q2, k2, v, lam, norm_weight, gate = inputs
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     gate = gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate
     batch, seqlen_q, heads, d = q1.shape
-    noise_heads, kv_heads, dv = q2.shape[2], v_cache.shape[2], v_cache.shape[3]
-    page_size = k1_cache.shape[1]
-    capacity = tensors.capacity
+    groups, kv_heads, dv = inputs.noise_heads or heads, v.shape[2], v.shape[3]
+    capacity, left, right = cache.capacity(k1), options.left, options.right
     choice = launch_choice("decoding_split", attention_size(d, dv, q1.element_size()), q1.device)
+    num_splits = cache.num_splits
     if num_splits is None:
         # Two programs a processor, as long as a part is worth a program of its own.
         wanted = math.ceil(2 * _processors(q1.device) / max(1, batch * kv_heads))
         num_splits = max(1, min(wanted, capacity // (4 * choice["block_n"])))
-    noises = noise_heads // kv_heads
+    noises = groups // kv_heads
     widths = {"DV": dv, "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
 
-    def parts(count: int, *last: int) -> Tensor:
+    def parts(count: int, *last: int) -> Tensor | None:
+        if not count:
+            return None
         return torch.empty(batch, num_splits, seqlen_q, count, *last, dtype=torch.float32, device=q1.device)
 
-    o1, o2, statistics1, statistics2 = parts(heads, dv), parts(noise_heads, dv), parts(heads, 2), parts(noise_heads, 2)
+    o1, statistics1 = parts(heads, dv), parts(heads, 2)
+    o2, statistics2 = parts(inputs.noise_heads, dv), parts(inputs.noise_heads, 2)
     _split_kernel[(num_splits, kv_heads, batch)](
         q1,
-        k1_cache,
+        k1,
         q2,
-        k2_cache,
-        v_cache,
-        lengths,
-        leftpad,
-        block_table,
+        k2,
+        v,
+        cache.lengths,
+        cache.leftpad,
+        cache.block_table,
         o1,
         o2,
         statistics1,
         statistics2,
         *q1.stride()[:3],
-        *k1_cache.stride()[:3],
-        *q2.stride()[:3],
-        *k2_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        0 if block_table is None else block_table.stride(0),
+        *k1.stride()[:3],
+        *((0, 0, 0) if q2 is None else q2.stride()[:3]),
+        *((0, 0, 0) if k2 is None else k2.stride()[:3]),
+        *v.stride()[:3],
+        0 if cache.block_table is None else cache.block_table.stride(0),
         seqlen_q,
         capacity,
-        len(k1_cache),
-        page_size,
+        len(k1),
+        k1.shape[1],
         num_splits,
         left,
         right,
@@ -298,7 +314,7 @@ def attend(tensors: Tensors, options: Options) -> Tensor:
         SOFTCAP=options.softcap,
         HAS_LEFT=left >= 0,
         HAS_RIGHT=right >= 0,
-        GROUP=heads // noise_heads,
+        GROUP=heads // groups,
         NOISES=noises,
         ROWS1=max(16, triton.next_power_of_2(seqlen_q * heads // kv_heads)),
         ROWS2=max(16, triton.next_power_of_2(seqlen_q * noises)),
@@ -310,8 +326,7 @@ def attend(tensors: Tensors, options: Options) -> Tensor:
         num_stages=choice["num_stages"],
     )
     out = torch.empty(batch, seqlen_q, heads, dv, dtype=q1.dtype, device=q1.device)
-    gate_strides = (0, 0, 0) if gate is None else gate.stride()[:3]
-    _merge_kernel[(noise_heads, seqlen_q, batch)](
+    _merge_kernel[(groups, seqlen_q, batch)](
         o1,
         o2,
         statistics1,
@@ -320,14 +335,14 @@ def attend(tensors: Tensors, options: Options) -> Tensor:
         norm_weight,
         gate,
         out,
-        *(0, 0, 0, *lam.stride())[-3:],
-        *gate_strides,
+        *((0, 0, 0) if lam is None else (0, 0, 0, *lam.stride())[-3:]),
+        *((0, 0, 0) if gate is None else gate.stride()[:3]),
         seqlen_q,
         num_splits,
-        noise_heads,
+        groups,
         options.out_scale,
         NORM_EPS=options.norm_eps,
-        GROUP=heads // noise_heads,
+        GROUP=heads // groups,
         **widths,
         num_warps=4,
     )

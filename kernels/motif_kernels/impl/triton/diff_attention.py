@@ -14,8 +14,8 @@ from torch import Tensor
 
 from motif_kernels.impl.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
 from motif_kernels.impl.triton.attention_forward import _forward_kernel
-from motif_kernels.ops.diff_attention import Gradients, Options, Results, Tensors
 from motif_kernels.tuning import attention_size, launch_choice
+from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
 LN_2 = 0.6931471805599453
 
@@ -50,29 +50,45 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, x.stride(0), x.stride(1)) if x.ndim == 3 else (x.stride(0), x.stride(1), x.stride(2))
 
 
-def _lam_strides(lam: Tensor) -> tuple[int, int, int]:
+def _lam_strides(lam: Tensor | None) -> tuple[int, int, int]:
     """For lam of shape (), (Hs,), (total, Hs) or (B, S, Hs)."""
-    return (0, 0, 0, *lam.stride())[-3:]  # type: ignore[return-value]
+    return (0, 0, 0) if lam is None else (0, 0, 0, *lam.stride())[-3:]  # type: ignore[return-value]
 
 
-def _dense(tensors: Tensors) -> Tensors:
+def _dense(inputs: AttentionInputs, sequences: Sequences) -> tuple[AttentionInputs, Sequences]:
     """Copies of what the kernels read without a stride, where it has one; queries, keys and values
     were checked.
     """
-    gate, weight = tensors.gate, tensors.norm_weight
-    return tensors._replace(
+    gate, weight = inputs.gate, inputs.norm_weight
+    inputs = inputs._replace(
         gate=gate.contiguous() if gate is not None and gate.stride(-1) != 1 else gate,
         norm_weight=None if weight is None else weight.contiguous(),
-        cu_seqlens_q=None if tensors.cu_seqlens_q is None else tensors.cu_seqlens_q.contiguous(),
-        cu_seqlens_k=None if tensors.cu_seqlens_k is None else tensors.cu_seqlens_k.contiguous(),
     )
+    bounds = (None if t is None else t.contiguous() for t in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
+    return inputs, Sequences(sequences.max_seqlen_q, sequences.max_seqlen_k, *bounds)
 
 
-def _batch(tensors: Tensors) -> int:
-    return len(tensors.cu_seqlens_q) - 1 if tensors.cu_seqlens_q is not None else len(tensors.q1)
+def _batch(inputs: AttentionInputs, sequences: Sequences) -> int:
+    return len(inputs.q1) if sequences.cu_seqlens_q is None else len(sequences.cu_seqlens_q) - 1
 
 
-def _mask(options: Options) -> dict[str, Any]:
+def _groups(inputs: AttentionInputs) -> int:
+    """Noise heads; each softmax head is a group of its own."""
+    return inputs.noise_heads or inputs.q1.shape[-2]
+
+
+def _heads(inputs: AttentionInputs) -> dict[str, int]:
+    """How the kernels find a group's heads."""
+    groups, heads = _groups(inputs), inputs.q1.shape[-2]
+    return {
+        "GROUP": heads // groups,
+        "SIGNALS_PER_K1": heads // inputs.k1.shape[-2],
+        "NOISES_PER_K2": 1 if inputs.k2 is None else groups // inputs.k2.shape[-2],
+        "NOISES_PER_V": groups // inputs.v.shape[-2],
+    }
+
+
+def _mask(options: AttentionOptions) -> dict[str, Any]:
     return {
         "SCALE": options.softmax_scale,
         "SOFTCAP": options.softcap,
@@ -85,18 +101,19 @@ def _present(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
 
-def forward(tensors: Tensors, options: Options, results: Results) -> Results:
+def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions, results: Results) -> Results:
     """Fill the results that are not empty."""
-    tensors = _dense(tensors)
-    q1, k1, q2, k2, v, lam, norm_weight, gate, cu_seqlens_q, cu_seqlens_k = tensors
-    noise_heads, heads = q2.shape[-2], q1.shape[-2]
+    inputs, sequences = _dense(inputs, sequences)
+    q1, k1, q2, k2, v, lam, norm_weight, gate = inputs
+    groups, heads = _groups(inputs), q1.shape[-2]
     tiles = _tiles("attention_forward", q1, v)
-    grid = (triton.cdiv(options.max_seqlen_q, tiles["BLOCK_M"]), noise_heads, _batch(tensors))
-    scratch = q1.new_empty(q1.shape[:-2].numel(), noise_heads, v.shape[-1], dtype=torch.float32)
-    max_signal = max_noise = None
-    if options.max_logits:
+    grid = (triton.cdiv(sequences.max_seqlen_q, tiles["BLOCK_M"]), groups, _batch(inputs, sequences))
+    scratch = max_signal = max_noise = None
+    if lam is not None:
+        scratch = q1.new_empty(q1.shape[:-2].numel(), groups, v.shape[-1], dtype=torch.float32)
+    if options.return_max_logits:
         max_signal = q1.new_empty(grid[2] * grid[0], heads, dtype=torch.float32)
-        max_noise = q1.new_empty(grid[2] * grid[0], noise_heads, dtype=torch.float32)
+        max_noise = q1.new_empty(grid[2] * grid[0], inputs.noise_heads, dtype=torch.float32)
     _forward_kernel[grid](
         q1,
         k1,
@@ -106,8 +123,8 @@ def forward(tensors: Tensors, options: Options, results: Results) -> Results:
         lam,
         norm_weight,
         gate,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        sequences.cu_seqlens_q,
+        sequences.cu_seqlens_k,
         results.out,
         _present(results.difference),
         scratch,
@@ -116,7 +133,7 @@ def forward(tensors: Tensors, options: Options, results: Results) -> Results:
         _present(results.lse_noise),
         _present(results.inverse_rms),
         max_signal,
-        max_noise,
+        None if max_noise is None else _present(max_noise),
         *_strides(q1),
         *_strides(k1),
         *_strides(q2),
@@ -124,19 +141,16 @@ def forward(tensors: Tensors, options: Options, results: Results) -> Results:
         *_strides(v),
         *_lam_strides(lam),
         *_strides(gate),
-        options.max_seqlen_q,
-        options.max_seqlen_k,
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
         q1.shape[:-2].numel(),
         k1.shape[:-2].numel(),
         options.left,
         options.right,
-        noise_heads,
+        groups,
         options.out_scale,
         NORM_EPS=options.norm_eps,
-        GROUP=heads // noise_heads,
-        SIGNALS_PER_K1=heads // k1.shape[-2],
-        NOISES_PER_K2=noise_heads // k2.shape[-2],
-        NOISES_PER_V=noise_heads // v.shape[-2],
+        **_heads(inputs),
         **_mask(options),
         **tiles,
     )
@@ -147,8 +161,9 @@ def forward(tensors: Tensors, options: Options, results: Results) -> Results:
 
 def backward(
     grad: Tensor,
-    tensors: Tensors,
-    options: Options,
+    inputs: AttentionInputs,
+    sequences: Sequences,
+    options: AttentionOptions,
     difference: Tensor,
     noise: Tensor,
     lse_signal: Tensor,
@@ -157,32 +172,32 @@ def backward(
     gradients: Gradients,
 ) -> Gradients:
     """Fill the gradients."""
-    tensors = _dense(tensors)
-    q1, q2 = tensors.q1, tensors.q2
-    group = q1.shape[-2] // q2.shape[-2]
+    inputs, sequences = _dense(inputs, sequences)
+    q1, q2 = inputs.q1, inputs.q2
+    group = q1.shape[-2] // _groups(inputs)
     d_a = torch.empty(difference.shape, dtype=q1.dtype, device=q1.device)
     # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's
     # output.
-    d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None
+    d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None  # never without noise
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
     gradients = backward_prepare(
-        grad, tensors, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
+        grad, inputs, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
     )
     saved = (d_a, (lse_signal, lse_noise), deltas)
     if not options.deterministic:
         dq1 = torch.zeros(q1.shape, dtype=torch.float32, device=q1.device)
-        dq2 = torch.zeros(q2.shape, dtype=torch.float32, device=q2.device)
-        gradients = backward_keys(tensors, options, *saved, gradients, dq1, dq2)
-        return gradients._replace(q1=dq1.to(q1.dtype), q2=dq2.to(q2.dtype))
-    gradients = backward_keys(tensors, options, *saved, gradients, None, None)
-    backward_queries(tensors, options, *saved, d_o2, gradients)
+        dq2 = None if q2 is None else torch.zeros(q2.shape, dtype=torch.float32, device=q2.device)
+        gradients = backward_keys(inputs, sequences, options, *saved, gradients, dq1, dq2)
+        return gradients._replace(q1=dq1.to(q1.dtype), q2=gradients.q2 if dq2 is None else dq2.to(q1.dtype))
+    gradients = backward_keys(inputs, sequences, options, *saved, gradients, None, None)
+    backward_queries(inputs, sequences, options, *saved, d_o2, gradients)
     return gradients
 
 
 def backward_prepare(
     grad: Tensor,
-    tensors: Tensors,
-    options: Options,
+    inputs: AttentionInputs,
+    options: AttentionOptions,
     difference: Tensor,
     noise: Tensor,
     lse_signal: Tensor,
@@ -193,21 +208,23 @@ def backward_prepare(
     gradients: Gradients,
 ) -> Gradients:
     """The epilogue's backward: fills d_a, d_o2, the deltas and the gradients of lam and gate."""
-    tokens, noise_heads, dv = noise.shape
-    weight, gate = tensors.norm_weight, tensors.gate
-    choice = launch_choice("attention_prepare", dv * noise.element_size(), noise.device)
+    heads, dv = difference.shape[-2:]
+    tokens = difference.shape[:-2].numel()
+    groups, lam, weight, gate = _groups(inputs), inputs.lam, inputs.norm_weight, inputs.gate
+    size, device = difference.element_size(), difference.device
+    choice = launch_choice("attention_prepare", dv * size, device)
     width = _power_of_two(dv)
-    pairs = max(1, choice["tile_bytes"] // (width * noise.element_size()))
-    programs = triton.cdiv(tokens * noise_heads, pairs * choice["tiles"])
-    partial = torch.empty(programs, dv, dtype=torch.float32, device=noise.device) if weight is not None else None
+    pairs = max(1, choice["tile_bytes"] // (width * size))
+    programs = triton.cdiv(tokens * groups, pairs * choice["tiles"])
+    partial = torch.empty(programs, dv, dtype=torch.float32, device=device) if weight is not None else None
     flat = grad.flatten(0, -3)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     flat_gate = None if gate is None else gate.flatten(0, -3)
-    flat_lam = tensors.lam.flatten(0, 1) if tensors.lam.ndim == 3 else tensors.lam
+    flat_lam = lam.flatten(0, 1) if lam is not None and lam.ndim == 3 else lam
     _prepare_kernel[(programs,)](
         flat,
         difference,
-        noise,
+        _present(noise),
         flat_lam,
         weight,
         flat_gate,
@@ -215,17 +232,18 @@ def backward_prepare(
         lse_signal,
         d_a,
         d_o2,
-        *deltas,
-        gradients.lam,
+        deltas[0],
+        _present(deltas[1]),
+        _present(gradients.lam),
         partial,
         _present(gradients.gate),
         tokens,
-        noise_heads,
+        groups,
         *flat.stride()[:2],
-        *(0, 0, *flat_lam.stride())[-2:],
+        *_lam_strides(flat_lam)[-2:],
         *(flat_gate.stride()[:2] if flat_gate is not None else (0, 0)),
         options.out_scale,
-        GROUP=difference.numel() // noise.numel(),
+        GROUP=heads // groups,
         PAIRS=pairs,
         TILES=choice["tiles"],
         DV=dv,
@@ -237,8 +255,9 @@ def backward_prepare(
 
 
 def backward_keys(
-    tensors: Tensors,
-    options: Options,
+    inputs: AttentionInputs,
+    sequences: Sequences,
+    options: AttentionOptions,
     d_a: Tensor,
     lse: tuple[Tensor, Tensor],
     deltas: tuple[Tensor, Tensor],
@@ -247,11 +266,11 @@ def backward_keys(
     dq2: Tensor | None,
 ) -> Gradients:
     """Gradients of keys and values; of queries too, into dq1 and dq2, if they are given."""
-    q1, k1, q2, k2, v, lam, _, _, cu_seqlens_q, cu_seqlens_k = tensors
-    noise_heads, heads = q2.shape[-2], q1.shape[-2]
-    shared = k1.shape[-2] == k2.shape[-2] == v.shape[-2]
-    noises = noise_heads // v.shape[-2] if shared else 1
-    shares = noise_heads // noises
+    q1, k1, q2, k2, v, lam = inputs[:6]
+    groups = _groups(inputs)
+    shared = k1.shape[-2] == v.shape[-2] and (k2 is None or k2.shape[-2] == v.shape[-2])
+    noises = groups // v.shape[-2] if shared else 1
+    shares = groups // noises
 
     def target(gradient: Tensor) -> Tensor:
         """Where a kernel writes: the gradient, or a part for each noise head, to be added up."""
@@ -259,41 +278,43 @@ def backward_keys(
             return gradient
         return gradient.new_empty(*gradient.shape[:-2], shares, gradient.shape[-1], dtype=torch.float32)
 
-    targets = [target(g) for g in (gradients.k1, gradients.k2, gradients.v)]
+    dk1, dv = target(gradients.k1), target(gradients.v)
+    # Without noise, what there is of the signal map stands in and is never read.
+    dk2 = dk1 if k2 is None else target(gradients.k2)
+    has_noise = lam is not None
     tiles = _tiles("attention_backward_keys", q1, v)
-    _keys_kernel[(triton.cdiv(options.max_seqlen_k, tiles["BLOCK_N"]), shares, _batch(tensors))](
+    _keys_kernel[(triton.cdiv(sequences.max_seqlen_k, tiles["BLOCK_N"]), shares, _batch(inputs, sequences))](
         q1,
         k1,
-        q2,
-        k2,
+        q2 if has_noise else q1,
+        k2 if has_noise else k1,
         v,
         lam,
         d_a,
-        *lse,
-        *deltas,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        *targets,
+        *(lse if has_noise else (lse[0], lse[0])),
+        *(deltas if has_noise else (deltas[0], deltas[0])),
+        sequences.cu_seqlens_q,
+        sequences.cu_seqlens_k,
+        dk1,
+        dk2,
+        dv,
         dq1,
-        dq2,
+        dq2 if has_noise else dq1,
         *_strides(q1),
         *_strides(k1),
         *_strides(q2),
         *_strides(k2),
         *_strides(v),
         *_lam_strides(lam),
-        options.max_seqlen_q,
-        options.max_seqlen_k,
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
         q1.shape[:-2].numel(),
         k1.shape[:-2].numel(),
         options.left,
         options.right,
-        noise_heads,
-        GROUP=heads // noise_heads,
+        groups,
         NOISES=noises,
-        SIGNALS_PER_K1=heads // k1.shape[-2],
-        NOISES_PER_K2=noise_heads // k2.shape[-2],
-        NOISES_PER_V=noise_heads // v.shape[-2],
+        **_heads(inputs),
         **_mask(options),
         **tiles,
     )
@@ -303,13 +324,15 @@ def backward_keys(
             return gradient
         return part.unflatten(-2, (gradient.shape[-2], -1)).sum(-2).to(gradient.dtype)
 
-    totals = [total(t, g) for t, g in zip(targets, (gradients.k1, gradients.k2, gradients.v), strict=True)]
-    return gradients._replace(k1=totals[0], k2=totals[1], v=totals[2])
+    if has_noise:
+        gradients = gradients._replace(k2=total(dk2, gradients.k2))
+    return gradients._replace(k1=total(dk1, gradients.k1), v=total(dv, gradients.v))
 
 
 def backward_queries(
-    tensors: Tensors,
-    options: Options,
+    inputs: AttentionInputs,
+    sequences: Sequences,
+    options: AttentionOptions,
     d_a: Tensor,
     lse: tuple[Tensor, Tensor],
     deltas: tuple[Tensor, Tensor],
@@ -319,14 +342,15 @@ def backward_queries(
     """Gradients of queries: of both maps in one walk over the keys, or, given d_o2, of each by
     itself.
     """
-    q1, k1, q2, k2, v, lam, _, _, cu_seqlens_q, cu_seqlens_k = tensors
-    signal = (q1, k1, d_a, lse[0], deltas[0], gradients.q1)
-    noise = (q2, k2, d_o2, lse[1], deltas[1], gradients.q2)
-    both = d_o2 is None
+    q1, k1, q2, k2, v, lam = inputs[:6]
+    maps = [(q1, k1, d_a, lse[0], deltas[0], gradients.q1)]
+    both = q2 is not None and d_o2 is None
+    if q2 is not None and k2 is not None and d_o2 is not None:
+        maps.append((q2, k2, d_o2, lse[1], deltas[1], gradients.q2))
     tiles = _tiles("attention_backward_queries", q1, v)
-    for q, k, d_o, own_lse, delta, dq in [signal] if both else [signal, noise]:
+    for q, k, d_o, own_lse, delta, dq in maps:
         heads = q.shape[-2]
-        _queries_kernel[(triton.cdiv(options.max_seqlen_q, tiles["BLOCK_M"]), heads, _batch(tensors))](
+        _queries_kernel[(triton.cdiv(sequences.max_seqlen_q, tiles["BLOCK_M"]), heads, _batch(inputs, sequences))](
             q,
             k,
             q2 if both else None,
@@ -338,8 +362,8 @@ def backward_queries(
             lse[1] if both else None,
             delta,
             deltas[1] if both else None,
-            cu_seqlens_q,
-            cu_seqlens_k,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k,
             dq,
             gradients.q2 if both else None,
             *_strides(q),
@@ -348,8 +372,8 @@ def backward_queries(
             *_strides(k2 if both else None),
             *_strides(v),
             *(_lam_strides(lam) if both else (0, 0, 0)),
-            options.max_seqlen_q,
-            options.max_seqlen_k,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_k,
             q1.shape[:-2].numel(),
             k1.shape[:-2].numel(),
             options.left,
@@ -357,7 +381,7 @@ def backward_queries(
             heads,
             BOTH_MAPS=both,
             HEADS_PER_K=heads // k.shape[-2],
-            HEADS_PER_K_NOISE=heads // k2.shape[-2] if both else 1,
+            HEADS_PER_K_NOISE=heads // k2.shape[-2] if both and k2 is not None else 1,
             HEADS_PER_V=heads // v.shape[-2],
             **_mask(options),
             **tiles,

@@ -1,0 +1,1 @@
+"""Attention through flash-attn 4 or 2."""

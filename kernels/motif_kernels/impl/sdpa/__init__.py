@@ -1,0 +1,1 @@
+"""Attention through torch's scaled_dot_product_attention."""
