@@ -10,8 +10,6 @@ motifarch.study: losses by the paired t test over seeds, speeds by Welch's, all 
 after Holm; their noise is half of the 95% interval of the change.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

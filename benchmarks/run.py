@@ -8,8 +8,6 @@ are joined in DIR/all.json, report.html and report.md. What has finished in DIR 
 command goes on after a stop, and tries again what failed.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import json

@@ -1,7 +1,5 @@
 """`motifarch average`: the mean of a run's last checkpoints, as a checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The machine and the versions that every benchmark records beside its results."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

@@ -1,7 +1,5 @@
 """`motifarch export`: a checkpoint becomes a Hugging Face folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Files and folders that appear at their place complete or not at all; JSON and hashes of files."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A model folder's safetensors files: checked at once, read a tensor at a time."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What all tests share: no network, and one trained run for those that start from one."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

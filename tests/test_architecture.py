@@ -1,7 +1,5 @@
 """The arrows and no import circles: `make lint` fails where an import against them is planted."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

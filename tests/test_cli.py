@@ -1,7 +1,5 @@
 """The command line: dispatch, suggestions, exit statuses."""
 
-from __future__ import annotations
-
 import pytest
 
 from motifarch import cli

@@ -1,7 +1,5 @@
 """The documentation is true: its examples run, its commands, options and files exist."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The scripts of examples/ run, and what they train learns."""
 
-from __future__ import annotations
-
 import re
 import sysconfig
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Export: the folder computes what the trained model computes, and carries its record."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

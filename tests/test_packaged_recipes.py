@@ -1,7 +1,5 @@
 """Recipes by their names, from any folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Folders with the model code in them compute what motifarch's own classes do."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The wheel in an environment that has the dependencies and nothing of this checkout."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

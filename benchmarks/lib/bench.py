@@ -9,8 +9,6 @@ measured to do in the same run: bytes over the bandwidth of a copy, or FLOPs ove
 matrix product, whichever takes longer.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Providers' results held to the plain formula, at the very size that they are timed at."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

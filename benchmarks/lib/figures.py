@@ -1,7 +1,5 @@
 """Figures out of results files: who, on what, how fast, with the middle half of the repetitions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

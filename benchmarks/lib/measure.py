@@ -1,7 +1,5 @@
 """Measure providers on a case: right first, then memory, then time, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The attentions that users could pick, as functions of q, k and v, and compositions."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

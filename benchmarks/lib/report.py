@@ -1,7 +1,5 @@
 """What every benchmark reports with: the machine it ran on, tables, JSON files and plots."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import statistics
@@ -118,7 +116,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def write_plot(path: Path, figure: Figure) -> None:
+def write_plot(path: Path, figure: "Figure") -> None:
     """Save a matplotlib figure as PNG, in the same way, and close it."""
     from matplotlib import pyplot as plt
 
@@ -128,7 +126,7 @@ def write_plot(path: Path, figure: Figure) -> None:
     plt.close(figure)
 
 
-def figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figure, Any]:
+def figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple["Figure", Any]:
     """A figure and its axes, (rows, columns), drawn without a display. ``size`` is in inches."""
     import matplotlib
 
@@ -139,7 +137,7 @@ def figure(rows: int, columns: int, *, size: tuple[float, float]) -> tuple[Figur
 
 
 def grouped_bars(
-    axes: Axes,
+    axes: "Axes",
     groups: Sequence[str],
     series: Mapping[str, Sequence[float]],
     *,

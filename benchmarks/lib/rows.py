@@ -20,8 +20,6 @@ that a forward and backward hold at once, the inputs and the incoming gradient i
 allocator's own count.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence

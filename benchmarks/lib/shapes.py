@@ -1,7 +1,5 @@
 """Attention layouts and cases: heads, masks, inputs, and the work that they need."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random

@@ -4,8 +4,6 @@ Results are rows as JSON has them: what was run ("precision", and "seq_len" or "
 "context"), "model", "tokens_per_second" (a spread), and perhaps "peak_memory_bytes" and others.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

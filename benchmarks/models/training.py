@@ -4,8 +4,6 @@ A model that fails, dies or has not finished when its time is over ends alone. I
 own, and so is what torch.compile keeps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gc

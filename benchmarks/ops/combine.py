@@ -22,8 +22,6 @@ repeated. Without sub-norm or gate the backward needs no signal. lambda for each
 float32 and counted; a single lambda and the sub-norm's weight are not.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools

@@ -10,8 +10,6 @@ The three weights and the bias are float32. liger-kernel's PolyNorm writes its g
 incoming one, as it does by default; it has no product, which is left to PyTorch as its users would.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools

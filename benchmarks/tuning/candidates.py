@@ -1,7 +1,5 @@
 """What is tried for each kernel: size classes, the cases that tell, and candidate entries."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

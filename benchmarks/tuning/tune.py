@@ -22,8 +22,6 @@ kernel's fields mean, its module in kernels/motif_kernels/impl/triton/ says. Eve
 figures are kept in benchmarks/results/GPU/tune.json, or, with --output, beside that file.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -2,8 +2,6 @@
 feed-forward's other branch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -1,7 +1,5 @@
 """Streams of tables as memory-mapped Arrow files; memory does not grow with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """How many samples each step's global batch holds: a linear warm-up, then constant."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """From blocks to the keyword arguments of one packed model call."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

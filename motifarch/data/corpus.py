@@ -1,7 +1,5 @@
 """A preparation's documents: read onto disk, split into training and validation."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

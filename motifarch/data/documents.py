@@ -1,7 +1,5 @@
 """A document, or the reason why there is none: what every source yields."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any

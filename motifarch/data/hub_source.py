@@ -1,7 +1,5 @@
 """A Hugging Face dataset, from the hub or a folder, as a source of documents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

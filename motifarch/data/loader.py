@@ -1,7 +1,5 @@
 """One rank's micro-batches, read ahead in a background thread."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

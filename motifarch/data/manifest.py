@@ -1,7 +1,5 @@
 """``data.json``: what a prepared folder is, where it came from and what was left out."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -65,7 +63,7 @@ class Manifest:
         return DataShape(self.seq_len, self.vocab_size, self.eos_token_id, str(folder))
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> "Manifest":
         """Read a prepared folder's ``data.json``.
 
         Raises:

@@ -1,7 +1,5 @@
 """The stateless sampler: (seed, step) -> which rows of which datasets make up the global batch."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence

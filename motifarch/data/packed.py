@@ -1,7 +1,5 @@
 """Prepared data, opened: memory-mapped blocks of packed documents."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +49,7 @@ class PackedDataset:
         self._rows = rows
 
     @classmethod
-    def open(cls, folder: str | Path, split: str = "train") -> PackedDataset:
+    def open(cls, folder: str | Path, split: str = "train") -> "PackedDataset":
         """Open a split without reading its tokens.
 
         Args:

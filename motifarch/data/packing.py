@@ -1,7 +1,5 @@
 """From a stream of tokenised documents to blocks of one length."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

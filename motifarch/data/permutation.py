@@ -1,7 +1,5 @@
 """A pseudorandom permutation of ``range(size)``, computed index by index."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

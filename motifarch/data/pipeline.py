@@ -1,7 +1,5 @@
 """Data preparation: read, split, train or load the tokenizer, tokenise, pack, publish."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import time

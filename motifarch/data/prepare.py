@@ -1,7 +1,5 @@
 """``motifarch data prepare``: from raw text to packed token blocks, ready for training."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

@@ -1,7 +1,5 @@
 """A progress bar on a terminal, and nothing elsewhere."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import TypeVar

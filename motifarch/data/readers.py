@@ -1,7 +1,5 @@
 """Readers of local files: plain text, JSON, JSON Lines and Parquet, compressed or not."""
 
-from __future__ import annotations
-
 import json
 import lzma
 import zlib

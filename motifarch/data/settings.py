@@ -1,7 +1,5 @@
 """The options of data preparation."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where text comes from: the standard library, local files, or a Hugging Face dataset."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

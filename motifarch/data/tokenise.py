@@ -1,7 +1,5 @@
 """Parallel tokenisation of a corpus."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

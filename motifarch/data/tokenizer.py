@@ -1,7 +1,5 @@
 """The tokenizer: one that exists, or a byte-level BPE trained on the data."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

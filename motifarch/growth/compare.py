@@ -1,7 +1,5 @@
 """Whether two model folders compute the same; both run a layer at a time, to save memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -13,8 +13,6 @@ hold their products (they are rounded together), but the sub-norm's weight is ro
 so. All tensors of a folder keep one dtype, for ``from_pretrained`` would round the others to it.
 """
 
-from __future__ import annotations
-
 import re
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Hugging Face model folders, read and written a tensor at a time."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -117,7 +115,7 @@ class FolderWriter:
         self._finished = False
         self._stack = ExitStack()
 
-    def __enter__(self) -> FolderWriter:
+    def __enter__(self) -> "FolderWriter":
         """Begins the folder."""
         with ExitStack() as stack:
             stack.enter_context(claim_folder(self.output, self.report))

@@ -15,8 +15,6 @@ A sub-norm, and DIFF V2 with groups of several signal heads, cannot start as the
 these are refused unless an approximation is asked for.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Literal

@@ -1,7 +1,5 @@
 """`motifarch grow --to`: the command line's options for softmax models."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

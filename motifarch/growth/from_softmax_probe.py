@@ -4,8 +4,6 @@ both by running it.
 A layer at a time, so that neither model has to fit in memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Softmax models of other families as Motif models: the same tensors under the same names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Growing a folder: the plan, its check against the model that will load it, and the writing."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

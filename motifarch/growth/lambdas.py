@@ -1,7 +1,5 @@
 """Moving a layer's lambda by a given amount, exactly, through its four vectors."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """How much a model has to grow to have a given layout."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`motifarch grow`: a larger model from a smaller one, computing the same function at the start."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

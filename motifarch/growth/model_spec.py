@@ -11,8 +11,6 @@ several, ``LazyTensor.constant`` for one made of none), put the Motif names over
 :func:`motifarch.growth.grow.write`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,18 +36,18 @@ class LazyTensor:
     """From the tensors of those names, in that order; it must not change them."""
 
     @classmethod
-    def from_checkpoint(cls, source: SourceFolder, name: str, dtype: torch.dtype | None = None) -> LazyTensor:
+    def from_checkpoint(cls, source: SourceFolder, name: str, dtype: torch.dtype | None = None) -> "LazyTensor":
         """A tensor of the source as it is, or in another dtype."""
         kept = source.dtype(name) if dtype is None else dtype
         return cls(source.shape(name), kept, (name,), lambda tensor: tensor.to(kept))
 
     @classmethod
-    def constant(cls, value: float, shape: Shape, dtype: torch.dtype) -> LazyTensor:
+    def constant(cls, value: float, shape: Shape, dtype: torch.dtype) -> "LazyTensor":
         """A tensor filled with one number."""
         return cls(shape, dtype, (), lambda: torch.full(shape, value, dtype=dtype))
 
     @classmethod
-    def joined(cls, inputs: Sequence[LazyTensor], shape: Shape, function: Callable[..., Tensor]) -> LazyTensor:
+    def joined(cls, inputs: Sequence["LazyTensor"], shape: Shape, function: Callable[..., Tensor]) -> "LazyTensor":
         """A tensor that a function makes of several; its dtype is the first one's."""
         bounds = [0]
         for lazy in inputs:
@@ -61,7 +59,7 @@ class LazyTensor:
 
         return cls(shape, inputs[0].dtype, tuple(name for lazy in inputs for name in lazy.sources), make)
 
-    def then(self, shape: Shape, function: Callable[[Tensor], Tensor]) -> LazyTensor:
+    def then(self, shape: Shape, function: Callable[[Tensor], Tensor]) -> "LazyTensor":
         """The tensor that a function makes of this one, in the same dtype."""
         return LazyTensor.joined([self], shape, function)
 
@@ -85,7 +83,7 @@ class ModelSpec:
     """By name, in the order in which they are written."""
     steps: tuple[Step, ...] = field(default=())
 
-    def changed(self, config: dict[str, Any], tensors: dict[str, LazyTensor], step: Step) -> ModelSpec:
+    def changed(self, config: dict[str, Any], tensors: dict[str, LazyTensor], step: Step) -> "ModelSpec":
         """The spec after a step.
 
         Args:

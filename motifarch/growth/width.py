@@ -12,8 +12,6 @@ from it repeats its columns and divides by the copies. RMS norms and PolyNorm ar
 in which every place has as many copies as any other: they don't change.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """`motifarch eval`: a Hugging Face folder on lm-eval's tasks, or on your own."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib
@@ -90,7 +88,7 @@ def evaluate(
     return {"motifarch": motifarch.__version__, "folder": str(folder), **results}
 
 
-def index_tasks(tasks: Sequence[str]) -> TaskManager:
+def index_tasks(tasks: Sequence[str]) -> "TaskManager":
     """lm-eval's index of the tasks in files and folders, and of its own where a name may mean one.
 
     Raises:
@@ -109,7 +107,7 @@ def index_tasks(tasks: Sequence[str]) -> TaskManager:
         return TaskManager(include_path=folders)
 
 
-def resolve_tasks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
+def resolve_tasks(manager: "TaskManager", tasks: Sequence[str]) -> list[str]:
     """What to load, each once: names, and paths of YAML files; of a folder its groups and the tasks
     in none of them.
 
@@ -127,7 +125,7 @@ def resolve_tasks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def load_tasks(manager: TaskManager, specs: Sequence[str]) -> list[Any]:
+def load_tasks(manager: "TaskManager", specs: Sequence[str]) -> list[Any]:
     """Tasks and groups of them, with their data.
 
     Raises:
@@ -152,14 +150,14 @@ def _is_group(file: Path) -> bool:
         raise UserError(f"the task {file} cannot be read ({error}); give a YAML file, or a folder of them") from None
 
 
-def _grouped(manager: TaskManager) -> set[str]:
+def _grouped(manager: "TaskManager") -> set[str]:
     """Names of tasks and groups that a group holds."""
     members = [member for name in manager.all_groups for member in (manager.task_index[name].cfg or {}).get("task", [])]
     names = [member.get("task") if isinstance(member, dict) else member for member in members]
     return {name for name in names if isinstance(name, str)}
 
 
-def _in_files(manager: TaskManager, path: Path) -> list[str]:
+def _in_files(manager: "TaskManager", path: Path) -> list[str]:
     """What the index has of a file or folder; else the file, for lm-eval to read."""
     files = {name: manager.task_index[name].yaml_path for name in manager.all_tasks}
     names = [name for name, file in files.items() if file and file.resolve().is_relative_to(path.resolve())]
@@ -171,7 +169,7 @@ def _in_files(manager: TaskManager, path: Path) -> list[str]:
     return [name for name in names if name not in grouped]
 
 
-def _load(manager: TaskManager, spec: str) -> list[Any]:
+def _load(manager: "TaskManager", spec: str) -> list[Any]:
     """The task, the group, or a tag's tasks."""
     try:
         loaded = manager.load([spec])

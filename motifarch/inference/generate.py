@@ -1,7 +1,5 @@
 """`motifarch generate`: text from a Hugging Face folder, streamed, or for many prompts."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Files of prompts, and the file of what a model made of them."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

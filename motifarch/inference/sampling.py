@@ -4,8 +4,6 @@ The decoding is transformers' own ``generate``; what is added here are random dr
 prompt instead of its batch, batches of similar prompts, and errors that name the prompt.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time

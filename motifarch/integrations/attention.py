@@ -1,7 +1,5 @@
 """The attention function of patched models, and what calls the kernels for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

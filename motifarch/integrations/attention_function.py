@@ -32,8 +32,6 @@ What the interface does not allow:
 - attention maps (``output_attentions``), dropout, and masks of every query and key (B, 1, S, S).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -6,8 +6,6 @@ sentence instead of a number, so that the host's own classes do not load the fol
 would leave out what they do not know, and answer as another model.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

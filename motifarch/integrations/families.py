@@ -6,8 +6,6 @@ rotary embeddings (or none in a layer that has none), scale, window and softcap.
 to say of a family here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """PolyNorm in the feed-forward modules of a transformers model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Grouped-query attention for multi-head latent attention, whose keys noise can't share."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Which keys a call sees: its mask, read for kernels that take bounds instead."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Which modules of a transformers model are patched, whether they can be, and patching them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

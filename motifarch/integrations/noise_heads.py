@@ -6,8 +6,6 @@ cache, scale, window and softcap then serve all of them alike, and the attention
 calls is ours.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

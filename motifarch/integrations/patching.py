@@ -1,7 +1,5 @@
 """`patch`: differential attention and PolyNorm in a transformers model that exists."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

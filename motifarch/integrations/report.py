@@ -1,7 +1,5 @@
 """What patching a model did to it."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ A patched model is of a class of its own, made from its host's, and so is its co
 (:mod:`motifarch.integrations.configuration`).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

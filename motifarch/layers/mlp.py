@@ -1,7 +1,5 @@
 """Gated feed-forward blocks: PolyNorm's (Motif) and SwiGLU (arXiv 2002.05202), the baseline."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """PolyNorm as a module (arXiv 2411.03884)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup

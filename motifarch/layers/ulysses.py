@@ -6,8 +6,6 @@ rank all of the sequence and its share of the heads; after attention another one
 back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

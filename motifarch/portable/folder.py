@@ -1,7 +1,5 @@
 """Writes the model code into a Hugging Face folder, and its place into the config."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

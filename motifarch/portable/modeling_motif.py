@@ -12,8 +12,6 @@ Shapes: B batch, S tokens, E hidden size, D query/key head width, Dv value head 
 Hn noise heads.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ and speed.
 As a process: ``python -m motifarch.study.measure RUN --output FILE``.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

@@ -21,8 +21,6 @@ the name asked, differs within a pair, so neither a word's frequency nor its pla
 difference.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -228,7 +226,7 @@ class Answers:
     """Nats; see above."""
 
     @classmethod
-    def of(cls, log_probabilities: np.ndarray) -> Answers:
+    def of(cls, log_probabilities: np.ndarray) -> "Answers":
         """From :func:`ask`'s result."""
         twin, name = np.arange(2)[:, None], np.arange(log_probabilities.shape[2])[None]
         # Of each twin, what is said of its own values: (pairs, 2, name asked, value).

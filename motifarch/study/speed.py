@@ -1,7 +1,5 @@
 """How fast a run trained, and how fast its model generates and what a token costs in its cache."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Mapping, Sequence

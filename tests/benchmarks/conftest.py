@@ -1,7 +1,5 @@
 """Benchmarks are run from the repository's root and not installed: tests import them from there."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 without it.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import textwrap

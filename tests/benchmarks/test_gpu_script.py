@@ -1,7 +1,5 @@
 """benchmarks/gpu.sh runs through on a machine without a GPU, with a stand-in for python."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

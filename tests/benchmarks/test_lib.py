@@ -1,7 +1,5 @@
 """What benchmarks share: times side by side, memory, the roofline, checks, and records."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

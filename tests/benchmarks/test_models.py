@@ -1,7 +1,5 @@
 """The models that are compared: parameters, heads, FLOPs, GPUs' peaks."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The counts of Muon's messages, on two processes and a tiny model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

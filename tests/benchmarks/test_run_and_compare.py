@@ -1,7 +1,5 @@
 """python -m benchmarks.run and benchmarks.compare: what is joined, kept and called moved."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

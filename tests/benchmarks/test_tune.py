@@ -1,7 +1,5 @@
 """Tuning launch tables: what is left out, what is chosen, and what a run leaves in the table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text, tokenizers and prepared folders that the data tests share."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from motifarch.data.documents import Document, SkipLog, Skipped, document

@@ -1,7 +1,5 @@
 """The command as a user meets it: what it makes, says, refuses and survives."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

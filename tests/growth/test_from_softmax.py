@@ -1,7 +1,5 @@
 """Softmax models of transformers become differential ones that compute the same function."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Agreement with an independent implementation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A machine with a GPU that lacks packages which benchmarks/gpu.sh must do without."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

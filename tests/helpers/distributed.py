@@ -1,7 +1,5 @@
 """Runs the same thing on one process or several, as real processes with gloo."""
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os

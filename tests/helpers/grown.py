@@ -1,7 +1,5 @@
 """Model folders that grow: saving, loading, and whether two models compute the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

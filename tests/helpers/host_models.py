@@ -1,7 +1,5 @@
 """The transformers models that tests patch: real ratios of heads, small and random."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

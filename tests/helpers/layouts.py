@@ -1,7 +1,5 @@
 """Training steps under a layout of ranks: functions that ranks run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How much memory a computation asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

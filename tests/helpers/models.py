@@ -1,7 +1,5 @@
 """Motif models of every variant, small enough to build in milliseconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Muon on sharded matrices against whole ones, and what it sends: for ranks to run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The error rule that every backend is held to, and tensors that look like a model's."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The papers' attention, head by head: no code shared with the layers or the reference."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ Sources: arXiv 2410.05258 (differential attention), 2510.06949 (grouped heads), 
 order of heads, depth count and tensor names.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

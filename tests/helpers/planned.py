@@ -1,7 +1,5 @@
 """A small recipe to plan, and the same on real ranks: what each allocates in a step."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of prompts, and the lines that come back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

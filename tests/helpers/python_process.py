@@ -1,7 +1,5 @@
 """A fresh interpreter, for what depends on what was imported before."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """QK-clip on sharded layers against the same on a whole one: functions that ranks run."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Folders laid out like the released models', written without our code."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

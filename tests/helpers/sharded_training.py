@@ -1,7 +1,5 @@
 """A few steps sharded, with DDP, and one skipped: functions that ranks run."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models that transformers cuts over ranks, as each rank sees them: functions that ranks run."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ layer itself needs three sibling modules of pure PyTorch, so the packages above 
 sys.modules as bare names while it is imported.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -5,8 +5,6 @@ torch. Vision transformers themselves are pure PyTorch, so that names without me
 it. For a fresh process: other libraries would take the stand-in for torchvision.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder

@@ -1,7 +1,5 @@
 """A recipe and prepared data small enough to train in seconds."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

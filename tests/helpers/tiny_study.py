@@ -1,7 +1,5 @@
 """A head-ratio study small enough to run in seconds, and its command in a process of its own."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from pathlib import Path

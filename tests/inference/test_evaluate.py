@@ -1,7 +1,5 @@
 """Evaluation: scores equal those worked out by hand from the model's own logits."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

@@ -1,7 +1,5 @@
 """Generation from a folder: what comes out for a seed, a batch or a conversation."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

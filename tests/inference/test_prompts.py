@@ -1,7 +1,5 @@
 """Files of prompts and of results: what is read, what is refused, and what a failure leaves."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """DIFF V1 inside transformers' Llama and Mistral, through the registered function."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

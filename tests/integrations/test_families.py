@@ -1,7 +1,5 @@
 """Every family that can be patched, with its real ratio of heads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

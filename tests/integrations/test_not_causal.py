@@ -1,7 +1,5 @@
 """Layers that are not causal: docs/patching.md's vision transformer trains, the formula holds."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

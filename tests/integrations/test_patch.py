@@ -1,7 +1,5 @@
 """What `patch` computes, reports, refuses and saves, beyond what every family's test asks."""
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path

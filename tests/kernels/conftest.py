@@ -1,7 +1,5 @@
 """The implementations that every operator test runs through."""
 
-from __future__ import annotations
-
 import importlib
 from typing import NamedTuple
 

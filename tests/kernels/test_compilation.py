@@ -5,8 +5,6 @@ their bounds.
 checked here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor

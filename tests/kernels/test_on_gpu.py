@@ -6,8 +6,6 @@ attention interpreted. On an H100 a thousand runs of a case should take a second
 compilation of its kernels; the long one is the compiled model, most of a minute for Inductor.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PolyNorm on a feed-forward sharded over its width: real processes against the whole row."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Generation with every kind of cache gives the tokens that no cache gives."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache

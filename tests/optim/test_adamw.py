@@ -1,7 +1,5 @@
 """Which parameters are decayed, and that AdamW is AdamW."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

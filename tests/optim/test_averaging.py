@@ -1,7 +1,5 @@
 """The mean of checkpoints against a plain mean of their tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Newton-Schulz, Muon against torch's, which parameters it takes, and steps that are skipped."""
 
-from __future__ import annotations
-
 import copy
 import math
 

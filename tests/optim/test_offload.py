@@ -1,7 +1,5 @@
 """Moments in CPU memory: the same bits, checkpoints and skipped steps."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parallel Muon on real processes: the numbers and the messages."""
 
-from __future__ import annotations
-
 import pytest
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard

@@ -1,7 +1,5 @@
 """Schedules against their closed forms."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

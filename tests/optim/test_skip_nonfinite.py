@@ -1,7 +1,5 @@
 """Clipping, and steps that are skipped on the device."""
 
-from __future__ import annotations
-
 import copy
 import math
 

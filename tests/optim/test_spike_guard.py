@@ -1,7 +1,5 @@
 """The spike guard against the same rule written as plain Python, and what it does to a step."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

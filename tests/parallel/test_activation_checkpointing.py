@@ -1,7 +1,5 @@
 """What the backward pass recomputes: the same gradients, as many products as asked."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compiled decoder layers compute the same, also where lengths and layers differ."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training under every layout of ranks, with one process as the truth."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """8-bit products with torchao's emulation: what is replaced, stays, is not supported."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Layouts of ranks: what is left is filled in, what does not fit is named."""
 
-from __future__ import annotations
-
 import pytest
 
 from helpers.models import tiny_config

@@ -1,7 +1,5 @@
 """Sharded training against the same maths on one process, and against DDP."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A store shared by several starts: each has a part of its own, the same on all ranks."""
 
-from __future__ import annotations
-
 import datetime
 from concurrent.futures import ThreadPoolExecutor
 

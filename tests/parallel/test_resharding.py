@@ -1,7 +1,5 @@
 """One state on different meshes: checkpoints, first weights, weights from a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the watchdog says of the ranks, and that it lets go of runs that go on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What a plan says of messages, against sizes worked out by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A dry run stands on one of torch's internals: here it is pinned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

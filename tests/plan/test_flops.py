@@ -1,7 +1,5 @@
 """A plan's FLOPs are those that torch's flop counter sees in a real step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A plan's bytes are those that real ranks allocate."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plans as users make them: the command, its errors, its suggestions and its files."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

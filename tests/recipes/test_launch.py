@@ -1,7 +1,5 @@
 """The launch scripts, run on one machine; SLURM's with stand-ins."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Every recipe fits its GPUs and its published model, and a shrunken copy trains."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

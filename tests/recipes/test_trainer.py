@@ -1,7 +1,5 @@
 """The script for transformers.Trainer: FSDP2 by accelerate on two processes equals one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What seeds allow to say: levels kept in simulations, and comparisons over whole studies."""
 
-from __future__ import annotations
-
 import gc
 import math
 

@@ -1,7 +1,5 @@
 """--compare: changes beyond their noise are called moved, others are not."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Variants made equal: within 1% by counts made here, or refused with figures that are true."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

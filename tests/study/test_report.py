@@ -1,7 +1,5 @@
 """Reports: the figures of their results, the committed ones too, and pages that stand alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ end.
 Processes that write what a run leaves stand in for training; `test_study.py` trains.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

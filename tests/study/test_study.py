@@ -2,8 +2,6 @@
 happened.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

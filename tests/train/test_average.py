@@ -1,7 +1,5 @@
 """Averages of checkpoints: written by the command, and fed back into training."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model's fields are named in several places; here these are held together."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

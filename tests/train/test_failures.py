@@ -1,7 +1,5 @@
 """What goes wrong ends in one message, and nothing saved before is lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The metrics file: each step once, exact losses, nothing lost but what is done again."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

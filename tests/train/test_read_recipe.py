@@ -1,7 +1,5 @@
 """Recipes: what is read, and what is refused with which words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

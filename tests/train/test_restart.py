@@ -1,7 +1,5 @@
 """A rank that dies or hangs: what is reported, and torchrun's restart."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

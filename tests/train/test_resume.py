@@ -1,7 +1,5 @@
 """Resuming continues the same run: bitwise on as many ranks, closely on another number."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The spike guard in a run: reported, saved, and bitwise the same after a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

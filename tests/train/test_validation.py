@@ -1,7 +1,5 @@
 """The validation loss is the same mean for any number of ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The differential epilogue: signal - lambda * noise, then sub-norm, gate or neither."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -2,8 +2,6 @@
 sharded over a group.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

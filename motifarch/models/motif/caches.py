@@ -1,7 +1,5 @@
 """What a cache and a mask say of a call: tokens before it, and which are padding."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

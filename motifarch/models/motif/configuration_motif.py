@@ -1,7 +1,5 @@
 """Configuration of the Motif models: the released fields, and those of variants."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -20,7 +18,7 @@ SHARED_STYLE = "motif_shared"
 """Name of the style of tensor parallelism that is ours: see `tensor_parallel.py`."""
 
 
-def tensor_parallel_plan(config: MotifConfig) -> dict[str, str]:
+def tensor_parallel_plan(config: "MotifConfig") -> dict[str, str]:
     """Styles of transformers: heads, feed-forward columns and the vocabulary are shared."""
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]

@@ -1,7 +1,5 @@
 """Loads a folder whole or not at all, where transformers fills gaps and warns."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

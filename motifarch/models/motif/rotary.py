@@ -1,7 +1,5 @@
 """Rotary embeddings as a config describes them."""
 
-from __future__ import annotations
-
 import math
 
 import torch

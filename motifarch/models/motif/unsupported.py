@@ -5,8 +5,6 @@ Fields that concern training or generation alone, or that no computation reads, 
 they stay in the config and are written back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

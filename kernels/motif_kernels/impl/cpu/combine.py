@@ -8,8 +8,6 @@ the gradient that reaches n:
     dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -13,8 +13,6 @@ Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the
 weight: x^3, x^2, x.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -6,8 +6,6 @@ heads, Hn noise heads, g = Hs / Hn (GROUP). Logits are kept in units of log2, so
 exponential is an exp2.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -18,8 +18,6 @@ limit of registers that a thread may use; without one the assembler aims for mor
 and spills a register to get there.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -20,8 +20,6 @@ In a launch table, a kernel's size is a row's bytes; ``tile_bytes`` are the byte
 program holds.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
