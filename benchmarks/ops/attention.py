@@ -66,7 +66,6 @@ from benchmarks.lib.providers import Function, Provider, compose, flex, forms, l
 from benchmarks.lib.run import Aim, KernelBenchmark
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, epilogue
 from motif_kernels import diff_attn_func, diff_attn_varlen_func
-from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func
 
 _DOC = __doc__  # within the class it is another
 LABELS = {
@@ -120,20 +119,14 @@ def ours(case: AttentionCase, name: str, device: torch.device) -> Function:
         "causal": True,
         "window_size": case.window_size,
     }
-    softmax_options = {name: value for name, value in options.items() if name != "deterministic"}
     bounds = torch.tensor(case.bounds, dtype=torch.int32, device=device)
+    longest = max(case.documents, default=0)
+    packed = (bounds, bounds, longest, longest) if case.documents else ()
+    call: Any = diff_attn_varlen_func if packed else diff_attn_func
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
-        longest = max(case.documents, default=0)
-        packed = (bounds, bounds, longest, longest) if case.documents else ()
-        call: Any
-        if not case.layout.noise_heads:
-            call = softmax_attn_varlen_func if packed else softmax_attn_func
-            out = call(t["q1"], t["k1"], t["v"], *packed, **softmax_options)
-        else:
-            call = diff_attn_varlen_func if packed else diff_attn_func
-            tensors = (t["q1"], t["k1"], t["q2"], t.get("k2", t["k1"]), t["v"], t["lambda"])
-            out = call(*tensors, *packed, **options, **epilogue(t))
+        noise = (t["q2"], t.get("k2", t["k1"])) if "q2" in t else (None, None)
+        out = call(t["q1"], t["k1"], *noise, t["v"], t.get("lambda"), *packed, **options, **epilogue(t))
         assert isinstance(out, Tensor)  # no maximum logits were asked for
         return out
 

@@ -123,6 +123,8 @@ FAMILIES: dict[str, dict[str, Make]] = {
         "DIFF V1 in a window": partial(attention, _WINDOW),
         "GDA 4:1 packed": partial(attention, _PACKED),
         "GDA 3:1 gated, 96 wide": partial(attention, _ODD),
+        "softmax": partial(attention, Layout("softmax", 4, 0, 2, 64, 64)),
+        "softmax packed": partial(attention, Layout("softmax", 4, 0, 1, 128, 128, packed=True)),
     },
     "one-pass attention": {
         "DIFF V1 in one pass": partial(attention, _V1, fast=True),
