@@ -20,7 +20,7 @@ from torch._functorch import config as functorch
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES, clock_for, is_out_of_memory, measure_roofline, reason_of, release_memory
 from benchmarks.lib.exact import Exact
-from benchmarks.lib.measure import Case, Row, measure
+from benchmarks.lib.measure import Case, Row, measure, seconds_of
 from benchmarks.lib.providers import Provider
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, Draw
 from motifarch.errors import UserError
@@ -129,6 +129,22 @@ class KernelBenchmark(ABC):
     def finish(self, content: dict[str, Any]) -> list[str]:
         """Add to the JSON what all results together say; lines to print."""
         return []
+
+    def softmax_baselines(self, content: dict[str, Any]) -> list[str]:
+        """:meth:`finish` that names the fastest softmax attention of each size, whoever's it is."""
+        directions = max((len(r["seconds"]) for r in content["results"]), default=0)
+        cells: dict[tuple[Any, ...], Row] = {}
+        for r in content["results"]:
+            if not LAYOUTS[r["layout"]].noise_heads and len(r["seconds"]) == directions:
+                key = tuple(r[name] for name in (*self.group, self.size))
+                cells[key] = min(cells.get(key, r), r, key=seconds_of)
+        names = (*self.group, self.size, "provider", "variant", "form", "seconds")
+        content["softmax_baselines"] = [{name: r[name] for name in names} for r in cells.values()]
+        return [
+            f"softmax baseline at {self.describe_group(r)}, {self.size} {r[self.size]:,}: {self.label(r)}, "
+            f"{seconds_of(r) * 1e3:,.3g} ms"
+            for r in cells.values()
+        ]
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The command line; returns the exit status."""

@@ -61,7 +61,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.exact import of_attention
-from benchmarks.lib.measure import Row, seconds_of
 from benchmarks.lib.providers import Function, Provider, compose, flex, forms, libraries
 from benchmarks.lib.run import Aim, KernelBenchmark
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, epilogue
@@ -184,6 +183,7 @@ class Attention(KernelBenchmark):
     positive = ("lengths", "tokens", "head_divisor")
     providers = staticmethod(providers)
     exact = staticmethod(of_attention)
+    finish = KernelBenchmark.softmax_baselines
 
     def add_options(self, add: Callable[..., Any]) -> None:
         """See :class:`KernelBenchmark`."""
@@ -256,22 +256,6 @@ class Attention(KernelBenchmark):
             if not (chosen and case.length == min(lengths, key=lambda n: abs(n - 4096))):
                 return "it compiles for long: --providers flex or --all measures it everywhere"
         return None
-
-    def finish(self, content: dict[str, Any]) -> list[str]:
-        """Name each size's fastest softmax attention, in the JSON and in lines to print."""
-        cells: dict[tuple[str, str, int], Row] = {}
-        for r in content["results"]:
-            if not LAYOUTS[r["layout"]].noise_heads and "both" in r["seconds"]:
-                key = (r["layout"], r["dtype"], r["length"])
-                if key not in cells or seconds_of(r) < seconds_of(cells[key]):
-                    cells[key] = r
-        names = ("layout", "dtype", "length", "provider", "variant", "form", "seconds")
-        content["softmax_baselines"] = [{name: r[name] for name in names} for r in cells.values()]
-        return [
-            f"softmax baseline at {LAYOUTS[layout].describe()}, {dtype}, {length:,}: {self.label(r)}, "
-            f"{seconds_of(r) * 1e3:,.3g} ms forward and backward"
-            for (layout, dtype, length), r in cells.items()
-        ]
 
 
 BENCHMARK = Attention()

@@ -12,12 +12,14 @@ queries and caches to the finished output:
     four calls     softmax attention for signal and for noise, each for both halves of the values
     two calls      values at their full width; a kernel that wants keys as wide as values gets both
                    keys side by side and queries with zeros where the other's are
-    one call       signal and noise queries together in that way, as heads of one call
+    one call       signal and noise queries together in that way, as heads of one call; for softmax
+                   attention the plain call
     FlexAttention  compiled (not timed), two calls; only where it is named, for it compiles for long
 
 Calls are made with every kernel there is: torch's cuDNN, flash and memory-efficient ones, and
 flash-attn 2, 3 and 4. Right first, and how times are taken: as in benchmarks.ops.attention. Bytes
-are those that must be read: each cached key and value once. Models: benchmarks.models.generate.
+are those that must be read: each cached key and value once. The softmax baseline is the fastest of
+all, named. Models: benchmarks.models.generate.
 """
 
 from __future__ import annotations
@@ -54,15 +56,15 @@ from benchmarks.lib.shapes import LAYOUTS, AttentionCase, Draw, epilogue
 from benchmarks.ops.attention import TOLERANCES
 from motif_kernels import diff_attn_with_kvcache, diff_combine
 
-DECODED = [n for n, lay in LAYOUTS.items() if lay.sub_norm and not (lay.window or lay.packed)]
-"""The layouts that can be decoded here: keys in pairs, all of the cache visible."""
+DECODED = [n for n, lay in LAYOUTS.items() if not (lay.shared_keys or lay.window or lay.packed)]
+"""The layouts that can be decoded here: keys in pairs or no noise, all of the cache visible."""
 _DOC = __doc__  # within the class it is another
 LABELS = {
     "triton": "ours",
     "sdpa": "ours, sdpa backend",
     "four": "four calls",
     "two": "two calls",
-    "one": "one call, joined keys",
+    "one": "one call",
     "flex": "FlexAttention",
 }
 OURS = ("triton", "sdpa")
@@ -84,7 +86,7 @@ class DecodeCase(AttentionCase):
 
     def bytes_moved(self) -> dict[str, int]:
         """What must be read: each cached key and value once."""
-        width = 2 * self.layout.head_dim + self.layout.v_head_dim
+        width = self.calls * self.layout.head_dim + self.layout.v_head_dim
         return {"forward": self.batch * self.length * self.kv_heads * width * DTYPES[self.dtype].itemsize}
 
     def make(self, draw: Draw) -> dict[str, Tensor]:
@@ -95,20 +97,21 @@ class DecodeCase(AttentionCase):
         out at any length.
 
         Returns:
-            q1 (B, 1, Hs, D), q2 (B, 1, Hn, D), keys (B, S, Hk, 2D), k1, k2, v (B, S, Hk, Dv),
-            lambda (), norm_weight.
+            q1 (B, 1, Hs, D), k1 (B, S, Hk, D), v (B, S, Hk, Dv); with noise q2 (B, 1, Hn, D), k2, keys
+            (B, S, Hk, 2D), lambda () and norm_weight.
         """
-        d = self.layout.head_dim
-        keys = draw(self.batch, self.length, self.kv_heads, 2 * d)
-        inputs = {name: draw(*self.shape(name)) for name in ("q1", "q2", "v")}
-        inputs |= {"k1": keys[..., :d], "k2": keys[..., d:], "keys": keys}
-        inputs["lambda"] = 0.2 + 0.5 * torch.sigmoid(draw(dtype=torch.float32))
-        inputs["norm_weight"] = 1 + 0.1 * draw(self.layout.v_head_dim, dtype=torch.float32)
-        for q, k in (("q1", "k1"), ("q2", "k2")):
+        d, pairs = self.layout.head_dim, (("q1", "k1"), ("q2", "k2"))[: self.calls]
+        keys = draw(self.batch, self.length, self.kv_heads, len(pairs) * d)
+        inputs = {"v": draw(*self.shape("v"))}
+        for i, (q, k) in enumerate(pairs):
+            inputs[q], inputs[k] = draw(*self.shape(q)), keys[..., i * d : (i + 1) * d]
             mean = inputs[q].float().unflatten(2, (self.kv_heads, -1)).mean(3)
             wanted = math.log(max(self.length, 2)) / self.scale
             turned = mean * (wanted / mean.square().sum(-1, keepdim=True))
             inputs[k][:, :: max(1, self.length - 1)] = turned.to(keys.dtype)
+        if self.layout.noise_heads:
+            inputs |= {"keys": keys, "lambda": 0.2 + 0.5 * torch.sigmoid(draw(dtype=torch.float32))}
+            inputs["norm_weight"] = 1 + 0.1 * draw(self.layout.v_head_dim, dtype=torch.float32)
         return inputs
 
 
@@ -133,7 +136,9 @@ def providers(case: DecodeCase, names: Sequence[str], device: torch.device) -> l
         if name in OURS:
             kernels: dict[str, list[tuple[str, Function]]] = {"": [("", ours(case, name, device))]}
         elif name == "flex":
-            kernels = {"": [("", compose(flex(case, device), 2))]}
+            kernels = {"": [("", compose(flex(case, device), case.calls))]}
+        elif case.calls == 1:
+            kernels = {variant: [("", compose(attend, 1))] for variant, attend in libraries(case, device).items()}
         else:
             kernels = {variant: forms(name, attend) for variant, attend in libraries(case, device).items()}
         found += [Provider(name, tried, variant, ("forward",)) for variant, tried in kernels.items()]
@@ -148,10 +153,12 @@ def _lengths(case: DecodeCase, device: torch.device) -> Tensor:
 def ours(case: DecodeCase, backend: str, device: torch.device) -> Function:
     """diff_attn_with_kvcache by one of its backends."""
     lengths = _lengths(case, device)
+    call: Any = diff_attn_with_kvcache
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
-        q1, k1, q2, k2, v, lam = (t[name] for name in ("q1", "k1", "q2", "k2", "v", "lambda"))
-        return diff_attn_with_kvcache(q1, k1, q2, k2, v, lam, lengths, causal=True, backend=backend, **epilogue(t))
+        q1, k1, q2, k2, v, lam = (t.get(name) for name in ("q1", "k1", "q2", "k2", "v", "lambda"))
+        out: Tensor = call(q1, k1, q2, k2, v, lam, lengths, causal=True, backend=backend, **epilogue(t))
+        return out
 
     return run
 
@@ -260,10 +267,17 @@ class Decode(KernelBenchmark):
     positive = ("batches", "contexts", "head_divisor")
     providers = staticmethod(providers)
     exact = functools.partial(of_attention, backward=False)
+    finish = KernelBenchmark.softmax_baselines
 
     def add_options(self, add: Callable[..., Any]) -> None:
         """See :class:`KernelBenchmark`."""
-        add("--layouts", nargs="+", choices=DECODED, default=["gda4_128", "v1_64"], help="default: %(default)s")
+        add(
+            "--layouts",
+            nargs="+",
+            choices=DECODED,
+            default=["gda4_128", "v1_64", "softmax_128"],
+            help="default: %(default)s",
+        )
         add("--batches", nargs="+", type=int, help="rows; default 8 1 32 128, on a CPU 1 8")
         add("--contexts", nargs="+", type=int, help="tokens a row; default 32768 131072 8192 1024, on a CPU 1024 8192")
         add("--head-divisor", type=int, help="leave one of so many heads; default 1 on a GPU, 8 on a CPU")
@@ -285,6 +299,10 @@ class Decode(KernelBenchmark):
         sizes = arguments.contexts, arguments.batches, arguments.layouts, arguments.dtypes
         for context, batch, name, dtype in itertools.product(*sizes):
             yield decode_case(name, dtype, batch, context, head_divisor=arguments.head_divisor)
+
+    def unsupported(self, case: DecodeCase, name: str, arguments: argparse.Namespace) -> str | None:
+        """See :class:`KernelBenchmark`."""
+        return "without noise one call is enough" if case.calls == 1 and name in ("two", "four") else None
 
     def left_out(self, device: torch.device) -> dict[str, str]:
         """See :class:`KernelBenchmark`."""

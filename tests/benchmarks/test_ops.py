@@ -431,23 +431,26 @@ def test_decoding_runs_with_every_provider_of_a_cpu(tmp_path: Path) -> None:
     for r in content["results"]:
         cells.setdefault((r["layout"], r["dtype"], r["batch"], r["context"]), set()).add(r["provider"])
         # One key head of GDA is left, two of DIFF V1: two keys and values as wide as both.
-        widths = {"gda4_128": 512, "v1_64": 2 * 256}[r["layout"]]
+        widths = {"gda4_128": 512, "v1_64": 2 * 256, "softmax_128": 256}[r["layout"]]
         assert r["bytes"]["forward"] == r["batch"] * r["context"] * widths * DTYPES[r["dtype"]].itemsize
-    assert cells.keys() == {(n, d, b, 96) for n in ("gda4_128", "v1_64") for d in DTYPES for b in (1, 2)}
-    assert all(found == {"sdpa", "four", "two", "one"} for found in cells.values())
+    layouts = {"gda4_128": {"sdpa", "four", "two", "one"}, "softmax_128": {"sdpa", "one"}}
+    layouts["v1_64"] = layouts["gda4_128"]
+    assert cells == {(n, d, b, 96): names for n, names in layouts.items() for d in DTYPES for b in (1, 2)}
+    assert len(content["softmax_baselines"]) == 4
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["gda4_64", "gda4_128", "v1_64"])
+@pytest.mark.parametrize("name", ["gda4_64", "gda4_128", "v1_64", "softmax_128"])
 def test_every_way_to_decode_is_right(name: str) -> None:
     case = small_decode(name)
-    for provider in decode.providers(case, ["sdpa", "four", "two", "one"], CPU):
+    names = ["sdpa", "one"] if name == "softmax_128" else ["sdpa", "four", "two", "one"]
+    for provider in decode.providers(case, names, CPU):
         found = decode_verdict(case, *provider.forms)
         assert not isinstance(found, str), (provider.name, found)
         # A CPU's flash attention has one width for all.
         assert found[0] == ("joined keys" if provider.name == "two" else "")
     eager = flex(case, CPU, lambda function, dynamic: function)
-    assert not isinstance(decode_verdict(case, ("", compose(eager, 2))), str)
+    assert not isinstance(decode_verdict(case, ("", compose(eager, case.calls))), str)
 
 
 @pytest.mark.parametrize("part", [slice(1, None), slice(None, -1), slice(0, 1024)], ids=["oldest", "newest", "rest"])
