@@ -144,8 +144,7 @@ def test_grouped_heads_and_widths(heads, d, dv):
         check(make_inputs(k1=heads[0], k2=heads[1], hv=heads[2], d=d, dv=dv), torch.float32, "sdpa", **options)
 
 
-# Of 300 queries on one key plain PyTorch makes no error: its softmax is exactly 1.
-@pytest.mark.parametrize(("sq", "sk"), [(1, 300), (300, 2), (17, 300), (300, 17), (1, 1), (260, 260), (5, 0), (0, 5)])
+@pytest.mark.parametrize(("sq", "sk"), [(1, 300), (300, 1), (17, 300), (300, 17), (1, 1), (260, 260), (5, 0), (0, 5)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_different_lengths(sq, sk, mask):
     check(make_inputs(batch=1, sq=sq, sk=sk), torch.float32, "sdpa", **MASKS[mask])
