@@ -17,14 +17,12 @@ only ones that torch's takes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,52 +66,30 @@ class Setup:
     def model(self) -> MotifForCausalLM:
         """Grouped differential attention 4:1 with PolyNorm, from a fixed seed."""
         torch.manual_seed(0)
-        return MotifForCausalLM(
-            MotifConfig(
-                vocab_size=64,
-                hidden_size=self.hidden_size,
-                intermediate_size=self.intermediate_size,
-                num_hidden_layers=self.layers,
-                num_attention_heads=10,
-                num_noise_heads=2,
-                num_key_value_heads=4,
-                head_dim=self.hidden_size // 8,
-            )
-        )
+        heads: dict[str, Any] = {"num_attention_heads": 10, "num_noise_heads": 2, "num_key_value_heads": 4}
+        sizes: dict[str, Any] = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        sizes |= {"num_hidden_layers": self.layers, "head_dim": self.hidden_size // 8, "vocab_size": 64}
+        return MotifForCausalLM(MotifConfig(**heads, **sizes))
 
     def optimizer(self, name: str, matrices: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """One of :data:`OPTIMIZERS`."""
-        coefficients = NS_COEFFICIENTS["keller_jordan"]
+        steps = NS_COEFFICIENTS["keller_jordan"]
         if name == "torch":
-            return torch.optim.Muon(matrices, lr=1e-2, ns_coefficients=coefficients[0], adjust_lr_fn="match_rms_adamw")
-        return Muon(matrices, lr=1e-2, ns_coefficients=coefficients, chunk_bytes=self.chunk_mib * MEBIBYTE)
+            return torch.optim.Muon(matrices, lr=1e-2, ns_coefficients=steps[0], adjust_lr_fn="match_rms_adamw")
+        return Muon(matrices, lr=1e-2, ns_coefficients=steps, chunk_bytes=self.chunk_mib * MEBIBYTE)
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes every collective of this process: its kind, and the bytes that come from other ranks."""
+    """Notes every collective of a process: its kind, and the bytes that come from other ranks.
+
+    One is for good: an exchange of rows for columns, which on gloo gathers by collectives that
+    cannot be told from others, is counted in DTensor's stead.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.paused = False
         self.messages: list[tuple[str, float]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Counts a collective and lets it run; DTensor's operators are taken apart first."""
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented
-        result = function(*args, **(kwargs or {}))
-        if self.paused:
-            return result
-        name = function._schema.name
-        if name in _OPERATORS:
-            self.messages.append((_OPERATORS[name], _received(name, args)))
-        elif function.namespace in ("c10d", "_c10d_functional", "_dtensor") and name not in _SILENT:
-            raise UserError(f"the bytes of {name} are not known to this benchmark; add it to its list")
-        return result
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """Counts what is sent in this context."""
         exchange = placement_types.shard_dim_alltoall
 
         def count(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -125,13 +101,18 @@ class CollectiveCounter(TorchDispatchMode):
             finally:
                 self.paused = False
 
-        # On gloo it gathers, by collectives that cannot be told from others.
         placement_types.shard_dim_alltoall = count
-        try:
-            with self:
-                yield
-        finally:
-            placement_types.shard_dim_alltoall = exchange
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Count a collective and let it run; DTensor's operators are taken apart first."""
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        result, name = function(*args, **(kwargs or {})), function._schema.name
+        if not self.paused and name in _OPERATORS:
+            self.messages.append((_OPERATORS[name], _received(name, args)))
+        elif not self.paused and function.namespace in ("c10d", "_c10d_functional", "_dtensor") and name not in _SILENT:
+            raise UserError(f"the bytes of {name} are not known to this benchmark; add it to its list")
+        return result
 
 
 def _received(name: str, args: tuple[Any, ...]) -> float:
@@ -151,8 +132,9 @@ def _measure(rank: int, setup: Setup, port: int, path: Path) -> None:
     logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setup.processes)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    counter = CollectiveCounter()
+    found: dict[str, Any] = {}
     with open_world() as world:
-        found: dict[str, Any] = {}
         weights: dict[str, list[torch.Tensor]] = {}
         for name in OPTIMIZERS:
             model = parallelize(setup.model(), Mesh("cpu", Layout().resolve(world.size)))
@@ -164,8 +146,8 @@ def _measure(rank: int, setup: Setup, port: int, path: Path) -> None:
                     assert isinstance(matrix, DTensor)
                     gradient = torch.randn(matrix.shape)
                     matrix.grad = distribute_tensor(gradient, matrix.device_mesh, matrix.placements)  # type: ignore[assignment]
-                counter = CollectiveCounter()
-                with counter.counting():
+                counter.messages.clear()
+                with counter:
                     optimizer.step()
             weights[name] = [m.full_tensor().detach() for m in matrices if isinstance(m, DTensor)]
             total = world.all_reduce_sum([round(sum(b for k, b in counter.messages if k == kind)) for kind in KINDS])

@@ -7,12 +7,14 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
-from benchmarks.lib.report import RESULTS, ROOT
+from benchmarks.lib.report import RESULTS, ROOT, busy_warning, describe, environment
 from motifarch.errors import UserError
 
 
@@ -79,6 +81,15 @@ def results_path(benchmark: str, arguments: argparse.Namespace, device: torch.de
     quick, default = ROOT / "runs" / f"{benchmark}_quick.json", RESULTS / f"{benchmark}_{device_slug(device)}.json"
     path: Path = arguments.output or (quick if arguments.quick else default)
     return path
+
+
+def introduce(module: str, device: torch.device, packages: Iterable[str], console: Console) -> dict[str, Any]:
+    """Print the machine, and a warning if it is busy; the environment for the JSON file."""
+    env = environment(module, device, packages)
+    console.print(describe(env), style="dim")
+    if warning := busy_warning(env):
+        console.print(f"warning: {warning}", style="yellow")
+    return env
 
 
 @contextlib.contextmanager

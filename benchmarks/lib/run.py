@@ -185,12 +185,9 @@ class KernelBenchmark(ABC):
             the end.
         """
         console, begun = Console(), time.monotonic()
-        env = report.environment(f"benchmarks.ops.{self.name}", device, self.packages)
+        env = cli.introduce(f"benchmarks.ops.{self.name}", device, self.packages, console)
         if device.type == "cuda":
             env["cudnn"] = torch.backends.cudnn.version()
-        console.print(report.describe(env), style="dim")
-        if warning := report.busy_warning(env):
-            console.print(f"warning: {warning}", style="yellow")
         for name, reason in arguments.left_out.items():
             console.print(f"{self.labels[name]} is left out: {reason}", style="dim")
         path = cli.results_path(self.name, arguments, device)

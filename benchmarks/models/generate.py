@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES, Work, time_side_by_side
 from benchmarks.models import report as models_report
-from benchmarks.models.providers import DIFFLLAMAS, PROVIDERS, MatchedModel, Sizes, match_parameters
+from benchmarks.models.providers import DIFFLLAMAS, PROVIDERS, MatchedModel, Sizes, choose, match_parameters
 from motifarch.errors import UserError
 
 MODULE = "benchmarks.models.generate"
@@ -188,17 +188,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     arguments.new_tokens = arguments.new_tokens or (4 if quick else 32)
     arguments.rounds = arguments.rounds or (2 if quick else 7)
     cells = [Cell.parse(text) for text in arguments.cells or (QUICK_CELLS if quick else CELLS)]
-    names = list(dict.fromkeys(arguments.models or MODELS))
-    for name in names:
-        if reason := PROVIDERS[name].unsupported_reason(device.type):
-            raise UserError(f"{name} cannot be measured here: {reason}; leave it out of --models")
+    names, _ = choose(arguments.models, MODELS, device.type)
     positions = max(c.context for c in cells) + arguments.new_tokens + 1
     sizes = Sizes(128, 2, 16, 256, 352, 8, positions) if quick else Sizes(max_positions=positions)
     matched = match_parameters(names, sizes)
-    env = report.environment(MODULE, device, PACKAGES)
-    console.print(report.describe(env), style="dim")
-    if warning := report.busy_warning(env):
-        console.print(f"warning: {warning}", style="yellow")
+    env = cli.introduce(MODULE, device, PACKAGES, console)
     settings = ("threads", "device", "quick", "new_tokens", "rounds", "cache")
     content: dict[str, Any] = {
         "benchmark": "generate",

@@ -127,22 +127,6 @@ def train(options: argparse.Namespace, run: str, folder: Path) -> dict[str, Any]
     }
 
 
-def curves(content: dict[str, Any], axis: str) -> dict[str, tuple[list[float], list[float]]]:
-    """What to draw against one of :data:`AXES`: run -> places and losses.
-
-    The grown model's curve begins with the small model's last loss, which is what it computes at
-    the start.
-    """
-    small, grown, scratch = (content["runs"][run] for run in RUNS)
-    field = "flops" if axis == "flops" else "tokens"
-    before = 0 if axis == "large tokens" else small[field][-1]
-    found = {
-        "grown": ([before, *(before + x for x in grown[field])], [small["loss"][-1], *grown["loss"]]),
-        "scratch": (scratch[field], scratch["loss"]),
-    }
-    return found if axis == "large tokens" else {"small": (small[field], small["loss"]), **found}
-
-
 def print_table(content: dict[str, Any], console: Console) -> None:
     """Losses at equal tokens, counted both ways, and what each cost."""
     small, grown, scratch = (content["runs"][run] for run in RUNS)
@@ -167,21 +151,28 @@ def draw(content: dict[str, Any], path: Path) -> None:
     """The validation losses against tokens and FLOPs."""
     figure, axes = report.figure(1, 3, size=(13, 4.4))
     colours = {"small": report.GREY, "grown": report.COLOURS[0], "scratch": report.COLOURS[4]}
+    runs = content["runs"]
     for axis, (name, (unit, label)) in zip(axes[0], AXES.items(), strict=True):
-        for run, (places, losses) in curves(content, name).items():
-            axis.plot([x / unit for x in places], losses, color=colours[run], marker="o", markersize=3, label=RUNS[run])
+        field = "flops" if name == "flops" else "tokens"
+        # The grown model begins where the small one ended: growing keeps what it computes.
+        before = 0 if name == "large tokens" else runs["small"][field][-1]
+        grown = (
+            [before, *(before + x for x in runs["grown"][field])],
+            [runs["small"]["loss"][-1], *runs["grown"]["loss"]],
+        )
+        curves = {run: (runs[run][field], runs[run]["loss"]) for run in RUNS} | {"grown": grown}
+        for run, (places, losses) in curves.items():
+            if run != "small" or name != "large tokens":
+                x = [place / unit for place in places]
+                axis.plot(x, losses, color=colours[run], marker="o", markersize=3, label=RUNS[run])
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.sharey(axes[0][0])
     axes[0][0].set_ylabel("validation loss (nats/token)")
     axes[0][1].legend()
-    small, large = (content["runs"][run]["parameters"] / 1e6 for run in ("small", "grown"))
-    setup = content["setup"]
-    figure.suptitle(
-        f"{small:.2f} million parameters grown to {large:.2f} million: hidden and intermediate size x2, signal heads "
-        f"x4, 4 to 5 layers; noise {setup['noise']}, seed {setup['seed']}\n{report.describe(content['environment'])}",
-        fontsize=9,
-    )
+    small, large = (runs[run]["parameters"] / 1e6 for run in ("small", "grown"))
+    title = f"{small:.2f} million parameters grown to {large:.2f} million"
+    figure.suptitle(f"{title}\n{report.describe(content['environment'])}", fontsize=9)
     report.write_plot(path, figure)
 
 

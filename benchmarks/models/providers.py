@@ -20,7 +20,7 @@ Ours take "auto": on a GPU the fastest kernels known there, on a CPU torch's att
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -196,6 +196,19 @@ PROVIDERS = {
 }
 DIFFLLAMAS = tuple(name for name in PROVIDERS if name.startswith("diffllama"))
 LLAMAS = tuple(name for name in PROVIDERS if name.startswith("llama"))
+
+
+def choose(asked: Sequence[str] | None, default: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """The models to measure on "cpu" or "cuda", and why others of the default cannot run there.
+
+    Raises:
+        UserError: one that was asked for cannot.
+    """
+    names = list(dict.fromkeys(asked or default))
+    missing = {name: reason for name in names if (reason := PROVIDERS[name].unsupported_reason(device))}
+    for name, reason in missing.items() if asked else ():
+        raise UserError(f"{name} cannot be measured here: {reason}; leave it out of --models")
+    return [name for name in names if name not in missing], missing
 
 
 @dataclass(frozen=True)

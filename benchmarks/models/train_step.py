@@ -7,30 +7,22 @@
     python -m benchmarks.models.train_step --profile gda            # one model's operators
 
 A step is forward, loss, backward, gradient clipping, AdamW (torch's fused one) and zero_grad, over
-random tokens. The models have equal hidden size, layers and head_dim, and equal numbers of
-parameters to 3% (providers.py). Each takes its loss as its users get it: transformers' models from
-whole logits, ours in chunks. Llama is measured with every attention that it can have here. Its
-fastest is what others are compared with.
+random tokens. Models have equal hidden size, layers and head_dim, and equal parameters to 3%
+(providers.py). Each takes its loss as its users get it: transformers' from whole logits, ours in
+chunks. Llama has every attention that it can have here, and is judged by its fastest.
 
-Every model is trained as motifarch trains: FSDP2 on a world of one, float32 master weights, and
-bfloat16 copies of them where the precision is bf16; with --compile each decoder layer through
-torch.compile. With --autocast, plain modules under torch.autocast instead of FSDP2.
+All are trained as motifarch trains: FSDP2 on a world of one, float32 master weights, bfloat16
+copies where the precision is bf16. With --autocast, plain modules under torch.autocast instead.
 
-Processes: each model, length and precision has a fresh process, which is asked for one thing at a
-time. While one is timed, the others wait. One that fails, runs out of memory or dies is reported
-with the reason, and the others go on.
+Each model, length and precision has a fresh process; while one is timed, the others wait. One that
+fails, runs out of memory or dies is reported, and the others go on.
 
-Speed: the models take turns, a step each (on a GPU five, after one that is not timed), in an order
-that rotates, so that a drift of the machine's speed hits all alike. The figure is the median step,
-with the quartiles. --memory-steps steps come before all turns; the first is reported by itself, for
-it compiles.
-
+Speed: the median step, with quartiles. Models take turns in an order that rotates, a step each, on
+a GPU five. --memory-steps steps come before; the first compiles, and is reported by itself.
 Work: MotifForCausalLM.flops_per_token, for transformers' models that of ours with the same matrices
 and maps; nothing that is recomputed is in it. MFU is its rate over the GPU's dense bf16 peak.
-
-Memory: on a CPU the rise of the process's resident set, at its highest in the first steps, above
-what it was before the model was built. On a GPU torch.cuda.max_memory_allocated.
-
+Memory: on a CPU the rise of the process's resident set, at its highest in the first steps, over
+that before the model was built. On a GPU torch.cuda.max_memory_allocated.
 Costs: of GDA and the fastest Llama (--costs), at the longest length, the five GPU kernels (on a CPU
 operators) with the most time of their own.
 
@@ -60,7 +52,7 @@ from rich.status import Status
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES
 from benchmarks.models import report as models_report
-from benchmarks.models.providers import LLAMAS, PROVIDERS, Sizes, match_parameters
+from benchmarks.models.providers import LLAMAS, PROVIDERS, choose, match_parameters
 from benchmarks.models.report import MEMORY, SPEED, Aim
 from benchmarks.models.shapes import SHAPES, find_peak
 from benchmarks.models.training import Failed, OutOfTime, Setup, Worker
@@ -278,8 +270,8 @@ def resolve(arguments: argparse.Namespace) -> Setup:
     if arguments.profile:
         arguments.models = arguments.costs = [arguments.profile]
         arguments.output = arguments.output or report.ROOT / "runs" / "train_step_profile.json"
-    given = ("rounds", "steps", "memory_steps", "limit", "tokens_per_step")
-    cuda, quick = cli.resolve_device(arguments, given).type == "cuda", arguments.quick
+    positive = ("rounds", "steps", "memory_steps", "limit", "tokens_per_step")
+    cuda, quick = cli.resolve_device(arguments, positive).type == "cuda", arguments.quick
     arguments.shape = arguments.shape or ("300m" if cuda else "small")
     shape = SHAPES[arguments.shape]
     arguments.seq_lens = arguments.seq_lens or ([16, 64][-len(shape.seq_lens) :] if quick else list(shape.seq_lens))
@@ -302,52 +294,27 @@ def resolve(arguments: argparse.Namespace) -> Setup:
                 f"--tokens-per-step {arguments.tokens_per_step} is not a whole number of rows of {seq_len} tokens; "
                 "all lengths must have batches of the same tokens, so choose a multiple of each of --seq-lens"
             )
-    _choose_models(arguments)
+    arguments.models, arguments.left_out = choose(arguments.models, shape.models, arguments.device)
+    fields = ("hidden_size", "num_layers", "head_dim", "vocab_size", "intermediate_size", "gda_heads")
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    if hidden_size := arguments.hidden_size:
+        given.setdefault("intermediate_size", shape.sizes.intermediate_size * hidden_size // shape.sizes.hidden_size)
+    sizes = dataclasses.replace(shape.sizes, **given)
+    sizes = dataclasses.replace(sizes.shrunk() if quick else sizes, max_positions=max(arguments.seq_lens))
     names = ("tokens_per_step", "device", "threads", "autocast", "compile")
-    return Setup(_sizes(arguments), **{name: getattr(arguments, name) for name in names})
-
-
-def _choose_models(arguments: argparse.Namespace) -> None:
-    """Those that can run here; one that was asked for by name must."""
-    asked = dict.fromkeys(arguments.models or ())
-    chosen = asked or dict.fromkeys(SHAPES[arguments.shape].models)
-    reasons = {name: PROVIDERS[name].unsupported_reason(arguments.device) for name in chosen}
-    missing = {name: reason for name, reason in reasons.items() if reason}
-    if asked and missing:
-        name, reason = next(iter(missing.items()))
-        raise UserError(f"{name} cannot be measured here: {reason}; leave it out of --models")
-    arguments.left_out = missing
-    arguments.models = [name for name in chosen if name not in missing]
-
-
-def _sizes(arguments: argparse.Namespace) -> Sizes:
-    shape = SHAPES[arguments.shape].sizes
-    names = ("hidden_size", "num_layers", "head_dim", "vocab_size", "intermediate_size", "gda_heads")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if "hidden_size" in given:
-        given.setdefault("intermediate_size", shape.intermediate_size * given["hidden_size"] // shape.hidden_size)
-    sizes = dataclasses.replace(shape, **given)
-    if arguments.quick:
-        sizes = sizes.shrunk()
-    return dataclasses.replace(sizes, max_positions=max(arguments.seq_lens))
+    return Setup(sizes, **{name: getattr(arguments, name) for name in names})
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    """Measure and report as the command line asks.
-
-    Returns:
-        The exit status: 1 if one of ours failed, nothing could be measured, or it was stopped before the end.
+    """Measure and report as the command line asks; the exit status of :func:`finish`.
 
     Raises:
         UserError: sizes that no model can have, or options that have no meaning.
     """
     setup = resolve(arguments)
     device = torch.device(arguments.device)
-    env = report.environment(MODULE, device, PACKAGES)
-    console.print(report.describe(env), style="dim")
+    env = cli.introduce(MODULE, device, PACKAGES, console)
     console.print(f"{arguments.shape}: {SHAPES[arguments.shape].text}", style="dim")
-    if warning := report.busy_warning(env):
-        console.print(f"warning: {warning}", style="yellow")
     name = "train_step" if arguments.shape == "small" else f"train_step_{arguments.shape}"
     benchmark = Benchmark(arguments, setup, env, cli.results_path(name, arguments, device))
     with contextlib.suppress(KeyboardInterrupt), cli.terminate_as_interrupt():
@@ -361,7 +328,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def finish(benchmark: Benchmark, console: Console) -> int:
-    """Write and show what was measured; the exit status."""
+    """Write and show what was measured; 1 if one of ours failed, or it ended before it should."""
     content, path = benchmark.content, benchmark.path
     if not content["complete"]:
         console.print("stopped: the figures so far follow", style="yellow")
@@ -379,9 +346,7 @@ def finish(benchmark: Benchmark, console: Console) -> int:
 
 
 def print_results(console: Console, content: Mapping[str, Any], most: int) -> None:
-    """The tables: models, speed and memory at each precision and length, costs (so many rows at most); what failed
-    or was skipped; aims.
-    """
+    """The tables, costs with so many rows at most; what failed or was skipped; the aims."""
     models_report.print_models(console, content["models"])
     more: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "model\nGFLOP/s": lambda r: f"{r['model_tflops'] * 1e3:,.4g}",

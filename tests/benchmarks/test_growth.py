@@ -11,6 +11,7 @@ from benchmarks.models.growth import main
 from helpers.tiny import prepare_text
 
 
+@pytest.mark.slow
 def test_a_few_steps(tmp_path: Path) -> None:
     data, output = prepare_text(tmp_path), tmp_path / "growth.json"
     options = {"data": data, "small-steps": 4, "steps": 2, "every": 2, "threads": 1, "output": output}

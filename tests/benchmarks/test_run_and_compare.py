@@ -101,6 +101,11 @@ def test_figures_are_compared_by_the_spread_of_their_repetitions(name: str) -> N
     assert all(r["better"] is False for r in moved)
 
 
+def test_a_study_has_not_moved_from_itself() -> None:
+    study = read_results(COMMITTED / "head_ratio_study_cpu" / "results.json")
+    assert {r["verdict"] for r in compare(study, study)["rows"]} <= {"the same", "within noise"}
+
+
 def test_results_that_cannot_be_compared_end_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "none.json", tmp_path / "text.json", tmp_path / "other.json"]
     files[1].write_text("no json")
