@@ -69,6 +69,7 @@ def _prepare_kernel(
     gate_token,
     gate_head,
     out_scale,
+    HAS_NOISE: tl.constexpr,
     GROUP: tl.constexpr,
     PAIRS: tl.constexpr,
     TILES: tl.constexpr,
@@ -76,7 +77,6 @@ def _prepare_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """A program goes through TILES tiles of PAIRS (token, noise head) pairs."""
-    HAS_NOISE: tl.constexpr = o2_pointer is not None
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK_DV)
     heads = noise_heads * GROUP
@@ -331,6 +331,7 @@ def _keys_kernel(
     SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     GROUP: tl.constexpr,
     NOISES: tl.constexpr,
     SIGNALS_PER_K1: tl.constexpr,
@@ -346,7 +347,6 @@ def _keys_kernel(
     """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and
     value heads.
     """
-    HAS_NOISE: tl.constexpr = lam_pointer is not None
     first = tl.program_id(0) * BLOCK_N
     share = tl.program_id(1)
     z = tl.program_id(2)

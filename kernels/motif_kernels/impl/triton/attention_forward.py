@@ -236,6 +236,7 @@ def _forward_kernel(
     SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     GROUP: tl.constexpr,
     SIGNALS_PER_K1: tl.constexpr,
     NOISES_PER_K2: tl.constexpr,
@@ -257,7 +258,7 @@ def _forward_kernel(
     if first >= length_q:
         if max1_pointer is not None:
             at = z.to(tl.int64) * tl.num_programs(0) + block
-            if lam_pointer is not None:
+            if HAS_NOISE:
                 tl.store(max2_pointer + at * noise_heads + n, float("-inf"))
             for i in tl.range(GROUP):
                 tl.store(max1_pointer + at * (noise_heads * GROUP) + n * GROUP + i, float("-inf"))
@@ -276,7 +277,6 @@ def _forward_kernel(
     # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's
     # code exists once, and nothing of the epilogue is alive in registers while it runs, which
     # hoisting out of this loop would bring about. Softmax attention has no map 0.
-    HAS_NOISE: tl.constexpr = lam_pointer is not None
     for i in tl.range(0 if HAS_NOISE else 1, GROUP + 1, disable_licm=True):
         h = n * GROUP + i - 1
         q = q1_pointer + z * q1_batch + q_start * q1_token + h * q1_head

@@ -88,6 +88,7 @@ def _split_kernel(
     SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
     GROUP: tl.constexpr,
     NOISES: tl.constexpr,
     ROWS1: tl.constexpr,
@@ -113,7 +114,6 @@ def _split_kernel(
     first = begin + split * part
     last = tl.minimum(first + part, end)
 
-    HAS_NOISE: tl.constexpr = q2_pointer is not None
     signals: tl.constexpr = NOISES * GROUP  # heads of a query in each tile
     rows1 = tl.arange(0, ROWS1)
     tokens1 = rows1 // signals
@@ -314,6 +314,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         SOFTCAP=options.softcap,
         HAS_LEFT=left >= 0,
         HAS_RIGHT=right >= 0,
+        HAS_NOISE=lam is not None,
         GROUP=heads // groups,
         NOISES=noises,
         ROWS1=max(16, triton.next_power_of_2(seqlen_q * heads // kv_heads)),

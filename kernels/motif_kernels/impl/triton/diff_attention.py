@@ -81,6 +81,7 @@ def _heads(inputs: AttentionInputs) -> dict[str, int]:
     """How the kernels find a group's heads."""
     groups, heads = _groups(inputs), inputs.q1.shape[-2]
     return {
+        "HAS_NOISE": inputs.lam is not None,
         "GROUP": heads // groups,
         "SIGNALS_PER_K1": heads // inputs.k1.shape[-2],
         "NOISES_PER_K2": 1 if inputs.k2 is None else groups // inputs.k2.shape[-2],
@@ -243,6 +244,7 @@ def backward_prepare(
         *_lam_strides(flat_lam)[-2:],
         *(flat_gate.stride()[:2] if flat_gate is not None else (0, 0)),
         options.out_scale,
+        HAS_NOISE=lam is not None,
         GROUP=heads // groups,
         PAIRS=pairs,
         TILES=choice["tiles"],
