@@ -113,12 +113,17 @@ def choose(backend: str, inputs: AttentionInputs, sequences: Sequences, options:
     return next(name for name in order if unsupported_reason(name, inputs, sequences, options) is None)
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether "auto" takes what is fast on a GPU."""
+    return device.type == "cuda"
+
+
 def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[str, ...]:
     """What "auto" tries: on a GPU what its table (``tuning/``, "attention_backend") found fastest
     for the head widths; without a table what is known to be fast for such a call.
     """
     q1, packed = inputs.q1, sequences.is_packed
-    if q1.device.type != "cuda":
+    if not is_gpu(q1.device):
         return "sdpa", "reference"
     from motif_kernels import machine
 
@@ -147,7 +152,7 @@ def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
     same_heads = k1.shape[2] == heads and (k2 is None or k2.shape[2] == heads) and of_each_value % heads == 0
     if not same_heads or q1.shape[1] * q1.shape[2] // heads > MAX_DECODE_QUERY_ROWS:
         return "packed"
-    on_gpu = q1.device.type == "cuda"
+    on_gpu = is_gpu(q1.device)
     if backend == "triton" or (backend == "auto" and on_gpu):
         from motif_kernels import machine
 
