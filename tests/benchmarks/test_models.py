@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+import motif_kernels.flops  # noqa: F401  (registers the attention operators' formulas)
 from benchmarks.models.providers import LLAMAS, PROVIDERS, Sizes, match_parameters
 from benchmarks.models.shapes import MOTIF_2_6B, SHAPES, find_peak
 

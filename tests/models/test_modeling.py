@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import motif_kernels.flops  # noqa: F401  (registers the attention operators' formulas)
 from helpers.agreement import assert_agrees
 from helpers.models import VARIANTS, packed, random_ids, tiny_model
 
