@@ -95,12 +95,15 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     kv_heads, width = v_cache.shape[2:]
     ends = cache.lengths.tolist()
     signals, noises = heads // kv_heads, inputs.noise_heads // kv_heads
-    keys = k1 if k2 is None else _joined(k1, k2)
-    shared = keys is not None and keys.shape[-1] == d
-    queries = q1.new_zeros(batch, kv_heads, seqlen_q, signals + noises, d if shared else 2 * d)
-    queries[..., :signals, :d] = q1.unflatten(2, (kv_heads, signals)).transpose(1, 2)
-    if q2 is not None:
-        queries[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
+    queries = q1.unflatten(2, (kv_heads, signals)).transpose(1, 2)  # (B, Hk, Sq, heads of a key head, D)
+    keys: Tensor | None = k1
+    if q2 is not None and k2 is not None:
+        keys = _joined(k1, k2)
+        width_of_rows = d if keys is not None and keys.shape[-1] == d else 2 * d
+        both = q1.new_zeros(batch, kv_heads, seqlen_q, signals + noises, width_of_rows)
+        both[..., :signals, :d] = queries
+        both[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
+        queries = both
     queries = queries.flatten(2, 3)
     begins = [0] * batch if cache.leftpad is None else cache.leftpad.tolist()
     if left >= 0:  # what lies before the first query's window is not read
@@ -114,8 +117,8 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         if begin >= end:
             continue  # nothing is held
         if keys is None:
-            both = (t for t in (k1, k2) if t is not None)
-            k = torch.cat([_view(t, rows, begin, end, cache.block_table) for t in both], dim=-1)
+            pair = (t for t in (k1, k2) if t is not None)
+            k = torch.cat([_view(t, rows, begin, end, cache.block_table) for t in pair], dim=-1)
         else:
             k = _view(keys, rows, begin, end, cache.block_table)
         hidden = _hidden(seqlen_q, end - begin, left, right, queries.device)
@@ -143,6 +146,8 @@ def _epilogue(o_signal: Tensor, o_noise: Tensor, inputs: AttentionInputs, option
     """Of (B, Sq, heads, Dv), without noise heads in softmax attention."""
     lam, gate, numbers = inputs.lam, inputs.gate, {"norm_eps": options.norm_eps, "out_scale": options.out_scale}
     if lam is None:
+        if inputs.norm_weight is None and gate is None and options.out_scale == 1.0:
+            return o_signal
         out = diff_combine(o_signal, None, None, norm_weight=inputs.norm_weight, gate=gate, **numbers)
         return out.to(o_signal.dtype)
     out = combine.forward(
