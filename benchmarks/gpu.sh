@@ -17,7 +17,8 @@
 #
 # Without a GPU the same parts run at tiny sizes, to prove the script. PYTHON names the interpreter; the packages need
 # not be installed as such. Only the study needs more than torch, triton and transformers bring: datasets, pydantic,
-# matplotlib, statsmodels, jinja2 and markdown-it-py. Its runs stay in runs/study_gpu, its text (the Python sources on the machine) in data/study_gpu.
+# matplotlib, statsmodels, jinja2 and markdown-it-py. Its runs stay in runs/study_gpu, its text (the Python sources on
+# the machine) in data/study_gpu.
 
 set -uo pipefail
 
