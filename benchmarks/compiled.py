@@ -9,8 +9,6 @@ every configuration; the tests compile them again and hold them to bounds, and t
 triton's version is the same. Nothing here is a time.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

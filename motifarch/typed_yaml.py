@@ -1,7 +1,5 @@
 """YAML files and dotted overrides, read into dataclasses by pydantic, with errors for people."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -1,7 +1,5 @@
 """Kernels on their way to a launch: looked at, or only compiled, for any GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The models and batches that the training-step benchmark knows by name, and the peaks of GPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 what is accepted.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence

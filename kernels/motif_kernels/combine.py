@@ -1,7 +1,5 @@
 """The epilogue of differential attention, for the outputs of any attention library."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

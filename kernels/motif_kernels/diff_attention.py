@@ -1,7 +1,5 @@
 """The public attention functions: they check their arguments and hand the call to a backend."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

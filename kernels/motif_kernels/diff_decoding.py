@@ -6,8 +6,6 @@ place, each key and value once. The other backends, and calls of many queries, g
 for packed documents: the keys and values that all rows hold are packed, which copies them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

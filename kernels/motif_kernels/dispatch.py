@@ -1,7 +1,5 @@
 """Who serves an attention call: which backends can, which is taken, and how each is run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -19,8 +19,6 @@ differential, noise     S 2D, P V 2Dv          S 2D, dK 2D, dQ 2D (dP and dV are
 ======================  =====================  ==============================================
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ Imported at the first question, not with the package: the decorator imports torc
 triton, which takes seconds. (The first call of any operator does, too.)
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ Shapes: B batch, S tokens, D head_dim of queries and keys, Dv of values, Hs sign
 heads, g = Hs / Hn signal heads a noise head.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Same kernels, backends, masks and options, for a baseline that differs in nothing else.
 """
 
-from __future__ import annotations
-
 from typing import TypedDict, Unpack
 
 from torch import Tensor

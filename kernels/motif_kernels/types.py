@@ -4,8 +4,6 @@ Fields are in the order of the torch operators' arguments, whose schemas are mad
 option is a field here. This module needs torch alone and imports nothing of the package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,7 +55,7 @@ class AttentionInputs(NamedTuple):
 
     def map(
         self, per_query: Callable[[Tensor], Tensor], per_key: Callable[[Tensor], Tensor] | None = None
-    ) -> AttentionInputs:
+    ) -> "AttentionInputs":
         """With functions of what has a row for each query, and of keys and values.
 
         Keys that are one tensor stay one.
@@ -142,7 +140,7 @@ class AttentionOptions(NamedTuple):
         out_scale: float = 1.0,
         deterministic: bool = True,
         return_max_logits: bool = False,
-    ) -> AttentionOptions:
+    ) -> "AttentionOptions":
         """From the public functions' arguments: with the default scale, and causal as a window."""
         left, right = window_size
         return cls(

@@ -4,8 +4,6 @@ packed or padded batches.
 Shapes: B batch, S tokens, E hidden size, D head_dim of queries and keys, Dv of values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypedDict
 

@@ -1,7 +1,5 @@
 """Where a batch stands in a key/value cache, and what its queries see there."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class CachePosition:
         self._within: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
-    def of(cls, past_key_values: Any, layer_idx: int, key: Tensor) -> CachePosition:
+    def of(cls, past_key_values: Any, layer_idx: int, key: Tensor) -> "CachePosition":
         """The position of a layer's cache to which ``key`` (B, S, heads, width) will be
         appended.
         """

@@ -2,8 +2,6 @@
 and gated.
 """
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

@@ -2,8 +2,6 @@
 (arXiv 2410.05258).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Unpack
 

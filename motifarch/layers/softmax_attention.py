@@ -2,8 +2,6 @@
 differential layers.
 """
 
-from __future__ import annotations
-
 from typing import Unpack
 
 from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention

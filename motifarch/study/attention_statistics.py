@@ -13,8 +13,6 @@ activation outliers by largest against typical magnitude, in arXiv 2410.05258; n
 first token in "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import statistics

@@ -5,8 +5,6 @@ They take float64 besides half precision, so that what is composed around them c
 the last digits.
 """
 
-from __future__ import annotations
-
 import types
 
 import torch

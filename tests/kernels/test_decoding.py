@@ -1,7 +1,5 @@
 """Attention against a cache: what the whole sequence gives for its last tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

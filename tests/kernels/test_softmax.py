@@ -1,7 +1,5 @@
 """Softmax attention: differential attention without noise, by every backend and kernel."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The fused attention kernels: in Triton's interpreter, and on a GPU where there is one."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Each head's largest logit, recorded by the layers for QK-clip."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """QK-clip: no head above the bound afterwards, every other head untouched."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ under the same names and with the same arguments. To torch.compile, to activatio
 to a profiler each is one opaque node.
 """
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 from typing import Any, get_type_hints

@@ -2,8 +2,6 @@
 leaves for the other.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

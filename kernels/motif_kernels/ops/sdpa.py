@@ -8,8 +8,6 @@ needs no mask, torch's own causal mask, or a small one of its own (a block of qu
 a window of keys). All segments of a call are one torch operator.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ the largest size that an entry serves; the last entry's is null and serves the r
 size is, and what the other fields mean to it, its module in ``impl/triton/`` says.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

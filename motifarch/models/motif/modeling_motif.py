@@ -1,7 +1,5 @@
 """The Motif models: motifarch.layers inside, transformers' conventions outside."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -331,7 +329,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MotifForCausalLM:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MotifForCausalLM":
         # Materialising a model from the meta device (to_empty) gives each name a tensor of its own
         # and so unties them.
         super()._apply(fn, recurse)

@@ -5,8 +5,6 @@ transformers' own styles cut the projections; attention and PolyNorm have to kno
 for they share parameters (sub-norm, lambda) and moments across what is cut.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.distributed as dist

@@ -8,8 +8,6 @@ and copies nothing. Half of the products are with zeros; they cost less than a s
 memory.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

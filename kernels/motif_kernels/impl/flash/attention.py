@@ -19,8 +19,6 @@ such a row, 4 -inf, replaced by 0 in the backward pass, so that its probabilitie
 there.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

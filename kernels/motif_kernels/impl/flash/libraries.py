@@ -5,8 +5,6 @@ Sources: the libraries' own functions and checks (github.com/Dao-AILab/flash-att
 the first question, and the newest that can serve a call serves it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -4,8 +4,6 @@ With Dv != D torch's CPU falls back to its matrix formula, which holds Sq x Sk: 
 padded with zeros instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

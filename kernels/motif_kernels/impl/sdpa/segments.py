@@ -1,7 +1,5 @@
 """Cutting attention into segments that torch's attention serves without a large mask."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
