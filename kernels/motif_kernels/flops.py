@@ -74,9 +74,7 @@ def visible_pairs(
 
 
 def _keys_before(queries: int, keys: int, shift: int) -> int:
-    """How many keys stand before ``position + shift``, summed over the queries, whose positions end
-    at keys - 1.
-    """
+    """Keys before ``position + shift``, summed over queries that end at keys - 1."""
 
     def running_sum(n: int) -> int:
         """The sum of clamp(x, 0, keys) over all x <= n."""
@@ -95,9 +93,7 @@ def attention_flops(pairs: int, heads: int, head_dim: int, v_head_dim: int) -> i
 
 
 def attention_backward_flops(pairs: int, heads: int, head_dim: int, v_head_dim: int) -> int:
-    """Softmax attention's backward pass: five products, which is 2.5 times the forward where D =
-    Dv.
-    """
+    """Softmax attention's backward pass: five products, 2.5 forwards where D = Dv."""
     return pairs * heads * (6 * head_dim + 4 * v_head_dim)
 
 
@@ -128,9 +124,7 @@ def diff_attention_backward_flops(
 
 
 def document_lengths(cu_seqlens: Tensor) -> list[int]:
-    """Lengths of packed documents; reads the values, which a fake or meta tensor does not have
-    (torch then raises).
-    """
+    """Lengths of packed documents; torch raises for fake or meta tensors."""
     return [end - start for start, end in pairwise(cu_seqlens.tolist())]
 
 
@@ -194,9 +188,7 @@ def _(
 
 
 def _top_left_pairs(query: Tensor, key: Tensor, causal: bool) -> int:
-    """Pairs over the batch of (B, H, S, D) tensors; torch's causal mask stands the first query at
-    the first key.
-    """
+    """Pairs of (B, H, S, D) tensors; torch's causal mask aligns to the top left."""
     queries, keys = query.shape[-2], key.shape[-2]
     if not causal:
         return query.shape[0] * queries * keys

@@ -1,6 +1,4 @@
-"""Attention to a cache by packing what its rows hold: for backends that know no cache, at the price
-of a copy.
-"""
+"""Attention to a cache by packing its rows: a copy, for backends that know no cache."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,4 @@
-"""PolyNorm, the activation of the Motif models (arXiv 2411.03884), alone and times the
-feed-forward's other branch.
-"""
+"""PolyNorm (arXiv 2411.03884), alone and times the feed-forward's other branch."""
 
 import torch
 from torch import Tensor
@@ -126,9 +124,7 @@ def _squash(
     out_scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The variants that change only the four coefficients: plain PyTorch, so that autograd
-    differentiates them.
-    """
+    """The variants of the four coefficients, in plain PyTorch for autograd."""
     if sigmoid_weight:
         weight = torch.sigmoid(weight.to(dtype))
     if bias_clamp is not None:

@@ -258,7 +258,5 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> 
 
 
 def mul_poly_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """``poly_norm(gate) * up`` in the compute dtype (not rounded): the feed-forward block's
-    activation.
-    """
+    """``poly_norm(gate) * up`` in the compute dtype, not rounded."""
     return poly_norm(gate, weight, bias, eps=eps) * up.to(compute_dtype(gate, up, weight))

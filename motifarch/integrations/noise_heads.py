@@ -83,9 +83,7 @@ class DifferentialAttentionMixin:
 
     @torch.no_grad()
     def reset_noise(self) -> None:
-        """Start the noise heads: each group's queries as its first signal head's, lambda at
-        lambda_init (or 1/2).
-        """
+        """Starts noise heads as their groups' first signal heads, lambda at lambda_init or 1/2."""
         host: Any = self
         group = self.signal_heads // self.noise_heads
         for name, tensor in self.q_proj.noise.named_parameters():

@@ -107,9 +107,7 @@ class BaseAttention(nn.Module):
         self.subln: nn.RMSNorm | None = None
         """The sub-norm, which a subclass may set."""
         self.tensor_group: ProcessGroup | None = None
-        """Ranks that each hold some of the heads (tensor parallelism): set from outside, with
-        projections to match.
-        """
+        """Ranks that share the heads (tensor parallelism), set from outside."""
         self.context_group: ProcessGroup | None = None
         """Ranks that each hold a part of the sequence (context parallelism): set from outside."""
         self.record_max_logits = False
@@ -171,9 +169,7 @@ class BaseAttention(nn.Module):
         return self.o_proj(out.flatten(2))
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
-        """Lambda, a scalar or (B, S, Hs) of tokens and signal heads; asked where there are noise
-        heads.
-        """
+        """Lambda, a scalar or (B, S, Hs); asked where there are noise heads."""
         raise NotImplementedError
 
     def _gate(self, hidden_states: Tensor) -> Tensor | None:
@@ -221,9 +217,7 @@ class BaseAttention(nn.Module):
         )
 
     def _shared(self, parameter: Tensor) -> Tensor:
-        """What all heads use: with tensor parallelism each rank's heads give a part of its
-        gradient.
-        """
+        """What all heads use; each rank's heads give a part of its gradient."""
         return sum_gradient(parameter, self.tensor_group)
 
     def _normalised(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -308,9 +302,7 @@ class BaseAttention(nn.Module):
         return out
 
     def _attend_in_context(self, inputs: AttentionInputs, batch: Batch, group: ProcessGroup) -> Tensor:
-        """Attention whose ranks hold parts of the sequence: they exchange these for heads, and
-        back.
-        """
+        """Attention whose ranks trade parts of the sequence for heads, and back."""
         if isinstance(batch, Cache | PaddingMask):
             kind = "a cache" if isinstance(batch, Cache) else "padding"
             raise ValueError(f"context parallelism does not serve {kind}; pack documents instead (cu_seqlens)")

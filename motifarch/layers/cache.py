@@ -35,9 +35,7 @@ class CachePosition:
 
     @classmethod
     def of(cls, past_key_values: Any, layer_idx: int, key: Tensor) -> "CachePosition":
-        """The position of a layer's cache to which ``key`` (B, S, heads, width) will be
-        appended.
-        """
+        """The position of a layer's cache where ``key`` (B, S, heads, width) will go."""
         seen = past_key_values.get_seq_length(layer_idx)
         # A static cache counts in place, in the very tensor that it hands out.
         return cls(seen.clone() if isinstance(seen, Tensor) else seen, *key.shape[:2], device=key.device)
@@ -48,9 +46,7 @@ class CachePosition:
         return isinstance(self.seen, int) and self.seen == 0
 
     def within(self, places: int) -> tuple[Tensor, Tensor | None]:
-        """Lengths (B,) int32 with the new tokens, and padding, of a cache that keeps the last
-        ``places`` tokens.
-        """
+        """Lengths (B,) int32 with the new tokens, and padding, of the last ``places``."""
         if places not in self._within:
             if isinstance(self.seen, int):
                 total = self.seen + self._num_new

@@ -1,6 +1,4 @@
-"""Cross-entropy with the output projection inside, so that logits over a large vocabulary never
-exist whole.
-"""
+"""Cross-entropy with the output projection inside: logits never exist whole."""
 
 from typing import Any, NamedTuple
 
@@ -24,9 +22,7 @@ class CrossEntropy(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward takes the gradients too, chunk by chunk, while the logits are at hand; backward only
-    scales them.
-    """
+    """Forward takes the gradients too, chunk by chunk; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -88,9 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _over_all_parts(logsumexp: Tensor, target: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp (T,) over all parts of the vocabulary, and the target's logit (T,), which one
-    part has.
-    """
+    """The log-sum-exp and the target's logit (T,) over all parts of the vocabulary."""
     largest = logsumexp.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     sums = torch.stack(((logsumexp - largest).exp(), target))

@@ -1,6 +1,4 @@
-"""DIFF V2 (Microsoft, January 2026): values of single width, lambda from the token; also grouped
-and gated.
-"""
+"""DIFF V2 (Microsoft, January 2026): lambda from the token; also grouped and gated."""
 
 from typing import Unpack
 

@@ -1,6 +1,4 @@
-"""Grouped differential attention (GDA, arXiv 2510.06949) and its 1:1 case, DIFF V1
-(arXiv 2410.05258).
-"""
+"""GDA (arXiv 2510.06949) and its 1:1 case, DIFF V1 (arXiv 2410.05258)."""
 
 import math
 from typing import Any, Unpack

@@ -1,6 +1,4 @@
-"""Padded batches: which tokens are real, and how to pack them so that padding is never attended
-to.
-"""
+"""Padded batches: which tokens are real, and how to pack them."""
 
 from typing import NamedTuple
 
@@ -9,9 +7,7 @@ from torch import Tensor
 
 
 class PackedTokens(NamedTuple):
-    """Where the real tokens of a padded batch lie, and their bounds once they are packed one row
-    after the other.
-    """
+    """Where a padded batch's real tokens lie, and their bounds once packed."""
 
     query_index: Tensor  # (total_q,) into B * Sq
     key_index: Tensor  # (total_k,) into B * Sk
@@ -39,9 +35,7 @@ class PaddingMask:
         self._packed: dict[int, PackedTokens] = {}
 
     def pack(self, num_keys: int) -> PackedTokens:
-        """Bounds and indices for the last ``num_keys`` columns (a sliding-window cache keeps fewer
-        than all).
-        """
+        """Bounds and indices for the last ``num_keys`` columns, such as a window's."""
         if num_keys not in self._packed:
             keys, queries = self.mask[:, -num_keys:], self.mask[:, -self.num_queries :]
             (query_index, cu_q, max_q), (key_index, cu_k, max_k) = _pack(queries), _pack(keys)

@@ -1,6 +1,4 @@
-"""Softmax attention with grouped queries: the baseline, sharing every other line with the
-differential layers.
-"""
+"""Softmax attention with grouped queries: the baseline of the differential layers."""
 
 from typing import Unpack
 

@@ -75,7 +75,5 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """X itself; its gradient is summed over the group, whose ranks each used x for their own
-    heads.
-    """
+    """The tensor itself; its gradient is summed over the group."""
     return x if group is None else _SumGradient.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

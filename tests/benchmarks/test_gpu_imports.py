@@ -1,6 +1,4 @@
-"""What a machine with a GPU may lack: the GPU tests are collected and the benchmarks imported
-without it.
-"""
+"""GPU tests are collected and benchmarks imported where packages are missing."""
 
 import subprocess
 import sys

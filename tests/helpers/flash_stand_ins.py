@@ -32,9 +32,7 @@ def compute(q, k, v, packing, lengths, *, scale, causal, window, softcap, determ
 
 
 class StandIn:
-    """A flash-attn module: records each call, refuses what the library refuses, computes the rest
-    plainly.
-    """
+    """A flash-attn module: records calls, refuses what the library does, computes plainly."""
 
     def __init__(self, version, capability):
         self.version, self.capability, self.calls = version, capability, []

@@ -26,17 +26,13 @@ Results = dict[str, Tensor]
 Call = Callable[[], Results]
 """Gives the output and, where there is a backward, the gradient of each input."""
 Make = Callable[[Draw, str, torch.device, int], Call]
-"""Inputs from a source of random numbers, with a dtype's name, on a device, of so many rows; -> the
-call on them.
-"""
+"""Random inputs of a dtype, on a device, of so many rows; -> the call on them."""
 
 
 def differentiable(
     function: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], draw: Draw
 ) -> Call:
-    """A call of ``function`` and of its backward, from fresh leaves and with one incoming gradient
-    for all calls.
-    """
+    """A call of ``function`` and its backward, from fresh leaves."""
     grad: Tensor | None = None
 
     def call() -> Results:
@@ -51,18 +47,14 @@ def differentiable(
 
 
 def attention(layout: Layout, draw: Draw, dtype: str, device: torch.device, rows: int, *, fast: bool = False) -> Call:
-    """The fused attention on two sequences of ``rows`` tokens, or on documents; ``fast`` is not
-    deterministic.
-    """
+    """The fused attention on ``rows`` tokens or documents; ``fast`` is not deterministic."""
     documents = (1, rows, 17, rows // 2) if layout.packed else ()
     case = AttentionCase("", layout, dtype, rows, 1 if documents else 2, layout.kv_heads, documents)
     return differentiable(ours(case, "triton_fast" if fast else "triton", device), case.make(draw), draw)
 
 
 def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: int, paged: bool) -> Call:
-    """New tokens appended to caches of up to ``rows`` tokens, and attended to, in three parts; no
-    backward.
-    """
+    """New tokens appended to caches of up to ``rows``, attended to in three parts."""
     heads, noise_heads, kv_heads, page = 8, 2, 1, 16
     pages = -(-rows // page)
     capacity = (3 * pages, page) if paged else (3, rows)
@@ -144,9 +136,7 @@ FAMILIES: dict[str, dict[str, Make]] = {
         for layout, kind in (("gda", "sub-norm"), ("gda", "gate"), ("diff_v1", "sub-norm"), ("diff_v2", "none"))
     },
 }
-"""Family -> name of the case -> how it is made. All but the one-pass backward give the same bits
-every time.
-"""
+"""Family -> name of the case -> how it is made."""
 
 CASES = {name: make for family in FAMILIES.values() for name, make in family.items()}
 

@@ -1,6 +1,4 @@
-"""A made-up study: numbers from a random generator in the form of results.json. Nothing here was
-measured.
-"""
+"""A made-up study: random numbers in the form of results.json."""
 
 import math
 from typing import Any

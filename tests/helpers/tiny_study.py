@@ -36,9 +36,7 @@ GRID: dict[str, Any] = {
 
 
 def write_grid(folder: Path, data: Path | str, **changes: Any) -> Path:
-    """Writes a grid of two variants, 20 steps each, on prepared data with sequences of 32
-    tokens.
-    """
+    """Writes a grid of two variants, 20 steps each, on prepared data."""
     path = folder / "study.yaml"
     content = copy.deepcopy(GRID) | {"data": {"path": str(data), "seq_len": 32}} | changes
     path.write_text(yaml.safe_dump(content))

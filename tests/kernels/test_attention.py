@@ -1,6 +1,4 @@
-"""Differential attention: each backend against the specification, masks, packed documents, and
-reasons.
-"""
+"""Each backend against the specification: masks, packed documents, reasons."""
 
 import itertools
 
@@ -36,9 +34,7 @@ def make_inputs(
 
 
 def run(inputs, *, dtype, backend, seed=1, **options):
-    """Output and gradients; lambda and the norm weight stay in float32 for half-precision
-    inputs.
-    """
+    """Output and gradients; lambda and the norm weight stay in float32."""
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = {
         name: leaves(t, dtype=kept if name in ("lam", "norm_weight") else dtype)[0] for name, t in inputs.items()

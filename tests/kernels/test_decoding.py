@@ -16,9 +16,7 @@ OPTIONS = AttentionOptions(softmax_scale=0.25, left=-1, right=0, norm_eps=1e-5, 
 
 
 def sequences(dtype=torch.float64):
-    """For each row q1, k1, q2, k2, v, lam of a whole sequence, (1, S, H, width): 4 signal and 2
-    noise heads.
-    """
+    """Each row's q1, k1, q2, k2, v, lam, (1, S, H, width): 4 signal and 2 noise heads."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -31,9 +29,7 @@ def sequences(dtype=torch.float64):
 
 
 def caches(rows, new, leftpad=(0, 0, 0)):
-    """Keys and values of all but the last ``new`` tokens, (B, CAPACITY, H, width) with NaN where
-    there is nothing.
-    """
+    """Keys and values but the last ``new`` tokens', (B, CAPACITY, H, width), else NaN."""
     built = []
     for i in (1, 3, 4):
         cache = torch.full((3, CAPACITY, *rows[0][i].shape[2:]), torch.nan, dtype=rows[0][i].dtype)
@@ -90,9 +86,7 @@ def test_last_tokens_of_the_whole_sequence(new, is_paged, leftpad, window, backe
 
 @pytest.fixture(params=["triton", "sdpa"])
 def in_place(request):
-    """The backends that read a cache as it lies; the kernel interpreted, in parts that these are
-    long enough for.
-    """
+    """The backends that read a cache as it lies; the kernel interpreted, in parts."""
     if request.param == "sdpa":
         yield request.param
         return
@@ -150,9 +144,7 @@ LAYOUTS = ["apart", "side by side", "shared"]
 
 
 def keys_in_layout(layout, normal, *shape):
-    """k1 and k2 as caches hold them: in tensors of their own, as halves of one (GDA), or one for
-    both (DIFF V2).
-    """
+    """k1 and k2 as caches hold them: apart, as halves of one (GDA), or one (DIFF V2)."""
     if layout == "side by side":
         return normal(*shape[:-1], 2 * shape[-1]).chunk(2, dim=-1)
     k1 = normal(*shape)
@@ -205,9 +197,7 @@ def test_error_rule_of_the_last_tokens_for_every_variant(ratio, lam, epilogue, l
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
 def test_a_long_chunk_of_new_tokens(backend):
-    """More queries than decoding takes go through the training functions, on a cache all the
-    same.
-    """
+    """More queries than decoding takes go through the training functions."""
     if backend == "triton":
         pytest.importorskip("triton", reason="the Triton kernels need triton")
     generator = torch.Generator().manual_seed(0)
@@ -322,9 +312,7 @@ def test_the_append_kernel_writes_what_has_room_and_nothing_else(is_paged, heads
 @pytest.mark.parametrize("has_noise", [True, False])
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_the_kernel_reads_no_further_than_the_cache(is_paged, has_noise):
-    """A length past the cache counts as its end, and pages outside the pool as its first or last
-    page.
-    """
+    """A length past the cache is its end, a page outside the pool its first or last."""
     attend = interpreted("decoding").attend
     generator = torch.Generator().manual_seed(0)
     whole = torch.full((5, 16, 1, 16), torch.nan)
@@ -390,9 +378,7 @@ def test_compiled_without_breaks_and_once_for_all_lengths():
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_device(dtype, is_paged):
-    """The compiled kernels against float64, appending in place, with released models' widths and
-    long caches.
-    """
+    """The compiled kernels against float64, in place, with real widths and long caches."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape):

@@ -1,6 +1,4 @@
-"""The flash backend on stand-ins for flash-attn, on a CPU; tests marked ``gpu`` run the libraries
-themselves.
-"""
+"""The flash backend on stand-ins for flash-attn, on a CPU."""
 
 import inspect
 import itertools
@@ -22,9 +20,7 @@ from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 @pytest.fixture
 def install(monkeypatch):
-    """Install stand-ins: ``install(HOPPER, 4, 2)`` puts both on a Hopper GPU and returns the
-    newest.
-    """
+    """``install(HOPPER, 4, 2)`` puts both on a Hopper GPU and returns the newest."""
 
     def forget():
         libraries.loaded.clear()
@@ -179,9 +175,7 @@ def test_the_choice_is_made_while_tracing(install, monkeypatch, version):
 @pytest.mark.parametrize(("version", "capability"), GPUS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype):
-    """Two calls and the epilogue, at half precision, by the error rule; the noise heads are not
-    repeated.
-    """
+    """Two calls and the epilogue by the error rule; noise heads are not repeated."""
     library = install(capability, version)
     tensors = {
         "q1": (2, 9, 8, 64),
@@ -406,9 +400,7 @@ def library(request, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_stand_ins_have_the_librarys_parameters(library):
-    """What is passed by name is a parameter of both, and what is passed by position comes first in
-    both.
-    """
+    """Parameters passed by name exist in both; positions agree in both."""
     theirs, ours = libraries.loaded[library], StandIn(library, HOPPER).module()
     passed = {"softmax_scale", "causal", "window_size", "softcap", "deterministic"}
     packing = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
@@ -465,9 +457,7 @@ def test_the_library_by_the_error_rule(library, d, dv, causal, window, sq, sk):
 
 @pytest.mark.gpu
 def test_the_library_on_packed_documents(library):
-    """Each document as if it were alone; empty ones and fully masked rows give 0 and pass no
-    gradient.
-    """
+    """Each document as if alone; empty ones and fully masked rows give 0."""
     if asked(head_dim=64, value_dim=128, device="cuda"):
         pytest.skip(f"flash-attn {library} cannot serve this on this GPU")
     queries, keys = [100, 0, 30, 200], [90, 40, 0, 120]
@@ -493,9 +483,7 @@ def test_the_library_on_packed_documents(library):
 
 
 def test_the_composition_by_hand_is_the_public_functions_reference(install):
-    """Dense and packed, with the epilogue, in float64: the composition is the operation of the
-    specification.
-    """
+    """Dense and packed, with the epilogue, in float64: the specification's operation."""
     install(HOPPER, 2)
     generator = torch.Generator().manual_seed(5)
 

@@ -1,6 +1,4 @@
-"""The sdpa backend's promises: no map or mask of Sq x Sk in memory, one noise map a group, the
-operator's contract.
-"""
+"""The sdpa backend: no map of Sq x Sk in memory, one noise map a group."""
 
 import pytest
 import torch

@@ -25,9 +25,7 @@ BACKENDS = ["sdpa", "reference", "triton", pytest.param("cuda", marks=pytest.mar
 
 @pytest.fixture(params=BACKENDS)
 def place(request):
-    """(backend, device): on a CPU torch's attention, the formula, and the kernels interpreted; the
-    kernels on a GPU.
-    """
+    """(backend, device): torch, the formula, interpreted kernels; kernels on a GPU."""
     if request.param == "cuda":
         yield "triton", "cuda"
         return

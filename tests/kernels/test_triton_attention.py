@@ -88,9 +88,7 @@ reference = partial(diff_attn_func, backend="reference")
 @pytest.mark.parametrize(("group", "epilogue", "lam"), [(1, "norm", ()), (4, "gate", "token"), (3, "none", "heads")])
 @pytest.mark.parametrize(("d", "dv"), WIDTHS)
 def test_error_rule(d, dv, group, epilogue, lam, dtype, device):
-    """Every promised pair of widths, forward and every gradient, against float64 and against plain
-    PyTorch.
-    """
+    """Every promised pair of widths, against float64 and plain PyTorch."""
     if device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter is wrong in bfloat16")
     if device == "cpu" and dtype == torch.float32 and (d, dv) not in ((64, 128), (96, 192)):
@@ -115,9 +113,7 @@ def test_error_rule(d, dv, group, epilogue, lam, dtype, device):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("sq", "sk"), [(70, 70), (33, 97), (97, 33), (1, 50), (50, 1)])
 def test_masks(sq, sk, causal, window, device):
-    """Bottom-right causal masks and windows; with fewer keys than queries the first rows see
-    nothing.
-    """
+    """Bottom-right causal masks and windows, also with fewer keys than queries."""
     inputs = tensors(device, sq=sq, sk=sk)
     compare(fused, reference, inputs, extras("none", inputs), causal=causal, window_size=window)
 
@@ -207,9 +203,7 @@ def test_a_document_does_not_depend_on_its_neighbours(device):
 
 
 def test_bounds_that_lie_are_cut_to_the_tensors(device, monkeypatch):
-    """On a GPU nobody looks at the values of cu_seqlens: past the last token there is NaN, and it
-    must stay unread.
-    """
+    """Past the last token of cu_seqlens there is NaN, which must stay unread."""
     buffers = [torch.full((90, *t.shape[2:]), torch.nan, device=device) for t in tensors(device)[:5]]
     views = [b[:30].copy_(t[0, :30]).requires_grad_() for b, t in zip(buffers, tensors(device)[:5], strict=True)]
     lam = torch.tensor(0.3, device=device)
@@ -272,9 +266,7 @@ def test_the_one_pass_backward_agrees(group, device):
 
 
 def test_strided_inputs_in_poisoned_memory(device):
-    """Heads as slices of one projection, NaN around them and after the last token; a gradient with
-    strides.
-    """
+    """Heads as slices of one projection, NaN around them; a gradient with strides."""
     memory = torch.full((2, 60, 12, 48), torch.nan, device=device)
     inputs = tensors(device, b=2, sq=37, sk=37, hs=4)
     views = []

@@ -1,6 +1,4 @@
-"""Attention statistics against plain formulas on maps from transformers' models, and from plain
-PyTorch.
-"""
+"""Attention statistics against plain formulas on maps from plain PyTorch."""
 
 import numpy as np
 import pytest
@@ -39,9 +37,7 @@ def packed_row(*documents: Tensor) -> Block:
 
 
 def expected(maps: list[Tensor]) -> tuple[float, float]:
-    """First-token share and entropy over (heads, S, S) maps of several documents, less each one's
-    first query.
-    """
+    """First-token share and entropy of documents' (heads, S, S) maps, less first queries."""
     shares, entropies = [], []
     for document in maps:
         for head in document:
@@ -57,9 +53,7 @@ def check(layer: dict, kind: str, maps: list[Tensor]) -> None:
 
 
 def check_difference(layer: dict, signal: list[Tensor], noise: list[Tensor], lam: list[Tensor]) -> None:
-    """The layer's figures from maps of signal heads, of noise heads repeated to as many, and
-    (heads, S) lambdas.
-    """
+    """The layer's figures from signal maps, repeated noise maps and (heads, S) lambdas."""
     difference = [a - factor[..., None] * b for a, b, factor in zip(signal, noise, lam, strict=True)]
     check(layer, "", [d.abs() / d.abs().sum(-1, keepdim=True) for d in difference])
 
@@ -179,9 +173,7 @@ def test_lambda_is_the_layers_own():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_equal_maps_cancel_by_lambda(sign):
-    """A signal head that looks where its noise head looks: in a wrong group or key head they would
-    differ.
-    """
+    """A signal head that looks where its noise head looks: a wrong group would differ."""
     model = tiny_model("gda")
     with torch.no_grad():
         for layer in model.model.layers:

@@ -63,9 +63,7 @@ def parameters(matched: Matched) -> int:
 
 
 def flops(matched: Matched) -> float:
-    """Of a token, counted by torch as a row's forward pass is really run, times three for the
-    backward pass.
-    """
+    """A token's forward FLOPs as torch counts them, times three for backward."""
     built = model(matched)
     built.config._attn_implementation = "sdpa"
     ids = torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(0))

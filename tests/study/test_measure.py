@@ -1,6 +1,4 @@
-"""A finished run, measured: everything in its place, the same again, and refusals that say what to
-do.
-"""
+"""A finished run, measured: complete, the same again, and errors that help."""
 
 import json
 import shutil

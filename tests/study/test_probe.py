@@ -1,6 +1,4 @@
-"""The retrieval probe: lines where they should be, and scores that tell models of known abilities
-apart.
-"""
+"""The retrieval probe: lines in their places, scores that tell abilities apart."""
 
 import numpy as np
 import pytest
@@ -33,9 +31,7 @@ def lines(tokenizer, data):
 
 
 class Model:
-    """Looks for the lines of a context, as a model of known abilities would, and answers with
-    log-probabilities.
-    """
+    """Answers with log-probabilities as a model of known abilities would."""
 
     def __init__(self, lines, vocab_size: int, noise: float = 0.0):
         self.lines, self.vocab_size = lines, vocab_size

@@ -1,6 +1,4 @@
-"""Speeds from a run's metrics, and the cost of a token in the cache that generation really
-fills.
-"""
+"""Speeds from a run's metrics, and a token's cost in a real cache."""
 
 import pytest
 import torch

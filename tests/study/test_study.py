@@ -1,6 +1,4 @@
-"""A study with real training: killed in the middle and started again, it ends as if nothing had
-happened.
-"""
+"""A study with real training: killed in the middle, it ends the same."""
 
 import json
 import os
@@ -26,9 +24,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    """The parent is killed alone, as for want of memory: its run ends with it and goes on from what
-    it saved.
-    """
+    """The parent alone is killed: its run ends with it and resumes."""
     data, out = prepare_text(tmp_path), tmp_path / "out"
     # Long enough to be caught at work; the second variant is finished already, as far as the study
     # can see.

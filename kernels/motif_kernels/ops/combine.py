@@ -27,9 +27,7 @@ def diff_combine(
     out_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of signal (T, Hs, Dv) and noise (T, Hn, Dv); lam is () | (Hs,) | (T, Hs), gate
-    (T, Hs, Dv).
-    """
+    """Epilogue of (T, Hs, Dv), (T, Hn, Dv); lam () | (Hs,) | (T, Hs), gate (T, Hs, Dv)."""
     if signal.numel() == 0:
         return torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
     with torch.cuda.device_of(signal):
@@ -62,9 +60,7 @@ def _diff_combine_backward(
     norm_eps: float,
     out_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of signal, noise, lam (per token and head), norm_weight and gate; the last two
-    empty if not given.
-    """
+    """Gradients of signal, noise, lam (T, Hs), norm_weight, gate; the last may be empty."""
     if signal.numel() == 0:
         zeros = signal.new_zeros(signal.shape[-1] if norm_weight is not None else 0, dtype=compute_dtype(signal))
         d_lam = signal.new_zeros(signal.shape[:2], dtype=compute_dtype(signal))

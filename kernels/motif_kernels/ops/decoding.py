@@ -1,6 +1,4 @@
-"""Decoding against a key/value cache as torch operators: appending new tokens, and attending to
-what is held.
-"""
+"""Decoding against a key/value cache as torch operators: appending and attending."""
 
 from typing import Any
 
@@ -100,9 +98,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 def check_room(lengths: Tensor, added: int, capacity: int) -> None:
-    """Raise ValueError if a row would hold more than it has room for, or less than none, where
-    values may be read.
-    """
+    """Raises ValueError if a row would hold too much or too little, where values may be read."""
     if not may_read(lengths) or not lengths.numel():
         return
     counts = lengths.tolist()

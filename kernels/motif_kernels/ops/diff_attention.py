@@ -1,6 +1,4 @@
-"""Differential and softmax attention as one torch operator: forward, backward, and what the one
-leaves for the other.
-"""
+"""Differential and softmax attention as one torch operator, forward and backward."""
 
 import math
 from typing import Any

@@ -1,6 +1,4 @@
-"""PolyNorm, times the feed-forward's other branch if there is one: on whole rows, and on rows
-sharded over a group.
-"""
+"""PolyNorm, alone or times the other branch, on whole rows and sharded ones."""
 
 from typing import Any
 
@@ -26,9 +24,7 @@ def _optional_rows(x: Tensor | None) -> Tensor | None:
 
 
 def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
-    """A gradient in its tensor's shape; an operator cannot return None, so an absent one is
-    empty.
-    """
+    """A gradient in its tensor's shape; an absent one is empty, for None can't be returned."""
     if gradient is None or x is None:
         return other.new_empty(0)
     return gradient.view(x.shape)
@@ -43,9 +39,7 @@ def forward(
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """PolyNorm of x (..., N), times up (..., N) if given, with weight (3,) and bias (1,), rounded
-    once.
-    """
+    """PolyNorm of x (..., N), times up if given, with weight (3,) and bias (1,)."""
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
     with torch.cuda.device_of(x):

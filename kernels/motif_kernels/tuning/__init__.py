@@ -81,9 +81,7 @@ _overrides: dict[str, Entry] = {}
 
 @contextlib.contextmanager
 def overriding(**entries: Entry) -> Iterator[None]:
-    """Within, these kernels take these entries whatever the tables say: for measuring candidates,
-    and for tests.
-    """
+    """Within, these kernels take these entries: for measuring candidates, and tests."""
     before = dict(_overrides)
     _overrides.update(entries)
     try:

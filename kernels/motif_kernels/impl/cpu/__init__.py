@@ -1,3 +1,1 @@
-"""Operators written for the CPU: blocks of rows that stay in cache, and backward passes that keep
-only their inputs.
-"""
+"""Operators for the CPU: blocks of rows in cache; backward passes keep inputs only."""

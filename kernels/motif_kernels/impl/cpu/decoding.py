@@ -18,9 +18,7 @@ from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 
 def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
-    """Both caches' keys as one view: k1 itself where k2 is the same, (..., 2D) where k2 follows k1
-    in memory.
-    """
+    """Both caches' keys as one view: k1 itself, or (..., 2D) where k2 follows it."""
     if k1.shape != k2.shape or k1.stride() != k2.stride():
         return None
     if k1.data_ptr() == k2.data_ptr():
@@ -33,9 +31,7 @@ def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
 
 
 def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device) -> Tensor | None:
-    """(Sq, Sk) True where a query does not see a key; None if all see all. The last query stands at
-    the last key.
-    """
+    """(Sq, Sk) True where a key is masked, aligned to the last; None if none is."""
     if not 0 <= right < seqlen_q - 1 and (left < 0 or left >= seqlen_k - 1):
         return None
     ahead = torch.arange(seqlen_k, device=device) - torch.arange(seqlen_k - seqlen_q, seqlen_k, device=device)[:, None]
@@ -48,9 +44,7 @@ def _hidden(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.d
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: float, softcap: float) -> Tensor:
-    """Softmax attention of rows q (B, Hk, R, W) to k (B, Hk, Sk, W), v (B, Hk, Sk, Dv); hidden
-    (R, Sk).
-    """
+    """Softmax of q (B, Hk, R, W), k (B, Hk, Sk, W), v (B, Hk, Sk, Dv); hidden (R, Sk)."""
     if softcap > 0:  # torch's attention has none
         dtype = compute_dtype(q)
         logits = softcap * torch.tanh((q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale / softcap)
@@ -70,9 +64,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, scale: fl
 
 
 def _view(cache: Tensor, row: slice, begin: int, end: int, block_table: Tensor | None) -> Tensor:
-    """Places [begin, end) of some rows, (B, end - begin, H, W): a view of a contiguous cache, a
-    copy of a paged one.
-    """
+    """Places [begin, end) of rows, (B, end - begin, H, W); a copy of a paged cache."""
     if block_table is None:
         return cache[row, begin:end]
     size = cache.shape[1]

@@ -92,9 +92,7 @@ def _inverse_rms(
 
 
 def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tensor:
-    """``(c2 x + c1) x + c0``, coefficients (R, 1); addcmul is vectorised for one broadcast
-    argument, not for two.
-    """
+    """``(c2 x + c1) x + c0``, coefficients (R, 1); addcmul takes one broadcast argument."""
     torch.mul(x, c2, out=out)
     return torch.addcmul(c0, out.add_(c1), x, out=out)
 
@@ -127,9 +125,7 @@ def forward(
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as
-    inverse_rms (3, R).
-    """
+    """PolyNorm of x (R, N), times up if given; moments from inverse_rms (3, R) if given."""
     if inverse_rms is None and x.numel() <= _FEW_ELEMENTS:
         return _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp).to(out_dtype)
     out = torch.empty(x.shape, dtype=out_dtype)
@@ -208,9 +204,7 @@ def _product_sums(g: Tensor, powers: tuple[Tensor, Tensor, Tensor], work: Tensor
 
 
 def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second
-    powers: (3, R).
-    """
+    """Sums of x's sixth, fourth and second powers (x scaled by POWER_SCALE): (3, R)."""
     buffers = _Buffers(x, hidden_clamp)
     sums = torch.empty(3, len(x), dtype=buffers.dtype)
     for rows in buffers.blocks(len(x)):
@@ -221,9 +215,7 @@ def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
 
 
 def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if
-    given: (4, R).
-    """
+    """Sums of g x^3, g x^2, g x and g (x scaled; g = grad, times up if given): (4, R)."""
     buffers = _Buffers(x, hidden_clamp)
     sums = torch.empty(4, len(x), dtype=buffers.dtype)
     for rows in buffers.blocks(len(x)):

@@ -14,9 +14,7 @@ from motif_kernels.impl.sdpa.segments import Segment
 
 
 def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad the narrower of (q, k) and v with zeros, which add nothing to a product and columns of 0
-    to the output.
-    """
+    """Pads the narrower of (q, k) and v with zeros, which add nothing."""
     width = max(q.shape[-1], v.shape[-1])
 
     def widened(t: Tensor) -> Tensor:

@@ -29,9 +29,7 @@ class Segment(NamedTuple):
     offset: int = 0
 
     def mask(self, like: Tensor) -> Tensor | None:
-        """The additive mask (queries, keys), or None if no key of the segment is hidden from any of
-        its queries.
-        """
+        """The additive mask (queries, keys), or None if nothing in the segment is masked."""
         if self.window == (-1, -1):
             return None
         queries, keys = self.q_end - self.q_start, self.k_end - self.k_start
@@ -40,9 +38,7 @@ class Segment(NamedTuple):
 
 
 def plan_segments(seqlen_q: int, seqlen_k: int, window_size: tuple[int, int]) -> list[Segment]:
-    """Cut one document into segments, in order of their queries; queries that are fully
-    masked are in none of them.
-    """
+    """Cuts a document into segments, in order; fully masked queries are in none."""
     if seqlen_q == 0 or seqlen_k == 0:
         return []
     offset = seqlen_k - seqlen_q  # query i stands at key i + offset

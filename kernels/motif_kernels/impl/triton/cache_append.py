@@ -1,6 +1,4 @@
-"""Writing new keys or values into a contiguous or paged cache, in place and never outside their
-row.
-"""
+"""Writes new keys or values into a contiguous or paged cache, within their row."""
 
 import triton
 import triton.language as tl

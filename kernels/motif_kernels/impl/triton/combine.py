@@ -31,9 +31,7 @@ from motif_kernels.tuning import launch_choice
 
 @triton.jit
 def _load_heads(pointer, token_stride, head_stride, tokens, heads, width, mask, DTYPE: tl.constexpr):
-    """A tile (PAIRS, WIDTH) of head ``heads`` of ``tokens``, both (PAIRS,), in the compute
-    dtype.
-    """
+    """A tile (PAIRS, WIDTH) of ``heads`` of ``tokens`` (PAIRS,), in the compute dtype."""
     offsets = tokens * token_stride + heads * head_stride
     return tl.load(pointer + offsets[:, None] + width[None, :], mask=mask, other=0.0).to(DTYPE)
 
@@ -207,9 +205,7 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
 
 
 def _exact(out_scale: float, signal: Tensor) -> float | None:
-    """For float64 the scale as a constant, for Triton passes numbers in float32; else one kernel
-    serves every scale.
-    """
+    """The scale, for float64 a constant: Triton passes numbers in float32."""
     return out_scale if signal.dtype == torch.float64 else None
 
 

@@ -290,9 +290,7 @@ def _sums_kernel(
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Power sums of x, or, given a gradient, its product sums: the part of the kernels above that
-    shards exchange.
-    """
+    """Power sums of x, or with a gradient product sums: what shards exchange."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
@@ -420,9 +418,7 @@ def backward(
 
 
 def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over the columns of x (R, N), scaled by POWER_SCALE, of its sixth, fourth and second
-    powers: (3, R).
-    """
+    """Sums of x's sixth, fourth and second powers (x scaled by POWER_SCALE): (3, R)."""
     sums = torch.empty(3, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
     _sums_kernel[grid](None, x, None, sums, *x.shape, 0, _stride(x), 0, BOUND=hidden_clamp, **constants)
@@ -430,9 +426,7 @@ def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
 
 
 def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: float | None) -> Tensor:
-    """Sums over columns of g x^3, g x^2, g x (x scaled by POWER_SCALE) and g = grad, times up if
-    given: (4, R).
-    """
+    """Sums of g x^3, g x^2, g x and g (x scaled; g = grad, times up if given): (4, R)."""
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
     _sums_kernel[grid](
