@@ -132,13 +132,7 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
     Returns:
         The checkpoint's folder, or None where there is none.
     """
-    for checkpoint in list_checkpoints(Path(output)):
-        reason = damage(checkpoint)
-        if reason is None:
-            return checkpoint
-        if warn:
-            warn(f"passing over the checkpoint {checkpoint}: {reason}")
-    return None
+    return next(iter(complete_checkpoints(checkpoints_folder(Path(output)), limit=1, warn=warn)), None)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
