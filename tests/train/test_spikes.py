@@ -42,9 +42,9 @@ def test_a_guard_may_come_go_and_change_on_resume(recipe: Path, tmp_path: Path) 
 
 def test_bad_settings_are_refused(recipe: Path) -> None:
     for option, value, message in [
-        ("sigma", "0", r"run\.spike_sigma is 0.*null to skip no spikes"),
-        ("window", "1", r"run\.spike_window is 1; it must be at least 2"),
-        ("max_in_row", "0", r"run\.spike_max_in_row is 0; it must be at least 1"),
+        ("sigma", "0", r"run\.spike_sigma is '0' .*a number above 0 or null"),
+        ("window", "1", r"run\.spike_window is '1' .*a whole number at least 2"),
+        ("max_in_row", "0", r"run\.spike_max_in_row is '0' .*a whole number above 0"),
     ]:
         with pytest.raises(UserError, match=message):
             main([str(recipe), f"--run.spike_{option}", value])
