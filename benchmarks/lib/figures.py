@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 # What tells results apart, and not what was measured.
 _PROBLEM = ("function", "layout", "dtype", "precision", "batch", "length", "seq_len", "context", "rows", "columns")
-_WHO = ("provider", "contender", "model")
-_LISTS = ("results", "generated")  # the second in files of the time before benchmarks.models.generate
+_WHO = ("provider", "model")
 _MEMORY = ("peak_bytes", "peak_memory_bytes")
 
 
@@ -48,7 +47,7 @@ class Table(NamedTuple):
 def figures(content: Mapping[str, Any]) -> list[Figure]:
     """All measurements in a benchmark's JSON; what was not the provider's best form is left out."""
     found = []
-    for row in (row for name in _LISTS for row in content.get(name) or ()):
+    for row in content.get("results") or ():
         # Counts by name instead of a list of timed rows: nothing was repeated.
         if not isinstance(row, Mapping) or row.get("best") is False:
             continue
@@ -73,7 +72,8 @@ def describe(problem: Sequence[tuple[str, Any]], content: Mapping[str, Any]) -> 
     parts = []
     for field, value in problem:
         if field == "layout":
-            parts.append(str((content.get("layouts") or {}).get(value, {}).get("label", value)))
+            known = (content.get("layouts") or {}).get(value, value)
+            parts.append(str(known.get("label", value) if isinstance(known, Mapping) else known))
         elif isinstance(value, int):
             parts.append(f"{field.replace('seq_len', 'length').replace('_', ' ')} {value:,}")
         else:
@@ -110,10 +110,9 @@ def tables(content: Mapping[str, Any]) -> list[Table]:
 def _caption(measure: str) -> str:
     if measure == "peak memory":
         return "Peak memory, MiB"
-    unit = (
-        "Tokens per second" if "per_second" in measure else f"Milliseconds, {measure.removeprefix('seconds').strip()}"
-    )
-    return f"{unit.rstrip(', ')}, median ± half of the middle half"
+    direction = measure.removeprefix("seconds").strip().replace("both", "forward and backward")
+    unit = "Tokens per second" if "per_second" in measure else f"Milliseconds, {direction or 'a call'}"
+    return f"{unit}, median ± half of the middle half"
 
 
 def _written(figure: Figure | None) -> str:

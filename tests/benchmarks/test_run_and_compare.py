@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import run
 from benchmarks.compare import compare, main, read_results
+from benchmarks.lib.figures import describe
 from motifarch.cli import run as motifarch
 from motifarch.errors import UserError
 
@@ -78,6 +79,12 @@ def test_a_stop_reaches_the_benchmark_which_writes_what_it_has(tmp_path: Path) -
 def test_the_former_command_names_its_successor() -> None:
     with pytest.raises(UserError, match=r"python -m benchmarks\.run --output DIR"):
         motifarch(["benchmark", "all", "--output", "somewhere"])
+
+
+def test_a_layout_is_told_by_its_label() -> None:
+    layouts: dict[str, Any] = {"a": "DIFF V1", "b": {"label": "GDA 4:1"}}
+    told = [describe([("layout", name), ("length", 2048)], {"layouts": layouts}) for name in "abc"]
+    assert told == ["DIFF V1, length 2,048", "GDA 4:1, length 2,048", "c, length 2,048"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
