@@ -47,8 +47,6 @@ of the middle half: on a GPU of triton.testing.do_bench, on a CPU of torch.utils
 memory is the most that forward and backward hold at once, inputs and incoming gradient included.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.util

@@ -22,8 +22,6 @@ are those that must be read: each cached key and value once. The softmax baselin
 all, named. Models: benchmarks.models.generate.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools
