@@ -193,8 +193,8 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda usage: json.dumps(usage, sort_keys=True))
 
 
-def rows_of(kernels: Iterable[dict[str, Any]]) -> list[str]:
-    """A line for each configuration: kernel, GPU, needs, and the constants that differ."""
+def rows_of(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each kernel and GPU its configurations: the needs, and the constants that differ."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for usage in kernels:
         groups.setdefault((usage["kernel"], usage["arch"]), []).append(usage)
@@ -202,9 +202,12 @@ def rows_of(kernels: Iterable[dict[str, Any]]) -> list[str]:
     for (kernel, arch), group in groups.items():
         values = {n: {u["constants"].get(n) for u in group} for u in group for n in u["constants"]}
         shown = [n for n, found in values.items() if len(found) > 1]
-        for u in group:
-            constants = (f"{n}={u['constants'][n]}" for n in shown if n in u["constants"])
-            rows.append(" ".join([kernel, f"sm_{arch}", *(str(u[n]) for n in NEEDS), *constants]))
+        needs = (
+            " ".join([*(str(u[n]) for n in NEEDS), *(f"{n}={u['constants'][n]}" for n in shown if n in u["constants"])])
+            for u in group
+        )
+        # Some differ in what is no constant alone: the arguments' types, or what divides them.
+        rows.append({"kernel": kernel, "for": f"sm_{arch}", "configurations": list(dict.fromkeys(needs))})
     return rows
 
 
@@ -237,11 +240,12 @@ def main(argv: list[str] | None = None) -> int:
             kernels += found
             console.print(f"{family} for sm_{arch}: {len(found)} kernels")
     env = report.environment(MODULE, torch.device("cpu"), ("motifarch", "triton"))
-    content = {"benchmark": "compiled", "format": 2, "environment": env, "columns": ["kernel", "for", *NEEDS]}
+    content = {"benchmark": "compiled", "format": 2, "environment": env, "configuration": NEEDS}
     rows = rows_of(kernels)
     report.write_json(path, content | {"kernels": rows})
     for row in rows if options.every else ():
-        console.print(row, soft_wrap=True)
+        for configuration in row["configurations"]:
+            console.print(row["kernel"], row["for"], configuration, soft_wrap=True)
     console.print(f"all configurations: {path}", soft_wrap=True)
     return 0
 
