@@ -71,19 +71,20 @@ def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = Fals
     named = ((q, q1), (k, k1), ("q2", q2), ("k2", k2), ("v", v))
     present = {name: t for name, t in named if t is not None}
     layout = "(total, heads, headdim)" if packed else "(batch, seqlen, heads, headdim)"
+    dtype, device, head_dim = q1.dtype, q1.device, q1.shape[-1]
     for name, tensor in present.items():
         if tensor.ndim != (3 if packed else 4):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {layout}")
-        if tensor.dtype != q1.dtype or not tensor.is_floating_point():
+        if tensor.dtype != dtype or not dtype.is_floating_point:
             raise TypeError(f"{name} is {tensor.dtype} and {q} is {q1.dtype}; all must be one floating-point dtype")
-        if tensor.device != q1.device:
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and {q} on {q1.device}; all must be on one device")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name} has stride {tensor.stride(-1)} in its last dimension, head_dim; "
                 f"it must be contiguous there (stride 1): call {name}.contiguous()"
             )
-        if name != "v" and tensor.shape[-1] != q1.shape[-1]:
+        if tensor.shape[-1] != head_dim and name != "v":
             raise ValueError(f"{name} has head_dim {tensor.shape[-1]} and {q} has {q1.shape[-1]}; they must be equal")
     if q2 is not None and q1.shape[:-2] != q2.shape[:-2]:
         raise ValueError(f"q1 is {tuple(q1.shape)} and q2 {tuple(q2.shape)}; they must differ only in heads")

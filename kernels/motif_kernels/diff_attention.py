@@ -56,15 +56,15 @@ def diff_attn_func(
             norm_weight.
         deterministic: the backward pass gives the same bits every time. False lets ``"triton"`` and
             ``"flash"`` add gradients in the order in which they come, which is less work.
-        return_max_logits: also return each head's largest scaled, visible logit over the batch
+        return_max_logits: also return each head's largest scaled, unmasked logit over the batch
             (float32, no gradient).
-        backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4, 3 or 2, composed),
+        backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4 or 2, composed),
             ``"sdpa"`` (torch's attention, composed), ``"reference"`` (plain mathematics), or
             ``"auto"``: the fastest that can serve the arguments.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,),
-        max_noise (Hn,))``. A row that sees no key is 0 and passes no gradient.
+        max_noise (Hn,))``. A fully masked row is 0 and passes no gradient.
 
     Raises:
         TypeError: dtypes differ or are not floating point.
@@ -116,7 +116,7 @@ def diff_attn_varlen_func(
     Args:
         q1: (total_q, Hs, D) signal queries of all documents, one after the other.
         k1: (total_k, Hk1, D) signal keys.
-        q2: (total_q, Hn, D) noise queries.
+        q2: (total_q, Hn, D) noise queries; q2, k2 and lam are None for softmax attention.
         k2: (total_k, Hk2, D) noise keys.
         v: (total_k, Hv, Dv) values.
         lam: a float, or a differentiable tensor of shape (), (Hs,) or (total_q, Hs).

@@ -53,7 +53,8 @@ def diff_attn_with_kvcache(
         q1: (B, Sq, Hs, D) signal queries.
         k1_cache: (B, capacity, Hk1, D) signal keys; or, with ``block_table``,
             (blocks, block size, Hk1, D).
-        q2: (B, Sq, Hn, D) noise queries.
+        q2: (B, Sq, Hn, D) noise queries. Without noise, which is softmax attention, q2, k2_cache
+            and lam are None.
         k2_cache: like k1_cache, with Hk2 heads.
         v_cache: like k1_cache, with Hv heads of width Dv.
         lam: a float, or a tensor of shape (), (Hs,) or (B, Sq, Hs).
@@ -68,8 +69,8 @@ def diff_attn_with_kvcache(
             in order.
         num_splits: into how many parts the kernel cuts a row's cache; by default enough to fill the
             GPU.
-        cache_leftpad: (B,) int32, tokens at the start of each row's cache that are padding and seen
-            by nobody.
+        cache_leftpad: (B,) int32, tokens at the start of each row's cache that are padding and
+            masked.
         softmax_scale: multiplies the logits; default ``D ** -0.5``.
         causal: the last query stands at the last key, new ones included.
         window_size: inclusive (left, right) window around each query's position, -1 for unbounded.

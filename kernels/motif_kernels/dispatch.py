@@ -62,7 +62,7 @@ class _Backend(NamedTuple):
     library: str
     """For people."""
     serves: frozenset[str]
-    """Which of the optional fields of inputs and options it knows: any other is refused."""
+    """Which of the optional fields of inputs and options it knows; it does not serve any other."""
     unsupported_reason: Callable[[AttentionInputs, Sequences, AttentionOptions], str | None]
     """Why else it cannot serve a call, in words that go on from "cannot serve"; None if it can."""
 
@@ -118,7 +118,7 @@ def is_gpu(device: torch.device) -> bool:
 
 def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[str, ...]:
     """What "auto" tries: on a GPU what its table (``tuning/``, "attention_backend") found fastest
-    for the head widths; without a table what is known to be fast for such a call.
+    for the head dimensions; without a table what is known to be fast for such a call.
     """
     q1, packed = inputs.q1, sequences.is_packed
     if not is_gpu(q1.device):

@@ -1,5 +1,5 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the rotate-half form over the whole
-head width.
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the rotate-half form over all of
+head_dim.
 """
 
 import torch

@@ -70,7 +70,7 @@ def plan_value_width(head_dim: int, v_head_dim: int, supported: Callable[[int, i
         v_head_dim: Dv, of values.
         supported: for widths (D, Dv) of a call, what it costs: operations for a pair of query and
             key, counted with the columns that the library computes to no end. None for widths that
-            it refuses.
+            it does not accept.
 
     Returns:
         The plan, or None if no widths that the library accepts would do.

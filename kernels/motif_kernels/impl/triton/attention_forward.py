@@ -73,7 +73,7 @@ def _walk(
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, axis=1))
         m_finite = m_new
-        if MASKED:  # a row that has seen nothing yet
+        if MASKED:  # a row that is fully masked so far
             m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s - m_finite[:, None])
         alpha = tl.exp2(m - m_finite)

@@ -1,7 +1,7 @@
 """What the attention kernels share: tiles of heads in memory, which keys a tile of queries sees,
 and logits.
 
-Legend: B batch or documents, S tokens, D query/key head width, Dv value head width, Hs signal
+Legend: B batch or documents, S tokens, D head_dim of queries and keys, Dv of values, Hs signal
 heads, Hn noise heads, g = Hs / Hn (GROUP). Logits are kept in units of log2, so that every
 exponential is an exp2.
 """
