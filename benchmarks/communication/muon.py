@@ -14,8 +14,6 @@ counted is the all-to-all of a GPU. Both compute in bfloat16 with Keller Jordan'
 only ones that torch's takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging

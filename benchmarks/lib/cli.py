@@ -1,7 +1,5 @@
 """What all benchmarks' command lines share: options, the device, results, time limits."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """A kernel benchmark from its command line to its files: cases, tables, aims and the plot."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

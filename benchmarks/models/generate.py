@@ -12,8 +12,6 @@ second are of all rows together: the median, with the middle half. A call is the
 as the device's, so the clock is the host's on a GPU too.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -55,7 +53,7 @@ class Cell(NamedTuple):
     """Tokens of the prompt."""
 
     @classmethod
-    def parse(cls, text: str) -> Cell:
+    def parse(cls, text: str) -> "Cell":
         """From "PRECISION:BATCHxCONTEXT", as on the command line.
 
         Raises:

@@ -15,8 +15,6 @@ The plot has the validation losses three times: against the large model's own to
 tokens (the small model's included), and against all FLOPs.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -17,8 +17,6 @@ H = hidden_size / head_dim, the heads are those that a fair user would choose:
 Ours take "auto": on a GPU the fastest kernels known there, on a CPU torch's attention.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +69,7 @@ class Sizes:
         """Query heads of softmax attention."""
         return self.hidden_size // self.head_dim
 
-    def shrunk(self) -> Sizes:
+    def shrunk(self) -> "Sizes":
         """The same proportions at heads of 16, and two layers: what smoke tests train."""
         by = max(1, self.head_dim // 16)
         names = ("hidden_size", "head_dim", "vocab_size", "intermediate_size", "intermediate_multiple")

@@ -31,8 +31,6 @@ operators) with the most time of their own.
 costs come last. Figures are written as they come.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

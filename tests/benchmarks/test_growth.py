@@ -1,7 +1,5 @@
 """The growth benchmark on a few steps: what it trains and compares."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The benchmarks of kernels: work counted, wrong providers found, and a small run of each."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

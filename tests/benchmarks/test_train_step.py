@@ -1,7 +1,5 @@
 """The training-step and generation benchmarks at tiny sizes: figures, failures, time limits."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

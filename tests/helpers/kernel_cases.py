@@ -7,8 +7,6 @@ are interpreted, which takes TRITON_INTERPRET=1, and everything is in float32, f
 interpreter is wrong in bfloat16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Which attention models take for packed documents on a GPU that is a stand-in."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from helpers.distributed import wait_until
 from helpers.tiny import prepare_text
 from helpers.tiny_study import command, write_grid
@@ -23,6 +25,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     """The parent alone is killed: its run ends with it and resumes."""
     data, out = prepare_text(tmp_path), tmp_path / "out"

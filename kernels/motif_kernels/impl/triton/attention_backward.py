@@ -25,8 +25,6 @@ With atomics allowed, the keys kernel adds dQ in float32 as it goes and the quer
 needed: less work, but sums in an order that differs from run to run.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -13,8 +13,6 @@ The cache is contiguous or paged; the number of parts does not depend on lengths
 knows. In a launch table, the size is ``tuning.attention_size``.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

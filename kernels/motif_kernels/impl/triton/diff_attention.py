@@ -4,8 +4,6 @@ In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` que
 keys is a tile. float32, which is for checks, has tables of its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
