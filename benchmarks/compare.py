@@ -147,7 +147,7 @@ def show(comparison: Mapping[str, Any], console: Console) -> None:
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     if table.rows:
-        console.print(report.table(table.caption, table.columns, table.rows, text_columns=3))
+        console.print(table.markdown(), markup=False, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:

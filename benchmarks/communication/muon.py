@@ -114,7 +114,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _received(name: str, args: tuple[Any, ...]) -> float:
-    """Bytes that a collective brings to this rank from others; sums as a ring of ranks does them."""
+    """Bytes that a collective brings to this rank; sums as a ring of ranks does them."""
     ranks, size = dist.get_world_size(), args[0].nbytes
     if name == "c10d::alltoall_base_":  # arguments: output, input, group, sizes received, sizes sent
         return float((sum(args[3]) - args[3][dist.get_rank()]) * args[0].itemsize)
@@ -196,7 +196,7 @@ def print_table(content: dict[str, Any], console: Console) -> None:
     kinds = [kind.replace("_", "-\n", 1).replace("_", "-") for kind in KINDS]
     console.print(report.table(title, ["", *kinds, "MiB", "calls a\nmatrix", "of the\nleast MiB"], rows))
     console.print(
-        f"Parallel Muon: {content['results']['parallel']['chunks']} chunks of at most {setup['chunk_mib']} MiB a rank. "
+        f"Chunks of at most {setup['chunk_mib']} MiB a rank: {content['results']['parallel']['chunks']}. "
         f"Weights after two steps differ by at most {content['largest_difference_of_weights']:.1e}."
     )
 

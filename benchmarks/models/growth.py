@@ -79,7 +79,7 @@ def recipe(options: argparse.Namespace, run: str, folder: Path) -> dict[str, Any
     own, small, every = options.steps, options.small_steps, options.every
     steps = {"small": small, "grown": own, "scratch": small + own}[run]
     return {
-        # The seed chooses the data's order as well: the grown model reads another than the small one has read.
+        # The seed chooses the data's order as well: the grown model reads another.
         "run": {"steps": steps, "seed": options.seed + (run == "grown"), "output": str(folder / run)}
         | ({"init_from": str(folder / "large")} if run == "grown" else {}),
         "model": SHARED | (SMALL if run == "small" else LARGE),
