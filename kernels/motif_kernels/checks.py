@@ -1,6 +1,4 @@
-"""Argument checks shared by the public functions: each message names the argument, its value and
-what is accepted.
-"""
+"""Argument checks: each message names the argument, its value and what is accepted."""
 
 import itertools
 import os
@@ -22,9 +20,7 @@ def check_epilogue(
     gate: Tensor | None,
     device: torch.device,
 ) -> None:
-    """Raise ValueError unless lambda, sub-norm and gate fit an output (\\*leading, signal_heads,
-    width) on a device.
-    """
+    """Raises ValueError unless lambda, sub-norm and gate fit an output and its device."""
     for name, tensor in (("lam", lam), ("norm_weight", norm_weight), ("gate", gate)):
         if isinstance(tensor, Tensor) and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and the attention on {device}; all must be on one device")
@@ -109,9 +105,7 @@ def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = Fals
 
 
 def may_read(values: Tensor) -> bool:
-    """Whether values may be looked at to be checked: not where that would stall a GPU's stream, nor
-    while tracing.
-    """
+    """Whether values may be read: not where that would stall a GPU, nor while tracing."""
     if torch.compiler.is_compiling():
         return False
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"

@@ -1,6 +1,4 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the rotate-half form over all of
-head_dim.
-"""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), rotate-half."""
 
 import torch
 from torch import Tensor, nn

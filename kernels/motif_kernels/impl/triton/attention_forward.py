@@ -17,8 +17,6 @@ noise output O2, the log-sum-exp of each map, and the sub-norm's inverse root me
 one number a token are (heads, tokens).
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
