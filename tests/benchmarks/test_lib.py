@@ -2,19 +2,16 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lib import cli, report
+from benchmarks.lib import report
 from benchmarks.lib.bench import (
     Roofline,
     Work,
-    cpu_clock,
-    gpu_clock,
     measure_roofline,
     peak_bytes,
     saved_bytes,
@@ -49,21 +46,6 @@ def test_providers_take_turns_in_an_order_that_rotates_and_one_that_fails_is_nam
     assert turns == "aabbcc" + "bbcc" + "aa" + "aabb"
     assert timed.failed == {"c": "it ran out of memory"}
     assert timed.seconds == {n: {"it": [1.0] * 3} for n in "ab"}
-
-
-def test_times_are_those_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    testing = pytest.importorskip("triton.testing")
-    asked: dict[str, Any] = {}
-
-    def do_bench(function: Callable[[], object], **options: Any) -> list[float]:
-        asked.update(options)
-        return [2.0, 3.0]
-
-    monkeypatch.setattr(testing, "do_bench", do_bench)
-    assert gpu_clock(lambda: None, 0.5) == [2e-3, 3e-3]  # of milliseconds
-    assert (asked["rep"], asked["return_mode"]) == (500, "all")
-    (seconds,) = cpu_clock(lambda: torch.ones(100, 100) @ torch.ones(100, 100), 0)
-    assert 0 < seconds < 1
 
 
 def test_the_roofline_is_the_longer_of_bytes_and_flops() -> None:
@@ -165,27 +147,3 @@ def test_a_result_names_its_machine_and_a_busy_one_is_warned_of() -> None:
     busy = {"load_average_1_minute": 1.5, "cores": 2}
     assert "load average 1.5 on 2 cores" in str(report.busy_warning(busy))
     assert report.busy_warning(busy | {"load_average_1_minute": 0.1}) is None
-
-
-def test_json_replaces_a_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "figures.json"
-    content = {"a": 1, "results": [{"b": 2.5}, {"b": None}], "empty": []}
-    report.write_json(path, content)
-    with pytest.raises(TypeError):
-        report.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == content
-    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
-
-
-@pytest.mark.parametrize(
-    ("name", "slug"),
-    [
-        ("NVIDIA H100 80GB HBM3", "nvidia_h100"),
-        ("NVIDIA H200", "nvidia_h200"),
-        ("NVIDIA A100-SXM4-40GB", "nvidia_a100_sxm4"),
-    ],
-)
-def test_files_are_named_for_the_device(name: str, slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert cli.device_slug(CUDA) == slug
-    assert cli.device_slug(CPU) == "cpu"

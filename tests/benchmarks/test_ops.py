@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,31 +165,6 @@ def test_a_provider_that_is_wrong_is_named_and_not_timed(function: Any, reason: 
     assert "\n" not in failed[0]["reason"]
 
 
-class Overwriting(torch.autograd.Function):
-    """Doubles, and writes its gradient over the incoming one, as liger-kernel's PolyNorm does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.mul_(2)
-
-
-def test_a_provider_that_overwrites_the_gradient_gets_one_of_its_own() -> None:
-    case = dataclasses.replace(
-        poly_norm.case("poly_norm", "float32", 16, 64),
-        formula=lambda x, weight, bias: 2 * x + 0 * (weight.sum() + bias),
-        liger=lambda x, weight, bias: Overwriting.apply(x) + 0 * (weight.sum() + bias),
-    )
-    providers = rows.providers(case, ["liger", "eager"], CPU)
-    settings: dict[str, Any] = {"tolerance": 1e-6, "seconds": 0, "rounds": 2}
-    results, failed = measure(case, providers, rows.exact, CPU, cpu_clock, ROOFLINE, **settings)
-    assert failed == []
-    assert [r["provider"] for r in results] == ["liger", "eager"]
-
-
 def test_ours_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poly_norm, "_ours", wrong_forward)
     only = ["--providers", "eager", "ours", "--dtypes", "float32", "--functions", "poly_norm"]
@@ -199,21 +172,6 @@ def test_ours_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     assert status == 1
     assert [r["provider"] for r in content["results"]] == ["eager"]
     assert [r["provider"] for r in content["failed"]] == ["ours"]
-
-
-def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop_at_the_product(*_: Any, **__: Any) -> Tensor:
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("went on")
-
-    monkeypatch.setattr(poly_norm, "_ours_mul", stop_at_the_product)
-    before = signal.getsignal(signal.SIGTERM)
-    only = ["--providers", "eager", "ours", "--dtypes", "float32"]
-    status, content = run_quick(poly_norm.main, tmp_path / "figures.json", *only)
-    assert status == 1
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert content["complete"] is False
-    assert {r["function"] for r in content["results"]} == {"poly_norm"}
 
 
 # --- Attention ------------------------------------------------------------------------------------
@@ -387,25 +345,6 @@ def test_flash_attn_is_given_every_sequence_and_window(name: str) -> None:
     assert not isinstance(found, str), found
 
 
-def test_what_runs_out_of_memory_is_reported_and_the_others_go_on() -> None:
-    case = small("v1_64")
-    right, calls = attention.ours(case, "naive", CPU), 0
-
-    def hungry(t: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return right(t)
-
-    providers = [Provider("naive", [("", hungry)]), Provider("sdpa", [("", right)])]
-    settings: dict[str, Any] = {"tolerance": 1e-4, "seconds": 0, "rounds": 2}
-    exact = attention.BENCHMARK.exact
-    results, failed = measure(case, providers, exact, CPU, cpu_clock, ROOFLINE, **settings)
-    assert [r["provider"] for r in results] == ["sdpa"]
-    assert [(r["provider"], r["reason"]) for r in failed] == [("naive", "it ran out of memory")]
-
-
 # --- Decoding -------------------------------------------------------------------------------------
 
 
@@ -479,32 +418,6 @@ def test_flash_attn_decodes_with_the_lengths_it_is_told() -> None:
     attend = decode.flash_attn(Module, case.scale, torch.full((3,), 100))
     for calls in ("four", "two", "one"):
         assert not isinstance(decode_verdict(case, *decode.forms(calls, attend)), str)
-
-
-def test_what_does_not_fit_the_memory_is_skipped_and_the_next_size_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = decode.DecodeCase.make
-
-    def limited(case: decode.DecodeCase, draw: Any) -> dict[str, Tensor]:
-        if case.length == 4096:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return make(case, draw)
-
-    monkeypatch.setattr(decode.DecodeCase, "make", limited)
-    only = ["--contexts", "4096", "32", "--layouts", "v1_64", "--providers", "one", "--dtypes", "float32"]
-    status, content = run_quick(decode.main, tmp_path / "decode.json", *only)
-    assert status == 0
-    assert [r["context"] for r in content["results"]] == [32, 32]
-    assert [(r["context"], r["reason"]) for r in content["skipped"]] == [(4096, "it ran out of memory")] * 2
-
-
-def test_after_the_limit_no_new_size_is_begun(tmp_path: Path) -> None:
-    only = ["--layouts", "v1_64", "--providers", "one", "--dtypes", "float32", "--limit", "1e-9"]
-    status, content = run_quick(decode.main, tmp_path / "decode.json", *only)
-    assert status == 0
-    assert content["results"] == []
-    assert len(content["not_begun"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from benchmarks.models import generate
 from benchmarks.models.providers import PROVIDERS, Sizes, match_parameters
 from benchmarks.models.report import MEMORY, SPEED, judge
 from benchmarks.models.train_step import AIMS, GDA, Benchmark, finish, main, parser, resolve
-from benchmarks.models.training import Failed, OutOfTime, Setup, Worker
+from benchmarks.models.training import Setup, Worker
 from helpers.bare_machine import without_packages
 
 ROOT = Path(__file__).parents[2]
@@ -153,28 +153,6 @@ def test_a_model_that_fails_is_named_and_the_others_are_measured(
     assert (failed["model"], failed["during"], failed["out_of_time"]) == ("gda", "getting ready", False)
     assert "gda has 660,296 parameters" in failed["reason"]
     assert failed["reason"] in capsys.readouterr().out
-
-
-def test_what_does_not_fit_in_the_limit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = benchmark(tmp_path, "--precisions", "float32", "bf16", "--limit", "0.02")
-    run.measure(Console())
-    assert finish(run, Console(width=200)) == 1  # there is no figure at all
-    content = json.loads((tmp_path / "figures.json").read_text())
-    assert [(f["model"], f["out_of_time"]) for f in content["failed"]] == [("gda", True), ("llama", True)]
-    assert content["not_begun"] == [{"precision": "bf16", "seq_len": 16}]
-    assert "skipped: bf16, 16 tokens: the time was over" in capsys.readouterr().out
-
-
-def test_a_process_that_dies_or_hangs_is_reported() -> None:
-    setup = Setup(TINY, 16, "cpu", 1, autocast=True)
-    llama = match_parameters(["llama"], TINY)["llama"]
-    workers = [Worker(llama, setup, "float32", 16) for _ in range(2)]
-    os.kill(workers[0].process.pid or 0, 9)
-    with pytest.raises(Failed, match="its process ended with exit code -9"):
-        workers[0].ask("prepare", 2, None)
-    with pytest.raises(OutOfTime, match="the time was over"):
-        workers[1].ask("prepare", 2, 0.01)
-    assert workers[1].process.exitcode == -9
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

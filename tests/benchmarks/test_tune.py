@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.lib import rows
 from benchmarks.ops import poly_norm
 from benchmarks.tuning import tune
-from benchmarks.tuning.candidates import Entry, Kernel, Shape, SizeClass, all_kernels, neighbours
+from benchmarks.tuning.candidates import Entry, Kernel, Shape, SizeClass, all_kernels
 from motif_kernels import tuning
 
 pytest.importorskip("triton", reason="Triton's autotuner needs triton")
@@ -90,12 +90,6 @@ def test_a_candidate_that_does_not_serve_a_case_is_left_out_with_the_reason(
         assert row["reason"].startswith(reason)
 
 
-def test_where_no_candidate_serves_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = tuned(monkeypatch, shape(lambda entry, out: out * 0))
-    assert outcome.chosen is None
-    assert len(outcome.left_out) == 3
-
-
 def test_splice_replaces_chosen_classes_and_keeps_the_finer_bounds_of_others() -> None:
     present = [{"up_to": 100, "a": 1}, {"up_to": 200, "a": 2}, {"up_to": 300, "a": 3}, {"up_to": None, "a": 4}]
     classes = [SizeClass(up_to, ()) for up_to in (150, 300, None)]
@@ -152,15 +146,6 @@ def test_a_run_writes_a_table_that_the_package_reads_and_a_limit_leaves_the_rest
     assert tune.run(arguments, kernels, CPU, Console()) == 0
     assert path.read_text() == before
     assert "not reached, as before: poly_norm_forward, up to 2,048 bytes" in capsys.readouterr().out
-
-
-def test_neighbours_differ_from_the_entry_in_one_step() -> None:
-    found = neighbours({"block_m": 64, "block_n": 16, "num_warps": 4, "num_stages": 1})
-    assert found[0] == {"block_m": 64, "block_n": 16, "num_warps": 4, "num_stages": 1}
-    assert {(e["block_m"], e["block_n"], e["num_warps"], e["num_stages"]) for e in found[1:]} == {
-        *((128, 16, 4, 1), (32, 16, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
-        *((64, 16, 8, 1), (64, 16, 2, 1), (64, 16, 4, 2)),
-    }
 
 
 def test_a_dry_run_prints_all_candidates_and_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
