@@ -63,6 +63,7 @@ def test_python_blocks_run_and_print_what_they_say(tmp_path):
     run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
 
 
+@pytest.mark.slow
 def test_a_run_on_your_own_text(tmp_path):
     """Training's shell block, with fewer steps: the commands count here, not the model's text."""
     (code,) = blocks(ROOT / "docs" / "training.md", "bash")
