@@ -273,36 +273,38 @@ class BaseAttention(nn.Module):
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
         if self.context_group is not None:
-            return self._attend_in_context(inputs, batch, self.context_group)
+            inputs = self._exchange(inputs, batch, self.context_group)
         if isinstance(batch, Cache):
             return diff_decoding.attend(inputs, batch, self._options(), self.backend)
-        if batch is None:
-            return self._call(inputs, None)
-        shape = inputs.q1.shape[:2]
+        shape, documents, packed = inputs.q1.shape[:2], None, None
         if isinstance(batch, Sequences):
-            return self._call(inputs.map(lambda t: t.flatten(0, 1)), batch).unflatten(0, shape)
-        packed = batch.pack(inputs.k1.shape[1])
-        real = inputs.map(lambda t: t.flatten(0, 1)[packed.query_index], lambda t: t.flatten(0, 1)[packed.key_index])
-        bounds = packed.max_seqlen_q, packed.max_seqlen_k, packed.cu_seqlens_q, packed.cu_seqlens_k
-        out = self._call(real, Sequences(*bounds))
-        padded = out.new_zeros(shape.numel(), *out.shape[1:]).index_copy(0, packed.query_index, out)
-        return padded.unflatten(0, shape)
+            inputs, documents = inputs.map(lambda t: t.flatten(0, 1)), batch
+        elif batch is not None:
+            packed = batch.pack(inputs.k1.shape[1])
+            of_queries, of_keys = packed.query_index, packed.key_index
+            inputs = inputs.map(lambda t: t.flatten(0, 1)[of_queries], lambda t: t.flatten(0, 1)[of_keys])
+            bounds = packed.cu_seqlens_q, packed.cu_seqlens_k
+            documents = Sequences(packed.max_seqlen_q, packed.max_seqlen_k, *bounds)
+        out, *max_logits = dispatch.attend(inputs, self._options(), documents, self.backend)
+        if max_logits:
+            self._record(max_logits)
+        if packed is not None:
+            padded = out.new_zeros(shape.numel(), *out.shape[1:])
+            out = padded.index_copy(0, packed.query_index, out)
+        if documents is not None:
+            out = out.unflatten(0, shape)
+        return out if self.context_group is None else gather_heads(out, self.context_group)
 
-    def _call(self, inputs: AttentionInputs, documents: Sequences | None) -> Tensor:
-        """Attention, whose largest logits, or those of the calls before it, are left in
-        :attr:`max_logits` where they are recorded.
-        """
-        out, *found = dispatch.attend(inputs, self._options(), documents, self.backend)
-        if found:
-            before = self.max_logits or (None, None)
-            # A maximum in the first call too: a call that is recomputed must do what it did, or
-            # checkpointing is lost.
-            found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
-            self.max_logits = found[0], found[1] if len(found) > 1 else None
-        return out
+    def _record(self, found: list[Tensor]) -> None:
+        """Leaves the largest logits, or those of the calls before, in :attr:`max_logits`."""
+        before = self.max_logits or (None, None)
+        # A maximum in the first call too: a call that is recomputed must do what it did, or
+        # checkpointing is lost.
+        found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
+        self.max_logits = found[0], found[1] if len(found) > 1 else None
 
-    def _attend_in_context(self, inputs: AttentionInputs, batch: Batch, group: ProcessGroup) -> Tensor:
-        """Attention whose ranks trade parts of the sequence for heads, and back."""
+    def _exchange(self, inputs: AttentionInputs, batch: Batch, group: ProcessGroup) -> AttentionInputs:
+        """Ranks hold parts of the sequence: they exchange these for heads, before attention."""
         if isinstance(batch, Cache | PaddingMask):
             kind = "a cache" if isinstance(batch, Cache) else "padding"
             raise ValueError(f"context parallelism does not serve {kind}; pack documents instead (cu_seqlens)")
@@ -314,11 +316,7 @@ class BaseAttention(nn.Module):
 
         inputs.map(send)
         arrived = iter(scatter_heads(sent, group))
-        whole = inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
-        if batch is None:
-            return gather_heads(self._call(whole, None), group)
-        out = self._call(whole.map(lambda t: t.flatten(0, 1)), batch)
-        return gather_heads(out.unflatten(0, (inputs.q1.shape[0], -1)), group)
+        return inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
 
 
 def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:
