@@ -121,17 +121,13 @@ def test_packed_documents_equal_each_alone(options, deterministic, place):
         torch.testing.assert_close(o.double(), e, atol=3e-5, rtol=3e-5)
 
 
-@pytest.mark.parametrize("readable", [True, False])
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("window", [(-1, -1), (9, 0), (4, 2)])
 @pytest.mark.parametrize("leftpad", [(0, 0, 0), (3, 3, 8)])
 @pytest.mark.parametrize("new", [1, 4])
-def test_new_tokens_after_a_cache(new, leftpad, window, is_paged, readable, place, monkeypatch):
+def test_new_tokens_after_a_cache(new, leftpad, window, is_paged, place):
     """One row holds fewer tokens than are asked for, and one nothing but padding before them."""
     backend, device = place
-    if not readable:
-        monkeypatch.setattr("motif_kernels.diff_decoding.may_read", lambda values: False)
-        monkeypatch.setattr("motif_kernels.ops.decoding.may_read", lambda values: False)
     lengths = [23, 3, 40]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, n, h, 8, generator=generator).to(device) for n, h in ((new, 4), (48, 2), (48, 2)))
