@@ -27,8 +27,8 @@ from statsmodels.stats.power import TTestPower
 from motifarch.errors import UserError
 
 KIND, FORMAT = "head_ratio_study", 1
-CONFIDENCE = 0.95
-ALPHA = 1 - CONFIDENCE
+ALPHA = 0.05
+"""Of tests, and 1 less the confidence of intervals."""
 POWER = 0.8
 ACTIVATIONS = {"poly_norm": "PolyNorm", "silu": "SwiGLU"}
 _WORDS = {"gda": "GDA", "diff_v1": "DIFF V1", "diff_v2": "DIFF V2", "mha": "MHA", "gqa": "GQA"}
@@ -58,7 +58,7 @@ class Noise:
     """Degrees of freedom that it was estimated with."""
 
 
-def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate | None:
+def estimate(values: Sequence[float]) -> Estimate | None:
     """The mean with Student's interval and t test; values that are not finite are left out.
 
     Returns:
@@ -68,14 +68,14 @@ def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimat
     if len(finite) < 2:
         return Estimate(finite[0], 1) if finite else None
     mean, sd = float(np.mean(finite)), float(np.std(finite, ddof=1))
-    return _judged(mean, len(finite), sd, sd / math.sqrt(len(finite)), len(finite) - 1, confidence)
+    return _judged(mean, len(finite), sd, sd / math.sqrt(len(finite)), len(finite) - 1)
 
 
-def _judged(mean: float, n: int, sd: float, error: float, freedom: float, confidence: float) -> Estimate:
+def _judged(mean: float, n: int, sd: float, error: float, freedom: float) -> Estimate:
     """A mean with the interval and p value of its standard error."""
     if error == 0:  # the test's limit
         return Estimate(mean, n, sd, 0.0, float(mean == 0))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     return Estimate(mean, n, sd, half, float(2 * stats.t.sf(abs(mean) / error, freedom)))
 
 
@@ -96,7 +96,7 @@ def welch(old: Sequence[float], new: Sequence[float]) -> Estimate | None:
     if np.std(old) == np.std(new) == 0:
         return Estimate(mean, len(new), None, 0.0, float(mean == 0))
     test = stats.ttest_ind(new, old, equal_var=False)
-    interval = test.confidence_interval(CONFIDENCE)
+    interval = test.confidence_interval(1 - ALPHA)
     return Estimate(mean, len(new), None, float(interval.high - interval.low) / 2, float(test.pvalue))
 
 
@@ -113,10 +113,7 @@ def shared_noise(losses: Mapping[str, Mapping[int, float]]) -> Noise | None:
     It holds as far as all variants are equally noisy and a seed moves all of them alike.
 
     Args:
-        losses: variant -> seed -> loss of the finished runs.
-
-    Returns:
-        None where variants and seeds leave nothing over.
+        losses: variant -> seed -> loss of the finished runs; None where they leave nothing over.
     """
     cells = [(v, seed, loss) for v, runs in losses.items() for seed, loss in runs.items()]
     if not cells:
@@ -130,19 +127,16 @@ def shared_noise(losses: Mapping[str, Mapping[int, float]]) -> Noise | None:
 def with_noise(difference: Estimate, noise: Noise) -> Estimate:
     """A paired difference judged by the noise of all variants instead of its own."""
     sd = noise.sd * math.sqrt(2)
-    return _judged(difference.mean, difference.n, sd, sd / math.sqrt(difference.n), noise.freedom, CONFIDENCE)
+    return _judged(difference.mean, difference.n, sd, sd / math.sqrt(difference.n), noise.freedom)
 
 
 def detectable_difference(sd: float, n: int, alpha: float = ALPHA) -> float | None:
     """The smallest true mean difference that a paired t test finds with `POWER` probability.
 
     Args:
-        sd: standard deviation of the differences between pairs.
-        n: pairs.
+        sd: standard deviation of the differences between pairs, in the result's unit.
+        n: pairs; fewer than two have none.
         alpha: two-sided significance level.
-
-    Returns:
-        The difference, in the unit of `sd`; None for fewer than two pairs.
     """
     return None if n < 2 else sd * _detectable_effect(n, alpha)
 
@@ -278,11 +272,6 @@ class StudyResults:
             parts.append(variant.activation)
         return ", ".join([*parts, variant.size] if len(self.sizes) > 1 else parts)
 
-    def group_title(self, group: Sequence[Variant]) -> str:
-        """A group in words, likewise."""
-        size, activation = group[0].size, group[0].activation
-        return f"{size}, {activation}" if len(self.sizes) > 1 else activation
-
     def runs_of(self, variant: Variant) -> list[Mapping[str, Any]]:
         """A variant's finished runs."""
         return [run for run in self.finished if (run["variant"], run["size"]) == (variant.name, variant.size)]
@@ -298,8 +287,8 @@ class StudyResults:
         for run in self.runs_of(variant):
             value: Any = run
             for key in path:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if isinstance(value, int | float) and math.isfinite(value):
+                value = (value or {}).get(key)
+            if value is not None and math.isfinite(value):
                 found[run["seed"]] = float(value)
         return found
 
@@ -340,22 +329,20 @@ class StudyResults:
 
     def best(self, group: Sequence[Variant]) -> Variant | None:
         """The lowest mean loss of the eligible, on the seeds that all of them finished."""
-        losses = {v.name: self.values(v, "validation_loss") for v in self.eligible(group)}
-        shared = set.intersection(*map(set, losses.values())) if losses else set()
-
-        def mean(variant: Variant) -> float:
-            own = losses[variant.name]
-            return float(np.mean([own[seed] for seed in shared or own]))
-
-        return min(self.eligible(group), key=mean, default=None)
+        eligible = self.eligible(group)
+        losses = [self.values(v, "validation_loss") for v in eligible]
+        shared = set.intersection(*map(set, losses)) if losses else set()
+        means = [np.mean([own[seed] for seed in shared or own]) for own in losses]
+        return eligible[int(np.argmin(means))] if eligible else None
 
     @cached_property
     def noise(self) -> dict[str, Noise | None]:
         """The noise of a run's loss, shared by all variants of a size."""
-        return {
-            size: shared_noise({v.name: self.values(v, "validation_loss") for v in self.variants if v.size == size})
-            for size in self.sizes
-        }
+        found: dict[str, Noise | None] = {}
+        for size in self.sizes:
+            own = [v for v in self.variants if v.size == size]
+            found[size] = shared_noise({v.name: self.values(v, "validation_loss") for v in own})
+        return found
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
@@ -385,9 +372,12 @@ class StudyResults:
 
     def families(self) -> Iterator[tuple[str, list[Comparison]]]:
         """Yields (caption, comparisons) of each table of paired differences."""
-        for group in (g for g in self.groups() if len(g) > 1):
+        groups = [g for g in self.groups() if len(g) > 1]
+        for group in groups:
             reference, ratios = self.reference(group), self.ratios(group)
-            where = "" if len([g for g in self.groups() if len(g) > 1]) == 1 else f", {self.group_title(group)}"
+            where = f", {group[0].activation}" if len(groups) > 1 else ""
+            if len(groups) > 1 and len(self.sizes) > 1:
+                where = f", {group[0].size}{where}"
             chosen = [c for c in self.comparisons if c.reference is reference and c.variant in group]
             yield f"Difference from {reference.label}{where}", chosen
             between = [c for c in self.comparisons if c.variant in ratios and c.reference in ratios and c not in chosen]
@@ -408,6 +398,11 @@ class StudyResults:
         """A measure of the retrieval probe, (seeds, lengths, depths); None if not measured."""
         found = [run["probe"][name] for run in self.runs_of(variant) if name in (run.get("probe") or ())]
         return np.array(found, dtype=float) if found else None
+
+    def retrieval(self, name: str, unit: float) -> list[Estimate | None]:
+        """The same of each variant, over all lengths and depths."""
+        found = [self.probed(v, name) for v in self.variants]
+        return [None if x is None else estimate(list(unit * x.mean(axis=(1, 2)))) for x in found]
 
     def above_chance(self, name: str) -> list[Variant] | None:
         """Variants whose measure is above chance by more than the choice of questions explains.

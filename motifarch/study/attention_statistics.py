@@ -16,9 +16,9 @@ first token in "Efficient Streaming Language Models with Attention Sinks" (arXiv
 import math
 import operator
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -32,9 +32,6 @@ from motifarch.data import Block, collate
 from motifarch.layers.base_attention import BaseAttention, Batch
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.step import to_device
-
-SPIKE_WINDOW = 64
-SPIKE_DEVIATIONS = 6.0
 
 
 @torch.no_grad()
@@ -86,36 +83,33 @@ class _Moments:
         self.largest = max(self.largest, float(x.abs().max()))
         self.powers = [p + float(x.pow(i).sum()) for i, p in enumerate(self.powers, 1)]
 
-    def result(self) -> tuple[float, float]:
+    def result(self, kind: str = "") -> dict[str, float]:
         """``max |x| / rms(x)``, and the kurtosis."""
         first, second, third, fourth = (p / self.count for p in self.powers)
         variance = second - first**2
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
-        return self.largest / math.sqrt(second), central / variance**2
-
-
-class _Mean:
-    """A mean over heads and queries, summed where the maps are."""
-
-    def __init__(self) -> None:
-        self.count, self.sum = 0, 0.0
-
-    def add(self, values: Tensor) -> None:
-        self.count += values.numel()
-        self.sum += float(values.sum(dtype=torch.float64))
-
-    @property
-    def value(self) -> float:
-        return self.sum / self.count if self.count else math.nan
+        return {
+            f"{kind}outlier_ratio": self.largest / math.sqrt(second),
+            f"{kind}kurtosis": central / variance**2,
+        }
 
 
 class _Tally:
     """Sums over what one layer did."""
 
     def __init__(self) -> None:
-        self.means: defaultdict[str, _Mean] = defaultdict(_Mean)
+        self.counts, self.sums = Counter[str](), defaultdict[str, float](float)
         self.largest_logit = -math.inf
         self.residual, self.output = _Moments(), _Moments()
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds to a mean over heads and queries."""
+        self.counts[name] += values.numel()
+        self.sums[name] += float(values.sum(dtype=torch.float64))
+
+    def mean(self, name: str) -> float | None:
+        """None where nothing was added, as of softmax attention or without queries."""
+        return self.sums[name] / self.counts[name] if self.counts[name] else None
 
     def attention(self, layer: BaseAttention, inputs: AttentionInputs, batch: Batch) -> None:
         """Adds the maps of one packed row: what a layer calls as its ``attention_hook``.
@@ -129,7 +123,7 @@ class _Tally:
         assert isinstance(batch, Sequences)
         assert batch.cu_seqlens_q is not None
         if inputs.lam is not None:
-            self.means["lambda"].add(inputs.lam)
+            self.add("lambda", inputs.lam)
         for start, end in pairwise(batch.cu_seqlens_q.tolist()):
             if end - start < 2:
                 continue
@@ -138,8 +132,8 @@ class _Tally:
             left, right = layer.window_size
             mask = attention_mask(n, n, causal=layer.causal, window_size=(left, right), device=device)
             seen = mask[1:].sum(-1)
-            self.means["uniform_first_token_share"].add(mask[1:, 0] / seen)
-            self.means["uniform_entropy"].add(seen.log())
+            self.add("uniform_first_token_share", mask[1:, 0] / seen)
+            self.add("uniform_entropy", seen.log())
             if document.noise is None:
                 for head in range(document.q1.shape[2]):
                     self._add_map("", self._map(layer, document.q1, document.k1, head, mask))
@@ -159,8 +153,8 @@ class _Tally:
                 difference = signal - own * noise_map
                 mass = difference.abs().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
                 self._add_map("", difference.abs() / mass)
-                self.means["negative_share"].add((-difference).clamp_min(0).sum(-1, keepdim=True) / mass)
-                self.means["cancelled_share"].add(1 - mass / (1 + own.abs()))
+                self.add("negative_share", (-difference).clamp_min(0).sum(-1, keepdim=True) / mass)
+                self.add("cancelled_share", 1 - mass / (1 + own.abs()))
 
     def _map(self, layer: BaseAttention, q: Tensor, k: Tensor, head: int, mask: Tensor) -> Tensor:
         """One head's map without the first query, (n - 1, n) float32."""
@@ -176,52 +170,41 @@ class _Tally:
         return weights[0, 0, 1:]
 
     def _add_map(self, kind: str, weights: Tensor) -> None:
-        self.means[f"{kind}first_token_share"].add(weights[:, 0])
-        self.means[f"{kind}entropy"].add(torch.special.entr(weights).sum(-1))
+        self.add(f"{kind}first_token_share", weights[:, 0])
+        self.add(f"{kind}entropy", torch.special.entr(weights).sum(-1))
 
-    def uniform(self) -> dict[str, float]:
+    def uniform(self) -> dict[str, float | None]:
         """What evenly spread attention would have, and the number of queries."""
         names = ("uniform_first_token_share", "uniform_entropy")
-        return {"queries": self.means[names[0]].count, **{name: self.means[name].value for name in names}}
+        return {"queries": self.counts[names[0]], **{name: self.mean(name) for name in names}}
 
     def result(self) -> dict[str, float | None]:
         """A layer's figures, as :func:`attention_statistics` describes them."""
         shares = [f"{kind}{name}" for kind in ("", "signal_", "noise_") for name in ("first_token_share", "entropy")]
         names = [*shares, "negative_share", "cancelled_share", "lambda"]
-        outlier_ratio, kurtosis = self.residual.result()
-        attention_outlier_ratio, attention_kurtosis = self.output.result()
         return {
-            **{name: self.means[name].value if name in self.means else None for name in names},
+            **{name: self.mean(name) for name in names},
             "largest_logit": self.largest_logit,
-            "outlier_ratio": outlier_ratio,
-            "kurtosis": kurtosis,
-            "attention_outlier_ratio": attention_outlier_ratio,
-            "attention_kurtosis": attention_kurtosis,
+            **self.residual.result(),
+            **self.output.result("attention_"),
         }
 
 
 @contextmanager
 def _watched(model: MotifForCausalLM, tallies: Sequence[_Tally]) -> Iterator[None]:
     """Within, each layer's forward pass is added to its tally."""
-    handles, attentions = [], []
-    for layer, tally in zip(model.model.layers, tallies, strict=True):
-        attention: BaseAttention = layer.self_attn
-        attention.attention_hook = partial(tally.attention, attention)
-        attentions.append(attention)
-        handles.append(layer.register_forward_hook(lambda *call, to=tally.residual: to.add(call[-1])))
-        handles.append(attention.register_forward_hook(lambda *call, to=tally.output: to.add(call[-1])))
-    try:
+    with ExitStack() as undo:
+        for layer, tally in zip(model.model.layers, tallies, strict=True):
+            attention: BaseAttention = layer.self_attn
+            attention.attention_hook = partial(tally.attention, attention)
+            undo.callback(setattr, attention, "attention_hook", None)
+            for module, moments in ((layer, tally.residual), (attention, tally.output)):
+                hook = module.register_forward_hook(lambda *call, to=moments: to.add(call[-1]))
+                undo.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for attention in attentions:
-            attention.attention_hook = None
 
 
-def gradient_norm_spikes(
-    rows: Sequence[Mapping[str, Any]], *, window: int = SPIKE_WINDOW, deviations: float = SPIKE_DEVIATIONS
-) -> int:
+def gradient_norm_spikes(rows: Sequence[Mapping[str, Any]], *, window: int = 64, deviations: float = 6.0) -> int:
     """Steps whose gradient norm stands out from those before it.
 
     A step counts where its norm is more than ``deviations`` robust standard deviations (1.4826

@@ -7,7 +7,9 @@ runs, as speeds are; all p values are corrected together after Holm.
 from collections.abc import Mapping
 from typing import Any
 
-from motifarch.study.analysis import ALPHA, StudyResults, estimate, holm, paired, welch
+import numpy as np
+
+from motifarch.study.analysis import ALPHA, StudyResults, holm, paired, welch
 
 # Measures of a study's runs: name, path, unit, whether more is better.
 _MEASURES: tuple[tuple[str, tuple[str, ...], int, bool], ...] = (
@@ -40,21 +42,17 @@ def compare_studies(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str,
     rows, tests = [], []
     for v in shared:
         for name, path, unit, more_is_better in _MEASURES:
-            ours, theirs = (
-                {seed: x / unit for seed, x in study.values(who, *path).items()}
-                for study, who in ((after, v), (before, earlier[v.name, v.size]))
-            )
-            means = estimate(list(theirs.values())), estimate(list(ours.values()))
-            if means[0] is None or means[1] is None:
+            ours, theirs = after.values(v, *path), before.values(earlier[v.name, v.size], *path)
+            if not ours or not theirs:
                 continue
             # A seed gives the same loss again, and not the same time.
             pairs = path[0] != "speed" and set(ours) == set(theirs)
             change = paired(ours, theirs) if pairs else welch(list(theirs.values()), list(ours.values()))
-            start, end = means[0].mean, means[1].mean
+            start, end = (float(np.mean(list(runs.values()))) / unit for runs in (theirs, ours))
             half = change.half if change else None
             row: dict[str, Any] = {"what": f"{v.label}, {v.activation}", "measure": name, "old": start, "new": end}
             row["change"] = (end - start) / abs(start) if start else 0.0
-            row["noise"] = abs(half / start) if half is not None and start else None
+            row["noise"] = abs(half / unit / start) if half is not None and start else None
             rows.append((row, more_is_better))
             tests.append(change.p if change else None)
     for (row, more_is_better), p in zip(rows, holm(tests), strict=True):

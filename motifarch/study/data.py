@@ -9,31 +9,21 @@ from motifarch.errors import UserError
 from motifarch.study.grid import StudyData
 
 
-def ensure_data(data: StudyData) -> Manifest:
+def ensure_data(data: StudyData, *, dry_run: bool = False) -> Manifest | None:
     """Opens the prepared folder, made first where it is missing and the grid names a source.
+
+    Returns:
+        None in a dry run without such a folder, which makes none.
 
     Raises:
         UserError: it is missing and has no source, or was prepared with another sequence length.
         KeyboardInterrupt: the preparation was interrupted.
     """
-    if not _is_there(data) and data.source:
-        options = {
-            "seq-len": data.seq_len,
-            "tokenizer": data.tokenizer,
-            "vocab-size": data.vocab_size,
-            "validation-fraction": data.validation_fraction,
-            "max-documents": data.max_documents,
-            "output": data.path,
-        }
-        argv = [text for source in data.source for text in ("--source", source)]
-        argv += [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        # A process of its own, as all that a study runs: forking a pool is safe only where nothing
-        # else has run.
-        done = subprocess.run([sys.executable, "-m", "motifarch.data.prepare", *argv], check=False)
-        if done.returncode == 130:
-            raise KeyboardInterrupt
-        if done.returncode:
-            raise UserError(f"data.source {', '.join(data.source)} could not be prepared: the reason stands above")
+    if not (Path(data.path) / FILE_NAME).is_file():
+        if dry_run:
+            return None
+        if data.source:
+            _prepare(data)
     manifest = Manifest.read(Path(data.path))
     if manifest.seq_len != data.seq_len:
         raise UserError(
@@ -41,6 +31,20 @@ def ensure_data(data: StudyData) -> Manifest:
             f"tokens; give --data.seq_len {manifest.seq_len}, or another data.path"
         )
     return manifest
+
+
+def _prepare(data: StudyData) -> None:
+    """In a process of its own: forking a pool is safe only where nothing else has run."""
+    argv = [text for source in data.source for text in ("--source", source)]
+    for name in ("seq_len", "tokenizer", "vocab_size", "validation_fraction", "max_documents"):
+        if (value := getattr(data, name)) is not None:
+            argv += [f"--{name.replace('_', '-')}", str(value)]
+    command = [sys.executable, "-m", "motifarch.data.prepare", *argv, "--output", data.path]
+    done = subprocess.run(command, check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise UserError(f"data.source {', '.join(data.source)} could not be prepared: the reason stands above")
 
 
 def describe(data: StudyData, manifest: Manifest | None) -> DataShape:
@@ -58,12 +62,3 @@ def describe(data: StudyData, manifest: Manifest | None) -> DataShape:
     if data.tokenizer is not None or not data.source:
         raise UserError(f"data.path is {data.path}, which is not prepared: how large its vocabulary is can't be said")
     return DataShape(data.seq_len, data.vocab_size, 0, data.path)
-
-
-def look(data: StudyData) -> Manifest | None:
-    """The prepared folder's manifest, if it is there; nothing is prepared."""
-    return ensure_data(data) if _is_there(data) else None
-
-
-def _is_there(data: StudyData) -> bool:
-    return (Path(data.path) / FILE_NAME).is_file()

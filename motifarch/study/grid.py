@@ -2,8 +2,9 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,14 +19,11 @@ Match = Literal["parameters", "flops", "kv_cache", "operations"]
 """What can be made equal; `operations` is the former name of `flops`."""
 
 DECIDED = (
-    "base",
+    *("base", "data.datasets", "batch.warmup_start", "optim.lr"),
     *(f"run.{name}" for name in ("output", "steps", "seed", "resume", "init_from")),
     *(f"model.{name}" for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")),
     *(f"model.{name}" for name in ("num_noise_heads", "num_key_value_heads", "head_dim", "attention_type")),
     *(f"model.{name}" for name in ("paired_kv", "hidden_act")),
-    "data.datasets",
-    "batch.warmup_start",
-    "optim.lr",
 )
 """Fields of a run's recipe that the study sets for each run."""
 
@@ -50,6 +48,13 @@ class VariantSpec(Section):
         """What tables call it, such as "gda 4:1 poly_norm"."""
         ratio = f" {self.ratio}:1" if self.attention == "gda" else ""
         return f"{self.attention.replace('softmax_', 'softmax ')}{ratio} {self.activation}"
+
+    @property
+    def head_ratio(self) -> int | None:
+        """Signal heads for each noise head; None for softmax attention."""
+        if self.attention == "gda":
+            return self.ratio
+        return None if self.attention.startswith("softmax") else 1
 
     @property
     def folder(self) -> str:
@@ -95,16 +100,6 @@ class SizeSpec(Section):
 
     ranks: PositiveInt = 1
     """Processes (on GPUs: GPUs) that one run takes; several share it by torchrun."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, with the default filled in."""
-        return 2 * self.num_noise_heads if self.num_key_value_heads is None else self.num_key_value_heads
-
-    @property
-    def query_heads(self) -> int:
-        """Softmax attention's query heads, with the default filled in."""
-        return self.hidden_size // self.head_dim if self.num_query_heads is None else self.num_query_heads
 
 
 @dataclass
@@ -206,7 +201,7 @@ class Grid(Section):
         return -(-tokens // (self.recipe.batch.size * self.data.seq_len))
 
 
-_GRIDS = TypedYaml(
+GRIDS = TypedYaml(
     Grid,
     "study",
     usage="motifarch benchmark head-ratio STUDY.yaml --output DIR [options] [--section.field VALUE ...]",
@@ -223,14 +218,9 @@ def read_grid(argv: Sequence[str]) -> Grid:
     Raises:
         UserError: a missing or unreadable file, an unknown field, a value that is not accepted.
     """
-    grid = _GRIDS.read(argv)
+    grid = GRIDS.read(argv)
     check_grid(grid)
     return grid
-
-
-def print_fields() -> None:
-    """Prints every field of a grid with its meaning."""
-    _GRIDS.print_help()
 
 
 def check_grid(grid: Grid) -> None:
@@ -278,7 +268,7 @@ def _check_learning_rate(rate: LearningRate) -> None:
 def _check_recipe(grid: Grid) -> None:
     default = Recipe()
     for name in DECIDED:
-        if (value := _field(grid.recipe, name)) != _field(default, name):
+        if (value := attrgetter(name)(grid.recipe)) != attrgetter(name)(default):
             raise UserError(
                 f"recipe.{name} is {value!r}, but the study decides it for each run; leave it out (sizes, variants, "
                 "seeds, tokens, data and learning_rate say what it becomes)"
@@ -303,15 +293,7 @@ def _check_recipe(grid: Grid) -> None:
             raise UserError(f"the study's recipe at size {size.name} ({grid.steps(size)} steps): {error}") from None
 
 
-def _field(recipe: Recipe, dotted: str) -> Any:
-    value: Any = recipe
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _unique(name: str, values: Iterable[Any]) -> None:
-    seen = list(values)
-    for value in seen:
-        if seen.count(value) > 1:
+def _unique(name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
             raise UserError(f"{name} holds {value} twice; leave one out")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from motifarch.errors import UserError
-from motifarch.study.grid import print_fields, read_grid
+from motifarch.study.grid import GRIDS, read_grid
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,12 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(args):
         build_parser().print_help()
         print("\nThe grid's fields, each of which can be overridden:\n")
-        print_fields()
+        GRIDS.print_help()
         return 0
     options, fields = build_parser().parse_known_args(args)
     for name in ("jobs", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
     grid = read_grid([options.study, *fields])
 
@@ -64,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from motifarch.study.analysis import read_results
-    from motifarch.study.data import describe, ensure_data, look
+    from motifarch.study.data import describe, ensure_data
     from motifarch.study.matching import match, print_matched
     from motifarch.study.run import run_study
 
     console = Console(highlight=False)
     options.compare = read_results(options.compare) if options.compare else None
-    manifest = look(grid.data) if options.dry_run else ensure_data(grid.data)
+    manifest = ensure_data(grid.data, dry_run=options.dry_run)
     matched = match(grid, describe(grid.data, manifest))
     print_matched(grid, matched, console)
     if manifest is None or options.dry_run:

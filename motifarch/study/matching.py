@@ -9,45 +9,33 @@ length); the key/value cache is what its key and value projections put out for a
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.study.grid import Grid, Match, SizeSpec, VariantSpec
 from motifarch.study.intermediate_size import match_intermediate_size
-from motifarch.study.variants import model_fields
 from motifarch.train.inputs import model_config
 from motifarch.train.recipe import Recipe
 
 TOLERANCE = 0.01
 """The largest difference from the reference in what is matched."""
 
-CACHE_BYTES = 2
-"""Of a number in the key/value cache: bfloat16."""
-
-UNITS: dict[str, str] = {
+UNITS: dict[Match, str] = {
     "parameters": "parameters",
     "flops": "training FLOPs per token",
     "kv_cache": "bytes of key/value cache per token",
 }
 
-
-@dataclass(frozen=True)
-class Costs:
-    """What a model costs."""
-
-    parameters: int
-    flops: float
-    """Floating-point operations of training on a token."""
-    kv_cache: int
-    """Bytes that a token keeps in generation."""
+Costs = dict[Match, float]
+"""Parameters, FLOPs of training on a token, and bytes that a token keeps in generation."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class Matched:
     model: dict[str, Any]
     """Fields of the recipe's model section, and the vocabulary."""
     costs: Costs
-    deviations: dict[Match, float]
+    deviations: Costs
     """Relative difference from the reference in each cost."""
 
     @property
@@ -68,22 +56,38 @@ class Matched:
         return self.variant.name
 
 
-def count_costs(recipe: Recipe, sequences: DataShape) -> Costs:
-    """The costs of a recipe's model, from the model itself, built without memory.
+def model_fields(variant: VariantSpec, size: SizeSpec, match: Match, intermediate_size: int) -> dict[str, Any]:
+    """Fields of a recipe's model section.
 
-    Raises:
-        UserError: no layer computes such a model.
+    Head width, noise heads and key/value heads stay, and signal heads are ratio x noise heads, so
+    that ratios differ in nothing but their signal heads. Softmax attention and DIFF V2, which have
+    no noise heads to keep, take the size's query heads: DIFF V2 twice as many over the same
+    key/value heads, as its authors ask. Where the cache is matched, softmax_mha has no more heads
+    than the others have key/value heads.
     """
-    config = model_config(recipe, sequences)
-    with torch.device("meta"):
-        model = MotifForCausalLM(config)
-    kept = 0
-    for layer in model.model.layers:
-        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):  # type: ignore[union-attr]
-            assert isinstance(projection, nn.Linear)
-            kept += projection.out_features * CACHE_BYTES
-    parameters = sum(p.numel() for p in model.parameters())
-    return Costs(parameters, model.flops_per_token(sequences.seq_len), kept)
+    noise = size.num_noise_heads
+    kv = size.num_key_value_heads or 2 * noise
+    query = size.num_query_heads or size.hidden_size // size.head_dim
+    mha = kv if match == "kv_cache" else query
+    heads: dict[str, tuple[int, int | None, int]] = {  # query heads, noise heads among them, key/value heads
+        "softmax_mha": (mha, None, mha),
+        "softmax_gqa": (query, None, kv),
+        "diff_v1": (2 * noise, noise, kv),
+        "gda": (((variant.ratio or 1) + 1) * noise, noise, kv),
+        "diff_v2": (2 * query, query, kv),
+    }
+    queries, noise_heads, key_values = heads[variant.attention]
+    return {
+        "attention_type": "softmax" if variant.attention.startswith("softmax") else variant.attention,
+        "hidden_act": variant.activation,
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_hidden_layers,
+        "head_dim": size.head_dim,
+        "num_attention_heads": queries,
+        "num_noise_heads": noise_heads,
+        "num_key_value_heads": key_values,
+        "intermediate_size": intermediate_size,
+    }
 
 
 def match(grid: Grid, sequences: DataShape) -> list[Matched]:
@@ -98,23 +102,23 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
 
     Raises:
         UserError: variants that stay more than 1% away, with what was reached, the nearest widths
-            and what would help.
+            and what would help; or heads that no layer computes.
     """
     found: list[Matched] = []
     refused: list[str] = []
     for size in grid.sizes:
-        reference = _Widths(grid, size, grid.reference_variant, sequences)
+        reference = partial(_costs, grid, sequences, size, grid.reference_variant)
         target = reference(size.intermediate_size)
         for variant in grid.variants:
-            widths = _Widths(grid, size, variant, sequences)
-            width = (
-                size.intermediate_size if variant == grid.reference_variant else _nearest(widths, target, grid.match)
-            )
-            costs = widths(width)
-            matched = Matched(variant, size, widths.fields(width), costs, _deviations(costs, target))
+            costs, width = partial(_costs, grid, sequences, size, variant), size.intermediate_size
+            if variant != grid.reference_variant:
+                width = _nearest(costs, target, grid.match, size.intermediate_multiple)
+            own = costs(width)
+            fields = model_fields(variant, size, grid.match, width)
+            matched = Matched(variant, size, fields, own, {by: own[by] / target[by] - 1 for by in own})
             found.append(matched)
             if abs(matched.deviations[grid.match]) > TOLERANCE:
-                refused.append(_refusal(grid, matched, widths, reference, target))
+                refused.append(_refusal(grid.match, matched, costs, reference))
     if refused:
         raise UserError(
             f"{len(refused)} of {len(found)} variants can't be matched to {grid.reference_variant.name!r} within "
@@ -123,58 +127,48 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
     return found
 
 
-class _Widths:
-    """A variant's costs as its feed-forward width varies."""
-
-    def __init__(self, grid: Grid, size: SizeSpec, variant: VariantSpec, sequences: DataShape) -> None:
-        self.grid, self.size, self.variant, self.sequences = grid, size, variant, sequences
-
-    def fields(self, width: int) -> dict[str, Any]:
-        return model_fields(self.variant, self.size, self.grid.match, width)
-
-    def __call__(self, width: int) -> Costs:
-        recipe = Recipe(model=dataclasses.replace(self.grid.recipe.model, **self.fields(width)))
-        try:
-            return count_costs(recipe, self.sequences)
-        except UserError as error:
-            raise UserError(f"{self.variant.name} at size {self.size.name}: {error}") from None
-
-
-def _cost(by: Match) -> Callable[[Costs], float]:
-    return lambda costs: float(getattr(costs, by))
+def _costs(grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int) -> Costs:
+    """Those of a variant with a feed-forward width, from the model itself, built without memory."""
+    fields = model_fields(variant, size, grid.match, width)
+    recipe = Recipe(model=dataclasses.replace(grid.recipe.model, **fields))
+    try:
+        with torch.device("meta"):
+            model = MotifForCausalLM(model_config(recipe, sequences))
+    except UserError as error:
+        raise UserError(f"{variant.name} at size {size.name}: {error}") from None
+    layers: Any = model.model.layers
+    cached = sum(layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in layers)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": model.flops_per_token(sequences.seq_len),
+        "kv_cache": torch.bfloat16.itemsize * cached,
+    }
 
 
-def _deviations(costs: Costs, target: Costs) -> dict[Match, float]:
-    kinds: tuple[Match, ...] = ("parameters", "flops", "kv_cache")
-    return {by: _cost(by)(costs) / _cost(by)(target) - 1 for by in kinds}
-
-
-def _nearest(widths: _Widths, target: Costs, by: Match) -> int:
+def _nearest(costs: Callable[[int], Costs], target: Costs, by: Match, multiple: int) -> int:
     """The allowed width whose cost is nearest the target's; the cache does not depend on it."""
-    cost = _cost("parameters" if by == "kv_cache" else by)
-    return match_intermediate_size(
-        lambda width: cost(widths(width)), cost(target), multiple=widths.size.intermediate_multiple
-    )
+    kind: Match = "parameters" if by == "kv_cache" else by
+    return match_intermediate_size(lambda width: costs(width)[kind], target[kind], multiple=multiple)
 
 
-def _refusal(grid: Grid, matched: Matched, widths: _Widths, reference: _Widths, target: Costs) -> str:
-    by, size = grid.match, matched.size
-    cost, width = _cost(by), matched.model["intermediate_size"]
-    aim = f"{cost(target):,.0f} {UNITS[by]}"
+def _refusal(by: Match, matched: Matched, costs: Callable[[int], Costs], reference: Callable[[int], Costs]) -> str:
+    """Why a variant can't be matched, and what would help."""
+    size, width, unit = matched.size, matched.model["intermediate_size"], matched.size.intermediate_multiple
+    target = reference(size.intermediate_size)[by]
+    aim = f"{target:,.0f} {UNITS[by]}"
     if by == "kv_cache":
         return (
-            f"  {matched.name} at size {size.name}: {cost(matched.costs):,.0f} instead of {aim} "
+            f"  {matched.name} at size {size.name}: {matched.costs[by]:,.0f} instead of {aim} "
             f"({matched.deviations[by]:+.1%}); its key/value heads decide, choose a num_key_value_heads that fits both"
         )
-    unit = size.intermediate_multiple
     nearest = [w for w in (width - unit, width, width + unit) if w > 0]
-    reached = ", ".join(f"{_deviations(widths(w), target)[by]:+.2%} with a feed-forward of {w}" for w in nearest)
+    reached = ", ".join(f"{costs(w)[by] / target - 1:+.2%} with a feed-forward of {w}" for w in nearest)
     if width == unit and matched.deviations[by] > 0:
         # What the reference would have to cost for the variant to reach it with a feed-forward as
         # wide as its heads.
-        wanted = cost(widths(max(unit, size.hidden_size)))
-        slope = cost(reference(size.intermediate_size + 1)) - cost(target)
-        enough = size.intermediate_size + int((wanted - cost(target)) / slope) + 1
+        wanted = costs(max(unit, size.hidden_size))[by]
+        slope = reference(size.intermediate_size + 1)[by] - target
+        enough = size.intermediate_size + int((wanted - target) / slope) + 1
         help_ = (
             f"its attention alone takes too much: raise sizes.intermediate_size ({size.intermediate_size}) to about "
             f"{enough}, lower num_noise_heads ({size.num_noise_heads}), or leave the variant out"
@@ -188,7 +182,7 @@ def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> N
     """Prints a table for each size: heads, widths, costs and their differences."""
     # Narrower terminals fold its lines, which loses less than cutting its cells.
     wide = Console(width=max(console.width, 120), highlight=False)
-    columns = ("heads\n(noise)", "key/value\nheads", "intermediate\nsize")
+    heads = ("heads\n(noise)", "key/value\nheads", "intermediate\nsize")
     costs = ("parameters", "training\nMFLOPs/token", "cache\nbytes/token")
     for size in grid.sizes:
         table = Table(
@@ -200,11 +194,11 @@ def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> N
             collapse_padding=True,
         )
         table.add_column("variant", no_wrap=True)
-        for heading in (*columns, *costs):
+        for heading in (*heads, *costs):
             table.add_column(heading, justify="right", no_wrap=True)
         for m in (m for m in matched if m.size.name == size.name):
             noise = f" ({m.model['num_noise_heads']})" if m.model["num_noise_heads"] else ""
-            counts = (f"{m.costs.parameters:,}", f"{m.costs.flops / 1e6:,.2f}", f"{m.costs.kv_cache:,}")
+            counts = (f"{m.costs['parameters']:,}", f"{m.costs['flops'] / 1e6:,.2f}", f"{m.costs['kv_cache']:,}")
             table.add_row(
                 m.name,
                 f"{m.model['num_attention_heads']}{noise}",

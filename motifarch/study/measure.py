@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -95,7 +96,12 @@ def measure(
     """
     options = MeasureOptions() if options is None else options
     show("checkpoint")
-    record = _read(run)
+    record = read_record(run)
+    if missing := [name for name in ("model_config", "recipe", "compute") if name not in record]:
+        raise UserError(
+            f"{run / RECORD} is missing or damaged (it has no {', '.join(missing)}); give the output folder of a "
+            "motifarch train run"
+        )
     model = _load_model(run, record, device)
     datasets = [PackedDataset.open(entry["path"], "validation") for entry in record["recipe"]["data"]["datasets"]]
     lines = find_lines(load_tokenizer(datasets[0].folder / "tokenizer"), datasets[0])
@@ -122,16 +128,6 @@ def measure(
         "attention": {**attention, "gradient_norm_spikes": gradient_norm_spikes(metrics)},
         "speed": {**training_speed(metrics), **decoding},
     }
-
-
-def _read(run: Path) -> dict[str, Any]:
-    record = read_record(run)
-    if missing := [name for name in ("model_config", "recipe", "compute") if name not in record]:
-        raise UserError(
-            f"{run / RECORD} is missing or damaged (it has no {', '.join(missing)}); give the output folder of a "
-            "motifarch train run"
-        )
-    return record
 
 
 def _load_model(run: Path, record: dict[str, Any], device: str) -> MotifForCausalLM:
@@ -161,13 +157,8 @@ def _time_decoding(
         raise UserError(
             f"new_tokens is {options.new_tokens}, but the model has {positions} positions: give at most {positions - 2}"
         )
-    ids: list[int] = []
-    for row in range(len(data)):
-        if len(ids) > prefill:
-            break
-        ids += data[row].input_ids[:-1].tolist()
-    ids = (ids * (prefill // len(ids) + 1))[: prefill + 1]
-    prompt = torch.tensor([ids], device=model.device)
+    rows = [data[i % len(data)].input_ids[:-1] for i in range(prefill // data.seq_len + 1)]
+    prompt = torch.tensor(np.concatenate(rows)[None, : prefill + 1], dtype=torch.long, device=model.device)
     speed = decoding_speed(model, prompt, new_tokens=options.new_tokens, repeats=options.repeats)
     return {**speed, "decode_dtype": compute}
 
@@ -190,15 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             default=default,
             help=f"default: {' '.join(map(str, default)) if many and default else default or 'from the run'}",
         )
-    arguments = vars(parser.parse_args(argv))
-    run, output, seed, device = (arguments.pop(name) for name in ("run", "output", "seed", "device"))
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
-    options = MeasureOptions(**values)
+    given = parser.parse_args(argv)
+    options = MeasureOptions(**{field.name: getattr(given, field.name) for field in dataclasses.fields(MeasureOptions)})
     with Console(stderr=True).status("") as status:
-        found = measure(run, seed=seed, device=device, options=options, show=status.update)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, found)
-    print(f"measured {run} into {output}")
+        found = measure(given.run, seed=given.seed, device=given.device, options=options, show=status.update)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(given.output, found)
+    print(f"measured {given.run} into {given.output}")
     return 0
 
 

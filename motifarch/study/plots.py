@@ -94,13 +94,9 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
                 validation.plot(at, loss - np.interp(at, base_at, base), **style)
             _, seconds, loss = _mean_curve(runs, "validation")
             timed.plot(seconds, loss, **style)
-    labels = (
-        ("tokens", "training loss, smoothed"),
-        ("tokens", "validation loss less reference's"),
-        ("seconds of training", "validation loss"),
-    )
-    for axes, (x, y) in zip((training, validation, timed), labels, strict=True):
-        axes.set(xlabel=x, ylabel=f"{y}, nats/token")
+    training.set(xlabel="tokens", ylabel="training loss, smoothed, nats/token")
+    validation.set(xlabel="tokens", ylabel="validation loss less reference's, nats/token")
+    timed.set(xlabel="seconds of training", ylabel="validation loss, nats/token")
     for axes in (training, timed):
         _cut_first_descent(axes)
     training.legend(ncols=3)
@@ -130,16 +126,8 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
         axes.pcolormesh(values, cmap="PuOr", vmin=chance - reach, vmax=chance + reach)
         axes.invert_yaxis()
         for (i, j), value in np.ndenumerate(values):
-            dark = abs(value - chance) > 0.6 * reach
-            axes.text(
-                j + 0.5,
-                i + 0.5,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else "black",
-            )
+            color = "white" if abs(value - chance) > 0.6 * reach else "black"
+            axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_xticks(np.arange(len(about["depths"])) + 0.5, [f"{100 * d:g}%" for d in about["depths"]])
         axes.set_yticks(np.arange(len(about["lengths"])) + 0.5, [f"{n:,}" for n in about["lengths"]])
         axes.set_title(study.title(v))

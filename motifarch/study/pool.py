@@ -1,7 +1,6 @@
 """Runs a study's runs, each in processes of its own: side by side, and none stops the others."""
 
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 import yaml
@@ -80,11 +79,21 @@ class _Active:
     devices: list[str]
     stage: Literal["train", "measure"]
     process: subprocess.Popen[bytes]
-    log: IO[bytes]
 
 
 class Pool:
-    """Starts and watches processes; what is known of a run is in its folder."""
+    """Starts and watches processes; what is known of a run is in its folder.
+
+    Args:
+        grid: the study.
+        slots: where runs can be.
+        runs: all of the study's, whose FLOPs tell the time left.
+        compute: the precision of all runs.
+        lock: the study folder's lock, which the processes inherit.
+        console: where progress is shown.
+        stopped: whether the study is to stop.
+        after: called after every run that ended, well or not.
+    """
 
     def __init__(
         self,
@@ -98,33 +107,20 @@ class Pool:
         stopped: Callable[[], bool],
         after: Callable[[], object],
     ) -> None:
-        """Takes what holds for all runs.
-
-        Args:
-            grid: the study.
-            slots: where runs can be.
-            runs: all of the study's, whose FLOPs tell the time left.
-            compute: the precision of all runs.
-            lock: the study folder's lock, which the processes inherit.
-            console: where progress is shown.
-            stopped: whether the study is to stop.
-            after: called after every run that ended, well or not.
-        """
         self.grid, self.slots, self.compute = grid, slots, compute
         self._lock, self._console, self._stopped, self._after = lock, console, stopped, after
-        self._free = list(slots.devices)
+        self._free, self._runs = list(slots.devices), list(runs)
         self._active: list[_Active] = []
-        self._runs = list(runs)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         # Speed is that since the start: runs differ.
         self._bars = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=1e9)
-        total = sum(run.steps * run.matched.costs.flops for run in runs)
+        total = sum(run.steps * run.matched.costs["flops"] for run in runs)
         self._bar = self._bars.add_task("the study", total=total, completed=int(self._flops_done()))
 
     def _flops_done(self) -> float:
         """Of all runs; one that failed is no longer waited for."""
         done = {"finished": lambda r: r.steps, "failed": lambda r: r.steps, "missing": Run.steps_done}
-        return sum(done[run.status](run) * run.matched.costs.flops for run in self._runs)
+        return sum(done[run.status](run) * run.matched.costs["flops"] for run in self._runs)
 
     def run(self, runs: Sequence[Run]) -> None:
         """Runs those given, until all have ended or the study is to stop: then they save."""
@@ -132,7 +128,9 @@ class Pool:
         try:
             with self._bars:
                 while (waiting or self._active) and not self._stopped():
-                    while waiting and len(self._active) < self.slots.jobs and self._fits(waiting[0]):
+                    while waiting and len(self._active) < self.slots.jobs:
+                        if len(self._free) < self._gpus(waiting[0]):
+                            break
                         self._begin(waiting.popleft())
                     time.sleep(_POLL_S)
                     for active in list(self._active):
@@ -144,41 +142,40 @@ class Pool:
         finally:
             self._stop_all()
 
-    def _fits(self, run: Run) -> bool:
-        return not self.slots.devices or len(self._free) >= run.matched.size.ranks
+    def _gpus(self, run: Run) -> int:
+        return run.matched.size.ranks if self.slots.devices else 0
 
     def _begin(self, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        recipe = json.loads(json.dumps(to_dict(run_recipe(self.grid, run, self.compute))))
+        recipe = to_dict(run_recipe(self.grid, run, self.compute))
         (run.folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        count = run.matched.size.ranks if self.slots.devices else 0
+        count = self._gpus(run)
         devices, self._free = self._free[:count], self._free[count:]
         stage: Literal["train", "measure"] = "measure" if _is_trained(run) and not run.sweep else "train"
-        self._active.append(_Active(run, devices, stage, *self._start(run, stage, devices)))
+        self._active.append(_Active(run, devices, stage, self._start(run, stage, devices)))
 
-    def _start(self, run: Run, stage: str, devices: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    def _start(self, run: Run, stage: str, devices: list[str]) -> subprocess.Popen[bytes]:
         threads = str(self.slots.threads)
         env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
-        log = (run.folder / f"{stage}.log").open("ab")
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(_DIE_WITH_PARENT), str(os.getpid()), *self.command(run, stage)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=env,
-            pass_fds=(self._lock,),
-            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-        )
-        return process, log
+        with (run.folder / f"{stage}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", str(_DIE_WITH_PARENT), str(os.getpid()), *self.command(run, stage)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                pass_fds=(self._lock,),
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
 
     def command(self, run: Run, stage: str) -> list[str]:
         """The process of a run's stage, "train" or "measure"."""
         python, ranks = sys.executable, run.matched.size.ranks
         if stage == "measure":
-            options = {"output": run.folder / MEASURED, "seed": run.seed, "device": "cpu"}
-            options["device"] = "cuda" if self.slots.devices else "cpu"
+            device = "cuda" if self.slots.devices else "cpu"
+            options = {"output": run.folder / MEASURED, "seed": run.seed, "device": device}
             command = [python, "-m", "motifarch.study.measure", str(run.folder)]
             for name, value in (options | dataclasses.asdict(self.grid.measure)).items():
                 # What is null or empty the measuring decides itself.
@@ -190,11 +187,9 @@ class Pool:
 
     def _ended(self, active: _Active, status: int) -> None:
         """Goes on to the next stage, or notes how the run ended."""
-        active.log.close()
         run = active.run
         if status == 0 and active.stage == "train" and not run.sweep:
-            active.stage = "measure"
-            active.process, active.log = self._start(run, active.stage, active.devices)
+            active.stage, active.process = "measure", self._start(run, "measure", active.devices)
             return
         self._active.remove(active)
         self._free += active.devices
@@ -230,7 +225,6 @@ class Pool:
             except subprocess.TimeoutExpired:
                 active.process.kill()
                 active.process.wait()
-            active.log.close()
         self._active.clear()
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -311,14 +312,8 @@ def probe(
         result[name] = [v.mean(0).tolist() for v in values]
         result["overall"][name] = float(np.mean([v.mean() for v in values]))
         # Depths share a context; lengths share nothing.
-        errors = [_error(v.mean(1)) for v in values]
+        errors = [stats.sem(v.mean(1)) for v in values]
         result["overall"][f"{name}_error"] = float(np.sqrt(np.square(errors).sum()) / len(errors))
     for name in ("gain", "binding"):
-        result[f"{name}_error"] = [_error(getattr(answers, name)).tolist() for answers in found]
+        result[f"{name}_error"] = [stats.sem(getattr(answers, name)).tolist() for answers in found]
     return result
-
-
-def _error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over pairs."""
-    error: np.ndarray = values.std(0, ddof=1) / np.sqrt(len(values))
-    return error

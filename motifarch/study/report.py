@@ -22,33 +22,10 @@ from markdown_it import MarkdownIt
 
 from motifarch.files import atomic_write
 from motifarch.study import plots
-from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, estimate, read_results
+from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, read_results
 
 HTML, MARKDOWN = "report.html", "report.md"
-SPEEDS = {
-    "Training, tokens/s": ("train_tokens_per_s", 1),
-    "Model TFLOP/s": ("model_tflops", 1),
-    "Peak memory, MiB": ("peak_memory_bytes", 1 << 20),
-    "Decoding, tokens/s": ("decode_tokens_per_s", 1),
-    "KV bytes per token": ("kv_bytes_per_token", 1),
-}
 PROBE = {"gain": ("Gain, nats", 1.0), "binding": ("Binding, nats", 1.0), "accuracy": ("Accuracy, %", 100.0)}
-STATISTICS = {
-    "first_token_share": "Share of attention on the first token",
-    "signal_first_token_share": "The same, signal map alone",
-    "noise_first_token_share": "The same, noise map alone",
-    "entropy": "Entropy of attention, nats",
-    "signal_entropy": "Entropy of the signal map, nats",
-    "noise_entropy": "Entropy of the noise map, nats",
-    "negative_share": "Share of attention that is negative",
-    "cancelled_share": "Share of attention that cancels out",
-    "lambda": "Lambda",
-    "outlier_ratio": "Largest activation over root mean square",
-    "attention_outlier_ratio": "The same, attention's output",
-    "largest_logit": "Largest attention logit",
-    "kurtosis": "Kurtosis of the residual stream",
-    "attention_kurtosis": "Kurtosis of attention's output",
-}
 # Folders from the root on, before the name of a file.
 _FOLDERS = re.compile(r"(?<![\w.…/:])/(?:[\w.+@~-]+/)+")
 
@@ -71,20 +48,12 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The report without plots.
-
-    Raises:
-        UserError: the results are of another kind.
-    """
+    """The report without plots; raises as `write_report` does."""
     return _render(results, None)
 
 
 def to_html(results: Mapping[str, Any]) -> str:
-    """The report as a page, plots inlined as SVG.
-
-    Raises:
-        UserError: the results are of another kind.
-    """
+    """The report as a page, plots inlined as SVG; raises as `write_report` does."""
     drawn: list[str] = []
     text = _render(results, drawn)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
@@ -115,7 +84,6 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
     """The Markdown; plots are drawn into a list, or left out where there is none."""
     study = StudyResults(results)
     probe: dict[str, Any] = next((run["probe"] for run in study.finished if run.get("probe")), {})
-    attention = [run["attention"] for run in study.finished if run.get("attention")]
     parameters = {(v.name, v.size): v.row["parameters"] for v in study.variants}
     tried = {(run["variant"], run["size"], run["learning_rate"]): run for run in results.get("sweep") or ()}
     rates = sorted({rate for _, _, rate in tried})
@@ -135,18 +103,16 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
             page=drawn is not None,
             plot=plot,
             tokens_per_parameter=[r["tokens"] / parameters[r["variant"], r["size"]] for r in study.finished],
-            last_fall=study.last_fall(),
             probe=probe,
             probe_names=[name for key, (name, _) in PROBE.items() if key in probe],
-            probe_rows=by_variant(study, [probed(study, key) for key in PROBE if key in probe]),
+            probe_rows=by_variant(
+                study, [study.retrieval(key, unit) for key, (_, unit) in PROBE.items() if key in probe]
+            ),
             at_chance=[key for key in PROBE if study.above_chance(key) == []],
-            uniform=attention[0] if attention else None,
             attention_rows=partial(attention_rows, study),
             titles=lambda variants: [study.title(v) for v in variants],
-            speed_names=list(SPEEDS),
-            speed_rows=by_variant(
-                study,
-                [[study.estimate(v, "speed", name, unit=u) for v in study.variants] for name, u in SPEEDS.values()],
+            speed_rows=lambda measures: by_variant(
+                study, [[study.estimate(v, "speed", name, unit=u) for v in study.variants] for name, u in measures]
             ),
             environment=list(_flat(results["environment"])),
             rates=[f"{rate:g}" for rate in rates],
@@ -171,12 +137,6 @@ def _wrap(block: str) -> str:
     )
 
 
-def probed(study: StudyResults, name: str) -> list[Estimate | None]:
-    """A measure of the retrieval probe of each variant, over all lengths and depths."""
-    found = [study.probed(v, name) for v in study.variants]
-    return [None if x is None else estimate(list(PROBE[name][1] * x.mean(axis=(1, 2)))) for x in found]
-
-
 def by_variant(study: StudyResults, columns: Sequence[Sequence[Estimate | None]]) -> list[list[str]]:
     """Rows of a table, each column with the decimals that its largest mean takes."""
     written = []
@@ -186,9 +146,9 @@ def by_variant(study: StudyResults, columns: Sequence[Sequence[Estimate | None]]
     return [[study.title(v), *cells] for v, *cells in zip(study.variants, *written, strict=True)]
 
 
-def attention_rows(study: StudyResults, variants: Sequence[Variant]) -> Iterator[list[str]]:
+def attention_rows(study: StudyResults, variants: Sequence[Variant], labels: Mapping[str, str]) -> Iterator[list[str]]:
     """Attention statistics, means over layers, each with the decimals that its largest takes."""
-    for name, label in STATISTICS.items():
+    for name, label in labels.items():
         layers = [[y for _, y in study.by_layer(v, name)] for v in variants]
         means = [float(np.mean(values)) if values else None for values in layers]
         if any(mean is not None for mean in means):

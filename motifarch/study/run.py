@@ -10,8 +10,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -23,12 +24,10 @@ from motifarch.files import write_json
 from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
 from motifarch.study.grid import Grid
-from motifarch.study.learning_rates import choose_rates, smallest_size
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.pool import Pool, Slots, find_slots
 from motifarch.study.report import write_report
-from motifarch.study.runs import FAILED, Run, main_run, sweep_run
-from motifarch.study.variants import head_ratio
+from motifarch.study.runs import FAILED, Run, choose_rates, smallest_size
 from motifarch.train.precision import choose_compute
 from motifarch.train.stop import StopSignals
 
@@ -50,8 +49,7 @@ def run_study(
     Args:
         grid: the study.
         matched: its variants at all sizes.
-        options: of the command line: output, jobs, threads, retry_failed, and compare: earlier
-            results, or None.
+        options: of `motifarch.study.main`, compare as earlier results or None.
         command: the command line, for the record.
         fingerprint: of the prepared data.
         console: where to print.
@@ -69,7 +67,7 @@ def run_study(
         plan.begin(command, fingerprint, slots)
         if options.retry_failed:
             for run in [*plan.open_sweep("failed"), *plan.runs]:
-                run.forget_failure()
+                (run.folder / FAILED).unlink(missing_ok=True)  # it resumes from its newest checkpoint
         pool = Pool(
             grid,
             slots,
@@ -111,21 +109,23 @@ def locked(folder: Path, say: Callable[[str], None], patience_s: float = 60.0) -
     except OSError as error:
         raise UserError(f"--output is {folder}, which can't be written: {error.strerror}; give another one") from None
     with file:
-        deadline, told = time.monotonic() + patience_s, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
+        if not _try_lock(file):
+            say(f"waiting for the processes that are still at work in {folder}")
+            deadline = time.monotonic() + patience_s
+            while not _try_lock(file):
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"another process is at work in {folder}; wait until it ends, or give another --output"
-                    ) from None
-                if not told:
-                    say(f"waiting for the processes that are still at work in {folder}")
-                    told = True
+                    )
                 time.sleep(0.2)
         yield file.fileno()
+
+
+def _try_lock(file: TextIO) -> bool:
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 class StudyPlan:
@@ -161,19 +161,24 @@ class StudyPlan:
     @cached_property
     def sweep(self) -> list[Run]:
         """The runs that try learning rates, of each variant at the smallest size."""
-        smallest = smallest_size(self.matched)
-        variants = [m for m in self.matched if m.size.name == smallest]
-        return [sweep_run(self.grid, self.path, m, rate) for m in variants for rate in self.grid.learning_rate.sweep]
+        grid, smallest = self.grid, smallest_size(self.matched)
+        runs = []
+        for m, rate in product((m for m in self.matched if m.size == smallest), grid.learning_rate.sweep):
+            steps = grid.steps(m.size, grid.learning_rate.tokens or max(1, (m.size.tokens or grid.tokens) // 4))
+            folder = self.path / "sweep" / m.variant.folder / f"lr_{rate:g}"
+            runs.append(Run(m, grid.seeds[0], steps, rate, folder, sweep=True))
+        return runs
 
     @property
     def runs(self) -> list[Run]:
         """The runs that are compared; a rate that is not chosen yet is NaN."""
+        runs = []
         # By seeds, so that a study that is cut short has compared all variants on the first ones.
-        return [
-            main_run(self.grid, self.path, m, seed, float(self._rate(m).get("learning_rate", math.nan)))
-            for seed in self.grid.seeds
-            for m in self.matched
-        ]
+        for seed, m in product(self.grid.seeds, self.matched):
+            folder = self.path / "runs" / m.size.name / m.variant.folder / f"seed_{seed}"
+            rate = float(self._rate(m).get("learning_rate", math.nan))
+            runs.append(Run(m, seed, self.grid.steps(m.size), rate, folder))
+        return runs
 
     def _rate(self, matched: Matched) -> dict[str, Any]:
         rates = self.content.get("learning_rates", {})
@@ -213,7 +218,7 @@ class StudyPlan:
 
     def open_sweep(self, status: str) -> list[Run]:
         """Runs of the sweep with a status, of variants whose rate is not chosen yet."""
-        known = self.content.get("learning_rates", {}).get(smallest_size(self.matched), {})
+        known = self.content.get("learning_rates", {}).get(smallest_size(self.matched).name, {})
         return [run for run in self.sweep if run.matched.name not in known and run.status == status]
 
     def choose_rates(self) -> None:
@@ -251,12 +256,12 @@ class StudyPlan:
             "name": matched.name,
             "size": matched.size.name,
             "attention": matched.variant.attention,
-            "ratio": head_ratio(matched.variant),
+            "ratio": matched.variant.head_ratio,
             "activation": matched.variant.activation,
             "model": matched.model,
-            "parameters": matched.costs.parameters,
-            "training_flops_per_token": matched.costs.flops,
-            "kv_bytes_per_token": matched.costs.kv_cache,
+            "parameters": matched.costs["parameters"],
+            "training_flops_per_token": matched.costs["flops"],
+            "kv_bytes_per_token": matched.costs["kv_cache"],
             "deviation": matched.deviations[self.grid.match],
             "deviations": matched.deviations,
             **(self._rate(matched) or {"learning_rate": None, "learning_rate_from": None}),

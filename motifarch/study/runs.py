@@ -1,8 +1,9 @@
-"""A run of a study: its folder, its recipe, how far it has come and what came of it."""
+"""A run of a study: its folder, its recipe, its learning rate, and what came of it."""
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,13 +12,16 @@ from typing import Any, Literal
 
 from motifarch.errors import UserError
 from motifarch.files import write_json
-from motifarch.study.grid import Grid
+from motifarch.study.grid import Grid, SizeSpec
 from motifarch.study.matching import Matched
 from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.recipe import DatasetEntry, Recipe
 
 RESULT, FAILED, RECIPE, MEASURED = "result.json", "failed.json", "recipe.yaml", "measured.json"
 _CURVE_POINTS = 200
+
+Rates = dict[str, dict[str, dict[str, Any]]]
+"""Size -> variant -> "learning_rate", its "..._from" and, of a swept one, "..._at_edge"."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,15 @@ class Run:
         about = {"stage": stage, "error": error, "status": status, "log_tail": list(log_tail)}
         write_json(self.folder / FAILED, about)
 
-    def forget_failure(self) -> None:
-        """Lets a failed run be tried again; it resumes from its newest checkpoint."""
-        (self.folder / FAILED).unlink(missing_ok=True)
-
     def steps_done(self) -> int:
         """Steps that its metrics hold, read from the file's end."""
         try:
             with (self.folder / METRICS).open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 8192))
-                lines = file.read().splitlines()
+                steps = re.findall(rb'"step": (\d+)[,}]', file.read())
         except OSError:
             return 0
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short by the file's being written, or by where reading began
-        return 0
+        return int(steps[-1]) if steps else 0
 
     def outcome(self) -> dict[str, Any]:
         """Its row of results.json: what it was, its state and, where it has one, its result."""
@@ -95,33 +90,14 @@ class Run:
         return row | {"status": status, "error": None} | result
 
 
-def main_run(grid: Grid, study: Path, matched: Matched, seed: int, learning_rate: float) -> Run:
-    """A run that is compared."""
-    folder = study / "runs" / matched.size.name / matched.variant.folder / f"seed_{seed}"
-    return Run(matched, seed, grid.steps(matched.size), learning_rate, folder)
-
-
-def sweep_run(grid: Grid, study: Path, matched: Matched, learning_rate: float) -> Run:
-    """A run that tries a learning rate."""
-    folder = study / "sweep" / matched.variant.folder / f"lr_{learning_rate:g}"
-    tokens = grid.learning_rate.tokens or max(1, (matched.size.tokens or grid.tokens) // 4)
-    return Run(matched, grid.seeds[0], grid.steps(matched.size, tokens), learning_rate, folder, sweep=True)
-
-
 def run_recipe(grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat16"]) -> Recipe:
-    """The recipe of a run: the grid's, with what the study decides.
-
-    Args:
-        grid: the study.
-        run: which one.
-        compute: the precision of all of the study's runs.
-    """
+    """The recipe of a run: the grid's, with what the study decides."""
     recipe, full = grid.recipe, grid.steps(run.matched.size)
     optim = dataclasses.replace(recipe.optim, lr=run.learning_rate)
-    if run.steps != full:  # a shorter run has a shorter warm-up and decay
-        optim.warmup_steps = round(optim.warmup_steps * run.steps / full)
-        if optim.decay_steps is not None:
-            optim.decay_steps = round(optim.decay_steps * run.steps / full)
+    # A shorter run has a shorter warm-up and decay.
+    optim.warmup_steps = round(optim.warmup_steps * run.steps / full)
+    if optim.decay_steps is not None:
+        optim.decay_steps = round(optim.decay_steps * run.steps / full)
     return dataclasses.replace(
         recipe,
         run=dataclasses.replace(recipe.run, output=str(run.folder), steps=run.steps, seed=run.seed),
@@ -150,11 +126,12 @@ def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
     # At most so many stretches: (tokens, seconds) at the end, mean loss, largest gradient norm.
     length = -(-len(rows) // _CURVE_POINTS)
     curve = []
-    for part in (range(first, min(first + length, len(rows))) for first in range(0, len(rows), length)):
+    for first in range(0, len(rows), length):
+        part = rows[first : first + length]
         # What was not finite is null in the metrics: such a step was skipped.
-        losses, norms = ([rows[i][name] for i in part if rows[i][name] is not None] for name in ("loss", "grad_norm"))
+        losses, norms = ([row[name] for row in part if row[name] is not None] for name in ("loss", "grad_norm"))
         mean = float(f"{math.fsum(losses) / len(losses):.6g}") if losses else None
-        curve.append([*at[part[-1]], mean, float(f"{max(norms):.6g}") if norms else None])
+        curve.append([*at[first + len(part) - 1], mean, float(f"{max(norms):.6g}") if norms else None])
     result = {
         "steps": run.steps,
         "tokens": run.steps * tokens_per_step,
@@ -166,3 +143,32 @@ def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
         "validation_loss": rows[-1]["validation_loss"],
     }
     return result if run.sweep else result | run.read(MEASURED)
+
+
+def smallest_size(matched: Sequence[Matched]) -> SizeSpec:
+    """The size with the fewest parameters, where rates are swept."""
+    return min(matched, key=lambda m: m.costs["parameters"]).size
+
+
+def choose_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run] = ()) -> Rates:
+    """The rate of each variant at each size: the one given, or the best of its sweep.
+
+    The sweep's runs are those at the smallest size, none of them still to be run; a variant none of
+    whose runs finished has no rate.
+    """
+    smallest, rule, rates = smallest_size(matched), grid.learning_rate, Rates()
+    for m in matched:
+        tried = [run for run in sweep if run.matched.name == m.name and run.status == "finished"]
+        if rule.sweep and not tried:
+            continue
+        best = min(tried, key=lambda run: float(run.read(RESULT)["validation_loss"]), default=None)
+        rate = best.learning_rate if best else rule.given
+        assert rate is not None
+        factor = smallest.hidden_size / m.size.hidden_size if rule.transfer == "inverse_width" else 1.0
+        carried = m.size != smallest and (best is not None or factor != 1)
+        origin = "transferred" if carried else "swept" if best else "given"
+        entry: dict[str, Any] = {"learning_rate": rate * factor, "learning_rate_from": origin}
+        if best:
+            entry["learning_rate_at_edge"] = rate in (min(rule.sweep), max(rule.sweep))
+        rates.setdefault(m.size.name, {})[m.name] = entry
+    return rates

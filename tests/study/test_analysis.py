@@ -20,7 +20,7 @@ from motifarch.study.analysis import (
     with_noise,
 )
 
-STUDIES = 300
+STUDIES = 2000
 
 
 def within(successes: int, trials: int, share: float) -> bool:

@@ -23,7 +23,7 @@ def test_our_studies_can_be_matched_in_all_three_ways(path: Path, by: str) -> No
     found = match(grid, describe(grid.data, None))
     assert len(found) == len(grid.sizes) * len(grid.variants) >= 5
     assert len(grid.seeds) >= 3
-    assert min(m.costs.parameters for m in found) >= {"tiny_cpu": 2e6, "gpu_50m": 50e6, "gpu_short": 50e6}[path.stem]
+    assert min(m.costs["parameters"] for m in found) >= {"tiny_cpu": 2e6, "gpu_50m": 50e6, "gpu_short": 50e6}[path.stem]
 
 
 def test_any_field_can_be_overridden(tmp_path: Path) -> None:

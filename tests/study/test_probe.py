@@ -125,31 +125,23 @@ def test_questions_depend_on_the_seed_alone(lines, data):
     assert not torch.equal(one.values, other.values)
 
 
-def test_a_model_that_recalls(lines, data):
-    found = run(Model, lines, data)
-    assert found["lengths"] == [LENGTH, 2 * LENGTH]
-    assert found["depths"] == list(DEPTHS)
-    assert found["accuracy"] == [[1.0] * 5] * 2
-    loss = np.log(np.exp(8) + data.vocab_size - 1) - 8
-    np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(found["gain"], 8, rtol=1e-5)
-    np.testing.assert_allclose(found["binding"], 8, rtol=1e-5)
+@pytest.mark.parametrize(
+    ("kind", "accuracy", "gain", "binding"),
+    [
+        (Model, 1, 8, 8),
+        (Bag, 0.2, 8, 0),  # ties share
+        (Latest, [0, 0, 0, 0, 1], [0, 0, 0, 0, 8], 0),
+    ],
+)
+def test_models_of_known_abilities_score_by_them(lines, data, kind, accuracy, gain, binding):
+    found = run(kind, lines, data)
+    assert (found["lengths"], found["depths"], found["chance"]) == ([LENGTH, 2 * LENGTH], list(DEPTHS), 0.2)
+    np.testing.assert_allclose(found["accuracy"], np.broadcast_to(accuracy, (2, 5)))
+    np.testing.assert_allclose(found["gain"], np.broadcast_to(gain, (2, 5)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["binding"], binding, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["gain_error"], 0, atol=1e-5)
-
-
-def test_a_model_that_knows_the_values_and_not_whose_they_are(lines, data):
-    found = run(Bag, lines, data)
-    assert found["chance"] == 0.2
-    np.testing.assert_allclose(found["accuracy"], 0.2)  # ties share
-    np.testing.assert_allclose(found["gain"], 8, rtol=1e-5)
-    np.testing.assert_allclose(found["binding"], 0, atol=1e-6)
-
-
-def test_a_model_that_repeats_the_last_value(lines, data):
-    found = run(Latest, lines, data)
-    np.testing.assert_allclose(found["accuracy"], [[0, 0, 0, 0, 1]] * 2)
-    np.testing.assert_allclose(found["gain"], [[0, 0, 0, 0, 8]] * 2, atol=1e-5)
-    np.testing.assert_allclose(found["binding"], 0, atol=1e-6)
+    if kind is Model:
+        np.testing.assert_allclose(found["loss"], np.log(np.exp(8) + data.vocab_size - 1) - 8, rtol=1e-5)
 
 
 def test_a_model_that_sees_no_context(lines, data):
