@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
-from motifarch.train.checkpoint import CheckpointWriter, mismatch
+from motifarch.train.checkpoint import CheckpointWriter, explain_mismatch
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
 
@@ -45,9 +45,8 @@ def average(run: Path, output: Path, last: int) -> Path:
 
     Args:
         run: a run's output folder.
-        output: folder to write: a run's folder with one checkpoint. `motifarch export` takes the
-            folder, and `run.init_from` the checkpoint. An earlier average there is replaced once
-            the new one is whole.
+        output: folder to write: a run's with one checkpoint, for `motifarch export`; its checkpoint
+            is for `run.init_from`. An earlier average is replaced once the new one is whole.
         last: checkpoints to average.
 
     Returns:
@@ -74,24 +73,15 @@ def average(run: Path, output: Path, last: int) -> Path:
     about: dict[str, Any] = read_manifest(found[0])["about"] | {AVERAGE_OF: steps}
     mean = CheckpointMean(found)
     weights = mean.weights()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tensors"),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn())
     with claim_folder(output, print), new_folder(output) as folder, Progress(*columns, transient=True) as progress:
         target = checkpoints_folder(folder) / checkpoint_name(steps[0])
         target.parent.mkdir()
         writer = CheckpointWriter(target, steps[0], about)
-        try:
-            planner = _MeanPlanner(mean, weights, progress)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
-        except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(mismatch(found[-1], error)) from None
+        planner = _MeanPlanner(mean, weights, progress)
+        with explain_mismatch(found[-1]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
         write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": str(run)})
     return checkpoints_folder(output) / target.name
 

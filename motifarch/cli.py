@@ -35,11 +35,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted.
-
-    Args:
-        argv: the command and its arguments; the process's own where None.
-    """
+    """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted."""
     try:
         status = run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -56,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(argv: list[str]) -> int:
-    """Dispatches to a command's own `main(argv)`.
-
-    Returns:
-        Its exit status.
+    """Dispatches to a command's own `main(argv)` and returns its exit status.
 
     Raises:
         UserError: there is no such command.
@@ -95,8 +88,7 @@ def _fail(message: str, status: int, wait: bool = True) -> NoReturn:
     """Prints a message once for all ranks and exits.
 
     Most errors meet every rank, and rank 0 speaks for all. The others leave it a moment: torchrun
-    ends them as soon as rank 0 is gone, so one that is still alive failed alone, and speaks for
-    itself.
+    ends them once rank 0 is gone, so one that is still alive failed alone, and speaks for itself.
     """
     if _distributed():
         if wait and _rank():

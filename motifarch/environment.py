@@ -16,16 +16,9 @@ _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "
 
 
 def environment(command: str, device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
-    """Describes the machine, versions and commit that a result was measured with.
+    """Describes, for JSON, the machine, versions and commit that a result was measured with.
 
-    Args:
-        command: the command line.
-        device: what it ran on.
-        packages: distributions whose versions matter; those not installed are null.
-
-    Returns:
-        A dictionary for JSON: date (UTC), command, device, CPU, threads, load, memory, versions,
-        git commit.
+    The date is UTC's. Packages are distributions; one that is not installed has version null.
     """
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,7 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says first, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -1,7 +1,6 @@
 """`motifarch export`: a checkpoint becomes a Hugging Face folder."""
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.portable import CODE_FILE, add_code
 from motifarch.train.checkpoint import find_newest, load_model_state
 from motifarch.train.manifest import MANIFEST, read_manifest, step_of
-from motifarch.train.record import RECORD
+from motifarch.train.record import RECORD, read_record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,12 +28,10 @@ def export(
     tokenizer: str | None = None,
     with_code: bool = False,
 ) -> Path:
-    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer and the run's
-    record.
+    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer, run's record.
 
     Args:
-        source: a run's output folder (its newest complete checkpoint is taken) or one checkpoint's
-            folder.
+        source: a run's output folder (its newest complete checkpoint is taken) or a checkpoint's.
         output: where to write; default ``export`` in the run's folder. An earlier export there is
             replaced once the new one is whole.
         dtype: "float32", as trained, or "bfloat16".
@@ -45,11 +42,12 @@ def export(
         The folder written.
 
     Raises:
-        UserError: no run or no complete checkpoint there, or no tokenizer; the message names the
-            fix.
+        UserError: no run, no complete checkpoint or no tokenizer there.
     """
     run, checkpoint = _resolve(source)
-    record = _read_record(run)
+    record = read_record(run)
+    if not {"model_config", "recipe"} <= record.keys():
+        raise UserError(f"{run / RECORD} is missing or damaged; a checkpoint is exported from within its run")
     output = output or run / "export"
     if output.exists() and not (output / "config.json").is_file():
         raise UserError(f"{output} exists and is no exported model; give another --output")
@@ -80,14 +78,6 @@ def _resolve(source: Path) -> tuple[Path, Path]:
     if checkpoint is None:
         raise UserError(f"{source} holds no complete checkpoint; give a run's output folder, such as runs/tiny_cpu")
     return source, checkpoint
-
-
-def _read_record(run: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads((run / RECORD).read_text(encoding="utf-8"))
-        return {"model_config": record["model_config"], "recipe": record["recipe"]}
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{run / RECORD} is missing or damaged; a checkpoint is exported from within its run") from None
 
 
 def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -67,11 +67,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def claim_folder(output: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other processes from making ``output`` meanwhile, and clears up what a killed one left.
+    """Keeps other processes from making the folder meanwhile, and clears up what a killed one left.
 
-    Args:
-        output: the folder to be made.
-        report: told in a line what was cleared up.
+    ``report`` is told in a line what was cleared up.
 
     Raises:
         UserError: if another process is making the same folder.
@@ -116,16 +114,14 @@ def _beside(output: Path, purpose: str) -> Path:
 
 @contextmanager
 def _lock(path: Path, output: Path) -> Iterator[None]:
-    # A record lock: unlike flock's, it is not inherited by child processes, which may outlive a
-    # killed parent.
+    # A record lock: unlike flock's, child processes, which may outlive a killed parent, lack it.
     while True:
         with open(path, "w") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(
-                    f"another process is preparing {output}: wait until it ends, or give another --output"
-                ) from None
+                text = f"another process is preparing {output}: wait until it ends, or give another --output"
+                raise UserError(text) from None
             # The last holder may have removed the file between our opening and locking it.
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 continue

@@ -14,15 +14,12 @@ class BatchSchedule:
 
     Args:
         size: samples in a batch after the warm-up.
-        start: samples in the first batch (default: ``size``); without effect when ``warmup_steps``
-            is 0.
+        start: samples in the first batch (default: ``size``), where there is a warm-up.
         warmup_steps: steps until the full size is reached.
-        multiple: every batch is a multiple of this many samples (for example ranks times
-            micro-batch size).
+        multiple: of so many samples every batch is a multiple, such as ranks x micro-batch size.
 
     Raises:
-        UserError: for sizes that are not positive multiples of ``multiple``, or a batch that would
-            shrink.
+        UserError: sizes are no positive multiples of ``multiple``, or the batch would shrink.
     """
 
     def __init__(self, size: int, *, start: int | None = None, warmup_steps: int = 0, multiple: int = 1) -> None:
@@ -44,8 +41,7 @@ class BatchSchedule:
         self.warmup_steps = warmup_steps
         self.multiple = multiple
 
-        # The schedule is a staircase. Stair k covers the steps from _stair_starts[k] up to the next
-        # stair.
+        # A staircase, whose stair k covers the steps from _stair_starts[k] up to the next stair.
         self._climbs = (size - self.start) // multiple
         self._stair_starts = [-(-k * warmup_steps // self._climbs) for k in range(1, self._climbs + 1)]
         self._stair_starts.insert(0, 0)
@@ -68,8 +64,7 @@ class BatchSchedule:
         return self.prefix_sums(step)[0]
 
     def prefix_sums(self, step: int) -> tuple[int, int]:
-        """The sums over all earlier steps s of ``batch_size(s)`` and of ``s * batch_size(s)``,
-        exactly.
+        """The exact sums over all earlier steps s of ``batch_size(s)`` and ``s * batch_size(s)``.
 
         The second is what the integral of a weight that is linear in the step needs.
         """

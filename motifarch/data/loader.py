@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from motifarch.data.collation import collate
@@ -12,63 +13,52 @@ from motifarch.errors import UserError
 MicroBatches = list[dict[str, Any]]
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Iterates over the steps of a run, giving one rank its part of each global batch.
 
     The ranks' rows, put together in rank order, are the mixture's global batch: what a step sees
-    does not depend on the number of ranks, nor on the step at which a run was resumed. Reading is
-    done by a thread, not by processes: rows are slices of memory-mapped files, so there is nothing
-    to gain from more.
-
-    Args:
-        mixture: the sampler; its components' datasets are read here.
-        rank: this rank's number among those that see different data.
-        world_size: how many such ranks there are.
-        micro_batch_size: most rows in one model call.
-        start_step: the first step to give.
-        stop_step: the step to stop before.
-        prefetch: steps read ahead.
+    does not depend on the number of ranks, nor on the step at which a run was resumed. Rows are
+    slices of memory-mapped files, so one thread reads them as fast as processes would.
 
     Raises:
         UserError: if a batch size of the steps asked for does not divide by ``world_size``.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        *,
-        rank: int,
-        world_size: int,
-        micro_batch_size: int,
-        start_step: int,
-        stop_step: int,
-        prefetch: int = 2,
-    ) -> None:
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} of {world_size} ranks: it must lie between 0 and {world_size - 1}")
-        if micro_batch_size < 1:
-            raise UserError(f"micro-batch size {micro_batch_size}: it must be at least 1")
-        if prefetch < 1:
-            raise UserError(f"prefetch of {prefetch} steps: it must be at least 1")
-        schedule = mixture.batch_schedule
-        warm_up = range(start_step, min(stop_step, schedule.warmup_steps))
-        for step in (*warm_up, max(start_step, stop_step - 1)):
-            if (size := schedule.batch_size(step)) % world_size:
+    mixture: Mixture
+    """The sampler; its components' datasets are read here."""
+    _: KW_ONLY
+    rank: int
+    """This rank's number among those that see different data."""
+    world_size: int
+    """How many such ranks there are."""
+    micro_batch_size: int
+    """Most rows in one model call."""
+    start_step: int
+    stop_step: int
+    """The step to stop before."""
+    prefetch: int = 2
+    """Steps read ahead."""
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        schedule, ranks = self.mixture.batch_schedule, self.world_size
+        if not 0 <= self.rank < ranks:
+            raise UserError(f"rank {self.rank} of {ranks} ranks: it must lie between 0 and {ranks - 1}")
+        if self.micro_batch_size < 1:
+            raise UserError(f"micro-batch size {self.micro_batch_size}: it must be at least 1")
+        if self.prefetch < 1:
+            raise UserError(f"prefetch of {self.prefetch} steps: it must be at least 1")
+        warm_up = range(self.start_step, min(self.stop_step, schedule.warmup_steps))
+        for step in (*warm_up, max(self.start_step, self.stop_step - 1)):
+            if (size := schedule.batch_size(step)) % ranks:
                 raise UserError(
-                    f"the batch of step {step} holds {size} samples, which {world_size} ranks cannot share evenly: "
-                    f"make the batch sizes and the warm-up's multiple ({schedule.multiple}) multiples of {world_size}"
+                    f"the batch of step {step} holds {size} samples, which {ranks} ranks cannot share evenly: "
+                    f"make the batch sizes and the warm-up's multiple ({schedule.multiple}) multiples of {ranks}"
                 )
-        self.mixture = mixture
-        self.rank = rank
-        self.world_size = world_size
-        self.micro_batch_size = micro_batch_size
-        self.start_step = start_step
-        self.stop_step = stop_step
-        self.prefetch = prefetch
 
     def __iter__(self) -> Iterator[tuple[int, MicroBatches]]:
-        """Yield (step, this rank's micro-batches), each the keyword arguments of one model call, on
-        the CPU.
+        """Yield (step, this rank's micro-batches): keyword arguments of model calls, on the CPU.
 
         An exception met while reading is raised here, at the step that it belongs to.
         """

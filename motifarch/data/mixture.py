@@ -32,17 +32,13 @@ class BlockDataset(Protocol):
 
 @dataclass(frozen=True)
 class MixtureComponent:
-    """One dataset of a mixture.
-
-    Args:
-        dataset: the rows.
-        weight: its share of the samples, relative to the other components' weights.
-        weight_end: the share at the end of the mixture's ramp (default: the same).
-    """
+    """One dataset of a mixture."""
 
     dataset: BlockDataset
     weight: float = 1.0
+    """Its share of the samples, relative to the other components' weights."""
     weight_end: float | None = None
+    """The share at the end of the mixture's ramp (default: the same)."""
 
 
 class Mixture:
@@ -53,23 +49,17 @@ class Mixture:
     the integral of its weight (over samples): at each step, samples that are due are drawn, and the
     open places go to those due the soonest (earliest deadline first, which keeps within these
     bounds whenever anything can). Within a component, each epoch is a fresh pseudorandom
-    permutation of its rows, and no row repeats within an epoch. Within a batch the components are
-    shuffled.
+    permutation of its rows. Within a batch the components are shuffled.
 
     Nothing here grows with the datasets, and nothing is saved in a checkpoint. The count of samples
     drawn so far, one number a component, is replayed from step 0 when a mixture is first asked for
     a late step (about 10 µs a step).
 
-    Args:
-        components: the datasets and their weights.
-        seed: names the order of everything.
-        batch_schedule: samples in each step's batch.
-        ramp_start: the last step with the starting weights.
-        ramp_end: the first step with the final weights.
+    The seed names the order of everything. ``ramp_start`` is the last step with the components'
+    starting weights, ``ramp_end`` the first with the final ones.
 
     Raises:
-        UserError: for an empty mixture or dataset, bad weights, or a ramp that does not go
-            forwards.
+        UserError: an empty mixture or dataset, bad weights, or a ramp that does not go forwards.
     """
 
     def __init__(

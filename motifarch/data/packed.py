@@ -9,32 +9,22 @@ import numpy as np
 import pyarrow as pa
 
 from motifarch.data.manifest import Manifest
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 
 
 class Block(NamedTuple):
     """One row of a prepared dataset."""
 
     input_ids: np.ndarray
-    """int32 [seq_len + 1]; neighbouring blocks share one token: one's last is the next one's first.
-    """
+    """int32 [seq_len + 1]; a block's last token is the next one's first."""
     doc_lengths: np.ndarray
     """int32 [documents], summing to seq_len + 1; a document cut by the border counts twice."""
 
 
 class PackedDataset:
-    """One split of a folder made by ``motifarch data prepare``: a sequence of :class:`Block`,
-    memory-mapped.
+    """One split ("train" or "validation") of a folder made by ``motifarch data prepare``.
 
-    Attributes:
-        folder: the prepared folder.
-        split: "train" or "validation".
-        seq_len: targets in a block.
-        vocab_size: token ids are smaller than this.
-        eos_token_id: the id that ends each document.
-        shape: all that a model has to know.
-        fingerprint: names the data's contents.
-        tokenizer_fingerprint: names the tokenizer; equal fingerprints mean equal token ids.
+    A memory-mapped sequence of :class:`Block`, with the attributes of the folder's `Manifest`.
     """
 
     def __init__(self, folder: Path, split: str, manifest: Manifest, rows: datasets.Dataset) -> None:
@@ -52,10 +42,6 @@ class PackedDataset:
     def open(cls, folder: str | Path, split: str = "train") -> "PackedDataset":
         """Open a split without reading its tokens.
 
-        Args:
-            folder: the ``--output`` of ``motifarch data prepare``.
-            split: "train" or "validation".
-
         Raises:
             UserError: if the folder is missing, not a prepared one, damaged, or has no such split.
         """
@@ -66,10 +52,8 @@ class PackedDataset:
         try:
             rows = datasets.load_from_disk(str(folder / split))
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"{folder / split} is damaged ({reason}): prepare the data again with --overwrite"
-            ) from None
+            reason = f"{folder / split} is damaged ({first_line(error)})"
+            raise UserError(f"{reason}: prepare the data again with --overwrite") from None
         expected = manifest.splits[split].blocks
         if len(rows) != expected or set(rows.column_names) != set(Block._fields):
             raise UserError(
@@ -87,13 +71,11 @@ class PackedDataset:
 
         Raises:
             IndexError: if ``index`` lies outside ``range(len(self))``.
-            UserError: if the row is damaged: a token id outside the vocabulary, or lengths that do
-                not add up.
+            UserError: a damaged row: a token id outside the vocabulary, lengths that don't add up.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
-        # One slice of the memory-mapped table: several times as fast as going through a formatted
-        # row.
+        # One slice of the memory-mapped table: several times as fast as a formatted row.
         row = self._rows.data.fast_slice(index, 1)
         block = Block(*(row.column(name).chunk(0).flatten().to_numpy() for name in Block._fields))
         where = f"row {index} of {self.folder / self.split}"

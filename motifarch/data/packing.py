@@ -8,15 +8,11 @@ from motifarch.data.packed import Block
 
 
 class BlockPacker:
-    """Cuts a stream of documents into blocks of ``seq_len + 1`` tokens, each sharing one token with
-    the next.
+    """Cuts a stream of documents into blocks of ``seq_len`` targets, with one block in memory.
 
-    Block i holds tokens i * seq_len to (i + 1) * seq_len of the stream, both included: every token
-    but a document's first is the target of its predecessor in exactly one block. It holds one block
-    in memory.
-
-    Args:
-        seq_len: targets in a block.
+    Block i holds tokens i * seq_len to (i + 1) * seq_len of the stream, both included: it shares
+    one with the next, and every token but a document's first is the target of its predecessor in
+    exactly one block.
     """
 
     def __init__(self, seq_len: int) -> None:

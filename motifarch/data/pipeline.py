@@ -34,12 +34,9 @@ _TRAINING_CHARACTERS = 2**26
 
 
 def prepare(settings: PrepareSettings, report: Report) -> Manifest:
-    """Make the prepared folder, or find it already made with the same settings from the same
-    inputs.
+    """Make the prepared folder, or find it made with the same settings from the same inputs.
 
-    Args:
-        settings: what to do.
-        report: told in a line about each stage.
+    A line about each stage goes to ``report``.
 
     Raises:
         UserError: for anything that the user can mend; the output folder is then as it was before.

@@ -100,9 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``motifarch data prepare``.
 
-    Args:
-        argv: the arguments (default: the process's own).
-
     Returns:
         0, or 130 after Ctrl-C.
 
@@ -120,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line, flush=True)
 
     try:
-        # The libraries take seconds to import: after the options are checked, and where Ctrl-C is
-        # answered.
+        # These libraries take seconds to import: options come first, and Ctrl-C is answered.
         from motifarch.data.pipeline import prepare
 
         with _bars_only_on_a_terminal():

@@ -3,7 +3,7 @@
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fsspec  # type: ignore[import-untyped]
@@ -36,9 +36,7 @@ def read_file(path: Path, name: str, text_field: str) -> Iterator[Document | Ski
             return
         with fsspec.open(str(path), "rb", compression="infer") as file:
             if kind in (".jsonl", ".ndjson"):
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _record(f"{name}:{number}", line, text_field)
+                yield from _read_lines(file, name, text_field)
             elif kind == ".json":
                 yield from _read_json(file.read(), name, text_field)
             else:
@@ -63,23 +61,22 @@ def _read_json(content: bytes, name: str, text_field: str) -> Iterator[Document 
     try:
         members = json.loads(content)
     except ValueError:
-        # Many datasets give JSON Lines this suffix.
-        for number, line in enumerate(content.splitlines(), start=1):
-            if line.strip():
-                yield _record(f"{name}:{number}", line, text_field)
+        yield from _read_lines(content.splitlines(), name, text_field)  # many datasets give JSON Lines this suffix
         return
     for number, member in enumerate(members if isinstance(members, list) else [members], start=1):
         yield _member(f"{name}:{number}", member, text_field)
 
 
-def _record(name: str, line: bytes, text_field: str) -> Document | Skipped:
-    try:
-        member = json.loads(line)
-    except UnicodeDecodeError:
-        return Skipped(name, "not UTF-8")
-    except ValueError:
-        return Skipped(name, "not JSON")
-    return _member(name, member, text_field)
+def _read_lines(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[Document | Skipped]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield _member(f"{name}:{number}", json.loads(line), text_field)
+        except UnicodeDecodeError:
+            yield Skipped(f"{name}:{number}", "not UTF-8")
+        except ValueError:
+            yield Skipped(f"{name}:{number}", "not JSON")
 
 
 def _member(name: str, member: object, text_field: str) -> Document | Skipped:

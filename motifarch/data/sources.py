@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,7 @@ class Source(Protocol):
     """A stream of documents in a fixed order."""
 
     def state(self) -> dict[str, Any]:
-        """What tells cheaply, without reading text, whether the source is still the same. "name"
-        names it.
-        """
+        """Its "name", and what tells cheaply, without reading text, whether it is the same."""
 
     def documents(self) -> Iterator[Document | Skipped]:
         """Read it from the beginning."""
@@ -94,20 +92,21 @@ def path_state(path: Path) -> dict[str, Any]:
 def _files_below(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
         return [(path.name, path)]
+    return _walk(path, lambda name: not name.startswith("."), lambda name: not name.startswith("."))
+
+
+def _walk(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]) -> list[tuple[str, Path]]:
+    """(name below the root, path) of the files to take in the folders to enter, sorted."""
     found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((file.relative_to(path).as_posix(), file) for file in found if file.is_file())
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = filter(enter, subfolders)
+        found += [Path(folder, name) for name in filter(take, names)]
+    return sorted((file.relative_to(root).as_posix(), file) for file in found if file.is_file())
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    files = sorted((file.relative_to(root).as_posix(), file) for file in found if file.is_file())
+    files = _walk(root, lambda name: name not in _NOT_LIBRARY, lambda name: name.endswith(".py"))
     if not files:
         raise UserError(
             f"--source stdlib: {root} holds no .py files (this interpreter's library is packed away): "
@@ -120,20 +119,17 @@ def _matching_files(pattern: str) -> list[tuple[str, Path]]:
     files: dict[str, Path] = {}
     for plain in _expand_braces(os.path.expanduser(pattern)):
         if os.path.isdir(plain):
-            below = _files_below(Path(plain))
+            found = [path for _, path in _files_below(Path(plain))]
         else:
-            # Names start at the pattern's fixed part, so that they do not depend on where the data
-            # lies.
-            fixed = Path(re.split(r"[*?\[]", plain)[0] + "x").parent
-            found = (Path(match) for match in glob.iglob(plain, recursive=True))
-            below = [(os.path.relpath(path, fixed), path) for path in found if path.is_file()]
-        files.update((str(path), path) for _, path in below)
+            found = [Path(match) for match in glob.iglob(plain, recursive=True) if os.path.isfile(match)]
+        files.update((str(path), path) for path in found)
     if not files:
         raise UserError(
             f"--source files:{pattern} matches no file: check the path, quote the pattern so that the shell leaves it "
             "alone, and use ** for folders at any depth"
         )
-    base = os.path.commonpath([str(path.parent) for path in files.values()]) if files else ""
+    # Names start where all files' folders part, so that they do not depend on where the data lies.
+    base = os.path.commonpath([str(path.parent) for path in files.values()])
     return sorted((path.relative_to(base).as_posix(), path) for path in files.values())
 
 

@@ -27,17 +27,12 @@ T = TypeVar("T")
 def tokenise(
     scratch: Path, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
 ) -> datasets.Dataset:
-    """Turn text into token ids, each document ended by the end-of-text token, in ``num_proc``
-    processes.
+    """Turn text into token ids, each document ended by the end-of-text token.
 
-    Args:
-        scratch: folder for the result's files.
-        rows: text, split_hash.
-        tokenizer: with an end-of-text token.
-        num_proc: processes; the result does not depend on their number.
+    Rows hold text and split_hash; the result does not depend on the number of processes.
 
     Returns:
-        input_ids (int32 list), split_hash: memory-mapped, in the order of ``rows``.
+        input_ids (int32 list), split_hash: memory-mapped in ``scratch``, in the order of ``rows``.
 
     Raises:
         UserError: if the tokenizer makes an id outside its vocabulary.

@@ -40,10 +40,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: any text can be encoded, and decoding gives it back exactly.
 
-    Args:
-        texts: what to train on.
-        vocab_size: most tokens, the 256 bytes and the end of text included; little text gives
-            fewer.
+    The vocabulary includes the 256 bytes and the end of text; little text gives fewer tokens.
 
     Raises:
         UserError: if ``vocab_size`` has no room for the bytes.

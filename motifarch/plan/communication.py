@@ -8,35 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What a collective of so many bytes (the larger of its input and output) sends from each of n
-# ranks, as rings and direct exchanges do: NCCL's own account of bus bandwidth.
-_SENT = {
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "broadcast": lambda n: (n - 1) / n,
-}
+from motifarch.plan.memory import whole_bytes
 
-_OPERATORS = {
-    "_allgather_base_": "all-gather",
-    "allgather_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "all_gather_into_tensor": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "alltoall_base_": "all-to-all",
-    "all_to_all_single": "all-to-all",
-    "allreduce_": "all-reduce",
-    "all_reduce": "all-reduce",
-    "all_reduce_": "all-reduce",
-    "broadcast_": "broadcast",
-    "broadcast": "broadcast",
-}
+_KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "broadcast")
 
-# Operators of our own that hold an all-reduce inside: three sums a row and their number of columns,
-# in float32.
+# Operators of our own that hold an all-reduce: three float32 sums a row, and their columns' number.
 _HIDDEN = ("motif::poly_norm_sharded", "motif::poly_norm_sharded_backward")
 
 
@@ -46,17 +22,16 @@ class Collective:
 
     kind: str
     """all-gather, reduce-scatter, all-reduce, all-to-all or broadcast."""
-
     ranks: tuple[int, ...]
     """The group's."""
-
     bytes: int
     """Its larger side on this rank."""
 
     @property
     def sent(self) -> float:
-        """Bytes that leave this rank."""
-        return self.bytes * _SENT[self.kind](len(self.ranks))
+        """Bytes that leave this rank, by rings or direct exchanges: NCCL's bus bandwidth."""
+        n = len(self.ranks)
+        return self.bytes * ((2 if self.kind == "all-reduce" else 1) * (n - 1) / n)
 
 
 @dataclass
@@ -65,22 +40,15 @@ class Traffic:
 
     name: str
     """What they are for."""
-
     kind: str
     """The collective."""
-
     ranks: int
-    """Of the group."""
-
     link: str
     """"NVLink" where the group lies within one domain, else "network"."""
-
     blocking: bool
     """Whether computation waits for it: what it brings is used at once."""
-
     calls: float = 0
     """In a step."""
-
     sent: float = 0
     """Bytes that leave a rank in a step."""
 
@@ -116,10 +84,7 @@ class Groups:
 def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]) -> Collective | None:
     """The collective that an operator is, or None; one over a single rank is none.
 
-    Args:
-        func: the operator, as a dispatch mode gets it.
-        args: its arguments.
-        outputs: tensors that it returned.
+    The operator, its arguments and the tensors it returned are those of a dispatch mode.
     """
     name = func._schema.name
     namespace, _, operator = name.partition("::")
@@ -127,7 +92,9 @@ def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor])
         x = args[1] if operator.endswith("backward") else args[0]
         ranks = _ranks(next(a for a in reversed(args) if isinstance(a, str)))
         return Collective("all-reduce", ranks, 4 * (3 * math.prod(x.shape[:-1]) + 1)) if len(ranks) > 1 else None
-    if namespace not in ("c10d", "_c10d_functional") or operator not in _OPERATORS:
+    # torch spells one collective as allgather_, _allgather_base_, all_gather_into_tensor, ...
+    kind = next((k for k in _KINDS if k.replace("-", "") in operator.replace("_", "")), None)
+    if namespace not in ("c10d", "_c10d_functional") or kind is None:
         return None
     group: Any
     if namespace == "c10d":
@@ -137,14 +104,8 @@ def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor])
     ranks = _ranks(group)
     if len(ranks) == 1:
         return None
-    sides = [_bytes(a) for a in args] + ([_bytes(outputs)] if namespace == "_c10d_functional" else [])
-    return Collective(_OPERATORS[operator], ranks, max(sides))
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+    sides = [*args, outputs] if namespace == "_c10d_functional" else args
+    return Collective(kind, ranks, max(map(whole_bytes, sides)))
 
 
 def _ranks(group: Any) -> tuple[int, ...]:

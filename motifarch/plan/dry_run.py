@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from motif_kernels.machine import assume_kernels_run
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Layout, Mesh, World
@@ -40,11 +41,7 @@ from motifarch.train.step import train_step
 FIND_SHAPES = "_propagate_tensor_meta_non_cached"
 """Of torch's ShardingPropagator, the one of torch's internals that a dry run replaces."""
 
-_KIND_OF_PHASE = {
-    "forward": memory.ACTIVATIONS,
-    "recompute": memory.ACTIVATIONS,
-    "loss": memory.LOSS,
-}
+_KIND_OF_PHASE = {"forward": memory.ACTIVATIONS, "recompute": memory.ACTIVATIONS, "loss": memory.LOSS}
 
 # What FSDP2's operators work on: an argument's place or name, and its kind.
 _KIND_OF_ARGUMENT: dict[str, tuple[int | str, str]] = {
@@ -200,8 +197,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_world(ranks: int, rank: int = 0) -> Iterator[World]:
-    """A world of so many ranks that is this process alone: collectives return at once and send
-    nothing.
+    """A world of so many ranks that is this process alone: collectives send nothing.
 
     Raises:
         RuntimeError: there is a process group already.
@@ -244,14 +240,9 @@ def trace_step(
     A second micro-batch stands for all that follow it. Documents are as long as their rows, the
     most work that packed rows can be.
 
-    Args:
-        recipe: checked for so many ranks.
-        config: the model, with the attention that the GPU will run.
-        seq_len: tokens of a sequence.
-        gpus: ranks of the run.
-        domain: GPUs in an NVLink domain.
-        compute: name of the dtype that matrices are multiplied in.
-        rank: which rank; the first has the largest shards.
+    The recipe is checked for so many GPUs, `domain` of them in an NVLink domain; the model has the
+    attention that they will run, on sequences of `seq_len` tokens, in the dtype that `compute`
+    names. The first rank has the largest shards.
 
     Raises:
         UserError: the model or its sequences can't be cut as the recipe asks.
@@ -271,8 +262,6 @@ def trace_step(
     def without_values(model: nn.Module, device: torch.device, seed: int) -> None:
         with fake:
             model.to_empty(device=device)
-
-    from motif_kernels.machine import assume_kernels_run  # imports torch's tracer: not for who asks for --help
 
     with (
         fake_world(gpus, rank) as world,
@@ -297,12 +286,12 @@ def trace_step(
             for value in there:
                 ledger.leave_out(to_local(value))
             recorder.follow(model, optimizer)
-            batch = _batch(rows, seq_len // layout.context)
+            tokens = torch.empty(rows, seq_len // layout.context, dtype=torch.int64)
             with recorder, ledger.following_resizes():
                 try:
                     train_step(
                         state,
-                        [batch] * min(micro_batches, 2),
+                        [{"input_ids": tokens, "shift_labels": tokens.clone()}] * min(micro_batches, 2),
                         world=world,
                         targets=recipe.batch.size * seq_len,
                         lr=recipe.optim.lr,
@@ -334,13 +323,6 @@ def trace_step(
             moved=dict(total.moved),
             traffic=_traffic(total, Groups(_dimensions(mesh), domain)),
         )
-
-
-def _batch(rows: int, tokens: int) -> dict[str, Any]:
-    return {
-        "input_ids": torch.empty(rows, tokens, dtype=torch.int64),
-        "shift_labels": torch.empty(rows, tokens, dtype=torch.int64),
-    }
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -384,10 +366,8 @@ def _traffic(total: _Tally, groups: Groups) -> list[Traffic]:
     found: dict[tuple[str, str, tuple[int, ...]], Traffic] = {}
     for (call, phase), calls in total.calls.items():
         name, blocking = groups.describe(call, phase)
-        traffic = found.setdefault(
-            (name, call.kind, call.ranks),
-            Traffic(name, call.kind, len(call.ranks), groups.link(call.ranks), blocking),
-        )
+        new = Traffic(name, call.kind, len(call.ranks), groups.link(call.ranks), blocking)
+        traffic = found.setdefault((name, call.kind, call.ranks), new)
         traffic.calls += calls
         traffic.sent += calls * call.sent
     return sorted(found.values(), key=lambda t: -t.sent)

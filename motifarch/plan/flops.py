@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from motif_kernels.flops import visible_pairs  # this import registers our operators' formulas
 from motifarch.models.motif import MotifConfig
+from motifarch.plan.memory import whole_bytes
 
 MATRICES, ATTENTION = "matrices", "attention"
 DIRECTIONS = ("forward", "backward", "recompute")
@@ -25,14 +26,7 @@ def visible_share(config: MotifConfig, seq_len: int) -> float:
 
 
 def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """An operator's FLOPs, 0 where it multiplies no matrices.
-
-    Args:
-        func: the operator, as a dispatch mode gets it.
-        args: its arguments.
-        kwargs: its keyword arguments.
-        out: what it returned.
-    """
+    """FLOPs of an operator, as a dispatch mode gets it; 0 where it multiplies no matrices."""
     formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
@@ -57,22 +51,13 @@ _FREE = ("empty", "new_empty", "detach", "lift", "is_", "sym_", "resize", "set_"
 def moved_bytes(func: Any, args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> int:
     """Bytes that an operator reads and writes; 0 for views and for what FLOPs or a link bound.
 
-    Args:
-        func: the operator, as a dispatch mode gets it.
-        args: its arguments, keyword arguments among them.
-        outputs: tensors that it returned; one that returns none writes what it reads.
+    Its arguments include the keyword ones. One that returns no tensors writes what it reads.
     """
     namespace, _, name = func._schema.name.partition("::")
     if func.is_view or namespace not in ("aten", "motif", "fsdp") or name.startswith(_FREE):
         return 0
     if func._overloadpacket in flop_registry:
         return 0
-
-    def size(value: Any) -> int:
-        if isinstance(value, torch.Tensor):
-            return value.numel() * value.element_size()
-        return sum(map(size, value)) if isinstance(value, list | tuple) else 0
-
     if name == "embedding":  # the rows looked up, not the table
-        return 2 * size(outputs)
-    return size(args) + (size(outputs) if outputs else size(args))
+        return 2 * whole_bytes(outputs)
+    return whole_bytes(args) + whole_bytes(outputs or args)

@@ -50,15 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens",
         type=float,
         metavar="X",
-        help="tokens of the whole run, such as 5.5e12 (default: the recipe's steps)",
+        help="tokens of the run, such as 5.5e12 (default: the recipe's steps)",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there")
     parser.add_argument(
-        "--no-suggestions",
-        "--no-advice",
-        action="store_true",
-        help="do not look for changes that would make it fit",
+        "--no-suggestions", "--no-advice", action="store_true", help="do not look for changes that would make it fit"
     )
     for f in dataclasses.fields(Assumptions):
         text = f"{ASSUMPTIONS.fields[f.name]['description']} (%(default)s)"
@@ -68,10 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans as a command line says.
-
-    Args:
-        argv: ``RECIPE.yaml --gpus N --gpu NAME ... --section.field value ...``; the process's own
-            where None.
 
     Returns:
         0 if the recipe fits, 1 if it does not.

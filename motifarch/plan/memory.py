@@ -1,7 +1,6 @@
 """What lies in a rank's memory while a step runs, by kind, and when it was most.
 
-Storages are followed from the operator that made them to their end, also where FSDP2 empties and
-refills them.
+Storages are followed from the operator that made them to their end, refills by FSDP2 included.
 """
 
 import weakref
@@ -32,15 +31,19 @@ def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(shard.numel() * shard.element_size() for shard in map(to_local, tensors))
 
 
+def whole_bytes(value: Any) -> int:
+    """Bytes of a tensor, or of those in a list; 0 for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(whole_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def optimizer_state(
     optimizer: torch.optim.Optimizer, *, offloaded: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """An optimizer's state: what lies on the GPU between steps, and what in the CPU's memory.
 
-    Args:
-        optimizer: whose state has been made.
-        offloaded: whether `motifarch.optim.offload_state` keeps its moments, which have their
-            parameters' shape.
+    If `motifarch.optim.offload_state` keeps its moments, those have their parameters' shape.
     """
     here: list[torch.Tensor] = []
     there: list[torch.Tensor] = []
@@ -65,16 +68,12 @@ class MemoryLedger:
 
     now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """What lives."""
-
     peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """What lived when it was most."""
-
     highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """The most there was of each kind, at a time of its own."""
-
     peak_phase: str = ""
     """What was being done then."""
-
     _blocks: dict[int, _Block] = field(default_factory=dict)
 
     @property
@@ -83,13 +82,7 @@ class MemoryLedger:
         return sum(self.now.values())
 
     def note(self, tensor: torch.Tensor, kind: str, *, again: bool = False) -> None:
-        """Begins to follow a tensor's storage.
-
-        Args:
-            tensor: any; one whose storage is known already changes nothing.
-            kind: one of KINDS.
-            again: give a known storage this kind.
-        """
+        """Begins to follow a tensor's storage, of one of KINDS; `again` gives it to a known one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         block = self._blocks.get(key)
@@ -163,13 +156,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, int]:
-    """What FSDP2 gathers: the largest decoder layer, and all that is outside of decoder layers, in
-    bytes.
-
-    Args:
-        model: sharded, with `model.model.layers`.
-        compute_dtype: what parameters are gathered in.
-    """
+    """Bytes that FSDP2 gathers: the largest decoder layer, and all that is outside of layers."""
 
     def whole(parameters: Iterable[nn.Parameter]) -> int:
         return sum(_without_fsdp(p) for p in parameters) * compute_dtype.itemsize
@@ -185,10 +172,8 @@ def _without_fsdp(parameter: torch.Tensor) -> int:
     """Numbers of a parameter that a rank computes with: tensor parallelism's part stays cut."""
     if not isinstance(parameter, DTensor):
         return parameter.numel()
-    mesh = parameter.device_mesh
-    names = mesh.mesh_dim_names or ()
-    count = parameter.numel()
-    for name, size, placement in zip(names, mesh.shape, parameter.placements, strict=True):
+    mesh, count = parameter.device_mesh, parameter.numel()
+    for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True):
         if name == "tensor" and hasattr(placement, "dim"):
             count //= size
     return count

@@ -1,12 +1,11 @@
 """A plan: what a recipe needs on a number of GPUs, and how long it takes there."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motifarch.data import BatchSchedule, DataShape
+from motifarch.data import DataShape
 from motifarch.data.manifest import FILE_NAME, Manifest
 from motifarch.errors import UserError
 from motifarch.hardware import Gpu
@@ -15,7 +14,7 @@ from motifarch.plan import memory
 from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
 from motifarch.plan.timing import Assumptions, StepTime, step_time
-from motifarch.train.inputs import model_config
+from motifarch.train.inputs import batch_schedule, model_config
 from motifarch.train.recipe import Recipe, check_recipe
 
 
@@ -69,9 +68,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> dict[str, float]:
-        """FLOPs of one token by direction, and the attention's part in each as "...
-        attention".
-        """
+        """FLOPs of one token by direction, and attention's part in each as "... attention"."""
         found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
         scale = self.gpus / self.step_tokens
         for (phase, part), count in self.trace.flops.items():
@@ -115,12 +112,9 @@ class Suggestion:
 
 
 def find_shape(recipe: Recipe, seq_len: int | None) -> DataShape:
-    """The sequences' length and vocabulary, from what is prepared on this machine or from what the
-    user says.
+    """The sequences' length and vocabulary: the recipe's first dataset's, if it is prepared here.
 
-    Args:
-        recipe: whose first dataset is looked at, if it is there.
-        seq_len: tokens of a sequence, in place of the data's; None for the data's.
+    `seq_len`, in tokens, takes the place of the data's.
 
     Raises:
         UserError: neither says how long sequences are, or how large the vocabulary is.
@@ -163,16 +157,11 @@ def make_plan(
     assumptions: Assumptions | None = None,
     rank: int = 0,
 ) -> Plan:
-    """Plans a recipe.
+    """Plans a recipe for so many GPUs of a kind.
 
-    Args:
-        recipe: as `motifarch train` reads it.
-        gpu: the kind of GPU.
-        gpus: their number.
-        seq_len: tokens of a sequence; None asks the recipe's data.
-        tokens: of the whole run; None takes the recipe's steps.
-        assumptions: by default `Assumptions()`.
-        rank: whose memory and work are looked at; the first has the largest shards.
+    Sequences have `seq_len` tokens, by default the recipe's data's; the whole run `tokens`, by
+    default the recipe's steps'. Memory and work are those of one rank; the first has the largest
+    shards.
 
     Raises:
         UserError: the recipe can't run on so many GPUs, or what is missing to plan it.
@@ -191,6 +180,7 @@ def make_plan(
         compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
         rank=rank,
     )
+    samples = batch_schedule(recipe.batch).samples_before(recipe.run.steps)
     return Plan(
         gpu=gpu,
         gpus=gpus,
@@ -199,18 +189,5 @@ def make_plan(
         trace=trace,
         assumptions=assumptions,
         time=step_time(trace, gpu, assumptions, compiled=recipe.compile),
-        tokens=tokens if tokens is not None else float(_samples(recipe) * data.seq_len),
+        tokens=tokens if tokens is not None else float(samples * data.seq_len),
     )
-
-
-def _samples(recipe: Recipe) -> int:
-    """Sequences of the recipe's whole run, the smaller batches of its beginning among them."""
-    batch = recipe.batch
-    start = batch.size if batch.warmup_start is None else batch.warmup_start
-    schedule = BatchSchedule(
-        batch.size,
-        start=start,
-        warmup_steps=batch.warmup_steps,
-        multiple=batch.warmup_multiple or math.gcd(start, batch.size),
-    )
-    return schedule.samples_before(recipe.run.steps)

@@ -19,22 +19,16 @@ _COLOURS = {
 
 
 def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
-    """Draws a stacked bar for each plan.
+    """Draws a stacked bar for each plan, into a PNG file.
 
-    Args:
-        plans: names and plans on one kind of GPU: the recipe's own, and what would fit in its
-            place.
-        path: the PNG file to write.
-        title: the plot's title.
+    The named plans are on one kind of GPU: the recipe's own, and what would fit in its place.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     gib = 2.0**30
     first = plans[0][1]
-    figure, axis = plt.subplots(figsize=(9.5, 2.9 + 0.75 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(9.5, 2.9 + 0.75 * len(plans)), layout="constrained")
+    axis = figure.subplots()
     for row, (_, plan) in enumerate(plans):
         left = 0.0
         for kind in memory.KINDS:
@@ -59,4 +53,3 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     with atomic_write(path, binary=True) as file:
         figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)

@@ -177,10 +177,8 @@ def _tail(plan: Plan) -> list[Text]:
     ]
     if plan.recipe.precision.compute == "float32":
         lines.append(Text("precision.compute is float32: memory holds, but the times are those of bf16 products.\n"))
-    if plan.recipe.precision.matmul != "compute":
-        matmul = plan.recipe.precision.matmul
-        text = f"precision.matmul is {matmul}, and the plan is for bf16 products: a longest time.\n"
-        lines.append(Text(text))
+    if (matmul := plan.recipe.precision.matmul) != "compute":
+        lines.append(Text(f"precision.matmul is {matmul}, and the plan is for bf16 products: a longest time.\n"))
     if plan.fits:
         lines.append(Text(f"It fits: {(plan.usable - plan.peak) / _GIB:.1f} GiB are free.", style="bold green"))
         return lines

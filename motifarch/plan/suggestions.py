@@ -14,13 +14,10 @@ _STRONGER: dict[Any, list[Any]] = {"none": ["selective", "full"], "selective": [
 def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
     """A copy of a recipe with some fields (dotted names) set."""
     for name, value in changes.items():
-        section, _, fieldname = name.rpartition(".")
+        section, _, last = name.rpartition(".")
         if section:
-            recipe = dataclasses.replace(
-                recipe, **{section: dataclasses.replace(getattr(recipe, section), **{fieldname: value})}
-            )
-        else:
-            recipe = dataclasses.replace(recipe, **{name: value})
+            name, value = section, dataclasses.replace(getattr(recipe, section), **{last: value})
+        recipe = dataclasses.replace(recipe, **{name: value})
     return recipe
 
 
@@ -54,13 +51,7 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
 def find_suggestions(
     plan: Plan, replan: Callable[[Recipe], Plan], *, attempts: int = 10, say: Callable[[str], None] = lambda text: None
 ) -> list[Suggestion]:
-    """Looks for changes that make a plan fit.
-
-    Args:
-        plan: one that does not fit.
-        replan: plans another recipe in the same way.
-        attempts: plans to make at most.
-        say: told what is being tried.
+    """Looks for changes that make a plan fit, by making so many others at most.
 
     Returns:
         The first single change that fits; else what was found by taking, again and again, the

@@ -64,15 +64,9 @@ class StepTime:
 
 
 def step_time(trace: StepTrace, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
-    """Estimates a step's time.
+    """Estimates the time of a step, whose decoder layers are compiled or not.
 
     Latencies are left out, so a step of many small messages takes longer.
-
-    Args:
-        trace: what the rank did.
-        gpu: on what.
-        assumed: how well.
-        compiled: whether decoder layers are compiled.
     """
 
     def work(part: str, optimizer: bool) -> float:

@@ -8,7 +8,9 @@ what was complete stays so.
 import errno
 import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
 from motifarch.files import sha256, write_json
 from motifarch.optim import SpikeGuard
 from motifarch.train.manifest import (
@@ -111,8 +113,7 @@ class CheckpointWriter(FileSystemWriter):
         self.about = about
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # Rank 0 alone, before anyone writes: an earlier save of this step that was cut short makes
-        # way.
+        # Rank 0 alone, before anyone writes: an earlier save of this step, cut short, makes way.
         for leftover in self.folder.iterdir():
             leftover.unlink()
         return super().prepare_global_plan(plans)
@@ -146,8 +147,7 @@ class CheckpointWriter(FileSystemWriter):
             files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
             content = {"format": FORMAT, "step": self.step, "about": self.about, "files": dict(sorted(files.items()))}
             write_json(self.folder / MANIFEST, content)
-            # The partial folder counts from here on, so an older checkpoint of the same step can
-            # go.
+            # The partial folder counts from here on: an older checkpoint of the same step can go.
             if self.final.exists():
                 remove_checkpoint(self.final)
             self.folder.rename(self.final)
@@ -201,8 +201,7 @@ class Checkpointer:
         self._saved_step = saved_step
 
     def save(self, state: TrainState) -> None:
-        """Saves a state; waits for the previous save first, and for this one too when not
-        asynchronous.
+        """Saves a state, after the previous save; waits for this one too when not asynchronous.
 
         Raises:
             UserError: this save or the previous one failed, on any rank.
@@ -215,8 +214,7 @@ class Checkpointer:
         writer = CheckpointWriter(final, state.step, self.about)
         content = state.state_dict()
         if self.asynchronous:
-            # This stager copies CPU tensors too, so training may change them while they are
-            # written.
+            # This stager copies CPU tensors too: training may change them while they are written.
             stager = DefaultStager(StagingOptions(False, False, False, False))
             saved = dcp.async_save(content, storage_writer=writer, process_group=self.group, async_stager=stager)
             assert isinstance(saved, Future)
@@ -276,8 +274,7 @@ class Checkpointer:
 
 
 def load_state(checkpoint: Path, state: TrainState) -> None:
-    """Loads a checkpoint into a sharded state, in place; the number of ranks may differ from the
-    saving run's.
+    """Loads a checkpoint into a sharded state, in place; the saving run may have had other ranks.
 
     Args:
         checkpoint: a complete checkpoint's folder.
@@ -292,10 +289,8 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     if state.spike_guard is not None and not _holds_guard(checkpoint, state.spike_guard):
         # The run had no guard before, or one with another window: this one starts afresh.
         del content["progress"]["spike_guard"]
-    try:
+    with explain_mismatch(checkpoint):
         dcp.load(content, checkpoint_id=str(checkpoint))
-    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(mismatch(checkpoint, error)) from None
     set_model_state_dict(state.model, content["model"])
     groups = get_optimizer_state_dict(state.model, state.optimizer)["param_groups"]
     set_optimizer_state_dict(
@@ -315,12 +310,9 @@ def _holds_guard(checkpoint: Path, guard: SpikeGuard) -> bool:
 
 
 def load_model_state(checkpoint: Path, model: nn.Module) -> None:
-    """Loads a checkpoint's weights into a whole, unsharded model; one process, no process group
-    needed.
+    """Loads a checkpoint's weights into a whole model built from the run's config.
 
-    Args:
-        checkpoint: a complete checkpoint's folder.
-        model: the model, built from the run's config.
+    One process does it, without a process group.
 
     Raises:
         UserError: the checkpoint is incomplete or damaged, or does not fit the model.
@@ -329,20 +321,20 @@ def load_model_state(checkpoint: Path, model: nn.Module) -> None:
     if reason := damage(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}")
     content = {"model": get_model_state_dict(model)}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(content, checkpoint_id=str(checkpoint), no_dist=True)
-    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(mismatch(checkpoint, error)) from None
+    with explain_mismatch(checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(content, checkpoint_id=str(checkpoint), no_dist=True)
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=True))
 
 
-def mismatch(checkpoint: Path, error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException):
-        error = min(error.failures.items())[1][0]
-    text = str(error).strip().splitlines()
-    return (
-        f"the checkpoint {checkpoint} does not fit the recipe's model: {text[0] if text else type(error).__name__}; "
-        "use the recipe it was made with, or start afresh in another run.output"
-    )
+@contextmanager
+def explain_mismatch(checkpoint: Path) -> Iterator[None]:
+    """Within, what torch raises for a checkpoint of another model becomes a UserError."""
+    try:
+        yield
+    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        cause = min(error.failures.items())[1][0] if isinstance(error, dcp.CheckpointException) else error
+        raise UserError(
+            f"the checkpoint {checkpoint} does not fit the recipe's model: {first_line(cause)}; "
+            "use the recipe it was made with, or start afresh in another run.output"
+        ) from None

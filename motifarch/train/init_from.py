@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.shards import local_shard, to_local
-from motifarch.train.checkpoint import mismatch
+from motifarch.train.checkpoint import explain_mismatch
 from motifarch.train.manifest import damage
 from motifarch.weight_files import WeightFiles
 
@@ -32,10 +32,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if not (folder / "config.json").exists():
         if reason := damage(folder):
             raise UserError(f"run.init_from is {folder}, which can't be used: {reason}")
-        try:
+        with explain_mismatch(folder):
             dcp.load({"model": weights}, checkpoint_id=str(folder))
-        except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(mismatch(folder, error)) from None
         return
     missing = set(weights)
     try:
@@ -57,16 +55,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def config_differences(folder: Path, config: MotifConfig) -> list[str]:
-    """What a folder's model computes otherwise than the recipe's, though its tensors may have the
-    same shapes.
+    """What a model computes otherwise than the recipe's, though its shapes may be the same.
 
-    Args:
-        folder: a Motif model's Hugging Face folder, or another of those that :func:`load_weights`
-            takes, of which nothing is known.
-        config: the recipe's.
-
-    Returns:
-        A line for each field; a change may be meant, as a longer context's rope_theta is.
+    Known only of a Motif model's Hugging Face folder. Gives a line for each field; a change may be
+    meant, as a longer context's rope_theta is.
     """
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

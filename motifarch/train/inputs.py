@@ -21,7 +21,7 @@ from motifarch.data import (
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.manifest import damage, find_newest, step_of
-from motifarch.train.recipe import Recipe
+from motifarch.train.recipe import BatchSection, Recipe
 
 
 @dataclass
@@ -64,33 +64,27 @@ def open_inputs(recipe: Recipe) -> Inputs:
     validation = [PackedDataset.open(entry.path, "validation") for entry in entries] if recipe.validation.every else []
     check_same_seq_len(training)
     check_same_tokenizer(training)
-    batch = recipe.batch
-    start = batch.size if batch.warmup_start is None else batch.warmup_start
-    schedule = BatchSchedule(
-        batch.size,
-        start=start,
-        warmup_steps=batch.warmup_steps,
-        multiple=batch.warmup_multiple or math.gcd(start, batch.size),
-    )
     mixture = Mixture(
-        [
-            MixtureComponent(dataset, entry.weight, entry.weight_end)
-            for dataset, entry in zip(training, entries, strict=True)
-        ],
+        [MixtureComponent(d, entry.weight, entry.weight_end) for d, entry in zip(training, entries, strict=True)],
         seed=recipe.run.seed,
-        batch_schedule=schedule,
+        batch_schedule=batch_schedule(recipe.batch),
         ramp_start=recipe.data.ramp_start,
         ramp_end=recipe.data.ramp_end,
     )
     return Inputs(training, validation, mixture, model_config(recipe, training[0].shape))
 
 
+def batch_schedule(batch: BatchSection) -> BatchSchedule:
+    """The global batch of each step."""
+    start = batch.size if batch.warmup_start is None else batch.warmup_start
+    multiple = batch.warmup_multiple or math.gcd(start, batch.size)
+    return BatchSchedule(batch.size, start=start, warmup_steps=batch.warmup_steps, multiple=multiple)
+
+
 def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
     """The config of a recipe's model.
 
-    Args:
-        recipe: its model section decides.
-        data: gives the vocabulary size where the recipe leaves it open, and the end-of-text id.
+    The data gives the vocabulary size where the recipe leaves it open, and the end-of-text id.
 
     Raises:
         UserError: the model section fits neither itself nor the data.
@@ -115,33 +109,24 @@ def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
         with torch.device("meta"):
             MotifForCausalLM(config)
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(f"the model section of the recipe: {_last_line(error)}") from None
+        # The last line says what is wrong; one before it names the validator.
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise UserError(f"the model section of the recipe: {reason}") from None
     return config
 
 
-def _last_line(error: Exception) -> str:
-    """What is wrong, without the line before it that names the validator."""
-    return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
-
-
 def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
-    """Finds the checkpoint that the run continues, by `run.resume`.
+    """Finds the complete checkpoint that `run.resume` continues; None starts from scratch.
 
-    Args:
-        recipe: the recipe.
-        warnings: gets a line for each checkpoint that is passed over.
-
-    Returns:
-        A complete and undamaged checkpoint, or None to start from scratch.
+    `warnings` gets a line for each checkpoint that is passed over.
 
     Raises:
-        UserError: the checkpoint named is unusable, or the output folder holds a run that would be
-            mixed up.
+        UserError: the one named is unusable, or the output folder holds another run.
     """
     output = Path(recipe.run.output)
-    if recipe.run.resume == "auto":
-        return find_newest(output, warnings.append)
     newest = find_newest(output, warnings.append)
+    if recipe.run.resume == "auto":
+        return newest
     if recipe.run.resume == "none":
         if newest:
             raise UserError(

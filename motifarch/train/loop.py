@@ -45,12 +45,8 @@ class Start:
 
     parent: Path | None
     """The checkpoint that the run continues."""
-
     compute: str
-    """Precision of the matrix products."""
-
     warnings: list[str]
-    """Lines to show."""
 
 
 def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
@@ -125,8 +121,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         for step, micro_batches in batches:
             micro_batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in micro_batches]
             watchdog.heartbeat(f"step {step + 1}")
-            # One small message a step: the global number of targets, and whether anyone has to
-            # stop.
+            # One small message a step: the global number of targets, and whether anyone must stop.
             targets, failed, *flags = world.all_reduce_sum(
                 [count_targets(micro_batches), int(checkpointer.failed), *signals.flags()]
             )
@@ -198,14 +193,9 @@ def build_state(
 ) -> tuple[TrainState, float]:
     """Builds model and optimizer, sharded from the start; first weights do not depend on the ranks.
 
-    Args:
-        recipe: what to build.
-        config: its model (`motifarch.train.inputs.model_config`).
-        world: the ranks.
-        mesh: how they are arranged.
-        seq_len: tokens of a sequence.
-        compute: name of the dtype that matrices are multiplied in.
-        initialize: gives a sharded model on the meta device its first weights, from a seed.
+    The recipe's model is `config` (`motifarch.train.inputs.model_config`) for sequences of
+    `seq_len` tokens; `compute` names the dtype that matrices are multiplied in, and `initialize`
+    gives a sharded model on the meta device its first weights, from a seed.
 
     Returns:
         The state at step 0, and the model FLOPs of one token, forward and backward.
@@ -258,8 +248,7 @@ def build_state(
     if optim.offload:
         offload_state(optimizer)
     nonfinite = torch.zeros(3, dtype=torch.int64, device=world.device)
-    run = recipe.run
-    guard = None
+    run, guard = recipe.run, None
     if run.spike_sigma is not None:
         guard = SpikeGuard(run.spike_sigma, run.spike_window, max_in_row=run.spike_max_in_row, device=world.device)
     return TrainState(model, optimizer, nonfinite=nonfinite, spike_guard=guard), flops_per_token

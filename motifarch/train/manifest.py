@@ -1,8 +1,7 @@
 """The manifest of a checkpoint: what makes a folder count as complete, and how that is verified.
 
-A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last and
-atomically, with the size and SHA-256 of every other file. Without a manifest that agrees, the
-folder is passed over.
+A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last
+with every other file's size and SHA-256. Without one that agrees, the folder is passed over.
 """
 
 import json
@@ -37,14 +36,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path, hashes: bool = True) -> str | None:
-    """Says why a checkpoint folder can't be used.
+    """Says why a checkpoint folder can't be used; None for a complete and undamaged one.
 
-    Args:
-        checkpoint: the folder.
-        hashes: whether to read every file and compare its hash, or to compare sizes alone.
-
-    Returns:
-        The reason, or None for a complete and undamaged checkpoint.
+    Without `hashes`, files are not read: their sizes alone are compared.
     """
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so its save was cut short"
@@ -103,8 +97,7 @@ def complete_checkpoints(
         up_to: leaves out those of later steps.
         limit: stops when there are so many.
         hashes: as in `damage`.
-        warn: called with a message for each checkpoint that is passed over, naming it and the
-            reason.
+        warn: told of each checkpoint that is passed over, and why.
     """
     complete: dict[int, Path] = {}
     for checkpoint in _sorted(folder):
@@ -122,15 +115,9 @@ def complete_checkpoints(
 
 
 def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """Finds the newest checkpoint of a run that is complete and undamaged.
+    """The newest complete and undamaged checkpoint in a run's output folder, or None.
 
-    Args:
-        output: the run's output folder.
-        warn: called with a message for each newer checkpoint that is passed over, naming it and the
-            reason.
-
-    Returns:
-        The checkpoint's folder, or None where there is none.
+    `warn` is told of each newer one that is passed over, and why.
     """
     return next(iter(complete_checkpoints(checkpoints_folder(Path(output)), limit=1, warn=warn)), None)
 
@@ -142,13 +129,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def prune(output: Path, keep_last: int, newest: Path) -> None:
-    """Deletes complete checkpoints older than the newest `keep_last`, and unfinished ones older
-    than `newest`.
-
-    Args:
-        output: the run's output folder.
-        keep_last: complete checkpoints to keep; 0 keeps all of them.
-        newest: the checkpoint that was completed just now; nothing newer is touched.
+    """Deletes a run's complete checkpoints but the newest `keep_last` (0 keeps all), and unfinished
+    ones older than `newest`, which was completed just now. Nothing newer is touched.
     """
     limit = step_of(newest) or 0
     kept = 0

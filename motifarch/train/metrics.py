@@ -119,13 +119,8 @@ class MetricsLog:
         }
         rows = []
         for row, (loss, z_loss, grad_norm, skipped, spike, *lambdas) in zip(self._rows, measured, strict=True):
-            read = {
-                "loss": loss,
-                "z_loss": z_loss,
-                "grad_norm": grad_norm,
-                "skipped": int(skipped),
-                "spike": int(spike),
-            }
+            read = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm}
+            read |= {"skipped": int(skipped), "spike": int(spike)}
             rows.append(row | read | ({"lambda": lambdas} if lambdas else {}) | shared)
         if self._write:
             self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)

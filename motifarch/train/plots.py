@@ -9,34 +9,21 @@ LOSS_PLOT = "loss.png"
 
 
 def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws training loss (faint, and smoothed), validation loss and learning rate against the
-    step.
+    """Draws training loss (faint, and smoothed), validation loss and learning rate over the steps.
 
-    Args:
-        rows: rows of `metrics.jsonl`.
-        path: the PNG file to write.
-        title: the plot's title.
+    The rows are those of `metrics.jsonl`; the file is a PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     trained = [row for row in rows if row.get("loss") is not None]
     validated = [row for row in rows if row.get("validation_loss") is not None]
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=[4, 1], layout="constrained"
-    )
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     steps = [row["step"] for row in trained]
     losses = [row["loss"] for row in trained]
+    smoothed = smooth(losses, 1 - 1 / min(50, 1 + len(losses) / 25))
     top.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="training loss of a step")
-    top.plot(
-        steps,
-        smooth(losses, 1 - 1 / min(50, 1 + len(losses) / 25)),
-        color="#1f4e79",
-        linewidth=1.8,
-        label="training loss, smoothed",
-    )
+    top.plot(steps, smoothed, color="#1f4e79", linewidth=1.8, label="training loss, smoothed")
     if validated:
         points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         top.plot(*points, color="#c0392b", marker="o", markersize=4, linewidth=1, label="validation loss")
@@ -52,7 +39,6 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_write(path, binary=True) as file:
         figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
 
 
 def smooth(values: list[float], factor: float = 0.95) -> list[float]:

@@ -9,8 +9,7 @@ Compute = Literal["float32", "bfloat16"]
 
 
 def choose_compute(device: torch.device, at_least: float = 1.5) -> Compute:
-    """Chooses bfloat16 on a GPU, and on a CPU where a matrix product is at least `at_least` times
-    as fast in it.
+    """Chooses bfloat16 on a GPU, and on a CPU where a product is `at_least` times as fast in it.
 
     Only the rank that decides for all should call this: two ranks might measure differently.
     """

@@ -12,13 +12,7 @@ class Progress:
     """Shows how a run goes; on ranks other than 0, nothing."""
 
     def __init__(self, steps: int, start_step: int, show: bool = True) -> None:
-        """Starts the clock by which the time left is estimated.
-
-        Args:
-            steps: steps of the whole run.
-            start_step: steps done before this start.
-            show: whether this rank prints.
-        """
+        """Starts the clock for the time left of `steps`, of which `start_step` are done."""
         self.steps = steps
         self._show = show
         self._console = Console(highlight=False, soft_wrap=True)

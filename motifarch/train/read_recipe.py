@@ -14,9 +14,7 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being
             optional. A file's `base` is read before it.
 
-    Returns:
-        The recipe, each value checked; `motifarch.train.recipe.check_recipe` checks what holds
-        between fields.
+    Each value is checked; `motifarch.train.recipe.check_recipe` checks what holds between fields.
 
     Raises:
         UserError: a missing or unreadable file, an unknown field, a value that is not accepted.

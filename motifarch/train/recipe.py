@@ -106,8 +106,7 @@ class ModelSection(Section):
     """`diff_v2`: an elementwise sigmoid gate on the difference."""
 
     sub_norm: bool | None = None
-    """RMS-normalise each head's output; null means yes for `gda` and `diff_v1`, no for `diff_v2`.
-    """
+    """RMS-normalise each head's output; null: yes for `gda` and `diff_v1`, no for `diff_v2`."""
 
     qk_norm: bool = False
     """RMS-normalise query and key heads."""
@@ -116,8 +115,7 @@ class ModelSection(Section):
     """Added to the layer's index in lambda_init; null means -1 for `gda`, 0 for `diff_v1`."""
 
     lambda_init: float | None = None
-    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes the one by depth.
-    """
+    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes that by depth."""
 
     hidden_act: Literal["poly_norm", "silu"] = "poly_norm"
     """Activation of the feed-forward block: PolyNorm, or SiLU (SwiGLU)."""
@@ -253,8 +251,7 @@ class OptimSection(Section):
     """AdamW's epsilon."""
 
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices; vectors and scalars (norms, lambdas, PolyNorm) have none.
-    """
+    """Decoupled weight decay of matrices; norms, lambdas, PolyNorm, all vectors have none."""
 
     decay_embeddings: bool = True
     """Whether the embedding matrix is decayed too."""
@@ -317,8 +314,7 @@ class CheckpointSection(Section):
     """Steps between checkpoints; the last step is saved always."""
 
     keep_last: NonNegativeInt = 2
-    """Complete checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all.
-    """
+    """Complete checkpoints kept; older ones are deleted once a newer is complete. 0 keeps all."""
 
     asynchronous: bool = True
     """Write in the background while training goes on."""
@@ -378,9 +374,8 @@ class Recipe(Section):
     log: LogSection = field(default_factory=LogSection)
 
     activation_checkpointing: Literal["none", "full", "selective"] | PositiveInt = "none"
-    """What the backward pass recomputes: `none`; `full`, every layer: least memory, about a
-    third more work; `selective`, all but matrix products and attention; or a number n, every n-th
-    layer.
+    """What the backward pass recomputes: `none`; `full`, every layer: least memory, a third more
+    work; `selective`, all but matrix products and attention; or a number n, every n-th layer.
     """
 
     compile: bool = False
@@ -399,11 +394,7 @@ RECIPES = TypedYaml(
 
 
 def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
-    """Refuses impossible values and combinations.
-
-    Args:
-        recipe: the recipe.
-        world_size: number of ranks of the run.
+    """Refuses impossible values and combinations, of which one depends on the number of ranks.
 
     Raises:
         UserError: naming the field, its value and what is accepted.

@@ -34,10 +34,7 @@ def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str) -> dict[str, 
 
 
 def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
-    """Compares a checkpoint with what is about to continue it.
-
-    Returns:
-        Warnings: differences that are allowed but change what is seen.
+    """Warns of what differs between a checkpoint and what is about to continue it, but may.
 
     Raises:
         UserError: the data, the tokenizer or the model differ.
@@ -62,8 +59,7 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
         raise UserError(
             f"data.datasets is {here}, but the run that {parent} belongs to read {was}; give the same data, or {fresh}"
         )
-    # What JSON makes of the config is what the manifest holds. How attention is computed may change
-    # within a run.
+    # The manifest holds what JSON makes of the config. How attention is computed may change.
     config = json.loads(json.dumps(inputs.model_config.to_dict()))
     for name in [f.name for f in dataclasses.fields(ModelSection)] + ["rope_parameters"]:
         if name in config and config[name] != about["model_config"].get(name):

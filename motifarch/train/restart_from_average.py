@@ -1,21 +1,19 @@
 """Going on from the mean of the last checkpoints, as Motif-2.6B did (arXiv 2508.09148).
 
 A checkpoint always holds the weights as they were trained; the mean takes their place before the
-step that follows. A run that resumes from that checkpoint does the same again, so nothing more
-needs to be saved.
+step that follows. A run that resumes from that checkpoint does the same again.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from motifarch.errors import UserError
 from motifarch.optim import CheckpointMean
 from motifarch.parallel import World
-from motifarch.train.checkpoint import TrainState, mismatch
+from motifarch.train.checkpoint import TrainState, explain_mismatch
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.recipe import Recipe
 
@@ -33,10 +31,8 @@ def restart_from_average(state: TrainState, recipe: Recipe, parent: Path | None,
 
     Args:
         state: its model is changed in place.
-        recipe: `average.last` checkpoints are averaged, this step's among them; fewer where the run
-            has fewer yet.
-        parent: the checkpoint that the run resumed from. Its neighbours are averaged where it is of
-            this very step.
+        recipe: `average.last` checkpoints are averaged, this step's among them, or all there are.
+        parent: what the run resumed from; where it is of this step, its neighbours are averaged.
         world: the ranks.
 
     Returns:
@@ -57,8 +53,6 @@ def restart_from_average(state: TrainState, recipe: Recipe, parent: Path | None,
             f"checkpoint, which {folder} lacks; resume from a checkpoint that is named {checkpoint_name(state.step)}"
         )
     weights: dict[str, Any] = get_model_state_dict(state.model)
-    try:
+    with explain_mismatch(checkpoints[0]):
         CheckpointMean(checkpoints).fill(weights)
-    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(mismatch(checkpoints[0], error)) from None
     return [step_of(checkpoint) or 0 for checkpoint in checkpoints]

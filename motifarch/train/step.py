@@ -60,13 +60,11 @@ def train_step(
     layout: Layout | None = None,
     qk_clip: float | None = None,
 ) -> StepResult:
-    """Accumulates the micro-batches' gradients and updates the state, unless the step is not finite
-    or spikes.
+    """Accumulates gradients and updates the state, unless the step is not finite or spikes.
 
     Args:
         state: updated in place.
-        micro_batches: this rank's part of the global batch, rows and of each row tokens, on the
-            CPU.
+        micro_batches: this rank's part of the global batch (rows, or tokens of them), on the CPU.
         world: the ranks.
         targets: targets of the whole global batch, over all ranks.
         lr: learning rate of this step.
@@ -99,8 +97,7 @@ def train_step(
     measured = torch.stack([losses.sum(), grad_norm])
     spike = None
     if state.spike_guard is not None:
-        # Ranks that reduced in another order may differ in the last bit, and so in what they think
-        # of a step.
+        # Ranks that reduced in another order may differ in the last bit, and so in their verdict.
         dist.broadcast(measured, src=0)
         spike = state.spike_guard.check(*measured.unbind())
     skipped = step_if_finite(state.optimizer, measured, skip=spike)
@@ -139,8 +136,7 @@ def validation_loss(
 
     Args:
         model: the sharded model.
-        datasets: validation splits; their rows are taken evenly spread, the same for any number of
-            ranks.
+        datasets: validation splits, of which rows are taken evenly, the same for any world.
         world: the ranks, which share the rows.
         sequences: rows to use, over all datasets; fewer where there are fewer.
         micro_size: rows in one forward pass.
