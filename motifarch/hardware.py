@@ -12,28 +12,20 @@ class Gpu:
 
     name: str
     """What users see."""
-
     bf16_flops: float
     """Peak of dense bf16 matrix products, FLOPs/s."""
-
     memory: float
     """Bytes; a datasheet's GB as 10^9, the least that it can mean."""
-
     memory_bandwidth: float
     """Bytes a second."""
-
     nvlink: float
     """Bytes a second to GPUs of the same NVLink domain."""
-
     network: float
     """Bytes a second to others: one 400 Gbit/s adapter a GPU, the reference designs'."""
-
     host: float
     """Bytes a second to the CPU's memory: PCIe 5, or NVLink-C2C."""
-
     domain: int
     """GPUs in an NVLink domain."""
-
     source: str
     """Where the figures are from."""
 

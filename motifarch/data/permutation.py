@@ -16,15 +16,12 @@ class Permutation:
 
     The network permutes the smallest square power of two that holds ``size`` (fewer than four times
     as many numbers); an image outside ``range(size)`` is sent through again until it falls inside.
-    The result depends on ``size`` and ``key`` alone: not on the machine, the library versions or
-    the order of the queries.
+    The result depends on ``size`` and ``key`` alone, not on machine, versions or earlier queries.
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), method 2 and
     section 4.
 
-    Args:
-        size: number of elements, at least 1.
-        key: whatever names this permutation (for example a seed, a dataset's number and an epoch).
+    The key is whatever names this permutation, such as a seed, a dataset's number and an epoch.
 
     Raises:
         ValueError: if ``size`` is less than 1.
@@ -41,13 +38,7 @@ class Permutation:
         self._round_keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Map positions to elements.
-
-        Args:
-            indices: integers in ``range(size)``, any shape.
-
-        Returns:
-            int64 array of the same shape: the elements at those positions.
+        """Map positions (integers of any shape) to elements (int64, the same shape).
 
         Raises:
             IndexError: if a position lies outside ``range(size)``.

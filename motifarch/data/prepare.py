@@ -1,6 +1,7 @@
 """``motifarch data prepare``: from raw text to packed token blocks, ready for training."""
 
 import argparse
+import dataclasses
 import errno
 import os
 import sys
@@ -27,7 +28,6 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``motifarch data prepare``."""
-    defaults = PrepareSettings(sources=(), output=Path())
     parser = argparse.ArgumentParser(
         prog="motifarch data prepare",
         description=_DESCRIPTION,
@@ -46,15 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         "and .parquet, one document a record; .gz, .bz2 and .xz are unpacked; ** and {a,b} work; a folder means all "
         "below it), or hf:NAME[:CONFIG] (a Hugging Face dataset or a local folder of data files). May be repeated.",
     )
-    inputs.add_argument(
-        "--text-field",
-        default=defaults.text_field,
-        metavar="NAME",
-        help="field that holds a record's text (%(default)s)",
-    )
-    inputs.add_argument(
-        "--hf-split", default=defaults.hf_split, metavar="NAME", help="split of a Hugging Face dataset (%(default)s)"
-    )
+    inputs.add_argument("--text-field", metavar="NAME", help="field that holds a record's text (%(default)s)")
+    inputs.add_argument("--hf-split", metavar="NAME", help="split of a Hugging Face dataset (%(default)s)")
     inputs.add_argument(
         "--streaming", action="store_true", help="read Hugging Face datasets without downloading them first"
     )
@@ -70,30 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME_OR_PATH",
         help="a Hugging Face tokenizer (default: a new byte-level BPE on up to 64 Mi characters of the training part)",
     )
-    outputs.add_argument(
-        "--vocab-size", type=int, default=defaults.vocab_size, metavar="N", help="tokens to train (%(default)s)"
-    )
-    outputs.add_argument(
-        "--seq-len", type=int, default=defaults.seq_len, metavar="N", help="targets in a block (%(default)s)"
-    )
+    outputs.add_argument("--vocab-size", type=int, metavar="N", help="tokens to train (%(default)s)")
+    outputs.add_argument("--seq-len", type=int, metavar="N", help="targets in a block (%(default)s)")
     outputs.add_argument(
         "--validation-fraction",
         type=float,
-        default=defaults.validation_fraction,
         metavar="F",
         help="part of the documents kept for validation, chosen by a seeded hash of their text (%(default)s)",
     )
-    outputs.add_argument(
-        "--seed",
-        type=int,
-        default=defaults.seed,
-        metavar="N",
-        help="of the split and the documents' order (%(default)s)",
-    )
+    outputs.add_argument("--seed", type=int, metavar="N", help="of the split and the documents' order (%(default)s)")
     outputs.add_argument("--overwrite", action="store_true", help="replace a folder that was prepared differently")
-    outputs.add_argument(
-        "--num-proc", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that tokenise (%(default)s)"
-    )
+    outputs.add_argument("--num-proc", type=int, metavar="N", help="processes that tokenise (%(default)s)")
+    defaults = {f.name: f.default for f in dataclasses.fields(PrepareSettings) if f.default is not dataclasses.MISSING}
+    parser.set_defaults(**defaults | {"num_proc": os.cpu_count() or 1})
     return parser
 
 
@@ -138,11 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
     verb = "already prepared with these settings" if found else "prepared"
     print(f"{output}: {verb}, fingerprint {made.fingerprint[:12]}")
-    for split, counts in made.splits.items():
-        print(
-            f"  {split}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
-            f"{counts.blocks:,} blocks of {made.seq_len}"
-        )
+    for split, n in made.splits.items():
+        print(f"  {split}: {n.documents:,} documents, {n.tokens:,} tokens, {n.blocks:,} blocks of {made.seq_len}")
     print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
 
 

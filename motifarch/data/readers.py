@@ -20,12 +20,8 @@ def read_file(path: Path, name: str, text_field: str) -> Iterator[Document | Ski
 
     A text file (any other suffix) is one document; each line of ``.jsonl``, each member of a
     ``.json`` array and each row of ``.parquet`` is one, its text in ``text_field``. A file that
-    cannot be read is skipped from there on.
-
-    Args:
-        path: the file; a ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` suffix is unpacked on the way.
-        name: what to call it in messages.
-        text_field: the JSON key or Parquet column that holds the text.
+    cannot be read is skipped from there on. ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` are unpacked on
+    the way; messages call the file ``name``.
     """
     kind = path.suffix.lower()
     if kind in _COMPRESSED:

@@ -48,13 +48,9 @@ class FileSource:
 
 
 def parse_source(spec: str, *, text_field: str, hf_split: str, streaming: bool) -> Source:
-    """Turn a ``--source`` option into a source.
+    """Turn a ``--source`` option (``stdlib``, ``files:GLOB``, ``hf:NAME[:CONFIG]``) into a source.
 
-    Args:
-        spec: ``stdlib``, ``files:GLOB`` or ``hf:NAME[:CONFIG]``.
-        text_field: the field of a record that holds its text.
-        hf_split: which split of a Hugging Face dataset to read.
-        streaming: read a Hugging Face dataset without downloading it first.
+    A record's text is in ``text_field``. Streaming reads a Hugging Face dataset as it downloads.
 
     Raises:
         UserError: for another kind of source, or a glob that matches no file.

@@ -59,7 +59,6 @@ class Groups:
 
     dimensions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """This rank's group in each dimension that has more than one rank."""
-
     domain: int = 8
     """GPUs in an NVLink domain; ranks are numbered domain by domain."""
 

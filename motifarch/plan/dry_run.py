@@ -1,5 +1,4 @@
-"""A training step of one rank of a whole cluster, on tensors without data and a process group
-without peers.
+"""A training step of one rank of a cluster, on tensors without data, without its peers.
 
 Model, sharding, optimizer and step are those that training runs
 (`motifarch.train.loop.build_state`, `motifarch.train.step.train_step`); a dispatch mode sees every

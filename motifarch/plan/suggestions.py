@@ -27,8 +27,7 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
     for mode in _STRONGER.get(recipe.activation_checkpointing, ["full"]):
         yield {"activation_checkpointing": mode}
     if 1 < trace.micro_batches <= 4:
-        # Without micro-batches to add up, gradients are reduced as soon as they are there. (More
-        # rows than that at once would take more than it saves.)
+        # Without micro-batches to add up, gradients are reduced at once. More rows take more.
         yield {"batch.micro_size": trace.rows * trace.micro_batches}
     if layout.replicate > 1:
         step = next(n for n in range(2, layout.replicate + 1) if layout.replicate % n == 0)
@@ -55,8 +54,7 @@ def find_suggestions(
 
     Returns:
         The first single change that fits; else what was found by taking, again and again, the
-        change that saves most. The last entry is the answer if it fits; those before it were tried
-        and do not.
+        change that saves most. The last entry is the answer if it fits; those before it do not.
     """
     tried: list[Suggestion] = []
     base: dict[str, Any] = {}

@@ -58,20 +58,14 @@ class TrainState:
     """Everything that a step changes, and so all that a checkpoint holds."""
 
     model: nn.Module
-    """The sharded model."""
-
+    """Sharded."""
     optimizer: torch.optim.Optimizer
-    """Its optimizer."""
-
     step: int = 0
     """Optimizer steps done; decides the next step's data, rate and batch size."""
-
     tokens: int = 0
     """Targets trained on so far, over all ranks."""
-
     nonfinite: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.int64))
     """Skipped steps, on the device: in all, in a row up to now, and the longest row."""
-
     spike_guard: SpikeGuard | None = None
     """The guard against steps whose loss or gradient norm jumps, if the run has one."""
 
@@ -162,9 +156,7 @@ def _as_os_error(error: BaseException, folder: Path) -> OSError:
         if isinstance(cause, OSError) and cause.errno is not None:
             return OSError(cause.errno, os.strerror(cause.errno), str(folder))
         cause = cause.__cause__ or cause.__context__
-    return OSError(
-        errno.EIO, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", str(folder)
-    )
+    return OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", str(folder))
 
 
 class Checkpointer:
@@ -184,12 +176,8 @@ class Checkpointer:
     ) -> None:
         """Makes the process group of the saves, collectively.
 
-        Args:
-            output: the run's output folder.
-            keep_last: complete checkpoints to keep; 0 keeps all.
-            asynchronous: write in the background.
-            about: what the manifest notes of the run.
-            saved_step: the step that the output folder holds already: it is not saved again.
+        The last `keep_last` complete checkpoints are kept (0 keeps all). `about` is what the
+        manifest notes of the run; `saved_step` is in the output folder already.
         """
         self.output = output
         self.keep_last = keep_last
@@ -276,10 +264,8 @@ class Checkpointer:
 def load_state(checkpoint: Path, state: TrainState) -> None:
     """Loads a checkpoint into a sharded state, in place; the saving run may have had other ranks.
 
-    Args:
-        checkpoint: a complete checkpoint's folder.
-        state: the state, its model and optimizer built as for the saving run. The optimizer keeps
-            its own hyperparameters: a checkpoint holds moments only.
+    Model and optimizer are built as for the saving run. The optimizer keeps its own
+    hyperparameters: a checkpoint holds moments only.
 
     Raises:
         UserError: the checkpoint does not fit the model.

@@ -30,15 +30,11 @@ class Inputs:
 
     training: list[PackedDataset]
     """The mixture's training splits."""
-
     validation: list[PackedDataset]
     """Their validation splits; empty where the recipe never validates."""
-
     mixture: Mixture
     """The sampler of global batches."""
-
     model_config: MotifConfig
-    """The resolved model config."""
 
     @property
     def seq_len(self) -> int:

@@ -17,9 +17,6 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as a command line says.
 
-    Args:
-        argv: ``RECIPE.yaml --section.field value ...``; the process's own arguments where None.
-
     Returns:
         The exit status (see `motifarch.train.loop.train`).
 

@@ -53,13 +53,8 @@ class MetricsLog:
     ) -> None:
         """Opens the files, cut to what `start_step` steps wrote.
 
-        Args:
-            output: the run's output folder.
-            start_step: steps done before this start.
-            flops_per_token: model FLOPs of one token, forward and backward.
-            tensorboard: whether to write TensorBoard files too.
-            device: whose peak memory is reported; a CPU stands for the process's resident set.
-            write: whether this rank writes; the others only keep time.
+        `flops_per_token` are the model's, forward and backward. The device's peak memory is
+        reported; a CPU's is the process's resident set. Ranks that do not write only keep time.
         """
         self.path = output / METRICS
         self._flops_per_token = flops_per_token

@@ -1,8 +1,7 @@
 """The recipe of a run: one typed dataclass a section, and the rules that hold between fields.
 
-A YAML file and the command line are read into `Recipe` by `motifarch.train.read_recipe`. Every
-field can be overridden by its dotted name, for example ``--optim.lr 3e-4``. A field's type says
-what it accepts; `check_recipe` has what holds between fields.
+Every field can be overridden by its dotted name, for example ``--optim.lr 3e-4``. A field's type
+says what it accepts; `check_recipe` has what holds between fields.
 """
 
 from dataclasses import dataclass, field
@@ -154,9 +153,8 @@ class ModelSection(Section):
     """Standard deviation of the first weights."""
 
     attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None
-    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2"
-    whichever flash-attn is installed, "sdpa" torch's, "eager" the plain formula; null or "auto"
-    takes the fastest that serves it.
+    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2" any
+    flash-attn, "sdpa" torch's, "eager" the plain formula; null or "auto" the fastest that serves.
     """
 
 

@@ -21,19 +21,14 @@ class StepResult:
 
     loss: torch.Tensor
     """Mean cross-entropy over the global batch's targets, in nats."""
-
     z_loss: torch.Tensor
     """The z-loss's part of what was minimised."""
-
     grad_norm: torch.Tensor
     """Global gradient norm before clipping."""
-
     skipped: torch.Tensor
     """1 where loss or gradient was not finite or spiked, and nothing was updated; else 0."""
-
     lambdas: torch.Tensor | None
     """Mean lambda of each layer, (layers,), or None for softmax attention."""
-
     spike: torch.Tensor | None = None
     """1 where the step was skipped as a spike, else 0; None without a spike guard."""
 
@@ -134,13 +129,9 @@ def validation_loss(
 ) -> float:
     """The mean cross-entropy over fixed validation rows, in nats/token.
 
-    Args:
-        model: the sharded model.
-        datasets: validation splits, of which rows are taken evenly, the same for any world.
-        world: the ranks, which share the rows.
-        sequences: rows to use, over all datasets; fewer where there are fewer.
-        micro_size: rows in one forward pass.
-        mesh: how the ranks are arranged; by default each takes rows of its own.
+    Of all validation splits together, so many sequences are taken (fewer where there are fewer),
+    evenly spread and the same for any number of ranks, which share them, `micro_size` in a forward
+    pass. Without a mesh, each rank takes rows of its own.
     """
     rows = spread_rows(datasets, sequences)
     model.eval()
