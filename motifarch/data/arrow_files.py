@@ -1,7 +1,8 @@
 """Streams of tables as memory-mapped Arrow files; memory does not grow with them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -9,6 +10,8 @@ import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
 from motifarch.data.packed import Block
+
+T = TypeVar("T")
 
 _TOKENS_PER_TABLE = 2**22
 
@@ -32,26 +35,30 @@ def block_features(seq_len: int) -> datasets.Features:
 
 def block_tables(blocks: Iterable[Block], seq_len: int) -> Iterator[pa.Table]:
     """Gather blocks into tables of a few megabytes."""
-    gathered: list[Block] = []
-    for block in blocks:
-        gathered.append(block)
-        if len(gathered) * seq_len >= _TOKENS_PER_TABLE:
-            yield _block_table(gathered, seq_len)
-            gathered = []
+    for gathered in gather(blocks, lambda _: seq_len, _TOKENS_PER_TABLE):
+        tokens = pa.array(np.concatenate([block.input_ids for block in gathered]))
+        columns = {
+            "input_ids": pa.FixedSizeListArray.from_arrays(tokens, seq_len + 1),
+            "doc_lengths": list_column([block.doc_lengths for block in gathered]),
+        }
+        yield pa.table(columns)
+
+
+def gather(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Consecutive items in lists, each ended once its sizes add up to ``most``."""
+    gathered: list[T] = []
+    total = 0
+    for item in items:
+        gathered.append(item)
+        total += size(item)
+        if total >= most:
+            yield gathered
+            gathered, total = [], 0
     if gathered:
-        yield _block_table(gathered, seq_len)
+        yield gathered
 
 
 def list_column(arrays: list[np.ndarray]) -> pa.Array:
     """Arrays (integers [n] each) as one Arrow column of int32 lists."""
     borders = np.cumsum([0, *map(len, arrays)], dtype=np.int64).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(np.concatenate(arrays).astype(np.int32)))
-
-
-def _block_table(blocks: list[Block], seq_len: int) -> pa.Table:
-    tokens = pa.array(np.concatenate([block.input_ids for block in blocks]))
-    columns = {
-        "input_ids": pa.FixedSizeListArray.from_arrays(tokens, seq_len + 1),
-        "doc_lengths": list_column([block.doc_lengths for block in blocks]),
-    }
-    return pa.table(columns)

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from motifarch.data.arrow_files import write_tables
+from motifarch.data.arrow_files import gather, write_tables
 from motifarch.data.documents import SkipLog, Skipped
 from motifarch.data.permutation import Permutation
 from motifarch.data.progress import bar
@@ -17,7 +17,6 @@ from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source
 from motifarch.errors import UserError
 
-_TABLE_DOCUMENTS, _TABLE_CHARACTERS = 1000, 2**24
 _HASH_RANGE = 2**64
 
 
@@ -88,22 +87,10 @@ def read_corpus(scratch: Path, settings: PrepareSettings, sources: list[Source],
 
 
 def _document_tables(documents: Iterable[tuple[str, int]]) -> Iterator[pa.Table]:
-    texts: list[str] = []
-    hashes: list[int] = []
-    characters = 0
-
-    def table() -> pa.Table:
-        return pa.table({"text": pa.array(texts, pa.large_string()), "split_hash": pa.array(hashes, pa.uint64())})
-
-    for text, split_hash in documents:
-        texts.append(text)
-        hashes.append(split_hash)
-        characters += len(text)
-        if len(texts) >= _TABLE_DOCUMENTS or characters >= _TABLE_CHARACTERS:
-            yield table()
-            texts, hashes, characters = [], [], 0
-    if texts:
-        yield table()
+    # Each document counts for some characters more than it has: of small ones a table holds 1024.
+    for gathered in gather(documents, lambda document: len(document[0]) + 2**14, 2**24):
+        texts, hashes = zip(*gathered, strict=True)
+        yield pa.table({"text": pa.array(texts, pa.large_string()), "split_hash": pa.array(hashes, pa.uint64())})
 
 
 def shuffled(rows: datasets.Dataset, seed: int, column: str) -> Iterator[tuple[pa.Scalar, int]]:

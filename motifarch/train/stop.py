@@ -2,7 +2,6 @@
 
 import signal
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -10,15 +9,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """While open, SIGINT and SIGTERM only set `received`, however often they come."""
 
-    def __init__(self) -> None:
-        """Starts with no signal received."""
-        self.received: int = 0
-        self._previous: dict[int, Any] = {}
+    received: int = 0
 
     def __enter__(self) -> "StopSignals":
         """Takes the signals over."""
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
