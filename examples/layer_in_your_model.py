@@ -24,7 +24,6 @@ class Block(nn.Module):
         self.feed_forward = PolyNormMLP(WIDTH, intermediate_size=2 * WIDTH)
 
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """Maps (B, S, WIDTH) to the same."""
         x = x + self.attention(self.attention_norm(x), positions)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -35,12 +34,10 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.rotary = RotaryEmbedding(HEAD_DIM)
-        self.blocks = nn.ModuleList(Block(i) for i in range(2))
+        self.rotary, self.blocks = RotaryEmbedding(HEAD_DIM), nn.ModuleList(map(Block, range(2)))
         self.output = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Maps token ids to logits."""
         x, positions = self.embedding(ids), self.rotary(torch.arange(ids.shape[1])[None])
         for block in self.blocks:
             x = block(x, positions)
