@@ -33,14 +33,12 @@ def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 def part_of(func: Any, phase: str) -> str:
     """Whether an operator with FLOPs multiplies by weights or computes attention."""
-    name = func._schema.name
-    # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's.
-    batched = name == "aten::bmm" and phase != "optimizer"
-    return ATTENTION if batched or "attention" in name else MATRICES
+    return ATTENTION if is_plain_attention(func, phase) or "attention" in func._schema.name else MATRICES
 
 
 def is_plain_attention(func: Any, phase: str) -> bool:
     """Whether the operator is a product of whole attention maps."""
+    # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's.
     return bool(func._schema.name == "aten::bmm") and phase != "optimizer"
 
 
