@@ -285,12 +285,13 @@ def trace_step(
             for value in there:
                 ledger.leave_out(to_local(value))
             recorder.follow(model, optimizer)
-            tokens = torch.empty(rows, seq_len // layout.context, dtype=torch.int64)
+            shape = rows, seq_len // layout.context
+            batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "shift_labels")}
             with recorder, ledger.following_resizes():
                 try:
                     train_step(
                         state,
-                        [{"input_ids": tokens, "shift_labels": tokens.clone()}] * min(micro_batches, 2),
+                        [batch] * min(micro_batches, 2),
                         world=world,
                         targets=recipe.batch.size * seq_len,
                         lr=recipe.optim.lr,
