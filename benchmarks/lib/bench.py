@@ -161,17 +161,6 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 # --- Roofline -------------------------------------------------------------------------------------
 
 
-class Bound(NamedTuple):
-    """The least seconds that a piece of work takes."""
-
-    bytes: float
-    """For what it must move."""
-    flops: float | None
-    """For its matrix products; None where it has none worth counting."""
-    bound: float
-    """The larger of both."""
-
-
 @dataclass(frozen=True)
 class Roofline:
     """What a device was measured to do."""
@@ -184,17 +173,20 @@ class Roofline:
     flops_per_second: Mapping[str, float]
     """Of a matrix product, by the name of its dtype."""
 
-    def bound(self, bytes_: float, flops: float | None = None, dtype: str = "") -> Bound:
-        """The lower bound of a piece of work's time.
+    def bound(self, bytes_: float, flops: float | None = None, dtype: str = "") -> dict[str, Any]:
+        """The least seconds that a piece of work takes.
 
         Args:
             bytes_: that it must move.
-            flops: of its matrix products, or None.
+            flops: of its matrix products; None where it has none worth counting.
             dtype: theirs, one of those measured.
+
+        Returns:
+            Those for the "bytes", those for the "flops" or None, and the "bound", the larger of both.
         """
         by_bytes = bytes_ / self.bytes_per_second
         by_flops = None if flops is None else flops / self.flops_per_second[dtype]
-        return Bound(by_bytes, by_flops, max(by_bytes, by_flops or 0.0))
+        return {"bytes": by_bytes, "flops": by_flops, "bound": max(by_bytes, by_flops or 0.0)}
 
     def content(self) -> dict[str, Any]:
         """For a results file: "copy" and, where products were measured, "matrix"."""

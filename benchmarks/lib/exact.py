@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.providers import by_document, compose, repeated, sdpa
-from benchmarks.lib.shapes import AttentionCase, Draw
+from benchmarks.lib.shapes import AttentionCase, Case, Draw
 from motif_kernels import reference
 
 Errors = dict[str, dict[str, float]]
@@ -60,35 +60,44 @@ def fault(errors: Mapping[str, Mapping[str, float]], tolerance: float) -> str | 
     return None
 
 
-def of_formula(formula: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor) -> Exact:
+def exact_results(case: Case, inputs: Mapping[str, Tensor], draw: Draw) -> Exact:
+    """What results on these inputs are held to."""
+    if isinstance(case, AttentionCase):
+        return of_attention(case, inputs, draw)
+    like = next(iter(inputs.values())).shape
+    return of_formula(case.formula, inputs, draw(*like) if "both" in case.directions else None)
+
+
+def of_formula(formula: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor | None) -> Exact:
     """A formula of rows in float64, and its gradients, a block of rows at a time.
 
     Args:
         formula: of the inputs in order. Those of two or more dimensions have a row for each index
             of the first; others are parameters.
         inputs: by name.
-        grad: the incoming gradient, like the output.
+        grad: the incoming gradient, like the output; None where there is no backward.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("output", *inputs)}
-    step = max(1, _BLOCK * len(grad) // grad.numel())
-    for start in range(0, len(grad), step):
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("output", *(() if grad is None else inputs))}
+    first = next(iter(inputs.values()))
+    step = max(1, _BLOCK * len(first) // first.numel())
+    for start in range(0, len(first), step):
         rows = slice(start, start + step)
         leaves = [(t[rows] if t.ndim > 1 else t).detach().double().requires_grad_() for t in inputs.values()]
         out = formula(*leaves)
-        gradients = torch.autograd.grad(out, leaves, grad[rows].double())
+        gradients = () if grad is None else torch.autograd.grad(out, leaves, grad[rows].double())
         for name, tensor in zip(parts, (out.detach(), *gradients), strict=True):
             parts[name].append(tensor)
     whole = {"output", *(name for name, t in inputs.items() if t.ndim > 1)}
     return Exact({n: torch.cat(p) if n in whole else torch.stack(p).sum(0) for n, p in parts.items()}, grad)
 
 
-def of_attention(case: AttentionCase, inputs: Mapping[str, Tensor], draw: Draw, *, backward: bool = True) -> Exact:
+def of_attention(case: AttentionCase, inputs: Mapping[str, Tensor], draw: Draw) -> Exact:
     """Attention by torch's own and the plain epilogue, in float64 on a CPU and in float32 on a GPU.
 
     Those errors are far below any tolerance, and GPUs' attention kernels have no float64. A
     sequence at a time: a cache may take most of the memory.
     """
-    device = inputs["v"].device
+    device, backward = inputs["v"].device, "both" in case.directions
     dtype = torch.float32 if device.type == "cuda" else torch.float64
     attend = repeated(sdpa(case, device, None, dtype))  # grouped queries would take maps in memory
     function = compose(by_document(case, attend) if case.documents else attend, case.calls, reference.diff_combine)

@@ -1,7 +1,7 @@
 """Measure providers on a case: right first, then memory, then time, side by side."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +19,11 @@ from benchmarks.lib.bench import (
     saved_bytes,
     time_side_by_side,
 )
-from benchmarks.lib.exact import Exact, fault
+from benchmarks.lib.exact import Exact, exact_results, fault
 from benchmarks.lib.providers import Function, Provider
-from benchmarks.lib.shapes import Draw, draw_from
+from benchmarks.lib.shapes import Case, draw_from
 
 Row = dict[str, Any]
-MakeExact = Callable[[Any, Mapping[str, Tensor], Draw], Exact]
-"""A case, its inputs and a source of random numbers -> exact results."""
-
-
-class Case(Protocol):
-    """One size of what is measured."""
-
-    @property
-    def dtype(self) -> str:
-        """Of inputs and output, in :data:`benchmarks.lib.bench.DTYPES`."""
-
-    def cell(self) -> Row:
-        """What its results are filed under."""
-
-    def describe(self) -> str:
-        """In words."""
-
-    def make(self, draw: Draw) -> dict[str, Tensor]:
-        """The inputs."""
-
-    def bytes_moved(self) -> dict[str, int]:
-        """The least bytes that each direction moves."""
-
-    def flops(self) -> dict[str, int] | None:
-        """Of each direction's matrix products; None where there are none worth counting."""
 
 
 class Trial:
@@ -130,7 +105,6 @@ def check(
 def measure(
     case: Case,
     providers: Sequence[Provider],
-    make_exact: MakeExact,
     device: torch.device,
     clock: Clock,
     roofline: Roofline,
@@ -149,7 +123,7 @@ def measure(
         return [], []
     draw = draw_from(0, DTYPES[case.dtype], device)
     inputs = case.make(draw)
-    exact = make_exact(case, inputs, draw)
+    exact = exact_results(case, inputs, draw)
     if exact.grad is not None:
         inputs = {name: t.requires_grad_() for name, t in inputs.items()}
     grad = None if exact.grad is None else draw(*exact.grad.shape)
@@ -187,7 +161,8 @@ def measure(
     for i, reason in timed.failed.items():
         fail({name: rows[int(i)][name] for name in (*case.cell(), "provider", "variant", "form")}, reason)
     results = [rows[int(i)] | rates(case, of_direction, roofline) for i, of_direction in timed.seconds.items()]
-    mark_best(results)
+    for r in results:
+        r["best"] = seconds_of(r) == min(seconds_of(other) for other in results if other["provider"] == r["provider"])
     return results, failed
 
 
@@ -202,8 +177,8 @@ def rates(case: Case, timings: Mapping[str, Sequence[float]], roofline: Roofline
         "repetitions": len(next(iter(timings.values()))),
         "gb_per_second": {d: moved[d] / s.median * 1e-9 for d, s in spreads.items()},
         "copy_share": {d: moved[d] / s.median / roofline.bytes_per_second for d, s in spreads.items()},
-        "roofline_seconds": {d: bound._asdict() for d, bound in bounds.items()},
-        "share_of_roofline": {d: bounds[d].bound / s.median for d, s in spreads.items()},
+        "roofline_seconds": {d: bounds[d] for d in spreads},
+        "share_of_roofline": {d: bounds[d]["bound"] / s.median for d, s in spreads.items()},
     }
     if flops is not None:
         found["flops"] = {d: flops[d] for d in spreads}
@@ -215,14 +190,3 @@ def seconds_of(result: Mapping[str, Any]) -> float:
     """The median of forward and backward together or, where there is no backward, of the forward."""
     seconds = result["seconds"]
     return float(seconds.get("both", seconds["forward"])["median"])
-
-
-def mark_best(results: Sequence[Row]) -> None:
-    """Set "best" on each provider's fastest kernel among one case's results."""
-    fastest: dict[str, Row] = {}
-    for r in results:
-        best = fastest.get(r["provider"])
-        if best is None or seconds_of(r) < seconds_of(best):
-            fastest[r["provider"]] = r
-    for r in results:
-        r["best"] = fastest[r["provider"]] is r

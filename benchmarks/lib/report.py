@@ -4,7 +4,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,9 +142,7 @@ def grouped_bars(
     series: Mapping[str, Sequence[float]],
     *,
     colours: Mapping[str, str],
-    label: Callable[[float], str] = "{:.2f}".format,
     errors: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-    reference: float | None = None,
 ) -> None:
     """Draw one bar for each series in each group, with its value on top.
 
@@ -153,30 +151,20 @@ def grouped_bars(
         groups: names along the x axis.
         series: name -> one value for each group.
         colours: name -> colour.
-        label: how a value is written.
         errors: name -> (lower, upper) end of the whisker for each group.
-        reference: a dashed line at this value.
     """
     width = 0.85 / len(series)
-    top = max(max(values) for values in series.values())
-    if errors is not None:
-        top = max(top, max(upper for ends in errors.values() for _, upper in ends))
     for i, (name, values) in enumerate(series.items()):
         at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(at, values, width * 0.94, color=colours[name], label=name)
-        tops = list(values)
+        whiskers = None
         if errors is not None:
-            ends = errors[name]
-            tops = [upper for _, upper in ends]
-            below = [value - lower for value, (lower, _) in zip(values, ends, strict=True)]
-            above = [upper - value for value, (_, upper) in zip(values, ends, strict=True)]
-            axes.errorbar(at, values, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=0.8, capsize=2)
-        for x, y, value in zip(at, tops, values, strict=True):
-            axes.text(x, y + 0.012 * top, label(value), ha="center", va="bottom", fontsize=7)
-    if reference is not None:
-        axes.axhline(reference, color="#555555", linewidth=0.8, linestyle="--", zorder=0)
+            pairs = list(zip(values, errors[name], strict=True))
+            whiskers = [[value - lower for value, (lower, _) in pairs], [upper - value for value, (_, upper) in pairs]]
+        style = {"ecolor": "#333333", "elinewidth": 0.8, "capsize": 2}
+        bars = axes.bar(at, values, width * 0.94, color=colours[name], label=name, yerr=whiskers, error_kw=style)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylim(0, 1.12 * top)
+    axes.margins(y=0.12)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from torch._functorch import config as functorch
 
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES, clock_for, is_out_of_memory, measure_roofline, reason_of, release_memory
-from benchmarks.lib.exact import Exact
-from benchmarks.lib.measure import Case, Row, measure, seconds_of
+from benchmarks.lib.measure import Row, measure, seconds_of
 from benchmarks.lib.providers import Provider
-from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, Draw
+from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, Case
 from motifarch.errors import UserError
 
 MEBIBYTE = 1 << 20
+_FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
+PACKAGES = ("motifarch", "torch", "triton", "liger-kernel", "nvidia-cudnn-cu12", *_FLASH_ATTN)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class Aim:
     applies: Callable[[Mapping[str, Any]], bool] = lambda result: True
     """Whether it speaks of a result of ours."""
     dtype: str = "bf16"
-    above: bool = False
-    """The bound itself is not enough."""
 
     def ratio(self, ours: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]], direction: str) -> float | None:
         """The measured figure; None where what it takes was not measured."""
@@ -56,9 +54,11 @@ class Aim:
 
     def met(self, ratio: float) -> bool:
         """Whether a figure is good enough."""
-        if self.measure == "peak_bytes":
-            return ratio <= self.bound
-        return ratio > self.bound if self.above else ratio >= self.bound
+        return ratio <= self.bound if self.measure == "peak_bytes" else ratio >= self.bound
+
+
+def _number(value: float) -> str:
+    return f"{value:,.{1 if value >= 10 else 3}f}"
 
 
 class KernelBenchmark(ABC):
@@ -68,8 +68,6 @@ class KernelBenchmark(ABC):
     """As in ``python -m benchmarks.ops.NAME``."""
     doc: str | None
     """Of its module."""
-    packages: Sequence[str]
-    """Distributions whose versions matter."""
     labels: Mapping[str, str]
     """Providers, for people."""
     ours: Sequence[str]
@@ -83,9 +81,9 @@ class KernelBenchmark(ABC):
     """By the type of the device."""
     matrix = False
     """Whether its work has matrix products, whose rate belongs to the roofline."""
-    settings: Sequence[str] = ()
-    """Its own options that the JSON is to name."""
-    positive: Sequence[str] = ()
+    rate = "gb_per_second"
+    """Shown in tables, or "tflops"."""
+    numbers: Sequence[str] = ()
     """Its own options that must be above 0."""
 
     @abstractmethod
@@ -105,10 +103,6 @@ class KernelBenchmark(ABC):
         """For a case, those of these names, each with every kernel that it could take."""
 
     @abstractmethod
-    def exact(self, case: Any, inputs: Mapping[str, Tensor], draw: Draw) -> Exact:
-        """What results on these inputs are held to."""
-
-    @abstractmethod
     def describe_group(self, result: Mapping[str, Any]) -> str:
         """What a table is about, in words."""
 
@@ -124,12 +118,10 @@ class KernelBenchmark(ABC):
         """Its own content of the JSON."""
         return {}
 
-    def finish(self, content: dict[str, Any]) -> list[str]:
-        """Add to the JSON what all results together say; lines to print."""
-        return []
-
     def softmax_baselines(self, content: dict[str, Any]) -> list[str]:
-        """:meth:`finish` that names the fastest softmax attention of each size, whoever's it is."""
+        """Add the fastest softmax attention of each size to the JSON, whoever's it is; lines to print."""
+        if "layout" not in self.group:
+            return []
         directions = max((len(r["seconds"]) for r in content["results"]), default=0)
         cells: dict[tuple[Any, ...], Row] = {}
         for r in content["results"]:
@@ -162,7 +154,7 @@ class KernelBenchmark(ABC):
         Raises:
             UserError: an option has no meaning or cannot be had here.
         """
-        device = cli.resolve_device(arguments, ("seconds", "limit", *self.positive))
+        device = cli.resolve_device(arguments, ("seconds", "limit", *self.numbers))
         cuda = device.type == "cuda"
         arguments.dtypes = arguments.dtypes or (["bf16"] if cuda else list(DTYPES))
         missing, named = self.left_out(device), arguments.providers
@@ -182,8 +174,9 @@ class KernelBenchmark(ABC):
             The exit status: 1 if a provider of ours failed anywhere, or if it was stopped before
             the end.
         """
-        console, begun = Console(), time.monotonic()
-        env = cli.introduce(f"benchmarks.ops.{self.name}", device, self.packages, console)
+        # Wide enough for the tables, which a narrow terminal would cut.
+        console, begun = Console(width=max(Console().width, 120)), time.monotonic()
+        env = cli.introduce(f"benchmarks.ops.{self.name}", device, PACKAGES, console)
         if device.type == "cuda":
             env["cudnn"] = torch.backends.cudnn.version()
         for name, reason in arguments.left_out.items():
@@ -192,7 +185,7 @@ class KernelBenchmark(ABC):
         clock, quick = clock_for(device), arguments.quick
         dtypes = arguments.dtypes if self.matrix else ()
         roofline = measure_roofline(device, clock, dtypes, seconds=arguments.seconds, quick=quick)
-        options = ("seconds", "limit", "threads", "device", "quick", *self.settings)
+        options = ("seconds", "limit", "threads", "device", "quick", *self.numbers)
         content: dict[str, Any] = {
             "benchmark": self.name,
             "format": 2,
@@ -220,7 +213,7 @@ class KernelBenchmark(ABC):
                 torch.compiler.reset()  # else earlier shapes make it compile for shapes of any size
                 try:
                     providers = self.providers(case, names, device)
-                    given = case, providers, self.exact, device, clock, roofline
+                    given = case, providers, device, clock, roofline
                     results, failed = measure(*given, tolerance=self.tolerances[case.dtype], **settings)
                     content["results"] += results
                     content["failed"] += failed
@@ -234,7 +227,7 @@ class KernelBenchmark(ABC):
             content["complete"] = True
         if not content["complete"]:
             console.print("stopped: the figures so far follow", style="yellow")
-        lines = self.finish(content)
+        lines = self.softmax_baselines(content)
         if not quick:
             content["aims"] = self.judge(content["results"], device)
         report.write_json(path, content)
@@ -303,24 +296,24 @@ class KernelBenchmark(ABC):
                 for i, r in enumerate(cell):
                     texts = [f"{size:,}" if i == 0 else "", self.label(r)]
                     for d in directions:
-                        spread = r["seconds"].get(d)
-                        texts += (
-                            ["-", "", ""]
-                            if spread is None
-                            else [
-                                f"{scale * spread['median']:,.1f}",
-                                f"{report.half_spread(spread):.0f}%",
-                                f"{100 * r['share_of_roofline'][d]:.0f}%",
-                            ]
-                        )
-                    rows.append((*texts, "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / MEBIBYTE:,.1f}"))
+                        if d not in r["seconds"]:
+                            texts += ["-", ""]
+                            continue
+                        spread = r["seconds"][d]
+                        time_ = f"{_number(scale * spread['median'])} ±{report.half_spread(spread):.0f}%"
+                        texts += [time_, f"{100 * r['share_of_roofline'][d]:.0f}%"]
+                    rate = r[self.rate].get(directions[-1])
+                    peak = None if r["peak_bytes"] is None else r["peak_bytes"] / MEBIBYTE
+                    figures = ("-" if n is None else _number(n) for n in (rate, peak))
+                    rows.append((*texts, *figures))
                 bounds = max((r["roofline_seconds"] for r in cell), key=len)
                 by = sorted({"bytes" if b["bound"] == b["bytes"] else "FLOPs" for b in bounds.values()})
-                times = [text for d in directions for text in (f"{scale * bounds[d]['bound']:,.1f}", "", "")]
-                rows.append(("", f"roofline, by {' or '.join(by)}", *times, ""))
+                times = [text for d in directions for text in (_number(scale * bounds[d]["bound"]), "")]
+                rows.append(("", f"roofline, by {' or '.join(by)}", *times, "", ""))
             short = {"forward": "fwd", "backward": "bwd", "both": "both"}
-            headings = [text for d in directions for text in (f"{short[d]}\n{unit}", "±", "of roof-\nline")]
-            console.print(report.table(title, [self.size, "", *headings, "peak\nMiB"], rows, text_columns=2))
+            headings = [text for d in directions for text in (f"{short[d]}\n{unit}", "of\nroof")]
+            headings += [f"{'TFLOP/s' if self.rate == 'tflops' else 'GB/s'}\n{short[directions[-1]]}", "peak\nMiB"]
+            console.print(report.table(title, [self.size, "", *headings], rows, text_columns=2))
         for r in content["failed"]:
             where = f"{self.describe_group(r)}, {self.size} {r[self.size]:,}"
             console.print(f"[red]failed[/red] {self.label(r)} at {where}: {r['reason']}", soft_wrap=True)
@@ -338,23 +331,21 @@ class KernelBenchmark(ABC):
             console.print("No aim was judged: that takes a full run, and for most of them a GPU.")
 
     def plot(self, path: Path, content: Mapping[str, Any]) -> None:
-        """For each group the share of the roofline, forward and backward together where both are, and peak memory."""
+        """For each group the share of the roofline, forward and backward together where both are."""
         groups = self.groups(content["results"])
         colours = {self.labels[n]: c for n, c in zip(self.labels, (*report.COLOURS, report.GREY), strict=False)}
-        figure, axes = report.figure(len(groups), 2, size=(12, 1.4 + 2.4 * len(groups)))
-        for (title, sizes), (left, right) in zip(groups.items(), axes, strict=True):
+        figure, axes = report.figure(len(groups), 1, size=(9, 1.4 + 2.4 * len(groups)))
+        for (title, sizes), (axis,) in zip(groups.items(), axes, strict=True):
             shares: dict[str, list[float]] = {}
-            peaks: dict[str, list[float]] = {}
             for name in dict.fromkeys(r["provider"] for cell in sizes.values() for r in cell):
-                of = [next((r for r in cell if r["provider"] == name), None) for cell in sizes.values()]
-                reached = [r["share_of_roofline"] if r else {"both": 0.0} for r in of]
-                shares[self.labels[name]] = [100 * share.get("both", share.get("forward", 0.0)) for share in reached]
-                peaks[self.labels[name]] = [((r or {}).get("peak_bytes") or 0) / MEBIBYTE for r in of]
-            for axis, what, series in ((left, "% of roofline", shares), (right, "peak MiB", peaks)):
-                ticks = [f"{size:,}" for size in sizes]
-                if any(map(any, series.values())):
-                    report.grouped_bars(axis, ticks, series, colours=colours, label="{:,.0f}".format)
-                axis.set_title(f"{title}: {what}", fontsize=9)
+                label = self.labels[name]
+                for cell in sizes.values():
+                    share: Mapping[str, float] = next(
+                        (r["share_of_roofline"] for r in cell if r["provider"] == name), {}
+                    )
+                    shares.setdefault(label, []).append(100 * share.get("both", share.get("forward", 0.0)))
+            report.grouped_bars(axis, [f"{size:,}" for size in sizes], shares, colours=colours)
+            axis.set_title(f"{title}: % of roofline", fontsize=9)
         handles, texts = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False)
         figure.suptitle(f"{self.name}, by {self.size}\n{report.describe(content['environment'])}", fontsize=11)

@@ -1,4 +1,4 @@
-"""Attention layouts and cases: heads, masks, inputs, and the work that they need."""
+"""Cases: rows, and attention layouts at a size. Their inputs, and the work that they need."""
 
 import functools
 import math
@@ -123,6 +123,47 @@ LAYOUTS = {
 }
 
 
+@dataclass(frozen=True)
+class RowCase:
+    """One function at one size.
+
+    Tensors of two or more dimensions have a row (a token) for each index of the first; others are
+    parameters. The output is like the first input.
+    """
+
+    function: str
+    dtype: str
+    rows: int
+    columns: int
+    """Elements of a row."""
+    forward_bytes: int
+    backward_bytes: int
+    make: Callable[[Draw], dict[str, Tensor]]
+    formula: Callable[..., Tensor]
+    """The plain formula, of the inputs in order; in float64 where they are."""
+    ours: Callable[..., Tensor]
+    liger: Callable[..., Tensor] | None = None
+    liger_in_place: bool = False
+    """Whether liger-kernel writes its gradient over the incoming one."""
+    directions: tuple[str, ...] = DIRECTIONS
+
+    def cell(self) -> dict[str, Any]:
+        """What results of this case are filed under."""
+        return {"function": self.function, "dtype": self.dtype, "rows": self.rows, "columns": self.columns}
+
+    def describe(self) -> str:
+        """In words."""
+        return f"{self.function}, {self.dtype}, {self.rows:,} x {self.columns:,}"
+
+    def bytes_moved(self) -> dict[str, int]:
+        """The least bytes that each direction moves."""
+        both = self.forward_bytes + self.backward_bytes
+        return dict(zip(DIRECTIONS, (self.forward_bytes, self.backward_bytes, both), strict=True))
+
+    def flops(self) -> None:
+        """A few vector operations an element, without a matrix product."""
+
+
 def mix_documents(total: int, longest: int) -> tuple[int, ...]:
     """Lengths that add up to ``total``: one is ``longest``, the others of all magnitudes."""
     source = random.Random(0)
@@ -149,6 +190,7 @@ class AttentionCase:
     kv_heads: int
     documents: tuple[int, ...] = ()
     """Their lengths, in packed layouts."""
+    directions: tuple[str, ...] = DIRECTIONS
 
     @property
     def rows(self) -> int:
@@ -266,6 +308,9 @@ class AttentionCase:
         if self.layout.sub_norm:
             inputs["norm_weight"] = 1 + 0.1 * draw(self.layout.v_head_dim, dtype=torch.float32)
         return inputs
+
+
+Case = RowCase | AttentionCase
 
 
 def attention_case(name: str, dtype: str, length: int, *, tokens: int, head_divisor: int = 1) -> AttentionCase:

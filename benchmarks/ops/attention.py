@@ -2,49 +2,15 @@
 
     python -m benchmarks.ops.attention            # a GPU: four minutes; two CPU cores: two to three
     python -m benchmarks.ops.attention --all      # every layout at 512 to 32K, and much longer
-    python -m benchmarks.ops.attention --quick    # a smoke test, with no meaning
     python -m benchmarks.ops.attention --layouts v1_64 --lengths 4096 16384 --providers triton two
 
-All is causal, and the tokens of all sequences together stay the same (16,384 on a GPU, 2,048 on a
-CPU, or one longer sequence). Layouts are named for their kind, their D and their mask: softmax has
-no noise; v1 is DIFF V1; gda2 and gda4 are GDA with 2 and 4 signal heads for each noise head, heads
-as in Motif-2-12.7B; both have values twice as wide as keys. v2 is DIFF V2: values as wide as keys,
-the same keys for signal and noise, lambda for each token and head. w128 is a window of 128 keys, a
-query's own included. Packed layouts are documents in one sequence, a fixed mixture that is even
-over all magnitudes up to the length. On a CPU there is an eighth of the heads.
-
-Every provider computes the same function, from queries, keys and values to the finished output and
-back to all gradients: the difference with lambda and, in DIFF V1 and GDA, the sub-norm.
-Compositions take motif_kernels' diff_combine for that. Noise heads are never repeated. Providers:
-
-    ours           motif_kernels: the fused kernel in its deterministic and its other mode; the
-                   backends that compose, sdpa and, where flash-attn is installed, flash
-    one call       softmax attention of another library, for the layouts without noise
-    two calls      the same for signal and for noise, values at their full width; keys are padded
-                   or repeated where a kernel needs it
-    four calls     each of the two on one half of the values, as the papers' implementations do
-    FlexAttention  compiled (not timed); on a CPU its forward alone. By default at one length of a
-                   few layouts: it compiles for long
-    naive formula  with maps in memory, where they fit
-
-Calls are measured with each library there is: torch's scaled_dot_product_attention by cuDNN and by
-flash attention, flash-attn 4, 3 and 2; windows and documents by torch's varlen_attn. Tables and
-plot show the fastest, the JSON file all. **The softmax baseline** of each size is whatever was
-measured to be fastest there, ours included, and named: "softmax_baselines" in the JSON file, a line
-below the tables.
-
-Right first: at its size, each provider's output and gradients are held to torch's attention and the
-plain epilogue in float64 (on a GPU float32). One that is off, fails or runs out of memory is
-reported by name, and the others go on.
-
-FLOPs are the mathematics' alone: for each visible pair of query and key 2D + 2Dv for each map
-forward; backward 6D + 4Dv for each signal head and 6D for each noise head. The roofline, the least
-time for a direction, is that work at the rate of a large matrix product, or every tensor moved once
-at the bandwidth of a large copy, both measured in the same run: whichever is longer.
-
-Time: providers take turns, in an order that rotates; the figure is the median, and ± half the width
-of the middle half: on a GPU of triton.testing.do_bench, on a CPU of torch.utils.benchmark. Peak
-memory is the most that forward and backward hold at once, inputs and incoming gradient included.
+Every provider goes from queries, keys and values to the finished output and back to all gradients;
+all is causal. *ours* are motif_kernels' backends. *one*, *two* and *four calls* compose softmax
+attention of other libraries (torch's by cuDNN and flash, flash-attn 2 to 4): for layouts without
+noise; for signal and noise; and each on half of the values. FlexAttention compiles for long, and by
+default is measured at one length of a few layouts. Layouts (lib/shapes.py) are named for kind, D
+and mask; all sequences together have --tokens. On a CPU there is an eighth of the heads. FLOPs are
+those of visible pairs. How it is measured: benchmarks/README.md.
 """
 
 import argparse
@@ -58,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lib.exact import of_attention
 from benchmarks.lib.providers import Function, Provider, compose, flex, forms, libraries
 from benchmarks.lib.run import Aim, KernelBenchmark
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, epilogue
@@ -174,14 +139,11 @@ class Attention(KernelBenchmark):
     """Layouts with and without noise, by every way there is."""
 
     name, doc = "attention", _DOC
-    packages = ("motifarch", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12")
     labels, ours, tolerances, aims = LABELS, OURS, TOLERANCES, AIMS
     group, size, matrix = ("layout", "dtype"), "length", True
-    settings = ("tokens", "head_divisor")
-    positive = ("lengths", "tokens", "head_divisor")
+    rate = "tflops"
+    numbers = ("lengths", "tokens", "head_divisor")
     providers = staticmethod(providers)
-    exact = staticmethod(of_attention)
-    finish = KernelBenchmark.softmax_baselines
 
     def add_options(self, add: Callable[..., Any]) -> None:
         """See :class:`KernelBenchmark`."""

@@ -1,25 +1,13 @@
-"""The differential epilogue, signal minus lambda times noise and then sub-norm, gate or neither:
-time and memory.
+"""The differential epilogue, signal minus lambda times noise, then sub-norm, gate or neither.
 
     python -m benchmarks.ops.combine             # on two CPU cores two to three minutes
-    python -m benchmarks.ops.combine --quick     # a smoke test, with no meaning
     python -m benchmarks.ops.combine --layouts gda --epilogues none gate --columns 4096 8192
 
-A row is a token: its length is the signal heads times their width. The layouts, at the size they
-are named for:
-
-    gda      GDA 4:1, 32 signal and 8 noise heads of 256, lambda one number: Motif-2-12.7B (row 8,192)
-    diff_v1  DIFF V1, 16 and 16 heads of 128, lambda one number (row 2,048)
-    diff_v2  DIFF V2, 32 and 32 heads of 128, lambda for each token and head (row 4,096)
-
-Other row lengths have other numbers of heads of the same width, in the same ratio: that is what a
-wider model changes. By default each layout has its own epilogue (GDA and V1 the sub-norm, V2 none)
-at its own size, on a GPU at every length from 2,048 to 32,768, and the other epilogues at its own
-size (on a CPU for GDA alone).
-
-Bytes: what each epilogue's mathematics must read and write, the noise heads once and never
-repeated. Without sub-norm or gate the backward needs no signal. lambda for each token and head is
-float32 and counted; a single lambda and the sub-norm's weight are not.
+A row is a token: its length is the signal heads times their width. gda is Motif-2-12.7B's (row
+8,192), diff_v1 has a row of 2,048, diff_v2 one of 4,096 and lambda for each token and head. Other
+lengths have other numbers of heads. By default each layout has its own epilogue at its own size, on
+a GPU at 2,048 to 32,768, and the others at its own size (on a CPU for GDA alone). Bytes: noise heads
+are read once; a single lambda and the sub-norm's weight are not counted.
 """
 
 import argparse
@@ -35,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.lib import rows
 from benchmarks.lib.bench import DTYPES
-from benchmarks.lib.shapes import NORM_EPS, OUT_SCALE, Draw
+from benchmarks.lib.shapes import NORM_EPS, OUT_SCALE, Draw, RowCase
 from motif_kernels import diff_combine, reference
 from motifarch.errors import UserError
 
@@ -91,7 +79,7 @@ def _inputs(layout: Layout, epilogue: str, tokens: int, heads: int, draw: Draw) 
     return inputs
 
 
-def case(layout: Layout, epilogue: str, dtype: str, tokens: int, columns: int) -> rows.RowCase:
+def case(layout: Layout, epilogue: str, dtype: str, tokens: int, columns: int) -> RowCase:
     """One epilogue on a layout with tokens of that length.
 
     Raises:
@@ -115,7 +103,7 @@ def case(layout: Layout, epilogue: str, dtype: str, tokens: int, columns: int) -
         backward += signal  # read
     if epilogue == "gate":
         backward += 2 * signal  # the gate and its gradient
-    return rows.RowCase(
+    return RowCase(
         function=f"{layout.label}, {'no epilogue' if epilogue == 'none' else epilogue}",
         dtype=dtype,
         rows=tokens,
@@ -140,7 +128,7 @@ class Combine(rows.RowBenchmark):
         add("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="default: all")
         add("--epilogues", nargs="+", choices=EPILOGUES, help="of every layout; default: see below")
 
-    def cases(self, arguments: argparse.Namespace) -> Iterator[rows.RowCase]:
+    def cases(self, arguments: argparse.Namespace) -> Iterator[RowCase]:
         """An epilogue of a layout after the other."""
         cuda, quick = arguments.device == "cuda", arguments.quick
         for name, epilogue, dtype in itertools.product(arguments.layouts, EPILOGUES, arguments.dtypes):

@@ -1,29 +1,17 @@
 """Decoding against a full key/value cache: the kernel beside what there was.
 
     python -m benchmarks.ops.decode             # on a GPU, a minute
-    python -m benchmarks.ops.decode --quick     # a smoke test, with no meaning
     python -m benchmarks.ops.decode --batches 1 8 --contexts 131072 --providers triton two one
 
-One new token for each row, all rows' caches full. Layouts are attention's; the cache lies as the
-layers keep it, k1 and k2 side by side. What does not fit the memory is skipped. Providers, all from
-queries and caches to the finished output:
-
-    ours           diff_attn_with_kvcache: the Triton kernel, on a CPU the sdpa backend
-    four calls     softmax attention for signal and for noise, each for both halves of the values
-    two calls      values at their full width; a kernel that wants keys as wide as values gets both
-                   keys side by side and queries with zeros where the other's are
-    one call       signal and noise queries together in that way, as heads of one call; for softmax
-                   attention the plain call
-    FlexAttention  compiled (not timed), two calls; only where it is named, for it compiles for long
-
-Calls are made with every kernel there is: torch's cuDNN, flash and memory-efficient ones, and
-flash-attn 2, 3 and 4. Right first, and how times are taken: as in benchmarks.ops.attention. Bytes
-are those that must be read: each cached key and value once. The softmax baseline is the fastest of
-all, named. Models: benchmarks.models.generate.
+One new token for each row, all rows' caches full; the cache lies as the layers keep it, k1 and k2
+side by side. *ours* is diff_attn_with_kvcache. *four* and *two calls* are as in attention; a kernel
+that wants keys as wide as values gets both keys side by side, and queries with zeros where the
+other's are. *one call* takes signal and noise in that way as heads of one call. FlexAttention is
+measured only where it is named. Bytes are those of the cached keys and values, read once. How it is
+measured: benchmarks/README.md.
 """
 
 import argparse
-import functools
 import itertools
 import math
 import sys
@@ -38,7 +26,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.lib.bench import DTYPES
-from benchmarks.lib.exact import of_attention
 from benchmarks.lib.providers import (
     Attend,
     Function,
@@ -72,6 +59,8 @@ _LONG = 32768
 @dataclass(frozen=True)
 class DecodeCase(AttentionCase):
     """A layout with a new token for each row, the last of those that its cache holds."""
+
+    directions: tuple[str, ...] = ("forward",)
 
     @property
     def queries(self) -> int:
@@ -135,10 +124,9 @@ def providers(case: DecodeCase, names: Sequence[str], device: torch.device) -> l
             kernels: dict[str, list[tuple[str, Function]]] = {"": [("", ours(case, name, device))]}
         elif name == "flex":
             kernels = {"": [("", compose(flex(case, device), case.calls))]}
-        elif case.calls == 1:
-            kernels = {variant: [("", compose(attend, 1))] for variant, attend in libraries(case, device).items()}
         else:
-            kernels = {variant: forms(name, attend) for variant, attend in libraries(case, device).items()}
+            calls = name if case.calls == 2 else "plain"
+            kernels = {variant: forms(calls, attend) for variant, attend in libraries(case, device).items()}
         found += [Provider(name, tried, variant, ("forward",)) for variant, tried in kernels.items()]
     return found
 
@@ -162,12 +150,10 @@ def ours(case: DecodeCase, backend: str, device: torch.device) -> Function:
 
 
 def forms(name: str, attend: Attend) -> list[tuple[str, Function]]:
-    """A kernel as four, two or one calls; two join the keys where widths must agree."""
-    if name == "four":
-        return [("", compose(attend, 4))]
+    """A kernel as four, two, one or plain calls; two join the keys where widths must agree."""
     if name == "two":
         return [("", compose(attend, 2)), ("joined keys", _two_joined(attend))]
-    return [("", _one_joined(attend))]
+    return [("", _one_joined(attend) if name == "one" else compose(attend, 4 if name == "four" else 1))]
 
 
 def _joined_queries(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -258,14 +244,10 @@ class Decode(KernelBenchmark):
     """Caches of several layouts, batches and lengths."""
 
     name, doc = "decode", _DOC
-    packages = ("motifarch", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
     labels, ours, tolerances, aims = LABELS, OURS, TOLERANCES, AIMS
     group, size, matrix = ("layout", "dtype", "batch"), "context", True
-    settings = ("head_divisor",)
-    positive = ("batches", "contexts", "head_divisor")
+    numbers = ("batches", "contexts", "head_divisor")
     providers = staticmethod(providers)
-    exact = functools.partial(of_attention, backward=False)
-    finish = KernelBenchmark.softmax_baselines
 
     def add_options(self, add: Callable[..., Any]) -> None:
         """See :class:`KernelBenchmark`."""

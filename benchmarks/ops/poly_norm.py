@@ -1,12 +1,10 @@
 """PolyNorm, alone and times the feed-forward's other branch: time, bandwidth and memory.
 
     python -m benchmarks.ops.poly_norm             # on two CPU cores two to three minutes
-    python -m benchmarks.ops.poly_norm --quick     # a smoke test, with no meaning
     python -m benchmarks.ops.poly_norm --functions mul_poly_norm --columns 8192
 
-Bytes an element, in bf16: PolyNorm reads x and writes y, 4 forward, and reads x and the gradient
-and writes x's, 6 backward; with the product there is another input and another gradient, 6 and 10.
-The three weights and the bias are float32. liger-kernel's PolyNorm writes its gradient over the
+Bytes an element, in bf16: PolyNorm moves 4 forward and 6 backward, with the product 6 and 10. The
+three weights and the bias are float32. liger-kernel's PolyNorm writes its gradient over the
 incoming one, as it does by default; it has no product, which is left to PyTorch as its users would.
 """
 
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.lib import rows
 from benchmarks.lib.bench import DTYPES
-from benchmarks.lib.shapes import Draw
+from benchmarks.lib.shapes import Draw, RowCase
 from motif_kernels import mul_poly_norm, poly_norm
 
 EPS = 1e-6
@@ -46,14 +44,6 @@ def _plain_mul(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return (_formula(gate, weight, bias) * up).to(gate.dtype)
 
 
-def _ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return poly_norm(x, weight, bias, eps=EPS)
-
-
-def _ours_mul(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return mul_poly_norm(gate, up, weight, bias, eps=EPS)
-
-
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from liger_kernel.ops.poly_norm import LigerPolyNormFunction  # type: ignore[import-not-found]
 
@@ -66,23 +56,19 @@ def _liger_mul(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return _liger(gate, weight, bias) * up
 
 
-def _parameters(draw: Draw) -> dict[str, Tensor]:
+def _inputs(names: tuple[str, ...], rows: int, columns: int, draw: Draw) -> dict[str, Tensor]:
     # About the initial third each, and all different, so that no two can be exchanged unseen.
     weight = torch.tensor([0.2, 0.3, 0.5]) + 0.01 * draw(3, dtype=torch.float32).cpu()
     bias = 0.1 * draw(1, dtype=torch.float32)
-    return {"weight": weight.to(bias.device), "bias": bias}
+    return {name: draw(rows, columns) for name in names} | {"weight": weight.to(bias.device), "bias": bias}
 
 
-def _inputs(names: tuple[str, ...], rows: int, columns: int, draw: Draw) -> dict[str, Tensor]:
-    return {name: draw(rows, columns) for name in names} | _parameters(draw)
-
-
-def case(function: str, dtype: str, tokens: int, columns: int) -> rows.RowCase:
+def case(function: str, dtype: str, tokens: int, columns: int) -> RowCase:
     """PolyNorm ("poly_norm") or PolyNorm times up ("mul_poly_norm") on tokens x columns."""
     product = function == "mul_poly_norm"
     branches = ("gate", "up") if product else ("x",)
     tensor = tokens * columns * DTYPES[dtype].itemsize
-    return rows.RowCase(
+    return RowCase(
         function=function,
         dtype=dtype,
         rows=tokens,
@@ -91,7 +77,7 @@ def case(function: str, dtype: str, tokens: int, columns: int) -> rows.RowCase:
         backward_bytes=(2 * len(branches) + 1) * tensor,
         make=functools.partial(_inputs, branches, tokens, columns),
         formula=_plain_mul if product else _plain,
-        ours=_ours_mul if product else _ours,
+        ours=functools.partial(mul_poly_norm if product else poly_norm, eps=EPS),
         liger=_liger_mul if product else _liger,
         liger_in_place=not product,
     )
@@ -109,7 +95,7 @@ class PolyNorm(rows.RowBenchmark):
         functions = ["poly_norm", "mul_poly_norm"]
         add("--functions", nargs="+", choices=functions, default=functions, help="default: both")
 
-    def cases(self, arguments: argparse.Namespace) -> Iterator[rows.RowCase]:
+    def cases(self, arguments: argparse.Namespace) -> Iterator[RowCase]:
         """Every function at every length."""
         lengths = [2048, 4096, 8192, 16384, 32768] if arguments.device == "cuda" else [2048, 8192]
         columns = arguments.columns or ([256] if arguments.quick else lengths)

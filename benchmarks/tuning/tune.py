@@ -4,22 +4,12 @@
     python -m benchmarks.tuning.tune --kernels attention_forward --limit 500
     python -m benchmarks.tuning.tune --dry-run     # the candidates; needs no GPU
 
-For each kernel and each class of sizes that share an entry, Triton's autotuner times the present
-entry and its neighbours on cases that tell (attention: causal, 4,096 tokens, four and one signal
-heads for each noise head), in the pass of the public function that launches the kernel. The same
-command again goes on from what was chosen. attention_backend is the backend that is the fastest
-forward and backward, by the widths of the heads.
-
-*Right first.* Every candidate's results are held to the plain formula in float64, in memory that
-held NaN before. One that is wrong, does not compile, does not fit the GPU, or spills more than its
-kernel's bound is left out, reported with the reason, and not timed. The fastest, by the geometric
-mean over the cases, must in the same way serve further cases of its class (other masks, epilogues
-and widths), else the next fastest is taken.
-
-The table is written anew after each class, and says what it was measured on. Kernels and sizes that
-were not reached keep what they had, and a table that exists keeps the other kernels. What a
-kernel's fields mean, its module in kernels/motif_kernels/impl/triton/ says. Every candidate's
-figures are kept in benchmarks/results/GPU/tune.json, or, with --output, beside that file.
+For each kernel and class of sizes, Triton's autotuner times the present entry and its neighbours in
+the pass that launches the kernel; the fastest over all cases is taken. The command again goes on
+from there. Each candidate's results are first held to the plain formula, in memory that held NaN;
+one that is wrong, does not launch or spills is left out, with the reason, and the one taken must
+serve further cases too. The table is written after each class, and keeps what was not reached. All
+figures go to benchmarks/results/GPU/tune.json or, with --output, beside that file.
 """
 
 import argparse
@@ -34,29 +24,211 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES, cpu_clock, reason_of, release_memory
 from benchmarks.lib.compiling import launches_through
-from benchmarks.lib.exact import Exact, fault
+from benchmarks.lib.exact import Exact, exact_results, fault
 from benchmarks.lib.measure import Trial
-from benchmarks.lib.shapes import draw_from
-from benchmarks.tuning.candidates import BACKEND, Entry, Kernel, Shape, SizeClass, all_kernels, neighbours
+from benchmarks.lib.providers import Function
+from benchmarks.lib.run import PACKAGES
+from benchmarks.lib.shapes import AttentionCase, Case, Layout, RowCase, draw_from
+from benchmarks.ops import attention, combine, decode, poly_norm
 from motif_kernels import tuning
+from motif_kernels.impl.constants import POWER_SCALE
 from motifarch.errors import UserError
 from motifarch.files import atomic_write
 
 MODULE = "benchmarks.tuning.tune"
-PACKAGES = ("motifarch", "torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 TABLES = report.ROOT / "kernels" / "motif_kernels" / "tuning"
-Table = Mapping[str, Sequence[Entry]]
-"""Kernel -> its entries."""
+BACKEND = "attention_backend"
+Entry = Mapping[str, Any]
+
+
+# --- What is tuned, on which cases ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A case, and how motif_kernels is called on it."""
+
+    case: Case
+    function: Callable[[torch.device, Entry], Function]
+    """Of an entry: the choice of a backend is an argument of the call."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or the choice of a backend, as the launch tables list it."""
+
+    name: str
+    direction: str
+    """The pass of the public function that has this kernel in it, and is timed."""
+    classes: Mapping[int | None, tuple[Sequence[Shape], Sequence[Shape]]]
+    """Bound of the sizes that share an entry -> the cases that decide, and further ones to serve."""
+    tolerance: float
+    spilled_bytes: int = 0
+    """The most local memory that a thread of a candidate may use."""
+
+
+# Bound -> widths (D, Dv) that are timed, and further ones that the class must serve.
+_WIDTHS: dict[int | None, tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = {
+    256: ((64, 64), ()),
+    384: ((64, 128), ()),
+    512: ((128, 128), ()),
+    576: ((96, 192), ()),
+    None: ((128, 256), ((192, 128),)),
+}
+
+
+def _attention(d: int, dv: int, ratio: int, noise: int, length: int, batch: int = 2, **rest: Any) -> Shape:
+    backend = rest.pop("backend", "triton")
+    layout = Layout(f"({d}, {dv}), {ratio * noise}:{noise} heads", ratio * noise, noise, noise, d, dv, **rest)
+    documents = (length,) * batch if layout.packed else ()
+    case = AttentionCase("", layout, "bf16", length, 1 if documents else batch, noise, documents)
+    return Shape(case, lambda device, entry: attention.ours(case, entry.get("backend", backend), device))
+
+
+def _attention_kernel(name: str, direction: str, spilled_bytes: int = 0) -> Kernel:
+    classes = {}
+    for up_to, ((d, dv), others) in _WIDTHS.items():
+        # Spills and shared memory depend on the mask, the epilogue and the mode.
+        also = (
+            _attention(d, dv, 1, 2, 1000, window=300, packed=True, shared_keys=True),
+            _attention(d, dv, 3, 2, 1000, gate=True, backend="triton_fast"),
+            *(_attention(*widths, 3, 2, 1000) for widths in others),
+        )
+        classes[up_to] = (_attention(d, dv, 4, 8, 4096), _attention(d, dv, 1, 1024 // d, 4096)), also
+    return Kernel(name, direction, classes, attention.TOLERANCES["bf16"], spilled_bytes)
+
+
+def _decode(d: int, dv: int, ratio: int, noise: int, length: int, batch: int) -> Shape:
+    layout = Layout(f"({d}, {dv}), {ratio * noise}:{noise} heads", ratio * noise, noise, noise, d, dv)
+    case = decode.DecodeCase("", layout, "bf16", length, batch, noise)
+    return Shape(case, lambda device, entry: decode.ours(case, "triton", device))
+
+
+def _decoding_kernel() -> Kernel:
+    classes = {}
+    for up_to, ((d, dv), others) in _WIDTHS.items():
+        # A cache that fills the GPU by its length, and one that does by its rows.
+        timed = _decode(d, dv, 4, 8, 32768, 1), _decode(d, dv, 1, 1024 // d, 4096, 16)
+        classes[up_to] = timed, tuple(_decode(*w, 3, 2, 1000, 3) for w in ((d, dv), *others))
+    return Kernel("decoding_split", "forward", classes, attention.TOLERANCES["bf16"], spilled_bytes=64)
+
+
+def _row(case: RowCase) -> Shape:
+    return Shape(case, lambda device, entry: lambda t: case.ours(*t.values()))
+
+
+def _poly_norm(rows: int, columns: int) -> Shape:
+    return _row(poly_norm.case("mul_poly_norm", "bf16", rows, columns))
+
+
+def _sum_formula(x: Tensor, grad: Tensor) -> Tensor:
+    """What each process of a group computes on its part of a row: sums of powers and products."""
+    x = x * POWER_SCALE
+    return torch.stack([t.sum(-1) for t in (x**6, x**4, x**2, grad * x**3, grad * x**2, grad * x, grad)], dim=-1)
+
+
+def _ours_sums(x: Tensor, grad: Tensor) -> Tensor:
+    from motif_kernels.impl.triton import poly_norm as run
+
+    products = run.product_sums(grad, x, None, hidden_clamp=None)
+    return torch.cat([run.power_sums(x, hidden_clamp=None), products]).T
+
+
+def _sums(rows: int, columns: int) -> Shape:
+    case = RowCase(
+        function="sums of PolyNorm",
+        dtype="bf16",
+        rows=rows,
+        columns=columns,
+        forward_bytes=3 * 2 * rows * columns,
+        backward_bytes=0,
+        make=lambda draw: {"x": draw(rows, columns), "grad": draw(rows, columns)},
+        formula=_sum_formula,
+        ours=_ours_sums,
+        directions=("forward",),
+    )
+    return _row(case)
+
+
+def _row_kernel(name: str, direction: str, shape: Callable[[int, int], Shape], bounds: Sequence[int]) -> Kernel:
+    classes = {}
+    for up_to in (*bounds, None):
+        columns = (up_to or 2 * bounds[-1]) // 2
+        # Tiles are powers of two.
+        timed = tuple(shape((1 << 25) // n, n) for n in (columns, columns * 11 // 16))
+        classes[up_to] = timed, (shape(7, columns - 3 if up_to else bounds[-1] + 5),)
+    return Kernel(name, direction, classes, 0.06)
+
+
+def _combine(width: int, ratio: int, noise_heads: int) -> Shape:
+    layout = combine.Layout(f"{ratio * noise_heads}:{noise_heads} heads of {width}", ratio, width, 0, "sub-norm")
+    return _row(combine.case(layout, "sub-norm", "bf16", 8192, width * ratio * noise_heads))
+
+
+def _prepare(width: int, ratio: int, noise_heads: int) -> Shape:
+    # Over short sequences: only the tokens matter to this kernel, and the others take little time.
+    return _attention(64, width, ratio, noise_heads, 256, batch=32)
+
+
+def _head_kernel(name: str, direction: str, shape: Callable[[int, int, int], Shape], tolerance: float) -> Kernel:
+    classes = {}
+    for up_to, width in ((128, 64), (256, 128), (None, 256)):
+        timed = shape(width, 4, 8), shape(width, 1, 2048 // width)
+        classes[up_to] = timed, (shape(width if up_to else 192, 3, 2),)
+    return Kernel(name, direction, classes, tolerance)
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """By name, in the order in which they are tuned: what users wait for most first."""
+    kernels = [
+        _attention_kernel("attention_forward", "forward", 64),
+        _attention_kernel("attention_backward_keys", "backward", 512),
+        _attention_kernel("attention_backward_queries", "backward", 512),
+        _head_kernel("attention_prepare", "backward", _prepare, 0.15),
+        _attention_kernel(BACKEND, "both"),
+        _decoding_kernel(),
+        _row_kernel("poly_norm_forward", "forward", _poly_norm, (2048, 4096, 8192, 16384, 32768, 65536)),
+        _row_kernel("poly_norm_backward", "backward", _poly_norm, (2048, 4096, 8192, 16384)),
+        _row_kernel("poly_norm_sums", "forward", _sums, (2048,)),
+        _head_kernel("diff_combine_forward", "forward", _combine, 0.06),
+        _head_kernel("diff_combine_backward", "backward", _combine, 0.06),
+    ]
+    return {kernel.name: kernel for kernel in kernels}
+
+
+def neighbours(entry: Entry) -> list[Entry]:
+    """The entry, then each that one step of one field, or another shape of tile, gives."""
+    limits = {"block_m": 16, "block_n": 16, "num_warps": 2, "tile_bytes": 512, "tiles": 1}
+    most = {"num_warps": 32, "tiles": 64}
+    changes: list[dict[str, Any]] = []
+    for name, least in limits.items():
+        if name in entry:
+            steps = entry[name] * 2, entry[name] // 2
+            changes += [{name: n} for n in steps if least <= n <= most.get(name, 256 * least)]
+    if "num_stages" in entry:
+        changes += [{"num_stages": n} for n in (entry["num_stages"] + 1, entry["num_stages"] - 1) if n >= 1]
+    if {"block_m", "block_n"} <= entry.keys():
+        m, n = entry["block_m"], entry["block_n"]
+        changes += [{"block_m": a, "block_n": b} for a, b in ((m * 2, n // 2), (m // 2, n * 2)) if min(a, b) >= 16]
+    if "maxnreg" in entry:
+        changes += [{"maxnreg": n} for n in (96, 128, 168) if n != entry["maxnreg"]]
+    if "backend" in entry:
+        changes += [{"backend": name} for name in ("triton", "flash", "sdpa") if name != entry["backend"]]
+    return [entry, *({**entry, **change} for change in changes)]
+
+
+# --- Check and time -------------------------------------------------------------------------------
 
 
 def describe(entry: Entry) -> str:
@@ -65,135 +237,111 @@ def describe(entry: Entry) -> str:
 
 
 @dataclass
-class Outcome:
-    """What was found for a class of sizes."""
-
-    chosen: Entry | None = None
-    """None if no candidate passed."""
-    speedup: float | None = None
-    """Geometric mean over the cases of the present entry's time by the chosen one's."""
-    results: list[dict[str, Any]] = field(default_factory=list)
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
 class Tuner:
     """Checks and times the candidates of one class of sizes of a kernel."""
 
     kernel: Kernel
     device: torch.device
+    present: Entry
     others: Mapping[str, Entry]
     """What was chosen for other kernels on the same sizes, which the timed call launches too."""
     jobs: int
     """Compilations side by side."""
-    say: Callable[[str], None]
-    """Told of each candidate that is left out."""
 
-    def tune(self, size_class: SizeClass, present: Entry) -> Outcome:
-        """The fastest candidate of those that serve all of a class's cases."""
-        outcome = Outcome()
-        entries = {describe(entry): entry for entry in neighbours(present)}
+    def tune(self, timed: Sequence[Shape], also: Sequence[Shape]) -> dict[str, Any]:
+        """What is the fastest that serves all cases (None if nothing does), and all figures."""
+        entries = {describe(entry): entry for entry in neighbours(self.present)}
+        results: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, Any]] = []
         times: dict[str, list[float]] = {name: [] for name in entries}
-        for shape in size_class.timed:
-            trial, serves = self._prepare(shape, present, outcome)
-            found = self._time(trial, serves, {name: entries[name] for name in times})
+        for shape in timed:
+            found = self.time(self.trials(shape), {name: entries[name] for name in times})
             times = {name: [*times[name], seconds] for name, seconds in found.items()}
             case = shape.case.describe()
-            outcome.results += [{"entry": dict(entries[n]), "case": case, "seconds": t} for n, t in found.items()]
-            del trial, serves
+            results += [{"entry": dict(entries[n]), "case": case, "seconds": t} for n, t in found.items()]
             release_memory()
+        chosen, speedup = None, None
         for name in sorted(times, key=lambda name: math.prod(times[name])):
-            if all(self._prepare(shape, present, outcome)[1](entries[name]) for shape in size_class.also):
-                outcome.chosen = entries[name]
-                if before := times.get(describe(present)):
-                    ratios = [was / now for was, now in zip(before, times[name], strict=True)]
-                    outcome.speedup = statistics.geometric_mean(ratios)
+            if all(self.serves(self.trials(shape), entries[name]) for shape in also):
+                chosen = entries[name]
+                if before := times.get(describe(self.present)):
+                    speedup = statistics.geometric_mean(was / now for was, now in zip(before, times[name], strict=True))
                 break
-        return outcome
+        return {"chosen": chosen, "speedup": speedup, "results": results, "left_out": self.left_out}
 
-    def _prepare(
-        self, shape: Shape, present: Entry, outcome: Outcome
-    ) -> tuple[Callable[[Entry], Trial], Callable[[Entry], bool]]:
-        """What runs a case with an entry; whether an entry serves it, or else is reported."""
+    def trials(self, shape: Shape) -> tuple[Callable[[Entry], Trial], Exact, str]:
+        """What runs a case with an entry, the exact results, and the case in words."""
         draw = draw_from(0, DTYPES[shape.case.dtype], self.device)
         inputs = shape.case.make(draw)
-        exact = shape.exact(shape.case, inputs, draw)
+        exact = exact_results(shape.case, inputs, draw)
         if exact.grad is not None:
             inputs = {name: t.requires_grad_() for name, t in inputs.items()}
+        case = shape.case.describe()
+        return lambda entry: Trial(shape.function(self.device, entry), inputs, exact.grad), exact, case
 
-        def trial(entry: Entry) -> Trial:
-            return Trial(shape.function(self.device, entry), inputs, exact.grad)
-
-        def serves(entry: Entry) -> bool:
-            reason = self._fault(trial(entry), exact, entry, bounded=entry != present)
-            if reason:
-                case = shape.case.describe()
-                outcome.left_out.append({"entry": dict(entry), "case": case, "reason": reason})
-                self.say(f"  left out: {describe(entry)} at {case}: {reason}")
-            return not reason
-
-        return trial, serves
-
-    def _fault(self, trial: Trial, exact: Exact, entry: Entry, *, bounded: bool) -> str | None:
-        """Why a candidate is left out on a case, or None; a present entry's spills are not bounded.
+    def serves(self, trials: tuple[Callable[[Entry], Trial], Exact, str], entry: Entry) -> bool:
+        """Whether an entry launches, without many spills, with right results; else it is noted.
 
         Raises:
             UserError: the GPU cannot go on after this launch.
         """
+        trial, exact, case = trials
         launched: list[Any] = []
 
         def note(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             launched.append(launch(*args, **kwargs))
             return launched[-1]
 
+        reason = None
         try:
-            with self._in_force(entry), launches_through(note), poisoned():
-                results = trial.results()
+            with self.in_force(entry), launches_through(note), poisoned():
+                results = trial(entry).results()
                 synchronize(self.device)
         except Exception as error:  # whatever the compiler or the driver raises, the others are still measured
+            reason = reason_of(error)
             try:
                 synchronize(self.device)
             except RuntimeError as broken:
                 raise UserError(
                     f"{self.kernel.name} with {describe(entry)} left the GPU unusable ({reason_of(broken)}); what was "
-                    "found before is saved; leave this candidate out of benchmarks/tuning/candidates.py"
+                    f"found before is saved; leave this candidate out of neighbours() in {MODULE}"
                 ) from broken
-            return reason_of(error)
-        # The driver counts local memory, Triton gives it in words of 4 bytes.
-        spilled = max((4 * (getattr(kernel, "n_spills", 0) or 0) for kernel in launched), default=0)
-        if bounded and self.kernel.name != BACKEND and spilled > self.kernel.spilled_bytes:
-            return f"it spills {spilled} bytes a thread; {self.kernel.spilled_bytes} are allowed"
-        return fault(exact.errors(results), self.kernel.tolerance)
+        else:
+            # The driver counts local memory, Triton gives it in words of 4 bytes.
+            spilled = max((4 * (getattr(kernel, "n_spills", 0) or 0) for kernel in launched), default=0)
+            if entry != self.present and self.kernel.name != BACKEND and spilled > self.kernel.spilled_bytes:
+                reason = f"it spills {spilled} bytes a thread; {self.kernel.spilled_bytes} are allowed"
+            reason = reason or fault(exact.errors(results), self.kernel.tolerance)
+        if reason:
+            self.left_out.append({"entry": dict(entry), "case": case, "reason": reason})
+        return not reason
 
     @contextlib.contextmanager
-    def _in_force(self, entry: Entry) -> Iterator[None]:
+    def in_force(self, entry: Entry) -> Iterator[None]:
+        """Within, launches take this entry."""
         own = {} if self.kernel.name == BACKEND else {self.kernel.name: entry}
         with tuning.overriding(**self.others, **own):
             yield
 
-    def _time(
-        self, trial: Callable[[Entry], Trial], serves: Callable[[Entry], bool], entries: Mapping[str, Entry]
+    def time(
+        self, trials: tuple[Callable[[Entry], Trial], Exact, str], entries: Mapping[str, Entry]
     ) -> dict[str, float]:
         """Seconds of the entries that serve a case, by Triton's autotuner."""
         import triton
         from triton.runtime.errors import AutotunerError
 
+        trial = trials[0]
         # One alone takes several seconds to compile. What cannot be is told when it is tried.
         warm_up = launches_through(lambda launch, *args, **kwargs: launch(*args, **{**kwargs, "warmup": True}))
         one_thread = torch.autograd.set_multithreading_enabled(False)  # the mode is that of this thread
-        with (
-            one_thread,
-            ThreadPoolExecutor(self.jobs) as pool,
-            triton.AsyncCompileMode(pool, ignore_errors=True),
-            warm_up,
-        ):
+        pool = ThreadPoolExecutor(self.jobs)
+        with one_thread, pool, triton.AsyncCompileMode(pool, ignore_errors=True), warm_up:
             for entry in entries.values():
-                with contextlib.suppress(Exception), self._in_force(entry):
+                with contextlib.suppress(Exception), self.in_force(entry):
                     trial(entry).results()
 
         works = {name: trial(entry).works()[self.kernel.direction] for name, entry in entries.items()}
         given = next(iter(works.values())).prepare() if works else None  # the same with all entries
-        configs = [triton.Config({"name": name}) for name in entries]
 
         class Pass:
             """What the autotuner takes for a kernel: the whole pass, with an entry in force."""
@@ -206,20 +354,20 @@ class Tuner:
 
             @staticmethod
             def run(name: str, **_: object) -> None:
-                with self._in_force(entries[name]):
+                with self.in_force(entries[name]):
                     works[name].call(given)
 
         def prune(found: Sequence[Any], _: object) -> list[Any]:
-            return [config for config in found if serves(entries[config.kwargs["name"]])]
+            return [config for config in found if self.serves(trials, entries[config.kwargs["name"]])]
 
         def clock(function: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
             return [1e3 * seconds for seconds in cpu_clock(function, 0)] * len(quantiles)
 
         # On a GPU its clock is its own, triton.testing.do_bench.
         do_bench = None if self.device.type == "cuda" else clock
+        configs = [triton.Config({"name": name}) for name in entries]
         configs *= 2 if len(configs) == 1 else 1  # it does not time a single one
-        pruning = {"early_config_prune": prune}
-        tuner = triton.autotune(configs, [], prune_configs_by=pruning, do_bench=do_bench)(Pass)
+        tuner = triton.autotune(configs, [], prune_configs_by={"early_config_prune": prune}, do_bench=do_bench)(Pass)
         try:
             tuner.run()
         except AutotunerError:  # none was left
@@ -250,141 +398,102 @@ def poisoned() -> Iterator[None]:
 # --- The table ------------------------------------------------------------------------------------
 
 
-def entry_at(entries: Sequence[Entry], size: int | None) -> Entry:
-    """The entry that serves a size, without its bound; None is beyond every bound."""
-    found = next(e for e in entries if e["up_to"] is None or (size is not None and size <= e["up_to"]))
-    return {name: value for name, value in found.items() if name != "up_to"}
+class LaunchTable:
+    """What launches take on a GPU: the table at ``path``, else the one shipped for it."""
+
+    def __init__(self, path: Path, shipped: Path, gpu: str):
+        found = next((p for p in (path, shipped) if p.exists()), None)
+        old = json.loads(found.read_text(encoding="utf-8")) if found else {"kernels": {}}
+        self.path, self.kernels = path, old["kernels"]
+        self.sources = {name: old.get("sources", {}).get(name, old["source"]) for name in self.kernels}
+        # Without its memory: "NVIDIA H100" serves all of them.
+        self.gpu = old.get("gpu", re.sub(r"[ -]+(\d+GB|HBM\d\w*)\b.*", "", gpu))
+        backend = [{"up_to": None, "backend": "triton"}]  # what "auto" takes where no table says
+        self.present = {BACKEND: backend, **tuning.merged_table(gpu), **self.kernels}
+
+    def entry(self, kernel: str, size: int | None) -> Entry:
+        """The entry that serves a size, without its bound; None is beyond every bound."""
+        present = self.present[kernel]
+        found = next(e for e in present if e["up_to"] is None or (size is not None and size <= e["up_to"]))
+        return {name: value for name, value in found.items() if name != "up_to"}
+
+    def choose(self, kernel: Kernel, up_to: int | None, chosen: Entry, source: str) -> None:
+        """Replace a class's entry and write the table, an entry a line; the others stay."""
+        entries = {bound: self.entry(kernel.name, bound) for bound in kernel.classes} | {up_to: chosen}
+        self.present[kernel.name] = [{"up_to": bound, **entry} for bound, entry in entries.items()]
+        self.kernels[kernel.name], self.sources[kernel.name] = self.present[kernel.name], source
+        parts = [
+            f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(e)}" for e in entries) + "\n    ]"
+            for name, entries in self.kernels.items()
+        ]
+        others = {name: old for name, old in self.sources.items() if old != source}
+        head = json.dumps({"gpu": self.gpu, "source": source, "sources": others}, indent=2).removesuffix("\n}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.path) as file:
+            file.write(head + ',\n  "kernels": {\n' + ",\n".join(parts) + "\n  }\n}\n")
 
 
-def splice(present: Sequence[Entry], classes: Sequence[SizeClass], chosen: Mapping[int | None, Entry]) -> list[Entry]:
-    """A kernel's entries with the chosen classes' replaced; equal neighbours become one."""
+def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.device, console: Console) -> int:
+    """Tune the kernels, or with --dry-run print what would be tried.
 
-    def order(bound: int | None) -> float:
-        return math.inf if bound is None else bound
-
-    spliced: list[Entry] = []
-    for bound in sorted({e["up_to"] for e in present} | {c.up_to for c in classes}, key=order):
-        own = next((c for c in classes if order(bound) <= order(c.up_to)), None)
-        fields = (chosen.get(own.up_to) if own else None) or entry_at(present, bound)
-        if spliced and {k: v for k, v in spliced[-1].items() if k != "up_to"} == fields:
-            spliced.pop()
-        spliced.append({"up_to": bound, **fields})
-    return spliced
-
-
-def read_table(path: Path, shipped: Path) -> dict[str, Any]:
-    """The table at ``path``, else the one shipped for the GPU, else an empty one."""
-    found = next((p for p in (path, shipped) if p.exists()), None)
-    return json.loads(found.read_text(encoding="utf-8")) if found else {"kernels": {}}
-
-
-def write_table(path: Path, shipped: Path, gpu: str, source: str, kernels: Table) -> None:
-    """Write these kernels' entries into the table, one a line.
-
-    What else :func:`read_table` finds stays; "sources" then says for each kernel of those where it
-    came from. Of the GPU's name its memory is left out: "NVIDIA H100" serves all of them.
+    Returns:
+        The exit status: 1 if a class has no candidate that passed, or if it was stopped before the
+        end.
     """
-    old = read_table(path, shipped)
-    sources = {n: old.get("sources", {}).get(n, old["source"]) for n in old["kernels"] if n not in kernels}
-    gpu = old.get("gpu", re.sub(r"[ -]+(\d+GB|HBM\d\w*)\b.*", "", gpu))
-    head = {"gpu": gpu, "source": source, **({"sources": sources} if sources else {})}
-    parts = [
-        f"    {json.dumps(name)}: [\n" + ",\n".join(f"      {json.dumps(dict(e))}" for e in entries) + "\n    ]"
-        for name, entries in {**old["kernels"], **kernels}.items()
-    ]
-    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "kernels": {\n' + ",\n".join(parts) + "\n  }\n}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write(text)
-
-
-def present_table(path: Path, shipped: Path, gpu: str) -> dict[str, list[Entry]]:
-    """What launches take now: the table to be written over what is shipped for the GPU."""
-    backend = [{"up_to": None, "backend": "triton"}]  # what "auto" takes where no table says
-    return {BACKEND: backend, **tuning.merged_table(gpu), **read_table(path, shipped)["kernels"]}
-
-
-# --- The command line -----------------------------------------------------------------------------
+    slug = cli.device_slug(device)
+    path = arguments.output or TABLES / f"{slug}.json"
+    env = cli.introduce(MODULE, device, PACKAGES, console)
+    table = LaunchTable(path, TABLES / f"{slug}.json", env["device"])
+    log_path = path.with_name(f"{path.stem}_log.json") if arguments.output else report.RESULTS / slug / "tune.json"
+    source = f"measured on {env['device']}: python -m {MODULE}, {report.describe(env)}"
+    content: dict[str, Any] = {"benchmark": "tune", "format": 2, "environment": env, "outcomes": [], "not_reached": []}
+    deadline = math.inf if arguments.limit is None else time.monotonic() + arguments.limit
+    todo = [(kernel, up_to) for kernel in kernels for up_to in kernel.classes]
+    chosen: dict[str, dict[int | None, Entry]] = {}
+    stopped = True
+    with contextlib.suppress(KeyboardInterrupt), cli.terminate_as_interrupt():
+        while todo and time.monotonic() < deadline:
+            kernel, up_to = todo[0]
+            timed, also = kernel.classes[up_to]
+            present = table.entry(kernel.name, up_to)
+            candidates = "".join(f"\n  {describe(entry)}" for entry in neighbours(present))
+            text = f"{kernel.name}, up to {up_to or 'any'} bytes, {timed[0].case.describe()} and the like"
+            console.print(f"{text}{candidates} (the first is in force)" if arguments.dry_run else text, soft_wrap=True)
+            if not arguments.dry_run:
+                # Backends compete with the entries that were just chosen.
+                others = {n: of[up_to] for n, of in chosen.items() if kernel.name == BACKEND and up_to in of}
+                outcome = Tuner(kernel, device, present, others, arguments.jobs).tune(timed, also)
+                content["outcomes"].append({"kernel": kernel.name, "up_to": up_to, **outcome})
+                for o in outcome["left_out"]:
+                    console.print(f"  left out: {describe(o['entry'])} at {o['case']}: {o['reason']}", soft_wrap=True)
+                if outcome["chosen"]:
+                    chosen.setdefault(kernel.name, {})[up_to] = outcome["chosen"]
+                    table.choose(kernel, up_to, outcome["chosen"], source)
+                speedup = f", {outcome['speedup']:.2f} times as fast as before" if outcome["speedup"] else ""
+                console.print(f"  {describe(outcome['chosen'] or {}) or 'none passed: as before'}{speedup}")
+                report.write_json(log_path, content)
+            todo.pop(0)
+        stopped = False
+    if arguments.dry_run:
+        return 0
+    content["not_reached"] = [{"kernel": kernel.name, "up_to": up_to} for kernel, up_to in todo]
+    report.write_json(log_path, content)
+    for kernel, up_to in todo:
+        console.print(f"not reached, as before: {kernel.name}, up to {up_to or 'any'} bytes", style="yellow")
+    console.print(f"{f'table: {path}; ' if chosen else ''}figures: {log_path}", soft_wrap=True)
+    return int(stopped or any(not o["chosen"] for o in content["outcomes"]))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = cli.parser(MODULE, __doc__)
     add = made.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--kernels", nargs="+", choices=list(all_kernels()), help="default: all")
     add("--limit", type=float, help="seconds after which nothing new is begun; default none")
-    add("--jobs", type=int, default=max(1, min(12, cores - 1)), help="compilations side by side; default %(default)s")
+    jobs = max(1, min(12, (os.cpu_count() or 1) - 1))
+    add("--jobs", type=int, default=jobs, help="compilations side by side; default %(default)s")
     add("--dry-run", action="store_true", help="print the candidates and measure nothing; needs no GPU")
     return made
-
-
-def dry_run(kernels: Sequence[Kernel], table: Table, console: Console) -> None:
-    """Print what would be tried."""
-    for kernel in kernels:
-        for size_class in kernel.classes:
-            present = entry_at(table[kernel.name], size_class.up_to)
-            candidates = neighbours(present)
-            console.print(f"{kernel.describe(size_class)}: {len(candidates)} candidates", style="bold")
-            for word, shapes in (("timed", size_class.timed), ("must serve", size_class.also)):
-                for shape in shapes:
-                    console.print(f"  {word}: {shape.case.describe()}", style="dim", soft_wrap=True)
-            for entry in candidates:
-                console.print(f"  {describe(entry)}{' (present)' if entry is present else ''}", soft_wrap=True)
-
-
-def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.device, console: Console) -> int:
-    """Tune the kernels; the table and the log are written anew after each class.
-
-    Returns:
-        The exit status: 1 if a class has no candidate that passed, or if it was stopped before the
-        end.
-    """
-    env = report.environment(MODULE, device, PACKAGES)
-    console.print(report.describe(env), style="dim")
-    if warning := report.busy_warning(env):
-        console.print(f"warning: {warning}", style="yellow")
-    slug = cli.device_slug(device)
-    shipped = TABLES / f"{slug}.json"
-    path = arguments.output or shipped
-    log_path = path.with_name(f"{path.stem}_log.json") if arguments.output else report.RESULTS / slug / "tune.json"
-    before = present_table(path, shipped, env["device"])
-    source = f"measured on {env['device']}: python -m {MODULE}, {report.describe(env)}"
-    content: dict[str, Any] = {"benchmark": "tune", "format": 2, "environment": env, "outcomes": [], "not_reached": []}
-    deadline = math.inf if arguments.limit is None else time.monotonic() + arguments.limit
-    todo = [(kernel, i) for kernel in kernels for i in range(len(kernel.classes))]
-    chosen: dict[str, dict[int | None, Entry]] = {}
-
-    def say(text: str) -> None:
-        console.print(text, style="yellow", soft_wrap=True)
-
-    with contextlib.suppress(KeyboardInterrupt), cli.terminate_as_interrupt():
-        while todo and time.monotonic() < deadline:
-            kernel, index = todo[0]
-            size_class, up_to = kernel.classes[index], kernel.classes[index].up_to
-            console.print(kernel.describe(size_class))
-            present = entry_at(before[kernel.name], up_to)
-            # Backends compete with the entries that were just chosen.
-            others = {n: of[up_to] for n, of in chosen.items() if kernel.name == BACKEND and up_to in of}
-            outcome = Tuner(kernel, device, others, arguments.jobs, say).tune(size_class, present)
-            content["outcomes"].append({"kernel": kernel.name, "up_to": up_to, **vars(outcome)})
-            if outcome.chosen:
-                chosen.setdefault(kernel.name, {})[up_to] = outcome.chosen
-                tables = {n: splice(before[n], all_kernels()[n].classes, of) for n, of in chosen.items()}
-                write_table(path, shipped, env["device"], source, tables)
-            speedup = f", {outcome.speedup:.2f} times as fast as before" if outcome.speedup else ""
-            console.print(f"  {describe(outcome.chosen) if outcome.chosen else 'none passed: as before'}{speedup}")
-            report.write_json(log_path, content)
-            todo.pop(0)
-    content["not_reached"] = [kernel.describe(kernel.classes[i]) for kernel, i in todo]
-    report.write_json(log_path, content)
-    if todo:
-        console.print(f"not reached, as before: {'; '.join(content['not_reached'])}", style="yellow", soft_wrap=True)
-    if chosen:
-        console.print(f"table: {path}", soft_wrap=True)
-    console.print(f"figures: {log_path}", soft_wrap=True)
-    stopped = bool(todo) and time.monotonic() < deadline
-    return int(stopped or any(not o["chosen"] for o in content["outcomes"]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -393,16 +502,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def start() -> int:
         device = cli.resolve_device(arguments, ("limit", "jobs"))
-        kernels = [k for name, k in all_kernels().items() if name in (arguments.kernels or all_kernels())]
-        if arguments.dry_run or arguments.quick:
-            gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-            shipped = TABLES / f"{cli.device_slug(device)}.json"
-            dry_run(kernels, present_table(arguments.output or shipped, shipped, gpu), Console())
-            return 0
-        if device.type != "cuda":
+        arguments.dry_run |= arguments.quick
+        if device.type != "cuda" and not arguments.dry_run:
             raise UserError(
                 "torch sees no CUDA GPU here, and launch tables are measured on one; --dry-run prints the candidates"
             )
+        kernels = [k for name, k in all_kernels().items() if name in (arguments.kernels or all_kernels())]
         return run(arguments, kernels, device, Console())
 
     return cli.exit_status(start)

@@ -1,6 +1,5 @@
 """What benchmarks share: times side by side, memory, the roofline, checks, and records."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lib import report
 from benchmarks.lib.bench import (
     Roofline,
-    Work,
     measure_roofline,
     peak_bytes,
     saved_bytes,
-    time_side_by_side,
 )
 from benchmarks.lib.exact import fault, of_formula
 from benchmarks.lib.run import Aim
@@ -30,24 +26,6 @@ def one_second(function: Callable[[], object], seconds: float) -> list[float]:
     return [1.0]
 
 
-def test_providers_take_turns_in_an_order_that_rotates_and_one_that_fails_is_named() -> None:
-    turns = ""
-
-    def note(name: str) -> Work:
-        def call(given: str) -> None:
-            nonlocal turns
-            turns += given
-            if turns == "aabbccbbcc":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        return Work(call, prepare=lambda: name * 2)
-
-    timed = time_side_by_side({n: {"it": note(n)} for n in "abc"}, one_second, seconds=0, rounds=3)
-    assert turns == "aabbcc" + "bbcc" + "aa" + "aabb"
-    assert timed.failed == {"c": "it ran out of memory"}
-    assert timed.seconds == {n: {"it": [1.0] * 3} for n in "ab"}
-
-
 def test_the_roofline_is_the_longer_of_bytes_and_flops() -> None:
     found = measure_roofline(CPU, one_second, ["bf16"], seconds=0, quick=True)
     assert found.content() == {
@@ -55,9 +33,9 @@ def test_the_roofline_is_the_longer_of_bytes_and_flops() -> None:
         "matrix": {"size": 128, "tflops": {"bf16": 2 * 128**3 * 1e-12}},
     }
     roofline = Roofline(1, 100.0, 1, {"bf16": 1000.0, "float32": 10.0})
-    assert roofline.bound(50, 200, "bf16")._asdict() == {"bytes": 0.5, "flops": 0.2, "bound": 0.5}
-    assert roofline.bound(50, 200, "float32")._asdict() == {"bytes": 0.5, "flops": 20.0, "bound": 20.0}
-    assert roofline.bound(50)._asdict() == {"bytes": 0.5, "flops": None, "bound": 0.5}
+    assert roofline.bound(50, 200, "bf16") == {"bytes": 0.5, "flops": 0.2, "bound": 0.5}
+    assert roofline.bound(50, 200, "float32") == {"bytes": 0.5, "flops": 20.0, "bound": 20.0}
+    assert roofline.bound(50) == {"bytes": 0.5, "flops": None, "bound": 0.5}
 
 
 def test_saved_bytes_count_storages_once() -> None:
@@ -114,7 +92,6 @@ def row(provider: str, forward: float, peak: int = 10, **cell: Any) -> dict[str,
     [
         (Aim("", "copy_share", 0.5, ("ours",), (), ("forward",)), 0.5, True),
         (Aim("", "speed", 1.5, ("ours",), ("a", "b"), ("forward",)), 1.5, True),
-        (Aim("", "speed", 1.5, ("ours",), ("a", "b"), ("forward",), above=True), 1.5, False),
         (Aim("", "peak_bytes", 0.5, ("ours",), ("a",)), 0.6, False),
         (Aim("", "speed", 1.5, ("ours",), ("c",), ("forward",)), None, None),
         (Aim("", "copy_share", 0.5, ("ours",), (), ("forward",), dtype="float32"), None, None),
@@ -129,21 +106,3 @@ def test_ours_is_judged_by_its_worst_size(aim: Aim, ratio: float | None, met: bo
     judged = benchmark.judge(cells, CUDA)
     assert [(j["worst"], j["met"]) for j in judged] == ([] if ratio is None else [(ratio, met)])
     assert benchmark.judge(cells, CPU) == []
-
-
-def test_spread_is_the_median_and_the_quartiles() -> None:
-    assert report.spread([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0)
-    assert report.spread([7.0]) == (7.0, 7.0, 7.0)
-    with pytest.raises(ValueError, match="measure at least once"):
-        report.spread([])
-
-
-def test_a_result_names_its_machine_and_a_busy_one_is_warned_of() -> None:
-    env = report.environment("benchmarks.some", CPU, ["torch", "no-such-distribution"])
-    assert json.loads(json.dumps(env)) == env
-    assert env["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert env["versions"]["no-such-distribution"] is None
-    assert env["cpu"] in report.describe(env)
-    busy = {"load_average_1_minute": 1.5, "cores": 2}
-    assert "load average 1.5 on 2 cores" in str(report.busy_warning(busy))
-    assert report.busy_warning(busy | {"load_average_1_minute": 0.1}) is None

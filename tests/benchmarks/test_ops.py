@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks.lib import rows
 from benchmarks.lib.bench import DTYPES, Roofline, cpu_clock
+from benchmarks.lib.exact import exact_results
 from benchmarks.lib.measure import check, measure
-from benchmarks.lib.providers import Function, Provider, compose, flash_attn, flex, forms, libraries, sdpa, varlen
+from benchmarks.lib.providers import Function, Provider, compose, flash_attn, flex, sdpa, varlen
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, draw_from, mix_documents
 from benchmarks.ops import attention, combine, decode, poly_norm
 from motif_kernels.reference import attention as plain_attention
@@ -41,7 +42,7 @@ def inputs_of(case: AttentionCase) -> dict[str, Tensor]:
 def verdict(case: AttentionCase, *tried: tuple[str, Function]) -> Any:
     """The form of a provider that ran, its function and errors; or why it is not measured."""
     inputs = inputs_of(case)
-    exact = attention.BENCHMARK.exact(case, inputs, draw_from(1, DTYPES[case.dtype], CPU))
+    exact = exact_results(case, inputs, draw_from(1, DTYPES[case.dtype], CPU))
     return check(Provider("it", tried), inputs, exact, 1e-4 if case.dtype == "float32" else 0.15)
 
 
@@ -158,7 +159,7 @@ def test_a_provider_that_is_wrong_is_named_and_not_timed(function: Any, reason: 
     case = dataclasses.replace(poly_norm.case("poly_norm", dtype, 16, 64), ours=function)
     providers = rows.providers(case, ["eager", "ours"], CPU)
     settings: dict[str, Any] = {"tolerance": rows.TOLERANCES[dtype], "seconds": 0, "rounds": 1}
-    results, failed = measure(case, providers, rows.exact, CPU, cpu_clock, ROOFLINE, **settings)
+    results, failed = measure(case, providers, CPU, cpu_clock, ROOFLINE, **settings)
     assert [r["provider"] for r in results] == ["eager"]
     assert [r["provider"] for r in failed] == ["ours"]
     assert failed[0]["reason"].startswith(reason)
@@ -166,7 +167,7 @@ def test_a_provider_that_is_wrong_is_named_and_not_timed(function: Any, reason: 
 
 
 def test_ours_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poly_norm, "_ours", wrong_forward)
+    monkeypatch.setattr(poly_norm, "poly_norm", lambda *inputs, eps: wrong_forward(*inputs))
     only = ["--providers", "eager", "ours", "--dtypes", "float32", "--functions", "poly_norm"]
     status, content = run_quick(poly_norm.main, tmp_path / "figures.json", *only)
     assert status == 1
@@ -177,11 +178,14 @@ def test_ours_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def test_attention_measures_what_runs_on_a_cpu_and_names_the_softmax_baseline(tmp_path: Path) -> None:
+def test_attention_measures_what_runs_on_a_cpu_and_names_the_softmax_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "attention.json"
     status, content = run_quick(attention.main, path, "--dtypes", "bf16")
     assert status == 0
     assert_consistent(content, path)
+    assert "TFLOP/s" in capsys.readouterr().out
     found: dict[str, set[str]] = {}
     for r in content["results"]:
         found.setdefault(r["layout"], set()).add(r["provider"])
@@ -278,23 +282,12 @@ def test_attention_that_is_wrong_is_found(change: Any, reason: str, dtype: str) 
     assert not isinstance(verdict(case, ("", right)), str)
 
 
-def test_inputs_are_widened_and_repeated_where_a_kernel_asks_for_it() -> None:
-    case = small("gda4_64")
-    (attend,) = libraries(case, CPU).values()
-    tried = forms(case, attend, 2)
-    assert [name for name, _ in tried] == ["", "repeated", "padded", "padded, repeated"]
-    # A CPU's flash attention has one width for all.
-    assert "No available kernel" in verdict(case, *tried[:2])
-    assert verdict(case, *tried)[0] == "padded"
-    assert verdict(case, tried[3])[0] == "padded, repeated"
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["v1_64_w128", "gda4_64", "gda4_128_packed", "v2_64", "softmax_128"])
 def test_flex_attention_has_the_layouts_masks(name: str) -> None:
     case = small(name)
     inputs = {n: t.detach() for n, t in inputs_of(case).items()}
-    exact = attention.BENCHMARK.exact(case, inputs, draw_from(1, torch.float32, CPU))
+    exact = exact_results(case, inputs, draw_from(1, torch.float32, CPU))
     out = compose(flex(case, CPU, lambda function, dynamic: function), case.calls)(inputs)
     assert exact.errors({"output": out})["output"]["relative"] < 1e-4
 
@@ -354,7 +347,7 @@ def small_decode(name: str, dtype: str = "float32", context: int = 100) -> decod
 
 def decode_verdict(case: decode.DecodeCase, *tried: tuple[str, Function]) -> Any:
     inputs = case.make(draw_from(0, DTYPES[case.dtype], CPU))
-    exact = decode.BENCHMARK.exact(case, inputs, draw_from(1, DTYPES[case.dtype], CPU))
+    exact = exact_results(case, inputs, draw_from(1, DTYPES[case.dtype], CPU))
     tolerance = 1e-4 if case.dtype == "float32" else 0.15
     return check(Provider("it", tried, directions=("forward",)), inputs, exact, tolerance)
 

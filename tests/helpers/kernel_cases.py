@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.bench import DTYPES
-from benchmarks.lib.rows import RowCase
-from benchmarks.lib.shapes import AttentionCase, Draw, Layout, draw_from, epilogue
+from benchmarks.lib.shapes import AttentionCase, Draw, Layout, RowCase, draw_from, epilogue
 from benchmarks.ops import combine, poly_norm
 from benchmarks.ops.attention import ours
 from motif_kernels import diff_attn_with_kvcache
