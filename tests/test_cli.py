@@ -44,9 +44,3 @@ def test_ctrl_c_before_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(cli, "run", interrupted)
     assert outcome(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-@pytest.mark.parametrize("command", [["train"], ["data", "prepare"]])
-def test_commands_explain_themselves(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert outcome([*command, "--help"]) == 0
-    assert "usage:" in capsys.readouterr().out

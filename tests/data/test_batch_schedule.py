@@ -7,12 +7,7 @@ from motifarch.errors import UserError
 
 
 @settings(deadline=None)
-@given(
-    multiple=st.integers(1, 8),
-    start=st.integers(1, 20),
-    growth=st.integers(0, 20),
-    warmup_steps=st.integers(0, 60),
-)
+@given(multiple=st.integers(1, 8), start=st.integers(1, 20), growth=st.integers(0, 20), warmup_steps=st.integers(0, 60))
 def test_prefix_sums_are_the_sums(multiple: int, start: int, growth: int, warmup_steps: int) -> None:
     schedule = BatchSchedule(
         (start + growth) * multiple, start=start * multiple, warmup_steps=warmup_steps, multiple=multiple

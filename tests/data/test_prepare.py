@@ -148,13 +148,6 @@ def test_bad_files_are_skipped_counted_and_named(corpus: Path, tmp_path: Path, c
         prepare(tmp_path / "data", *sources, options=["--strict"])
 
 
-def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match=r"no document is left of files:.*; skipped: 1 empty \(empty\.txt\)"):
-        prepare(tmp_path / "data", f"files:{tmp_path}/*.txt")
-    assert os.listdir(tmp_path) == ["empty.txt"]
-
-
 def test_rerun_finds_it_done(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = f"files:{corpus}/*.txt"
     prepare(tmp_path / "data", source)
@@ -207,18 +200,6 @@ def test_impossible_requests_leave_nothing(corpus: Path, tmp_path: Path, options
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / "data", f"files:{corpus}/*.txt", options=options)
     assert os.listdir(tmp_path) == []
-
-
-def test_help_and_missing_options(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["--help"])
-    assert done.value.code == 0
-    said = capsys.readouterr().out
-    assert "--source" in said
-    assert "examples:" in said
-    with pytest.raises(SystemExit) as done:
-        main(["--output", "x"])
-    assert done.value.code == 2
 
 
 # What follows ends a process of its own in the middle of its work.

@@ -131,11 +131,7 @@ def convert(source: Path, output: Path, to: Any, **options: Any) -> MotifForCaus
     return model.eval()
 
 
-KINDS = {
-    "diff_v2": {"to": "diff_v2"},
-    "gda": {"to": "gda"},
-    "gda 1:1": {"to": "gda", "ratio": 1},
-}
+KINDS = {"diff_v2": {"to": "diff_v2"}, "gda": {"to": "gda"}, "gda 1:1": {"to": "gda", "ratio": 1}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,17 +237,6 @@ def test_the_folder_carries_what_belongs_to_the_model(tmp_path: Path) -> None:
     assert {f.name: f.read_bytes() for f in (tmp_path / "source").iterdir()} == before
     saved = json.loads((tmp_path / "output" / "config.json").read_text())
     assert saved["architectures"] == ["MotifForCausalLM"]
-
-
-def test_biases_that_the_source_lacks_are_named(tmp_path: Path) -> None:
-    make(tmp_path / "source", "qwen2")
-    steps = from_softmax(describe(SourceFolder(tmp_path / "source")), "gda").steps
-    assert [step.loss for step in steps] == [None, None]
-    assert [step.summary for step in steps] == [
-        "qwen2 -> Motif with softmax attention; biases that the source has not start at zero: "
-        "down_proj, gate_proj, o_proj, up_proj",
-        "softmax attention -> gda: 14 signal and 2 noise heads over 2 key/value heads",
-    ]
 
 
 def test_tensors_that_older_folders_hold_besides_are_left_out(tmp_path: Path) -> None:

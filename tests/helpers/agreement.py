@@ -5,12 +5,7 @@ from torch import Tensor
 
 
 def assert_agrees(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5, name: str = "") -> None:
-    """The largest difference is at most ``tolerance``, relative to the largest value where that is
-    above 1.
-
-    A comparison of values that are themselves no larger than the tolerance would prove nothing, and
-    fails.
-    """
+    """Agree to ``tolerance`` of the largest value or of 1; tiny values prove nothing, and fail."""
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     size = theirs.detach().abs().max().item()
     assert size > 100 * tolerance, f"{name}: nothing to compare, the largest value is {size:.3e}"

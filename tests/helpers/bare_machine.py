@@ -32,13 +32,7 @@ PathFinder.find_spec = classmethod(find)
 
 
 def without_packages(folder: Path, *search: Path) -> dict[str, str]:
-    """The environment of processes in which they are missing, those that such a process starts
-    included.
-
-    Args:
-        folder: an empty one, for the file that hides them.
-        search: folders to import from besides.
-    """
+    """The environment of processes in which they are missing; `folder` holds what hides them."""
     (folder / "sitecustomize.py").write_text(_HIDE)
     path = os.pathsep.join(map(str, (folder, *search)))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -42,13 +42,7 @@ def started(ranks: int, *args: str | Path, cwd: Path | None = None) -> Iterator[
     command = torchrun_command(ranks, *args) if ranks else [sys.executable, *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=env,
-        start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, start_new_session=True
     )
     try:
         yield process
@@ -59,10 +53,7 @@ def started(ranks: int, *args: str | Path, cwd: Path | None = None) -> Iterator[
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILLs a process and all that descends from it at once, as a lost machine would.
-
-    What is left alive would keep the pipes open that the test reads to their end.
-    """
+    """SIGKILLs a process and all its descendants, which would keep its pipes open."""
     for victim in (pid, *_descendants(pid)):
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
@@ -87,12 +78,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | N
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
-    """Calls a module-level function on each rank, with torchrun's environment set; fails where any
-    rank does.
-
-    The store is this process's own, so that no port can be taken between choosing and using it. A
-    rank that takes too long writes where it stands and ends, and the others with it.
-    """
+    """Calls a module-level function on each rank, with torchrun's environment set."""
+    # A store of this process's own: no port can be taken between choosing and using it.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Forked by a server that has imported what takes long, once for all tests.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["motifarch.train.loop"])
@@ -100,16 +87,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
 
 
 def train(ranks: int, folder: Path, *args: str | Path) -> str:
-    """`motifarch train` on ranks without torchrun, which takes much longer to start.
-
-    Args:
-        ranks: their number.
-        folder: for what they print.
-        *args: those of the command.
-
-    Returns:
-        What rank 0 printed.
-    """
+    """What rank 0 prints of `motifarch train`, without torchrun, which takes long to start."""
     on_ranks(ranks, _train, folder, list(map(str, args)))
     return (folder / "printed_by_0").read_text()
 

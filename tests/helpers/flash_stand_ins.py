@@ -1,9 +1,4 @@
-"""flash-attn's modules without flash-attn: each version's signatures and refusals, computed by the
-reference.
-
-They take float64 besides half precision, so that what is composed around them can be compared to
-the last digits.
-"""
+"""flash-attn's signatures and refusals, computed by the reference; float64 is taken as well."""
 
 import types
 
@@ -50,15 +45,8 @@ class StandIn:
         assert q.shape[-2] % k.shape[-2] == 0
         backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         self.check_widths(q.shape[-1], v.shape[-1], q.shape[-2] != k.shape[-2], deterministic, softcap, backward)
-        self.calls.append(
-            {
-                "heads": q.shape[-2],
-                "kv_heads": k.shape[-2],
-                "widths": (q.shape[-1], v.shape[-1]),
-                "deterministic": deterministic,
-                "packed": packing is not None,
-            }
-        )
+        call = {"heads": q.shape[-2], "kv_heads": k.shape[-2], "widths": (q.shape[-1], v.shape[-1])}
+        self.calls.append(call | {"deterministic": deterministic, "packed": packing is not None})
         left, right = window
         if self.version == 2:
             # Bounds are compared with, and replaced by, the key length.
@@ -91,40 +79,20 @@ class StandIn:
         module.flash_attn_func, module.flash_attn_varlen_func = getattr(self, f"functions_{self.version}")()
         return module
 
+    # The parameters stand as in the libraries, many on a line.
+    # fmt: off
     def functions_2(self):
         def flash_attn_func(
-            q,
-            k,
-            v,
-            dropout_p=0.0,
-            softmax_scale=None,
-            causal=False,
-            window_size=(-1, -1),
-            softcap=0.0,
-            alibi_slopes=None,
-            deterministic=False,
-            return_attn_probs=False,
+            q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+            alibi_slopes=None, deterministic=False, return_attn_probs=False,
         ):
             options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
             return self.run(q, k, v, None, (q.shape[1], k.shape[1]), **options, deterministic=deterministic)
 
         def flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p=0.0,
-            softmax_scale=None,
-            causal=False,
-            window_size=(-1, -1),
-            softcap=0.0,
-            alibi_slopes=None,
-            deterministic=False,
-            return_attn_probs=False,
-            block_table=None,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+            causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+            return_attn_probs=False, block_table=None,
         ):
             options = {"scale": softmax_scale, "causal": causal, "window": window_size, "softcap": softcap}
             packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
@@ -134,34 +102,15 @@ class StandIn:
 
     def functions_4(self):
         def bounds(window_size):
-            # A side is an int of at least 0 or None; this library gives -1 on one side alone no
-            # meaning.
+            # A side is at least 0 or None; this library gives -1 on one side alone no meaning.
             assert all(side is None or side >= 0 for side in window_size)
             return tuple(-1 if side is None else side for side in window_size)
 
         def flash_attn_func(
-            q,
-            k,
-            v,
-            qv=None,
-            gather_kv_indices=None,
-            softmax_scale=None,
-            causal=False,
-            window_size=(None, None),
-            learnable_sink=None,
-            softcap=0.0,
-            num_splits=1,
-            pack_gqa=None,
-            deterministic=False,
-            score_mod=None,
-            score_mod_bwd=None,
-            mask_mod=None,
-            aux_tensors=None,
-            aux_scalars=None,
-            block_sparse_tensors=None,
-            block_sparse_tensors_bwd=None,
-            return_lse=False,
-            gather_bwd_recompute_p=False,
+            q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
+            learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
+            score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
+            block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False,
             gather_bwd_token_chunk=None,
         ):
             options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
@@ -169,39 +118,13 @@ class StandIn:
             return out, None
 
         def flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            qv=None,
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            max_seqlen_q=None,
-            max_seqlen_k=None,
-            min_seqlen_k=None,
-            seqused_q=None,
-            seqused_k=None,
-            gather_kv_indices=None,
-            page_table=None,
-            softmax_scale=None,
-            causal=False,
-            window_size=(None, None),
-            learnable_sink=None,
-            softcap=0.0,
-            num_splits=1,
-            pack_gqa=None,
-            deterministic=False,
-            score_mod=None,
-            score_mod_bwd=None,
-            mask_mod=None,
-            block_sparse_tensors=None,
-            aux_tensors=None,
-            aux_scalars=None,
-            return_lse=False,
-            scheduler_metadata=None,
-            seqlen_k_per_split=None,
-            disable_scheduler_metadata=False,
-            gather_bwd_recompute_p=False,
-            gather_bwd_token_chunk=None,
+            q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+            min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
+            softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
+            num_splits=1, pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
+            block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False,
+            scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+            gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
         ):
             options = {"scale": softmax_scale, "causal": causal, "window": bounds(window_size), "softcap": softcap}
             packing, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)

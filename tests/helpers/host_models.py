@@ -42,12 +42,7 @@ EXPERTS = {"exaone_moe", "solar_open", "axk1"}
 
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
-    "gemma2": {
-        **_WINDOWS,
-        "query_pre_attn_scalar": 5,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 20.0,
-    },
+    "gemma2": {**_WINDOWS, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 20.0},
     "exaone4": {**_WINDOWS, "sliding_window_pattern": 2},
     "exaone_moe": {**_WINDOWS, **_MOE, "num_experts": 4, "first_k_dense_replace": 1},
     "solar_open": {**_MOE, "n_routed_experts": 4, "n_shared_experts": 1},

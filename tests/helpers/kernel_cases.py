@@ -2,9 +2,7 @@
 access, the same bits.
 
 Sizes are such as kernels find hardest: rows that no tile divides, heads whose width is no power of
-two, documents of one token, caches that end in the middle of a page. On a CPU the attention kernels
-are interpreted, which takes TRITON_INTERPRET=1, and everything is in float32, for Triton's
-interpreter is wrong in bfloat16.
+two, documents of one token, caches that end in the middle of a page.
 """
 
 from collections.abc import Callable, Mapping

@@ -25,15 +25,7 @@ def made_up_results(
     shift: float = 0.0,
     failed: tuple[tuple[str, int], ...] = (),
 ) -> dict[str, Any]:
-    """Results of every variant with every seed.
-
-    Args:
-        activations: of the feed-forward.
-        seeds: each moves all losses alike, and every run a little by itself.
-        sizes: names.
-        shift: added to every loss.
-        failed: (variant, seed) of runs that did not finish.
-    """
+    """Results of every variant with every seed but the ``failed`` (variant, seed) pairs."""
     variants, runs = [], []
     for size in sizes:
         for activation in activations:

@@ -24,21 +24,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gda": {},
     "gda 4:1": {"num_attention_heads": 10, "num_key_value_heads": 2},
     "diff_v1": {"attention_type": "diff_v1", "num_attention_heads": 4, "num_noise_heads": None},
-    "diff_v2": {
-        "attention_type": "diff_v2",
-        "num_attention_heads": 4,
-        "num_noise_heads": None,
-        "num_key_value_heads": 2,
-    },
+    "diff_v2": {"attention_type": "diff_v2", "num_attention_heads": 4, "num_noise_heads": None}
+    | {"num_key_value_heads": 2},
     "diff_v2 gated": {"attention_type": "diff_v2", "num_key_value_heads": 1, "attention_gate": True},
     "softmax": {"attention_type": "softmax", "num_key_value_heads": 2, "hidden_act": "silu"},
     "gda window": {"sliding_window": 7, "use_sliding_window": True},
-    "diff_v2 window": {
-        "attention_type": "diff_v2",
-        "num_key_value_heads": 2,
-        "sliding_window": 4,
-        "use_sliding_window": True,
-    },
+    "diff_v2 window": {"attention_type": "diff_v2", "num_key_value_heads": 2}
+    | {"sliding_window": 4, "use_sliding_window": True},
     "gda narrow": {"num_key_value_heads": 2, "paired_kv": False, "sub_norm": False, "lambda_init": 0.3},
     "gda tied": {"tie_word_embeddings": True, "qk_norm": True},
 }

@@ -5,29 +5,13 @@ from torch import Tensor
 
 
 def assert_error_rule(
-    result: Tensor,
-    plain: Tensor,
-    exact: Tensor,
-    *,
-    precision: torch.dtype | None = None,
-    floor: float | None = None,
+    result: Tensor, plain: Tensor, exact: Tensor, *, precision: torch.dtype | None = None, floor: float | None = None
 ) -> None:
-    """No more than twice the largest error, and no more than the RMS error, of plain PyTorch at the
-    same precision.
+    """At most twice the largest error of ``plain`` PyTorch at ``precision``, and its RMS error.
 
-    The first half is the rule of FlashAttention's own tests. Both allow for a rounding of the
-    result.
-
-    Args:
-        result: what the backend under test gave.
-        plain: the same mathematics in plain PyTorch, run in the result's dtype.
-        exact: the float64 (or float32) reference.
-        precision: the dtype of the computation, where the result has a wider one (the float32
-            gradient of lambda is a sum over outputs that were rounded to bfloat16); by default the
-            result's dtype.
-        floor: allowance for rounding, in the units of the tensors; by default two units in the last
-            place, at ``precision``, of the largest value or of 1 (the inputs' scale: a gradient
-            that is 0 by cancellation is not 0 in floating point).
+    The first half is the rule of FlashAttention's own tests. ``floor`` allows for rounding: two
+    units in the last place of the largest value or of 1, for a gradient that is 0 by cancellation
+    is not 0 in floating point.
     """
     result, plain, exact = result.detach(), plain.detach(), exact.detach().double()
     if exact.numel() == 0:

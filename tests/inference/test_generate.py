@@ -212,13 +212,6 @@ def test_the_pass_over_the_prompt_counts_apart(pair, monkeypatch):
     assert (speed.tokens, speed.rate) == (12, 1.0)
 
 
-def test_the_speed_is_put_in_words():
-    one = Speed(1, prompt_tokens=12, prompt_seconds=0.05, tokens=201, decode_seconds=2.0)
-    assert str(one) == "prompt 12 tokens in 0.05 s, 201 tokens at 100.0 tokens/s"
-    assert str(Speed(1, 1, 0.05, 1)) == "prompt 1 token in 0.05 s, 1 token"
-    assert str(Speed(8, 1200, 0.5, 1608, 2.0)) == "8 prompts, 1,200 tokens in 0.50 s, 1,608 tokens at 800.0 tokens/s"
-
-
 def test_the_static_cache_gives_the_same_text(pair, monkeypatch):
     model, tokenizer = pair
     caches = []

@@ -98,9 +98,7 @@ def in_place(request):
 
 
 @pytest.mark.parametrize(
-    ("in_place", "num_splits"),
-    [("sdpa", None), ("triton", None), ("triton", 1), ("triton", 3)],
-    indirect=["in_place"],
+    ("in_place", "num_splits"), [("sdpa", None), ("triton", None), ("triton", 1), ("triton", 3)], indirect=["in_place"]
 )
 @pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
 @pytest.mark.parametrize("leftpad", [(0, 0, 0), (3, 8, 0)])

@@ -12,7 +12,7 @@ import torch
 
 from helpers.flash_stand_ins import AMPERE, BLACKWELL, GEFORCE, HOPPER, NAMES, StandIn, compute, plain
 from helpers.numerics import assert_error_rule, gradients, leaves
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_combine, dispatch, reference
+from motif_kernels import diff_combine, dispatch, reference
 from motif_kernels.impl.flash import attention as flash
 from motif_kernels.impl.flash import libraries
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
@@ -126,15 +126,6 @@ def test_key_and_value_heads_are_repeated_only_to_their_least_common_multiple(
     assert {call["kv_heads"] for call in library.calls} == {common}
 
 
-def test_a_single_head_is_repeated_without_a_copy(install):
-    library, seen = install(HOPPER, 2), []
-    run = library.run
-    library.run = lambda q, k, v, *args, **options: (seen.append(v), run(q, k, v, *args, **options))[1]
-    q, k, v = inputs((1, 4), (1, 4), 4, 4, 1, 64, 64)
-    attend(q, k, v)
-    assert [t.untyped_storage().data_ptr() for t in seen] == [v.untyped_storage().data_ptr()]
-
-
 def test_strided_inputs_reach_the_library_as_views(install):
     """Slices of one projection, values in two pieces: nothing is copied on the way in."""
     library = install(HOPPER, 2)
@@ -177,13 +168,7 @@ def test_the_choice_is_made_while_tracing(install, monkeypatch, version):
 def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype):
     """Two calls and the epilogue by the error rule; noise heads are not repeated."""
     library = install(capability, version)
-    tensors = {
-        "q1": (2, 9, 8, 64),
-        "k1": (2, 9, 2, 64),
-        "q2": (2, 9, 2, 64),
-        "k2": (2, 9, 2, 64),
-        "v": (2, 9, 2, 128),
-    }
+    tensors = {"q1": (2, 9, 8, 64), "k1": (2, 9, 2, 64), "q2": (2, 9, 2, 64), "k2": (2, 9, 2, 64), "v": (2, 9, 2, 128)}
     generator = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}
     lam, norm = torch.full((8,), 0.4), torch.linspace(0.5, 1.5, 128)
@@ -211,35 +196,6 @@ def test_composed_differential_attention_runs_noise_heads_once(install, version,
 
 # What a call really costs
 # ------------------------------------------------------------------------------------------
-
-
-def equal_widths(d, dv):
-    return d if d == dv <= 256 else None
-
-
-def any_widths(d, dv):
-    return d + dv
-
-
-@pytest.mark.parametrize(
-    ("supported", "d", "dv", "plan"),
-    [
-        (equal_widths, 64, 64, (64, 64, 64)),
-        (equal_widths, 64, 128, (64, 64, 64)),  # two pieces; as much work as padding queries to 128
-        (equal_widths, 128, 256, (128, 128, 128)),
-        (equal_widths, 64, 96, (96, 96, 96)),  # padding queries to 96 costs 96; two calls 128
-        (equal_widths, 192, 128, (192, 128, 192)),  # only padding helps
-        (equal_widths, 128, 512, (128, 128, 128)),
-        (equal_widths, 20, 20, (24, 20, 24)),  # multiples of 8
-        (equal_widths, 64, 100, (64, 56, 64)),  # 104 is no width a kernel is built for
-        (any_widths, 64, 128, (64, 128, 128)),
-        (any_widths, 192, 128, (192, 128, 128)),
-        (lambda d, dv: None, 64, 64, None),
-        (equal_widths, 264, 64, None),
-    ],
-)
-def test_the_cheapest_plan(supported, d, dv, plan):
-    assert libraries.plan_value_width(d, dv, supported) == plan
 
 
 def test_no_plan_is_cheaper():
@@ -480,32 +436,3 @@ def test_the_library_on_packed_documents(library):
 
 # Through the public functions
 # --------------------------------------------------------------------------------------
-
-
-def test_the_composition_by_hand_is_the_public_functions_reference(install):
-    """Dense and packed, with the epilogue, in float64: the specification's operation."""
-    install(HOPPER, 2)
-    generator = torch.Generator().manual_seed(5)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    q1, k1, q2, k2, v, lam = randn(9, 4, 64), randn(9, 2, 64), randn(9, 2, 64), randn(9, 1, 64), randn(9, 1, 128), 0.3
-    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    pack = (cu, cu, 5, 5)
-    ours = diff_combine(
-        attend(q1, k1, v, pack, softmax_scale=0.125, causal=True),
-        attend(q2, k2, v, pack, softmax_scale=0.125, causal=True),
-        lam,
-    )
-    expected = diff_attn_varlen_func(q1, k1, q2, k2, v, lam, *pack, causal=True, backend="reference")
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
-    dense = [t[None] for t in (q1, k1, q2, k2, v)]
-    q1, k1, q2, k2, v = dense
-    ours = diff_combine(
-        attend(q1, k1, v, softmax_scale=0.125, window_size=(3, 1)),
-        attend(q2, k2, v, softmax_scale=0.125, window_size=(3, 1)),
-        lam,
-    )
-    expected = diff_attn_func(*dense, lam, window_size=(3, 1), backend="reference")
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)

@@ -1,7 +1,5 @@
 """Flop formulas: against the mask itself, against hand counts, and through torch's counter."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,10 +39,6 @@ def test_differential_counts_in_units_of_the_head_width(signal, noise, dv, forwa
     head_dim = 64
     assert flops.diff_attention_flops(7, signal, noise, head_dim, dv * head_dim) == 7 * forward * head_dim
     assert flops.diff_attention_backward_flops(7, signal, noise, head_dim, dv * head_dim) == 7 * backward * head_dim
-
-
-def test_the_backward_of_ordinary_attention_is_two_and_a_half_times_its_forward():
-    assert 2 * flops.attention_backward_flops(3, 2, 64, 64) == 5 * flops.attention_flops(3, 2, 64, 64)
 
 
 def tensors(leading_q, leading_k, head_dim, value_dim, signal=4, noise=2, key_heads=2, dtype=torch.float32):
@@ -125,9 +119,3 @@ def test_torchs_own_causal_mask_is_aligned_to_the_top_left(queries, keys):
     aten = torch.ops.aten
     assert counts[aten._scaled_dot_product_flash_attention_for_cpu] == pairs * heads * 4 * d
     assert counts[aten._scaled_dot_product_flash_attention_for_cpu_backward] == pairs * heads * 10 * d
-
-
-def test_registering_again_keeps_the_first_formula():
-    before = dict(flops.flop_registry)
-    importlib.reload(flops)
-    assert flops.flop_registry == before

@@ -340,14 +340,6 @@ def test_heads_that_do_not_divide_are_refused(heads, message):
         )
 
 
-@pytest.mark.parametrize("kv_heads", [4, 3, 0])
-def test_without_pairs_noise_heads_are_a_multiple_of_key_value_heads(kv_heads):
-    with pytest.raises(ValueError, match=f"num_noise_heads=2 is not a multiple of the {kv_heads} key/value heads"):
-        GroupedDifferentialAttention(
-            EMBED, num_heads=6, num_noise_heads=2, num_kv_heads=kv_heads, paired_kv=False, head_dim=D, layer_idx=0
-        )
-
-
 def test_diff_v1_refuses_an_odd_number_of_heads():
     with pytest.raises(ValueError, match="num_heads=5 must be even"):
         DifferentialAttention(EMBED, num_heads=5, num_kv_heads=2, head_dim=D, layer_idx=0)

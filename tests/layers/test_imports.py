@@ -28,14 +28,3 @@ def test_layers_work_where_transformers_cannot_be_imported():
         """
     )
     assert out.strip() == "(2, 7, 32) True"
-
-
-def test_importing_the_layers_imports_neither_transformers_nor_triton():
-    out = run_python(
-        """
-        import sys
-        import motif_kernels, motifarch.layers
-        print([name for name in ("transformers", "triton", "datasets") if name in sys.modules])
-        """
-    )
-    assert out.strip() == "[]"

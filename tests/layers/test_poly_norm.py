@@ -25,12 +25,3 @@ def test_starts_at_a_third_each_and_no_bias():
     assert torch.equal(module.bias.data, torch.zeros(1, dtype=torch.float64))
     terms = [x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) for x in (ROWS**3, ROWS**2, ROWS)]
     assert_agrees(module(ROWS), sum(terms) / 3, 1e-12)
-
-
-def test_large_inputs_stay_finite_and_have_gradients():
-    x = (torch.randn(4, 4096) * 1e6).clamp(-1e6, 1e6).requires_grad_()
-    out = PolyNorm()(x)
-    (out * torch.randn(out.shape)).sum().backward()
-    assert torch.isfinite(out).all()
-    assert torch.isfinite(x.grad).all()
-    assert x.grad.abs().max() > 0

@@ -162,12 +162,6 @@ def test_unsupported_attention_is_refused():
         tiny_model().set_attn_implementation("flex_attention")
 
 
-def test_the_fastest_attention_is_the_default():
-    model = tiny_model()
-    model(input_ids=random_ids(1, 4))
-    assert model.model.layers[0].self_attn.backend == "auto"
-
-
 @pytest.mark.parametrize("variant", ["gda", "diff_v1", "diff_v2 gated"])
 def test_fused_kernels_carry_the_model(variant):
     """Padded batch, logits and gradients, in Triton's interpreter."""

@@ -10,7 +10,6 @@ from helpers.distributed import on_ranks
 from helpers.planned import SEQ_LEN, config_of, measure_ranks, small_recipe
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import find_gpu, make_plan, memory
-from motifarch.plan.memory import MemoryLedger
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "FSDP 4": {"parallel__shard": 4},
@@ -99,21 +98,3 @@ def test_gathered_layers() -> None:
     halved = make_plan(small_recipe(parallel__tensor=2), find_gpu("h100"), 4, seq_len=SEQ_LEN).trace
     matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     assert halved.largest_layer == 4 * (layer - matrices // 2)
-
-
-def test_the_ledger_follows_storages() -> None:
-    ledger = MemoryLedger()
-    first, second = torch.empty(10), torch.empty(4, dtype=torch.float64)
-    ledger.note(first, memory.ACTIVATIONS)
-    ledger.note(first[2:5], memory.LOSS)  # a view is no memory of its own
-    ledger.note(second, memory.WORKING)
-    ledger.look("forward")
-    assert (ledger.now[memory.ACTIVATIONS], ledger.now[memory.LOSS], ledger.now[memory.WORKING]) == (40, 0, 32)
-    with ledger.following_resizes():
-        second.untyped_storage().resize_(0)
-    assert ledger.total == 40
-    ledger.note(first, memory.GATHERED, again=True)
-    assert ledger.now[memory.GATHERED] == 40
-    del first
-    assert ledger.total == 0
-    assert sum(ledger.peak.values()) == 72

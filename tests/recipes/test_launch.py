@@ -131,10 +131,7 @@ def test_slurm_saves_and_requeues_and_torchrun_resumes(tmp_path: Path, data: Pat
     rare = ("--checkpoint.every", "100000", "--validation.every", "0")
     long = [str(LAUNCH / "slurm.sh"), str(recipe), *rare, "--run.steps", "100000"]
     log = tmp_path / "log"
-    with (
-        log.open("w") as file,
-        subprocess.Popen(long, cwd=tmp_path, env=slurm, stdout=file, stderr=file) as process,
-    ):
+    with log.open("w") as file, subprocess.Popen(long, cwd=tmp_path, env=slurm, stdout=file, stderr=file) as process:
         try:
             wait_until(lambda: rows() >= 5, process)
             process.send_signal(signal.SIGUSR1)

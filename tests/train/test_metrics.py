@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from motifarch.train.metrics import MetricsLog, cut_metrics, read_metrics
-from motifarch.train.plots import draw_loss, smooth
+from motifarch.train.plots import draw_loss
 from motifarch.train.step import StepResult
 
 
@@ -88,8 +88,3 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     rows[5]["loss"] = None  # type: ignore[assignment]
     draw_loss(rows, tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_smoothing() -> None:
-    assert smooth([2.0] * 5) == [2.0] * 5
-    assert smooth([0.0, 1.0], factor=0.5)[1] == 2 / 3

@@ -7,8 +7,6 @@ import pytest
 
 from helpers.distributed import torchrun, train
 from helpers.tiny import write_recipe
-from motifarch.errors import UserError
-from motifarch.train.main import main
 from motifarch.train.metrics import read_metrics
 
 TROUBLE = Path(__file__).with_name("trouble_once.py")
@@ -58,15 +56,3 @@ def test_without_restarts_torchrun_ends_with_the_report(recipe: Path, tmp_path: 
     done = torchrun(2, TROUBLE, tmp_path, "hang:3", recipe, *LENGTH, *PATIENCE)
     assert done.returncode != 0
     assert "rank 1 never arrived at step 4" in done.stderr.rpartition("Root Cause")[2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--distributed.timeout_s", "0"), r"distributed\.timeout_s is '0' .*a number above 0"),
-        (("--distributed.timeout_first_s", "9"), r"timeout_first_s is 9\.0, below distributed\.timeout_s \(600\.0\)"),
-    ],
-)
-def test_bad_settings_are_refused(recipe: Path, options: tuple[str, ...], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        main([str(recipe), *options])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from motifarch.errors import UserError
 from motifarch.train.main import main
 from motifarch.train.metrics import read_metrics
 
@@ -38,13 +37,3 @@ def test_a_guard_may_come_go_and_change_on_resume(recipe: Path, tmp_path: Path) 
     assert [spike for *_, spike in rows[8:12]] == [0] * 4
     assert [spike for *_, spike in rows[16:18]] == [0] * 2
     assert len(train(recipe, tmp_path / "run", "--run.steps", "26")) == 26
-
-
-def test_bad_settings_are_refused(recipe: Path) -> None:
-    for option, value, message in [
-        ("sigma", "0", r"run\.spike_sigma is '0' .*a number above 0 or null"),
-        ("window", "1", r"run\.spike_window is '1' .*a whole number at least 2"),
-        ("max_in_row", "0", r"run\.spike_max_in_row is '0' .*a whole number above 0"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            main([str(recipe), f"--run.spike_{option}", value])
