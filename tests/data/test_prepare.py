@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.distributed import descendants, started, wait_until
 from motifarch.data import PackedDataset
 from motifarch.data.prepare import main
 from motifarch.data.tokenizer import load_tokenizer
@@ -215,42 +215,13 @@ def many(tmp_path: Path, make_text: Callable[..., str]) -> list[str]:
     return [*command, "--output", str(tmp_path / "data"), "--vocab-size", "260", "--num-proc", "2"]
 
 
-def start(command: list[str], **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,  # type: ignore[call-overload]
-    )
-
-
 def wait_until_tokenising(process: subprocess.Popen[str], folder: Path) -> None:
     """Until the pool's processes are at work."""
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(".data.preparing/scratch/tmp*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: bool(list(folder.glob(".data.preparing/scratch/tmp*"))), process)
 
 
-def children(pid: int) -> list[int]:
-    lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in lists for child in file.read_text().split()]
-
-
-def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)]:
-        if time.monotonic() > deadline:
-            return not alive
-        time.sleep(0.05)
-    return True
-
-
-def is_zombie(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, waited for or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -259,14 +230,14 @@ def is_zombie(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(many: list[str], tmp_path: Path) -> None:
-    process = start(many)
-    wait_until_tokenising(process, tmp_path)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with started(0, *many[1:]) as process:
+        wait_until_tokenising(process, tmp_path)
+        workers = descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert not (tmp_path / "data").exists()
     assert (tmp_path / ".data.preparing").exists()
-    assert gone(workers)  # nobody waits for a parent that is no more
+    wait_until(lambda: all(map(is_gone, workers)))  # nobody waits for a parent that is no more
     done = subprocess.run(many, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert "left by a run that was killed" in done.stdout
     assert len(PackedDataset.open(tmp_path / "data")) > 0
@@ -275,10 +246,10 @@ def test_killed_in_the_middle_and_run_again(many: list[str], tmp_path: Path) -> 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(many: list[str], tmp_path: Path) -> None:
     # Tests that run in a shell's background ignore SIGINT, and their children would.
-    process = start(many, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    wait_until_tokenising(process, tmp_path)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
-    _, said = process.communicate(timeout=60)
+    with started(0, *many[1:], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        wait_until_tokenising(process, tmp_path)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.fullmatch(r"interrupted: .*data was not made; run the same command to start over\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]
@@ -288,8 +259,8 @@ def test_a_full_disk_is_one_clear_message(many: list[str], tmp_path: Path) -> No
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    process = start(many, preexec_fn=limit)
-    _, said = process.communicate(timeout=60)
+    with started(0, *many[1:], preexec_fn=limit) as process:
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert re.fullmatch(r"error: cannot prepare .*data \(.*File too large.*\): free some space, .*\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]

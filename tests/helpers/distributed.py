@@ -37,13 +37,11 @@ def torchrun(ranks: int, *args: str | Path, cwd: Path | None = None) -> subproce
 
 
 @contextmanager
-def started(ranks: int, *args: str | Path, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+def started(ranks: int, *args: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Starts the same without waiting; what still runs at the end is killed, all ranks of it."""
     command = torchrun_command(ranks, *args) if ranks else [sys.executable, *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, start_new_session=True
-    )
+    options |= {"text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         yield process
     finally:
@@ -54,17 +52,17 @@ def started(ranks: int, *args: str | Path, cwd: Path | None = None) -> Iterator[
 
 def kill_tree(pid: int) -> None:
     """SIGKILLs a process and all its descendants, which would keep its pipes open."""
-    for victim in (pid, *_descendants(pid)):
+    for victim in (pid, *descendants(pid)):
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     children: list[int] = []
     with suppress(FileNotFoundError, ProcessLookupError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             children += map(int, (task / "children").read_text().split())
-    return children + [grandchild for child in children for grandchild in _descendants(child)]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

@@ -1,10 +1,13 @@
 """flash-attn's signatures and refusals, computed by the reference; float64 is taken as well."""
 
+import sys
 import types
+from contextlib import contextmanager
 
 import torch
 
 from motif_kernels import reference
+from motif_kernels.impl.flash import libraries
 
 DTYPES = (torch.float64, torch.float16, torch.bfloat16)
 NAMES = {4: "flash_attn.cute", 2: "flash_attn"}
@@ -131,3 +134,29 @@ class StandIn:
             return self.run(q, k, v, packing, lengths, **options, deterministic=deterministic), None
 
         return flash_attn_func, flash_attn_varlen_func
+
+    # fmt: on
+
+
+@contextmanager
+def installing(monkeypatch):
+    """A function that puts generations of flash-attn on a GPU and returns the newest stand-in."""
+
+    def forget():
+        libraries.loaded.clear()
+        libraries.find.cache_clear()
+
+    def install(capability, *versions):
+        forget()
+        for name in NAMES.values():
+            monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+        stand_ins = [StandIn(version, capability) for version in versions]
+        for stand_in in stand_ins:
+            monkeypatch.setitem(sys.modules, NAMES[stand_in.version], stand_in.module())
+        if 4 in versions and 2 not in versions:
+            monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # a bare namespace
+        monkeypatch.setattr(libraries, "capability", lambda device: capability)
+        return stand_ins[0] if stand_ins else None
+
+    yield install
+    forget()

@@ -1,5 +1,6 @@
 """The transformers models that tests patch: real ratios of heads, small and random."""
 
+import re
 from typing import Any
 
 import pytest
@@ -94,6 +95,16 @@ def host_model(family: str, **overrides: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def moved(model: Any) -> Any:
+    """A patched model with its new parameters away from where they start."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search("noise|lambda|subln", name):
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 

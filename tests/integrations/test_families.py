@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.host_models import EXPERTS, HEADS, RATIOS, host_config, host_model, left_padded, token_ids
+from helpers.host_models import EXPERTS, HEADS, RATIOS, host_config, host_model, left_padded, moved, token_ids
 from motifarch.integrations import load_patched, patch
 from motifarch.integrations.families import FAMILIES
 
@@ -20,16 +20,6 @@ def patched(family: str, **options: Any) -> tuple[Any, Any]:
     if family in EXPERTS:
         defaults["experts"] = "keep"
     return model, patch(model, **(defaults | options))
-
-
-def moved(model: Any) -> Any:
-    """The model with its new parameters away from where they start."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "noise" in name or "lambda" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def test_the_table_and_these_tests_name_the_same_families() -> None:

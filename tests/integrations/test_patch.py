@@ -1,7 +1,6 @@
 """What `patch` computes, reports, refuses and saves, beyond what every family's test asks."""
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from helpers.host_models import host_model, left_padded, token_ids
+from helpers.host_models import host_model, left_padded, moved, token_ids
 from helpers.plain_attention import plain_diff_attention, rms_norm
 from helpers.python_process import run_python
 from motifarch.errors import UserError
 from motifarch.integrations import load_patched, patch
-
-
-def moved(model: Any) -> Any:
-    """The model with new parameters away from where they start."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if re.search("noise|lambda|subln", name):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def patched(family: str = "llama", **options: Any) -> Any:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from helpers.flash_stand_ins import AMPERE, BLACKWELL, GEFORCE, HOPPER, NAMES, StandIn, compute, plain
+from helpers.flash_stand_ins import AMPERE, BLACKWELL, GEFORCE, HOPPER, NAMES, StandIn, compute, installing, plain
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import diff_combine, dispatch, reference
 from motif_kernels.impl.flash import attention as flash
@@ -21,25 +21,8 @@ from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 @pytest.fixture
 def install(monkeypatch):
     """``install(HOPPER, 4, 2)`` puts both on a Hopper GPU and returns the newest."""
-
-    def forget():
-        libraries.loaded.clear()
-        libraries.find.cache_clear()
-
-    def install(capability, *versions):
-        forget()
-        for name in NAMES.values():
-            monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
-        stand_ins = [StandIn(version, capability) for version in versions]
-        for stand_in in stand_ins:
-            monkeypatch.setitem(sys.modules, NAMES[stand_in.version], stand_in.module())
-        if 4 in versions and 2 not in versions:
-            monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # a bare namespace
-        monkeypatch.setattr(libraries, "capability", lambda device: capability)
-        return stand_ins[0] if stand_ins else None
-
-    yield install
-    forget()
+    with installing(monkeypatch) as install:
+        yield install
 
 
 GPUS = [(2, AMPERE), (2, HOPPER), (4, HOPPER), (4, BLACKWELL)]

@@ -1,7 +1,7 @@
 """Which attention models take for packed documents on a GPU that is a stand-in."""
 
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.flash_stand_ins import HOPPER, NAMES, StandIn
+from helpers.flash_stand_ins import HOPPER, StandIn, installing
 from helpers.models import packed, random_ids, tiny_config
 from motif_kernels import dispatch, tuning
-from motif_kernels.impl.flash import libraries
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 from motifarch.models.motif import MotifForCausalLM
 
@@ -34,28 +33,14 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[StandIn]]]:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandIn | None]]:
     """Makes this a Hopper GPU without a measured table, with these generations of flash-attn."""
     triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     monkeypatch.setattr("motif_kernels.dispatch.is_gpu", lambda device: True)
     monkeypatch.setattr("motif_kernels.checks.may_read", lambda values: False)
-    monkeypatch.setattr(libraries, "capability", lambda device: HOPPER)
-
-    def forget() -> None:
-        libraries.loaded.clear()
-        libraries.find.cache_clear()
-
-    def install(*versions: int) -> list[StandIn]:
-        forget()
-        stand_ins = [StandIn(version, HOPPER) for version in versions]
-        modules = {NAMES[s.version]: s.module() for s in stand_ins}
-        for name in NAMES.values():
-            monkeypatch.setitem(sys.modules, name, modules.get(name))  # importing None raises ImportError
-        return stand_ins
-
-    yield install
-    forget()
+    with installing(monkeypatch) as install:
+        yield partial(install, HOPPER)
 
 
 def operators_of(variant: str, dtype: torch.dtype, **overrides: Any) -> list[str]:
@@ -85,7 +70,7 @@ def test_every_variant_takes_the_fused_kernel(dtype, overrides, hopper):
 @pytest.mark.parametrize("overrides", [{}, WINDOW], ids=["full", "window"])
 def test_every_variant_takes_flash_attn_where_it_is_installed(overrides, hopper):
     """One call of each layer for softmax attention, and otherwise one for each map."""
-    (library,) = hopper(2)
+    library = hopper(2)
     for variant in VARIANTS:
         library.calls.clear()
         assert operators_of(variant, torch.bfloat16, **overrides) == [], variant
