@@ -103,11 +103,8 @@ def local_ranges(tensor: torch.Tensor) -> tuple[Ranges, ...]:
 
 
 def local_shard(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a whole tensor that is sharded as another is.
-
-    Args:
-        whole: of like's (global) shape, on every rank.
-        like: a DTensor, or a plain tensor, which is kept whole.
+    """What this rank keeps of a whole tensor that is sharded as ``like``, of the same global shape;
+    a plain tensor is kept whole.
 
     Raises:
         ValueError: the local part of ``like`` is not the shard that its placements describe.
@@ -147,10 +144,7 @@ def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
 
 def open_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
     """A process group of these ranks, which call this together: the mesh's own where there is one,
-    else a new one.
-
-    Returns:
-        The group, or None for a single rank.
+    else a new one; None for a single rank.
     """
     if len(ranks) == 1:
         return None

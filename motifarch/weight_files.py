@@ -23,10 +23,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class ModelFolderError(UserError, ValueError):
-    """A model's folder that cannot be read whole.
-
-    A ValueError, as transformers' users catch, and a UserError: commands print it and exit with
-    status 2.
+    """A model's folder that cannot be read whole: a ValueError, as transformers' users catch, and a
+    UserError, which commands print.
     """
 
 

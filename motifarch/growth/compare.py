@@ -31,13 +31,7 @@ class Weights(Protocol):
 
 
 class Described:
-    """The model that a spec makes of a source folder, read like a folder, without writing
-    it.
-
-    Args:
-        spec: of a Motif model.
-        source: the folder that it reads.
-    """
+    """The model that a spec makes of the source folder that it reads, without writing it."""
 
     def __init__(self, spec: ModelSpec, source: SourceFolder) -> None:
         self.config, self.names = spec.config, list(spec.tensors)
@@ -62,13 +56,8 @@ class Difference:
 
 
 def difference(first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None) -> Difference:
-    """Compares two Motif models on random tokens, in float32 arithmetic whatever the weights'
-    dtype.
-
-    Args:
-        first: a model.
-        second: another, of the same vocabulary.
-        on_layer: called after each layer of either.
+    """Compares two Motif models of one vocabulary on random tokens, in float32 arithmetic whatever
+    the weights' dtype; ``on_layer`` is called after each layer of either.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(MotifConfig.from_dict(first.config).vocab_size, (1, _TOKENS), generator=generator)
@@ -84,16 +73,8 @@ def logits(
     *,
     before_layer: Callable[[nn.Module], None] = lambda layer: None,
 ) -> Tensor:
-    """A model's logits in float32, with one layer's weights in memory at a time.
-
-    Args:
-        folder: a Motif model's weights.
-        ids: token ids (B, S).
-        on_layer: called after each layer.
-        before_layer: called with each layer before it runs.
-
-    Returns:
-        (B, S, vocabulary), float32.
+    """A model's logits (B, S, vocabulary) of ids (B, S), float32, with one layer's weights in
+    memory at a time; ``before_layer`` and ``on_layer`` are called before and after each.
     """
     config = MotifConfig.from_dict(folder.config)
     hidden = folder.read("model.embed_tokens.weight")[ids].float()

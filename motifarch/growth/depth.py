@@ -32,12 +32,8 @@ _SUB_NORM = "self_attn.subln.weight"
 
 
 def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
-    """The layers of a deeper model, new ones spread evenly: which old layer each copies, and
-    whether it is new.
-
-    Args:
-        old: layers of the model that grows.
-        new: layers after it.
+    """The layers of a model grown from ``old`` to ``new`` layers, new ones spread evenly: which old
+    layer each copies, and whether it is new.
     """
     extra = new - old
     # The last of them comes after the last layer, as in LLaMA-Pro.

@@ -38,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_without_to(arguments: argparse.Namespace) -> None:
-    """Refuses the other options where --to is not given.
-
-    Raises:
-        UserError: naming them.
-    """
+    """Raises a UserError that names the other options where --to is not given."""
     given = [f"--{n.replace('_', '-')}" for n in ("ratio", "sub_norm", "approximate", "probe") if vars(arguments)[n]]
     if given:
         raise UserError(f"{', '.join(given)} works with --to diff_v2 or --to gda only; give that too, or leave it out")
@@ -51,15 +47,9 @@ def refuse_without_to(arguments: argparse.Namespace) -> None:
 def convert(
     source: SourceFolder, arguments: argparse.Namespace, dtype: torch.dtype | None
 ) -> tuple[ModelSpec, ModelSpec]:
-    """What the options ask for.
+    """What the options ask for: the source as a Motif model, and the differential model.
 
-    Args:
-        source: the softmax model's folder.
-        arguments: the command line's.
-        dtype: of the new weights; None keeps the source's.
-
-    Returns:
-        The source as a Motif model, and the differential model.
+    A ``dtype`` of None keeps the source's.
 
     Raises:
         UserError: something does not fit; the message names it and the fix.

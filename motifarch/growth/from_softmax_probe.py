@@ -25,13 +25,8 @@ ROWS, TOKENS = 4, 256
 
 
 def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> Tensor:
-    """Token ids (rows, tokens) to run both models on.
-
-    Args:
-        source: the softmax model's folder, with a tokenizer if there is a text.
-        text: a text file, of which the first tokens are taken; default: random tokens, which no
-            model is trained on.
-        seed: of the random tokens.
+    """Token ids (rows, tokens) to run both models on: a text file's first, by the source's own
+    tokenizer, or random ones, which no model is trained on.
 
     Raises:
         UserError: the text can't be read or is too short, or the folder has no tokenizer.
@@ -53,25 +48,15 @@ def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> 
 def closest(
     source: SourceFolder, spec: ModelSpec, to: Kind, ids: Tensor, *, sub_norm: bool = False, **options: Any
 ) -> ModelSpec:
-    """A conversion that may be inexact, as close as it comes, with what it loses measured.
+    """A conversion that may be inexact, as close as it comes on ids (rows, tokens); its last step's
+    loss, if any, says by how much logits moved.
 
     Behind a sub-norm each head's output is multiplied by one number, the one that brings it closest
     to the softmax model's in the mean square over the probe: a norm takes every token's own size
     away, and this gives back the usual one.
 
-    Args:
-        source: the softmax model's folder.
-        spec: of that folder.
-        to: "diff_v2" or "gda".
-        ids: (rows, tokens) to measure on.
-        sub_norm: normalise each head's output.
-        **options: those of :func:`from_softmax`.
-
-    Returns:
-        As from_softmax; its last step's loss, if any, says by how much logits moved.
-
     Raises:
-        UserError: what from_softmax raises.
+        UserError: what :func:`from_softmax` raises, whose options these are.
     """
     options |= {"sub_norm": sub_norm, "approximate": True}
     found = from_softmax(spec, to, **options)
@@ -95,11 +80,7 @@ def closest(
 
 class _Gains:
     """Each head's best multiple of its normalised output, measured where a softmax model's heads
-    leave for o_proj.
-
-    Args:
-        config: of the differential model.
-        shrink: what part of a head's output its sub-norm gets to see.
+    leave for o_proj; a sub-norm gets to see the part ``shrink`` of them.
     """
 
     def __init__(self, config: MotifConfig, shrink: float) -> None:

@@ -127,10 +127,8 @@ def _read_config(spec: ModelSpec) -> PreTrainedConfig:
 
 
 def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTensor]:
-    """The folder's tensors, if they are those of the model that its config describes.
-
-    Older folders hold rotary tables, and a tied embedding under a second name, besides: these are
-    left out.
+    """The folder's tensors, if they are those of the model that its config describes, without older
+    folders' rotary tables and second copy of a tied embedding.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

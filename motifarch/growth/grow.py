@@ -28,13 +28,8 @@ def plan(
     noise: Noise | None = None,
     dtype: torch.dtype | None = None,
 ) -> ModelSpec:
-    """Describes the grown model, and makes sure that its folder will load.
-
-    Args:
-        source: a Motif model's folder.
-        factors: how it grows, or the layout that it is to have.
-        noise: makes copies differ; see :func:`motifarch.growth.width.widen`.
-        dtype: of the grown weights; None keeps the source's.
+    """Describes the grown model, and makes sure that its folder will load; arguments as
+    :func:`grow`'s.
 
     Raises:
         UserError: the source is no Motif model or its tensors do not fit its config, or the growth

@@ -13,21 +13,11 @@ _LARGEST_REPAIR = 0.01
 
 
 def shift_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vectors whose ``exp(q1 . k1) - exp(q2 . k2)`` is larger by ``shift``, as near to the old ones
-    as possible.
+    """Vectors (D,) whose ``exp(q1 . k1) - exp(q2 . k2)`` is larger by ``shift``, as near to the old
+    ones as possible and of their dtype.
 
     ``exp(q2 . k2)`` falls by the shift if it stays positive; otherwise ``exp(q1 . k1)`` grows by
     it, which it then can, for the shift is positive.
-
-    Args:
-        q1: (D,), like the three others; of any dtype, which the new ones keep.
-        k1: (D,)
-        q2: (D,)
-        k2: (D,)
-        shift: what is to be added.
-
-    Returns:
-        The four vectors, (D,).
     """
     second = math.exp(_dot(q2, k2)) - shift
     if second > 0:
@@ -36,22 +26,13 @@ def shift_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, shift: float) -
 
 
 def with_dot(q: Tensor, k: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """The pair of vectors nearest to (q, k), in the sum of squares, whose dot product is a given
-    number.
+    """The pair of vectors (D,) nearest to (q, k), in the sum of squares, whose dot product is
+    ``target``; of their dtype, rounded together so that the product is kept.
 
     With ``u = q + k`` and ``v = q - k`` the product is ``(|u|^2 - |v|^2) / 4``, and the nearest
     pair scales each: ``u / (1 - m)`` and ``v / (1 + m)`` for the one m between -1 and 1 that gives
     the product (the condition of Lagrange). Neither vector may vanish by that, and a zero vector
     can grow: the edit has no singularity where q or k is small.
-
-    Args:
-        q: (D,)
-        k: (D,)
-        target: the dot product wanted.
-
-    Returns:
-        Both vectors in their own dtype, rounded together so that the product is kept
-        (see :func:`round_pair`).
     """
     u, v = _present(q.double() + k.double(), k), _present(q.double() - k.double(), q)
     uu, vv = float(u @ u), float(v @ v)
@@ -70,17 +51,12 @@ def with_dot(q: Tensor, k: Tensor, target: float) -> tuple[Tensor, Tensor]:
 
 
 def round_pair(q: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two vectors rounded to a dtype so that their dot product is kept.
+    """Two float64 vectors (D,) rounded to a dtype so that their dot product is kept.
 
     The product's terms are rounded one after another, from the largest to the smallest. Each makes
     up for what those before it lost in the smaller of its two places, whose rounding is the finer:
     what is left at the end is a rounding of the smallest term alone. (A term too small to make up
     for anything passes it on.)
-
-    Args:
-        q: (D,), float64.
-        k: (D,), float64.
-        dtype: to round to.
     """
     rounded = torch.stack([q, k]).to(dtype)
     largest = _LARGEST_REPAIR * float(torch.maximum(q.abs(), k.abs()).max())

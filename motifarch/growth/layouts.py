@@ -57,11 +57,7 @@ def read_layout(layout: str) -> MotifConfig:
 
 
 def motif_config(fields: object, path: Path) -> MotifConfig:
-    """The config that a config.json holds.
-
-    Args:
-        fields: what the file holds.
-        path: of the file, for messages.
+    """The config in a config.json's fields; the path is for messages.
 
     Raises:
         UserError: another kind of model, or fields that do not fit each other.

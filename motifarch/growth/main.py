@@ -20,13 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`motifarch.growth.grow`.
-
-    Args:
-        argv: its arguments; the process's own where None.
-
-    Returns:
-        The exit status.
+    """The command line of :func:`motifarch.growth.grow`; returns the exit status.
 
     Raises:
         UserError: something does not fit, is missing or is damaged.

@@ -84,23 +84,13 @@ class ModelSpec:
     steps: tuple[Step, ...] = field(default=())
 
     def changed(self, config: dict[str, Any], tensors: dict[str, LazyTensor], step: Step) -> "ModelSpec":
-        """The spec after a step.
-
-        Args:
-            config: fields that the step sets.
-            tensors: all tensors after it.
-            step: what it did.
-        """
+        """The spec after a step: the config fields that it sets, and all tensors after it."""
         return dataclasses.replace(self, config=self.config | config, tensors=tensors, steps=(*self.steps, step))
 
 
 def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> ModelSpec:
-    """A folder's own spec.
-
-    Args:
-        source: the folder.
-        dtype: to turn the weights into before any step computes with them; None keeps each tensor's
-            own.
+    """A folder's own spec, its weights turned into ``dtype`` before any step computes with them;
+    None keeps each tensor's own.
     """
     config = dict(source.config)
     if dtype is not None:

@@ -81,16 +81,11 @@ def tiled(size: int, times: int) -> Copies:
 
 
 def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[str, Copies]:
-    """How the spaces of an attention layer grow.
+    """How the spaces of an attention layer grow; the factors are those of :func:`widen`.
 
     Query heads lie as blocks of [g signal heads, 1 noise head], one block for each noise head, and
     all heads of a block read one key/value head (or pair). A block's signal heads are therefore
     repeated within it, and blocks and key/value heads are repeated as a whole.
-
-    Args:
-        config: of the model that grows.
-        heads: multiplies all heads: signal, noise and key/value.
-        signal_heads: multiplies signal heads once more.
     """
     assert config.head_dim is not None  # filled in by the config
     assert config.num_key_value_heads is not None

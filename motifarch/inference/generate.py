@@ -40,12 +40,8 @@ def check_folder(folder: Path) -> None:
 def load(
     folder: Path, *, dtype: str = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer, ready to generate or to be evaluated.
-
-    Args:
-        folder: a Hugging Face folder.
-        dtype: of the weights; "auto" leaves them as they are saved.
-        device: default: the GPU if there is one.
+    """Load a folder's model and tokenizer, ready to generate or to be evaluated, on the GPU if
+    there is one unless a device is named; the dtype "auto" leaves weights as they are saved.
 
     Raises:
         UserError: the folder is missing or does not load, or there is no such device.
@@ -120,10 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``motifarch generate``.
-
-    Returns:
-        0, or 1 if whoever read the standard output stopped reading.
+    """Run ``motifarch generate``; returns 1 if whoever read the standard output stopped reading.
 
     Raises:
         UserError: for anything that the user can mend.

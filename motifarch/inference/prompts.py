@@ -40,12 +40,9 @@ def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
 def read_prompts(path: Path, *, chat: bool = False, system: str | None = None) -> list[Request]:
     """Read a text file with a prompt a line, or a .jsonl file with a "prompt" or "messages" a line.
 
-    Blank lines are passed over. A .jsonl line may hold other keys beside.
-
-    Args:
-        path: the file, in UTF-8.
-        chat: make each prompt a user message.
-        system: a system message for every conversation that does not start with its own.
+    The file is in UTF-8. Blank lines are passed over; a .jsonl line may hold other keys beside.
+    ``chat`` makes each prompt a user message; ``system`` goes before every conversation that does
+    not start with a system message of its own.
 
     Raises:
         UserError: the file cannot be read, holds no prompt, or has a line that is no prompt; the

@@ -119,13 +119,8 @@ class Speed:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
-    """A prompt's token ids; messages go through the tokenizer's chat template, up to where the
-    reply starts.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompt: text (an empty one starts a document) or messages.
-        name: what errors call the prompt.
+    """A prompt's token ids, never none: an empty text starts a document, and messages go through
+    the tokenizer's chat template, up to where the reply starts. Errors call the prompt by ``name``.
 
     Raises:
         UserError: messages without a chat template or not accepted by it, text that is no Unicode,
@@ -251,11 +246,11 @@ def _room(model: PreTrainedModel, ids: list[int], name: str) -> int | float:
 
 
 def _batches(rows: Sequence[list[int]], limits: Sequence[float], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of rows to continue together.
+    """Numbers of rows to continue together, the longest first, so that what does not fit into
+    memory fails early.
 
     Those of a batch have the same limit: a row past its own would hold up the rest at positions
-    that the model does not have. The longest come first, so that what does not fit into memory
-    fails early.
+    that the model does not have.
     """
     for start in range(0, len(rows), _WINDOW * batch_size):
         window = range(start, min(start + _WINDOW * batch_size, len(rows)))

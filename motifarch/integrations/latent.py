@@ -54,11 +54,7 @@ class GroupedQueryAttention:
 
 def replace_latents(module: Any, *, kv_heads: int) -> None:
     """Give a latent attention module, in place, query, key and value projections of their own, at
-    random.
-
-    Args:
-        module: the host's; loses what :data:`LOST` names.
-        kv_heads: key/value heads; a divisor of its query heads.
+    random, for what :data:`LOST` names; ``kv_heads`` divides its query heads.
     """
     out = module.o_proj
     new = {"bias": module.q_a_proj.bias is not None, "device": out.weight.device, "dtype": out.weight.dtype}

@@ -44,19 +44,13 @@ def visible_keys(
     config: Any = None,
     **_: Any,
 ) -> VisibleKeys | None:
-    """The mask function of patched models, which transformers calls once for each kind of layer.
+    """The mask function of patched models, which transformers calls once for each kind of layer,
+    with its own mask functions' arguments.
 
-    Args:
-        batch_size: b.
-        q_length: s, the new tokens.
-        kv_length: keys that the layers will get, S and what their cache holds.
-        q_offset: tokens before the first new one; a scalar tensor with a static cache.
-        kv_offset: tokens before the first key that the layers will get (a sliding-window cache
-            drops the oldest).
-        mask_function: transformers' rule for which position sees which.
-        attention_mask: (B, q_offset + S) bool, False for padding, or None.
-        device: where the model runs.
-        config: the model's.
+    ``kv_length`` counts the keys that the layers will get: the S new ones and what their cache
+    holds. ``q_offset`` are the tokens before the first new one (a scalar tensor with a static
+    cache), ``kv_offset`` those before the first key (a sliding-window cache drops the oldest).
+    ``attention_mask`` is (B, q_offset + S) bool, False for padding.
 
     Returns:
         None where causal order and window say it all.
@@ -116,10 +110,7 @@ def _documents(
     mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str
 ) -> tuple[Tensor, int] | None:
     """Bounds of packed documents, (documents + 1,) int32, and the longest one's length; None for
-    one document a row.
-
-    A token that does not see the one before it starts a document: so the rule itself is asked,
-    however it came about.
+    one document a row. A token that does not see the one before it starts a document.
     """
     if mask_function is causal_mask_function or length < 2:
         return None

@@ -69,8 +69,7 @@ class DifferentialAttentionMixin:
         """The host's forward, with lambda handed through to the attention function.
 
         Raises:
-            ValueError: the model was set to another attention implementation, which knows no noise
-                heads.
+            ValueError: the model was set to another attention implementation.
         """
         if self.config._attn_implementation != IMPLEMENTATION:
             raise ValueError(
@@ -112,19 +111,12 @@ def add_noise_heads(
     backend: str,
     base: type | None = None,
 ) -> None:
-    """Turn a host's attention module, in place, into a differential one.
+    """Turn a host's attention module, whose q_proj gives H = ``signal_heads`` heads of width D =
+    ``head_dim``, in place, into a differential one.
 
-    Args:
-        module: a transformers attention module; q_proj gives signal_heads heads.
-        signal_heads: h.
-        noise_heads: hn, a divisor of H and a multiple of the key/value heads.
-        head_dim: d, of queries, keys and values.
-        attention: "gda" or "diff_v2".
-        sub_norm: RMS-normalise each head's output.
-        lambda_init: GDA's constant.
-        norm_heads_dim: see :class:`motifarch.integrations.families.Family`.
-        backend: motif_kernels' backend.
-        base: whose forward runs instead of the host's.
+    The noise heads divide H and are a multiple of the key/value heads; for ``norm_heads_dim`` see
+    :class:`motifarch.integrations.families.Family`; the forward of ``base``, if any, runs instead
+    of the host's. The other arguments are :func:`motifarch.integrations.patch`'s.
     """
     query = module.q_proj
     hidden_size, new = query.in_features, {"device": query.weight.device, "dtype": query.weight.dtype}

@@ -11,17 +11,11 @@ from motifarch.optim.newton_schulz import NS_COEFFICIENTS
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices inside decoder layers: what Muon is for.
+    """The trainable matrices inside `model.model.layers`, in the model's order: what Muon is for.
 
     Embedding and output projection are left out, for their rows are words, each with a gradient of
     its own scale (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and
     is a lambda.
-
-    Args:
-        model: with `model.model.layers`.
-
-    Returns:
-        Trainable two-dimensional parameters, in the model's order.
     """
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     return [p for name, p in layers.named_parameters() if p.ndim == 2 and p.requires_grad and "lambda" not in name]

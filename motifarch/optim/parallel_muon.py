@@ -31,17 +31,11 @@ Chunk = list[list[int]]
 
 
 def plan_chunks(shapes: Sequence[tuple[int, int]], *, owners: int, chunk_bytes: int, item_bytes: int) -> list[Chunk]:
-    """Deals matrices out to owners, in chunks.
+    """Deals matrices of the shapes (rows, columns) out to ``owners`` ranks, in chunks. Over all of
+    them, the owners' Newton-Schulz work differs by no more than the largest matrix's.
 
-    Args:
-        shapes: (rows, columns) of each matrix.
-        owners: ranks to share them.
-        chunk_bytes: an owner's whole matrices of one chunk take no more, unless a single one does.
-        item_bytes: bytes of an entry.
-
-    Returns:
-        The chunks. Over all of them, the owners' Newton-Schulz work differs by no more than the
-        largest matrix's.
+    An owner's whole matrices of one chunk take no more than ``chunk_bytes``, unless a single one
+    does.
     """
     order = sorted(range(len(shapes)), key=lambda i: (-newton_schulz_flops(*shapes[i]), shapes[i], i))
     chunks: list[Chunk] = []

@@ -122,16 +122,9 @@ def head_share(layer: BaseAttention) -> tuple[int, int]:
 def gather_max_logits(
     recorded: Sequence[MaxLogits], *, part: int = 0, parts: int = 1, group: dist.ProcessGroup | None = None
 ) -> list[MaxLogits]:
-    """The largest logits over all ranks, of all heads, from what each rank saw of its own.
-
-    Args:
-        recorded: of each layer, this rank's heads.
-        part: which consecutive part of every layer's heads these are.
-        parts: how many there are.
-        group: ranks to gather from; by default all, where there is a process group.
-
-    Returns:
-        The same for all of each layer's heads; -inf for one that saw no key.
+    """The largest logits over all ranks (or a group's), of all heads, from what each rank saw of
+    its own: of each layer, consecutive part number ``part`` of ``parts``; -inf for a head that saw
+    no key.
     """
     vectors = [vector for pair in recorded for vector in pair if vector is not None]
     whole = [v.new_full((parts, len(v)), -torch.inf, dtype=torch.float32) for v in vectors]

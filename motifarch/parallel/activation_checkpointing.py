@@ -45,12 +45,9 @@ def _policy(kept: set[Any], context: Any, operator: Any, *_: Any, **__: Any) -> 
 
 
 def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> None:
-    """Lets a model's decoder layers be computed again in the backward pass, in place.
+    """Lets decoder layers be computed again in the backward pass, in place.
 
-    Args:
-        model: a causal language model whose `model.model.layers` are transformers'
-            GradientCheckpointingLayers.
-        recompute: which, and what of them.
+    `model.model.layers` must be transformers' GradientCheckpointingLayers.
 
     Raises:
         UserError: `recompute` is no choice.

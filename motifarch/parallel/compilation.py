@@ -9,7 +9,7 @@ _CALLS = 8
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Lets each decoder layer be compiled when it is first called, in place.
+    """Lets each of `model.model.layers` be compiled when it is first called, in place.
 
     Settings of torch.compile are changed for this process. The layers are one piece of code to it,
     and differ in numbers such as lambda_init: taken for variables, these reach inductor's code
@@ -17,9 +17,6 @@ def apply_compile(model: nn.Module) -> None:
     numbers are constants, and the code may be compiled as often as there are layers. And what a
     layer notes of its forward pass (lambda, largest logits) need not be noted again when activation
     checkpointing repeats it: where it must, a checkpointed layer is not compiled at all.
-
-    Args:
-        model: with `model.model.layers`.
     """
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     config = torch._dynamo.config

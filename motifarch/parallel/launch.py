@@ -83,10 +83,7 @@ def collective_timeout(limit_s: float) -> datetime.timedelta:
 @contextlib.contextmanager
 def open_world(limit_s: float = 1800.0) -> Iterator[World]:
     """Joins the process group that torchrun prepared, or makes a world of one, and leaves it at the
-    end.
-
-    Args:
-        limit_s: longest time, in seconds, that a rank may be waited for.
+    end; a rank may be waited for up to ``limit_s`` seconds.
     """
     timeout = collective_timeout(limit_s)
     cuda = torch.cuda.is_available()

@@ -73,19 +73,11 @@ def check_low_precision(
 
 def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, emulate: bool = False) -> list[str]:
     """Lets a model's inner decoder layers multiply in 8 bits, in place; parameters and their names
-    stay.
+    stay. Returns the names of the replaced linear layers.
 
-    Call it before tensor parallelism: that hangs itself on the layers which this replaces.
-
-    Args:
-        model: a causal language model with `model.model.layers`.
-        matmul: the precision.
-        tensor: ranks of tensor parallelism that will share the matrices.
-        emulate: round as the hardware would, but multiply in the compute dtype: for any device, and
-            slow.
-
-    Returns:
-        The names of the replaced linear layers.
+    Call it before tensor parallelism, over ``tensor`` ranks: that hangs itself on the layers which
+    this replaces. With ``emulate`` numbers are rounded as the hardware would, but multiplied in the
+    compute dtype: for any device, and slow.
 
     Raises:
         UserError: torchao is missing or too old, or the model has no layer, or one of a size, that
@@ -173,11 +165,7 @@ def _version() -> str:
 
 
 def _converter(matmul: Matmul, emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
-    """What makes torchao's layer of an nn.Linear, with the same parameters.
-
-    Raises:
-        UserError: torchao is missing or lacks it.
-    """
+    """What makes torchao's layer of an nn.Linear, with the same parameters."""
     try:
         import torchao  # noqa: F401
     except ImportError:

@@ -14,16 +14,7 @@ import torch.distributed as dist
 
 
 def fresh_store(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Agrees with the other ranks on a part of a store that no earlier start has used.
-
-    Args:
-        store: shared by all ranks of this start and of those before it.
-        rank: this process's number.
-        size: number of processes.
-        timeout: how long to wait for the others.
-
-    Returns:
-        The store, with a prefix.
+    """A part of a store, agreed on by all ranks of this start, that no earlier start has used.
 
     Raises:
         RuntimeError: some rank did not come in time (`DistStoreError`, and on rank 0 one that names

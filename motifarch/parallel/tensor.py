@@ -58,12 +58,8 @@ def head_counts(config: Any) -> dict[str, int]:
 
 
 def projection_styles(config: Any, block: str) -> dict[str, str]:
-    """How the model declares that a block's projections are cut, "colwise" or "rowwise", by their
-    names.
-
-    Args:
-        config: a MotifConfig, whose `base_model_tp_plan` is transformers' too.
-        block: of a decoder layer: "self_attn" or "mlp".
+    """How a MotifConfig declares that the projections of a decoder layer's block, "self_attn" or
+    "mlp", are cut: "colwise" or "rowwise", by their names.
     """
     prefix = f"layers.*.{block}."
     plan: dict[str, str] = config.base_model_tp_plan
@@ -71,11 +67,8 @@ def projection_styles(config: Any, block: str) -> dict[str, str]:
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts a model's matrices over a one-dimensional mesh, in place; each rank keeps its own part.
-
-    Args:
-        model: a MotifForCausalLM, on the meta device or the same on every rank.
-        mesh: the ranks.
+    """Cuts a MotifForCausalLM's matrices, on the meta device or the same on every rank, over a
+    one-dimensional mesh, in place; each rank keeps its own part.
     """
     group = mesh.get_group()
     styles = {name: projection_styles(model.config, name) for name in ("self_attn", "mlp")}

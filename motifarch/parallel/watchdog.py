@@ -35,12 +35,8 @@ _GRACE_S = 10.0
 
 
 def limit_collectives(limit_s: float, *, keep: Iterable[dist.ProcessGroup] = ()) -> None:
-    """Sets the timeout of the collectives of every process group that there is, those of meshes
-    included.
-
-    Args:
-        limit_s: longest time of a step, in seconds (see `collective_timeout`).
-        keep: groups to leave as they are.
+    """Sets the timeout (see `collective_timeout`) of the collectives of every process group that
+    there is, those of meshes included, but those to ``keep``.
     """
     kept = set(keep)
     for group in list(distributed_c10d._world.pg_map):
@@ -101,20 +97,15 @@ class Watchdog:
             self._thread.join()
 
     def heartbeat(self, stage: str, *, no_timeout: bool = False) -> None:
-        """Notes what this rank is about to do; all ranks note the same in the same order.
-
-        Args:
-            stage: for people, to follow "never arrived at" and "last seen at": "step 5".
-            no_timeout: whether it may take as long as the first step.
+        """Notes what this rank is about to do, such as "step 5"; all ranks note the same in the
+        same order. With ``no_timeout`` it may take as long as the first step.
         """
         self._deadline = time.monotonic() + (self._limit_s if self._started and not no_timeout else self._first_s)
         self._stage = (self._stage[0] + 1, stage)
 
     def first_step_done(self, keep: Sequence[dist.ProcessGroup] = ()) -> None:
-        """Ends the first step's patience, once all ranks are through it; later calls do nothing.
-
-        Args:
-            keep: process groups whose timeout stays as it is.
+        """Ends the first step's patience, once all ranks are through it, but for the groups to
+        ``keep``; later calls do nothing.
         """
         if self._started:
             return

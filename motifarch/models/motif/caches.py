@@ -13,12 +13,9 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
     """Tokens that a cache holds: a number, or a scalar tensor where reading it would stall the
     device.
 
-    Args:
-        past_key_values: a transformers Cache, or None.
-        num_new: tokens that are to be added.
-
     Raises:
-        ValueError: a cache of fixed size has no room for them (where the count may be read).
+        ValueError: a cache of fixed size has no room for ``num_new`` more (where the count may be
+            read).
     """
     if past_key_values is None:
         return 0
@@ -40,14 +37,7 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
 def read_attention_mask(
     attention_mask: Tensor, batch: int, num_new: int, seen: int | Tensor, past_key_values: Cache | None
 ) -> tuple[PaddingMask | None, Tensor | None]:
-    """What a mask over all tokens asks for.
-
-    Args:
-        attention_mask: (B, seen + num_new), 0 for padding.
-        batch: b.
-        num_new: tokens of this call.
-        seen: tokens before it.
-        past_key_values: where they are cached, or None.
+    """What a mask (B, seen + num_new) over all tokens, 0 for padding, asks for.
 
     Returns:
         What to pack, or None; and for a cache that goes on after padding on the left, how much,

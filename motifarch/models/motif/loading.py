@@ -62,12 +62,8 @@ class WholeOrNothing:
 
 
 def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Opens the safetensors files that transformers would read from a folder, without reading any
-    tensor.
-
-    Args:
-        folder: a local model folder; one with no safetensors files is left to transformers.
-        variant: part of the files' names, as transformers takes it.
+    """Reads the headers of a local folder's safetensors files; one that has none is left to
+    transformers.
 
     Raises:
         ModelFolderError: a file is missing, truncated or damaged, or lacks a tensor that the index

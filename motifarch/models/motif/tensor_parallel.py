@@ -37,12 +37,7 @@ class SharedParallel(TensorParallelLayer):
 
 
 def check_shared_heads(attention: BaseAttention, ranks: int) -> None:
-    """Checks that each rank can have whole groups of an attention layer's heads: they would be
-    cut apart.
-
-    Args:
-        attention: one of motifarch.layers.
-        ranks: of tensor parallelism.
+    """Checks that each rank can have whole groups of an attention layer's heads.
 
     Raises:
         ValueError: naming the number that does not divide, and those that would.

@@ -46,9 +46,6 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 def check_supported(fields: Mapping[str, Any]) -> None:
     """Checks the values of a config's fields, its biases and its rotary parameters.
 
-    Args:
-        fields: of the config, by name.
-
     Raises:
         ValueError: naming the field, its value and what is accepted.
     """
@@ -68,12 +65,8 @@ def check_supported(fields: Mapping[str, Any]) -> None:
 
 
 def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, computed: str) -> None:
-    """Checks that no field asks for a window in some layers only.
-
-    Args:
-        fields: of the config, by name.
-        layer_types: what the folder says, or None.
-        computed: the type of every layer.
+    """Checks that no field, nor a folder's layer_types, asks for a window in some layers only,
+    where every layer has the type ``computed``.
 
     Raises:
         ValueError: naming the field and its value.
@@ -94,13 +87,9 @@ def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, c
 
 
 def check_rope_agrees(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
-    """Checks that rope_parameters and the older rope_theta and rope_scaling say the same.
+    """Checks that rope_parameters and a config's older rope_theta and rope_scaling say the same.
 
     Folders are written with both, and one edited by hand may say what would be overlooked.
-
-    Args:
-        parameters: rope_parameters, or None.
-        older: a config's other fields.
 
     Raises:
         ValueError: naming the field and both values.
