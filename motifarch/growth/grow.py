@@ -116,11 +116,7 @@ def write(
     measured: Difference | None = None
     with (
         FolderWriter(
-            output,
-            spec.config,
-            max_shard_bytes=max_shard_bytes,
-            carry_from=source.path,
-            report=console.print,
+            output, spec.config, max_shard_bytes=max_shard_bytes, carry_from=source.path, report=console.print
         ) as writer,
         bar,
     ):

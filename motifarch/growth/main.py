@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -59,14 +60,7 @@ def _announce(spec: ModelSpec, console: Console) -> None:
 
 
 def _factors(arguments: argparse.Namespace) -> Factors | MotifConfig:
-    own = Factors(
-        hidden=arguments.hidden,
-        feed_forward=arguments.feed_forward,
-        heads=arguments.heads,
-        signal_heads=arguments.signal_heads,
-        layers=arguments.layers,
-        untie=arguments.untie,
-    )
+    own = Factors(**{field.name: getattr(arguments, field.name) for field in fields(Factors)})
     if arguments.like is None:
         return own
     if own != Factors():

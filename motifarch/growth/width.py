@@ -241,11 +241,7 @@ def _config_fields(config: MotifConfig, factors: dict[str, int]) -> dict[str, ob
 
 
 def _step(
-    spec: ModelSpec,
-    config: MotifConfig,
-    fields: dict[str, object],
-    factors: dict[str, int],
-    noise: Noise | None,
+    spec: ModelSpec, config: MotifConfig, fields: dict[str, object], factors: dict[str, int], noise: Noise | None
 ) -> Step:
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_noise_heads", "num_key_value_heads")
     old = {name: getattr(config, name) for name in names} | {"num_noise_heads": config.noise_heads}

@@ -22,14 +22,8 @@ def differential_attention(
     value: Tensor,
     attention_mask: VisibleKeys | None,
     *,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     differential_lambda: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of patched models, in the shape that transformers calls.
 
@@ -40,37 +34,21 @@ def differential_attention(
         value: (B, Hk, Sk, D).
         attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
             mask.
-        scaling: multiplies the logits.
-        dropout: must be 0.
-        sliding_window: w, keys that a query sees, its own included; None for all.
-        softcap: soft cap of the logits.
         differential_lambda: a scalar tensor or (B, S, H).
-        cu_seq_lens_q: bounds of packed documents, where the caller gives them.
-        max_length_q: the longest of those.
+        **options: those of :func:`attend_heads`, ``scaling`` among them; others are ignored.
 
     Returns:
         (B, S, H, D), and None for the attention maps.
 
     Raises:
-        ValueError: a mask of another kind, dropout, or gradients through a padded cache.
+        ValueError: the module was not patched, and what :func:`attend_heads` raises.
     """
     if differential_lambda is None:
         raise ValueError(f"{IMPLEMENTATION!r} serves patched attention modules only; {type(module).__name__} is none")
     query, key, value = as_kernels_take(query, key, value)
     signal, noise = query.split([module.signal_heads, module.noise_heads], dim=2)
-    out = attend_heads(
-        module,
-        (signal, key, noise, key, value),
-        differential_lambda,
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        cu_seq_lens_q=cu_seq_lens_q,
-        max_length_q=max_length_q,
-    )
-    return out, None
+    heads = (signal, key, noise, key, value)
+    return attend_heads(module, heads, differential_lambda, attention_mask, **options), None
 
 
 def as_kernels_take(*tensors: Tensor) -> list[Tensor]:
@@ -92,6 +70,7 @@ def attend_heads(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    **_: Any,
 ) -> Tensor:
     """Differential attention of heads that a module's projections gave, with what transformers says
     of the call.

@@ -116,13 +116,8 @@ def paired_attention(
     attention_mask: VisibleKeys | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
     is_causal: bool | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function, in the shape that transformers calls.
 
@@ -134,13 +129,9 @@ def paired_attention(
         attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
             mask.
         scaling: multiplies the logits; default ``D ** -0.5``.
-        dropout: must be 0.
-        sliding_window: w, keys that a query sees, its own included; None for all.
-        softcap: soft cap of the logits.
         is_causal: must not be False.
-        cu_seq_lens_q: bounds of packed documents, where the caller gives them.
-        max_length_q: the longest of those.
-        **kwargs: transformers' other arguments.
+        **options: those of :func:`motifarch.integrations.attention.attend_heads`, and transformers'
+            other arguments.
 
     Returns:
         (B, S, H, 2D), and None for the attention maps.
@@ -156,7 +147,7 @@ def paired_attention(
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(f"attn_implementation {IMPLEMENTATION!r} is causal, but {type(module).__name__} is not")
     for name in ("output_attentions", "position_bias", "s_aux"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+        if options.get(name) is not None and options[name] is not False:
             raise ValueError(f"attn_implementation {IMPLEMENTATION!r} does not serve {name}; leave it out")
     q, k, v = as_kernels_take(query, key, value)
     out = attend_heads(
@@ -165,11 +156,7 @@ def paired_attention(
         scalar_lambda(module),
         attention_mask,
         scaling=module.head_dim**-0.5 if scaling is None else scaling,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        cu_seq_lens_q=cu_seq_lens_q,
-        max_length_q=max_length_q,
+        **options,
     )
     return out, None
 

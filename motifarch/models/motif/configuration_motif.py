@@ -253,8 +253,5 @@ class MotifConfig(PreTrainedConfig):
         if self.attention_gate and (self.attention_type != "diff_v2" or self.sub_norm):
             raise ValueError("attention_gate works with attention_type 'diff_v2' without sub_norm only")
         check_heads(
-            self.num_attention_heads,
-            self.noise_heads,
-            self.num_key_value_heads,
-            paired_keys=self.has_paired_kv,
+            self.num_attention_heads, self.noise_heads, self.num_key_value_heads, paired_keys=self.has_paired_kv
         )

@@ -58,11 +58,7 @@ def build_attention(config: MotifConfig, layer_idx: int) -> nn.Module:
     differential: dict[str, Any] = {"num_noise_heads": config.noise_heads, "norm_eps": config.attn_rms_norm_eps}
     if config.attention_type == "diff_v2":
         return DifferentialAttentionV2(
-            config.hidden_size,
-            **common,
-            **differential,
-            gate=config.attention_gate,
-            sub_norm=bool(config.sub_norm),
+            config.hidden_size, **common, **differential, gate=config.attention_gate, sub_norm=bool(config.sub_norm)
         )
     return GroupedDifferentialAttention(
         config.hidden_size,
