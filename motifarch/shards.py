@@ -123,7 +123,6 @@ class CopyGroup:
 
     ranks: tuple[int, ...]
     """Numbers in the world, rising: places in the process group."""
-
     coordinates: tuple[tuple[int, ...], ...]
     """Where in the mesh each of them is."""
 
@@ -143,9 +142,7 @@ def copy_group(mesh: DeviceMesh, placements: Sequence[Placement]) -> CopyGroup:
 
 
 def open_group(mesh: DeviceMesh, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """A process group of these ranks, which call this together: the mesh's own where there is one,
-    else a new one; None for a single rank.
-    """
+    """These ranks' process group, which they open together; None for a single rank."""
     if len(ranks) == 1:
         return None
     if len(ranks) == dist.get_world_size():

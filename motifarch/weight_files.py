@@ -23,9 +23,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class ModelFolderError(UserError, ValueError):
-    """A model's folder that cannot be read whole: a ValueError, as transformers' users catch, and a
-    UserError, which commands print.
-    """
+    """A model's folder that cannot be read whole; a ValueError, as transformers' users catch."""
 
 
 class WeightFiles:
@@ -97,8 +95,7 @@ class WeightFiles:
         """
         file = self.path / self._files[name]
         try:
-            # Opened anew for each tensor: a file kept open keeps all its pages that were read in
-            # memory.
+            # Opened anew for each tensor: an open file keeps the pages that were read in memory.
             with safe_open(file, framework="pt") as tensors:
                 tensor: Tensor = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:

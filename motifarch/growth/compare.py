@@ -56,9 +56,7 @@ class Difference:
 
 
 def difference(first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None) -> Difference:
-    """Compares two Motif models of one vocabulary on random tokens, in float32 arithmetic whatever
-    the weights' dtype; ``on_layer`` is called after each layer of either.
-    """
+    """Compares two Motif models of one vocabulary on random tokens, in float32 arithmetic."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(MotifConfig.from_dict(first.config).vocab_size, (1, _TOKENS), generator=generator)
     one, other = (logits(folder, ids, on_layer) for folder in (first, second))
@@ -73,8 +71,8 @@ def logits(
     *,
     before_layer: Callable[[nn.Module], None] = lambda layer: None,
 ) -> Tensor:
-    """A model's logits (B, S, vocabulary) of ids (B, S), float32, with one layer's weights in
-    memory at a time; ``before_layer`` and ``on_layer`` are called before and after each.
+    """A model's float32 logits (B, S, vocabulary) of ids (B, S), with one layer in memory at a
+    time.
     """
     config = MotifConfig.from_dict(folder.config)
     hidden = folder.read("model.embed_tokens.weight")[ids].float()

@@ -32,9 +32,7 @@ _SUB_NORM = "self_attn.subln.weight"
 
 
 def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
-    """The layers of a model grown from ``old`` to ``new`` layers, new ones spread evenly: which old
-    layer each copies, and whether it is new.
-    """
+    """Which old layer each layer of the deeper model copies, and whether it is new."""
     extra = new - old
     # The last of them comes after the last layer, as in LLaMA-Pro.
     after = [-(-(i + 1) * old // extra) - 1 for i in range(extra)]

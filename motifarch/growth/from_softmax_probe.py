@@ -79,9 +79,7 @@ def closest(
 
 
 class _Gains:
-    """Each head's best multiple of its normalised output, measured where a softmax model's heads
-    leave for o_proj; a sub-norm gets to see the part ``shrink`` of them.
-    """
+    """Each head's best multiple of its normalised output; a sub-norm sees ``shrink`` of a head."""
 
     def __init__(self, config: MotifConfig, shrink: float) -> None:
         self.width, self.eps, self.shrink = config.v_head_dim, config.attn_rms_norm_eps, shrink

@@ -127,9 +127,7 @@ def _read_config(spec: ModelSpec) -> PreTrainedConfig:
 
 
 def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTensor]:
-    """The folder's tensors, if they are those of the model that its config describes, without older
-    folders' rotary tables and second copy of a tied embedding.
-    """
+    """The folder's tensors, if they are what its config describes; old rotary tables go."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -10,14 +10,17 @@ from rich.console import Console
 
 from motifarch.errors import UserError
 from motifarch.growth.folders import SourceFolder
-from motifarch.growth.from_softmax_options import add_arguments, convert, refuse_without_to
+from motifarch.growth.from_softmax import from_softmax
+from motifarch.growth.from_softmax_probe import closest, probe_ids
+from motifarch.growth.from_softmax_sources import FAMILIES, as_motif
 from motifarch.growth.grow import plan, write
 from motifarch.growth.layouts import LAYOUTS, Factors, read_layout
-from motifarch.growth.model_spec import ModelSpec
+from motifarch.growth.model_spec import ModelSpec, describe
 from motifarch.growth.width import Noise
 from motifarch.models.motif import MotifConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WITH_TO = ("ratio", "sub_norm", "approximate", "probe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     noise = None if arguments.noise is None else Noise(arguments.noise, arguments.seed)
     source, dtype, factors = SourceFolder(arguments.source), DTYPES.get(arguments.dtype), _factors(arguments)
     if arguments.to is None:
-        refuse_without_to(arguments)
+        given = [f"--{n.replace('_', '-')}" for n in _WITH_TO if vars(arguments)[n]]
+        if given:
+            raise UserError(
+                f"{', '.join(given)} works with --to diff_v2 or --to gda only; give that too, or leave it out"
+            )
         base, spec = None, plan(source, factors, noise=noise, dtype=dtype)
     elif factors != Factors() or noise is not None:
         raise UserError("--to changes the attention and grows nothing; convert first, then grow the folder it makes")
     else:
-        base, spec = convert(source, arguments, dtype)
+        base, spec = _converted(source, arguments, dtype)
     _announce(spec, console)
     check = arguments.check and not (base and spec.steps[-1].loss)  # that loss has been measured
     measured = write(spec, source, arguments.output, check=check, base=base, console=console)
@@ -48,6 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(f"grown to {arguments.output}")
     return 0
+
+
+def _converted(
+    source: SourceFolder, arguments: argparse.Namespace, dtype: torch.dtype | None
+) -> tuple[ModelSpec, ModelSpec]:
+    """The source as a Motif model, and the differential model that --to asks for."""
+    spec = describe(source, dtype)
+    options = {"ratio": arguments.ratio, "sub_norm": arguments.sub_norm, "seed": arguments.seed}
+    if arguments.approximate:
+        ids = probe_ids(source, arguments.probe, arguments.seed)
+        return as_motif(spec), closest(source, spec, arguments.to, ids, **options)
+    if arguments.probe is not None:
+        raise UserError("--probe is measured on with --approximate only; an exact conversion needs none")
+    return as_motif(spec), from_softmax(spec, arguments.to, **options)
 
 
 def _announce(spec: ModelSpec, console: Console) -> None:
@@ -92,7 +113,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the grown weights (default: the source's)")
-    add_arguments(parser)
+    group = parser.add_argument_group(
+        "from a softmax model",
+        f"SOURCE may be a model of {', '.join(FAMILIES)}, or a Motif model with softmax attention",
+    )
+    group.add_argument(
+        "--to", choices=("diff_v2", "gda"), help="make it a differential model that starts as the same function"
+    )
+    group.add_argument(
+        "--ratio",
+        type=int,
+        metavar="G",
+        help="signal heads for each noise head (default: 1 for diff_v2; for gda as many as share a key/value head)",
+    )
+    group.add_argument("--sub-norm", action="store_true", help="normalise each head's output; needs --approximate")
+    group.add_argument(
+        "--approximate", action="store_true", help="allow what cannot start as the same function, and say how far it is"
+    )
+    group.add_argument(
+        "--probe", type=Path, metavar="TEXT", help="with --approximate: measure on this text file, not on random tokens"
+    )
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not run both models to compare their logits"
     )

@@ -42,8 +42,7 @@ _LINEAR: dict[str, tuple[str | None, str]] = {
     "mlp.up_proj": (FEED_FORWARD, HIDDEN),
     "mlp.down_proj": (HIDDEN, FEED_FORWARD),
 }
-# The space of each row or column of the others; those that are not here belong to no space that
-# grows.
+# The space of each row or column of the others; the rest belongs to none that grows.
 _OTHERS: dict[str, tuple[str | None, ...]] = {
     "model.embed_tokens.weight": (None, HIDDEN),
     "input_layernorm.weight": (HIDDEN,),

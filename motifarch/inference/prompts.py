@@ -19,13 +19,7 @@ _ACCEPTED = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "...
 
 @dataclass(frozen=True)
 class Request:
-    """A line of a prompt file.
-
-    Attributes:
-        prompt: text, or messages for the chat template.
-        name: the file and line, for errors.
-        line: the line's object (for a text file, its prompt), which the result repeats.
-    """
+    """A line of a prompt file: its prompt, its name in errors, and what its result repeats."""
 
     prompt: Prompt
     name: str
@@ -51,8 +45,7 @@ def read_prompts(path: Path, *, chat: bool = False, system: str | None = None) -
     if path.suffix.lower() == ".json":
         raise UserError(f"{path} is JSON; give a text file with a prompt a line, or a .jsonl file of {_ACCEPTED}")
     try:
-        # Not Python's splitlines: text may hold other line separators, and only a newline ends a
-        # line of JSONL.
+        # Not splitlines: text may hold other separators, and only a newline ends a line of JSONL.
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"the prompts {path} cannot be read: {error.strerror}; give a file that can") from None

@@ -34,8 +34,7 @@ Prompt = str | list[dict[str, str]]
 
 CACHES = ("dynamic", "static")
 
-# Batches are made of prompts of similar length among this many batches' worth: long enough to find
-# some, and short enough that a result does not wait long for those before it.
+# Prompts of similar length are found among this many batches' worth: enough, and soon done.
 _WINDOW = 8
 
 
@@ -298,8 +297,7 @@ def _continue(
             cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
-            # A folder's generation_config may ask for other sampling, or beams; here the options
-            # decide.
+            # A folder's generation_config may ask for other sampling; here the options decide.
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -352,8 +350,7 @@ class _Draw(LogitsProcessor):
         below = scores.double().softmax(-1).cumsum(-1)
         total = below[:, -1:]
         draws = torch.tensor([[sequence.random()] for sequence in self.sequences], dtype=total.dtype).to(total.device)
-        # Short of the total even after rounding, and to the right of equal sums: never a token of
-        # probability 0.
+        # Short of the total even after rounding: never a token of probability 0.
         target = torch.minimum(draws * total, total.nextafter(torch.zeros_like(total)))
         drawn = torch.searchsorted(below, target, right=True)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)

@@ -53,9 +53,7 @@ class GroupedQueryAttention:
 
 
 def replace_latents(module: Any, *, kv_heads: int) -> None:
-    """Give a latent attention module, in place, query, key and value projections of their own, at
-    random, for what :data:`LOST` names; ``kv_heads`` divides its query heads.
-    """
+    """Give a latent attention module, in place, new projections for what :data:`LOST` names."""
     out = module.o_proj
     new = {"bias": module.q_a_proj.bias is not None, "device": out.weight.device, "dtype": out.weight.dtype}
     # Its own extra factor (YaRN's) stays on the logits, whose width changes.

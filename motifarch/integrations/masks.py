@@ -109,9 +109,7 @@ def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | No
 def _documents(
     mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str
 ) -> tuple[Tensor, int] | None:
-    """Bounds of packed documents, (documents + 1,) int32, and the longest one's length; None for
-    one document a row. A token that does not see the one before it starts a document.
-    """
+    """Bounds (documents + 1,) int32 and longest: a token that does not see the last starts one."""
     if mask_function is causal_mask_function or length < 2:
         return None
     rows = torch.arange(batch, device=device)[:, None]

@@ -91,8 +91,7 @@ class DifferentialAttentionMixin:
         if hasattr(host, "lambda_proj"):
             nn.init.zeros_(host.lambda_proj.weight)
             return
-        # Equal pairs, so that lambda starts at lambda_init to the bit; not at zero, where no
-        # gradient would move them.
+        # Equal pairs start lambda at lambda_init to the bit; at zero no gradient would move them.
         for first, second in ((host.lambda_q1, host.lambda_q2), (host.lambda_k1, host.lambda_k2)):
             nn.init.normal_(first, std=0.1)
             second.copy_(first)

@@ -103,8 +103,7 @@ def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:
     vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
     setattr(config, PATCH, record)
     model.__class__ = patched_model_class(type(model))
-    # How the host's checkpoint was laid out is nothing to go back to: the patched model saves the
-    # names that it has.
+    # The patched model saves the names that it has, not those of the host's checkpoint.
     model._weight_conversions = None  # type: ignore[assignment]
 
 

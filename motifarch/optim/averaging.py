@@ -1,8 +1,7 @@
 """Means of checkpoints' weights, read tensor by tensor.
 
-The mean of a run's last checkpoints is often better than the last of them (stochastic weight
-averaging, Izmailov et al., arXiv 1803.05407), and Motif-2.6B went on from such a mean every 8
-billion tokens (arXiv 2508.09148).
+A run's last checkpoints are often better in the mean (stochastic weight averaging, Izmailov et al.,
+arXiv 1803.05407); Motif-2.6B went on from one every 8 billion tokens (arXiv 2508.09148).
 """
 
 import warnings

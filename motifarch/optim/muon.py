@@ -111,14 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Updates every parameter that has a gradient.
-
-        Args:
-            closure: computes the loss again, with gradients.
-
-        Returns:
-            The closure's value.
-        """
+        """Updates every parameter that has a gradient; returns the closure's value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

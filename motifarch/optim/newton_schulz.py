@@ -22,8 +22,7 @@ NS_COEFFICIENTS: dict[str, Coefficients] = {
         (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
     ),
-    # One quintic, as steep at 0 as it can be: singular values end between 0.7 and 1.2
-    # (Jordan et al., Muon, 2024).
+    # As steep at 0 as one can be: singular values end between 0.7 and 1.2 (Jordan et al., 2024).
     "keller_jordan": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 
@@ -57,8 +56,7 @@ def newton_schulz(
     tall = matrices.shape[-2] > matrices.shape[-1]
     # The Gram matrix of the shorter side is the smaller one.
     x = (matrices.mT if tall else matrices).to(dtype).reshape(-1, *sorted(matrices.shape[-2:]))
-    # The Frobenius norm bounds the largest singular value, and the quintics converge on [0, 1]
-    # only.
+    # The Frobenius norm bounds the singular values: quintics converge on [0, 1] only.
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for a, b, c in coefficients:
         gram = x @ x.mT

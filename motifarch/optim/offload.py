@@ -122,8 +122,7 @@ class OffloadedState:
             state = self._optimizer.state.get(parameter, {})
             kept = self._kept.setdefault(parameter, {})
             for name, there in state.items():
-                # The count of steps, though a scalar parameter has its shape, is for the kernel to
-                # read on the device.
+                # The count of steps, though of a scalar's shape, is read on the device.
                 if name == "step" or not isinstance(there, torch.Tensor) or there.shape != parameter.shape:
                     continue
                 if there is kept.get(name):

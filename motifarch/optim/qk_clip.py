@@ -111,8 +111,7 @@ def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: to
 def head_share(layer: BaseAttention) -> tuple[int, int]:
     """Which part of a layer's heads this rank computes attention for, and of how many parts."""
     part, parts = 0, 1
-    # Tensor parallelism cuts the heads first; context parallelism exchanges tokens for parts of
-    # those.
+    # Tensor parallelism cuts the heads first, context parallelism each part.
     for group in (layer.tensor_group, layer.context_group):
         if group is not None:
             part, parts = part * group.size() + group.rank(), parts * group.size()

@@ -43,8 +43,7 @@ class SpikeGuard:
         self.history = torch.zeros(window, 2, device=device)
         """(window, 2) float32, a ring: loss and gradient norm of the accepted steps."""
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        """Steps accepted since the window last started, spikes in a row up to now, spikes in all.
-        """
+        """Steps accepted since the window started, spikes in a row up to now, spikes in all."""
         self._slots = torch.arange(window, device=device)
 
     def check(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:

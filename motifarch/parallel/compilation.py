@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-# Kinds of call that a layer is compiled for: with and without gradients, packed or not, lengths
-# that vary.
+# Calls to compile for: with and without gradients, packed or not, lengths that vary.
 _CALLS = 8
 
 

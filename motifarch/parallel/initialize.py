@@ -22,16 +22,11 @@ def _with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[st
 
 @torch.no_grad()
 def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Gives a model on the meta device, sharded or not, its first weights on a device.
+    """Gives a PreTrainedModel on the meta device, sharded or not, its first weights on a device.
 
     Each module's weights are drawn whole by the model's own rule (`_init_weights`), from a
-    generator seeded by the module's name, and every rank keeps its part: one module's parameters
-    are held at a time.
-
-    Args:
-        model: a transformers PreTrainedModel.
-        device: where the weights will be.
-        seed: of all of them.
+    generator seeded by `seed` and the module's name, and every rank keeps its part: one module's
+    parameters are held at a time.
 
     Raises:
         RuntimeError: the rule left a parameter without a value.

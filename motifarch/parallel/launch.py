@@ -23,13 +23,10 @@ class World:
 
     rank: int
     """This process's number, from 0."""
-
     size: int
     """Number of processes."""
-
     device: torch.device
     """Where this process computes."""
-
     control: dist.ProcessGroup
     """A gloo group for small CPU messages: counts of targets, signals, decisions."""
 
@@ -39,10 +36,7 @@ class World:
         return self.rank == 0
 
     def run_on_main_and_broadcast(self, work: Callable[[], T]) -> T:
-        """Does something on rank 0 alone and gives its result to every rank, or its UserError.
-
-        Args:
-            work: called on rank 0. What it returns must be picklable.
+        """Gives every rank the (picklable) result of work that rank 0 alone does, or its UserError.
 
         Raises:
             UserError: on every rank, where the work raised one.

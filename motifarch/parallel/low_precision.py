@@ -22,8 +22,7 @@ from motifarch.parallel.tensor import projection_styles
 Matmul = Literal["compute", "fp8", "mxfp8"]
 """`compute`: the compute dtype; `fp8`: E4M3, a scale a row; `mxfp8`: E4M3, a scale for 32."""
 
-# What the hardware's product wants its dimensions to be multiples of: a scaled block, or a row of
-# 16 bytes.
+# What a product's dimensions must be multiples of: a scaled block, or a row of 16 bytes.
 MULTIPLE = {"fp8": 16, "mxfp8": 32}
 _CAPABILITY = {"fp8": ((9, 0), "Hopper"), "mxfp8": ((10, 0), "Blackwell")}
 _NEWEST_NEEDED = {"fp8": "0.10", "mxfp8": "0.18"}
@@ -149,8 +148,7 @@ def _check_hardware(matmul: Matmul, device: torch.device) -> None:
 
 
 def _has_mxfp8_kernels() -> bool:
-    # torchao declares the operator for the GPU's sake, and registers a kernel if its compiled part
-    # could be loaded.
+    # torchao always declares the operator, but has a kernel only if its compiled part loads.
     name = "mxfp8_quantize"
     return hasattr(torch.ops.torchao, name) and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"torchao::{name}", "CUDA"

@@ -17,16 +17,11 @@ class Layout:
 
     replicate: int = 1
     """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one
-    within fast links. Gradients are averaged between them; parameters are gathered within one.
-    """
-
+    within fast links. Gradients are averaged between them; parameters are gathered within one."""
     shard: int = -1
     """Ranks that share a copy, with rows of their own (FSDP); -1 takes what is left."""
-
     context: int = 1
-    """Ranks that share the tokens of a row and exchange them for heads around attention (Ulysses).
-    """
-
+    """Ranks that share a row's tokens and exchange them for heads around attention (Ulysses)."""
     tensor: int = 1
     """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
 
@@ -81,8 +76,7 @@ class Mesh:
 
     def __init__(self, device_type: str, layout: Layout) -> None:
         self.layout = layout
-        # Ranks of `context` share parameters as those of `shard` do: to FSDP2 they are one
-        # dimension.
+        # Ranks of `context` share parameters as those of `shard` do: one dimension to FSDP2.
         shape = (layout.replicate, layout.shard * layout.context, layout.tensor)
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard", "tensor"))
         rows = (layout.data_parallel_size, layout.context, layout.tensor)

@@ -64,8 +64,7 @@ def parallelize(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
         reduce_dtype=torch.float32,
-        # Hidden states are in compute_dtype already; casting would only round the float32 rotary
-        # tables.
+        # Hidden states are in compute_dtype; casting would only round the float32 rotary tables.
         cast_forward_inputs=False,
     )
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]

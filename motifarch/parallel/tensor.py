@@ -53,26 +53,21 @@ def head_counts(config: Any) -> dict[str, int]:
 
 
 def projection_styles(config: Any, block: str) -> dict[str, str]:
-    """How a MotifConfig declares that the projections of a decoder layer's block, "self_attn" or
-    "mlp", are cut: "colwise" or "rowwise", by their names.
-    """
+    """How a MotifConfig has the projections of "self_attn" or "mlp" cut: "colwise" or "rowwise"."""
     prefix = f"layers.*.{block}."
     plan: dict[str, str] = config.base_model_tp_plan
     return {n.removeprefix(prefix): s for n, s in plan.items() if n.startswith(prefix) and s in _STYLES}
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts a MotifForCausalLM's matrices, on the meta device or the same on every rank, over a
-    one-dimensional mesh, in place; each rank keeps its own part.
-    """
+    """Cuts a model, on the meta device or the same on every rank, over a one-dimensional mesh."""
     group = mesh.get_group()
     styles = {name: projection_styles(model.config, name) for name in ("self_attn", "mlp")}
     for layer in model.model.layers:  # type: ignore[union-attr]
         for name, others in (("self_attn", (None,)), ("mlp", ())):  # arguments after the hidden states
             block = layer.get_submodule(name)
             parallelize_module(block, mesh, {n: _STYLES[style]() for n, style in styles[name].items()})
-            # As a DTensor the input's gradient is summed over the ranks once, not once for each
-            # projection.
+            # A DTensor's gradient is summed over the ranks once, not once for each projection.
             replicated = PrepareModuleInput(
                 input_layouts=(Replicate(), *others),
                 desired_input_layouts=(Replicate(), *others),

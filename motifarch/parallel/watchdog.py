@@ -35,9 +35,7 @@ _GRACE_S = 10.0
 
 
 def limit_collectives(limit_s: float, *, keep: Iterable[dist.ProcessGroup] = ()) -> None:
-    """Sets the timeout (see `collective_timeout`) of the collectives of every process group that
-    there is, those of meshes included, but those to ``keep``.
-    """
+    """Sets every process group's timeout, those of meshes included, but of the groups to keep."""
     kept = set(keep)
     for group in list(distributed_c10d._world.pg_map):
         if group not in kept:
@@ -104,9 +102,7 @@ class Watchdog:
         self._stage = (self._stage[0] + 1, stage)
 
     def first_step_done(self, keep: Sequence[dist.ProcessGroup] = ()) -> None:
-        """Ends the first step's patience, once all ranks are through it, but for the groups to
-        ``keep``; later calls do nothing.
-        """
+        """Ends the first step's patience once all ranks are through it; later calls do nothing."""
         if self._started:
             return
         if self._world.device.type == "cuda":

@@ -129,8 +129,7 @@ class MotifConfig(PreTrainedConfig):
         self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
         if kwargs.get("rope_scaling"):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
-        # Of the instance, for it depends on the fields; transformers leaves it out of what is
-        # saved.
+        # Of the instance, for it depends on the fields; transformers does not save it.
         self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
@@ -222,16 +221,11 @@ class MotifConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         if self.attention_type not in PAIRED_TYPES:
+            only = f"with attention_type {' and '.join(PAIRED_TYPES)} only, not {self.attention_type!r}; leave it null"
             if self.paired_kv:
-                raise ValueError(
-                    f"paired_kv is on, but keys come in pairs with attention_type {' and '.join(PAIRED_TYPES)} only, "
-                    f"not {self.attention_type!r}; leave it null"
-                )
+                raise ValueError(f"paired_kv is on, but keys come in pairs {only}")
             if self.lambda_init is not None:
-                raise ValueError(
-                    f"lambda_init={self.lambda_init} works with attention_type {' and '.join(PAIRED_TYPES)} only, "
-                    f"not {self.attention_type!r}; leave it null"
-                )
+                raise ValueError(f"lambda_init={self.lambda_init} works {only}")
         if self.lambda_init is not None and self.lambda_init_depth_offset is not None:
             raise ValueError(
                 f"lambda_init={self.lambda_init} and lambda_init_depth_offset={self.lambda_init_depth_offset} are both "

@@ -43,8 +43,7 @@ class WholeOrNothing:
         model, report = parent.from_pretrained(
             name,
             *model_args,
-            # Mismatches are then reported, where transformers would leave them to its log and raise
-            # without a name.
+            # Mismatches are then reported, where transformers would raise without a name.
             ignore_mismatched_sizes=ignore_mismatched_sizes or not output_loading_info,
             output_loading_info=True,
             **kwargs,

@@ -189,11 +189,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
 
 
 class MotifModel(MotifPreTrainedModel):
-    """Embedding, decoder layers and final norm.
-
-    Args:
-        config: a MotifConfig.
-    """
+    """Embedding, decoder layers and final norm."""
 
     # A causal language model's folder serves the model inside it.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
@@ -310,11 +306,7 @@ class MotifCausalLMOutput(CausalLMOutputWithPast):
 
 
 class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
-    """A Motif model with its language-modelling head.
-
-    Args:
-        config: a MotifConfig.
-    """
+    """A Motif model with its language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -326,8 +318,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MotifForCausalLM":
-        # Materialising a model from the meta device (to_empty) gives each name a tensor of its own
-        # and so unties them.
+        # to_empty gives each name a tensor of its own and so unties them.
         super()._apply(fn, recurse)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -385,8 +376,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: both labels and shift_labels, or what MotifModel raises.
         """
-        # Not in the signature: Trainer takes every argument named there with "label" for one that a
-        # batch must have.
+        # Not in the signature: Trainer takes every such argument for one that a batch must have.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels were both given; give one")

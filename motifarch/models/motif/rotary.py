@@ -11,9 +11,7 @@ from motifarch.models.motif.configuration_motif import MotifConfig
 
 
 def build_rotary(config: MotifConfig) -> RotaryEmbedding:
-    """Rotary embeddings with the config's theta and, if any, its scaling: "yarn", "linear" or
-    "llama3".
-    """
+    """Rotary embeddings with the config's theta and scaling: none, "yarn", "linear" or "llama3"."""
     assert config.head_dim is not None  # filled in by the config
     parameters = config.rope_parameters or {}
     kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", config.default_theta)

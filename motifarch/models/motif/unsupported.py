@@ -23,8 +23,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "sliding_window_pattern": (1,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
-    # The family's later models bear the same model_type: their attention is latent, their
-    # feed-forward routed.
+    # The family's later models: their attention is latent, their feed-forward routed.
     "num_experts": (0, 1),
     "q_lora_rank": (),
     "kv_lora_rank": (),
