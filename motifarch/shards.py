@@ -47,18 +47,12 @@ def length(ranges: Ranges) -> int:
 def held_ranges(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
 ) -> tuple[Ranges, ...]:
-    """The indices along each dimension that one rank of a mesh holds.
+    """The indices along each dimension that the rank at a coordinate of a mesh holds, as stretches;
+    a shard's rows lie in their order.
 
-    Args:
-        shape: of the whole tensor.
-        mesh_shape: ranks along each dimension of the mesh.
-        placements: one for each of them: Shard, Replicate, or the _StridedShard that FSDP2 over
-            tensor parallelism makes (cut first into as many parts as the later mesh dimensions
-            will, then each of those into shares).
-        coordinate: the rank's place in the mesh.
-
-    Returns:
-        One tuple of stretches for each dimension; a shard's rows lie in their order.
+    There is a placement for each dimension of the mesh: Shard, Replicate, or the _StridedShard that
+    FSDP2 over tensor parallelism makes (cut first into as many parts as the later mesh dimensions
+    will, then each of those into shares).
 
     Raises:
         ValueError: a placement that is none of these (a partial sum has no shards).

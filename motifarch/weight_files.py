@@ -27,20 +27,13 @@ class ModelFolderError(UserError, ValueError):
 
 
 class WeightFiles:
-    """The tensors of a folder with one safetensors file, or shards and their index; it is never
-    written to.
+    """The tensors of a folder with one safetensors file, or shards and their index; never written
+    to.
 
     Every file's header is read at once, so that a missing or truncated file is found before work
-    begins; tensors are read when asked for. Where a folder has both, the single file counts, as in
-    transformers.
-
-    Attributes:
-        path: the folder.
-        names: of the tensors, in the files' order.
-
-    Args:
-        path: the folder.
-        variant: part of the files' names, as transformers takes it.
+    begins; tensors are read when asked for, by their ``names``, which are in the files' order.
+    Where a folder has both, the single file counts, as in transformers. A ``variant`` is part of
+    the files' names, as transformers takes it.
 
     Raises:
         ModelFolderError: there are no such files, one is missing, truncated or damaged, or the

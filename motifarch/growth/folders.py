@@ -40,15 +40,7 @@ CARRIED = (
 
 
 class SourceFolder(WeightFiles):
-    """A folder with config.json and safetensors files; it is never written to.
-
-    Attributes:
-        path: the folder.
-        config: config.json as it is.
-        names: of the tensors, in the files' order.
-
-    Args:
-        path: the folder.
+    """A folder with config.json (``config``, as it is) and safetensors files; never written to.
 
     Raises:
         UserError: the folder, its config or one of its weight files is missing, damaged or cut
@@ -80,12 +72,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 class FolderWriter:
     """A model folder that appears under its name only when it is whole.
 
-    A context manager: what is written goes into a folder beside the output, which is renamed when
-    the block ends well and removed when it raises. At most a shard is held in memory besides the
-    tensor being written.
-
-    Attributes:
-        folder: where files are while the block runs.
+    A context manager: what is written goes into ``folder``, beside the output, which is renamed
+    when the block ends well and removed when it raises. At most a shard is held in memory besides
+    the tensor being written.
 
     Args:
         output: the folder to make.

@@ -123,11 +123,10 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def result_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that writes a line of JSON, into a file that is at its place once the block
-    ends well.
+    """Give a function that writes a line of JSON, into a file that is in its place, instead of any
+    that was there, once the block ends well.
 
-    A file that is there already is replaced then. If the block raises, that stays as it was, and
-    the lines written so far, if any, are left in ``path`` with ".partial" added to its name.
+    If the block raises, the lines so far, if any, are left in ``path`` with ".partial" added.
 
     Raises:
         UserError: the file cannot be written.

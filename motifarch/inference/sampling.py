@@ -335,11 +335,9 @@ def _continue(
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn by its probability from a random sequence that is the
-    row's own.
-
-    transformers' sampling draws for all rows from one sequence, so that a prompt's text would
-    change with the prompts beside it.
+    """Leaves one token of each row, drawn from a random sequence that is the row's own:
+    transformers draws for all rows from one, so that a text would change with the prompts beside
+    it.
     """
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:

@@ -15,8 +15,8 @@ LOST = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_lay
 class GroupedQueryAttention:
     """Mixed into a host's latent attention module that has been given plain projections.
 
-    Heads are as wide as the host's values, so that its o_proj stays; the last ``qk_rope_head_dim``
-    numbers of a query or key head are rotated, as in the host.
+    Heads are as wide as the host's values, so that its o_proj stays; their last
+    ``qk_rope_head_dim`` numbers are rotated, as in the host.
     """
 
     config: Any

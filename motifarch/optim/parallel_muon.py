@@ -139,8 +139,8 @@ class ShardGroup:
             read: given numbers of matrices, returns this rank's parts of what is to be
                 orthogonalised, in `dtype`.
             orthogonalize: maps whole matrices of one shape, (n, rows, columns), to their updates.
-            write: takes numbers of matrices and this rank's parts of their updates, which are its
-                own only while it runs.
+            write: takes numbers of matrices and this rank's parts of their updates, its own only
+                while it runs.
         """
         gathering: _Transfer | None = self._gather(self.chunks[0], read)
         scattering: _Transfer | None = None

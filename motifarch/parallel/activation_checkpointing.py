@@ -14,11 +14,7 @@ Recompute = Literal["none", "full", "selective"] | int
 
 
 def check_activation_checkpointing(recompute: Recompute) -> None:
-    """Refuses what is no choice.
-
-    Raises:
-        UserError: naming the choices.
-    """
+    """Refuses what is no choice, with a UserError that names the choices."""
     if recompute not in ("none", "full", "selective") and not (isinstance(recompute, int) and recompute >= 1):
         raise UserError(
             f"activation_checkpointing is {recompute!r}; accepted are none, full, selective, or a number n: every n-th "

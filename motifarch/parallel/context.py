@@ -13,13 +13,8 @@ _TOKENS = ("input_ids", "position_ids", "shift_labels")
 
 
 def check_context_parallel(config: Any, seq_len: int, ranks: int, tensor: int = 1) -> None:
-    """Refuses a model or a sequence that so many ranks cannot share.
-
-    Args:
-        config: a MotifConfig.
-        seq_len: tokens of a sequence.
-        ranks: of context parallelism.
-        tensor: ranks of tensor parallelism, which share the heads before these do.
+    """Refuses a MotifConfig's model or a sequence that so many ranks cannot share, ``tensor`` ranks
+    of tensor parallelism sharing the heads before these do.
 
     Raises:
         UserError: naming the number that does not divide, and those that would.
@@ -43,13 +38,8 @@ def apply_context_parallel(model: nn.Module, group: ProcessGroup) -> None:
 
 
 def shard_sequence(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """This rank's consecutive part of a packed row's tokens; the documents' bounds stay those of
-    the whole row.
-
-    Args:
-        batch: from `motifarch.data.collate`, tokens (1, T).
-        rank: in the context-parallel group.
-        ranks: its size, which divides T.
+    """This rank's consecutive part of a packed row's tokens (1, T), from `motifarch.data.collate`;
+    ``ranks`` divide T, and the documents' bounds stay those of the whole row.
     """
     if ranks == 1:
         return batch

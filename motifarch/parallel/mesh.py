@@ -67,12 +67,7 @@ class Layout:
 
 
 class Mesh:
-    """The ranks as a layout arranges them, as torch's device meshes; made by all ranks together.
-
-    Args:
-        device_type: "cpu" or "cuda".
-        layout: resolved.
-    """
+    """A resolved layout's ranks as torch's "cpu" or "cuda" meshes, made by all ranks together."""
 
     def __init__(self, device_type: str, layout: Layout) -> None:
         self.layout = layout

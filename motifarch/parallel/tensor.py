@@ -19,11 +19,7 @@ _STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 def check_tensor_parallel(config: Any, ranks: int) -> None:
-    """Refuses a model that so many ranks cannot share.
-
-    Args:
-        config: a MotifConfig.
-        ranks: of tensor parallelism.
+    """Refuses a MotifConfig's model that so many ranks cannot share.
 
     Raises:
         UserError: naming the number that does not divide, and those that would.

@@ -154,11 +154,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
         self._set_backend()
 
     def _set_backend(self) -> None:
-        """Gives all attention layers the backend that the config's attn_implementation means.
-
-        Raises:
-            ValueError: it means none.
-        """
+        """Gives all attention layers the backend that the config's attn_implementation means."""
         name = self.config._attn_implementation
         if not name.startswith(_FLASH) and name not in _BACKENDS:
             raise ValueError(
