@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from motifarch.errors import UserError
 from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.weight_files import listed
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Their configs' model_type: pre-norm blocks with Motif's tensor names and mathematics."""
@@ -145,10 +146,9 @@ def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTen
         ("has another shape for", {n for n in expected.keys() & found.keys() if expected[n] != found[n].shape}),
     ):
         if names:
-            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UserError(
                 f"the folder's weights are not those of the {type(model).__name__} that config.json describes: it "
-                f"{problem} {listed}; give a folder as save_pretrained writes it"
+                f"{problem} {listed(names)}; give a folder as save_pretrained writes it"
             )
     return found
 

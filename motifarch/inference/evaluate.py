@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import importlib
 import json
 import logging
 import re
@@ -58,13 +57,12 @@ def evaluate(
     """
     check_folder(folder)
     try:
-        importlib.import_module("lm_eval")
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise UserError(
             f"motifarch eval needs lm-eval, which is not installed ({error}): pip install 'motifarch[eval]'"
         ) from None
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     # Before the model, which may take minutes to load.
     manager = index_tasks(tasks)

@@ -9,6 +9,7 @@ would leave out what they do not know, and answer as another model.
 import copy
 import functools
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -22,6 +23,25 @@ _NOT_LOADABLE = (
     "patched by motifarch: load it with motifarch.integrations.load_patched, or with an Auto class after "
     "import motifarch.integrations"
 )
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """What ``patch`` was asked for; a patched model's config records it."""
+
+    attention: str | None
+    ratio: int
+    feed_forward: str | None
+    sub_norm: bool
+    lambda_init: float
+    experts: str | None
+
+    @property
+    def attention_is_exact(self) -> bool:
+        """Whether attention starts as what it was."""
+        if self.attention == "gda":
+            return not self.sub_norm and self.lambda_init == 0.0
+        return not self.sub_norm and self.ratio == 1
 
 
 class PatchedConfigMixin:

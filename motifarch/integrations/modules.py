@@ -1,37 +1,17 @@
 """Which modules of a transformers model are patched, whether they can be, and patching them."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from motifarch.integrations.attention import IMPLEMENTATION
-from motifarch.integrations.configuration import PATCH
+from motifarch.integrations.configuration import PATCH, PatchOptions
 from motifarch.integrations.families import FAMILIES, Family
 from motifarch.integrations.feed_forward import swap_activation, swap_experts_activation
 from motifarch.integrations.latent import LOST, GroupedQueryAttention, replace_latents
 from motifarch.integrations.noise_heads import add_noise_heads
 from motifarch.integrations.report import ModuleReport
-
-
-@dataclass(frozen=True)
-class PatchOptions:
-    """What ``patch`` was asked for; a patched model's config records it."""
-
-    attention: str | None
-    ratio: int
-    feed_forward: str | None
-    sub_norm: bool
-    lambda_init: float
-    experts: str | None
-
-    @property
-    def attention_is_exact(self) -> bool:
-        """Whether attention starts as what it was."""
-        if self.attention == "gda":
-            return not self.sub_norm and self.lambda_init == 0.0
-        return not self.sub_norm and self.ratio == 1
 
 
 def rebuild(model: Any) -> None:
@@ -189,19 +169,8 @@ def _patch_attention(
     elif before != after:
         _merge(module, before, after, heads)
         merged = f"{before} key/value heads merged to {after} (means)"
-    assert options.attention is not None
-    add_noise_heads(
-        module,
-        signal_heads=heads,
-        noise_heads=heads // options.ratio,
-        head_dim=module.head_dim,
-        attention=options.attention,
-        sub_norm=options.sub_norm,
-        lambda_init=options.lambda_init,
-        norm_heads_dim=family.norm_heads_dim,
-        backend=backend,
-        base=GroupedQueryAttention if family.latent else None,
-    )
+    base = GroupedQueryAttention if family.latent else None
+    add_noise_heads(module, options, heads, norm_heads_dim=family.norm_heads_dim, backend=backend, base=base)
     names = [n for n, _ in module.named_parameters()]
     kept = ["scale", "window", "rotary"] if not family.latent else ["scale"]
     kept += [n for n in names if n in names_before and not (merged and n.startswith(("k_proj", "v_proj")))]

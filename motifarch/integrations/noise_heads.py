@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from motifarch.integrations.attention import IMPLEMENTATION
+from motifarch.integrations.configuration import PatchOptions
 from motifarch.layers.grouped_differential_attention import scalar_lambda
 
 
@@ -99,24 +100,19 @@ class DifferentialAttentionMixin:
 
 def add_noise_heads(
     module: Any,
-    *,
+    options: PatchOptions,
     signal_heads: int,
-    noise_heads: int,
-    head_dim: int,
-    attention: str,
-    sub_norm: bool,
-    lambda_init: float,
+    *,
     norm_heads_dim: int | None,
     backend: str,
     base: type | None = None,
 ) -> None:
-    """Turn a host's attention module, whose q_proj gives H = ``signal_heads`` heads of width D =
-    ``head_dim``, in place, into a differential one.
+    """Turn a host's attention module, whose q_proj gives H = ``signal_heads`` heads, in place, into
+    a differential one; the forward of ``base``, if any, runs instead of the host's.
 
-    The noise heads divide H and are a multiple of the key/value heads; for ``norm_heads_dim`` see
-    :class:`motifarch.integrations.families.Family`; the forward of ``base``, if any, runs instead
-    of the host's. The other arguments are :func:`motifarch.integrations.patch`'s.
+    For ``norm_heads_dim`` see :class:`motifarch.integrations.families.Family`.
     """
+    noise_heads, head_dim = signal_heads // options.ratio, module.head_dim
     query = module.q_proj
     hidden_size, new = query.in_features, {"device": query.weight.device, "dtype": query.weight.dtype}
     query.__class__ = QueryProjection
@@ -128,16 +124,16 @@ def add_noise_heads(
         norm.__class__ = type(f"{type(norm).__name__}WithNoise", (QueryNorm, type(norm)), {})
         norm.noise, norm.heads_dim, norm.signal_heads = noise_norm, norm_heads_dim, signal_heads
     module.signal_heads, module.noise_heads = signal_heads, noise_heads
-    module.lambda_init, module.backend, module.out_scale = lambda_init, backend, 1.0
-    if attention == "gda":
+    module.lambda_init, module.backend, module.out_scale = options.lambda_init, backend, 1.0
+    if options.attention == "gda":
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
             setattr(module, name, nn.Parameter(torch.empty(head_dim, **new)))
-        module.out_scale = 1.0 - lambda_init if sub_norm else 1.0
+        module.out_scale = 1.0 - options.lambda_init if options.sub_norm else 1.0
     else:
         module.lambda_proj = nn.Linear(hidden_size, signal_heads, bias=False, **new)
         # Lambda starts at 1/2, and A - A/2 would be half of what o_proj was trained on.
-        module.out_scale = 1.0 if sub_norm else 2.0
-    module.subln = nn.RMSNorm(head_dim, eps=1e-5, **new) if sub_norm else None
+        module.out_scale = 1.0 if options.sub_norm else 2.0
+    module.subln = nn.RMSNorm(head_dim, eps=1e-5, **new) if options.sub_norm else None
     bases = (DifferentialAttentionMixin, *(() if base is None else (base,)), type(module))
     module.__class__ = type(f"Differential{type(module).__name__}", bases, {})
     module.reset_noise()

@@ -6,14 +6,9 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 
 from motif_kernels.dispatch import BACKENDS
+from motifarch.integrations.configuration import PatchOptions
 from motifarch.integrations.families import FAMILIES
-from motifarch.integrations.modules import (
-    PatchOptions,
-    check_attention,
-    check_feed_forward,
-    find_modules,
-    patch_modules,
-)
+from motifarch.integrations.modules import check_attention, check_feed_forward, find_modules, patch_modules
 from motifarch.integrations.report import PatchReport
 from motifarch.integrations.saving import PatchedModelMixin, mark
 

@@ -19,7 +19,6 @@ from motifarch.layers import (
     CachePosition,
     DifferentialAttentionV2,
     GroupedDifferentialAttention,
-    PaddingMask,
     PolyNorm,
     PolyNormMLP,
     SoftmaxAttention,
@@ -99,26 +98,10 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        past_key_values: Cache | None = None,
-        padding: PaddingMask | None = None,
-        cache_position: CachePosition | None = None,
-    ) -> Tensor:
-        """hidden_states (B, S, E) -> (B, S, E)."""
-        hidden_states = hidden_states + self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            past_key_values=past_key_values,
-            padding=padding,
-            cache_position=cache_position,
-        )
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+        """hidden_states (B, S, E) -> (B, S, E); options are those of ``BaseAttention.forward``."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, **options)
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
