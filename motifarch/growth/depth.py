@@ -1,16 +1,13 @@
-"""Depth: new blocks between the old ones, each of which starts as the identity
-(LLaMA-Pro, arXiv 2401.02415).
+"""Depth: new blocks between the old ones, each of which starts as the identity (LLaMA-Pro, arXiv
+2401.02415): it copies the one before it, with o_proj and down_proj zero.
 
-A new block copies the one before it, but its o_proj and down_proj are zero, so that it adds nothing
-to the residual stream until it has learnt to.
-
-In differential attention with a constant ``lambda_init`` the constant depends on the layer's index,
-which a new block shifts for those after it: ``lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init``,
-and the sub-norm's output is scaled by ``1 - lambda_init``. Both are made up for in the layer's own
-parameters: ``exp(q2 . k2)`` takes what the constant gains (``exp(q1 . k1)`` where the other would
-not stay positive), and the sub-norm's weight the ratio of the scales. In bfloat16 the vectors still
-hold their products (they are rounded together), but the sub-norm's weight is rounded: the step says
-so. All tensors of a folder keep one dtype, for ``from_pretrained`` would round the others to it.
+A new block shifts the index of those after it, and with it ``lambda_init`` where that depends on
+the index: in ``lambda = exp(q1 . k1) - exp(q2 . k2) + lambda_init`` and in the sub-norm's scale ``1
+- lambda_init``. Both are made up for in the layer's own parameters: ``exp(q2 . k2)`` takes what the
+constant gains (``exp(q1 . k1)`` where the other would not stay positive), and the sub-norm's weight
+the ratio of the scales. In bfloat16 the vectors still hold their products (they are rounded
+together), but the sub-norm's weight is rounded: the step says so. All tensors of a folder keep one
+dtype, for ``from_pretrained`` would round the others to it.
 """
 
 import re
@@ -40,12 +37,8 @@ def interleaved(old: int, new: int) -> list[tuple[int, bool]]:
 
 
 def deepen(spec: ModelSpec, layers: int) -> ModelSpec:
-    """Adds blocks that start as the identity, up to a number of layers; the model computes the same
-    function.
-
-    Args:
-        spec: of a Motif model.
-        layers: num_hidden_layers of the grown model.
+    """Adds blocks that start as the identity, up to ``layers`` in all; a Motif model computes the
+    same function.
 
     Raises:
         UserError: fewer layers than there are.

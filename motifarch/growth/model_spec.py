@@ -1,14 +1,9 @@
 """What a grown model is made of, before any weight is read.
 
-A :class:`ModelSpec` is a model folder to be: its config and a :class:`LazyTensor` for each tensor.
-Growth steps, and conversions from other kinds of models, are functions from one spec to another;
-:func:`describe` gives a source folder's own, to begin with.
-
-To build on this for another kind of source: make the lazy tensors from the names that its folder
-has (``LazyTensor.from_checkpoint`` for one tensor as it is, ``LazyTensor.joined`` for one made of
-several, ``LazyTensor.constant`` for one made of none), put the Motif names over them, say in a
-:class:`Step` what was done and what could not be kept, and hand the spec to
-:func:`motifarch.growth.grow.write`.
+Growth steps, and conversions from other kinds of models, are functions from one :class:`ModelSpec`
+to another; :func:`describe` gives a source folder's own. A conversion makes a :class:`LazyTensor`
+for each of its model's names of those that its folder has, says in a :class:`Step` what was done
+and what could not be kept, and hands the spec to :func:`motifarch.growth.grow.write`.
 """
 
 import dataclasses

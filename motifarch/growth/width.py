@@ -1,15 +1,14 @@
-"""Width and heads: every unit of a layer is copied, and whoever reads the copies divides by their
+"""Width and heads: every unit of a layer is copied, and what reads the copies divides by their
 number.
 
 Width by whole multiples is HyperCloning (Samragh et al., arXiv 2409.12903). Multiplying signal
-heads alone is group-differentiated growth, which Motif-2-12.7B's grouped differential attention was
-grown by (arXiv 2511.07464, 2510.06949).
+heads alone is how Motif-2-12.7B's grouped differential attention was grown (arXiv 2511.07464,
+2510.06949).
 
 The axes of a Motif model's tensors lie in a few spaces (the residual stream, a block's feed-forward
-units, its query heads ...). To grow a space is to say, for each place of the larger one, which
-place of the smaller it copies. A tensor that writes into the space repeats its rows; one that reads
-from it repeats its columns and divides by the copies. RMS norms and PolyNorm are means over a space
-in which every place has as many copies as any other: they don't change.
+units, its query heads ...). A tensor that writes into a space that grows repeats its rows; one that
+reads from it repeats its columns and divides by the copies. RMS norms and PolyNorm are means over a
+space in which every place has as many copies as any other: they don't change.
 """
 
 import hashlib

@@ -18,15 +18,11 @@ model of ``attention_type="diff_v1"`` with ``hidden_act="silu"`` take each other
 class whose ``__init__`` calls ``add_lambdas`` is loaded by ``from_pretrained``; a plain
 LlamaForCausalLM would leave the lambdas out.
 
-Padding on either side, packed documents, sliding windows, softcapping and all caches are served by
-the mask function that is registered under the same name; without one, transformers would hand over
-no mask, and padding would be seen.
+Padding on either side, packed documents, windows, softcapping and all caches are served through the
+mask function of the same name. What the interface does not allow:
 
-What the interface does not allow:
-
-- groups of several signal heads, or keys and values of single width: o_proj's width is that of all
-  query heads, and there are fewer or narrower outputs. :func:`motifarch.integrations.patch` changes
-  the modules instead.
+- groups of several signal heads, or keys and values of single width: o_proj reads all query heads.
+  :func:`motifarch.integrations.patch` changes the modules instead.
 - DIFF V2: its lambda is a function of the hidden states, which an attention function does not get.
 - DiffLlama: its module takes the difference itself, of what two calls of plain attention gave.
 - attention maps (``output_attentions``), dropout, and masks of every query and key (B, 1, S, S).

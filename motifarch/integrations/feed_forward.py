@@ -9,8 +9,7 @@ from motifarch.layers import PolyNorm
 
 
 class PolyNormMixin:
-    """Mixed into a host's gated feed-forward module: ``down_proj(PolyNorm(gate_proj(x)) *
-    up_proj(x))``.
+    """Mixed into a host's gated feed-forward: ``down_proj(PolyNorm(gate_proj(x)) * up_proj(x))``.
 
     Source: PolyNorm, arXiv 2411.03884. The product is taken before the one rounding.
     """

@@ -108,14 +108,8 @@ def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:
 
 
 def load_patched(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a patched model that ``save_pretrained`` wrote, of the class that it had.
-
-    Args:
-        folder: its folder.
-        **options: those of transformers' ``from_pretrained`` (dtype, device_map, ...).
-
-    Returns:
-        The model, in evaluation mode.
+    """Load a patched model that ``save_pretrained`` wrote, of the class that it had, in evaluation
+    mode; options are those of transformers' ``from_pretrained`` (dtype, device_map, ...).
 
     Raises:
         UserError: no patched model there, a transformers without its class, or a tensor missing or

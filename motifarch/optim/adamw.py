@@ -8,15 +8,11 @@ from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, decay_embeddings: bool = True) -> list[dict[str, Any]]:
-    """Splits a model's trainable parameters by whether they are decayed.
+    """Splits a model's trainable parameters, sharded or not, by whether they are decayed.
 
     Vectors and scalars (norms, lambdas, PolyNorm's weights and bias) are never decayed; matrices
-    are. A matrix that is tied to the embedding counts as the embedding.
-
-    Args:
-        model: the model, sharded or not.
-        weight_decay: decay of the decayed group.
-        decay_embeddings: whether `nn.Embedding` weights are in it.
+    are, `nn.Embedding` weights among them if `decay_embeddings`. A matrix that is tied to the
+    embedding counts as the embedding.
 
     Returns:
         Optimizer groups, none of them empty: decayed first, then not, one for each mesh of shards.

@@ -33,13 +33,9 @@ def build_muon(
     """Returns Muon for a model's hidden matrices and AdamW for its other parameters, as one
     optimizer.
 
-    Args:
-        model: with `model.model.layers`, sharded or not.
-        lr: learning rate.
-        muon_lr_ratio: multiplies it for the hidden matrices.
-        weight_decay: decoupled weight decay of matrices; vectors and scalars have none.
-        decay_embeddings: whether `nn.Embedding` weights are decayed too.
-        **options: those of `Muon`.
+    The model has `model.model.layers`, sharded or not. `muon_lr_ratio` multiplies the learning rate
+    for the hidden matrices; matrices decay (decoupled), embeddings among them if
+    `decay_embeddings`, vectors and scalars never; other options are `Muon`'s.
 
     Raises:
         ValueError: a value out of its range.
@@ -74,22 +70,11 @@ def build_optimizer(
     ns_dtype: torch.dtype = torch.bfloat16,
     muon_chunk_mib: int = 128,
 ) -> torch.optim.Optimizer:
-    """Returns an optimizer that can skip a step on the device; see
-    `motifarch.optim.skip_nonfinite`.
+    """Returns an optimizer that can skip a step on the device (`motifarch.optim.skip_nonfinite`).
 
-    Args:
-        model: the model, sharded or not; for Muon with `model.model.layers`.
-        name: "adamw", or "muon" for hidden matrices with AdamW for the rest.
-        lr: learning rate.
-        betas: AdamW's decay rates.
-        eps: AdamW's epsilon.
-        weight_decay: decoupled weight decay of matrices.
-        decay_embeddings: whether the embedding is among them.
-        momentum: Muon's.
-        muon_lr_ratio: multiplies the learning rate for Muon's matrices.
-        ns_coefficients: a name in `motifarch.optim.newton_schulz.NS_COEFFICIENTS`.
-        ns_dtype: what Newton-Schulz computes in.
-        muon_chunk_mib: MiB of whole matrices that a rank gathers at once.
+    "adamw" takes the options of `build_adamw`; "muon" is `build_muon`'s, for hidden matrices with
+    AdamW for the rest, whose Newton-Schulz steps are named in `NS_COEFFICIENTS`, compute in
+    `ns_dtype`, and gather `muon_chunk_mib` MiB of whole matrices on a rank at once.
 
     Raises:
         ValueError: an unknown name, or a value out of its range.

@@ -3,13 +3,11 @@ update's shards back.
 
 Every rank of a group that holds one copy of the matrices owns some of them, by Newton-Schulz's
 work: largest first, dealt out in turn. A chunk is one all-to-all to the owners, their computation,
-and one all-to-all back. The next chunk's gathering and the last one's scattering run while this one
-is computed.
+and one all-to-all back, under which the next chunk's gathering and the last one's scattering run.
 
-Where parameters are replicated too (HSDP), every copy does the work again. Dividing it would send
-updates between copies, over the slowest links that there are, to save some tens of milliseconds:
-about 25 TFLOP a rank for 12.7 billion parameters over 64 ranks. Equal inputs and equal kernels keep
-the copies equal.
+Where parameters are replicated too (HSDP), every copy does the work again, with equal inputs and
+kernels: sending updates over the slowest links would save tens of milliseconds (about 25 TFLOP a
+rank for 12.7 billion parameters over 64 ranks).
 
 Source: Lim et al., Motif-2-12.7B, arXiv 2511.07464 (Parallel Muon); Liu et al., arXiv 2502.16982
 (Distributed Muon).

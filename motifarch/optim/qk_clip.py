@@ -79,14 +79,9 @@ def clip_heads(
 def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: torch.Tensor | None = None) -> None:
     """Clips every layer by what it recorded in `max_logits` since the last call, and clears that.
 
-    All ranks call this together; one all-reduce serves all layers. What each rank recorded are the
-    heads that it computes, which tensor and context parallelism cut into consecutive parts.
-
-    Args:
-        layers: attention layers, in the same order on every rank.
-        tau: the bound.
-        skip: a scalar on the device; where it is not 0, nothing is changed: `step_if_finite`'s
-            result.
+    All ranks call this together, with their layers in the same order; one all-reduce serves all
+    layers. What each rank recorded are the heads that it computes, which tensor and context
+    parallelism cut into consecutive parts. `tau` and `skip` are those of `clip_heads`.
 
     Raises:
         ValueError: a layer has recorded nothing, and what `clip_heads` raises.

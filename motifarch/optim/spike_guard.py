@@ -1,9 +1,8 @@
 """The skipping of steps whose loss or gradient norm jumps, without waiting for the device.
 
-One batch of bad data can undo days of training; its loss or gradient norm stands out from those
-before it. Such a step is left out, as by the `SkipStepOptimizer` of AllenAI's OLMo-core. What
-differs: skipped steps stay out of the statistics, so that a row of spikes does not raise the bar
-for the next, and the row has a limit.
+One batch of bad data can undo days of training. Its step is left out, as by the `SkipStepOptimizer`
+of AllenAI's OLMo-core; but skipped steps stay out of the statistics, so that a row of spikes does
+not raise the bar for the next, and the row has a limit.
 """
 
 import torch

@@ -28,24 +28,21 @@ def parallelize(
     activation_checkpointing: Recompute = "none",
     compile: bool = False,
 ) -> nn.Module:
-    """Cuts a model over the ranks of a mesh; works in place, with one rank too.
+    """Cuts a causal language model over the ranks of a mesh; works in place, with one rank too.
 
-    The model is on the meta device (`motifarch.parallel.initialize` then gives it weights), or the
-    same on every rank. Its parameters become DTensors: float32 shards, gathered in compute_dtype
-    for each layer's work, with gradients reduced in float32 to their mean over the ranks
-    (`Layout.grad_reduce_size` of them).
+    The model has `model.model.layers` and is on the meta device (`motifarch.parallel.initialize`
+    then gives it weights), or the same on every rank. Its parameters become DTensors: float32
+    shards, gathered in compute_dtype for each layer's work, with gradients reduced in float32 to
+    their mean over the ranks (`Layout.grad_reduce_size` of them).
 
     Args:
-        model: a causal language model with `model.model.layers`.
+        model: the model, which is also returned.
         mesh: the ranks.
         compute_dtype: what matrices are multiplied in.
         matmul: what those of the inner decoder layers are multiplied in, if not compute_dtype.
         emulate_matmul: round as `matmul` says without the hardware for it.
         activation_checkpointing: what the backward pass recomputes.
         compile: compile each decoder layer.
-
-    Returns:
-        The same model.
 
     Raises:
         UserError: torchao or the model's sizes don't allow `matmul`.

@@ -1,9 +1,8 @@
 """A store that holds nothing of an earlier start.
 
-torchrun keeps one store for all its restarts, and process groups find there the addresses that the
-killed processes left (pytorch/pytorch issue 135712). How often a rank was restarted is no name for
-a start either: nodes count their own failures only. So rank 0 draws a name for each start, and
-gives it to whoever asks in this one.
+torchrun keeps one store for all its restarts, where process groups find the addresses that killed
+processes left (pytorch/pytorch issue 135712). Nodes count their own restarts only, which name no
+start: so rank 0 draws a name for each, and gives it to whoever asks in this one.
 """
 
 import datetime

@@ -1,9 +1,8 @@
 """Ends a run that hangs, after every rank has written down where it stands.
 
-A rank that waits for ever (a dead disk, a lost message) stops all others at their next collective,
-and none of them can tell who is missing. So each rank notes what it is about to do; a thread of its
-own watches that the notes go on, and passes them to the others through the process group's store,
-apart from training's messages.
+A rank that waits for ever stops all others at their next collective, and none can tell who is
+missing. So each notes what it is about to do; a thread watches that the notes go on, and passes
+them to the others through the process group's store, apart from training's messages.
 """
 
 import contextlib

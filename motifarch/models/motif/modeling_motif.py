@@ -458,14 +458,11 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one token's forward and backward pass, without
-        recomputation.
+        recomputation, in documents (or rows, if documents are longer) of ``seq_len`` tokens.
 
         Matrix products only: six for each weight of a linear layer (the output projection included,
         the embedding's lookup not), and causal attention at half of the full map: ``2 (D + Dv)``
         for each head and visible pair forward, twice that backward.
-
-        Args:
-            seq_len: tokens of a document, or of a row if documents are longer.
         """
         config = self.config
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
