@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,6 @@ _VOCABULARY_ROWS = 2**14
 """Rows of the output projection that are held in float32 at a time."""
 
 
-class Weights(Protocol):
-    """A Motif model's config and tensors: a folder's, or those that a spec makes."""
-
-    config: dict[str, Any]
-    names: list[str]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor by its name."""
-        ...
-
-
 class Described:
     """The model that a spec makes of the source folder that it reads, without writing it."""
 
@@ -41,6 +29,9 @@ class Described:
         """A tensor, made of those of the source."""
         lazy = self._tensors[name]
         return lazy.make(*map(self._source.read, lazy.sources))
+
+
+Weights = SourceFolder | Described
 
 
 @dataclass(frozen=True)

@@ -37,18 +37,15 @@ _SAME_FIELDS = (
 
 
 def as_motif(spec: ModelSpec) -> ModelSpec:
-    """A softmax model as a Motif model of ``attention_type`` "softmax", which is the same function.
+    """A softmax model as a Motif model of ``attention_type`` "softmax", which is the same function;
+    a Motif model of that type is returned as it is.
 
     Motif models have biases in all linear layers or in none: where a model has some, the others
     start at zero.
 
-    Args:
-        spec: of a Hugging Face folder of one of FAMILIES, or of a Motif model with softmax
-            attention, which is returned as it is.
-
     Raises:
-        UserError: the model is of another family, its config has a field that MotifConfig cannot
-            honour, or its tensors are not those that its config describes.
+        UserError: the model is of another family than :data:`FAMILIES`, its config has a field that
+            MotifConfig cannot honour, or its tensors are not those that its config describes.
     """
     if str(spec.config.get("model_type")).lower() == "motif":
         kind = spec.config.get("attention_type", "gda")
@@ -59,7 +56,8 @@ def as_motif(spec: ModelSpec) -> ModelSpec:
         return spec
     source = _read_config(spec)
     given = _own_tensors(spec, source)
-    window = _window(source)
+    windowed = source.model_type == "mistral" or "sliding_attention" in (getattr(source, "layer_types", None) or ())
+    window = source.sliding_window if windowed else None
     bias = any(name.endswith("_proj.bias") for name in given)
     try:
         config = MotifConfig(
@@ -151,11 +149,3 @@ def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTen
                 f"{problem} {listed(names)}; give a folder as save_pretrained writes it"
             )
     return found
-
-
-def _window(config: PreTrainedConfig) -> int | None:
-    """Tokens that a query sees in every layer, or None for all."""
-    if config.model_type == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        window: int | None = config.sliding_window
-        return window
-    return None

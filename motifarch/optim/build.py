@@ -59,33 +59,23 @@ def build_optimizer(
     model: nn.Module,
     *,
     name: Literal["adamw", "muon"],
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    decay_embeddings: bool = True,
     momentum: float = 0.95,
     muon_lr_ratio: float = 1.0,
     ns_coefficients: str = "polar_express",
     ns_dtype: torch.dtype = torch.bfloat16,
     muon_chunk_mib: int = 128,
+    **common: Any,
 ) -> torch.optim.Optimizer:
     """Returns an optimizer that can skip a step on the device (`motifarch.optim.skip_nonfinite`).
 
-    "adamw" takes the options of `build_adamw`; "muon" is `build_muon`'s, for hidden matrices with
-    AdamW for the rest, whose Newton-Schulz steps are named in `NS_COEFFICIENTS`, compute in
-    `ns_dtype`, and gather `muon_chunk_mib` MiB of whole matrices on a rank at once.
+    Both take the options of `build_adamw`: lr, betas, eps, weight_decay, decay_embeddings. "muon"
+    is `build_muon`'s, for hidden matrices with AdamW for the rest; its Newton-Schulz steps are
+    named in `NS_COEFFICIENTS`, compute in `ns_dtype`, and gather `muon_chunk_mib` MiB of whole
+    matrices on a rank at once.
 
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
-    common: dict[str, Any] = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "decay_embeddings": decay_embeddings,
-    }
     if name == "adamw":
         return build_adamw(model, **common)
     if name != "muon":

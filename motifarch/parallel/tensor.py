@@ -24,18 +24,14 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
     Raises:
         UserError: naming the number that does not divide, and those that would.
     """
-    for name, count in shared_counts(config).items():
+    # Whole groups of noise heads, key/value heads, columns and rows of the vocabulary are shared.
+    width = {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
+    for name, count in (head_counts(config) | width).items():
         if count % ranks:
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise UserError(
                 f"parallel.tensor is {ranks}, which does not divide the {count} {name}; it may be {fitting}"
             )
-
-
-def shared_counts(config: Any) -> dict[str, int]:
-    """What ranks share in whole pieces: noise groups, key/value heads, columns, vocabulary."""
-    heads = head_counts(config)
-    return heads | {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
 
 
 def head_counts(config: Any) -> dict[str, int]:

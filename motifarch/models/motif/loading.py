@@ -21,14 +21,9 @@ class WholeOrNothing:
     ) -> Any:
         """The ``from_pretrained`` of transformers, which takes more arguments than are named here.
 
-        Args:
-            pretrained_model_name_or_path: a folder or a name on a hub; None with ``state_dict`` and
-                ``config``.
-            *model_args: of the model's constructor.
-            ignore_mismatched_sizes: accept tensors of another shape: they start at random.
-            output_loading_info: return the report too, and accept missing and unexpected tensors:
-                the caller looks.
-            **kwargs: transformers' others.
+        ``ignore_mismatched_sizes`` accepts tensors of another shape: they start at random.
+        ``output_loading_info`` returns the report too, and accepts missing and unexpected tensors:
+        the caller looks. A name may be None with ``state_dict`` and ``config``.
 
         Raises:
             ModelFolderError: a tensor is missing, unexpected or of another shape; a local folder's

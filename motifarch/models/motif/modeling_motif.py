@@ -200,23 +200,7 @@ class MotifModel(MotifPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
-        Packed documents are given by ``cu_seq_lens_q`` and ``max_length_q`` (documents + 1
-        int32 bounds in the B * S tokens, and the longest), or by position_ids that restart at each
-        document.
-
-        Args:
-            input_ids: (B, S).
-            attention_mask: (B, cached + S), 0 for padding.
-            position_ids: (B, S) or (1, S); default: counted on from the cache.
-            past_key_values: a transformers Cache.
-            inputs_embeds: (B, S, E) instead of input_ids.
-            use_cache: make and return a cache; default: the config's value, and never in training.
-            cu_seq_lens_q: bounds of packed documents.
-            max_length_q: the longest packed document.
-            output_hidden_states: return every layer's input and the final hidden states.
-            cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
-                tokens: an attention_mask of one size for all lengths.
-            **kwargs: transformers' other arguments; cu_seq_lens_k and max_length_k are those of q.
+        Arguments are those of :meth:`MotifForCausalLM.forward`.
 
         Returns:
             last_hidden_state (B, S, E), past_key_values, hidden_states.
@@ -326,26 +310,29 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits
         for it).
 
+        Packed documents are given by ``cu_seq_lens_q`` and ``max_length_q``, or by position_ids
+        that restart at each document.
+
         Args:
             input_ids: (B, S).
             attention_mask: (B, cached + S), 0 for padding.
-            position_ids: (B, S) or (1, S).
+            position_ids: (B, S) or (1, S); default: counted on from the cache.
             past_key_values: a transformers Cache.
             inputs_embeds: (B, S, E) instead of input_ids.
             labels: (B, S) ids aligned with input_ids, -100 for none; shifted here, and never across
                 packed documents or out of padding.
-            use_cache: make and return a cache.
+            use_cache: make and return a cache; default: the config's value, and never in training.
             logits_to_keep: logits of that many last tokens only (0: all), or of these indices.
             num_items_in_batch: divides the summed loss instead of the number of targets in this
                 call.
             z_loss_weight: weight of the mean squared log-sum-exp, added to the loss.
             return_logits: None gives logits unless there is a loss in training mode or shift_labels
                 were given.
-            cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents (one row).
+            cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents in the B * S tokens.
             max_length_q: the longest packed document.
             output_hidden_states: return every layer's input and the final hidden states.
             cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
-                tokens.
+                tokens: an attention_mask of one size for all lengths.
             **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and
                 transformers' other arguments (cu_seq_lens_k and max_length_k are those of q).
 
