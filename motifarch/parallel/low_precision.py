@@ -37,15 +37,10 @@ def check_low_precision(
     model: nn.Module | None = None,
     tensor: int = 1,
 ) -> None:
-    """Refuses what the hardware, the installed torchao or the model's sizes cannot do.
+    """Refuses a `precision.matmul` that the hardware, the installed torchao or the sizes don't allow.
 
-    Args:
-        matmul: the recipe's `precision.matmul`.
-        device: where products are computed.
-        compute_dtype: dtype of what is not in 8 bits.
-        tokens: of one row on one rank: a weight's gradient is a product over them.
-        model: with `model.model.layers`; None leaves its sizes unchecked.
-        tensor: ranks of tensor parallelism, which share the matrices.
+    The sizes are those of a model, unless it is None, cut over `tensor` ranks of tensor parallelism,
+    and `tokens` of one row on one rank: a weight's gradient is a product over them.
 
     Raises:
         UserError: naming what is there and what is needed.
@@ -127,18 +122,14 @@ def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
 
 def _check_hardware(matmul: Matmul, device: torch.device) -> None:
     needed, generation = _CAPABILITY[matmul]
-    wanted = f"a GPU of compute capability {needed[0]}.{needed[1]} ({generation}) or newer"
-    if device.type != "cuda":
-        raise UserError(
-            f"precision.matmul is {matmul}, which needs {wanted}, but this run is on {device.type}; take "
-            "precision.matmul compute"
-        )
-    found = torch.cuda.get_device_capability(device)
+    found, there = (0, 0), f"this run is on {device.type}"
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        there = f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
     if found < needed:
         raise UserError(
-            f"precision.matmul is {matmul}, which needs {wanted}, but {torch.cuda.get_device_name(device)} has "
-            f"{found[0]}.{found[1]}; take precision.matmul {'fp8 or ' if matmul == 'mxfp8' and found >= (9, 0) else ''}"
-            "compute"
+            f"precision.matmul is {matmul}, which needs a GPU of compute capability {needed[0]}.{needed[1]} "
+            f"({generation}) or newer, but {there}; take precision.matmul {'fp8 or ' if found >= (9, 0) else ''}compute"
         )
     if matmul == "mxfp8" and not _has_mxfp8_kernels():
         raise UserError(
