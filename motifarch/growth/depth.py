@@ -11,6 +11,9 @@ dtype, for ``from_pretrained`` would round the others to it.
 """
 
 import re
+from functools import partial
+
+from torch import Tensor
 
 from motifarch.errors import UserError
 from motifarch.growth.lambdas import shift_lambda
@@ -77,15 +80,17 @@ def _moved(layer: dict[str, LazyTensor], config: MotifConfig, old: int, new: int
         return dict(layer)
     vectors = [layer[name] for name in _LAMBDAS]
     changed = {
-        name: LazyTensor.joined(
-            vectors, layer[name].shape, lambda *four, place=place: shift_lambda(*four, before - after)[place]
-        )
+        name: LazyTensor.joined(vectors, layer[name].shape, partial(_shifted, place=place, shift=before - after))
         for place, name in enumerate(_LAMBDAS)
     }
     if _SUB_NORM in layer:
         ratio = (1 - before) / (1 - after)
         changed[_SUB_NORM] = layer[_SUB_NORM].then(layer[_SUB_NORM].shape, lambda weight: weight * ratio)
     return layer | changed
+
+
+def _shifted(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, *, place: int, shift: float) -> Tensor:
+    return shift_lambda(q1, k1, q2, k2, shift)[place]
 
 
 def _loss(spec: ModelSpec, config: MotifConfig) -> str | None:

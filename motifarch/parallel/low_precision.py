@@ -37,10 +37,10 @@ def check_low_precision(
     model: nn.Module | None = None,
     tensor: int = 1,
 ) -> None:
-    """Refuses a `precision.matmul` that the hardware, the installed torchao or the sizes don't allow.
+    """Refuses a `precision.matmul` that hardware, the installed torchao or sizes don't allow.
 
-    The sizes are those of a model, unless it is None, cut over `tensor` ranks of tensor parallelism,
-    and `tokens` of one row on one rank: a weight's gradient is a product over them.
+    The sizes are a model's, unless it is None, cut over `tensor` ranks of tensor parallelism, and
+    the `tokens` of one row on one rank: a weight's gradient is a product over them.
 
     Raises:
         UserError: naming what is there and what is needed.
