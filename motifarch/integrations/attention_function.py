@@ -166,12 +166,8 @@ def _attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _check(name: str, module: Any) -> None:
     """Raise ValueError unless the module's heads come in pairs and o_proj reads them all."""
-    counts = {
-        "query": module.q_proj.out_features,
-        "key": module.k_proj.out_features,
-        "value": module.v_proj.out_features,
-    }
-    for kind, width in counts.items():
+    for kind, projection in (("query", module.q_proj), ("key", module.k_proj), ("value", module.v_proj)):
+        width = projection.out_features
         heads = width // module.head_dim
         if heads % 2 or heads * module.head_dim != width:
             raise ValueError(

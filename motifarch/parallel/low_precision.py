@@ -10,6 +10,7 @@ work and the most sensitive one (Micikevicius et al., FP8 Formats for Deep Learn
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal
 
@@ -176,12 +177,7 @@ def _fp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
-
-    def convert(linear: nn.Linear) -> nn.Linear:
-        converted: nn.Linear = convert_to_float8_training(linear, config=config)
-        return converted
-
-    return convert
+    return partial(convert_to_float8_training, config=config)
 
 
 def _mxfp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:

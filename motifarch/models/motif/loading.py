@@ -33,7 +33,9 @@ class WholeOrNothing:
         name = pretrained_model_name_or_path
         in_safetensors = kwargs.get("use_safetensors") is not False and kwargs.get("gguf_file") is None
         if name is not None and os.path.isdir(name) and kwargs.get("state_dict") is None and in_safetensors:
-            check_weight_files(Path(name) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+            folder, variant = Path(name) / kwargs.get("subfolder", ""), kwargs.get("variant")
+            if any((folder / file).is_file() for file in file_names(variant)):
+                WeightFiles(folder, variant)  # reads all headers; a folder without is left to transformers
         parent: Any = super()
         model, report = parent.from_pretrained(
             name,
@@ -53,18 +55,6 @@ class WholeOrNothing:
                 "be one model's; output_loading_info=True loads what fits, and starts what is missing at random"
             )
         return model
-
-
-def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Reads the headers of a local folder's safetensors files; one that has none is left to
-    transformers.
-
-    Raises:
-        ModelFolderError: a file is missing, truncated or damaged, or lacks a tensor that the index
-            says it holds.
-    """
-    if any((folder / name).is_file() for name in file_names(variant)):
-        WeightFiles(folder, variant)
 
 
 def _problems(report: dict[str, Any], ignore_mismatched_sizes: bool) -> list[str]:
