@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn
 
 from motifarch.errors import UserError
 from motifarch.files import sha256, write_json
@@ -105,14 +105,7 @@ def write(
         raise UserError(f"{output} lies within the source {source.path}, which is left as it is; give another output")
     console = Console(stderr=True) if console is None else console
     total = sum(bytes_of(lazy.shape, lazy.dtype) for lazy in spec.tensors.values())
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
     measured: Difference | None = None
     with (
         FolderWriter(

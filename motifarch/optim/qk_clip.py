@@ -113,12 +113,9 @@ def head_share(layer: BaseAttention) -> tuple[int, int]:
     return part, parts
 
 
-def gather_max_logits(
-    recorded: Sequence[MaxLogits], *, part: int = 0, parts: int = 1, group: dist.ProcessGroup | None = None
-) -> list[MaxLogits]:
-    """The largest logits over all ranks (or a group's), of all heads, from what each rank saw of
-    its own: of each layer, consecutive part number ``part`` of ``parts``; -inf for a head that saw
-    no key.
+def gather_max_logits(recorded: Sequence[MaxLogits], *, part: int = 0, parts: int = 1) -> list[MaxLogits]:
+    """The largest logits over all ranks, of all heads, from what each rank saw of its own: of each
+    layer, consecutive part number ``part`` of ``parts``; -inf for a head that saw no key.
     """
     vectors = [vector for pair in recorded for vector in pair if vector is not None]
     whole = [v.new_full((parts, len(v)), -torch.inf, dtype=torch.float32) for v in vectors]
@@ -126,7 +123,7 @@ def gather_max_logits(
         target[part] = vector.detach()
     flat = torch.cat([target.flatten() for target in whole])
     if dist.is_initialized():
-        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     found = iter(flat.split([target.numel() for target in whole]))
     return [(next(found), None if noise is None else next(found)) for _, noise in recorded]
 

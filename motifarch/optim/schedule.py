@@ -5,7 +5,8 @@ The step counts from 0. Nothing is stored, so a resumed run needs only its step.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 Schedule = Callable[[int], float]
 """Maps a step, counted from 0, to the factor that multiplies the peak learning rate."""
@@ -77,17 +78,11 @@ def build_schedule(
     Raises:
         ValueError: a name that is none of the three.
     """
+    common: dict[str, Any] = {"total_steps": total_steps, "warmup_steps": warmup_steps, "min_ratio": min_ratio}
     if name == "wsd":
-        return lambda step: wsd(
-            step,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            min_ratio=min_ratio,
-            shape=decay_shape,
-        )
+        return partial(wsd, decay_steps=decay_steps, shape=decay_shape, **common)
     if name == "cosine":
-        return lambda step: cosine(step, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
+        return partial(cosine, **common)
     if name == "constant":
-        return lambda step: warmup(step, warmup_steps)
+        return partial(warmup, warmup_steps=warmup_steps)
     raise ValueError(f"unknown schedule {name!r}; accepted are wsd, cosine and constant")
