@@ -74,12 +74,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of a prompt.
-
-    Attributes:
-        text: the continuation or the reply, without the prompt.
-        tokens: how many the model made, the end-of-sequence token included.
-        finish: "eos" if the model ended the text, "length" if the room or max_new_tokens did.
+    """What a model made of a prompt: the text without the prompt, and how many ``tokens`` that
+    took, the end-of-sequence token included; ``finish`` is "eos" if the model ended the text,
+    "length" if the room or max_new_tokens did.
     """
 
     text: str

@@ -33,11 +33,8 @@ class ModuleReport:
 
 @dataclass
 class PatchReport:
-    """What :func:`motifarch.integrations.patch` did, module by module; prints as a table.
-
-    Args:
-        summary: in a sentence.
-        modules: in the model's order.
+    """What :func:`motifarch.integrations.patch` did, in a sentence and module by module, in the
+    model's order; prints as a table.
     """
 
     summary: str

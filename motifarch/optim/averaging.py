@@ -29,14 +29,12 @@ class _Reader(dcp.FileSystemReader):
 
 
 class CheckpointMean:
-    """The mean of several checkpoints' weights; a few tensors are held at a time.
+    """The mean of the weights in several complete checkpoints' folders; a few tensors are held at a
+    time.
 
-    Sums are formed in float64 and rounded once, so the mean depends neither on the checkpoints'
-    order nor on how many ranks wrote them or read them.
-
-    Args:
-        checkpoints: complete checkpoints' folders, at least one; of one model, written by any
-            number of ranks.
+    The checkpoints, at least one, are of one model, written by any number of ranks. Sums are formed
+    in float64 and rounded once, so the mean depends neither on their order nor on how many ranks
+    wrote them or read them.
     """
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:

@@ -23,13 +23,10 @@ def _copies(gradient: torch.Tensor) -> int:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """Scales gradients so that their global norm is at most max_norm.
+    """Scales gradients so that their global norm is at most max_norm; None only measures.
 
-    Args:
-        parameters: parameters, which may be DTensors of different meshes; the norm is over all
-            shards, each part of a gradient counted once. If any is a DTensor, all ranks call this
-            together.
-        max_norm: the largest norm; None only measures.
+    The parameters may be DTensors of different meshes: the norm is over all shards, each part of a
+    gradient counted once. If any is a DTensor, all ranks call this together.
 
     Returns:
         The norm before scaling, a float32 scalar on the device, the same on every rank.

@@ -20,19 +20,16 @@ def offload_state(optimizer: torch.optim.Optimizer, *, piece_bytes: int = 512 <<
     """Keeps an optimizer's moments in CPU memory, pinned where the parameters are on a GPU; in
     place.
 
-    A step takes the parameters piece by piece: their moments come to the device, are updated, and
-    go back, all in the order of the device's current stream. 8 bytes a parameter of AdamW
-    (4 of Muon) cross the bus each way: at 50 GB/s about a third of a second for a thousand million
-    parameters on a rank. The device holds the moments of one piece at a time; a group of Muon's
-    matrices is one piece, for its exchange between ranks is planned as a whole. Loading a
-    checkpoint passes through the device.
+    A step takes the parameters in pieces of up to `piece_bytes` of moments: these come to the
+    device, are updated, and go back, all in the order of the device's current stream. 8 bytes a
+    parameter of AdamW (4 of Muon) cross the bus each way: at 50 GB/s about a third of a second for
+    a thousand million parameters on a rank. The device holds the moments of one piece at a time; a
+    group of Muon's matrices is one piece, for its exchange between ranks is planned as a whole.
+    Loading a checkpoint passes through the device.
 
-    On a CPU the moments are copied to and fro all the same, to no use.
-
-    Args:
-        optimizer: one whose step leaves parameters alone that are in none of its groups, with state
-            of a parameter's shape (moments) and other state, which stays where it is.
-        piece_bytes: bytes of a piece's moments, unless a single parameter has more.
+    The optimizer's step must leave parameters alone that are in none of its groups. State of a
+    parameter's shape counts as its moments; other state stays where it is. On a CPU the moments are
+    copied to and fro all the same, to no use.
 
     Raises:
         ValueError: `piece_bytes` is below 1.

@@ -46,12 +46,11 @@ class SpikeGuard:
         self._slots = torch.arange(window, device=device)
 
     def check(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """Says whether a step is a spike, and notes it.
+        """Says whether a step is a spike, by its loss and its gradient norm before clipping,
+        scalars on the device, and notes it.
 
-        Args:
-            loss: scalar on the device. A step where this or the gradient norm is not finite is no
-                spike and leaves no trace here: it is skipped for that reason.
-            grad_norm: scalar on the device, before clipping.
+        A step where one of them is not finite is no spike and leaves no trace here: it is skipped
+        for that reason.
 
         Returns:
             A float32 scalar on the device: 1 for a spike, which must be skipped, else 0.

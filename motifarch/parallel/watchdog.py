@@ -94,8 +94,8 @@ class Watchdog:
             self._thread.join()
 
     def heartbeat(self, stage: str, *, no_timeout: bool = False) -> None:
-        """Notes what this rank is about to do, such as "step 5"; all ranks note the same in the
-        same order. With ``no_timeout`` it may take as long as the first step.
+        """Notes what this rank is about to do, such as "step 5", in all ranks' same order; with
+        ``no_timeout`` it may take as long as the first step.
         """
         self._deadline = time.monotonic() + (self._limit_s if self._started and not no_timeout else self._first_s)
         self._stage = (self._stage[0] + 1, stage)
