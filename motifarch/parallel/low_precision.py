@@ -123,11 +123,12 @@ def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
 
 def _check_hardware(matmul: Matmul, device: torch.device) -> None:
     needed, generation = _CAPABILITY[matmul]
-    found, there = (0, 0), f"this run is on {device.type}"
-    if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        there = f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
+    on_gpu = device.type == "cuda"
+    found = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     if found < needed:
+        there = f"this run is on {device.type}"
+        if on_gpu:
+            there = f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
         raise UserError(
             f"precision.matmul is {matmul}, which needs a GPU of compute capability {needed[0]}.{needed[1]} "
             f"({generation}) or newer, but {there}; take precision.matmul {'fp8 or ' if found >= (9, 0) else ''}compute"
