@@ -32,7 +32,7 @@ Clock = Callable[[Callable[[], object], float], list[float]]
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A call to time. It is repeated on what ``prepare``, untimed, returned at the round's start."""
+    """A call to time, repeated on what ``prepare``, untimed, returned at the round's start."""
 
     call: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -182,7 +182,7 @@ class Roofline:
             dtype: theirs, one of those measured.
 
         Returns:
-            Those for the "bytes", those for the "flops" or None, and the "bound", the larger of both.
+            Those for the "bytes" and the "flops" (or None), and the "bound", the larger of both.
         """
         by_bytes = bytes_ / self.bytes_per_second
         by_flops = None if flops is None else flops / self.flops_per_second[dtype]

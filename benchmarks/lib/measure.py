@@ -187,6 +187,6 @@ def rates(case: Case, timings: Mapping[str, Sequence[float]], roofline: Roofline
 
 
 def seconds_of(result: Mapping[str, Any]) -> float:
-    """The median of forward and backward together or, where there is no backward, of the forward."""
+    """The median of forward and backward together, or of the forward where it is alone."""
     seconds = result["seconds"]
     return float(seconds.get("both", seconds["forward"])["median"])

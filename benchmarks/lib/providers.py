@@ -200,7 +200,7 @@ def compose(attend: Attend, calls: int, combine: Callable[..., Tensor] = diff_co
 
 
 def forms(case: AttentionCase, attend: Attend, calls: int) -> list[tuple[str, Function]]:
-    """A kernel as it is and, where heads or widths ask for it, with its inputs widened or repeated."""
+    """A kernel as it is and, where heads or widths need it, with inputs widened or repeated."""
     heads = case.heads
     found = [("", attend)]
     if any(heads[q] != heads[k] for q, k in (("q1", "k1"), ("q2", "k2")) if q in heads):

@@ -32,8 +32,8 @@ class Aim:
 
     text: str
     measure: str
-    """"copy_share", "speed" (how many times faster than the best baseline) or "peak_bytes" (the share of
-    the least baseline's).
+    """"copy_share", "speed" (how many times faster than the best baseline) or "peak_bytes" (the
+    share of the least baseline's).
     """
     bound: float
     ours: Sequence[str]
@@ -119,7 +119,7 @@ class KernelBenchmark(ABC):
         return {}
 
     def softmax_baselines(self, content: dict[str, Any]) -> list[str]:
-        """Add the fastest softmax attention of each size to the JSON, whoever's it is; lines to print."""
+        """Add each size's fastest softmax attention of all to the JSON; lines to print."""
         if "layout" not in self.group:
             return []
         directions = max((len(r["seconds"]) for r in content["results"]), default=0)
@@ -331,7 +331,7 @@ class KernelBenchmark(ABC):
             console.print("No aim was judged: that takes a full run, and for most of them a GPU.")
 
     def plot(self, path: Path, content: Mapping[str, Any]) -> None:
-        """For each group the share of the roofline, forward and backward together where both are."""
+        """Each group's share of the roofline, forward and backward together where both are."""
         groups = self.groups(content["results"])
         colours = {self.labels[n]: c for n, c in zip(self.labels, (*report.COLOURS, report.GREY), strict=False)}
         figure, axes = report.figure(len(groups), 1, size=(9, 1.4 + 2.4 * len(groups)))

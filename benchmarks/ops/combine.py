@@ -3,11 +3,11 @@
     python -m benchmarks.ops.combine             # on two CPU cores two to three minutes
     python -m benchmarks.ops.combine --layouts gda --epilogues none gate --columns 4096 8192
 
-A row is a token: its length is the signal heads times their width. gda is Motif-2-12.7B's (row
-8,192), diff_v1 has a row of 2,048, diff_v2 one of 4,096 and lambda for each token and head. Other
-lengths have other numbers of heads. By default each layout has its own epilogue at its own size, on
-a GPU at 2,048 to 32,768, and the others at its own size (on a CPU for GDA alone). Bytes: noise heads
-are read once; a single lambda and the sub-norm's weight are not counted.
+A row is a token: its length is the signal heads times their width. gda is Motif-2-12.7B's
+(row 8,192), diff_v1 has a row of 2,048, diff_v2 one of 4,096 and lambda for each token and head.
+Other lengths have other numbers of heads. By default each layout has its own epilogue at its own
+size, on a GPU at 2,048 to 32,768, and the others at its own size (on a CPU for GDA alone). Bytes:
+noise heads are read once; a single lambda and the sub-norm's weight are not counted.
 """
 
 import argparse

@@ -84,8 +84,8 @@ class DecodeCase(AttentionCase):
         out at any length.
 
         Returns:
-            q1 (B, 1, Hs, D), k1 (B, S, Hk, D), v (B, S, Hk, Dv); with noise q2 (B, 1, Hn, D), k2, keys
-            (B, S, Hk, 2D), lambda () and norm_weight.
+            q1 (B, 1, Hs, D), k1 (B, S, Hk, D), v (B, S, Hk, Dv); with noise q2 (B, 1, Hn, D), k2,
+            keys (B, S, Hk, 2D), lambda () and norm_weight.
         """
         d, pairs = self.layout.head_dim, (("q1", "k1"), ("q2", "k2"))[: self.calls]
         keys = draw(self.batch, self.length, self.kv_heads, len(pairs) * d)
@@ -174,7 +174,7 @@ def _two_joined(attend: Attend) -> Function:
 
 
 def _one_joined(attend: Attend) -> Function:
-    """One call over them: a key head's signal and noise queries are its heads, half of each zeros."""
+    """One call: a key head's signal and noise queries are its heads, half of each zeros."""
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
         kv_heads = t["keys"].shape[2]

@@ -72,7 +72,9 @@ class Kernel:
     direction: str
     """The pass of the public function that has this kernel in it, and is timed."""
     classes: Mapping[int | None, tuple[Sequence[Shape], Sequence[Shape]]]
-    """Bound of the sizes that share an entry -> the cases that decide, and further ones to serve."""
+    """Bound of the sizes that share an entry -> the cases that decide, and further ones to
+    serve.
+    """
     tolerance: float
     spilled_bytes: int = 0
     """The most local memory that a thread of a candidate may use."""
