@@ -75,12 +75,11 @@ class CheckpointMean:
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, torch.Tensor], budget: int = 2**28) -> None:
-        """Replaces a model's weights by the mean, in place.
+        """Replaces the weights of a model (`get_model_state_dict`), sharded or not, by the mean, in
+        place.
 
-        Args:
-            weights: names with the model's own tensors, sharded or not (`get_model_state_dict`).
-            budget: bytes of this rank's weights to work on at once; a larger tensor is worked on
-                alone. About four times as much memory is used meanwhile.
+        At most `budget` bytes of this rank's weights are worked on at once, or one larger tensor;
+        about four times as much memory is used meanwhile.
 
         Raises:
             torch.distributed.checkpoint.CheckpointException: as in `mean`; weights before that one

@@ -93,18 +93,14 @@ class _Transfer:
 
 
 class ShardGroup:
-    """Matrices whose copies are held by the same ranks, and the exchange between these.
+    """Matrices (rows, columns) whose copies are held by the same ranks, and the exchange between
+    these.
 
-    Built by all of the ranks together, from the same matrices in the same order.
-
-    Args:
-        matrices: (rows, columns) each; DTensors of any placements but partial ones, or plain
-            tensors.
-        dtype: what Newton-Schulz computes in: also what is sent, both ways, for it is all that the
-            owner reads.
-        chunk_bytes: bytes of whole matrices that a rank gathers at once
-            (never less than one matrix). With the chunks before and after in transfer and
-            Newton-Schulz's own products, up to ten times as much is alive at a time.
+    Built by all of the ranks together, from the same matrices in the same order: DTensors of any
+    placements but partial ones, or plain tensors. Newton-Schulz computes in `dtype`, which is also
+    what is sent, both ways, for it is all that the owner reads. A rank gathers `chunk_bytes` of
+    whole matrices at once (never less than one matrix). With the chunks before and after in
+    transfer and Newton-Schulz's own products, up to ten times as much is alive at a time.
 
     Raises:
         ValueError: a shard that its placements do not describe.
