@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from helpers.interpreter import require_interpreter
 from motif_kernels import ops
 
 
@@ -25,9 +26,7 @@ class Path(NamedTuple):
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The CPU operators; the Triton kernels, interpreted; the Triton kernels on a GPU."""
     if request.param == "interpreter":
-        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+        require_interpreter()
         for family in ("poly_norm", "combine"):
             module = importlib.import_module(f"motif_kernels.ops.{family}")
             monkeypatch.setattr(

@@ -1,11 +1,14 @@
 """Attention against a cache: what the whole sequence gives for its last tokens."""
 
+import importlib
+
 import pytest
 import torch
 
+from helpers.interpreter import require_interpreter, small_tiles
 from helpers.numerics import assert_error_rule
 from helpers.plain_attention import plain_diff_attention
-from motif_kernels import diff_attn_func, diff_attn_with_kvcache, tuning
+from motif_kernels import diff_attn_func, diff_attn_with_kvcache
 from motif_kernels.ops import decoding as operator
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
@@ -52,6 +55,29 @@ def paged(cache, table):
     return blocks
 
 
+def attend_to_last(rows, new, is_paged, leftpad, *, kv_heads=2, **options):
+    """The last ``new`` tokens of the rows, appended to caches of those before and attended from."""
+    (k1, k2, v), seqlens = caches(rows, new, leftpad)
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:18].view(3, 6).int() if is_paged else None
+    if table is not None:
+        k1, k2, v = (paged(c, table) for c in (k1, k2, v))
+    return diff_attn_with_kvcache(
+        last(rows, 0, new),
+        k1[:, :, :kv_heads],
+        last(rows, 2, new),
+        k2[:, :, :kv_heads],
+        v,
+        last(rows, 5, new),
+        seqlens,
+        k1=last(rows, 1, new)[:, :, :kv_heads],
+        k2=last(rows, 3, new)[:, :, :kv_heads],
+        v=last(rows, 4, new),
+        block_table=table,
+        cache_leftpad=torch.tensor(leftpad, dtype=torch.int32),
+        **options,
+    )
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
 @pytest.mark.parametrize("leftpad", [(0, 0, 0), (3, 8, 0)])
@@ -59,27 +85,8 @@ def paged(cache, table):
 @pytest.mark.parametrize("new", [1, 4])
 def test_last_tokens_of_the_whole_sequence(new, is_paged, leftpad, window, backend):
     rows = sequences()
-    (k1, k2, v), seqlens = caches(rows, new, leftpad)
-    table = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:18].view(3, 6).int() if is_paged else None
-    if table is not None:
-        k1, k2, v = (paged(c, table) for c in (k1, k2, v))
     options = {"causal": True, "window_size": window, "norm_weight": torch.rand(16, dtype=torch.float64)}
-    out = diff_attn_with_kvcache(
-        last(rows, 0, new),
-        k1,
-        last(rows, 2, new),
-        k2,
-        v,
-        last(rows, 5, new),
-        seqlens,
-        k1=last(rows, 1, new),
-        k2=last(rows, 3, new),
-        v=last(rows, 4, new),
-        block_table=table,
-        cache_leftpad=torch.tensor(leftpad, dtype=torch.int32),
-        backend=backend,
-        **options,
-    )
+    out = attend_to_last(rows, new, is_paged, leftpad, backend=backend, **options)
     whole = torch.cat([diff_attn_func(*row, backend="reference", **options)[:, -new:] for row in rows])
     torch.testing.assert_close(out, whole, atol=1e-10, rtol=1e-10)
 
@@ -87,13 +94,9 @@ def test_last_tokens_of_the_whole_sequence(new, is_paged, leftpad, window, backe
 @pytest.fixture(params=["triton", "sdpa"])
 def in_place(request):
     """The backends that read a cache as it lies; the kernel interpreted, in parts."""
-    if request.param == "sdpa":
-        yield request.param
-        return
-    decoding = pytest.importorskip("motif_kernels.impl.triton.decoding", reason="the Triton kernels need triton")
-    if not decoding.triton.knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
-    with tuning.overriding(decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):
+    if request.param == "triton":
+        require_interpreter()
+    with small_tiles():
         yield request.param
 
 
@@ -108,33 +111,9 @@ def in_place(request):
 def test_caches_read_in_place(new, is_paged, leftpad, window, num_splits, softcap, in_place):
     """In float32, with two noise heads to a key head."""
     rows = sequences(torch.float32)
-    (k1, k2, v), seqlens = caches(rows, new, leftpad)
-    fresh = [last(rows, i, new) for i in (1, 3, 4)]
-    k1, k2, fresh[0], fresh[1] = (t[:, :, :1] for t in (k1, k2, fresh[0], fresh[1]))
-    table = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:18].view(3, 6).int() if is_paged else None
-    if table is not None:
-        k1, k2, v = (paged(c, table) for c in (k1, k2, v))
     options = {"causal": True, "window_size": window, "norm_weight": torch.rand(16), "out_scale": 0.7}
-    results = []
-    for backend in (in_place, "reference"):
-        caches_ = [c.clone() for c in (k1, k2, v)]
-        results.append(
-            diff_attn_with_kvcache(
-                last(rows, 0, new),
-                caches_[0],
-                last(rows, 2, new),
-                *caches_[1:],
-                last(rows, 5, new),
-                seqlens,
-                **dict(zip(("k1", "k2", "v"), fresh, strict=True)),
-                block_table=table,
-                cache_leftpad=torch.tensor(leftpad, dtype=torch.int32),
-                num_splits=num_splits,
-                softcap=softcap,
-                backend=backend,
-                **options,
-            )
-        )
+    options |= {"softcap": softcap, "num_splits": num_splits, "kv_heads": 1}
+    results = [attend_to_last(rows, new, is_paged, leftpad, backend=b, **options) for b in (in_place, "reference")]
     torch.testing.assert_close(*results, atol=5e-6, rtol=1e-5)
 
 
@@ -278,10 +257,8 @@ def test_a_refused_append_has_written_nothing():
 
 
 def interpreted(name):
-    module = pytest.importorskip(f"motif_kernels.impl.triton.{name}", reason="the Triton kernels need triton")
-    if not module.triton.knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
-    return module
+    require_interpreter()
+    return importlib.import_module(f"motif_kernels.impl.triton.{name}")
 
 
 @pytest.mark.parametrize("is_paged", [False, True])

@@ -69,33 +69,24 @@ def counted(function, *args, **options):
 HEADS = 6
 
 
-def test_dense_causal():
-    batch, n, d = 2, 5, 16
-    pairs = batch * n * (n + 1) // 2
-    measured = counted(diff_attn_func, *tensors((batch, n), (batch, n), d, d), causal=True)
-    assert measured == (pairs * HEADS * 4 * d, pairs * HEADS * 10 * d)
-
-
-def test_dense_without_a_mask():
-    batch, sq, sk, d = 2, 5, 7, 16
-    pairs = batch * sq * sk
-    measured = counted(diff_attn_func, *tensors((batch, sq), (batch, sk), d, d))
-    assert measured == (pairs * HEADS * 4 * d, pairs * HEADS * 10 * d)
+@pytest.mark.parametrize(
+    ("sq", "sk", "d", "dv", "mask", "pairs"),
+    [
+        (5, 5, 16, 16, {"causal": True}, 15),
+        (5, 7, 16, 16, {}, 35),
+        # Each query sees itself and at most two before it.
+        (6, 6, 8, 16, {"causal": True, "window_size": (2, -1)}, 1 + 2 + 3 + 3 + 3 + 3),
+    ],
+)
+def test_dense(sq, sk, d, dv, mask, pairs):
+    measured = counted(diff_attn_func, *tensors((2, sq), (2, sk), d, dv), **mask)
+    assert measured == (2 * pairs * HEADS * (2 * d + 2 * dv), 2 * pairs * HEADS * (6 * d + 4 * dv))
 
 
 def test_dense_attention_with_wider_values_counts_what_torch_is_given():
     """The sdpa backend pads the narrower side before it calls torch: that operator sees D = Dv."""
-    batch, n, d, dv = 2, 5, 8, 16
-    pairs = batch * n * (n + 1) // 2
-    measured = counted(diff_attn_func, *tensors((batch, n), (batch, n), d, dv), causal=True)
-    assert measured == (pairs * HEADS * 4 * dv, pairs * HEADS * 10 * dv)
-
-
-def test_windowed():
-    batch, n, d, dv = 2, 6, 8, 16
-    pairs = batch * (1 + 2 + 3 + 3 + 3 + 3)  # each query sees itself and at most two before it
-    measured = counted(diff_attn_func, *tensors((batch, n), (batch, n), d, dv), causal=True, window_size=(2, -1))
-    assert measured == (pairs * HEADS * (2 * d + 2 * dv), pairs * HEADS * (6 * d + 4 * dv))
+    measured = counted(diff_attn_func, *tensors((2, 5), (2, 5), 8, 16), causal=True)
+    assert measured == (2 * 15 * HEADS * 4 * 16, 2 * 15 * HEADS * 10 * 16)
 
 
 def test_packed_documents():

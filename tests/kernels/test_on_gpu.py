@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from helpers import kernel_cases
+from helpers.interpreter import require_interpreter
 from helpers.models import random_ids, tiny_config
 from helpers.numerics import assert_error_rule
 from motifarch.models.motif import MotifForCausalLM
 
-triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 # Under compute-sanitizer one run is enough.
 RUNS = {"cuda": int(os.environ.get("MOTIF_GPU_RUNS", "1000")), "cpu": 2}
@@ -37,8 +38,8 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", [case for case in kernel_cases.CASES if case not in ONE_PASS])
 def test_the_same_bits_in_every_run(case: str, place: str) -> None:
     """Output and every gradient of every deterministic path."""
-    if place == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    if place == "cpu":
+        require_interpreter()
     call = kernel_cases.make(case, torch.device(place), ROWS[place])
     first = {name: bits(t.clone()) for name, t in call().items()}
     differing = {name: torch.zeros((), dtype=torch.int64, device=place) for name in first}
@@ -52,8 +53,8 @@ def test_the_same_bits_in_every_run(case: str, place: str) -> None:
     ("case", "place"), [("DIFF V1", "cpu"), *(pytest.param(c, "cuda", marks=pytest.mark.gpu) for c in PAIRED)]
 )
 def test_the_one_pass_backward_repeats_up_to_rounding(case: str, place: str) -> None:
-    if place == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    if place == "cpu":
+        require_interpreter()
     device, rows = torch.device(place), ROWS[place]
     exact = kernel_cases.make(case, device, rows)()
     call = kernel_cases.make(f"{case} in one pass", device, rows)

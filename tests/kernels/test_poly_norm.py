@@ -35,6 +35,12 @@ def test_known_figures(function, dtype):
     torch.testing.assert_close(out, expected, atol=2e-7 if dtype == torch.float32 else 6e-11, rtol=0)
 
 
+def small_inputs(path, dtype=None):
+    """Leaves gate, up, weight and bias."""
+    tensors = (torch.randn(4, 9), torch.randn(4, 9), WEIGHT, BIAS)
+    return leaves(*(t.to(path.device) for t in tensors), dtype=dtype)
+
+
 def rows(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     torch.manual_seed(0)
     x = torch.randn(shape)
@@ -186,22 +192,19 @@ def test_variants_of_later_models(with_up, path):
 
 
 def test_gradcheck_in_float64(path):
-    tensors = (torch.randn(4, 7), torch.randn(4, 7), WEIGHT, BIAS)
-    inputs = leaves(*(t.to(path.device) for t in tensors), dtype=torch.float64)
+    inputs = small_inputs(path, torch.float64)
     assert torch.autograd.gradcheck(mul_poly_norm, inputs)
     assert torch.autograd.gradcheck(poly_norm, [inputs[0], *inputs[2:]])
 
 
 @pytest.mark.parametrize("with_up", [True, False])
 def test_operator_contract(with_up, path):
-    tensors = (torch.randn(4, 9), torch.randn(4, 9), WEIGHT, BIAS)
-    x, up, weight, bias = leaves(*(t.to(path.device) for t in tensors))
+    x, up, weight, bias = small_inputs(path)
     torch.library.opcheck(operator, (x, up if with_up else None, weight, bias, 1e-6, 1.5, torch.float32))
 
 
 def test_compiles_without_a_graph_break(path):
-    tensors = (torch.randn(4, 9), torch.randn(4, 9), WEIGHT, BIAS)
-    inputs = leaves(*(t.to(path.device) for t in tensors))
+    inputs = small_inputs(path)
     function = partial(mul_poly_norm, sigmoid_weight=True, hidden_clamp=2.0)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad = torch.randn(4, 9, device=path.device)
@@ -212,8 +215,7 @@ def test_compiles_without_a_graph_break(path):
 
 
 def test_works_under_activation_checkpointing(path):
-    tensors = (torch.randn(4, 9), torch.randn(4, 9), WEIGHT, BIAS)
-    inputs = leaves(*(t.to(path.device) for t in tensors))
+    inputs = small_inputs(path)
     grad = torch.randn(4, 9, device=path.device)
     plain = gradients(mul_poly_norm(*inputs), inputs, grad)
     recomputed = gradients(checkpoint(mul_poly_norm, *inputs, use_reentrant=False), inputs, grad)
@@ -252,8 +254,7 @@ def test_agrees_with_liger_kernel():
 
 
 def test_backward_saves_only_its_inputs(path):
-    tensors = (torch.randn(64, 512), torch.randn(64, 512), WEIGHT, BIAS)
-    x, up, weight, bias = leaves(*(t.to(path.device) for t in tensors))
+    x, up, weight, bias = small_inputs(path)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         mul_poly_norm(x, up, weight, bias)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.interpreter import require_interpreter, small_tiles
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import (
     diff_attn_func,
@@ -14,7 +15,6 @@ from motif_kernels import (
     softmax_attn_func,
     softmax_attn_varlen_func,
     softmax_attn_with_kvcache,
-    tuning,
 )
 from motif_kernels.ops import diff_attention as operator
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
@@ -30,14 +30,8 @@ def place(request):
         yield "triton", "cuda"
         return
     if request.param == "triton":
-        triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
-        if not triton.knobs.runtime.interpret:
-            pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
-    # Tiles so small that a hundred tokens are many of them.
-    tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
-    kernels = itertools.product(("forward", "backward_keys", "backward_queries"), ("", "_float32"))
-    small = dict.fromkeys([f"attention_{name}{suffix}" for name, suffix in kernels], tiles)
-    with tuning.overriding(**small, decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1}):
+        require_interpreter()
+    with small_tiles():
         yield request.param, "cpu"
 
 

@@ -8,9 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.interpreter import require_interpreter, small_tiles
 from helpers.numerics import assert_error_rule, gradients, leaves
 from helpers.plain_attention import plain_diff_attention
-from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops, tuning
+from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops
 from motif_kernels.ops import diff_attention as operator
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
@@ -23,21 +24,18 @@ fused_varlen = partial(diff_attn_varlen_func, backend="triton")
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "interpreter" and not triton.knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    if request.param == "interpreter":
+        require_interpreter()
     return "cpu" if request.param == "interpreter" else "cuda"
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(request):
-    """In the interpreter, tiles small enough that a hundred tokens are many of them."""
+def tiles():
+    """Small ones in the interpreter."""
     if not triton.knobs.runtime.interpret:
         yield
         return
-    tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
-    kernels = ("forward", "backward_keys", "backward_queries")
-    names = [f"attention_{k}{suffix}" for k, suffix in itertools.product(kernels, ("", "_float32"))]
-    with tuning.overriding(**dict.fromkeys(names, tiles)):
+    with small_tiles():
         yield
 
 

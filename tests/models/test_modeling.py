@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import motif_kernels.flops  # noqa: F401  (registers the attention operators' formulas)
 from helpers.agreement import assert_agrees
+from helpers.interpreter import require_interpreter
 from helpers.models import VARIANTS, packed, random_ids, tiny_model
 
 
@@ -165,8 +166,7 @@ def test_unsupported_attention_is_refused():
 @pytest.mark.parametrize("variant", ["gda", "diff_v1", "diff_v2 gated"])
 def test_fused_kernels_carry_the_model(variant):
     """Padded batch, logits and gradients, in Triton's interpreter."""
-    if not pytest.importorskip("triton").knobs.runtime.interpret:
-        pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
+    require_interpreter()
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
     results = []
