@@ -5,7 +5,6 @@ import torch
 
 from helpers.grown import grown, largest_difference, loaded, saved
 from helpers.models import VARIANTS, random_ids
-from motifarch.errors import UserError
 from motifarch.growth import SourceFolder, deepen, describe
 from motifarch.growth.depth import interleaved
 
@@ -94,8 +93,3 @@ def test_attention_without_such_constants_is_exact_in_bfloat16(tmp_path, variant
     source = saved(tmp_path / "small", variant, dtype=torch.bfloat16)
     assert deepen(describe(SourceFolder(source)), 3).steps[0].loss is None
     assert largest_difference(source, grown(source, layers=3)) == 0
-
-
-def test_a_model_does_not_shrink(tmp_path):
-    with pytest.raises(UserError, match="--layers is 1, but the model has 2"):
-        deepen(describe(SourceFolder(saved(tmp_path / "small"))), 1)

@@ -250,16 +250,11 @@ def test_tasks_that_cannot_be_loaded_are_refused_by_name(folder, tasks, tmp_path
 
 
 @needs_harness
-def test_a_folder_that_is_no_model_is_refused(tasks, tmp_path):
+def test_a_folder_that_is_no_model_is_refused(folder, tasks, tmp_path):
     with pytest.raises(UserError, match=r"no Hugging Face model folder"):
         evaluate(tmp_path, [str(tasks)])
     with pytest.raises(UserError, match="device 'cudo' is not there"):
-        evaluate(_model_folder(tmp_path), [str(tasks)], device="cudo")
-
-
-def _model_folder(path: Path) -> Path:
-    tiny_model("gda").save_pretrained(path / "model")
-    return path / "model"
+        evaluate(folder, [str(tasks)], device="cudo")
 
 
 def test_without_the_harness_the_extra_is_named(folder, monkeypatch):

@@ -1,13 +1,11 @@
 """Generation from a folder: what comes out for a seed, a batch or a conversation."""
 
 import io
-import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,26 +188,6 @@ def test_what_follows_the_end_of_a_text_is_no_part_of_it(pair):
     assert speed.tokens == sum(len(new) for new in expected)
     assert speed.prompt_tokens == sum(map(len, rows))
     assert speed.rate == pytest.approx((speed.tokens - len(PROMPTS)) / speed.decode_seconds)
-
-
-def test_the_pass_over_the_prompt_counts_apart(pair, monkeypatch):
-    """By a made-up clock: 10 seconds for the model's first pass, 2 for each other."""
-    model, tokenizer = pair
-    forward, durations = model.forward, itertools.chain([10.0], itertools.repeat(2.0))
-    clock = SimpleNamespace(now=0.0)
-
-    def ticking(*arguments, **options):
-        clock.now += next(durations)
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(model, "forward", ticking)
-    monkeypatch.setattr("motifarch.inference.sampling.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    tokenizer.eos_token = None
-    speed = Speed()
-    list(generate(model, tokenizer, ["alpha", "beta gamma"], Sampling(6), speed=speed))
-    assert (speed.prompt_seconds, speed.decode_seconds) == (10.0, 10.0)
-    assert (speed.tokens, speed.rate) == (12, 1.0)
 
 
 def test_the_static_cache_gives_the_same_text(pair, monkeypatch):

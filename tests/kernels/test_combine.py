@@ -12,17 +12,12 @@ B, S, HEADS, NOISE, WIDTH = 2, 9, 6, 2, 8
 
 
 def make_inputs(lam_shape, epilogue, dtype=torch.float32, leading=(B, S), device="cpu"):
-    inputs = make_cpu_inputs(lam_shape, epilogue, dtype, leading)
-    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in inputs]
-
-
-def make_cpu_inputs(lam_shape, epilogue, dtype, leading):
     torch.manual_seed(1)
     signal, noise = torch.randn(*leading, HEADS, WIDTH).to(dtype), torch.randn(*leading, NOISE, WIDTH).to(dtype)
     lam = 0.4 if lam_shape is None else 0.4 + 0.1 * torch.randn(lam_shape)
     weight = 1 + 0.1 * torch.randn(WIDTH) if epilogue == "norm" else None
     gate = torch.randn(*leading, HEADS, WIDTH).to(dtype) if epilogue == "gate" else None
-    return signal, noise, lam, weight, gate
+    return [t.to(device) if isinstance(t, torch.Tensor) else t for t in (signal, noise, lam, weight, gate)]
 
 
 def run(function, inputs, grad, *, precision=None, **options):

@@ -438,13 +438,6 @@ def test_refuses_what_a_grid_or_32_bits_cannot_hold(device):
         fused(*inputs)
 
 
-def test_refuses_a_strided_width(device):
-    inputs = tensors(device, sq=8, sk=8)
-    inputs[1] = inputs[1].transpose(1, 3).contiguous().transpose(1, 3)
-    with pytest.raises(ValueError, match="k1 has stride 16 in its last dimension"):
-        fused(*inputs)
-
-
 def test_a_cpu_tensor_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="Triton kernels need a CUDA GPU"):

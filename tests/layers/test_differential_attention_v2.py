@@ -92,10 +92,7 @@ def test_lambda_projection_starts_without_bias():
     ("arguments", "message"),
     [
         ({"num_heads": 6, "num_noise_heads": 4}, "num_heads=6 .* num_noise_heads=4"),
-        (
-            {"num_heads": 6, "num_noise_heads": 3, "num_kv_heads": 2},
-            "num_noise_heads=3 is not a multiple of the 2 key/value heads",
-        ),
+        ({"num_heads": 6, "num_noise_heads": 3, "num_kv_heads": 2}, "=3 is not a multiple of the 2 key/value heads"),
         ({"gate": True, "sub_norm": True}, "gate and sub_norm are both on"),
     ],
 )

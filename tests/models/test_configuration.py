@@ -31,8 +31,6 @@ def test_half_of_the_heads_are_noise_in_files_that_do_not_say(given):
     [
         ({"attention_type": "linear"}, "attention_type='linear' is not supported; choose one of gda, diff_v1"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; choose one of poly_norm, silu"),
-        ({"k_ratio": 2}, "k_ratio=2 is not supported; only 1 is"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported; only 0 is"),
         ({"use_sliding_window": True}, "use_sliding_window is on but sliding_window=None; give at least 1"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0; give at least 1"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
@@ -43,22 +41,10 @@ def test_half_of_the_heads_are_noise_in_files_that_do_not_say(given):
         ({"attention_type": "softmax"}, "num_attention_heads=6 must be a multiple of num_key_value_heads=4"),
         ({"attention_type": "diff_v1"}, "'diff_v1' has one noise head for each signal head, but num_noise_heads=2 of"),
         ({"attention_gate": True}, "attention_gate works with attention_type 'diff_v2' without sub_norm"),
-        (
-            {"paired_kv": False, "num_key_value_heads": 4},
-            "num_noise_heads=2 is not a multiple of the 4 key/value heads",
-        ),
-        (
-            {"paired_kv": True, "attention_type": "diff_v2", "num_key_value_heads": 2},
-            "paired_kv is on, but keys come in pairs with attention_type gda and diff_v1 only, not 'diff_v2'",
-        ),
-        (
-            {"lambda_init": 0.2, "attention_type": "softmax", "num_key_value_heads": 2},
-            "lambda_init=0.2 works with attention_type gda and diff_v1 only, not 'softmax'",
-        ),
-        (
-            {"lambda_init": 0.2, "lambda_init_depth_offset": 1},
-            "lambda_init=0.2 and lambda_init_depth_offset=1 are both",
-        ),
+        ({"paired_kv": False, "num_key_value_heads": 4}, "noise_heads=2 is not a multiple of the 4 key/value heads"),
+        ({"paired_kv": True, "attention_type": "diff_v2", "num_key_value_heads": 2}, "paired_kv is on, but"),
+        ({"lambda_init": 0.2, "attention_type": "softmax", "num_key_value_heads": 2}, "lambda_init=0.2 works with"),
+        ({"lambda_init": 0.2, "lambda_init_depth_offset": 1}, "lambda_init=0.2 and lambda_init_depth_offset=1"),
         (
             {"attention_type": "diff_v2", "num_key_value_heads": 2, "attention_gate": True, "sub_norm": True},
             "attention_gate works with",
@@ -94,14 +80,8 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers
         ({"num_noise_heads": 5}, "num_heads=16 .* cannot be cut into num_noise_heads=5"),
         ({"num_key_value_heads": 6}, "num_noise_heads=8 is not a multiple of the 3 key/value pairs"),
         (WINDOW | {"max_window_layers": 28}, "max_window_layers=28 is not supported with use_sliding_window on"),
-        (
-            WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 16},
-            "layer_types has 'full_attention' but",
-        ),
-        (
-            {"layer_types": ["sliding_attention"] * 32},
-            "layer_types has 'sliding_attention' but use_sliding_window=False",
-        ),
+        (WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 16}, "layer_types has 'full"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types has 'sliding_attention' but use"),
         ({"layer_types": ["full_attention", "chunked_attention"] * 16}, "layer_types has 'chunked_attention' but"),
         ({"sliding_window_pattern": 6}, "sliding_window_pattern=6 is not supported; only 1 is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; only 1 is"),
@@ -114,19 +94,13 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn' needs factor"),
         ({"rope_scaling": YARN | {"factor": -1}}, "factor=-1 must be a number above 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "factor=None must be a number above 0"),
-        (
-            {"rope_scaling": YARN | {"original_max_position_embeddings": None}},
-            "original_max_position_embeddings=None must be",
-        ),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": None}}, "original_max_position_embeddings=None"),
         ({"rope_theta": None}, "rope_theta=None must be a number above 1"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
             r"rope_parameters is given by kind of layer \(full_attention\)",
         ),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-            "rope_theta is 500000.0 but rope_parameters has rope_theta=10000.0; make them equal",
-        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 500000.0 but .*=10000.0"),
         (
             {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 8.0}},
             "rope_scaling's factor is 4.0 but rope_parameters has factor=8.0",

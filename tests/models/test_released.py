@@ -126,15 +126,9 @@ def renamed(config, tensors):
         (without("model.layers.1.mlp.act_fn.bias"), "missing model.layers.1.mlp.act_fn.bias"),
         (without("lm_head.weight"), "missing lm_head.weight"),
         (renamed, "missing .*1.self_attn.subln.weight; unexpected model.layers.1.self_attn.sub_norm.weight"),
-        (
-            lambda c, t: c | {"num_hidden_layers": 1},
-            r"unexpected model.layers.1.input_layernorm.weight, .* and 12 more",
-        ),
+        (lambda c, t: c | {"num_hidden_layers": 1}, "unexpected model.layers.1.input_layernorm.weight, .* 12 more"),
         (lambda c, t: c | {"num_hidden_layers": 3}, "missing model.layers.2.input_layernorm.weight"),
-        (
-            lambda c, t: c | {"head_dim": 4},
-            r"of another shape model.layers.0.self_attn.k_proj.weight \(128, 40\) for \(64, 40\)",
-        ),
+        (lambda c, t: c | {"head_dim": 4}, r"another shape model.layers.0.self_attn.k_proj.weight \(128, 40\) for"),
         (lambda c, t: c | {"vocab_size": 96}, r"lm_head.weight \(97, 40\) for \(96, 40\), model.embed_tokens"),
     ],
     ids=["a bias", "the output projection", "another name", "fewer layers", "more layers", "heads", "words"],

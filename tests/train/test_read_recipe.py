@@ -55,10 +55,7 @@ def test_our_recipes_are_read(path: Path) -> None:
     [
         ({"run": {"stpes": 3}}, r"unknown recipe field 'run\.stpes' in .*did you mean 'run\.steps'\?"),
         ({"lr": 3}, r"unknown recipe field 'lr'.*did you mean 'optim\.lr'\?"),
-        (
-            {"data": {"datasets": [{"path": "x", "wieght": 1}]}},
-            r"'data\.datasets\[0\]\.wieght'.*'data\.datasets\.weight'",
-        ),
+        ({"data": {"datasets": [{"path": "x", "wieght": 1}]}}, r"datasets\[0\]\.wieght'.*'data\.datasets\.weight'"),
         ({"data": {"datasets": [{"path": "x", "weight": "two"}]}}, r"data\.datasets\[0\]\.weight is 'two'.*a number"),
         ({"data": {"datasets": [{"weight": 1}]}}, r"data\.datasets\[0\]\.path is missing"),
         ({"run": {"steps": "many"}}, r"run\.steps is 'many' .*accepted: a whole number"),
