@@ -61,13 +61,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     recipe = write_recipe(folder, data)
-    run_python(
-        "import sys; from motifarch.cli import main; main(sys.argv[1:])",
-        "train",
-        recipe,
-        "--run.steps",
-        "6",
-        "--validation.every",
-        "0",
-    )
+    code = "import sys; from motifarch.cli import main; main(sys.argv[1:])"
+    run_python(code, "train", recipe, "--run.steps", "6", "--validation.every", "0")
     return folder / "run"

@@ -1,10 +1,7 @@
-"""timm's DiffAttention alone: an independent implementation of DIFF V1,
-without torchvision and the rest of timm.
+"""timm's DiffAttention, an independent DIFF V1, without the rest of timm.
 
-``import timm`` imports torchvision, whose CUDA build does not import beside a CPU build of torch
-(``operator torchvision::nms does not exist``), and which transformers then stumbles over too. The
-layer itself needs three sibling modules of pure PyTorch, so the packages above it stand in
-sys.modules as bare names while it is imported.
+``import timm`` imports torchvision, which does not import beside a CPU build of torch. The layer
+needs three sibling modules of pure PyTorch: the packages above it are bare names meanwhile.
 """
 
 import importlib

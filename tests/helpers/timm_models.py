@@ -1,8 +1,6 @@
-"""timm's models where torchvision is not installed for this torch: they need it for images alone.
+"""timm's models where torchvision does not import: they need it for images alone.
 
-``import timm`` imports torchvision, whose build for CUDA does not import beside a CPU build of
-torch. Vision transformers themselves are pure PyTorch, so that names without meaning stand in for
-it. For a fresh process: other libraries would take the stand-in for torchvision.
+Names without meaning stand in for it, in a fresh process: other libraries would take them for it.
 """
 
 import importlib

@@ -43,18 +43,9 @@ def plain_v2(layer, x, *, gate=False, sub_norm=False, lambda_init=0.0, qk_norm=F
 @pytest.mark.parametrize("ratio", [1, 3, 4])
 @pytest.mark.parametrize("gate", [False, True])
 def test_every_head_ratio_is_the_formula(ratio, kv_heads, gate, backend):
-    layer = DifferentialAttentionV2(
-        EMBED,
-        num_heads=2 * (ratio + 1),
-        num_noise_heads=2,
-        num_kv_heads=kv_heads,
-        head_dim=D,
-        layer_idx=0,
-        gate=gate,
-        backend=backend,
-        dtype=torch.float64,
-    )
-    check(layer, gate=gate)
+    heads = {"num_heads": 2 * (ratio + 1), "num_noise_heads": 2, "num_kv_heads": kv_heads, "head_dim": D}
+    options = {"layer_idx": 0, "gate": gate, "backend": backend, "dtype": torch.float64}
+    check(DifferentialAttentionV2(EMBED, **heads, **options), gate=gate)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ from motifarch.layers import (
 EMBED, D = 24, 8
 
 
+def gda(heads, noise_heads, kv_heads, *, layer_idx=0, **options):
+    sizes = {"num_heads": heads, "num_noise_heads": noise_heads, "num_kv_heads": kv_heads, "head_dim": D}
+    return GroupedDifferentialAttention(EMBED, **sizes, layer_idx=layer_idx, **options)
+
+
 def plain_gda(layer, x, *, lambda_init, sub_norm=True, qk_norm=False, window=None, scale=D**-0.5):
     """One row x (S, E): blocks of g signal heads and a noise head, pairs of key heads, values of
     double width.
@@ -57,17 +62,7 @@ def plain_gda(layer, x, *, lambda_init, sub_norm=True, qk_norm=False, window=Non
 @pytest.mark.parametrize(("kv_heads", "paired"), [(2, True), (4, True), (1, False), (2, False)])
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7])
 def test_every_head_ratio_is_the_formula(ratio, kv_heads, paired, backend):
-    layer = GroupedDifferentialAttention(
-        EMBED,
-        num_heads=2 * (ratio + 1),
-        num_noise_heads=2,
-        num_kv_heads=kv_heads,
-        paired_kv=paired,
-        head_dim=D,
-        layer_idx=2,
-        backend=backend,
-        dtype=torch.float64,
-    )
+    layer = gda(2 * (ratio + 1), 2, kv_heads, paired_kv=paired, layer_idx=2, backend=backend, dtype=torch.float64)
     randomise(layer)
     x = torch.randn(2, 7, EMBED, dtype=torch.float64)
     ours = layer(x, RotaryEmbedding(D)(torch.arange(7)[None], torch.float64))
@@ -90,18 +85,7 @@ def test_every_head_ratio_is_the_formula(ratio, kv_heads, paired, backend):
     ids=lambda o: next(iter(o)),
 )
 def test_options_are_the_formula_s(options, plain_options, backend, paired):
-    layer = GroupedDifferentialAttention(
-        EMBED,
-        num_heads=6,
-        num_noise_heads=2,
-        num_kv_heads=4 if paired else 2,
-        paired_kv=paired,
-        head_dim=D,
-        layer_idx=0,
-        backend=backend,
-        dtype=torch.float64,
-        **options,
-    )
+    layer = gda(6, 2, 4 if paired else 2, paired_kv=paired, backend=backend, dtype=torch.float64, **options)
     randomise(layer)
     x = torch.randn(1, 9, EMBED, dtype=torch.float64)
     ours = layer(x, RotaryEmbedding(D)(torch.arange(9)[None], torch.float64))
@@ -111,9 +95,7 @@ def test_options_are_the_formula_s(options, plain_options, backend, paired):
 
 
 def test_positions_are_left_out_without_tables():
-    layer = GroupedDifferentialAttention(
-        EMBED, num_heads=3, num_noise_heads=1, num_kv_heads=2, head_dim=D, layer_idx=0, window_size=(-1, 0)
-    )
+    layer = gda(3, 1, 2, window_size=(-1, 0))
     x = torch.randn(1, 6, EMBED)
     # Without positions, the last token cannot tell the order of those before it.
     assert_agrees(layer(x)[:, -1], layer(x[:, [3, 0, 4, 2, 1, 5]])[:, -1])
@@ -128,14 +110,8 @@ def interleave(weight, heads):
 def test_diff_v1_agrees_with_diffllama(kv_heads):
     """Transformers keeps signal heads first and has no sub-norm weight."""
     heads, depth = 8, 3
-    config = DiffLlamaConfig(
-        hidden_size=EMBED,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=D,
-        rms_norm_eps=1e-5,
-        attn_implementation="eager",
-    )
+    sizes = {"hidden_size": EMBED, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": D}
+    config = DiffLlamaConfig(**sizes, rms_norm_eps=1e-5, attn_implementation="eager")
     theirs = DiffLlamaAttention(config, layer_idx=depth)
     randomise(theirs)
     ours = DifferentialAttention(EMBED, num_heads=heads, num_kv_heads=kv_heads, head_dim=D, layer_idx=depth)
@@ -169,18 +145,11 @@ def test_without_pairs_and_lambda_it_is_softmax_attention(ratio, kv_heads, backe
     """Signal heads as Llama's: output, cache and gradients; lambda's is its own."""
     heads = 4
     noise = heads // ratio
-    options = {"num_kv_heads": kv_heads, "head_dim": D, "layer_idx": 0, "qk_norm": qk_norm, "backend": backend}
-    ours = GroupedDifferentialAttention(
-        EMBED,
-        num_heads=heads + noise,
-        num_noise_heads=noise,
-        paired_kv=False,
-        sub_norm=False,
-        lambda_init=0.0,
-        **options,
-    )
+    options = {"qk_norm": qk_norm, "backend": backend}
+    ours = gda(heads + noise, noise, kv_heads, paired_kv=False, sub_norm=False, lambda_init=0.0, **options)
     if qk_norm:
-        theirs = SoftmaxAttention(EMBED, num_heads=heads, **options)
+        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": D, "layer_idx": 0}
+        theirs = SoftmaxAttention(EMBED, **sizes, **options)
     else:
         config = LlamaConfig(hidden_size=EMBED, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=D)
         config._attn_implementation = "eager"
@@ -246,16 +215,8 @@ def test_diff_v1_agrees_with_timm(theirs):
     ).double()
     q, k, v = theirs.qkv.weight.detach().chunk(3)
     lambdas = {n: getattr(theirs, n).detach() for n in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")}
-    ours.load_state_dict(
-        lambdas
-        | {
-            "q_proj.weight": q,
-            "k_proj.weight": k,
-            "v_proj.weight": v,
-            "o_proj.weight": theirs.proj.weight.detach(),
-            "subln.weight": theirs.sub_norm.weight.detach(),
-        }
-    )
+    outside = {"o_proj.weight": theirs.proj.weight.detach(), "subln.weight": theirs.sub_norm.weight.detach()}
+    ours.load_state_dict(lambdas | {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v} | outside)
     x1 = torch.randn(2, 11, embed, dtype=torch.float64, requires_grad=True)
     x2 = x1.detach().clone().requires_grad_()
     out1, out2 = ours(x1), theirs(x2, is_causal=True)
@@ -333,11 +294,8 @@ def test_lambda_stays_in_float32_in_a_bfloat16_layer():
     ],
 )
 def test_heads_that_do_not_divide_are_refused(heads, message):
-    num_heads, noise, kv = heads
     with pytest.raises(ValueError, match=message):
-        GroupedDifferentialAttention(
-            EMBED, num_heads=num_heads, num_noise_heads=noise, num_kv_heads=kv, head_dim=D, layer_idx=0
-        )
+        gda(*heads)
 
 
 def test_diff_v1_refuses_an_odd_number_of_heads():

@@ -23,7 +23,7 @@ def pad_right(rows):
 COLLATORS = {"packed": DataCollatorWithFlattening(), "padded": pad_right}
 
 
-def trainer(model, folder, collator, **arguments):
+def trainer(model, folder, collator, batch_size, **arguments):
     options = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -33,6 +33,8 @@ def trainer(model, folder, collator, **arguments):
         "logging_steps": 1,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 8,
     }
     return Trainer(
         model=model,
@@ -47,15 +49,7 @@ def trainer(model, folder, collator, **arguments):
 @pytest.mark.parametrize("variant", ["gda", "diff_v2 gated"])
 def test_a_repeated_batch_is_learned(tmp_path, variant, collator):
     model = tiny_model(variant, initializer_range=0.1)
-    run = trainer(
-        model,
-        tmp_path,
-        collator,
-        max_steps=12,
-        learning_rate=1e-2,
-        per_device_train_batch_size=8,
-        gradient_checkpointing=True,
-    )
+    run = trainer(model, tmp_path, collator, 8, max_steps=12, learning_rate=1e-2, gradient_checkpointing=True)
     before = run.evaluate()["eval_loss"]
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
@@ -71,16 +65,8 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, collator):
     for micro in (8, 1):
         model = tiny_model()
         before = [p.detach().clone() for p in model.parameters()]
-        run = trainer(
-            model,
-            tmp_path,
-            collator,
-            max_steps=1,
-            learning_rate=1.0,
-            optim="sgd",
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=8 // micro,
-        )
+        options = {"max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "gradient_accumulation_steps": 8 // micro}
+        run = trainer(model, tmp_path, collator, micro, **options)
         run.train()
         steps.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
     assert max(s.abs().max().item() for s in steps[0]) > 0.01
@@ -90,7 +76,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path, collator):
 
 def test_evaluation_predicts_the_logits_and_the_loss(tmp_path):
     model = tiny_model()
-    run = trainer(model, tmp_path, "padded", per_device_eval_batch_size=8)
+    run = trainer(model, tmp_path, "padded", 8)
     prediction = run.predict(features())
     with torch.no_grad():
         exact = model.eval()(**pad_right(features()))

@@ -1,9 +1,7 @@
 """recipes/trainer/train.py on gloo processes: trainer_on_cpu.py RESULT RECIPE ...
 
-On a CPU, accelerate 1.15 quietly falls back to DistributedDataParallel, whatever its configuration
-asks for: its state takes FSDP up in the branch for GPUs alone. So the state is told here what it
-would have found there. From then on all is accelerate's own FSDP2, and the parameters are checked
-to be DTensors that no process holds whole.
+On a CPU, accelerate 1.15 quietly falls back to DistributedDataParallel: its state takes FSDP up for
+GPUs alone. Here the state is told what it would have found there; all else is accelerate's own.
 """
 
 import importlib.util

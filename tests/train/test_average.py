@@ -17,16 +17,8 @@ from motifarch.train.main import main
 from motifarch.train.manifest import damage
 from motifarch.train.metrics import read_metrics
 
-EVERY_TWO = (
-    "--checkpoint.every",
-    "2",
-    "--checkpoint.keep_last",
-    "0",
-    "--validation.every",
-    "0",
-    "--optim.warmup_steps",
-    "1",
-)
+KEEP_ALL = ("--checkpoint.every", "2", "--checkpoint.keep_last", "0")
+EVERY_TWO = (*KEEP_ALL, "--validation.every", "0", "--optim.warmup_steps", "1")
 FEEDBACK = ("--average.every", "4", "--average.last", "3")
 
 
