@@ -32,15 +32,8 @@ def make_mixture(**options: int) -> Mixture:
 
 
 def load(world_size: int = 1, rank: int = 0, start: int = 0, stop: int = 10, micro: int = 2, **options: int) -> dict:
-    loader = BatchLoader(
-        make_mixture(**options),
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=micro,
-        start_step=start,
-        stop_step=stop,
-    )
-    return dict(loader)
+    place = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
+    return dict(BatchLoader(make_mixture(**options), **place, start_step=start, stop_step=stop))
 
 
 def rows_of(micro_batches: list[dict[str, torch.Tensor]]) -> list[int]:

@@ -101,12 +101,6 @@ def test_number_of_processes_does_not_matter(corpus: Path, tmp_path: Path) -> No
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
-def test_the_seed_decides_order_and_split(corpus: Path, tmp_path: Path) -> None:
-    one, two = (prepare(tmp_path / seed, f"files:{corpus}/*.txt", options=["--seed", seed]) for seed in ("1", "2"))
-    assert one["fingerprint"] != two["fingerprint"]
-    assert stream(tmp_path / "1", "train")[:50] != stream(tmp_path / "2", "train")[:50]
-
-
 def test_a_given_tokenizer_is_used(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     first = prepare(tmp_path / "one", f"files:{corpus}/*.txt", options=["--tokenizer", str(tokenizer_folder)])
     assert first["vocab_size"] == 300
@@ -264,18 +258,3 @@ def test_a_full_disk_is_one_clear_message(many: list[str], tmp_path: Path) -> No
     assert process.returncode == 2
     assert re.fullmatch(r"error: cannot prepare .*data \(.*File too large.*\): free some space, .*\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]
-
-
-def test_without_a_terminal_only_whole_lines_are_said(corpus: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "motifarch.data.prepare", "--source", f"files:{corpus}", *QUICK]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "data")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.stderr == ""
-    assert "\r" not in done.stdout
-    stages = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert stages[:4] == ["reading", "training the tokenizer", "tokenising", "packing train"]

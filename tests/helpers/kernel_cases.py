@@ -54,7 +54,7 @@ def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: in
     pages = -(-rows // page)
     capacity = (3 * pages, page) if paged else (3, rows)
     keys, v = draw(*capacity, kv_heads, 2 * width), draw(*capacity, kv_heads, 2 * width)
-    inputs = {"q1": draw(3, 1, heads, width), "q2": draw(3, 1, noise_heads, width)}
+    q1, q2 = draw(3, 1, heads, width), draw(3, 1, noise_heads, width)
     new = {name: draw(3, 1, kv_heads, size * width) for name, size in (("k1", 1), ("k2", 1), ("v", 2))}
     order = torch.randperm(3 * pages, generator=torch.Generator().manual_seed(0)).view(3, pages)
     lengths = torch.tensor([0, rows // 3, rows - 1], dtype=torch.int32, device=device)
@@ -62,23 +62,9 @@ def decode(draw: Draw, dtype: str, device: torch.device, rows: int, *, width: in
     k1, k2 = keys.chunk(2, dim=-1)
 
     def call() -> Results:
-        out = diff_attn_with_kvcache(
-            inputs["q1"],
-            k1,
-            inputs["q2"],
-            k2,
-            v,
-            0.3,
-            lengths,
-            k1=new["k1"],
-            k2=new["k2"],
-            v=new["v"],
-            block_table=order.int().to(device) if paged else None,
-            num_splits=3,
-            causal=True,
-            backend="triton",
-            **epilogue({"norm_weight": norm_weight}),
-        )
+        table = order.int().to(device) if paged else None
+        options = epilogue({"norm_weight": norm_weight}) | {"num_splits": 3, "causal": True, "backend": "triton"}
+        out = diff_attn_with_kvcache(q1, k1, q2, k2, v, 0.3, lengths, **new, block_table=table, **options)
         return {"output": out, "keys": keys, "values": v}
 
     return call

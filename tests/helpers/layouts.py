@@ -46,21 +46,14 @@ class Case:
     variant: str
     layout: Layout
     optimizer: str = "adamw"
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of parallelize."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's config besides the variant's."""
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of parallelize
+    model: dict[str, Any] = field(default_factory=dict)  # fields of the config besides the variant's
     qk_clip: float | None = None
     steps: int = STEPS
-    """Where it ends."""
-    save: Path | None = None
-    """Folder for a checkpoint after half of the steps."""
-    load: Path | None = None
-    """A checkpoint to go on from."""
-    init_from: Path | None = None
-    """A checkpoint or a Hugging Face folder to take the first weights from."""
-    offload: bool = False
-    """Keep moments in CPU memory, the optimizer stepping in pieces."""
+    save: Path | None = None  # folder for a checkpoint after half of the steps
+    load: Path | None = None  # a checkpoint to go on from
+    init_from: Path | None = None  # a checkpoint or a Hugging Face folder, for the first weights
+    offload: bool = False  # keep moments in CPU memory, the optimizer stepping in pieces
 
     @property
     def config(self) -> MotifConfig:
@@ -94,29 +87,16 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             if case.load:
                 load_state(case.load, state)
             component = MixtureComponent(PackedDataset.open(data))
-            loader = BatchLoader(
-                Mixture([component], seed=0, batch_schedule=BatchSchedule(8)),
-                rank=mesh.data_rank,
-                world_size=mesh.layout.data_parallel_size,
-                micro_batch_size=2,
-                start_step=state.step,
-                stop_step=case.steps,
-            )
+            mixture = Mixture([component], seed=0, batch_schedule=BatchSchedule(8))
+            place = {"rank": mesh.data_rank, "world_size": mesh.layout.data_parallel_size, "micro_batch_size": 2}
+            loader = BatchLoader(mixture, **place, start_step=state.step, stop_step=case.steps)
             history, saver = [], None
             for _, whole in loader:
                 batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in whole]
                 (targets,) = world.all_reduce_sum([count_targets(batches)])
-                result = train_step(
-                    state,
-                    batches,
-                    world=world,
-                    targets=targets // mesh.layout.tensor,
-                    lr=LR,
-                    clip=CLIP,
-                    z_loss_weight=Z_LOSS,
-                    layout=mesh.layout,
-                    qk_clip=case.qk_clip,
-                )
+                options: dict[str, Any] = {"lr": LR, "clip": CLIP, "z_loss_weight": Z_LOSS, "layout": mesh.layout}
+                targets //= mesh.layout.tensor
+                result = train_step(state, batches, world=world, targets=targets, qk_clip=case.qk_clip, **options)
                 history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
                 if case.save and state.step == case.steps // 2:
                     saver = Checkpointer(case.save, asynchronous=True)

@@ -147,20 +147,9 @@ def test_error_rule_of_the_last_tokens_for_every_variant(ratio, lam, epilogue, l
     whole = {"gate": normal(2, 40, heads, v.shape[-1])} if epilogue == "gate" else {}
     last_gate = {"gate": whole["gate"][:, -2:]} if whole else {}
     norm_weight = torch.rand(v.shape[-1], generator=generator) if epilogue == "norm" else None
-    out = diff_attn_with_kvcache(
-        q1[:, -2:],
-        k1,
-        q2[:, -2:],
-        k2,
-        v,
-        lam[:, -2:] if lam.ndim == 3 else lam,
-        torch.full((2,), 40, dtype=torch.int32),
-        num_splits=2,
-        backend=in_place,
-        causal=True,
-        norm_weight=norm_weight,
-        **last_gate,
-    )
+    last_lam, lengths = lam[:, -2:] if lam.ndim == 3 else lam, torch.full((2,), 40, dtype=torch.int32)
+    options = {"num_splits": 2, "backend": in_place, "causal": True, "norm_weight": norm_weight} | last_gate
+    out = diff_attn_with_kvcache(q1[:, -2:], k1, q2[:, -2:], k2, v, last_lam, lengths, **options)
     arguments = (q1, k1, q2, k2, v)
     training = diff_attn_func(*arguments, lam, causal=True, norm_weight=norm_weight, backend=in_place, **whole)
     double = [t.double() for t in arguments]
@@ -368,22 +357,9 @@ def test_on_a_device(dtype, is_paged):
     q1, q2, lam = normal(4, 1, 8, 128), normal(4, 1, 2, 128), torch.rand(4, 1, 8, device="cuda")
     n1, n2, nv = normal(4, 1, 2, 128), normal(4, 1, 2, 128), normal(4, 1, 2, 256)
     norm_weight = torch.rand(256, device="cuda")
-    out = diff_attn_with_kvcache(
-        q1,
-        k1,
-        q2,
-        k2,
-        v,
-        lam,
-        lengths,
-        k1=n1,
-        k2=n2,
-        v=nv,
-        block_table=table if is_paged else None,
-        causal=True,
-        norm_weight=norm_weight,
-        backend="triton",
-    )
+    options = {"block_table": table if is_paged else None, "causal": True, "norm_weight": norm_weight}
+    new = {"k1": n1, "k2": n2, "v": nv}
+    out = diff_attn_with_kvcache(q1, k1, q2, k2, v, lam, lengths, **new, **options, backend="triton")
     for b, length in enumerate((lengths + 1).tolist()):
         if is_paged:
             held = [t[table[b].long()].flatten(0, 1)[None, :length] for t in (k1, k2, v)]

@@ -242,18 +242,10 @@ def test_bidirectional_attention_agrees_with_timm(theirs, backend):
     q, k, v = theirs.qkv(x1).chunk(3, dim=-1)
     q, k = (t.unflatten(-1, (TIMM_HEADS, 2, D)) for t in (q, k))
     lam = (theirs.lambda_q1 @ theirs.lambda_k1).exp() - (theirs.lambda_q2 @ theirs.lambda_k2).exp()
-    out1 = diff_attn_func(
-        q[..., 0, :],
-        k[..., 0, :],
-        q[..., 1, :],
-        k[..., 1, :],
-        v.unflatten(-1, (TIMM_HEADS, 2 * D)),
-        lam + default_lambda_init(4),
-        norm_weight=theirs.sub_norm.weight,
-        norm_eps=1e-5,
-        out_scale=1 - default_lambda_init(4),
-        backend=backend,
-    )
+    pairs = (t[..., i, :] for i in (0, 1) for t in (q, k))
+    options = {"norm_weight": theirs.sub_norm.weight, "norm_eps": 1e-5, "out_scale": 1 - default_lambda_init(4)}
+    v, lam = v.unflatten(-1, (TIMM_HEADS, 2 * D)), lam + default_lambda_init(4)
+    out1 = diff_attn_func(*pairs, v, lam, **options, backend=backend)
     out1 = theirs.proj(out1.flatten(2))
     out2 = theirs(x2)
     assert_agrees(out1, out2)

@@ -66,18 +66,9 @@ def test_diff_v1_agrees_with_diffllama(kv_heads, ours_attention):
         DiffLlamaConfig(**SIZES, num_key_value_heads=kv_heads, tie_word_embeddings=False, attn_implementation="eager")
     )
     randomise(theirs, std=0.2)
-    ours = MotifForCausalLM(
-        MotifConfig(
-            **SIZES,
-            num_key_value_heads=kv_heads,
-            attention_type="diff_v1",
-            num_noise_heads=None,
-            hidden_act="silu",
-            rope_theta=theirs.config.rope_parameters["rope_theta"],
-            attn_rms_norm_eps=1e-5,
-            attn_implementation=ours_attention,
-        )
-    )
+    options = {"num_key_value_heads": kv_heads, "attention_type": "diff_v1", "num_noise_heads": None}
+    options |= {"hidden_act": "silu", "attn_rms_norm_eps": 1e-5, "attn_implementation": ours_attention}
+    ours = MotifForCausalLM(MotifConfig(**SIZES, **options, rope_theta=theirs.config.rope_parameters["rope_theta"]))
     copied = {name: as_motif(name, t, kv_heads) for name, t in theirs.state_dict().items()}
     missing, unexpected = ours.load_state_dict(copied, strict=False)
     # DiffLlama's sub-norm has no weight; ours starts at 1.
@@ -89,26 +80,11 @@ def test_diff_v1_agrees_with_diffllama(kv_heads, ours_attention):
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 500_000.0}, YARN], ids=["default", "yarn"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_softmax_agrees_with_llama(rope, tied):
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            **SIZES,
-            num_key_value_heads=2,
-            rope_parameters=dict(rope),
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
-    )
+    sizes = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": tied}
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=dict(rope), attn_implementation="eager"))
     randomise(theirs, std=0.2)
-    ours = MotifForCausalLM(
-        MotifConfig(
-            **SIZES,
-            num_key_value_heads=2,
-            attention_type="softmax",
-            hidden_act="silu",
-            tie_word_embeddings=tied,
-            rope_parameters=dict(rope),
-        )
-    )
+    config = MotifConfig(**sizes, rope_parameters=dict(rope), attention_type="softmax", hidden_act="silu")
+    ours = MotifForCausalLM(config)
     ours.load_state_dict(theirs.state_dict())
     compare(ours, theirs, lambda name, t: t)
 
