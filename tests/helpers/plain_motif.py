@@ -1,9 +1,7 @@
-"""A Motif model as its description says, head by head, in plain PyTorch: nothing of motifarch or
-motif_kernels is used.
+"""A Motif model as its description says, in plain PyTorch without motifarch or motif_kernels.
 
-Sources: arXiv 2410.05258 (differential attention), 2510.06949 (grouped heads), 2411.03884
-(PolyNorm), 2104.09864 (rotary embeddings) and 2309.00071 (YaRN), with the released checkpoints'
-order of heads, depth count and tensor names.
+arXiv 2410.05258 (differential attention), 2510.06949 (grouped heads), 2411.03884 (PolyNorm),
+2104.09864 (rotary), 2309.00071 (YaRN); heads, depth and tensor names as the checkpoints have them.
 """
 
 import math

@@ -193,7 +193,6 @@ def test_softcap_and_max_logits():
     torch.testing.assert_close(capped, torch.tanh(max_signal))
 
 
-# ----------------------------------------------------------------------------------------------
 # packed documents
 
 
@@ -261,7 +260,6 @@ def test_packed_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(a, b)
 
 
-# --------------------------------------------------------------------------------------------------
 # reasons
 
 

@@ -178,7 +178,6 @@ def test_composed_differential_attention_runs_noise_heads_once(install, version,
 
 
 # What a call really costs
-# ------------------------------------------------------------------------------------------
 
 
 def test_no_plan_is_cheaper():
@@ -221,7 +220,6 @@ def test_widths_that_each_library_is_called_at(install, version, capability, wid
 
 
 # Which library, and reasons
-# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("versions", "newest"), [((), None), ((2,), 2), ((4,), 4), ((4, 2), 4)])
@@ -323,7 +321,6 @@ def test_a_call_that_cannot_be_served_raises_with_the_reason(install):
 
 
 # The libraries themselves
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[4, 2])
@@ -418,4 +415,3 @@ def test_the_library_on_packed_documents(library):
 
 
 # Through the public functions
-# --------------------------------------------------------------------------------------

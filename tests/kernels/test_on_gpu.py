@@ -1,10 +1,4 @@
-"""What only many launches or a whole compiled model show: the same bits a thousand times, and
-torch.compile.
-
-Tests marked ``gpu`` are meant for a GPU; without one the same bodies run a few times at tiny sizes,
-attention interpreted. On an H100 a thousand runs of a case should take a second or two beside the
-compilation of its kernels; the long one is the compiled model, most of a minute for Inductor.
-"""
+"""What many launches or a whole compiled model show; without a GPU a few, tiny and interpreted."""
 
 import os
 from typing import Any
