@@ -72,9 +72,7 @@ def give_gradients(sharded: list[nn.Parameter], whole: list[nn.Parameter]) -> No
         full.grad = torch.randn_like(full)
         local = local_shard(full.grad, part)
         assert isinstance(part, DTensor)
-        part.grad = DTensor.from_local(
-            local, part.device_mesh, part.placements, shape=part.shape, stride=part.stride()
-        )  # fmt: skip
+        part.grad = DTensor.from_local(local, part.device_mesh, part.placements, shape=part.shape, stride=part.stride())
 
 
 @contextmanager

@@ -31,9 +31,7 @@ def clip_on_ranks() -> None:
             whole = copy.deepcopy(layers)
             heads = [(8, 4), (4, 4)]
             # What each rank has seen: different data, of which the largest counts.
-            seen = [
-                [tuple(torch.rand(n) * 20 for n in counts) for counts in heads] for _ in range(world.size)
-            ]  # fmt: skip
+            seen = [[tuple(torch.rand(n) * 20 for n in counts) for counts in heads] for _ in range(world.size)]
             mesh = init_device_mesh("cpu", (world.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
             part = mesh["tensor"].get_local_rank()
             for layer, maxima in zip(layers, seen[world.rank], strict=True):

@@ -29,9 +29,7 @@ def build_model(tied: bool = True) -> MotifForCausalLM:
 def loader(data: Path, rank: int, ranks: int, micro: int) -> BatchLoader:
     component = MixtureComponent(PackedDataset.open(data))
     mixture = Mixture([component], seed=0, batch_schedule=BatchSchedule(8))
-    return BatchLoader(
-        mixture, rank=rank, world_size=ranks, micro_batch_size=micro, start_step=0, stop_step=STEPS
-    )  # fmt: skip
+    return BatchLoader(mixture, rank=rank, world_size=ranks, micro_batch_size=micro, start_step=0, stop_step=STEPS)
 
 
 def train_sharded(data: Path, output: Path, micro: int, options: dict[str, Any]) -> None:
@@ -44,9 +42,7 @@ def train_sharded(data: Path, output: Path, micro: int, options: dict[str, Any])
         history = []
         for _, batches in loader(data, world.rank, world.size, micro):
             (targets,) = world.all_reduce_sum([count_targets(batches)])
-            result = train_step(
-                state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=Z_LOSS
-            )  # fmt: skip
+            result = train_step(state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=Z_LOSS)
             history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
         weights = {k: v.full_tensor() for k, v in model.state_dict().items() if isinstance(v, DTensor)}
         if world.is_main:
@@ -95,9 +91,7 @@ def skip_one_step(data: Path) -> None:
             # Every rank must skip, though the loss is infinite on the last one alone.
             poison = math.inf if step == 1 and world.rank == world.size - 1 else 0.0
             (targets,) = world.all_reduce_sum([count_targets(batches)])
-            result = train_step(
-                state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=poison
-            )  # fmt: skip
+            result = train_step(state, batches, world=world, targets=targets, lr=LR, clip=CLIP, z_loss_weight=poison)
             skipped.append(int(result.skipped))
             content = state.state_dict()
             snapshots.append(local({"model": content["model"], "optimizer": content["optimizer"]}))

@@ -412,6 +412,3 @@ def test_the_library_on_packed_documents(library):
     assert all(torch.isfinite(g).all() for g in grads)
     alone = attend(q[None, :100], k[None, :90], v[None, :90], softmax_scale=0.125, causal=True)
     assert torch.equal(out[:100], alone[0])
-
-
-# Through the public functions

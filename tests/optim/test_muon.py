@@ -70,9 +70,7 @@ def test_equal_to_torch() -> None:
     ours, theirs = matrices(), matrices()
     triple = NS_COEFFICIENTS["keller_jordan"][0]
     muon = Muon(ours, lr=1e-2, weight_decay=0.1, ns_coefficients=NS_COEFFICIENTS["keller_jordan"])
-    torchs = torch.optim.Muon(
-        theirs, lr=1e-2, weight_decay=0.1, ns_coefficients=triple, adjust_lr_fn="match_rms_adamw"
-    )  # fmt: skip
+    torchs = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, ns_coefficients=triple, adjust_lr_fn="match_rms_adamw")
     for _ in range(10):
         give_gradients(ours, theirs)
         muon.step()

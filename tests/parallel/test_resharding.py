@@ -104,8 +104,6 @@ def test_a_hugging_face_folder_becomes_sharded_weights(four: dict[str, Any], sou
 def test_a_checkpoint_becomes_sharded_weights(folder: Path, four: dict[str, Any], variant: str) -> None:
     model = MotifForCausalLM(Case("", variant, FSDP).config)
     load_model_state(step(folder / variant), model)
-    torch.testing.assert_close(
-        four[f"from checkpoint, {variant}"][2], dict(model.state_dict()), rtol=0, atol=0
-    )  # fmt: skip
+    torch.testing.assert_close(four[f"from checkpoint, {variant}"][2], dict(model.state_dict()), rtol=0, atol=0)
     start, later = four["start, fsdp 4"][2], four[f"from checkpoint, {variant}"][2]
     assert not torch.equal(start["model.embed_tokens.weight"], later["model.embed_tokens.weight"])

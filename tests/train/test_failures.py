@@ -36,9 +36,7 @@ def run(finished: tuple[Path, Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_full_disk(recipe: Path, tmp_path: Path, asynchronous: str) -> None:
-    done = torchrun(
-        2, FULL_DISK, recipe, "--model.hidden_size", "64", "--checkpoint.asynchronous", asynchronous
-    )  # fmt: skip
+    done = torchrun(2, FULL_DISK, recipe, "--model.hidden_size", "64", "--checkpoint.asynchronous", asynchronous)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

@@ -18,9 +18,7 @@ def result(loss: float) -> StepResult:
 
 
 def open_log(folder: Path, start_step: int = 0) -> MetricsLog:
-    return MetricsLog(
-        folder, start_step=start_step, flops_per_token=1e9, tensorboard=True, device=torch.device("cpu")
-    )  # fmt: skip
+    return MetricsLog(folder, start_step=start_step, flops_per_token=1e9, tensorboard=True, device=torch.device("cpu"))
 
 
 def test_rows_are_exact_and_each_step_is_there_once(tmp_path: Path) -> None:
