@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 
@@ -59,7 +61,7 @@ def motif_config(fields: object, path: Path) -> MotifConfig:
         raise UserError(f"{path} is no Motif model's: its model_type is {kind!r}, and only 'Motif' grows")
     try:
         config: MotifConfig = MotifConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{path}: {error}") from None
     return config
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 import motifarch
 from motifarch.errors import UserError
 from motifarch.files import atomic_write, write_json
@@ -58,7 +60,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has model_type {kind!r}; code is written for {' and '.join(MODEL_TYPES)} models only")
     try:
         MotifConfig.from_dict(config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{path} is of no model that motifarch can compute: {error}") from None
     return config  # type: ignore[no-any-return]
 

@@ -222,6 +222,10 @@ SPOILT = {
         lambda f: change_config(f, num_noise_heads=4),
         "config.json: .*num_heads=6 .* num_noise_heads=4",
     ),
+    "a word for a number": (
+        lambda f: change_config(f, num_attention_heads="six"),
+        "error for field 'num_attention_heads'",
+    ),
     "a tensor too few": (
         lambda f: without(f, MISSING),
         f"does not hold what its config.json describes: {MISSING} is missing",
