@@ -1,6 +1,7 @@
 """What all tests share: no network, and one trained run for those that start from one."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before triton is imported: without a GPU, its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What inductor compiled for other instructions, as under ATEN_CPU_CAPABILITY, is found again in its
+# shared cache and corrupts memory. Workers inherit this process's folder, which goes with it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 
 # Files that take minutes. They come first, so that no worker is left alone with one at the end.
