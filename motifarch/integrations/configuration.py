@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from motifarch.integrations.derived import Derived
+
 MODEL_TYPE = "motifarch_patched"
 PATCH = "motifarch_patch"
 """The config's field that says what was patched, and how."""
@@ -44,8 +46,12 @@ class PatchOptions:
         return not self.sub_norm and self.ratio == 1
 
 
-class PatchedConfigMixin:
+class PatchedConfigMixin(Derived):
     """Mixed into a host's config class."""
+
+    # The host's plan would cut signal from noise heads.
+    base_model_tp_plan = None
+    base_model_ep_plan = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -67,5 +73,5 @@ class PatchedConfigMixin:
 @functools.cache
 def patched_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The patched class of a host's config class."""
-    names = {"model_type": MODEL_TYPE, "__module__": __name__}
+    names = {"model_type": MODEL_TYPE, "made_by": (patched_config_class, host), "__module__": __name__}
     return type(f"Patched{host.__name__}", (PatchedConfigMixin, host), names)

@@ -1,14 +1,18 @@
 """PolyNorm in the feed-forward modules of a transformers model."""
 
+import functools
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from motif_kernels import mul_poly_norm
+from motifarch.integrations.derived import Derived, derive
 from motifarch.layers import PolyNorm
 
+_cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
-class PolyNormMixin:
+
+class PolyNormMixin(Derived):
     """Mixed into a host's gated feed-forward: ``down_proj(PolyNorm(gate_proj(x)) * up_proj(x))``.
 
     Source: PolyNorm, arXiv 2411.03884. The product is taken before the one rounding.
@@ -25,14 +29,21 @@ class PolyNormMixin:
         return host.down_proj(product)  # type: ignore[no-any-return]
 
 
-def swap_activation(module: Any) -> None:
-    """Give a host's gated feed-forward module, in place, PolyNorm with new parameters."""
-    weight = module.gate_proj.weight
-    module.act_fn = PolyNorm(device=weight.device, dtype=weight.dtype)
-    module.__class__ = type(f"PolyNorm{type(module).__name__}", (PolyNormMixin, type(module)), {})
+@_cache
+def poly_norm_class(host: type) -> type:
+    """The PolyNorm class of a host's gated feed-forward class."""
+    return type(f"PolyNorm{host.__name__}", (PolyNormMixin, host), {"made_by": (poly_norm_class, host)})
 
 
-def swap_experts_activation(module: Any) -> None:
-    """Give a host's routed experts, in place, one PolyNorm that all experts of the layer share."""
-    weight = module.gate_up_proj
-    module.act_fn = PolyNorm(device=weight.device, dtype=weight.dtype)
+def with_poly_norm(module: nn.Module, *, fused: bool) -> Any:
+    """A host's feed-forward module, or its routed experts, with a new PolyNorm for activation.
+
+    Args:
+        module: has ``act_fn``.
+        fused: it is a gated feed-forward: the product with the other branch is PolyNorm's, too.
+            Experts share one PolyNorm, which they call themselves.
+    """
+    result = derive(module, poly_norm_class(type(module)) if fused else type(module))
+    weight = next(module.parameters())
+    result.act_fn = PolyNorm(device=weight.device, dtype=weight.dtype)
+    return result

@@ -53,7 +53,7 @@ class GroupedQueryAttention:
 
 
 def replace_latents(module: Any, *, kv_heads: int) -> None:
-    """Give a latent attention module, in place, new projections for what :data:`LOST` names."""
+    """Give a latent attention module new projections for what :data:`LOST` names."""
     out = module.o_proj
     new = {"bias": module.q_a_proj.bias is not None, "device": out.weight.device, "dtype": out.weight.dtype}
     # Its own extra factor (YaRN's) stays on the logits, whose width changes.

@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.integrations.configuration import PATCH, PatchOptions
 from motifarch.integrations.families import FAMILIES, Family
-from motifarch.integrations.feed_forward import swap_activation, swap_experts_activation
-from motifarch.integrations.latent import LOST, GroupedQueryAttention, replace_latents
-from motifarch.integrations.noise_heads import add_noise_heads
+from motifarch.integrations.feed_forward import with_poly_norm
+from motifarch.integrations.latent import LOST, replace_latents
+from motifarch.integrations.noise_heads import add_noise_heads, differential_module, linear_of
 from motifarch.integrations.report import ModuleReport
 
 
@@ -66,6 +66,12 @@ def check_attention(
             kind = type(getattr(module, projection, None))
             if kind is not nn.Linear:
                 raise ValueError(f"{name}.{projection} is a {kind.__name__}; only a plain nn.Linear can be patched")
+            weight = getattr(module, projection).weight
+            if type(weight) is not nn.Parameter:
+                raise ValueError(
+                    f"{name}.{projection}.weight is a {type(weight).__name__} (sharded or quantized); patch the model "
+                    "first, then shard or quantize it"
+                )
         if getattr(module, "attention_dropout", 0.0):
             raise ValueError(
                 f"{name} has attention dropout {module.attention_dropout}, which differential attention does not; "
@@ -135,60 +141,66 @@ def patch_modules(
     kv_heads: dict[str, tuple[int, int]],
     backend: str,
 ) -> list[ModuleReport]:
-    """Patch the modules, which were checked; returns what was done."""
+    """Put patched modules in the place of the host's, which were checked; returns what was done."""
     reports = []
     for name, module in modules["attention"].items():
-        reports.append(_patch_attention(name, module, family, options, kv_heads[name], backend))
+        patched, report = _differential(name, module, family, options, kv_heads[name], backend)
+        model.set_submodule(name, patched)
+        reports.append(report)
     if modules["attention"]:
         model.config.num_key_value_heads = next(iter(kv_heads.values()))[1]
         model.config._attn_implementation = IMPLEMENTATION
-    for name, module in modules["feed_forward"].items():
-        reports.append(_swapped(name, module, swap_activation, ["gate_proj", "up_proj", "down_proj"]))
-    for name, module in modules["experts"].items():
-        if options.experts == "swap":
-            reports.append(_swapped(name, module, swap_experts_activation, ["gate_up_proj", "down_proj"]))
-        else:
-            reports.append(ModuleReport(name, "as it was", ["all (routed experts)"]))
+    swapped = [(n, m, ["gate_proj", "up_proj", "down_proj"]) for n, m in modules["feed_forward"].items()]
+    if options.experts == "swap":
+        swapped += [(n, m, ["gate_up_proj", "down_proj"]) for n, m in modules["experts"].items()]
+    else:
+        reports += [ModuleReport(n, "as it was", ["all (routed experts)"]) for n in modules["experts"]]
+    for name, module, kept in swapped:
+        model.set_submodule(name, with_poly_norm(module, fused=name in modules["feed_forward"]))
+        lost = f"{type(module.act_fn).__name__} activation"
+        added = ["act_fn.weight", "act_fn.bias"]
+        reports.append(ModuleReport(name, "PolyNorm", kept, added, lost=[lost], exact=False))
     return reports
 
 
-def _swapped(name: str, module: Any, swap: Any, kept: list[str]) -> ModuleReport:
-    lost = f"{type(module.act_fn).__name__} activation"
-    swap(module)
-    return ModuleReport(name, "PolyNorm", kept, ["act_fn.weight", "act_fn.bias"], [lost], exact=False)
-
-
-def _patch_attention(
+def _differential(
     name: str, module: Any, family: Family, options: PatchOptions, kv_heads: tuple[int, int], backend: str
-) -> ModuleReport:
+) -> tuple[Any, ModuleReport]:
     heads, (before, after) = _query_heads(module, family), kv_heads
-    names_before = {n for n, _ in module.named_parameters()}
+    held = dict(module.named_parameters())
+    patched = differential_module(module, family)
     merged = ""
     if family.latent:
-        replace_latents(module, kv_heads=after)
+        replace_latents(patched, kv_heads=after)
     elif before != after:
-        _merge(module, before, after, heads)
+        _merge(patched, before, after, heads)
         merged = f"{before} key/value heads merged to {after} (means)"
-    base = GroupedQueryAttention if family.latent else None
-    add_noise_heads(module, options, heads, norm_heads_dim=family.norm_heads_dim, backend=backend, base=base)
-    names = [n for n, _ in module.named_parameters()]
-    kept = ["scale", "window", "rotary"] if not family.latent else ["scale"]
-    kept += [n for n in names if n in names_before and not (merged and n.startswith(("k_proj", "v_proj")))]
+    add_noise_heads(patched, options, heads, norm_heads_dim=family.norm_heads_dim, backend=backend)
+    now = dict(patched.named_parameters())
+    own = {id(p) for p in held.values()}
+    kept = ["scale"] if family.latent else ["scale", "window", "rotary"]
     exact = options.attention_is_exact and not merged and not family.latent
-    added = [n for n in names if n not in names_before]
-    lost = [n for n in LOST if family.latent]
     what = f"{options.attention}: {heads} signal, {heads // options.ratio} noise, {after} key/value heads"
-    return ModuleReport(name, what, kept, added, lost, merged, exact)
+    return patched, ModuleReport(
+        name,
+        what,
+        kept=kept + [n for n, p in now.items() if id(p) in own],
+        added=[n for n, p in now.items() if id(p) not in own and n not in held],
+        grown=[n for n in now if n in held and n.startswith("q_proj.")],
+        lost=list(LOST) if family.latent else [],
+        merged=merged,
+        exact=exact,
+    )
 
 
 def _merge(module: Any, before: int, after: int, heads: int) -> None:
     """Replace each run of before / after neighbouring key/value heads by its mean."""
-    for projection in (module.k_proj, module.v_proj):
-        for name, tensor in list(projection.named_parameters()):
-            # (after, run, D, ...) -> (after * D, ...)
-            mean = tensor.detach().unflatten(0, (after, before // after, -1)).mean(dim=1).flatten(0, 1)
-            setattr(projection, name, nn.Parameter(mean.to(tensor.dtype), requires_grad=tensor.requires_grad))
-        projection.out_features = projection.weight.shape[0]
+
+    def mean(tensor: Tensor) -> Tensor:
+        # (after, run, D, ...) -> (after * D, ...)
+        return tensor.detach().unflatten(0, (after, before // after, -1)).mean(dim=1).flatten(0, 1).to(tensor.dtype)
+
+    module.k_proj, module.v_proj = linear_of(module.k_proj, mean), linear_of(module.v_proj, mean)
     module.num_key_value_groups = heads // after
     if hasattr(module, "num_key_value_heads"):
         module.num_key_value_heads = after

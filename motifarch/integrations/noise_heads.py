@@ -1,12 +1,13 @@
 """Differential attention inside a transformers attention module that goes on running its own
 forward.
 
-The module's query projection and query norm gain noise heads behind its own; its rotary embeddings,
-cache, scale, window and softcap then serve all of them alike, and the attention function that it
-calls is ours.
+The module's query projection gains rows for noise heads behind its own, and its query norm a norm
+for them; its rotary embeddings, cache, scale, window and softcap then serve all heads alike, and
+the attention function that it calls is ours.
 """
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -14,57 +15,98 @@ from torch import Tensor, nn
 
 from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.integrations.configuration import PatchOptions
+from motifarch.integrations.derived import Derived, derive
+from motifarch.integrations.families import Family
+from motifarch.integrations.latent import GroupedQueryAttention
 from motifarch.layers.grouped_differential_attention import scalar_lambda
 
+_cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
-class QueryProjection(nn.Linear):
-    """A host's query projection, noise heads last: (..., E) -> (..., (H + Hn) D)."""
 
-    noise: nn.Linear
+class QueryNorm(nn.Module):
+    """A host's query norm, and one like it for the noise heads, which come last.
+
+    Args:
+        signal: the host's.
+        heads_dim: the dimension that counts heads where the norm sees them.
+        signal_heads: H.
+    """
+
+    def __init__(self, signal: nn.Module, *, heads_dim: int, signal_heads: int) -> None:
+        super().__init__()
+        self.signal, self.noise = signal, copy.deepcopy(signal)
+        self.heads_dim, self.signal_heads = heads_dim, signal_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """Signal and noise queries, side by side."""
-        return torch.cat((super().forward(x), self.noise(x)), dim=-1)
-
-
-class QueryNorm:
-    """Mixed into a host's query norm: noise heads, which come last, have their own norm."""
-
-    noise: nn.Module
-    heads_dim: int
-    signal_heads: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape; dimension ``heads_dim`` counts heads."""
+        """Same shape."""
         signal, noise = x.tensor_split([self.signal_heads], dim=self.heads_dim)
-        host: Any = super()
-        return torch.cat((host.forward(signal), self.noise(noise)), dim=self.heads_dim)
+        return torch.cat((self.signal(signal), self.noise(noise)), dim=self.heads_dim)
 
 
-class DifferentialAttentionMixin:
+class ScalarLambda(nn.Module):
+    """GDA's lambda (arXiv 2510.06949), one number a layer: ``exp(lambda_q1 . lambda_k1) -
+    exp(lambda_q2 . lambda_k2) + lambda_init``.
+
+    A module of its own, so that adapters can name it.
+
+    Args:
+        head_dim: D, the vectors' length.
+        lambda_init: the constant, at which lambda starts.
+        device: where the parameters are made.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        lambda_init: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.lambda_init = lambda_init
+        self.lambda_q1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
+        self.lambda_k1 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
+        self.lambda_q2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
+        self.lambda_k2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts lambda at lambda_init to the bit: at zero vectors no gradient would move them."""
+        for first, second in ((self.lambda_q1, self.lambda_q2), (self.lambda_k1, self.lambda_k2)):
+            nn.init.normal_(first, std=0.1)
+            second.copy_(first)
+
+    def forward(self, _: Tensor) -> Tensor:
+        """Lambda of any hidden states: a float32 (float64) scalar tensor."""
+        return scalar_lambda(self)
+
+
+class DifferentialAttentionMixin(Derived):
     """Mixed into a host's attention module: what the noise heads add to it.
 
-    Lambda is one number a layer, ``exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) +
-    lambda_init`` (GDA, arXiv 2510.06949), or ``sigmoid(x W)`` for each token and signal head
+    Lambda is that of :class:`ScalarLambda`, or ``sigmoid(x W)`` for each token and signal head
     (DIFF V2).
     """
 
     config: Any
-    q_proj: QueryProjection
     signal_heads: int
     noise_heads: int
-    lambda_init: float
     out_scale: float
     subln: nn.RMSNorm | None
     backend: str
+    lambda_vectors: ScalarLambda | None
+    lambda_proj: nn.Linear | None
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """Lambda in float32 (float64): a scalar tensor, or (B, S, H)."""
-        host: Any = self
-        if hasattr(host, "lambda_proj"):
-            logits = host.lambda_proj(hidden_states)
-            return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        return scalar_lambda(host)
+        if self.lambda_vectors is not None:
+            return self.lambda_vectors(hidden_states)  # type: ignore[no-any-return]
+        assert self.lambda_proj is not None
+        logits = self.lambda_proj(hidden_states)
+        return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         """The host's forward, with lambda handed through to the attention function.
@@ -81,59 +123,68 @@ class DifferentialAttentionMixin:
         host: Any = super()
         return host.forward(hidden_states, *arguments, differential_lambda=lam, **options)
 
-    @torch.no_grad()
-    def reset_noise(self) -> None:
-        """Starts noise heads as their groups' first signal heads, lambda at lambda_init or 1/2."""
-        host: Any = self
-        group = self.signal_heads // self.noise_heads
-        for name, tensor in self.q_proj.noise.named_parameters():
-            heads = getattr(self.q_proj, name).unflatten(0, (self.signal_heads, -1))
-            tensor.copy_(heads[::group].flatten(0, 1))
-        if hasattr(host, "lambda_proj"):
-            nn.init.zeros_(host.lambda_proj.weight)
-            return
-        # Equal pairs start lambda at lambda_init to the bit; at zero no gradient would move them.
-        for first, second in ((host.lambda_q1, host.lambda_q2), (host.lambda_k1, host.lambda_k2)):
-            nn.init.normal_(first, std=0.1)
-            second.copy_(first)
+
+@_cache
+def differential_class(host: type) -> type:
+    """The differential class of a host's attention class."""
+    names = {"made_by": (differential_class, host), "__module__": __name__}
+    return type(f"Differential{host.__name__}", (DifferentialAttentionMixin, host), names)
+
+
+@_cache
+def grouped_query_class(host: type) -> type:
+    """That of a host's latent attention class, which becomes grouped-query attention."""
+    names = {"made_by": (grouped_query_class, host), "__module__": __name__}
+    return type(f"Differential{host.__name__}", (DifferentialAttentionMixin, GroupedQueryAttention, host), names)
+
+
+def differential_module(module: nn.Module, family: Family) -> Any:
+    """A host's attention module as one of its differential class, still without noise heads."""
+    return derive(module, (grouped_query_class if family.latent else differential_class)(type(module)))
 
 
 def add_noise_heads(
-    module: Any,
-    options: PatchOptions,
-    signal_heads: int,
-    *,
-    norm_heads_dim: int | None,
-    backend: str,
-    base: type | None = None,
+    module: Any, options: PatchOptions, signal_heads: int, *, norm_heads_dim: int | None, backend: str
 ) -> None:
-    """Turn a host's attention module, whose q_proj gives H = ``signal_heads`` heads, in place, into
-    a differential one; the forward of ``base``, if any, runs instead of the host's.
+    """Give a differential module, whose q_proj gives H = ``signal_heads`` heads, noise heads that
+    start as their groups' first signal heads, and lambda at lambda_init or 1/2.
 
     For ``norm_heads_dim`` see :class:`motifarch.integrations.families.Family`.
     """
-    noise_heads, head_dim = signal_heads // options.ratio, module.head_dim
-    query = module.q_proj
-    hidden_size, new = query.in_features, {"device": query.weight.device, "dtype": query.weight.dtype}
-    query.__class__ = QueryProjection
-    query.out_features += noise_heads * head_dim
-    query.noise = nn.Linear(hidden_size, noise_heads * head_dim, bias=query.bias is not None, **new)
+    module.signal_heads, module.noise_heads = signal_heads, signal_heads // options.ratio
+    module.backend, module.out_scale = backend, 1.0
+    new = {"device": module.q_proj.weight.device, "dtype": module.q_proj.weight.dtype}
+    hidden_size = module.q_proj.in_features
+    module.q_proj = _with_noise_rows(module.q_proj, signal_heads, options.ratio)
     if norm_heads_dim is not None:
-        norm = module.q_norm
-        noise_norm = copy.deepcopy(norm)
-        norm.__class__ = type(f"{type(norm).__name__}WithNoise", (QueryNorm, type(norm)), {})
-        norm.noise, norm.heads_dim, norm.signal_heads = noise_norm, norm_heads_dim, signal_heads
-    module.signal_heads, module.noise_heads = signal_heads, noise_heads
-    module.lambda_init, module.backend, module.out_scale = options.lambda_init, backend, 1.0
-    if options.attention == "gda":
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(module, name, nn.Parameter(torch.empty(head_dim, **new)))
-        module.out_scale = 1.0 - options.lambda_init if options.sub_norm else 1.0
-    else:
+        module.q_norm = QueryNorm(module.q_norm, heads_dim=norm_heads_dim, signal_heads=signal_heads)
+    module.lambda_vectors = module.lambda_proj = None
+    if options.attention == "diff_v2":
         module.lambda_proj = nn.Linear(hidden_size, signal_heads, bias=False, **new)
+        nn.init.zeros_(module.lambda_proj.weight)
         # Lambda starts at 1/2, and A - A/2 would be half of what o_proj was trained on.
         module.out_scale = 1.0 if options.sub_norm else 2.0
-    module.subln = nn.RMSNorm(head_dim, eps=1e-5, **new) if options.sub_norm else None
-    bases = (DifferentialAttentionMixin, *(() if base is None else (base,)), type(module))
-    module.__class__ = type(f"Differential{type(module).__name__}", bases, {})
-    module.reset_noise()
+    else:
+        module.lambda_vectors = ScalarLambda(module.head_dim, lambda_init=options.lambda_init, **new)
+        module.out_scale = 1.0 - options.lambda_init if options.sub_norm else 1.0
+    module.subln = nn.RMSNorm(module.head_dim, eps=1e-5, **new) if options.sub_norm else None
+
+
+def _with_noise_rows(query: nn.Linear, signal_heads: int, group: int) -> nn.Linear:
+    """A projection of noise queries behind a host's queries: (..., E) -> (..., (H + Hn) D)."""
+
+    def grown(tensor: Tensor) -> Tensor:
+        heads = tensor.detach().unflatten(0, (signal_heads, -1))
+        return torch.cat((heads, heads[::group])).flatten(0, 1)
+
+    return linear_of(query, grown)
+
+
+def linear_of(source: nn.Linear, change: Any) -> nn.Linear:
+    """A linear layer whose weight and bias are another's, changed in their rows."""
+    weight = change(source.weight)
+    result = nn.Linear(source.in_features, len(weight), bias=source.bias is not None, device="meta")
+    result.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
+    if source.bias is not None:
+        result.bias = nn.Parameter(change(source.bias), requires_grad=source.bias.requires_grad)
+    return result.train(source.training)

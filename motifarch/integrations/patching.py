@@ -10,7 +10,7 @@ from motifarch.integrations.configuration import PatchOptions
 from motifarch.integrations.families import FAMILIES
 from motifarch.integrations.modules import check_attention, check_feed_forward, find_modules, patch_modules
 from motifarch.integrations.report import PatchReport
-from motifarch.integrations.saving import PatchedModelMixin, mark
+from motifarch.integrations.saving import PatchedModelMixin, as_patched
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "attention": ("gda", "diff_v2", None),
@@ -90,8 +90,8 @@ def patch(
     modules = find_modules(model, FAMILIES[host], options)
     kv_heads = check_attention(modules["attention"], FAMILIES[host], ratio, merge_kv=merge_kv)
     check_feed_forward(modules, options)
+    as_patched(model, {"host": host, **asdict(options)})
     reports = patch_modules(model, FAMILIES[host], modules, options, kv_heads, backend)
-    mark(model, {"host": host, **asdict(options)})
     done = [f"attention {attention} {ratio}:1"] if attention else []
     done += ["feed-forward polynorm"] if feed_forward else []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}

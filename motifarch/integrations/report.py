@@ -17,6 +17,7 @@ class ModuleReport:
         what: what it is now, in a few words.
         kept: what of it stays as it was.
         added: names of its new parameters.
+        grown: names of parameters with new rows, for the noise heads, behind those that they had.
         lost: what it had and has no more, by name.
         merged: how key/value heads were merged; empty if they were not.
         exact: whether it starts as the same function, up to rounding.
@@ -26,6 +27,7 @@ class ModuleReport:
     what: str
     kept: list[str]
     added: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     merged: str = ""
     exact: bool = True
@@ -50,17 +52,24 @@ class PatchReport:
         """Names of the model's new parameters."""
         return [f"{m.name}.{parameter}" for m in self.modules for parameter in m.added]
 
+    @property
+    def grown(self) -> list[str]:
+        """Names of the parameters that have new rows behind those that they had."""
+        return [f"{m.name}.{parameter}" for m in self.modules for parameter in m.grown]
+
     def __iter__(self) -> Iterator[ModuleReport]:
         """The modules."""
         return iter(self.modules)
 
     def __str__(self) -> str:
         """A line, and a table of 140 columns."""
-        columns = [Column(name, overflow="fold") for name in ("is now", "kept", "added", "lost", "same start")]
+        names = ("is now", "kept", "added", "more rows", "lost", "same start")
+        columns = [Column(name, overflow="fold") for name in names]
         table = Table(Column("module", no_wrap=True), *columns)
         for m in self.modules:
             lost = ", ".join([*m.lost, *([m.merged] if m.merged else [])])
-            table.add_row(m.name, m.what, ", ".join(m.kept), ", ".join(m.added), lost, "yes" if m.exact else "no")
+            exact = "yes" if m.exact else "no"
+            table.add_row(m.name, m.what, ", ".join(m.kept), ", ".join(m.added), ", ".join(m.grown), lost, exact)
         text = io.StringIO()
         Console(file=text, width=140).print(table)
         start = "starts as the same function" if self.exact else "does not start as the same function"

@@ -5,6 +5,7 @@ A patched model is of a class of its own, made from its host's, and so is its co
 (:mod:`motifarch.integrations.configuration`).
 """
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -20,13 +21,15 @@ from transformers.models.auto import modeling_auto
 
 from motifarch.errors import UserError
 from motifarch.integrations.configuration import MODEL_TYPE, PATCH, patched_config_class
+from motifarch.integrations.derived import Derived, derive
 from motifarch.integrations.modules import rebuild
+from motifarch.integrations.noise_heads import ScalarLambda
 from motifarch.layers import PolyNorm
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
 
-class PatchedModelMixin:
+class PatchedModelMixin(Derived):
     """Mixed into a host's model class: what is built is patched as its config says."""
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
@@ -47,16 +50,20 @@ class PatchedModelMixin:
         if isinstance(module, PolyNorm):
             init.constant_(module.weight, 1 / 3)
             init.zeros_(module.bias)
-        for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            if hasattr(module, name):
-                init.normal_(getattr(module, name), std=0.1)
+        elif isinstance(module, ScalarLambda):
+            for vector in module.parameters():
+                init.normal_(vector, std=0.1)
 
 
 @_cache
 def patched_model_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The patched class of a host's model class."""
     config: Any = host.config_class
-    names = {"config_class": patched_config_class(config), "__module__": __name__}
+    names = {
+        "config_class": patched_config_class(config),
+        "made_by": (patched_model_class, host),
+        "__module__": __name__,
+    }
     return type(f"Patched{host.__name__}", (PatchedModelMixin, host), names)
 
 
@@ -96,12 +103,17 @@ class PatchedConfig(PreTrainedConfig):
 AutoConfig.register(MODEL_TYPE, PatchedConfig, exist_ok=True)
 
 
-def mark(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Make a model that was patched in place, and its config, of their patched classes."""
-    config: Any = model.config
-    config.__class__ = register(type(config))
+def as_patched(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Make a model that will be patched in place of its patched class, with a config of its own:
+    other models may have been made from the one that it had.
+    """
+    given: Any = model.config
+    config = derive(copy.deepcopy(given), register(type(given)))
     vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
     setattr(config, PATCH, record)
+    for module in model.modules():
+        if vars(module).get("config") is given:
+            module.config = config
     model.__class__ = patched_model_class(type(model))
     # The patched model saves the names that it has, not those of the host's checkpoint.
     model._weight_conversions = None  # type: ignore[assignment]

@@ -103,7 +103,7 @@ def moved(model: Any) -> Any:
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if re.search("noise|lambda|subln", name):
+            if re.search("q_proj|noise|lambda|subln", name):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 

@@ -50,13 +50,13 @@ def test_attention_is_the_formula_over_the_hosts_queries_keys_and_values(attenti
         def heads(weight: Any, bias: Any) -> torch.Tensor:
             return (x @ weight.T + bias).unflatten(-1, (-1, 8))
 
-        q = heads(layer.q_proj.weight, layer.q_proj.bias)
-        noise = heads(layer.q_proj.noise.weight, layer.q_proj.noise.bias)
+        q, noise = heads(layer.q_proj.weight, layer.q_proj.bias).split([8, 4], dim=2)
         k, v = (heads(p.weight, p.bias) for p in (layer.k_proj, layer.v_proj))
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         noise, _ = apply_rotary_pos_emb(noise, noise, cos, sin, unsqueeze_dim=2)
         if attention == "gda":
-            vectors = (layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2)
+            names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+            vectors = [getattr(layer.lambda_vectors, name) for name in names]
             lam = vectors[0].dot(vectors[1]).exp() - vectors[2].dot(vectors[3]).exp() + lambda_init
             out_scale = 1 - lambda_init if sub_norm else 1.0
         else:
@@ -81,8 +81,8 @@ def test_latent_attention_becomes_the_formula_with_the_hosts_rotation_and_scale(
     cos, sin = model.model.rotary_emb(x, torch.arange(9)[None])
     with torch.no_grad():
         q, noise, k, v = (
-            (x @ p.weight.T).unflatten(-1, (-1, 8))
-            for p in (layer.q_proj, layer.q_proj.noise, layer.k_proj, layer.v_proj)
+            (x @ weight.T).unflatten(-1, (-1, 8))
+            for weight in (*layer.q_proj.weight.split([128, 32]), layer.k_proj.weight, layer.v_proj.weight)
         )
         for heads in (q, noise, k):  # half of a head is rotated: 4 of 8
             heads[..., 4:], _ = apply_rotary_pos_emb(heads[..., 4:], heads[..., 4:], cos, sin, unsqueeze_dim=2)
@@ -100,12 +100,12 @@ def test_a_norm_of_queries_gets_a_noise_norm() -> None:
     x = torch.randn(1, 3, 10, 8, dtype=torch.float64)
     expected = torch.cat(
         [
-            rms_norm(x[:, :, :8], norm.weight, norm.variance_epsilon),
-            rms_norm(x[:, :, 8:], norm.noise.weight, norm.variance_epsilon),
+            rms_norm(x[:, :, :8], norm.signal.weight, norm.signal.variance_epsilon),
+            rms_norm(x[:, :, 8:], norm.noise.weight, norm.noise.variance_epsilon),
         ],
         dim=2,
     )
-    assert not torch.equal(norm.weight, norm.noise.weight)
+    assert not torch.equal(norm.signal.weight, norm.noise.weight)
     torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-6)  # the host's norms work in float32
 
 
@@ -114,9 +114,9 @@ def test_noise_heads_start_as_the_first_signal_head_of_their_group() -> None:
     patch(model, ratio=2)
     for layer in model.model.layers:
         query = layer.self_attn.q_proj
-        for host, noise in ((query.weight, query.noise.weight), (query.bias, query.noise.bias)):
-            heads = host.unflatten(0, (8, 8))
-            assert torch.equal(noise.unflatten(0, (4, 8)), heads[torch.tensor([0, 2, 4, 6])])
+        for rows in (query.weight, query.bias):
+            heads = rows.unflatten(0, (12, 8))
+            assert torch.equal(heads[8:], heads[torch.tensor([0, 2, 4, 6])])
 
 
 def test_polynorm_replaces_the_activation_of_every_dense_block() -> None:
@@ -257,9 +257,7 @@ def test_the_report_says_what_was_kept_added_and_lost() -> None:
     attention = by_name["model.layers.0.self_attn"]
     assert attention.what == "gda: 16 signal, 4 noise, 4 key/value heads"
     assert "o_proj.weight" in attention.kept
-    assert {"q_proj.weight", "q_proj.noise.weight", "k_proj.weight", "v_proj.weight", "lambda_q1"} <= set(
-        attention.added
-    )
+    assert {"q_proj.weight", "k_proj.weight", "v_proj.weight", "lambda_vectors.lambda_q1"} <= set(attention.added)
     assert {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"} <= set(attention.lost)
     assert by_name["model.layers.0.mlp"].lost == ["SiLUActivation activation"]
     assert by_name["model.layers.1.mlp.experts"].added == []
@@ -399,7 +397,7 @@ def test_a_patched_layer_compiles_in_one_piece(attention: str) -> None:
     expected, out = layer(x, position_embeddings=tables), compiled(x, position_embeddings=tables)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     out.square().mean().backward()
-    assert layer.self_attn.q_proj.noise.weight.grad.abs().max() > 0
+    assert layer.self_attn.q_proj.weight.grad[64:].abs().max() > 0
 
 
 def test_padding_is_honoured_when_a_model_is_compiled() -> None:
@@ -492,7 +490,7 @@ def test_folders_that_are_no_patched_model_are_refused(tmp_path: Path) -> None:
     patched().save_pretrained(tmp_path / "patched")
     file = tmp_path / "patched/model.safetensors"
     tensors = load_file(file)
-    name = "model.layers.1.self_attn.q_proj.noise.weight"
+    name = "model.layers.1.self_attn.lambda_vectors.lambda_q1"
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"missing tensors: {name}"):
@@ -505,5 +503,5 @@ def test_a_patched_model_is_copied_and_moved() -> None:
     ids = token_ids(1, 6)
     assert torch.equal(twin(ids).logits, model(ids).logits)
     with torch.no_grad():
-        twin.model.layers[0].self_attn.lambda_q1.add_(1)
+        twin.model.layers[0].self_attn.lambda_vectors.lambda_q1.add_(1)
     assert not torch.equal(twin(ids).logits, model(ids).logits)
