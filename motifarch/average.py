@@ -1,6 +1,5 @@
 """`motifarch average`: the mean of a run's last checkpoints, as a checkpoint."""
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
+from motifarch.field_types import PositiveCount
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.train.checkpoint import CheckpointWriter, explain_mismatch
@@ -88,10 +89,10 @@ def average(run: Path, output: Path, last: int) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of :func:`average`."""
-    parser = argparse.ArgumentParser(prog="motifarch average", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's output folder")
-    parser.add_argument("--last", type=int, default=6, help="checkpoints to average (default: 6)")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser = Parser(prog="motifarch average", description=__doc__)
+    parser.add_argument("run", type=path, help="a run's output folder")
+    parser.add_argument("--last", type=option(PositiveCount), default=6, help="checkpoints to average (default: 6)")
+    parser.add_argument("--output", type=path, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
     checkpoint = average(arguments.run, arguments.output, arguments.last)
     steps = ", ".join(map(str, read_manifest(checkpoint)["about"][AVERAGE_OF]))

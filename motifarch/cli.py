@@ -5,12 +5,13 @@ import importlib
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from motifarch.errors import UserError, tell_torchrun
+from motifarch.errors import DISK_ERRORS, UserError, first_line, tell_torchrun
 
 COMMANDS = {
     "train": ("motifarch.train.main", "train a model as a recipe says"),
@@ -35,20 +36,52 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted."""
+    """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted, 1 one
+    that nobody foresaw, of which a file then has the whole trace.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = run(list(sys.argv[1:] if argv is None else argv))
+        status = run(arguments)
     except UserError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except Exception as error:
-        if not _distributed():
-            raise
-        if _LOST_PEER.search(str(error)):
-            _fail(f"error: rank {_rank()} lost another rank, whose own message says why", 1, wait=False)
-        _fail(traceback.format_exc(), 1, wait=False)
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        # head, or less, has seen enough; Python must not try to flush once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or error.filename is None:
+            _stop(error, arguments)
+        name = os.fsdecode(error.filename)
+        _fail(f"error: {name}: {error.strerror}; check its permissions and the space there, or name another place", 2)
+    except BaseException as error:  # a panic in a library of Rust is no Exception
+        _stop(error, arguments)
     sys.exit(status)
+
+
+def _stop(error: BaseException, arguments: list[str]) -> NoReturn:
+    """The last resort, for an error that nobody foresaw."""
+    if _distributed() and _LOST_PEER.search(str(error)):
+        _fail(f"error: rank {_rank()} lost another rank, whose own message says why", 1, wait=False)
+    _fail(f"error: {_unforeseen(error, arguments)}", 1, wait=False)
+
+
+def _unforeseen(error: BaseException, arguments: list[str]) -> str:
+    """An error in one line, with the file that has the whole trace."""
+    reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+    trace = f"motifarch {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        # A new file of a name that nobody can foresee, for this user alone: no link is followed.
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="motifarch-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(trace)
+        return f"{reason} (unforeseen; the whole trace is in {file.name}, for a report)"
+    except OSError as unwritten:
+        return f"{reason} (unforeseen; its trace can't be written either: {unwritten.strerror})"
 
 
 def run(argv: list[str]) -> int:

@@ -1,8 +1,12 @@
 """The exception for errors that a user can mend, and the report that torchrun prints at the end."""
 
+import errno
 import json
 import os
 import time
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Of a full disk, a quota, a file size limit, a read-only file system, missing permissions."""
 
 
 class UserError(Exception):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from motifarch.command_line import Parser, path
 from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
@@ -98,14 +99,14 @@ def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedToke
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of :func:`export` and, with --with-code, :func:`add_code`."""
-    parser = argparse.ArgumentParser(prog="motifarch export", description=__doc__)
+    parser = Parser(prog="motifarch export", description=__doc__)
     parser.add_argument(
         "source",
-        type=Path,
+        type=path,
         help="a run's output folder, or one checkpoint's folder; with --with-code also a Motif model's Hugging Face "
         "folder, to which the code is added in place",
     )
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN/export)")
+    parser.add_argument("--output", type=path, help="folder to write (default: RUN/export)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
     parser.add_argument("--tokenizer", help="a tokenizer folder (default: that of the run's data)")
     parser.add_argument(

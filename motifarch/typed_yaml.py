@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from motifarch import packaged_recipes
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
+from motifarch.yaml_text import MOST_CHARACTERS, parse_yaml
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ class Section:
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # To Python, and so to pydantic, true is 1.
-        if isinstance(value, bool) and "bool" not in str(cls.__annotations__[info.field_name or ""]):
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(v, bool) for v in values) and "bool" not in str(cls.__annotations__[info.field_name or ""]):
             raise ValueError
         return value
 
@@ -84,7 +85,7 @@ class TypedYaml(Generic[T]):
                 sources += self._files(Path(text))
                 continue
             # pydantic makes numbers of texts.
-            value = _parse(text, f"--{name} {text}") if text.startswith(("[", "{")) or text == "null" else text
+            value = parse_yaml(text, f"--{name} {text}") if text.startswith(("[", "{")) or text == "null" else text
             for part in reversed(name.split(".")):
                 value = {part: value}
             sources.append((" on the command line", value))
@@ -111,20 +112,23 @@ class TypedYaml(Generic[T]):
                 continue
             of_entries = "items" in self.fields.get(name.rpartition(".")[0], {})
             default = f"; default {json.dumps(node['default'])}" if "default" in node else ""
-            print(f"  {'each ' if of_entries else '--'}{name}: {_accepted(node)}{default}")
+            print(f"  {'each ' if of_entries else '--'}{name}: {accepted(node)}{default}")
             print(textwrap.fill(node.get("description", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
     def _files(self, path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
         """What a file holds, after what its base does, and where that is."""
         this = f"the {self.noun} {path}"
-        if path.resolve() in above:
-            raise UserError(f"{this} is its own base; let base name another file, or leave it out")
         try:
-            values = _parse(path.read_text(encoding="utf-8"), this)
+            if path.resolve() in above:
+                raise UserError(f"{this} is its own base; let base name another file, or leave it out")
+            with path.open(encoding="utf-8") as file:
+                values = parse_yaml(file.read(MOST_CHARACTERS + 1), this)  # a device has no end
         except OSError as error:
             raise UserError(f"{this} can't be read: {error.strerror}; give the path of a YAML file") from None
         except UnicodeDecodeError:
             raise UserError(f"{this} is not UTF-8 text; give the path of a YAML file") from None
+        except (ValueError, RuntimeError) as error:  # a NUL byte, a circle of links
+            raise UserError(f"{shown(str(path))} is no path: {first_line(error)}; give that of a YAML file") from None
         if not isinstance(values, dict):
             raise UserError(f"{this} holds no sections; it must be a YAML mapping such as `run: {{steps: 100}}`")
         base, files = values.get("base"), [(f" in {path}", values)]
@@ -157,14 +161,14 @@ class TypedYaml(Generic[T]):
             known = name if _bare(name) in self.fields else known
         where = next((place for place, given in reversed(sources) if _holds(given, loc)), "")
         if kind == "unexpected_keyword_argument":
-            return f"unknown {self.noun} field {name!r}{where}{self._meant(_bare(name))}"
+            return f"unknown {self.noun} field {shown(name)}{where}{self._meant(_bare(name))}"
         node = self.fields[_bare(known)]
         if kind == "missing":
-            return f"{known} is missing; give {_accepted(node)}"
+            return f"{known} is missing; give {accepted(node)}"
         if known.endswith("]"):
             node = node.get("items") or node.get("prefixItems", [node])[0]
         meaning = f" ({' '.join(node['description'].split())})" if "description" in node else ""
-        return f"{known} is {error['input']!r}{where}; accepted: {_accepted(node)}{meaning}"
+        return f"{known} is {shown(error['input'])}{where}; accepted: {accepted(node)}{meaning}"
 
     def _meant(self, name: str) -> str:
         # A right field in the wrong section is nearer than anything that merely looks alike.
@@ -173,41 +177,12 @@ class TypedYaml(Generic[T]):
         return f"; did you mean {close[0]!r}?" if close else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last. Keys are texts."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice; keep one", problem_mark=key.start_mark)
-            seen.append(key.value)
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
-
-
-# 1e-3 is a number, as in YAML 1.2.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def _parse(text: str, this: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{this} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
-
-
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields (name without dashes, value) of every option."""
     rest = iter(args)
     for arg in rest:
         if not arg.startswith("--"):
-            raise UserError(f"unexpected argument {arg!r}; write overrides as --section.field VALUE")
+            raise UserError(f"unexpected argument {shown(arg)}; write overrides as --section.field VALUE")
         name, equals, value = arg[2:].partition("=")
         text = value if equals else next(rest, None)
         if text is None:
@@ -245,17 +220,36 @@ def _fields(node: dict[str, Any], definitions: dict[str, Any], name: str = "") -
         yield from _fields(child, definitions, _join(name, key))
 
 
-def _accepted(node: dict[str, Any]) -> str:
-    """What a field takes, in words."""
+def shown(value: Any) -> str:
+    """A value as a message shows it: in one line of bounded length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def accepted(node: dict[str, Any]) -> str:
+    """What a JSON schema's node takes, in words."""
+    if "accepted" in node:
+        return str(node["accepted"])
     if "anyOf" in node:
-        return " or ".join(map(_accepted, node["anyOf"]))
+        return " or ".join(map(accepted, node["anyOf"]))
+    if "const" in node:
+        return str(node["const"])
     if "enum" in node:
         return ", ".join(map(str, node["enum"]))
     if "prefixItems" in node:
-        return f"a list of {len(node['prefixItems'])}: " + ", ".join(map(_accepted, node["prefixItems"]))
+        return f"a list of {len(node['prefixItems'])}: " + ", ".join(map(accepted, node["prefixItems"]))
     words = _TYPES.get(node.get("type", ""), "a value")
     if "items" in node:
         fields = ", ".join(node["items"].get("properties", ()))
-        return f"{words} of entries with the fields {fields}" if fields else f"{words}, each {_accepted(node['items'])}"
-    bounds = [f"{word} {node[key]}" for key, word in _BOUNDS.items() if key in node]
-    return f"{words} {' and '.join(bounds)}".strip()
+        return f"{words} of entries with the fields {fields}" if fields else f"{words}, each {accepted(node['items'])}"
+    bounds = {
+        word: f"{node[key]:,}" if isinstance(node[key], int) else f"{node[key]:g}"
+        for key, word in _BOUNDS.items()
+        if key in node
+    }
+    if bounds.keys() == {"at least", "at most"}:
+        return f"{words} from {bounds['at least']} to {bounds['at most']}"
+    return f"{words} {' and '.join(f'{word} {bound}' for word, bound in bounds.items())}".strip()

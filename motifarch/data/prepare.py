@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from motifarch.command_line import Parser, option, path
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
 from motifarch.errors import UserError
+from motifarch.field_types import Fraction, Length, Processes, Seed, Tokens, Vocabulary
 
 _DESCRIPTION = """\
 Read text, split it by document into training and validation, tokenise it and pack it into blocks for training.
@@ -28,7 +30,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``motifarch data prepare``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="motifarch data prepare",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -51,29 +53,35 @@ def build_parser() -> argparse.ArgumentParser:
     inputs.add_argument(
         "--streaming", action="store_true", help="read Hugging Face datasets without downloading them first"
     )
-    inputs.add_argument("--max-documents", type=int, metavar="N", help="read only the first N documents of each source")
+    inputs.add_argument(
+        "--max-documents", type=option(Tokens), metavar="N", help="read only the first N documents of each source"
+    )
     inputs.add_argument(
         "--strict", action="store_true", help="stop at an empty, binary or undecodable document instead of skipping it"
     )
 
     outputs = parser.add_argument_group("what to make")
-    outputs.add_argument("--output", type=Path, required=True, metavar="DIR", help="the prepared folder")
+    outputs.add_argument("--output", type=path, required=True, metavar="DIR", help="the prepared folder")
     outputs.add_argument(
         "--tokenizer",
         metavar="NAME_OR_PATH",
         help="a Hugging Face tokenizer (default: a new byte-level BPE on up to 64 Mi characters of the training part)",
     )
-    outputs.add_argument("--vocab-size", type=int, metavar="N", help="tokens to train (%(default)s)")
-    outputs.add_argument("--seq-len", type=int, metavar="N", help="targets in a block (%(default)s)")
+    outputs.add_argument("--vocab-size", type=option(Vocabulary), metavar="N", help="tokens to train (%(default)s)")
+    outputs.add_argument("--seq-len", type=option(Length), metavar="N", help="targets in a block (%(default)s)")
     outputs.add_argument(
         "--validation-fraction",
-        type=float,
+        type=option(Fraction),
         metavar="F",
         help="part of the documents kept for validation, chosen by a seeded hash of their text (%(default)s)",
     )
-    outputs.add_argument("--seed", type=int, metavar="N", help="of the split and the documents' order (%(default)s)")
+    outputs.add_argument(
+        "--seed", type=option(Seed), metavar="N", help="of the split and the documents' order (%(default)s)"
+    )
     outputs.add_argument("--overwrite", action="store_true", help="replace a folder that was prepared differently")
-    outputs.add_argument("--num-proc", type=int, metavar="N", help="processes that tokenise (%(default)s)")
+    outputs.add_argument(
+        "--num-proc", type=option(Processes), metavar="N", help="processes that tokenise (%(default)s)"
+    )
     defaults = {f.name: f.default for f in dataclasses.fields(PrepareSettings) if f.default is not dataclasses.MISSING}
     parser.set_defaults(**defaults | {"num_proc": os.cpu_count() or 1})
     return parser

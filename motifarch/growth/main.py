@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
+from motifarch.field_types import Fraction, Heads, Layers, Seed
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax import from_softmax
 from motifarch.growth.from_softmax_probe import closest, probe_ids
@@ -90,9 +91,9 @@ def _factors(arguments: argparse.Namespace) -> Factors | MotifConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="motifarch grow", description=__doc__)
-    parser.add_argument("source", type=Path, help="a Motif model's Hugging Face folder; it is only read")
-    parser.add_argument("output", type=Path, help="the folder to make; it must not exist")
+    parser = Parser(prog="motifarch grow", description=__doc__)
+    parser.add_argument("source", type=path, help="a Motif model's Hugging Face folder; it is only read")
+    parser.add_argument("output", type=path, help="the folder to make; it must not exist")
     parser.add_argument(
         "--like", metavar="LAYOUT", help=f"grow into this layout: {', '.join(LAYOUTS)}, or a Motif model's folder"
     )
@@ -102,16 +103,18 @@ def _parser() -> argparse.ArgumentParser:
         "--signal-heads": "signal heads; noise and key/value heads stay",
         "--heads": "all heads: signal, noise and key/value",
     }.items():
-        parser.add_argument(name, type=int, default=1, metavar="N", help=f"multiply {multiplied}")
-    parser.add_argument("--layers", type=int, metavar="N", help="layers afterwards; new ones start as the identity")
+        parser.add_argument(name, type=option(Heads), default=1, metavar="N", help=f"multiply {multiplied}")
+    parser.add_argument(
+        "--layers", type=option(Layers), metavar="N", help="layers afterwards; new ones start as the identity"
+    )
     parser.add_argument("--untie", action="store_true", help="give a tied output projection a matrix of its own")
     parser.add_argument(
         "--noise",
-        type=float,
+        type=option(Fraction),
         metavar="X",
         help="make copies differ by noise of X standard deviations that cancels in what they compute, such as 0.01",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=option(Seed), default=0, help="of the noise (default: 0)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the grown weights (default: the source's)")
     group = parser.add_argument_group(
         "from a softmax model",
@@ -122,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--ratio",
-        type=int,
+        type=option(Heads),
         metavar="G",
         help="signal heads for each noise head (default: 1 for diff_v2; for gda as many as share a key/value head)",
     )
@@ -131,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--approximate", action="store_true", help="allow what cannot start as the same function, and say how far it is"
     )
     group.add_argument(
-        "--probe", type=Path, metavar="TEXT", help="with --approximate: measure on this text file, not on random tokens"
+        "--probe", type=path, metavar="TEXT", help="with --approximate: measure on this text file, not on random tokens"
     )
     parser.add_argument(
         "--no-check", dest="check", action="store_false", help="do not run both models to compare their logits"

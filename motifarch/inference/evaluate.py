@@ -7,12 +7,14 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 import motifarch
+from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
+from motifarch.field_types import Count, Rows, Weight
 from motifarch.files import write_json
 from motifarch.inference.generate import check_folder, load
 
@@ -192,13 +194,13 @@ def _load(manager: "TaskManager", spec: str) -> list[Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``motifarch eval``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="motifarch eval",
         description=__doc__,
         epilog="Needs lm-eval (pip install 'motifarch[eval]'). Most of its tasks fetch data from the Hugging Face Hub.",
     )
     parser.add_argument(
-        "folder", type=Path, help="a folder that motifarch export wrote, or any causal language model's"
+        "folder", type=path, help="a folder that motifarch export wrote, or any causal language model's"
     )
     parser.add_argument(
         "--tasks",
@@ -208,21 +210,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--limit",
-        type=float,
+        type=option(Weight),
         metavar="N",
         help="only the first N examples of each task, or that share of them if N is below 1 (to try things out: such "
         "scores compare with nothing)",
     )
-    parser.add_argument("--batch-size", default="1", metavar="N", help="rows at once, or auto (default: 1)")
+    parser.add_argument(
+        "--batch-size",
+        type=option(Literal["auto"] | Rows),
+        default=1,
+        metavar="N",
+        help="rows at once, or auto (default: 1)",
+    )
     parser.add_argument(
         "--num-fewshot",
-        type=int,
+        type=option(Count),
         metavar="N",
         help="solved examples before each question (default: what each task says; one that says 0 keeps 0)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write all results there, as JSON")
+    parser.add_argument("--output", type=path, metavar="FILE", help="write all results there, as JSON")
     return parser
 
 
@@ -235,12 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     tasks = [task for task in (part.strip() for part in arguments.tasks.split(",")) if task]
     _check(arguments, tasks)
-    batch_size = arguments.batch_size
     results = evaluate(
         arguments.folder,
         tasks,
         limit=arguments.limit,
-        batch_size=batch_size if batch_size == "auto" else int(batch_size),
+        batch_size=arguments.batch_size,
         num_fewshot=arguments.num_fewshot,
         dtype=arguments.dtype,
         device=arguments.device,
@@ -260,13 +267,9 @@ def _check(arguments: argparse.Namespace, tasks: list[str]) -> None:
     """Checks settings before anything is loaded."""
     if not tasks:
         raise UserError(f"--tasks {arguments.tasks!r} names no task; give names or files, with commas between")
-    limit, size, shots, output = arguments.limit, arguments.batch_size, arguments.num_fewshot, arguments.output
+    limit, output = arguments.limit, arguments.output
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
         raise UserError(f"--limit is {limit:g}; give a number of examples, or a share of them between 0 and 1")
-    if size != "auto" and not (size.isdecimal() and int(size)):
-        raise UserError(f"--batch-size is {size!r}; it must be a whole number of at least 1, or auto")
-    if shots is not None and shots < 0:
-        raise UserError(f"--num-fewshot is {shots}; it must be at least 0")
     if output is not None:
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; give a file")

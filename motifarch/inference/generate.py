@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import motifarch.integrations
 import motifarch.models  # noqa: F401  # both for the Auto classes to know motifarch's models
+from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError, first_line
+from motifarch.field_types import Length, Probability, Rows, Seed, Temperature
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate
 
@@ -64,9 +66,9 @@ def load(
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``motifarch generate``."""
-    parser = argparse.ArgumentParser(prog="motifarch generate", description=__doc__, epilog=_SPEED_HELP)
+    parser = Parser(prog="motifarch generate", description=__doc__, epilog=_SPEED_HELP)
     parser.add_argument(
-        "folder", type=Path, help="a folder that motifarch export wrote, or any causal language model's"
+        "folder", type=path, help="a folder that motifarch export wrote, or any causal language model's"
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source.add_argument(
         "--prompts",
-        type=Path,
+        type=path,
         metavar="FILE",
         help='a text file with a prompt a line, or a .jsonl file with {"prompt": "..."} or {"messages": [{"role": '
         '"user", "content": "..."}]} a line; messages go through the chat template. Each result is a line of JSON, in '
@@ -86,14 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write the results of --prompts there, once all are done, instead of to standard output as they come; "
         "until then, and if interrupted, they are in FILE.partial",
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=option(Rows),
         default=8,
         metavar="N",
         help="how many of --prompts to continue at once (default: 8); those that leave less room in the model than "
@@ -101,10 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chat", action="store_true", help="make the prompt a user message, and print the reply alone")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help=_SEED_HELP)
+    parser.add_argument("--max-new-tokens", type=option(Length), default=200, metavar="N", help="default: 200")
+    parser.add_argument(
+        "--temperature", type=option(Temperature), default=0.8, help="0 takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument("--top-p", type=option(Probability), default=0.95, help="nucleus sampling (default: 0.95)")
+    parser.add_argument("--seed", type=option(Seed), default=0, help=_SEED_HELP)
     parser.add_argument(
         "--cache",
         choices=CACHES,
@@ -125,8 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = Sampling(
         arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.cache
     )
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     try:
         speed = _one(arguments, sampling) if arguments.prompts is None else _many(arguments, sampling)
     except BrokenPipeError:

@@ -61,10 +61,10 @@ class Sampling:
     cache: str = "dynamic"
 
     def __post_init__(self) -> None:
-        hot_enough = self.temperature >= 0 and math.isfinite(self.temperature)
+        hot_enough = self.temperature == 0 or 1e-6 <= self.temperature <= 1000
         for option, value, accepted, holds in (
             ("--max-new-tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1),
-            ("--temperature", self.temperature, "0 or more, and finite", hot_enough),
+            ("--temperature", self.temperature, "0, or from 1e-6 to 1000", hot_enough),
             ("--top-p", self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
             ("--cache", self.cache, f"one of {', '.join(CACHES)}", self.cache in CACHES),
         ):
@@ -279,10 +279,10 @@ def _continue(
             ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
         )
     )
-    processors: list[LogitsProcessor] = []
+    processors: list[LogitsProcessor] = [_Finite()]
     if sampling.temperature > 0:
         top_p = [TopPLogitsWarper(float(sampling.top_p))] if sampling.top_p < 1 else []
-        processors = [TemperatureLogitsWarper(float(sampling.temperature)), *top_p, _Draw(sampling.seed, numbers)]
+        processors += [TemperatureLogitsWarper(float(sampling.temperature)), *top_p, _Draw(sampling.seed, numbers)]
     first_tokens = _FirstTokens(model.device)
     started = time.perf_counter()
     try:
@@ -329,6 +329,20 @@ def _continue(
     speed.prompt_tokens += sum(map(len, rows))
     speed.tokens += sum(len(new) for new, _ in made)
     return made
+
+
+class _Finite(LogitsProcessor):
+    """Refuses scores that no token can be taken by."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores (B, V), as they are."""
+        # +inf and NaN are each row's largest; where all are -inf, so is that.
+        if not scores.amax(-1).isfinite().all():
+            raise UserError(
+                "the model's logits are not finite (NaN or infinite): its weights are damaged, or too large for the "
+                "dtype it computes in; export or copy the folder anew"
+            )
+        return scores
 
 
 class _Draw(LogitsProcessor):

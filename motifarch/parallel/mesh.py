@@ -2,27 +2,33 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from motifarch.errors import UserError
+from motifarch.field_types import Ranks
+from motifarch.typed_yaml import Section
+
+Rest = Literal[-1]
+"""As many ranks as are left."""
 
 DIMENSIONS = ("replicate", "shard", "context", "tensor")
 
 
 @dataclass
-class Layout:
+class Layout(Section):
     """Ranks along each dimension of the mesh; neighbouring ranks differ in the last first."""
 
-    replicate: int = 1
+    replicate: Ranks | Rest = 1
     """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one
     within fast links. Gradients are averaged between them; parameters are gathered within one."""
-    shard: int = -1
+    shard: Ranks | Rest = -1
     """Ranks that share a copy, with rows of their own (FSDP); -1 takes what is left."""
-    context: int = 1
+    context: Ranks | Rest = 1
     """Ranks that share a row's tokens and exchange them for heads around attention (Ulysses)."""
-    tensor: int = 1
+    tensor: Ranks | Rest = 1
     """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
 
     @property

@@ -5,11 +5,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 
+from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
+from motifarch.field_types import Length, Multiplier, Ranks
 from motifarch.files import atomic_write, write_json
 from motifarch.hardware import GPUS, find_gpu
 from motifarch.plan.planning import Plan, make_plan
@@ -20,40 +23,39 @@ from motifarch.plan.timing import ASSUMPTIONS, Assumptions
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe
 
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses as the rest of motifarch does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see motifarch plan --help")
+_TOKENS = Annotated[float, Field(ge=1, le=1e18)]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the plan's own options; all others are the recipe's fields."""
-    parser = _Parser(
+    parser = Parser(
         prog="motifarch plan",
         usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
         description="Say what a recipe needs on a number of GPUs: memory, traffic, FLOPs, time. Needs no GPU.",
-        allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    parser.add_argument("--gpus", type=option(Ranks), required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"their kind: {', '.join(GPUS)}")
     parser.add_argument(
-        "--domain", type=int, metavar="N", help="GPUs in an NVLink domain (default: the machine's, 8 or 72)"
+        "--domain", type=option(Ranks), metavar="N", help="GPUs in an NVLink domain (default: the machine's, 8 or 72)"
     )
-    parser.add_argument("--network-gbit", type=float, metavar="X", help="network a GPU, Gbit/s (default: 400)")
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens of a sequence (default: as the recipe's data was prepared)"
+        "--network-gbit", type=option(Multiplier), metavar="X", help="network a GPU, Gbit/s (default: 400)"
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=option(Length),
+        metavar="N",
+        help="tokens of a sequence (default: as the recipe's data was prepared)",
     )
     parser.add_argument(
         "--tokens",
-        type=float,
+        type=option(_TOKENS),
         metavar="X",
         help="tokens of the run, such as 5.5e12 (default: the recipe's steps)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON there")
+    parser.add_argument("--output", type=path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the JSON there")
     parser.add_argument(
         "--no-suggestions", "--no-advice", action="store_true", help="do not look for changes that would make it fit"
     )
@@ -77,15 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ASSUMPTIONS.check(assumptions)
     gpu = find_gpu(options.gpu)
     if options.domain is not None:
-        if options.domain < 1:
-            raise UserError(f"--domain is {options.domain}; it must be at least 1 GPU")
         gpu = dataclasses.replace(gpu, domain=options.domain)
     if options.network_gbit is not None:
-        if not options.network_gbit > 0:
-            raise UserError(f"--network-gbit is {options.network_gbit}; it must be above 0")
         gpu = dataclasses.replace(gpu, network=options.network_gbit * 1e9 / 8)
-    if options.tokens is not None and not options.tokens > 0:
-        raise UserError(f"--tokens is {options.tokens}; it must be above 0")
     recipe = read_recipe([options.recipe, *fields])
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     name = Path(options.recipe).name
@@ -124,5 +120,6 @@ def _write(options: argparse.Namespace, name: str, plan: Plan, fitting: Plan | N
             bars.append((f"with\n{changes}", fitting))
         draw_memory(bars, options.output / "plan.png", f"{name} on {plan.gpus} x {plan.gpu.name}")
     except OSError as error:
-        raise UserError(f"can't write {error.filename}: {error.strerror}; give another --output or --json") from None
+        name = error.filename or options.output or options.json
+        raise UserError(f"can't write {name}: {error.strerror}; give another --output or --json") from None
     print(f"written: {options.output}/plan.txt, plan.json, plan.png")

@@ -4,32 +4,35 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from motifarch.errors import UserError
+from motifarch.command_line import Parser, option, path
+from motifarch.field_types import Rows
 from motifarch.study.grid import GRIDS, read_grid
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command's own options; all others are the grid's fields."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="motifarch benchmark head-ratio",
         usage="%(prog)s STUDY.yaml --output DIR [options] [--field VALUE ...]",
         description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs. "
         "Interrupted, the same command goes on where it was.",
-        allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("study", metavar="STUDY.yaml", help="the grid: variants, sizes, seeds, tokens")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="everything is written there")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="everything is written there")
     parser.add_argument("--dry-run", action="store_true", help="print the matched variants and stop")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: one a GPU; on a CPU, 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: cores / jobs)")
+    parser.add_argument(
+        "--jobs", type=option(Rows), metavar="N", help="runs side by side (default: one a GPU; on a CPU, 1)"
+    )
+    parser.add_argument(
+        "--threads", type=option(Rows), metavar="N", help="CPU threads of a run (default: cores / jobs)"
+    )
     parser.add_argument(
         "--retry-failed", action="store_true", help="try failed runs again, from their last checkpoints"
     )
     parser.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="show what moved since an earlier study's results.json"
+        "--compare", type=path, metavar="OLD.json", help="show what moved since an earlier study's results.json"
     )
     return parser
 
@@ -54,9 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         GRIDS.print_help()
         return 0
     options, fields = build_parser().parse_known_args(args)
-    for name in ("jobs", "threads"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
     grid = read_grid([options.study, *fields])
 
     # Heavy imports only after the grid has been read, so that a slip in it is reported at once.

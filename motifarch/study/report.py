@@ -6,7 +6,6 @@ Texts and tables are in `report.md.j2`, which both are made from; `report.html.j
 around it, which needs nothing from elsewhere. This file has what they call.
 """
 
-import argparse
 import math
 import re
 import textwrap
@@ -20,6 +19,7 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
+from motifarch.command_line import Parser, path
 from motifarch.files import atomic_write
 from motifarch.study import plots
 from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, read_results
@@ -242,9 +242,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Renders the report of a study's results again; see the module."""
-    parser = argparse.ArgumentParser(prog="motifarch benchmark report", description="Write a study's report again.")
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="the results.json of a study")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to (default: beside the results)")
+    parser = Parser(prog="motifarch benchmark report", description="Write a study's report again.")
+    parser.add_argument("results", type=path, metavar="RESULTS.json", help="the results.json of a study")
+    parser.add_argument("--output", type=path, metavar="DIR", help="where to (default: beside the results)")
     options = parser.parse_args(argv)
     folder = options.output or options.results.parent
     write_report(read_results(options.results), folder)

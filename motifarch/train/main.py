@@ -1,17 +1,13 @@
 """The `train` command: recipe, inputs, world, loop."""
 
-import errno
 import logging
 import sys
 from collections.abc import Sequence
 
-from motifarch.errors import UserError
+from motifarch.errors import DISK_ERRORS, UserError
 from motifarch.parallel import launched_world_size, open_world
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import check_recipe
-
-# A full disk, a quota, a file size limit, a read-only file system.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_world(recipe.distributed.timeout_first_s) as world:
             return train(recipe, inputs, world)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
             f"can't write {error.filename or 'into ' + recipe.run.output}: {error.strerror}; the complete checkpoints "

@@ -5,57 +5,69 @@ says what it accepts; `check_recipe` has what holds between fields.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from motifarch import packaged_recipes
 from motifarch.errors import UserError
+from motifarch.field_types import (
+    Count,
+    Decay,
+    FilePath,
+    Fraction,
+    Layers,
+    LearningRate,
+    Multiplier,
+    PositiveCount,
+    Rows,
+    Seconds,
+    Seed,
+    Weight,
+)
+from motifarch.model_section import ModelSection
 from motifarch.parallel import Layout
 from motifarch.parallel.low_precision import Matmul
 from motifarch.typed_yaml import Section, TypedYaml
-
-# Of a running mean: 0 forgets at once.
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass
 class RunSection(Section):
     """What is run, how long, and where its files go."""
 
-    output: str = "runs/default"
+    output: FilePath = "runs/default"
     """Folder for everything that the run writes."""
 
-    steps: PositiveInt = 1000
+    steps: PositiveCount = 1000
     """Optimizer steps of the whole run, those before a resume included."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seeds the model's first weights and the order of the data."""
 
-    resume: str = "auto"
+    resume: FilePath = "auto"
     """`auto`: the output's newest checkpoint, else from scratch; `none`; or a checkpoint."""
 
-    init_from: str | None = None
+    init_from: FilePath | None = None
     """First weights: a checkpoint or a Hugging Face folder; all else starts afresh."""
 
-    max_nonfinite_in_row: PositiveInt = 10
+    max_nonfinite_in_row: PositiveCount = 10
     """Stop when so many steps in a row had a non-finite loss or gradient."""
 
-    max_nonfinite_total: PositiveInt = 100
+    max_nonfinite_total: PositiveCount = 100
     """Stop when this many steps of the whole run had a non-finite loss or gradient."""
 
-    spike_sigma: PositiveFloat | None = None
+    spike_sigma: Multiplier | None = None
     """Skip a step whose loss or gradient norm is more than this many standard deviations above the
     mean of the last accepted steps; null skips none. A low value (3) skips honest steps too, a high
     one (10) only the worst; OLMo-core takes 6.
     """
 
-    spike_window: Annotated[int, Field(ge=2)] = 128
+    spike_window: Annotated[int, Field(ge=2, le=10**6)] = 128
     """Accepted steps that a step is compared with; none is skipped before there are so many. A long
     window steadies the statistics but falls behind a loss that changes fast.
     """
 
-    spike_max_in_row: PositiveInt = 10
+    spike_max_in_row: PositiveCount = 10
     """After this many spikes one after another the next step is accepted and the window starts
     again: the level has changed for good. Higher sits out longer stretches of bad data, and loses
     as many steps to a change that is real.
@@ -63,112 +75,16 @@ class RunSection(Section):
 
 
 @dataclass
-class ModelSection(Section):
-    """The model: fields of MotifConfig."""
-
-    vocab_size: PositiveInt | None = None
-    """Rows of the embedding; null takes the tokenizer's size, rounded up to `vocab_multiple`."""
-
-    vocab_multiple: PositiveInt = 64
-    """What a vocabulary size taken from the tokenizer is rounded up to."""
-
-    hidden_size: int = 256
-    """Width of the residual stream."""
-
-    intermediate_size: int = 1024
-    """Intermediate size of the feed-forward block."""
-
-    num_hidden_layers: int = 6
-    """Decoder layers."""
-
-    num_attention_heads: int = 10
-    """Query heads, signal and noise together."""
-
-    num_noise_heads: int | None = None
-    """Noise heads among them; null means half of the heads."""
-
-    num_key_value_heads: int | None = None
-    """Key/value heads; null means as many as query heads."""
-
-    head_dim: int | None = None
-    """Width of a query/key head; null means hidden_size / num_attention_heads."""
-
-    attention_type: Literal["gda", "diff_v1", "diff_v2", "softmax"] = "gda"
-    """Grouped differential attention, DIFF V1, DIFF V2, or plain softmax attention."""
-
-    paired_kv: bool | None = None
-    """`gda`, `diff_v1`: keys in pairs for signal and noise, with values of twice head_dim; null
-    means yes, false leaves ordinary key/value heads.
-    """
-
-    attention_gate: bool = False
-    """`diff_v2`: an elementwise sigmoid gate on the difference."""
-
-    sub_norm: bool | None = None
-    """RMS-normalise each head's output; null: yes for `gda` and `diff_v1`, no for `diff_v2`."""
-
-    qk_norm: bool = False
-    """RMS-normalise query and key heads."""
-
-    lambda_init_depth_offset: int | None = None
-    """Added to the layer's index in lambda_init; null means -1 for `gda`, 0 for `diff_v1`."""
-
-    lambda_init: float | None = None
-    """The constant of every layer's lambda with `gda` and `diff_v1`; null takes that by depth."""
-
-    hidden_act: Literal["poly_norm", "silu"] = "poly_norm"
-    """Activation of the feed-forward block: PolyNorm, or SiLU (SwiGLU)."""
-
-    poly_norm_eps: float = 1e-6
-    """PolyNorm's epsilon."""
-
-    max_position_embeddings: int = 4096
-    """Longest sequence the model is meant for, in tokens."""
-
-    rope_theta: float = 10000.0
-    """Base of the rotary position embedding."""
-
-    rope_scaling: dict[str, Any] | None = None
-    """Scaling as in a model's config.json: a `rope_type` (linear, yarn, llama3) and numbers."""
-
-    rms_norm_eps: float = 1e-6
-    """Epsilon of the layers' RMS norms."""
-
-    attn_rms_norm_eps: float = 1e-5
-    """Epsilon of the norm after the difference of the two attention maps."""
-
-    tie_word_embeddings: bool = True
-    """Whether the output projection is the embedding's matrix."""
-
-    use_bias: bool = False
-    """Whether linear layers have biases, as in models made of Qwen2's."""
-
-    sliding_window: int | None = None
-    """Tokens that a token sees, itself included; used with `use_sliding_window`."""
-
-    use_sliding_window: bool = False
-    """Whether attention is limited to the sliding window."""
-
-    initializer_range: float = 0.02
-    """Standard deviation of the first weights."""
-
-    attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None
-    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2" any
-    flash-attn, "sdpa" torch's, "eager" the plain formula; null or "auto" the fastest that serves.
-    """
-
-
-@dataclass
 class DatasetEntry(Section):
     """One prepared dataset of the mixture."""
 
-    path: str
+    path: FilePath
     """A folder written by `motifarch data prepare`."""
 
-    weight: NonNegativeFloat = 1.0
+    weight: Weight = 1.0
     """Share of the samples, relative to the other datasets' weights."""
 
-    weight_end: NonNegativeFloat | None = None
+    weight_end: Weight | None = None
     """The share once the ramp has ended; null keeps `weight`."""
 
 
@@ -179,10 +95,10 @@ class DataSection(Section):
     datasets: list[DatasetEntry] = field(default_factory=list)
     """The mixture, one entry a prepared dataset."""
 
-    ramp_start: NonNegativeInt = 0
+    ramp_start: Count = 0
     """Step at which the weights begin to move towards `weight_end`."""
 
-    ramp_end: int = 0
+    ramp_end: Count = 0
     """Step at which they arrive."""
 
 
@@ -190,19 +106,19 @@ class DataSection(Section):
 class BatchSection(Section):
     """How many sequences make a step."""
 
-    size: PositiveInt = 32
+    size: Rows = 32
     """Sequences in a global batch, over all ranks."""
 
-    micro_size: PositiveInt = 8
+    micro_size: Rows = 8
     """Sequences that one rank runs through the model at once; the rest is accumulated."""
 
-    warmup_start: PositiveInt | None = None
+    warmup_start: Rows | None = None
     """Global batch at step 0, growing linearly to `size`; null starts at `size`."""
 
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Count = 0
     """Steps that the growth takes."""
 
-    warmup_multiple: PositiveInt | None = None
+    warmup_multiple: Rows | None = None
     """Batch sizes on the way are multiples of this; null takes ranks x micro_size."""
 
 
@@ -213,10 +129,10 @@ class OptimSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW; or Muon for the matrices inside the decoder layers, with AdamW for all else."""
 
-    lr: NonNegativeFloat = 5e-4
+    lr: LearningRate = 5e-4
     """Peak learning rate."""
 
-    muon_lr_ratio: PositiveFloat = 1.0
+    muon_lr_ratio: Multiplier = 1.0
     """`muon`: multiplies `lr` for Muon's matrices, whose updates have the size of AdamW's at 1."""
 
     momentum: Decay = 0.95
@@ -228,10 +144,10 @@ class OptimSection(Section):
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """`muon`: what Newton-Schulz computes in and ranks send; float32 is for comparing runs."""
 
-    muon_chunk_mib: PositiveInt = 128
+    muon_chunk_mib: Annotated[int, Field(ge=1, le=2**20)] = 128
     """`muon`: MiB of whole matrices gathered at once: less memory or larger messages."""
 
-    qk_clip: PositiveFloat | None = None
+    qk_clip: Multiplier | None = None
     """After each step, scale query and key heads whose largest logit was above this back to it
     (MuonClip; 100 is Kimi K2's); null leaves them.
     """
@@ -245,34 +161,34 @@ class OptimSection(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
 
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
     """AdamW's epsilon."""
 
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Weight = 0.1
     """Decoupled weight decay of matrices; norms, lambdas, PolyNorm, all vectors have none."""
 
     decay_embeddings: bool = True
     """Whether the embedding matrix is decayed too."""
 
-    clip: PositiveFloat | None = 1.0
+    clip: Multiplier | None = 1.0
     """Largest global gradient norm; null never clips."""
 
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: Fraction = 0.0
     """Weight of mean(logsumexp(logits)^2), which keeps logits from drifting."""
 
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Warm-up, stable, decay; one half cosine; or constant after the warm-up."""
 
-    warmup_steps: NonNegativeInt = 100
+    warmup_steps: Count = 100
     """Steps of linear warm-up."""
 
-    decay_steps: NonNegativeInt | None = None
+    decay_steps: Count | None = None
     """`wsd`: steps of the final decay, 0 for none; null means a fifth of the run."""
 
     decay_shape: Literal["linear", "cosine", "inverse_sqrt"] = "linear"
     """`wsd`: how the learning rate falls."""
 
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    min_lr_ratio: Fraction = 0.1
     """The last learning rate as a fraction of `lr`."""
 
 
@@ -295,10 +211,10 @@ class PrecisionSection(Section):
 class DistributedSection(Section):
     """How long the ranks wait for one another."""
 
-    timeout_first_s: PositiveFloat = 1800.0
+    timeout_first_s: Seconds = 1800.0
     """Seconds that the first step may take, and any save or validation."""
 
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds without a finished step after which a run is taken for hung and ended, with every
     rank's stack. Lower finds a hang sooner; below the longest honest step it ends a healthy run.
     """
@@ -308,10 +224,10 @@ class DistributedSection(Section):
 class CheckpointSection(Section):
     """When the run is saved."""
 
-    every: PositiveInt = 500
+    every: PositiveCount = 500
     """Steps between checkpoints; the last step is saved always."""
 
-    keep_last: NonNegativeInt = 2
+    keep_last: Count = 2
     """Complete checkpoints kept; older ones are deleted once a newer is complete. 0 keeps all."""
 
     asynchronous: bool = True
@@ -322,10 +238,10 @@ class CheckpointSection(Section):
 class AverageSection(Section):
     """Going on from the mean of the last checkpoints' weights, as Motif-2.6B did; moments stay."""
 
-    every: NonNegativeInt = 0
+    every: Count = 0
     """Steps between averages, a multiple of `checkpoint.every`; 0 never averages."""
 
-    last: PositiveInt = 6
+    last: PositiveCount = 6
     """Checkpoints to average; fewer while the run has fewer."""
 
 
@@ -333,10 +249,10 @@ class AverageSection(Section):
 class ValidationSection(Section):
     """When the validation loss is measured."""
 
-    every: NonNegativeInt = 500
+    every: Count = 500
     """Steps between validations; 0 never validates."""
 
-    sequences: PositiveInt = 64
+    sequences: PositiveCount = 64
     """Validation sequences, the same ones each time and for any number of ranks."""
 
 
@@ -344,7 +260,7 @@ class ValidationSection(Section):
 class LogSection(Section):
     """What is reported."""
 
-    every: PositiveInt = 10
+    every: PositiveCount = 10
     """Steps between reports. The device is waited for only then."""
 
     tensorboard: bool = True
@@ -355,7 +271,7 @@ class LogSection(Section):
 class Recipe(Section):
     """Everything that decides a run."""
 
-    base: str | None = None
+    base: FilePath | None = None
     """Another recipe's file, relative to this one, for values not given here."""
 
     run: RunSection = field(default_factory=RunSection)
@@ -371,7 +287,7 @@ class Recipe(Section):
     validation: ValidationSection = field(default_factory=ValidationSection)
     log: LogSection = field(default_factory=LogSection)
 
-    activation_checkpointing: Literal["none", "full", "selective"] | PositiveInt = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] | Layers = "none"
     """What the backward pass recomputes: `none`; `full`, every layer: least memory, a third more
     work; `selective`, all but matrix products and attention; or a number n, every n-th layer.
     """
@@ -401,6 +317,7 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
     run, batch, optim, data = recipe.run, recipe.batch, recipe.optim, recipe.data
     wait, checkpoint, average = recipe.distributed, recipe.checkpoint, recipe.average
     decay = optim.decay_steps or 0 if optim.schedule == "wsd" else 0
+    shrinking = optim.weight_decay * optim.lr * max(1.0, optim.muon_lr_ratio if optim.name == "muon" else 1.0)
     rules = [
         (
             wait.timeout_first_s < wait.timeout_s,
@@ -434,6 +351,11 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
         (
             optim.schedule == "wsd" and optim.decay_shape == "inverse_sqrt" and not optim.min_lr_ratio,
             "optim.min_lr_ratio is 0, which optim.decay_shape inverse_sqrt never reaches; use a ratio above 0",
+        ),
+        (
+            shrinking >= 1,
+            f"optim.weight_decay is {optim.weight_decay}, which with optim.lr ({optim.lr}) takes {shrinking:g} of a "
+            "weight in a step; let their product, with Muon's ratio too, be far below 1",
         ),
         (
             optim.warmup_steps + decay > run.steps,

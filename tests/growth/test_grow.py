@@ -203,7 +203,7 @@ def without(folder: Path, name: str) -> None:
 
 REFUSED = [
     ([], "nothing grows: give a factor above 1"),
-    (["--hidden", "0"], "--hidden is 0; give a whole multiple"),
+    (["--hidden", "0"], "--hidden is '0'; accepted: a whole number from 1"),
     (["--layers", "1"], "--layers is 1, but the model has 2"),
     (["--like", "motif-2-12.7b", "--hidden", "2"], "give it, or the factors, but not both"),
     (["--like", "motif-3"], "--like motif-3: .*; give motif-2-12.7b, or the folder"),

@@ -271,7 +271,7 @@ def test_without_the_harness_the_extra_is_named(folder, monkeypatch):
         (["--tasks", "a", "--limit", "0"], "--limit is 0"),
         (["--tasks", "a", "--batch-size", "0"], "--batch-size is '0'"),
         (["--tasks", "a", "--batch-size", "many"], "--batch-size is 'many'"),
-        (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot is -1"),
+        (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot is '-1'"),
         (["--tasks", "a", "--output", "."], "is a folder"),
     ],
 )

@@ -62,19 +62,22 @@ def test_our_recipes_are_read(path: Path) -> None:
         ({"run": {"steps": 2.5}}, r"run\.steps is 2\.5 .*a whole number"),
         ({"optim": {"schedule": "linear"}}, r"optim\.schedule is 'linear' .*accepted: wsd, cosine, constant"),
         ({"optim": {"betas": [0.9]}}, r"optim\.betas is \[0\.9\] .*a list of 2"),
-        ({"model": {"num_noise_heads": "half"}}, r"model\.num_noise_heads is 'half' .*a whole number or null"),
+        (
+            {"model": {"num_noise_heads": "half"}},
+            r"model\.num_noise_heads is 'half' .*a whole number from 0 to .* or null",
+        ),
         ({"run": 3}, r"run is 3 .*a section"),
         ("run: [", r"not valid YAML at line 1"),
         ("just text", r"holds no sections"),
         ("run: {steps: 3}\nrun: {seed: 3}", r"not valid YAML at line 2: run is there twice"),
         ({"run": {"steps": True}}, r"run\.steps is True .*a whole number"),
-        ({"run": {"spike_sigma": 0}}, r"run\.spike_sigma is 0 .*a number above 0 or null"),
-        ({"run": {"spike_window": 1}}, r"run\.spike_window is 1 .*a whole number at least 2"),
-        ({"run": {"spike_max_in_row": 0}}, r"run\.spike_max_in_row is 0 .*a whole number above 0"),
+        ({"run": {"spike_sigma": 0}}, r"run\.spike_sigma is 0 .*a number from 1e-09 to .* or null"),
+        ({"run": {"spike_window": 1}}, r"run\.spike_window is 1 .*a whole number from 2"),
+        ({"run": {"spike_max_in_row": 0}}, r"run\.spike_max_in_row is 0 .*a whole number from 1"),
         ({"distributed": {"timeout_s": 0}}, r"distributed\.timeout_s is 0 .*a number above 0"),
-        ({"average": {"last": 0}}, r"average\.last is 0 .*a whole number above 0"),
+        ({"average": {"last": 0}}, r"average\.last is 0 .*a whole number from 1"),
         ({"parallel": {"shrad": 2}}, r"'parallel\.shrad'.*'parallel\.shard'"),
-        ({"activation_checkpointing": "most"}, r"none, full, selective or a whole number above 0"),
+        ({"activation_checkpointing": "most"}, r"none, full, selective or a whole number from 1"),
     ],
 )
 def test_slips_in_the_file(tmp_path: Path, content: Any, message: str) -> None:
@@ -118,7 +121,7 @@ def test_a_recipe_may_have_a_base(tmp_path: Path) -> None:
     [
         ("top.yaml", r"top\.yaml is its own base"),
         ("nowhere.yaml", r"nowhere\.yaml can't be read"),
-        (3, r"base is 3 .*accepted: text or null"),
+        (3, r"base is 3 .*accepted: a non-empty path or null"),
     ],
 )
 def test_a_base_that_is_none(tmp_path: Path, base: Any, message: str) -> None:
@@ -135,7 +138,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("run.steps", 0, r"run\.steps is 0; accepted: a whole number above 0"),
+        ("run.steps", 0, r"run\.steps is 0; accepted: a whole number from 1"),
         ("optim.lr", float("nan"), r"optim\.lr is nan"),
         ("optim.betas", (0.9, 1.0), r"optim\.betas\[1\] is 1\.0; accepted: a number at least 0 and below 1"),
         ("optim.clip", 0.0, r"optim\.clip is 0\.0; .*null"),

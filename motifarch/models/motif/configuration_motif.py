@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.layers.base_attention import check_heads
-from motifarch.models.motif.unsupported import check_one_window, check_rope_agrees, check_supported
+from motifarch.models.motif.unsupported import check_one_window, check_ranges, check_rope_agrees, check_supported
 
 MODEL_TYPES = ("Motif", "motif")
 """A folder's ``model_type``: the released ones say "Motif", and "motif" is accepted as well."""
@@ -119,6 +119,7 @@ class MotifConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields."""
+        check_ranges(vars(self))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -211,6 +212,7 @@ class MotifConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check that the layers can compute it; transformers calls this when a config is made."""
+        check_ranges(vars(self))
         check_supported(vars(self))
         if self.use_sliding_window and (self.sliding_window or 0) < 1:
             raise ValueError(

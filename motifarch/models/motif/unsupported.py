@@ -5,8 +5,14 @@ Fields that concern training or generation alone, or that no computation reads, 
 they stay in the config and are written back.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from typing import Any
+
+from motifarch.errors import UserError
+from motifarch.model_section import ModelSection
+from motifarch.typed_yaml import TypedYaml
 
 ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
 ACTIVATIONS = ("poly_norm", "silu")
@@ -41,6 +47,19 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 }
 """Rotary types that ignore a row's length, and what each needs besides rope_theta."""
 
+ROPE_TAKES: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": ("original_max_position_embeddings",),
+}
+"""What they take beside what they need."""
+
+_ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+_RANGES = TypedYaml(ModelSection, "model")
+
 
 def check_supported(fields: Mapping[str, Any]) -> None:
     """Checks the values of a config's fields, its biases and its rotary parameters.
@@ -63,6 +82,19 @@ def check_supported(fields: Mapping[str, Any]) -> None:
     _check_rope(fields.get("rope_parameters") or {})
 
 
+def check_ranges(fields: Mapping[str, Any]) -> None:
+    """Checks the fields that a recipe's model section has too, which says what each accepts.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    named = {f.name for f in fields_of(ModelSection)} & fields.keys() - ACCEPTED.keys() - {"sliding_window"}
+    try:
+        _RANGES.check(ModelSection(**{name: fields[name] for name in named}))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, computed: str) -> None:
     """Checks that no field, nor a folder's layer_types, asks for a window in some layers only,
     where every layer has the type ``computed``.
@@ -70,6 +102,8 @@ def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, c
     Raises:
         ValueError: naming the field and its value.
     """
+    if not isinstance(layer_types, list | tuple | None) or not all(isinstance(t, str) for t in layer_types or ()):
+        raise ValueError(f"layer_types={layer_types!r} is not supported; give a list of texts, or leave it out")
     others = sorted(set(layer_types or ()) - {computed})
     if others:
         raise ValueError(
@@ -93,6 +127,9 @@ def check_rope_agrees(parameters: Mapping[str, Any] | None, older: Mapping[str, 
     Raises:
         ValueError: naming the field and both values.
     """
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", older.get("rope_scaling"))):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name}={value!r} is not supported; give an object such as {{'rope_type': 'default'}}")
     said = dict(older.get("rope_scaling") or {})
     if older.get("rope_theta") is not None:
         said["rope_theta"] = older["rope_theta"]
@@ -133,16 +170,34 @@ def _check_rope(parameters: Mapping[str, Any]) -> None:
             "rope_type and rope_theta themselves"
         )
     kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_NEEDS:
+    if not isinstance(kind, str) or kind not in ROPE_NEEDS:
         raise ValueError(f"rope_type={kind!r} is not supported; choose one of {', '.join(ROPE_NEEDS)}")
     missing = [name for name in ROPE_NEEDS[kind] if name not in parameters]
     if missing:
         raise ValueError(f"rope_type={kind!r} needs {' and '.join(missing)}, which rope_scaling does not have")
-    for name, least in (("rope_theta", 1), ("factor", 0), ("original_max_position_embeddings", 0)):
-        value = parameters.get(name, 2)
-        by_lengths = name == "factor" and kind == "yarn" and value is None  # transformers then divides the two lengths
-        if not by_lengths and (not isinstance(value, int | float) or value <= least):
+    unknown = [name for name in parameters if name not in (*_ROPE_COMMON, *ROPE_NEEDS[kind], *ROPE_TAKES.get(kind, ()))]
+    if unknown:
+        known = ", ".join((*ROPE_NEEDS[kind], *ROPE_TAKES.get(kind, ()))) or "nothing else"
+        raise ValueError(
+            f"rope_scaling has {', '.join(unknown)}, which rope_type={kind!r} does not take; it takes {known}"
+        )
+    for name, value in parameters.items():
+        if name in ("rope_type", "type", "partial_rotary_factor"):
+            continue
+        # transformers then divides the two lengths, and takes its own for the others.
+        if value is None and kind == "yarn" and name not in ("rope_theta", "original_max_position_embeddings"):
+            continue
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"truncate={value!r} must be true or false")
+            continue
+        least = 1 if name == "rope_theta" else 0
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not least < value < math.inf:
             raise ValueError(f"{name}={value!r} must be a number above {least}")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if (parameters.get(low) or 0) >= (parameters.get(high) or math.inf):
+            raise ValueError(f"{low}={parameters[low]} must be below {high}={parameters[high]}")
     rotated = parameters.get("partial_rotary_factor")
     if rotated not in (None, 1):
         raise ValueError(f"partial_rotary_factor={rotated} is not supported; only 1 is: whole heads are rotated")
