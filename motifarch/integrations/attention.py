@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils.generic import TransformersKwargs
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
+from motif_kernels.checks import may_read
 from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import PaddingMask
 from motifarch.layers.padding import PackedTokens
@@ -35,7 +37,7 @@ def differential_attention(
         attention_mask: what :func:`motifarch.integrations.masks.visible_keys` made of the model's
             mask.
         differential_lambda: a scalar tensor or (B, S, H).
-        **options: those of :func:`attend_heads`, ``scaling`` among them; others are ignored.
+        **options: those of :func:`attend_heads`, ``scaling`` among them.
 
     Returns:
         (B, S, H, D), and None for the attention maps.
@@ -70,7 +72,7 @@ def attend_heads(
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor:
     """Differential attention of heads that a module's projections gave, with what transformers says
     of the call.
@@ -87,13 +89,16 @@ def attend_heads(
         softcap: soft cap of the logits.
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.
         max_length_q: the longest of those.
+        **others: what :func:`check_arguments` accepts.
 
     Returns:
         (B, S, Hs, Dv).
 
     Raises:
-        ValueError: a mask of another kind, dropout, or gradients through a padded cache.
+        ValueError: a mask of another kind, dropout, gradients through a padded cache, or another
+            argument that would change the result.
     """
+    check_arguments(others, cu_seq_lens_q, max_length_q)
     if dropout:
         raise ValueError(f"attention dropout is {dropout}, which differential attention does not have; set it to 0")
     options = {
@@ -111,6 +116,52 @@ def attend_heads(
             raise ValueError("cu_seq_lens_q was given without max_length_q; give both for packed documents")
         attention_mask = VisibleKeys(documents=(cu_seq_lens_q, int(max_length_q)))
     return _attend(heads, lam, attention_mask, options)
+
+
+_READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
+    "cache_position",
+    "ignore_index",
+    "shift_labels",
+    "token_type_ids",
+    "use_cache",
+}
+"""What models hand down to attention functions although other parts of the model read it, or none
+of them."""
+
+
+def check_arguments(others: dict[str, Any], cu_seq_lens_q: Tensor | None, max_length_q: int | None) -> None:
+    """Checks that the arguments of an attention function that this attention does not read change
+    nothing: what a model's own attention computes with (sinks, say) must not be lost.
+
+    Raises:
+        ValueError: naming an argument that is not None and not known, or a value that is not
+            served.
+    """
+    unknown = [name for name, value in others.items() if value is not None and name not in _READ_ELSEWHERE]
+    if unknown:
+        raise ValueError(
+            f"the attention function was given {', '.join(unknown)}, which differential attention does not have; a "
+            "model whose attention needs it can't be patched, and a caller must leave it out"
+        )
+    if others.get("output_attentions"):
+        raise ValueError("output_attentions is on, but this attention keeps no maps; leave it out")
+    if others.get("is_causal") is False:
+        raise ValueError("is_causal is False, but this attention is causal; leave it out")
+    for name, value, queries in (
+        ("cu_seq_lens_k", others.get("cu_seq_lens_k"), cu_seq_lens_q),
+        ("max_length_k", others.get("max_length_k"), max_length_q),
+    ):
+        if value is not None and not _are_equal(value, queries):
+            raise ValueError(f"{name} is {value} and that of queries {queries}; self-attention has one, as of queries")
+
+
+def _are_equal(keys: Any, queries: Any) -> bool:
+    if keys is queries:
+        return True
+    if isinstance(keys, Tensor) and isinstance(queries, Tensor):
+        # Values are not read where that would stall a GPU, or while the call is traced.
+        return keys.shape == queries.shape and (not may_read(keys) or torch.equal(keys, queries))
+    return queries is not None and int(keys) == int(queries)
 
 
 def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> Any:

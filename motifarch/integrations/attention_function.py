@@ -126,8 +126,7 @@ def paired_attention(
             mask.
         scaling: multiplies the logits; default ``D ** -0.5``.
         is_causal: must not be False.
-        **options: those of :func:`motifarch.integrations.attention.attend_heads`, and transformers'
-            other arguments.
+        **options: those of :func:`motifarch.integrations.attention.attend_heads`.
 
     Returns:
         (B, S, H, 2D), and None for the attention maps.
@@ -142,9 +141,6 @@ def paired_attention(
         )
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(f"attn_implementation {IMPLEMENTATION!r} is causal, but {type(module).__name__} is not")
-    for name in ("output_attentions", "position_bias", "s_aux"):
-        if options.get(name) is not None and options[name] is not False:
-            raise ValueError(f"attn_implementation {IMPLEMENTATION!r} does not serve {name}; leave it out")
     q, k, v = as_kernels_take(query, key, value)
     out = attend_heads(
         module,

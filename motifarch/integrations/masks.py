@@ -42,6 +42,8 @@ def visible_keys(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     config: Any = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
     **_: Any,
 ) -> VisibleKeys | None:
     """The mask function of patched models, which transformers calls once for each kind of layer,
@@ -50,7 +52,8 @@ def visible_keys(
     ``kv_length`` counts the keys that the layers will get: the S new ones and what their cache
     holds. ``q_offset`` are the tokens before the first new one (a scalar tensor with a static
     cache), ``kv_offset`` those before the first key (a sliding-window cache drops the oldest).
-    ``attention_mask`` is (B, q_offset + S) bool, False for padding.
+    ``attention_mask`` is (B, q_offset + S) bool, False for padding. ``mask_function`` may say what a
+    layer's window does, which the layer's attention is told too, and where packed documents begin.
 
     Returns:
         None where causal order and window say it all.
@@ -61,6 +64,12 @@ def visible_keys(
     """
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
+    if use_vmap:
+        raise ValueError("the model adds a mask function of its own to the causal mask, which this attention can't hide")
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        raise ValueError(f"the model's attention is in chunks of {local_size} tokens, which this attention does not have")
+    if q_length > 1:
+        _check_causal(mask_function, batch_size, q_length, q_offset, device)
     at_start = isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length
     if attention_mask is not None:
         attention_mask = _checked(attention_mask, q_offset, q_length)
@@ -104,6 +113,17 @@ def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | No
     if not bool(fits):
         raise ValueError(message)
     return None if bool(mask.all()) else mask
+
+
+def _check_causal(
+    mask_function: Callable[..., Any], batch: int, length: int, q_offset: int | Tensor, device: torch.device | str
+) -> None:
+    """Raises for a mask in which a token sees the one after it, as the blocks of images do."""
+    if mask_function is causal_mask_function or torch.compiler.is_compiling():
+        return
+    rows, places = torch.arange(batch, device=device)[:, None], torch.arange(length - 1, device=device)[None] + q_offset
+    if bool(mask_function(rows, 0, places, places + 1).any()):
+        raise ValueError("the model's mask lets tokens see later ones, but this attention is causal")
 
 
 def _documents(

@@ -8,6 +8,8 @@ import torch
 from transformers import (
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -15,6 +17,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
 from helpers.agreement import assert_agrees, randomise
 from helpers.models import packed, random_ids
@@ -210,3 +213,34 @@ def test_what_the_interface_does_not_serve_is_refused() -> None:
     model.model.layers[0].self_attn.is_causal = False
     with pytest.raises(ValueError, match="is causal, but LlamaAttention is not"):
         model(input_ids=ids)
+
+
+def test_what_a_models_own_attention_computes_with_is_not_dropped() -> None:
+    """gpt-oss's sinks, Llama 4's chunks, a mask that is not causal."""
+    ids = random_ids(1, 9)
+    sizes = SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2}
+    sinks = GptOssForCausalLM(GptOssConfig(**sizes))
+    add_lambdas(sinks)
+    with pytest.raises(ValueError, match="was given s_aux, which"):
+        sinks(input_ids=ids)
+    model = host()
+    for name in ("s_aux", "position_bias", "block_table"):
+        with pytest.raises(ValueError, match=f"was given {name}, which"):
+            model(input_ids=ids, **{name: torch.zeros(8)})
+    known = {"num_items_in_batch": 4, "s_aux": None, "output_attentions": False, "cu_seq_lens_k": None}
+    torch.testing.assert_close(model(input_ids=ids, **known).logits, model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="is_causal is False|is causal"):
+        model(input_ids=ids, is_causal=False)
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    with pytest.raises(ValueError, match="cu_seq_lens_k is"):
+        model(input_ids=ids, use_cache=False, **bounds, cu_seq_lens_k=torch.tensor([0, 5, 9], dtype=torch.int32))
+
+    embeds, config = torch.zeros(1, 9, 32), model.config
+    seen = torch.tensor([[-1, 0, 0, 0, -1, -1, -1, -1, -1]])
+    with pytest.raises(ValueError, match="lets tokens see later ones"):
+        create_causal_mask(config, embeds, torch.ones(1, 9), None, block_sequence_ids=seen)
+    with pytest.raises(ValueError, match="a mask function of its own"):
+        create_causal_mask(config, embeds, None, None, or_mask_function=lambda b, h, q, k: q == k + 1)
+    config.attention_chunk_size = 4
+    with pytest.raises(ValueError, match="in chunks of 4 tokens"):
+        create_chunked_causal_mask(config, embeds, None, None)
