@@ -52,8 +52,8 @@ def visible_keys(
     ``kv_length`` counts the keys that the layers will get: the S new ones and what their cache
     holds. ``q_offset`` are the tokens before the first new one (a scalar tensor with a static
     cache), ``kv_offset`` those before the first key (a sliding-window cache drops the oldest).
-    ``attention_mask`` is (B, q_offset + S) bool, False for padding. ``mask_function`` may say what a
-    layer's window does, which the layer's attention is told too, and where packed documents begin.
+    ``attention_mask`` is (B, q_offset + S) bool, False for padding. ``mask_function`` may say what
+    a layer's window does, which the layer's attention is told too, and where documents begin.
 
     Returns:
         None where causal order and window say it all.
@@ -65,9 +65,9 @@ def visible_keys(
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
     if use_vmap:
-        raise ValueError("the model adds a mask function of its own to the causal mask, which this attention can't hide")
+        raise ValueError("the model adds a mask function of its own to the causal mask, which is not served")
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
-        raise ValueError(f"the model's attention is in chunks of {local_size} tokens, which this attention does not have")
+        raise ValueError(f"the model's attention is in chunks of {local_size} tokens, which is not served")
     if q_length > 1:
         _check_causal(mask_function, batch_size, q_length, q_offset, device)
     at_start = isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length
