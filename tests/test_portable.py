@@ -257,6 +257,26 @@ def test_a_released_folder_gets_the_code_and_keeps_all_else(tmp_path, capsys):
         torch.testing.assert_close(loaded, model(ids).logits, atol=2e-5, rtol=1e-5)
 
 
+def test_vllms_keys_of_yarn_are_read_as_motifarch_reads_them(tmp_path):
+    model = trained_like("gda yarn")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for keys in (
+        {"attn_factor": 1.5},
+        {"attn_factor": 1.5, "apply_yarn_scaling": False},
+        {"apply_yarn_scaling": False},
+    ):
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {n: config[n] | keys for n in ("rope_scaling", "rope_parameters")})
+        )
+        with torch.no_grad():
+            logits = [
+                c.from_pretrained(tmp_path).eval()(random_ids(2, 17)).logits for c in (PortableMotif, MotifForCausalLM)
+            ]
+        torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)
+        assert not torch.allclose(logits[0], model(random_ids(2, 17)).logits, atol=1e-3)
+
+
 def test_refuses_with_a_reason_and_leaves_the_folder_alone(tmp_path):
     folder = tmp_path / "model"
     tiny_model("gda").save_pretrained(folder)

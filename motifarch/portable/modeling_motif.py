@@ -161,6 +161,9 @@ class MotifRotaryEmbedding(nn.Module):
             self._inv_freq, self._scaling = ROPE_INIT_FUNCTIONS[kind](config, device=torch.device("cpu"))
             if kind == "yarn":
                 self._inv_freq = _yarn_frequencies(config)
+                # vLLM's keys; its factor multiplies the usual one, or stands alone.
+                own, usual = parameters.get("attn_factor") or 1.0, parameters.get("apply_yarn_scaling") is not False
+                self._scaling = self._scaling * own if usual else own
 
     @torch.no_grad()
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> PositionEmbeddings:

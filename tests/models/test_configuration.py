@@ -2,13 +2,16 @@
 
 import json
 import logging
+import math
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from helpers.models import tiny_config, tiny_model
 from helpers.released import MOTIF_2B, YARN
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.models.motif.rotary import build_rotary
 
 
 def test_defaults_are_the_12b_model_s():
@@ -96,6 +99,11 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers
         ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "factor=None must be a number above 0"),
         ({"rope_scaling": YARN | {"original_max_position_embeddings": None}}, "original_max_position_embeddings=None"),
         ({"rope_theta": None}, "rope_theta=None must be a number above 1"),
+        ({"rope_scaling": YARN | {"extrapolation_factor": 0.5}}, "extrapolation_factor=0.5 is not supported"),
+        ({"rope_scaling": YARN | {"attn_factor": -1.0}}, "attn_factor=-1.0 must be a number above 0"),
+        ({"rope_scaling": YARN | {"apply_yarn_scaling": 0}}, "apply_yarn_scaling=0 must be true or false"),
+        ({"rope_scaling": YARN | {"attn_factor": 2.0, "mscale": 1.0}}, "attn_factor and mscale are both given"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attn_factor": 2.0}}, "attn_factor, which"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
             r"rope_parameters is given by kind of layer \(full_attention\)",
@@ -174,6 +182,31 @@ def test_rotary_settings_that_are_passed_in_stay_as_they_are():
     scaling = dict(YARN)
     tiny_config(rope_scaling=scaling, rope_theta=5e5)
     assert scaling == YARN
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, 0.1 * math.log(4) + 1),
+        ({"attn_factor": 1.5, "extrapolation_factor": 1.0}, 1.5 * (0.1 * math.log(4) + 1)),
+        ({"attn_factor": 1.5, "factor": None}, 1.5 * (0.1 * math.log(8) + 1)),
+        ({"attn_factor": 1.5, "apply_yarn_scaling": False}, 1.5),
+        ({"apply_yarn_scaling": False}, 1.0),
+    ],
+)
+def test_vllms_keys_of_yarn_mean_what_they_mean_there(tmp_path, field, keys, expected):
+    theta = {"rope_theta": 5e5} if field == "rope_parameters" else {}
+    config = tiny_config(**{field: YARN | theta | keys, "rope_theta": 5e5, "max_position_embeddings": 512})
+    config.save_pretrained(tmp_path)
+    for each in (config, MotifConfig.from_pretrained(tmp_path)):
+        cos, sin = build_rotary(each)(torch.arange(3)[None])
+        torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, expected**2))
+
+
+def test_no_rotary_parameter_is_lost_where_the_other_field_lacks_it():
+    config = tiny_config(rope_scaling=YARN, rope_theta=5e5, rope_parameters=YARN | {"attention_factor": 2.0})
+    assert build_rotary(config).attention_scaling == 2.0
 
 
 @pytest.mark.parametrize("value", [None, 1, 1.0])

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.layers.base_attention import check_heads
+from motifarch.models.motif.rope_fields import with_standard_names
 from motifarch.models.motif.unsupported import check_one_window, check_ranges, check_rope_agrees, check_supported
 
 MODEL_TYPES = ("Motif", "motif")
@@ -126,10 +127,12 @@ class MotifConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         layer_types = kwargs.pop("layer_types", None)
         check_rope_agrees(self.rope_parameters, kwargs)
-        # Copies, for transformers fills them in.
-        self.rope_parameters = None if self.rope_parameters is None else dict(self.rope_parameters)
+        # Copies, for transformers fills them in. It takes the older field alone, if it is there.
         if kwargs.get("rope_scaling"):
-            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+            fields = (self.rope_parameters or {}) | kwargs["rope_scaling"]
+            kwargs["rope_scaling"] = with_standard_names(fields, self.max_position_embeddings)
+        if self.rope_parameters is not None:
+            self.rope_parameters = with_standard_names(self.rope_parameters, self.max_position_embeddings)
         # Of the instance, for it depends on the fields; transformers does not save it.
         self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
