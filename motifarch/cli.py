@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from motifarch.die_with_parent import die_with_launcher
 from motifarch.errors import DISK_ERRORS, UserError, first_line, tell_torchrun
 
 COMMANDS = {
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits: 0 done, 2 an error that the user can mend, 130 interrupted, 1 one
     that nobody foresaw, of which a file then has the whole trace.
     """
+    die_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = run(arguments)

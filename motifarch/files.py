@@ -1,6 +1,5 @@
 """Files and folders that appear at their place complete or not at all; JSON and hashes of files."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from motifarch.errors import UserError
+from motifarch.locks import locked
 
 
 @contextmanager
@@ -75,7 +74,15 @@ def claim_folder(output: Path, report: Callable[[str], None]) -> Iterator[None]:
         UserError: if another process is making the same folder.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(_beside(output, "lock"), output):
+    lock = locked(
+        _beside(output, "lock"),
+        lambda holder: (
+            f"another process is preparing {output} ({holder}): wait until it ends, or give another --output"
+        ),
+        say=report,
+        remove=True,
+    )
+    with lock:
         working, replaced = _beside(output, "preparing"), _beside(output, "replaced")
         if replaced.exists():  # killed within the last lines of new_folder
             if output.exists():
@@ -110,23 +117,3 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def _beside(output: Path, purpose: str) -> Path:
     return output.parent / f".{output.name}.{purpose}"
-
-
-@contextmanager
-def _lock(path: Path, output: Path) -> Iterator[None]:
-    # A record lock: unlike flock's, child processes, which may outlive a killed parent, lack it.
-    while True:
-        with open(path, "w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                text = f"another process is preparing {output}: wait until it ends, or give another --output"
-                raise UserError(text) from None
-            # The last holder may have removed the file between our opening and locking it.
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return

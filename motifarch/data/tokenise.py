@@ -1,9 +1,7 @@
 """Parallel tokenisation of a corpus."""
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from motifarch.data.arrow_files import list_column
 from motifarch.data.tokenizer import vocabulary_size
+from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
 
 T = TypeVar("T")
@@ -76,8 +75,6 @@ def tokenise(
 
 # True while _run_pool forks. Whatever else forks does so as it likes.
 _forks_pool = False
-_libc = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def _run_pool(work: Callable[[], T]) -> T:
@@ -116,8 +113,7 @@ def _run_pool(work: Callable[[], T]) -> T:
 def _after_fork() -> None:
     if _forks_pool:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if sys.platform == "linux":
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal_at_parents_death(signal.SIGKILL)
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -19,15 +19,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from motifarch import die_with_parent
 from motifarch.errors import UserError
 from motifarch.study.grid import Grid
 from motifarch.study.runs import MEASURED, RECIPE, Run, run_recipe, run_result
 from motifarch.train.manifest import damage, list_checkpoints, step_of
 from motifarch.train.read_recipe import to_dict
+from motifarch.train.stop import SIGNALS
 
-_STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+_STOPPED = {status for number in SIGNALS for status in (128 + number, -number)}
 # As a script, which does not import the package around it and torch with it.
-_DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
+_DIE_WITH_PARENT = Path(die_with_parent.__file__)
 _POLL_S = 0.2
 _PATIENCE_S = 120.0
 _TAIL = 40

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from rich.text import Text
 from motifarch.environment import environment
 from motifarch.errors import UserError
 from motifarch.files import write_json
+from motifarch.locks import open_lock_file
 from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
 from motifarch.study.grid import Grid
@@ -105,10 +107,9 @@ def locked(folder: Path, say: Callable[[str], None], patience_s: float = 60.0) -
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(f"--output is {folder}, which can't be written: {error.strerror}; give another one") from None
-    with file:
+    with os.fdopen(open_lock_file(folder / ".lock"), "w") as file:
         if not _try_lock(file):
             say(f"waiting for the processes that are still at work in {folder}")
             deadline = time.monotonic() + patience_s

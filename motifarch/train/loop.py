@@ -54,7 +54,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
 
     Returns:
         The exit status: 0 for a finished run; 128 plus the signal's number for one that SIGTERM
-        (143) or Ctrl-C (130) stopped after saving, which the same command resumes.
+        (143), Ctrl-C (130) or another of SIGNALS stopped after saving, which the same command
+        resumes.
 
     Raises:
         UserError: naming what went wrong and the fix. What was saved stays.
@@ -131,8 +132,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             if stopped_by:
                 break
             if average_due(recipe, state.step):
-                watchdog.heartbeat("the mean of the last checkpoints", no_timeout=True)
-                with metrics.paused():
+                with watchdog.long_work("the mean of the last checkpoints"), metrics.paused():
                     checkpointer.wait()
                     steps = restart_from_average(state, recipe, start.parent, world)
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
@@ -161,21 +161,19 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             validate = bool(inputs.validation) and (last or state.step % recipe.validation.every == 0)
             save = last or state.step % recipe.checkpoint.every == 0
             if validate:
-                watchdog.heartbeat(f"the validation after step {state.step}", no_timeout=True)
-                with metrics.paused():
+                with watchdog.long_work(f"the validation after step {state.step}"), metrics.paused():
                     metrics.update_last(validation_loss=_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
                 _report(metrics, progress, state, recipe, checkpointer)
             if save:
-                watchdog.heartbeat(f"the checkpoint of step {state.step}", no_timeout=True)
-                with metrics.paused():
+                with watchdog.long_work(f"the checkpoint of step {state.step}"), metrics.paused():
                     checkpointer.save(state)
             watchdog.first_step_done(keep=[checkpointer.group])
             watchdog.heartbeat(f"the data of step {state.step + 1}")
-        watchdog.stop()
-        _report(metrics, progress, state, recipe, checkpointer)
-        checkpointer.save(state)
-        checkpointer.wait()
+        with watchdog.long_work("the last checkpoint"):
+            _report(metrics, progress, state, recipe, checkpointer)
+            checkpointer.save(state)
+            checkpointer.wait()
     if world.is_main:
         _finish(recipe, state, stopped_by)
     return 128 + stopped_by if stopped_by else 0

@@ -1,13 +1,22 @@
 """The `train` command: recipe, inputs, world, loop."""
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from motifarch.die_with_parent import GRACE_S
 from motifarch.errors import DISK_ERRORS, UserError
-from motifarch.parallel import launched_world_size, open_world
+from motifarch.locks import locked, share
+from motifarch.parallel import World, launched_world_size, open_world
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import check_recipe
+
+LOCK = ".lock"
+"""The file in a run's folder that the run holds locked."""
+LOCK_PATIENCE_S = GRACE_S + 4.0
+"""Seconds that the lock is waited for: longer than ranks without a launcher have to leave."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     inputs = open_inputs(recipe)
     try:
-        with open_world(recipe.distributed.timeout_first_s) as world:
+        with open_world(recipe.distributed.timeout_first_s) as world, only_writer(Path(recipe.run.output), world):
             return train(recipe, inputs, world)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -37,3 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"can't write {error.filename or 'into ' + recipe.run.output}: {error.strerror}; the complete checkpoints "
             f"in {recipe.run.output} are untouched. Free space there and start the same command again to resume"
         ) from None
+
+
+@contextlib.contextmanager
+def only_writer(output: Path, world: World) -> Iterator[None]:
+    """Makes a run's folder, and keeps every other start out of it until the last rank has ended.
+
+    Raises:
+        UserError: another run is at work there, or it can't be made.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"run.output is {output}, which can't be made: {error.strerror}") from None
+            stack.enter_context(locked(output / LOCK, refuse, patience_s=LOCK_PATIENCE_S))
+
+        def refuse(holder: str) -> str:
+            return (
+                f"run.output is {output}, where another start of a run is at work ({holder}); "
+                "wait until it ends, stop it, or give another --run.output"
+            )
+
+        world.run_on_main_and_broadcast(claim)
+        if not world.is_main:
+            stack.enter_context(share(output / LOCK, world.rank))
+        yield

@@ -1,11 +1,15 @@
 """What the watchdog says of the ranks, and that it lets go of runs that go on."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from helpers.distributed import descendants, kill_tree, on_ranks, started, wait_until
 from helpers.python_process import run_python
 from motifarch.parallel import Watchdog, open_world
 from motifarch.parallel.watchdog import limit_collectives
@@ -34,6 +38,69 @@ def test_a_hung_run_ends_and_long_work_does_not_end_it(tmp_path: Path) -> None:
     stack = (tmp_path / "stacks" / "rank_0.txt").read_text()
     assert "rank 0 at step 2" in stack
     assert "in stuck" in stack
+
+
+# Holds the interpreter's lock in native code: no thread of Python's can run.
+STUCK = """
+    import ctypes, sys
+    from pathlib import Path
+    from motifarch.parallel import Watchdog, open_world
+
+    with open_world() as world, Watchdog(world, Path(sys.argv[1]), first_s=60, limit_s=1) as watchdog:
+        watchdog.first_step_done()
+        watchdog.heartbeat("step 2")
+        __import__("time").sleep(0.5)
+        ctypes.PyDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_lets_no_thread_run_ends_too(tmp_path: Path) -> None:
+    before = time.monotonic()
+    with pytest.raises(AssertionError, match=r"Timeout \((.|\n)*most recent call first"):
+        run_python(STUCK, tmp_path)
+    assert time.monotonic() - before < 50
+
+
+def _late_out_of_long_work(folder: Path) -> None:
+    with open_world(60) as world, Watchdog(world, folder, first_s=60, limit_s=1) as watchdog:
+        watchdog.first_step_done()
+        with watchdog.long_work("a checkpoint"):
+            time.sleep(3 * world.rank)
+        watchdog.heartbeat("the next step")
+        world.all_reduce_sum([1])
+
+
+def test_who_is_through_with_long_work_does_not_give_the_others_up(tmp_path: Path) -> None:
+    on_ranks(2, _late_out_of_long_work, tmp_path)
+    assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.slow
+def test_ranks_end_by_their_own_clocks_where_the_store_is_frozen(recipe: Path, tmp_path: Path) -> None:
+    limits = ("--distributed.timeout_s", "5", "--distributed.timeout_first_s", "60")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    long = ("--run.steps", "100000", "--checkpoint.every", "100000", *limits)
+    with started(2, "-m", "motifarch.train", recipe, *long) as launcher:
+        wait_until(metrics.exists, launcher)
+        wait_until(lambda: len(metrics.read_text().splitlines()) >= 5, launcher)
+        first, second = sorted(descendants(launcher.pid), key=_rank)
+        os.kill(first, signal.SIGSTOP)
+        launcher.send_signal(signal.SIGSTOP)
+        frozen = time.monotonic()
+        wait_until(lambda: Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()[0] == "Z", launcher)
+        assert time.monotonic() - frozen < 20
+        kill_tree(launcher.pid)
+        _, err = launcher.communicate()
+    said = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert "rank 1 is at step" in said
+    assert "rank 0 did not answer" in said
+    assert "motifarch/train/loop.py" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+
+
+def _rank(pid: int) -> int:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
 
 
 def timeout_s(group: dist.ProcessGroup) -> float:
