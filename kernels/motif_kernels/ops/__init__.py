@@ -38,8 +38,20 @@ def implementation(family: str, device: torch.device) -> ModuleType:
     )
 
 
+def is_exporting() -> bool:
+    """Whether a call is recorded for programs that do not have the operators: by torch.export (and
+    with it ONNX) or torch.jit.trace.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def has_implementation(device: torch.device) -> bool:
-    """Whether operators run on this device; if not, the public functions use the plain formulas."""
+    """Whether operators run on this device; if not, the public functions use the plain formulas.
+
+    So they do where they are exported.
+    """
+    if is_exporting():
+        return False
     if device.type == "cuda":
         from motif_kernels.machine import triton_is_installed
 
