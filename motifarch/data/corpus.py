@@ -1,6 +1,8 @@
 """A preparation's documents: read onto disk, split into training and validation."""
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,17 @@ import numpy as np
 import pyarrow as pa
 
 from motifarch.data.arrow_files import gather, write_tables
-from motifarch.data.documents import SkipLog, Skipped
+from motifarch.data.documents import (
+    LONGEST,
+    Document,
+    Found,
+    Noticed,
+    ReadOptions,
+    Skipped,
+    Tally,
+    parts,
+    printable,
+)
 from motifarch.data.permutation import Permutation
 from motifarch.data.progress import bar
 from motifarch.data.settings import PrepareSettings
@@ -18,6 +30,11 @@ from motifarch.data.sources import Source
 from motifarch.errors import UserError
 
 _HASH_RANGE = 2**64
+# Conjoining letters of a Korean syllable: the first consonant, then the vowel.
+_JAMO = re.compile("[\u1100-\u115f\ua960-\ua97c][\u1160-\u11a7]")
+
+_Row = tuple[str, str, bool, int]
+"""name, text, is_chat, split_hash"""
 
 
 @dataclass(frozen=True)
@@ -25,10 +42,12 @@ class Corpus:
     """The documents, read."""
 
     rows: datasets.Dataset
-    """text, split_hash"""
+    """name, text, is_chat, split_hash"""
     content_hash: str
     last_validation_hash: int
     """Documents with a split_hash up to this one are for validation."""
+    longest: int
+    """Characters of the longest document."""
 
     def split_of(self, split_hash: int) -> str:
         """The split that a document belongs to."""
@@ -41,56 +60,136 @@ class Corpus:
                 yield text.as_py()
 
 
-def read_corpus(scratch: Path, settings: PrepareSettings, sources: list[Source], skipped: SkipLog) -> Corpus:
+def read_corpus(
+    scratch: Path,
+    settings: PrepareSettings,
+    sources: list[Source],
+    *,
+    skipped: Tally,
+    noticed: Tally,
+    options: ReadOptions | None = None,
+) -> Corpus:
     """Write all documents to disk, and choose the border between training and validation.
 
     A document is placed by a hash of its text and the seed, so that it keeps its place when others
     come or go, and copies of a text are never on both sides. Few documents may all fall on one
-    side: then the one next to the border moves.
+    side: then the one next to the border moves. The end of a lone document is for validation.
+
+    What is left out is added to ``skipped``, what else should be known to ``noticed``.
+
+    Raises:
+        UserError: there is no text, or none to divide; with ``strict``, something is left out.
     """
     content = hashlib.sha256()
     low, high = _HASH_RANGE, -1
+    longest = 0
 
-    def accept() -> Iterator[tuple[str, int]]:
-        nonlocal low, high
+    def accept() -> Iterator[_Row]:
+        nonlocal low, high, longest
         for source in sources:
             accepted = 0
-            for found in source.documents():
+            for found in _of_bounded_length(source.documents(options or ReadOptions(settings.text_field))):
+                if isinstance(found, Noticed):
+                    noticed.add(found.name, found.what)
+                    continue
                 if isinstance(found, Skipped):
                     if settings.strict:
                         raise UserError(
                             f"--strict: {found.name} is skipped ({found.reason}): remove it from the sources, "
                             "or leave --strict out"
                         )
-                    skipped.add(found)
+                    skipped.add(found.name, found.reason, found.detail)
                     continue
+                for what in _oddities(found):
+                    noticed.add(found.name, what)
                 encoded = found.text.encode()
                 content.update(hashlib.sha256(encoded).digest())
                 digest = hashlib.blake2b(encoded, digest_size=8, key=str(settings.seed).encode()).digest()
                 split_hash = int.from_bytes(digest, "little")
                 low, high = min(low, split_hash), max(high, split_hash)
-                yield found.text, split_hash
+                longest = max(longest, len(found.text))
+                yield found.name, found.text, found.is_chat, split_hash
                 accepted += 1
                 if accepted == settings.max_documents:
                     break
 
-    features = datasets.Features({"text": datasets.Value("large_string"), "split_hash": datasets.Value("uint64")})
-    rows = write_tables(scratch / "documents.arrow", _document_tables(bar(accept(), "reading")), features)
+    rows = _write(scratch / "documents.arrow", bar(accept(), "reading"))
     if not len(rows):
         reasons = f"; skipped: {skipped.summary()}" if skipped.counts else ""
-        raise UserError(f"no document is left of {', '.join(settings.sources)}{reasons}: give sources that hold text")
-    if low == high:
-        count = "there is one document" if len(rows) == 1 else f"all {len(rows)} documents hold the same text"
-        raise UserError(f"{count}, and training and validation need one each: give more, or smaller documents")
-    border = min(max(int(settings.validation_fraction * _HASH_RANGE), low), high - 1)
-    return Corpus(rows, content.hexdigest(), border)
+        names = ", ".join(map(printable, settings.sources))
+        raise UserError(f"no document is left of {names}{reasons}: give sources that hold text")
+    if low < high:
+        border = min(max(int(settings.validation_fraction * _HASH_RANGE), low), high - 1)
+        return Corpus(rows, content.hexdigest(), border, longest)
+    if len(rows) > 1:
+        raise UserError(
+            f"all {len(rows)} documents hold the same text, and training and validation need one each: give others"
+        )
+    name, text, is_chat = (rows[0][column] for column in ("name", "text", "is_chat"))
+    begin, end = _divide(text, settings.validation_fraction)
+    if not begin.strip() or not end.strip():
+        raise UserError(
+            f"there is one document, {name}, too short to keep its end for validation: give more text, or another "
+            "--validation-fraction"
+        )
+    share = f"the last {len(end):,} of {len(text):,} characters"
+    noticed.add(name, "only document, whose end is for validation", share)
+    divided: list[_Row] = [(name, begin, is_chat, 1), (name, end, is_chat, 0)]
+    return Corpus(_write(scratch / "divided.arrow", divided), content.hexdigest(), 0, longest)
 
 
-def _document_tables(documents: Iterable[tuple[str, int]]) -> Iterator[pa.Table]:
+def _of_bounded_length(found: Iterable[Found]) -> Iterator[Found]:
+    """Cut records that are too long, as readers cut files."""
+    for one in found:
+        pieces: Iterable[Found] = [one]
+        if isinstance(one, Document) and len(one.text) > LONGEST:
+            pieces = parts(one.name, [one.text], is_chat=one.is_chat)
+        for piece in pieces:
+            if isinstance(piece, Document) and piece.part == 1:
+                yield Noticed(piece.name, f"documents longer than {LONGEST:,} characters, cut into several")
+            yield piece
+
+
+def _oddities(found: Document) -> Iterator[str]:
+    """What a text may have got on its way here."""
+    text = found.text
+    if "\r\n" in text:
+        yield "documents with Windows line ends, kept"
+    if text.isascii():
+        return
+    if "\ufffd" in text:
+        yield "documents with replacement characters (U+FFFD), left by a wrong decoding"
+    if not unicodedata.is_normalized("NFC", text):
+        what = "decomposed Hangul (NFD, as of macOS)" if _JAMO.search(text) else "decomposed characters (not NFC)"
+        yield f"documents with {what}, kept: their tokens are not those of composed text, which prompts usually are"
+
+
+def _divide(text: str, fraction: float) -> tuple[str, str]:
+    """Cut off a fraction at a text's end, if possible where a line begins, or a word."""
+    wanted = len(text) - round(len(text) * fraction)
+    nearby = max(1, 2 * wanted - len(text))
+    place = text.rfind("\n", nearby, wanted) + 1 or text.rfind(" ", nearby, wanted) + 1 or wanted
+    return text[:place], text[place:]
+
+
+def _write(path: Path, documents: Iterable[_Row]) -> datasets.Dataset:
+    kinds = {"name": "string", "text": "large_string", "is_chat": "bool", "split_hash": "uint64"}
+    features = datasets.Features({column: datasets.Value(kind) for column, kind in kinds.items()})
+    return write_tables(path, _document_tables(documents), features)
+
+
+def _document_tables(documents: Iterable[_Row]) -> Iterator[pa.Table]:
     # Each document counts for some characters more than it has: of small ones a table holds 1024.
-    for gathered in gather(documents, lambda document: len(document[0]) + 2**14, 2**24):
-        texts, hashes = zip(*gathered, strict=True)
-        yield pa.table({"text": pa.array(texts, pa.large_string()), "split_hash": pa.array(hashes, pa.uint64())})
+    for gathered in gather(documents, lambda document: len(document[1]) + 2**14, 2**24):
+        names, texts, chats, hashes = zip(*gathered, strict=True)
+        yield pa.table(
+            {
+                "name": pa.array(names),
+                "text": pa.array(texts, pa.large_string()),
+                "is_chat": pa.array(chats),
+                "split_hash": pa.array(hashes, pa.uint64()),
+            }
+        )
 
 
 def shuffled(rows: datasets.Dataset, seed: int, column: str) -> Iterator[tuple[pa.Scalar, int]]:

@@ -1,12 +1,14 @@
 """A Hugging Face dataset, from the hub or a folder, as a source of documents."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 
-from motifarch.data.documents import Document, Skipped, document
+from motifarch.data.documents import Found, Noticed, ReadOptions, printable, record_document
 from motifarch.errors import UserError
 
 
@@ -18,7 +20,6 @@ class HubSource:
     path: str
     config: str | None
     split: str
-    text_field: str
     streaming: bool
     known_state: dict[str, Any]
 
@@ -26,23 +27,29 @@ class HubSource:
         """A local folder's files' state; for the hub, the name alone."""
         return self.known_state
 
-    def documents(self) -> Iterator[Document | Skipped]:
+    def documents(self, options: ReadOptions) -> Iterator[Found]:
         """Load the dataset and read its rows in order.
 
         Raises:
             UserError: if it cannot be loaded or read, or has no such field.
         """
         try:
-            rows = datasets.load_dataset(self.path, self.config, split=self.split, streaming=self.streaming)
+            rows = self._load()
         except Exception as error:  # the library raises many kinds, from network errors to bad names
             raise self._cannot("load", error) from None
+        field = options.text_field
         if rows.column_names is not None:
-            if self.text_field not in rows.column_names:
+            root = field if field in rows.column_names else field.partition(".")[0]
+            columns = [name for name in (root, "messages") if name in rows.column_names]
+            if not columns:
                 raise UserError(
-                    f"--source {self.spec} has no field {self.text_field!r}: "
+                    f"--source {self.spec} has no field {field!r}: "
                     f"pass --text-field with one of {', '.join(rows.column_names)}"
                 )
-            rows = rows.select_columns([self.text_field])
+            rows = rows.select_columns(columns)
+        name = printable(self.path)
+        for split in sorted(set(rows.info.splits or {}) - set(re.findall(r"[\w.-]+", self.split))):
+            yield Noticed(f"{name}, {split}", "splits not asked for with --hf-split")
         iterator = enumerate(rows, start=1)
         while True:
             try:
@@ -51,7 +58,14 @@ class HubSource:
                 return
             except Exception as error:  # streaming meets the network, and damaged files, only here
                 raise self._cannot("read", error) from None
-            yield document(f"{self.path}:{number}", row.get(self.text_field))
+            yield record_document(f"{name}:{number}", row, options)
+
+    def _load(self) -> Any:
+        folder = Path(self.path)
+        if self.config is None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(self.path)  # by save_to_disk
+            return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(self.path, self.config, split=self.split, streaming=self.streaming)
 
     def _cannot(self, verb: str, error: Exception) -> UserError:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -57,6 +57,8 @@ class Manifest:
     skipped: dict[str, Any]
     """How many documents were left out, by reason, with the names of the first ones."""
     versions: dict[str, str]
+    notes: list[str]
+    """What else to know of the text and its tokens."""
 
     def shape(self, folder: str | Path) -> DataShape:
         """What a model has to know of the data in a folder."""
@@ -85,6 +87,7 @@ class Manifest:
                     f"{path} has format version {version}, this motifarch reads version {FORMAT_VERSION}: "
                     "prepare the data again with this version"
                 )
+            content.setdefault("notes", [])  # which earlier versions did not write
             values = {field.name: content[field.name] for field in fields(cls)}
             values["splits"] = {name: SplitCounts(**counts) for name, counts in values["splits"].items()}
         except (ValueError, KeyError, TypeError) as error:

@@ -15,15 +15,25 @@ import datasets
 from motifarch.data import manifest as manifest_file
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
 from motifarch.data.corpus import Corpus, read_corpus, shuffled
-from motifarch.data.documents import SkipLog
+from motifarch.data.documents import ReadOptions, Tally
+from motifarch.data.find_files import file_state, files_below
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker
 from motifarch.data.progress import bar
 from motifarch.data.settings import PrepareSettings
-from motifarch.data.sources import Source, parse_source, path_state
-from motifarch.data.tokenise import tokenise
-from motifarch.data.tokenizer import capped, load_tokenizer, tokenizer_fingerprint, train_tokenizer, vocabulary_size
+from motifarch.data.sources import Source, each_file_once, parse_source
+from motifarch.data.tokenise import describe_tokens, tokenise
+from motifarch.data.tokenizer import (
+    begin_tokens,
+    capped,
+    chat_text,
+    load_tokenizer,
+    set_special_tokens,
+    tokenizer_fingerprint,
+    train_tokenizer,
+    vocabulary_size,
+)
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder
 
@@ -44,12 +54,11 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
     settings.check()
     output = settings.output
     sources = [
-        parse_source(spec, text_field=settings.text_field, hf_split=settings.hf_split, streaming=settings.streaming)
-        for spec in settings.sources
+        parse_source(spec, hf_split=settings.hf_split, streaming=settings.streaming) for spec in settings.sources
     ]
     inputs = [source.state() for source in sources]
-    if settings.tokenizer is not None and Path(settings.tokenizer).exists():
-        inputs.append({"name": f"--tokenizer {settings.tokenizer}", **path_state(Path(settings.tokenizer))})
+    if settings.tokenizer is not None and (path := Path(settings.tokenizer)).exists():
+        inputs.append({"name": f"--tokenizer {settings.tokenizer}", **file_state(files_below(path))})
     if found := _already_prepared(settings, inputs):
         return found
     with claim_folder(output, report):
@@ -57,7 +66,7 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
         if found := _already_prepared(settings, inputs):
             return found
         with new_folder(output) as folder:
-            return _make(folder, settings, sources, inputs, report)
+            return _make(folder, settings, each_file_once(sources), inputs, report)
 
 
 def _already_prepared(settings: PrepareSettings, inputs: list[dict[str, Any]]) -> Manifest | None:
@@ -69,12 +78,7 @@ def _already_prepared(settings: PrepareSettings, inputs: list[dict[str, Any]]) -
     if settings.overwrite:
         return None
     existing = Manifest.read(output)
-    wanted = settings.deciding()
-    changes = [
-        f"{name} was {existing.settings.get(name)!r}, now {value!r}"
-        for name, value in wanted.items()
-        if existing.settings.get(name) != value
-    ]
+    changes = settings.changes(existing.settings)
     if not changes:
         before = {state["name"]: state for state in existing.inputs}
         changes = [f"the files of {s['name']} have changed" for s in inputs if before.get(s["name"]) != s]
@@ -101,8 +105,11 @@ def _make(
     given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
 
     with stage("reading") as note:
-        skipped = SkipLog()
-        corpus = read_corpus(scratch, settings, sources, skipped)
+        skipped, noticed = Tally(), Tally()
+        options = ReadOptions(
+            settings.text_field, settings.encoding, settings.document_separator, given and chat_text(given)
+        )
+        corpus = read_corpus(scratch, settings, sources, skipped=skipped, noticed=noticed, options=options)
         note(f"{len(corpus.rows):,} documents")
     if skipped.counts:
         report(f"skipped {skipped.counts.total():,} documents: {skipped.summary()}")
@@ -112,21 +119,31 @@ def _make(
             texts = capped(corpus.training_texts(settings.seed), _TRAINING_CHARACTERS)
             given = train_tokenizer(texts, settings.vocab_size)
             note(f"{len(given):,} tokens")
+    set_special_tokens(given, settings.special_tokens)
     given.save_pretrained(folder / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")  # as everyone will load it from now on
 
     with stage("tokenising") as note:
-        tokenised = tokenise(scratch, corpus.rows, tokenizer, settings.num_proc)
+        tokenised = tokenise(scratch, corpus, tokenizer, settings.num_proc)
         note(f"{settings.num_proc} processes" if settings.num_proc > 1 else "1 process")
     splits = {}
     for split in ("train", "validation"):
         with stage(f"packing {split}") as note:
             splits[split] = _pack(scratch, folder / split, tokenised, corpus, settings)
             note(f"{splits[split].tokens:,} tokens, {splits[split].blocks:,} blocks of {settings.seq_len}")
+    notes = [*noticed.lines(), *describe_tokens(corpus.rows, tokenised, tokenizer)]
     shutil.rmtree(scratch)
 
     fingerprint = tokenizer_fingerprint(tokenizer)
-    decides = (corpus.content_hash, fingerprint, settings.seq_len, settings.seed, settings.validation_fraction)
+    decides: tuple[object, ...] = (
+        corpus.content_hash,
+        fingerprint,
+        settings.seq_len,
+        settings.seed,
+        settings.validation_fraction,
+    )
+    if (begin := begin_tokens(tokenizer)) or settings.special_tokens != "text":
+        decides += (begin, settings.special_tokens)
     result = Manifest(
         seq_len=settings.seq_len,
         vocab_size=vocabulary_size(tokenizer),
@@ -138,6 +155,7 @@ def _make(
         inputs=inputs,
         skipped=skipped.as_dict(),
         versions={name: version(name) for name in ("motifarch", "datasets", "tokenizers", "transformers", "pyarrow")},
+        notes=notes,
     )
     result.write(folder)
     return result

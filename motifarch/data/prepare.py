@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from motifarch.command_line import Parser, option, path
+from motifarch.data.documents import printable
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
 from motifarch.errors import UserError
@@ -44,11 +45,17 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="SOURCE",
-        help="stdlib (this interpreter's standard library), files:GLOB (text files, one document each; .jsonl, .json "
-        "and .parquet, one document a record; .gz, .bz2 and .xz are unpacked; ** and {a,b} work; a folder means all "
-        "below it), or hf:NAME[:CONFIG] (a Hugging Face dataset or a local folder of data files). May be repeated.",
+        help="stdlib (this interpreter's standard library), files:GLOB (text files, one document each; .jsonl, .json, "
+        ".parquet, .arrow and .csv, one document a record; .gz, .bz2, .xz and .zst are unpacked; ** and {a,b} work; a "
+        "path that exists is taken as it is, a folder means all below it but hidden files), or hf:NAME[:CONFIG] (a "
+        "Hugging Face dataset or a local folder of data files). May be repeated.",
     )
-    inputs.add_argument("--text-field", metavar="NAME", help="field that holds a record's text (%(default)s)")
+    inputs.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field that holds a record's text (%(default)s), or a conversation for the tokenizer's chat template, "
+        "which a record without that field may have in `messages`",
+    )
     inputs.add_argument("--hf-split", metavar="NAME", help="split of a Hugging Face dataset (%(default)s)")
     inputs.add_argument(
         "--streaming", action="store_true", help="read Hugging Face datasets without downloading them first"
@@ -59,6 +66,18 @@ def build_parser() -> argparse.ArgumentParser:
     inputs.add_argument(
         "--strict", action="store_true", help="stop at an empty, binary or undecodable document instead of skipping it"
     )
+    inputs.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of files without a byte order mark (%(default)s), such as cp949; what is not in it is skipped",
+    )
+    inputs.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        type=lambda text: text.replace("\\n", "\n").replace("\\t", "\t"),
+        help=r"what ends a document within a text file: \n makes each line one, \n\n each paragraph (default: a text "
+        "file is one document)",
+    )
 
     outputs = parser.add_argument_group("what to make")
     outputs.add_argument("--output", type=path, required=True, metavar="DIR", help="the prepared folder")
@@ -66,6 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer",
         metavar="NAME_OR_PATH",
         help="a Hugging Face tokenizer (default: a new byte-level BPE on up to 64 Mi characters of the training part)",
+    )
+    outputs.add_argument(
+        "--special-tokens",
+        choices=("text", "tokens"),
+        help="what the tokenizer's special tokens become where text spells them: text, or the tokens; plain prompts of "
+        "`motifarch generate` follow (%(default)s)",
     )
     outputs.add_argument("--vocab-size", type=option(Vocabulary), metavar="N", help="tokens to train (%(default)s)")
     outputs.add_argument("--seq-len", type=option(Length), metavar="N", help="targets in a block (%(default)s)")
@@ -104,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def report(line: str) -> None:
         nonlocal told
         told = True
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     try:
         # These libraries take seconds to import: options come first, and Ctrl-C is answered.
@@ -127,10 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
     verb = "already prepared with these settings" if found else "prepared"
-    print(f"{output}: {verb}, fingerprint {made.fingerprint[:12]}")
+    print(f"{printable(output)}: {verb}, fingerprint {made.fingerprint[:12]}")
     for split, n in made.splits.items():
         print(f"  {split}: {n.documents:,} documents, {n.tokens:,} tokens, {n.blocks:,} blocks of {made.seq_len}")
     print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
+    for note in made.notes:
+        print(f"  {note}")
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The options of data preparation."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from motifarch.data.documents import printable
 from motifarch.errors import UserError
 
 
@@ -19,6 +20,9 @@ class PrepareSettings:
     validation_fraction: float = 0.05
     seed: int = 0
     text_field: str = "text"
+    encoding: str = "utf-8"
+    document_separator: str | None = None
+    special_tokens: Literal["text", "tokens"] = "text"
     hf_split: str = "train"
     max_documents: int | None = None
     streaming: bool = False
@@ -36,6 +40,16 @@ class PrepareSettings:
             raise UserError("no --source: take stdlib, files:GLOB or hf:NAME[:CONFIG]")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
+        if self.document_separator == "":
+            raise UserError("--document-separator '': it must hold a character at least, such as \\n")
+        if self.special_tokens not in ("text", "tokens"):
+            raise UserError(f"--special-tokens {self.special_tokens}: it must be text or tokens")
+        try:
+            "a".encode(self.encoding)
+        except (LookupError, ValueError):
+            raise UserError(
+                f"--encoding {self.encoding!r}: no encoding of text; take utf-8, cp949, latin-1, ..."
+            ) from None
         for name in ("seq_len", "num_proc", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -46,7 +60,16 @@ class PrepareSettings:
         options = asdict(self)
         for name in ("output", "streaming", "num_proc", "strict", "overwrite"):
             del options[name]
-        options["sources"] = list(self.sources)
+        options["sources"] = [printable(source) for source in self.sources]
         if self.tokenizer is not None:
             options["vocab_size"] = None
         return options
+
+    def changes(self, before: dict[str, Any]) -> list[str]:
+        """What these options change of what ``deciding`` gave before."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return [
+            f"{name} was {was!r}, now {value!r}"
+            for name, value in self.deciding().items()
+            if (was := before.get(name, defaults[name])) != value
+        ]

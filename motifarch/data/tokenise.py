@@ -1,76 +1,168 @@
 """Parallel tokenisation of a corpus."""
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import multiprocess  # type: ignore[import-untyped]  # what datasets forks with
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from motifarch.data.arrow_files import list_column
-from motifarch.data.tokenizer import vocabulary_size
+from motifarch.data.arrow_files import gather, list_column
+from motifarch.data.corpus import Corpus
+from motifarch.data.tokenizer import (
+    begin_tokens,
+    encode_texts,
+    spelled_special_tokens,
+    takes_special_tokens,
+    vocabulary_size,
+)
 from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
 
 T = TypeVar("T")
 
+_CHARACTERS_AT_ONCE = 2**20
+
 
 def tokenise(
-    scratch: Path, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int
+    scratch: Path,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    num_proc: int,
 ) -> datasets.Dataset:
     """Turn text into token ids, each document ended by the end-of-text token.
 
-    Rows hold text and split_hash; the result does not depend on the number of processes.
+    The result does not depend on the number of processes.
 
     Returns:
-        input_ids (int32 list), split_hash: memory-mapped in ``scratch``, in the order of ``rows``.
+        A row for each of the corpus, in their order, memory-mapped in ``scratch``: input_ids (int32
+        list), split_hash, special (int32 list: special tokens spelled in the text), unknown (number
+        of unknown tokens), and changed (whether the tokens give another text).
 
     Raises:
         UserError: if the tokenizer makes an id outside its vocabulary.
     """
     vocab_size = vocabulary_size(tokenizer)
+    begin, end = begin_tokens(tokenizer), tokenizer.eos_token_id
+    unknown = -1 if tokenizer.unk_token_id in (None, end) else tokenizer.unk_token_id
+    spelled = spelled_special_tokens(tokenizer)
+    special = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
+
+    def encode_some(rows: list[tuple[str, bool]]) -> Iterator[dict[str, Any]]:
+        """Texts that are all a chat template's, or none of them."""
+        texts, is_chat = [text for text, _ in rows], rows[0][1]
+        takes = is_chat or takes_special_tokens(tokenizer)
+        encoded = encode_texts(tokenizer, texts, special_tokens=takes, begin=[] if is_chat else begin)
+        # What begins a document is no part of its text.
+        bare = [ids[len(begin) :] if ids[: len(begin)] == begin and not is_chat else ids for ids in encoded]
+        decoded = tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for text, ids, back in zip(texts, encoded, decoded, strict=True):
+            document = np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
+            largest = int(document.max())
+            if largest >= vocab_size:
+                raise UserError(
+                    f"the tokenizer made token id {largest}, outside its vocabulary of {vocab_size}: mend it"
+                )
+            yield {
+                "input_ids": document,
+                "special": np.array([] if is_chat else [spelled[token] for token in special.findall(text)], np.int64),
+                "unknown": ids.count(unknown),
+                "changed": back != text,
+            }
 
     def encode(table: pa.Table) -> pa.Table:
-        # Text is text: an end-of-text token spelled out in a document does not end it.
-        encoded = tokenizer(
-            table.column("text").to_pylist(),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        documents = [np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded["input_ids"]]
-        largest = max(int(document.max()) for document in documents)
-        if largest >= vocab_size:
-            raise UserError(f"the tokenizer made token id {largest}, outside its vocabulary of {vocab_size}: mend it")
-        return pa.table({"input_ids": list_column(documents), "split_hash": table.column("split_hash")})
+        columns = (table.column(name) for name in ("text", "is_chat"))
+        texts = ((text.as_py(), is_chat.as_py()) for text, is_chat in zip(*columns, strict=True))
+        done = [
+            one
+            for _, alike in groupby(texts, key=lambda row: row[1])
+            for some in gather(alike, lambda row: len(row[0]), _CHARACTERS_AT_ONCE)
+            for one in encode_some(some)
+        ]
+        lists = {name: list_column([one[name] for one in done]) for name in ("input_ids", "special")}
+        plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed")}
+        return pa.table({**lists, **plain, "split_hash": table.column("split_hash")})
 
-    features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32")), "split_hash": datasets.Value("uint64")}
-    )
+    integers = datasets.List(datasets.Value("int32"))
+    kinds = {"unknown": "int64", "changed": "bool", "split_hash": "uint64"}
+    features = {"input_ids": integers, "special": integers} | {n: datasets.Value(kind) for n, kind in kinds.items()}
+    rows = corpus.rows
     work = partial(
         rows.with_format("arrow").map,
         encode,
         batched=True,
-        batch_size=100,
+        batch_size=min(100, max(1, 16 * _CHARACTERS_AT_ONCE // corpus.longest)),
         writer_batch_size=1000,
-        remove_columns=["text"],
-        features=features,
+        remove_columns=rows.column_names,
+        features=datasets.Features(features),
         num_proc=min(num_proc, len(rows)) if num_proc > 1 else None,
         cache_file_name=str(scratch / "tokens.arrow"),
         new_fingerprint="tokenised",
         desc="tokenising",
     )
     return _run_pool(work) if num_proc > 1 else work()
+
+
+def describe_tokens(
+    rows: datasets.Dataset, tokenised: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """What the tokenizer makes of the documents' text, a line for each thing to know."""
+    begin = "".join(f"{token} " for token in tokenizer.convert_ids_to_tokens(begin_tokens(tokenizer)))
+    notes = [f"a document's tokens: {begin}its text {tokenizer.eos_token}"]
+    table = tokenised.data.table
+    specials, unknown, changed = (table.column(name) for name in ("special", "unknown", "changed"))
+
+    counts = Counter(
+        dict(zip(*map(pa.Array.to_pylist, pc.value_counts(pc.list_flatten(specials)).flatten()), strict=True))
+    )
+    if counts:
+        first = _first(rows, pc.greater(pc.list_value_length(specials), 0))
+        names = ", ".join(f"{n:,} {tokenizer.convert_ids_to_tokens(token)}" for token, n in counts.most_common(5))
+        fate = (
+            "became those tokens"
+            if takes_special_tokens(tokenizer)
+            else "stay text, in training and in plain prompts, while a chat template writes the tokens: if the text is "
+            "such a template's, give --special-tokens tokens"
+        )
+        notes.append(f"special tokens spelled in the text ({names}; first in {first}) {fate}")
+    if total := pc.sum(unknown).as_py():
+        first = _first(rows, pc.greater(unknown, 0))
+        notes.append(
+            f"unknown: {total:,} tokens are {tokenizer.unk_token}, text that the tokenizer has no token for (first in "
+            f"{first}): take a tokenizer of all bytes, or train one"
+        )
+    if number := pc.sum(changed).as_py():
+        notes.append(
+            f"changed: {number:,} of {len(rows):,} documents do not come back from their tokens as they were "
+            f"({_first_change(rows, changed, tokenizer)})"
+        )
+    return notes
+
+
+def _first(rows: datasets.Dataset, chosen: pa.ChunkedArray) -> str:
+    return str(rows[pc.index(chosen, True).as_py()]["name"])
+
+
+def _first_change(rows: datasets.Dataset, changed: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> str:
+    row = rows[pc.index(changed, True).as_py()]
+    text: str = row["text"][:_CHARACTERS_AT_ONCE]
+    special = row["is_chat"] or takes_special_tokens(tokenizer)
+    (ids,) = encode_texts(tokenizer, [text], special_tokens=special, begin=[])
+    back = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    place = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    return f"first in {row['name']}, where {text[place : place + 20]!r} became {back[place : place + 20]!r}"
 
 
 # True while _run_pool forks. Whatever else forks does so as it likes.

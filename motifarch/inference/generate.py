@@ -20,7 +20,7 @@ from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError, first_line
 from motifarch.field_types import Length, Probability, Rows, Seed, Temperature
 from motifarch.inference.prompts import conversation, read_prompts, result_file
-from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate
+from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate, set_aside_settings
 
 _SEED_HELP = (
     "with a prompt's number among --prompts, decides its random draws, whichever prompts it is batched with "
@@ -61,6 +61,8 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not load: {first_line(error)}") from None
+    if aside := set_aside_settings(model, tokenizer):
+        print(f"[{folder}/generation_config.json: {', '.join(aside)} set aside; the options decide]", file=sys.stderr)
     return model.to(device=device).eval(), tokenizer  # type: ignore[call-arg]  # transformers hides its signature
 
 

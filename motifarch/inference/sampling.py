@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -27,6 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from motifarch.data.tokenizer import begin_tokens, encode_texts, takes_special_tokens
 from motifarch.errors import UserError, first_line
 
 Prompt = str | list[dict[str, str]]
@@ -142,8 +144,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
         raise UserError(
             f"{name} holds {text[error.start]!a}, half of a surrogate pair, which is no character; remove it"
         ) from None
-    # A chat template writes the special tokens itself.
-    ids: list[int] = tokenizer(text, add_special_tokens=isinstance(prompt, str), verbose=False).input_ids
+    if isinstance(prompt, str):
+        spelled, begin = takes_special_tokens(tokenizer), begin_tokens(tokenizer)
+    else:  # a chat template writes the special tokens itself
+        spelled, begin = True, []
+    (ids,) = encode_texts(tokenizer, [text], special_tokens=spelled, begin=begin)
     if ids:
         return ids
     start = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -226,6 +231,24 @@ def generate(
             following += 1
 
 
+def set_aside_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Leaves a model's generation config no setting but token ids, and keeps ids that the tokenizer
+    lacks from being sampled. Returns the names of the settings that no longer decide.
+    """
+    own = model.generation_config or GenerationConfig()
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids, suppress_tokens=missing_ids(model, tokenizer) or None)
+    # 0 and 1 leave text alone, or only say how results are handed over.
+    deciding = {name for name, value in own.to_diff_dict().items() if value not in (None, 0, 1)}
+    return sorted(deciding - set(ids) - {"transformers_version"})
+
+
+def missing_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Outputs that are no token of the tokenizer: vocabularies are padded to round sizes."""
+    known = set(tokenizer.get_vocab().values())
+    return [token for token in range(model.config.get_text_config().vocab_size) if token not in known]
+
+
 def _room(model: PreTrainedModel, ids: list[int], name: str) -> int | float:
     """How many tokens the positions leave after a prompt; infinitely many without a limit."""
     weight = model.get_input_embeddings().weight
@@ -269,7 +292,8 @@ def _continue(
     speed: Speed,
 ) -> list[tuple[list[int], str]]:
     """Each row's new tokens, an end-of-sequence token included, and how it finished."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = model.generation_config
+    configured = own.eos_token_id if own is not None else None
     ends = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id} - {None}
     pad = next((token for token in (tokenizer.pad_token_id, *sorted(ends)) if token is not None), 0)
     ids, mask = (
@@ -285,21 +309,19 @@ def _continue(
         processors += [TemperatureLogitsWarper(float(sampling.temperature)), *top_p, _Draw(sampling.seed, numbers)]
     first_tokens = _FirstTokens(model.device)
     started = time.perf_counter()
+    model.generation_config = GenerationConfig()  # the model's own would fill in what the options leave open
     try:
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=int(limit),
-            # None, not "dynamic": models with a state of their own kind warn of any name.
-            cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=pad,
-            # A folder's generation_config may ask for other sampling; here the options decide.
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
+            generation_config=GenerationConfig(
+                max_new_tokens=int(limit),
+                # None, not "dynamic": models with a state of their own kind warn of any name.
+                cache_implementation=None if sampling.cache == "dynamic" else sampling.cache,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=pad,
+                suppress_tokens=sorted(set(missing_ids(model, tokenizer)) - ends) or None,
+            ),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([first_tokens]),
             streamer=streamer,
@@ -319,6 +341,8 @@ def _continue(
                 f"{type(model).__name__} does not work with --cache static ({first_line(error)}); use --cache dynamic"
             ) from None
         raise
+    finally:
+        model.generation_config = own
     speed.decode_seconds += time.perf_counter() - first_tokens.time
     speed.prompt_seconds += first_tokens.time - started
     made = []

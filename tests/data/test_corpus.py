@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from motifarch.data.corpus import Corpus, read_corpus, shuffled
-from motifarch.data.documents import Document, SkipLog, Skipped
+from motifarch.data.documents import Document, ReadOptions, Skipped, Tally
 from motifarch.data.settings import PrepareSettings
 from motifarch.errors import UserError
 
@@ -19,7 +19,7 @@ class Texts:
     def state(self) -> dict[str, Any]:
         return {"name": "texts"}
 
-    def documents(self) -> Iterator[Document | Skipped]:
+    def documents(self, options: ReadOptions) -> Iterator[Document | Skipped]:
         for number, text in enumerate(self.texts):
             yield Skipped(str(number), "empty") if text is None else Document(str(number), text)
 
@@ -29,9 +29,11 @@ Read = Callable[..., Corpus]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    def read(*sources: list[str | None], log: SkipLog | None = None, **options: Any) -> Corpus:
+    def read(*sources: list[str | None], log: Tally | None = None, **options: Any) -> Corpus:
         settings = PrepareSettings(sources=("texts",), output=tmp_path, **options)
-        return read_corpus(tmp_path, settings, [Texts(texts) for texts in sources], log or SkipLog())
+        return read_corpus(
+            tmp_path, settings, [Texts(texts) for texts in sources], skipped=log or Tally(), noticed=Tally()
+        )
 
     return read
 
@@ -81,7 +83,7 @@ def test_what_cannot_be_split_is_refused(read: Read) -> None:
 
 
 def test_skipping_and_strict(read: Read) -> None:
-    log = SkipLog()
+    log = Tally()
     assert len(read(["one", None, "two"], log=log).rows) == 2
     assert log.as_dict() == {"count": 1, "reasons": {"empty": {"count": 1, "names": ["1"]}}}
     with pytest.raises(UserError, match=r"--strict: 1 is skipped \(empty\)"):

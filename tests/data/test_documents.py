@@ -1,6 +1,6 @@
 import pytest
 
-from motifarch.data.documents import Document, SkipLog, Skipped, document
+from motifarch.data.documents import Document, Skipped, Tally, document
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_other_content_is_skipped_with_its_reason(content: object, reason: str) 
 
 
 def test_log_counts_all_and_names_some() -> None:
-    log = SkipLog()
+    log = Tally()
     for number in range(250):
-        log.add(Skipped(f"file{number}", "empty"))
-    log.add(Skipped("odd", "binary"))
+        log.add(f"file{number}", "empty")
+    log.add("odd", "binary")
     assert log.summary() == "250 empty (file0, file1, file2, ...); 1 binary (odd)"
     assert log.as_dict()["count"] == 251
     assert log.as_dict()["reasons"]["empty"]["count"] == 250

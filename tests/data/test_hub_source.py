@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from motifarch.data.documents import Document, Skipped
+from motifarch.data.documents import Document, Found, Noticed, ReadOptions, Skipped
 from motifarch.data.sources import Source, parse_source
 from motifarch.errors import UserError
 
@@ -21,37 +21,43 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def parse(path: Path, *, streaming: bool, split: str = "train", field: str = "text") -> Source:
-    return parse_source(f"hf:{path}", text_field=field, hf_split=split, streaming=streaming)
+def parse(path: Path, *, streaming: bool, split: str = "train") -> Source:
+    return parse_source(f"hf:{path}", hf_split=split, streaming=streaming)
+
+
+def read(path: Path, *, streaming: bool, split: str = "train", field: str = "text") -> list[Found]:
+    """What is found but for other splits."""
+    found = parse(path, streaming=streaming, split=split).documents(ReadOptions(field))
+    return [one for one in found if not isinstance(one, Noticed)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_local_folder(folder: Path, streaming: bool) -> None:
     expected = [Document(f"{folder}:{i + 1}", f"text {i}") for i in range(5)]
-    assert list(parse(folder, streaming=streaming).documents()) == [*expected, Skipped(f"{folder}:6", "empty")]
+    assert read(folder, streaming=streaming) == [*expected, Skipped(f"{folder}:6", "empty")]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_split_and_field(folder: Path, streaming: bool) -> None:
-    (found,) = parse(folder, streaming=streaming, split="test").documents()
+    (found,) = read(folder, streaming=streaming, split="test")
     assert found == Document(f"{folder}:1", "held out")
-    found = list(parse(folder, streaming=streaming, field="body").documents())[-1]
+    found = read(folder, streaming=streaming, field="body")[-1]
     assert found == Skipped(f"{folder}:6", "no text")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_does_not_exist_is_named(folder: Path, streaming: bool) -> None:
     with pytest.raises(UserError, match=r"no field 'words': pass --text-field with one of text, body, n"):
-        list(parse(folder, streaming=streaming, field="words").documents())
+        read(folder, streaming=streaming, field="words")
     with pytest.raises(UserError, match=r"cannot load split 'none'.*--hf-split"):
-        list(parse(folder, streaming=streaming, split="none").documents())
+        read(folder, streaming=streaming, split="none")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_damaged_files_are_named(folder: Path, streaming: bool) -> None:
     (folder / "train.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(UserError, match=rf"hf:{folder}: cannot (load|read) split 'train'"):
-        list(parse(folder, streaming=streaming).documents())
+        read(folder, streaming=streaming)
 
 
 def test_state_follows_local_files(folder: Path) -> None:

@@ -134,7 +134,7 @@ def test_bad_files_are_skipped_counted_and_named(corpus: Path, tmp_path: Path, c
         },
     }
     said = capsys.readouterr().out
-    assert "skipped 4 documents: 2 empty (blank.txt, empty.txt); 1 binary (image.txt); 1 not UTF-8 (latin.txt)" in said
+    assert "skipped 4 documents: 2 empty (blank.txt, empty.txt); 1 binary (image.txt); 1 not UTF-8 (latin.txt: " in said
     with pytest.raises(UserError, match=r"--strict: blank\.txt is skipped \(empty\)"):
         prepare(tmp_path / "strict", *sources, options=["--strict"])
     assert not (tmp_path / "strict").exists()
@@ -185,7 +185,9 @@ def test_a_folder_of_something_else_is_never_replaced(corpus: Path, tmp_path: Pa
         (["--validation-fraction", "1"], "--validation-fraction 1.0"),
         (["--vocab-size", "100"], "--vocab-size 100: it must be at least 257"),
         (["--max-documents", "0"], "--max-documents is '0'"),
-        (["--max-documents", "1"], "there is one document"),
+        (["--max-documents", "1", "--validation-fraction", "0.0001"], "there is one document"),
+        (["--encoding", "hex"], "--encoding 'hex': no encoding of text"),
+        (["--document-separator", ""], "--document-separator ''"),
         (["--num-proc", "0"], "--num-proc is '0'"),
         (["--tokenizer", "/no/such/folder"], "cannot load tokenizer '/no/such/folder'"),
     ],

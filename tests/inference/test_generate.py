@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers.prompt_files import prompt_file, results
 from motifarch.cli import run
+from motifarch.data.tokenizer import set_special_tokens
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.inference.generate import Sampling, Speed, generate, load
@@ -47,7 +48,7 @@ def chat_folder(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_folder(folder, tmp_path_factory):
-    """Another model: few positions, other ends, sampling and beams in its generation_config."""
+    """Another model: few positions, other ends, a generation_config that asks for much else."""
     path = tmp_path_factory.mktemp("llama") / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
@@ -63,6 +64,7 @@ def llama_folder(folder, tmp_path_factory):
     )
     model = LlamaForCausalLM(config)
     model.generation_config.update(do_sample=True, temperature=0.3, top_k=5, num_beams=3)
+    model.generation_config.update(repetition_penalty=9.0, stop_strings=["a"], min_length=9, suppress_tokens=[70, 71])
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -70,8 +72,12 @@ def llama_folder(folder, tmp_path_factory):
 
 @pytest.fixture
 def pair(folder):
-    """Random weights, for text of some variety, in float64: no rounding decides between tokens."""
+    """Random weights, for text of some variety, in float64: no rounding decides between tokens.
+
+    Every output is a token.
+    """
     model, tokenizer = load(folder)
+    model.resize_token_embeddings(len(tokenizer))
     model.double()
     torch.manual_seed(0)
     for weight in model.parameters():
@@ -114,6 +120,18 @@ def test_temperature_zero_takes_the_likeliest_token(pair):
     new = greedy_by_hand(model, tokenizer("alpha beta").input_ids, 10, [tokenizer.eos_token_id])
     assert made.text == tokenizer.decode(new, skip_special_tokens=True)
     assert made.tokens == len(new)
+
+
+def test_outputs_that_are_no_token_are_never_taken(folder):
+    model, tokenizer = load(folder)
+    padded, _ = load(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        rest = padded.get_output_embeddings().weight[len(tokenizer) :]
+        assert len(rest)  # the vocabulary is rounded up
+        rest.mul_(1000)
+    for sampling in (GREEDY, Sampling(30, temperature=2.0, top_p=1.0)):
+        assert texts(padded, tokenizer, PROMPTS, sampling) == texts(model, tokenizer, PROMPTS, sampling)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(12, temperature=1.5, top_p=1.0, seed=5)])
@@ -210,7 +228,7 @@ def test_a_model_without_static_cache_is_told_of_the_other(pair, monkeypatch):
     model, tokenizer = pair
 
     def refuse(**options):
-        raise ValueError(f"no {options['cache_implementation']} cache here")
+        raise ValueError(f"no {options['generation_config'].cache_implementation} cache here")
 
     monkeypatch.setattr(model, "generate", refuse)
     with pytest.raises(UserError, match=r"no static cache here.*--cache dynamic"):
@@ -229,6 +247,35 @@ def test_another_model_with_few_positions(llama_folder):
     shown = [[token for token in new if token not in ends] for new in expected]
     assert [m.text for m in made] == tokenizer.batch_decode(shown, skip_special_tokens=True)
     assert list(generate(model, tokenizer, prompts, Sampling(8, temperature=0, cache="static"))) == made
+
+
+def test_what_a_folder_asks_for_is_set_aside_and_named(llama_folder, capsys):
+    model, tokenizer = load(llama_folder)
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("repetition_penalty", "stop_strings", "min_length", "num_beams"))
+    # Whoever generates with the model in another way, as lm-eval does, meets none of it either.
+    row = tokenizer("beta", return_tensors="pt")
+    new = model.generate(**row, max_new_tokens=9, do_sample=False)[0, row.input_ids.shape[1] :].tolist()
+    assert new == greedy_by_hand(model, row.input_ids[0].tolist(), 9, [tokenizer.eos_token_id, 65])
+
+
+def test_special_tokens_in_a_prompt_are_what_they_were_in_training(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token_id
+    assert end not in encode(tokenizer, f"alpha {tokenizer.eos_token}")  # as `data prepare` does by default
+    set_special_tokens(tokenizer, "tokens")
+    assert end in encode(tokenizer, f"alpha {tokenizer.eos_token}")
+
+
+def test_a_prompt_begins_as_a_document_and_has_no_end(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bare = encode(tokenizer, "alpha")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "sep_token": "</s>"})
+    ids = dict(zip(("<s>", "</s>"), tokenizer.convert_tokens_to_ids(["<s>", "</s>"]), strict=True))
+    both = TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    tokenizer.backend_tokenizer.post_processor = both
+    assert encode(tokenizer, "alpha") == [ids["<s>"], *bare]
+    assert encode(tokenizer, "") == [ids["<s>"]]
 
 
 def test_unlimited_positions_and_foreign_tokens(llama_folder):
