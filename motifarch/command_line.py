@@ -22,6 +22,8 @@ class Parser(argparse.ArgumentParser):
         """Raises a UserError."""
         # argparse says "argument --gpus: is ..." of what `option` refuses.
         said = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        if len(said) > 300:  # the value that was given
+            said = f"{said[:100]}...{said[-200:]}"
         raise UserError(f"{said}; see {self.prog} --help")
 
 

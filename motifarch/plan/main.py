@@ -5,7 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field
 from rich.console import Console
@@ -59,9 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-suggestions", "--no-advice", action="store_true", help="do not look for changes that would make it fit"
     )
+    hints = get_type_hints(Assumptions, include_extras=True)
     for f in dataclasses.fields(Assumptions):
         text = f"{ASSUMPTIONS.fields[f.name]['description']} (%(default)s)"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=float, default=f.default, metavar="X", help=text)
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}", type=option(hints[f.name]), default=f.default, metavar="X", help=text
+        )
     return parser
 
 

@@ -33,7 +33,7 @@ class Assumptions(Section):
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Part of the computing time that FSDP's, HSDP's and Muon's messages can hide behind."""
 
-    fusion: Annotated[float, Field(ge=1)] = 3.0
+    fusion: Annotated[float, Field(ge=1, le=100)] = 3.0
     """With `compile`: how many times fewer bytes the decoder layers' element-wise operators move.
     """
 

@@ -28,6 +28,7 @@ from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, find_parent
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
+from motifarch.train.memory import check_memory
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from motifarch.train.plots import LOSS_PLOT, draw_loss
 from motifarch.train.precision import choose_compute
@@ -63,6 +64,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     output = Path(recipe.run.output)
     start = world.run_on_main_and_broadcast(lambda: _decide(recipe, inputs, world))
     mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
+    check_memory(inputs.model_config, mesh.layout, world)
     state, flops_per_token = build_state(
         recipe, inputs.model_config, world, mesh, seq_len=inputs.seq_len, compute=start.compute
     )

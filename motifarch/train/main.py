@@ -2,12 +2,13 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from motifarch.die_with_parent import GRACE_S
-from motifarch.errors import DISK_ERRORS, UserError
+from motifarch.errors import DISK_ERRORS, UserError, first_line
 from motifarch.locks import locked, share
 from motifarch.parallel import World, launched_world_size, open_world
 from motifarch.train.read_recipe import read_recipe
@@ -17,6 +18,8 @@ LOCK = ".lock"
 """The file in a run's folder that the run holds locked."""
 LOCK_PATIENCE_S = GRACE_S + 4.0
 """Seconds that the lock is waited for: longer than ranks without a launcher have to leave."""
+
+_OUT_OF_MEMORY = re.compile("OutOfMemoryError|can't allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with open_world(recipe.distributed.timeout_first_s) as world, only_writer(Path(recipe.run.output), world):
             return train(recipe, inputs, world)
+    except (MemoryError, RuntimeError) as error:
+        # Of the CPU's memory torch has no error of its own.
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(f"{type(error).__name__} {error}"):
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)}); lower batch.micro_size, set activation_checkpointing, or take more "
+            "ranks: `motifarch plan` says what a recipe needs"
+        ) from None
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
