@@ -93,7 +93,7 @@ def _kind(action: argparse.Action) -> str:
         return "text"
     assert callable(action.type)
     made = action.type("1")
-    return "path" if isinstance(made, Path) else "number"
+    return "path" if isinstance(made, Path) else "number" if isinstance(made, int | float) else "text"
 
 
 OPTIONS = list(options())
