@@ -10,6 +10,18 @@ from torch import Tensor
 from motif_kernels.types import AttentionInputs, Sequences
 
 
+def check_devices(**tensors: Tensor | float | None) -> None:
+    """Raise ValueError unless all tensors among the values are on one device.
+
+    A kernel reads memory by its address, and a tensor elsewhere has none that it can read: one on
+    the meta device beside others is a weight that was not loaded. All on it ask for shapes alone.
+    """
+    (first, device), *others = [(n, t.device) for n, t in tensors.items() if isinstance(t, Tensor)]
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name} is on {other} and {first} on {device}; all must be on one device")
+
+
 def check_epilogue(
     leading: Sequence[int],
     signal_heads: int,
@@ -18,12 +30,8 @@ def check_epilogue(
     lam: Tensor | float | None,
     norm_weight: Tensor | None,
     gate: Tensor | None,
-    device: torch.device,
 ) -> None:
-    """Raises ValueError unless lambda, sub-norm and gate fit an output and its device."""
-    for name, tensor in (("lam", lam), ("norm_weight", norm_weight), ("gate", gate)):
-        if isinstance(tensor, Tensor) and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and the attention on {device}; all must be on one device")
+    """Raises ValueError unless lambda, sub-norm and gate fit an output."""
     if noise_heads is not None and (noise_heads < 1 or signal_heads % noise_heads):
         raise ValueError(
             f"{signal_heads} signal heads cannot share {noise_heads} noise heads; "
@@ -67,14 +75,13 @@ def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = Fals
     named = ((q, q1), (k, k1), ("q2", q2), ("k2", k2), ("v", v))
     present = {name: t for name, t in named if t is not None}
     layout = "(total, heads, headdim)" if packed else "(batch, seqlen, heads, headdim)"
-    dtype, device, head_dim = q1.dtype, q1.device, q1.shape[-1]
+    dtype, head_dim = q1.dtype, q1.shape[-1]
+    check_devices(**present, lam=lam, norm_weight=inputs.norm_weight, gate=inputs.gate)
     for name, tensor in present.items():
         if tensor.ndim != (3 if packed else 4):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {layout}")
         if tensor.dtype != dtype or not dtype.is_floating_point:
             raise TypeError(f"{name} is {tensor.dtype} and {q} is {q1.dtype}; all must be one floating-point dtype")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device} and {q} on {q1.device}; all must be on one device")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name} has stride {tensor.stride(-1)} in its last dimension, head_dim; "
@@ -99,9 +106,8 @@ def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = Fals
         if heads < 1 or whole % heads:
             raise ValueError(f"{of} has {whole} heads and {name} has {heads}; {of}'s must be a multiple of {name}'s")
     check_epilogue(
-        q1.shape[:-2], q1.shape[-2], inputs.noise_heads or None, v.shape[-1], lam, inputs.norm_weight, inputs.gate,
-        q1.device,
-    )  # fmt: skip
+        q1.shape[:-2], q1.shape[-2], inputs.noise_heads or None, v.shape[-1], lam, inputs.norm_weight, inputs.gate
+    )
 
 
 def may_read(values: Tensor) -> bool:

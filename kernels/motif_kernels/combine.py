@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from motif_kernels import ops, reference
-from motif_kernels.checks import check_epilogue
+from motif_kernels.checks import check_devices, check_epilogue
 from motif_kernels.ops import combine as operator
 
 
@@ -39,17 +39,11 @@ def diff_combine(
         PyTorch's own norms).
 
     Raises:
-        ValueError: shapes that do not fit, or gate together with norm_weight.
+        ValueError: shapes or devices that do not fit, or gate together with norm_weight.
     """
+    check_devices(o_signal=o_signal, o_noise=o_noise, lam=lam, norm_weight=norm_weight, gate=gate)
     check_epilogue(
-        o_signal.shape[:-2],
-        o_signal.shape[-2],
-        o_noise.shape[-2],
-        o_signal.shape[-1],
-        lam,
-        norm_weight,
-        gate,
-        o_signal.device,
+        o_signal.shape[:-2], o_signal.shape[-2], o_noise.shape[-2], o_signal.shape[-1], lam, norm_weight, gate
     )
     if o_noise.shape[:-2] != o_signal.shape[:-2] or o_noise.shape[-1] != o_signal.shape[-1]:
         raise ValueError(

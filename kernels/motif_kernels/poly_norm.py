@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from motif_kernels import ops, reference
+from motif_kernels.checks import check_devices
 from motif_kernels.ops import poly_norm as operator
 
 
@@ -63,8 +64,9 @@ def poly_norm(
 
     Raises:
         TypeError: x is not a floating-point tensor.
-        ValueError: x, weight or bias has another shape, or a clamp is not positive.
+        ValueError: x, weight or bias has another shape or device, or a clamp is not positive.
     """
+    check_devices(x=x, weight=weight, bias=bias)
     _check(x, weight, bias, {"bias_clamp": bias_clamp, "hidden_clamp": hidden_clamp})
     weight, bias = _squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(x))
     return _apply(x, None, weight, bias, eps, group, hidden_clamp)
@@ -103,8 +105,9 @@ def mul_poly_norm(
 
     Raises:
         TypeError: gate is not a floating-point tensor, or up has another dtype.
-        ValueError: a tensor has another shape, or a clamp is not positive.
+        ValueError: a tensor has another shape or device, or a clamp is not positive.
     """
+    check_devices(gate=gate, up=up, weight=weight, bias=bias)
     _check(gate, weight, bias, {"bias_clamp": bias_clamp, "hidden_clamp": hidden_clamp})
     if up.shape != gate.shape:
         raise ValueError(

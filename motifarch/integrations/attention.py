@@ -1,5 +1,6 @@
 """The attention function of patched models, and what calls the kernels for it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_
 from motif_kernels.checks import may_read
 from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import PaddingMask
+from motifarch.layers.head_norm import attend_normed
 from motifarch.layers.padding import PackedTokens
 
 IMPLEMENTATION = "motifarch_differential"
@@ -106,16 +108,13 @@ def attend_heads(
         "causal": True,
         "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         "softcap": softcap or 0.0,
-        "norm_weight": None if module.subln is None else module.subln.weight,
-        "norm_eps": 0.0 if module.subln is None else module.subln.eps,
-        "out_scale": module.out_scale,
         "backend": module.backend,
     }
     if attention_mask is None and cu_seq_lens_q is not None:
         if max_length_q is None:
             raise ValueError("cu_seq_lens_q was given without max_length_q; give both for packed documents")
         attention_mask = VisibleKeys(documents=(cu_seq_lens_q, int(max_length_q)))
-    return _attend(heads, lam, attention_mask, options)
+    return attend_normed(module.subln, module.out_scale, (*heads, lam), partial(_attend, attention_mask, options))
 
 
 _READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
@@ -164,9 +163,11 @@ def _are_equal(keys: Any, queries: Any) -> bool:
     return queries is not None and int(keys) == int(queries)
 
 
-def _attend(heads: Any, lam: Tensor, visible: Any, options: dict[str, Any]) -> Any:
-    """Attention of (B, S, heads, width) tensors, by the kernels that suit the mask."""
+def _attend(visible: Any, options: dict[str, Any], inputs: Any, **epilogue: Any) -> Any:
+    """Attention of (B, S, heads, width) tensors and lambda, by the kernels that suit the mask."""
+    *heads, lam = inputs
     q1, k1, q2, k2, v = heads
+    options = options | epilogue
     if visible is None:
         return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
     if not isinstance(visible, VisibleKeys):

@@ -39,6 +39,7 @@ from motifarch.integrations.attention import as_kernels_take, attend_heads
 from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import default_lambda_init
 from motifarch.layers.grouped_differential_attention import scalar_lambda
+from motifarch.layers.head_norm import SubNorm
 
 IMPLEMENTATION = "motifarch_diff_v1"
 """The models' ``attn_implementation``."""
@@ -81,7 +82,7 @@ def add_lambdas(
             module.register_parameter(vector, nn.Parameter(values))
         module.lambda_init = default_lambda_init(module.layer_idx) if lambda_init is None else float(lambda_init)
         width = 2 * module.head_dim
-        module.subln = nn.RMSNorm(width, eps=norm_eps, device=weight.device, dtype=weight.dtype) if sub_norm else None
+        module.subln = SubNorm(width, eps=norm_eps, device=weight.device, dtype=weight.dtype) if sub_norm else None
         module.out_scale = 1.0 - module.lambda_init if sub_norm else 1.0
         module.backend, module.motifarch_pairs = "auto", True
         module.register_forward_pre_hook(_check_implementation)

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from motif_kernels import mul_poly_norm
 from motifarch.integrations.derived import Derived, derive
 from motifarch.layers import PolyNorm
+from motifarch.layers.poly_norm import gated
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
@@ -23,10 +23,7 @@ class PolyNormMixin(Derived):
     def forward(self, x: Tensor) -> Tensor:
         """X (..., E) -> (..., E)."""
         host: Any = self
-        product = mul_poly_norm(
-            host.gate_proj(x), host.up_proj(x), self.act_fn.weight, self.act_fn.bias, eps=self.act_fn.eps
-        )
-        return host.down_proj(product)  # type: ignore[no-any-return]
+        return host.down_proj(gated(self.act_fn, host.gate_proj(x), host.up_proj(x)))  # type: ignore[no-any-return]
 
 
 @_cache

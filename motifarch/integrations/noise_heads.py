@@ -19,6 +19,7 @@ from motifarch.integrations.derived import Derived, derive
 from motifarch.integrations.families import Family
 from motifarch.integrations.latent import GroupedQueryAttention
 from motifarch.layers.grouped_differential_attention import scalar_lambda
+from motifarch.layers.head_norm import SubNorm
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
@@ -95,7 +96,7 @@ class DifferentialAttentionMixin(Derived):
     signal_heads: int
     noise_heads: int
     out_scale: float
-    subln: nn.RMSNorm | None
+    subln: SubNorm | None
     backend: str
     lambda_vectors: ScalarLambda | None
     lambda_proj: nn.Linear | None
@@ -167,7 +168,7 @@ def add_noise_heads(
     else:
         module.lambda_vectors = ScalarLambda(module.head_dim, lambda_init=options.lambda_init, **new)
         module.out_scale = 1.0 - options.lambda_init if options.sub_norm else 1.0
-    module.subln = nn.RMSNorm(module.head_dim, eps=1e-5, **new) if options.sub_norm else None
+    module.subln = SubNorm(module.head_dim, eps=1e-5, **new) if options.sub_norm else None
 
 
 def _with_noise_rows(query: nn.Linear, signal_heads: int, group: int) -> nn.Linear:

@@ -32,6 +32,14 @@ _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 class PatchedModelMixin(Derived):
     """Mixed into a host's model class: what is built is patched as its config says."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Trainer's label smoothing shifts labels for the class names in this table alone; one made
+        # from a causal language model is such a model.
+        names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if any(base.__name__ in names.values() for base in cls.__mro__[1:]):
+            names[cls.__name__] = cls.__name__
+
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
         host: Any = super()
         host.__init__(config, *arguments, **options)

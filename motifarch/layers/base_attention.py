@@ -5,19 +5,20 @@ Shapes: B batch, S tokens, E hidden size, D head_dim of queries and keys, Dv of 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motif_kernels import diff_decoding, dispatch
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.cache import CachePosition
+from motifarch.layers.head_norm import HeadNorm, SubNorm, attend_normed
 from motifarch.layers.padding import PaddingMask
 from motifarch.layers.rotary import PositionEmbeddings, apply_rotary
-from motifarch.layers.ulysses import gather_heads, scatter_heads, sum_gradient
+from motifarch.layers.ulysses import gather_heads, scatter_heads
 
 Batch = Sequences | PaddingMask | Cache | None
 """What a call's tokens are: packed, padded, new ones after a cache, or neither."""
@@ -102,12 +103,12 @@ class BaseAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
         out_features = (num_heads - num_noise_heads) * self.v_head_dim
         self.o_proj = nn.Linear(out_features, hidden_size, bias=bias, **factory)
-        self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
-        self.subln: nn.RMSNorm | None = None
+        self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.k_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
+        self.subln: SubNorm | None = None
         """The sub-norm, which a subclass may set."""
         self.tensor_group: ProcessGroup | None = None
-        """Ranks that share the heads (tensor parallelism), set from outside."""
+        """Ranks that share the heads (tensor parallelism): :meth:`share_heads` sets it."""
         self.context_group: ProcessGroup | None = None
         """Ranks that each hold a part of the sequence (context parallelism): set from outside."""
         self.record_max_logits = False
@@ -165,8 +166,21 @@ class BaseAttention(nn.Module):
             if max_seqlen is None:
                 raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
             batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
-        out = self._attend(self._inputs(q, key, value, hidden_states), batch)
+        inputs = self._inputs(q, key, value, hidden_states)
+        out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
+        out = attend_normed(self.subln, out_scale, inputs, partial(self._attend, batch))
         return self.o_proj(out.flatten(2))
+
+    def share_heads(self, group: ProcessGroup) -> None:
+        """Tells the layer that the ranks of a group each have a part of its heads (tensor
+        parallelism), in its projections' outputs.
+
+        The gradients of what all heads share are then summed over them.
+        """
+        self.tensor_group = group
+        for norm in (self.q_norm, self.k_norm, self.subln):
+            if norm is not None:
+                norm.group = group
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
         """Lambda, a scalar or (B, S, Hs); asked where there are noise heads."""
@@ -185,43 +199,35 @@ class BaseAttention(nn.Module):
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
+            q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))
         return q, k.flatten(2).unflatten(-1, (-1, self.v_head_dim)) if self.paired_kv else k, value
 
     def _inputs(self, q: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> AttentionInputs:
-        """Heads as signal and noise, and lambda; the epilogue's tensors."""
-        weight = None if self.subln is None else self._shared(self.subln.weight)
+        """Heads as signal and noise, lambda and the gate."""
         if not self.num_noise_heads:
-            return AttentionInputs(q, key, None, None, value, None, weight, self._gate(hidden_states))
+            return AttentionInputs(q, key, None, None, value, None, gate=self._gate(hidden_states))
         group = self.num_heads // self.num_noise_heads - 1
         q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
         lam = self._lambda(hidden_states)
         self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
         return AttentionInputs(
-            q[..., :group, :].flatten(2, 3), k1, q[..., group, :], k2, value, lam, weight, self._gate(hidden_states)
+            q[..., :group, :].flatten(2, 3), k1, q[..., group, :], k2, value, lam, gate=self._gate(hidden_states)
         )
 
-    def _options(self) -> AttentionOptions:
+    def _options(self, norm_eps: float, out_scale: float) -> AttentionOptions:
         return AttentionOptions.of(
             self.head_dim,
             softmax_scale=self.softmax_scale,
             causal=self.causal,
             window_size=self.window_size,
-            norm_eps=0.0 if self.subln is None or self.subln.eps is None else self.subln.eps,
-            out_scale=1.0 if self.subln is None else 1.0 - self.lambda_init,
+            norm_eps=norm_eps,
+            out_scale=out_scale,
             return_max_logits=self.record_max_logits and self.training,
         )
-
-    def _shared(self, parameter: Tensor) -> Tensor:
-        """What all heads use; each rank's heads give a part of its gradient."""
-        return sum_gradient(parameter, self.tensor_group)
-
-    def _normalised(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
-        return F.rms_norm(x, (self.head_dim,), self._shared(norm.weight), norm.eps)
 
     def _append(
         self,
@@ -268,14 +274,19 @@ class BaseAttention(nn.Module):
             return keys, values, None
         return keys, values, Cache(*position.within(keys.shape[1]))
 
-    def _attend(self, inputs: AttentionInputs, batch: Batch) -> Tensor:
-        """Attention of (B, S, heads, width) tensors: (B, S, Hs, Dv), 0 in rows of padding."""
+    def _attend(
+        self, batch: Batch, inputs: AttentionInputs, *, norm_weight: Tensor | None, norm_eps: float, out_scale: float
+    ) -> Tensor:
+        """Attention of (B, S, heads, width) tensors and what follows it: (B, S, Hs, Dv), 0 in rows
+        of padding.
+        """
+        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale)
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
         if self.context_group is not None:
             inputs = self._exchange(inputs, batch, self.context_group)
         if isinstance(batch, Cache):
-            return diff_decoding.attend(inputs, batch, self._options(), self.backend)
+            return diff_decoding.attend(inputs, batch, options, self.backend)
         shape, documents, packed = inputs.q1.shape[:2], None, None
         if isinstance(batch, Sequences):
             inputs, documents = inputs.map(lambda t: t.flatten(0, 1)), batch
@@ -285,7 +296,7 @@ class BaseAttention(nn.Module):
             inputs = inputs.map(lambda t: t.flatten(0, 1)[of_queries], lambda t: t.flatten(0, 1)[of_keys])
             bounds = packed.cu_seqlens_q, packed.cu_seqlens_k
             documents = Sequences(packed.max_seqlen_q, packed.max_seqlen_k, *bounds)
-        out, *max_logits = dispatch.attend(inputs, self._options(), documents, self.backend)
+        out, *max_logits = dispatch.attend(inputs, options, documents, self.backend)
         if max_logits:
             self._record(max_logits)
         if packed is not None:

@@ -1,16 +1,23 @@
 """Cross-entropy with the output projection inside: logits never exist whole."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
-# Logits in a chunk: 2^24 float32 numbers are 64 MiB, whatever the vocabulary.
-_CHUNK_ELEMENTS = 1 << 24
+# Tokens in a chunk: as many as the hidden states are wide, so that a chunk's logits take about what
+# the head's weight takes, and in these bounds.
+_CHUNK_TOKENS = (128, 1024)
+# Logits at a time in float32: 2^24 numbers are 64 MiB, whatever the vocabulary.
+_FLOAT32_ELEMENTS = 1 << 24
 
 
 class CrossEntropy(NamedTuple):
@@ -21,66 +28,59 @@ class CrossEntropy(NamedTuple):
     targets: Tensor  # how many targets this call had, int64
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward takes the gradients too, chunk by chunk; backward only scales them."""
+class _SummedLoss(torch.autograd.Function):
+    """The sums of cross-entropy and z over some tokens, from logits of any precision.
+
+    Softmax and sums are in float32; of that, only what `_FLOAT32_ELEMENTS` allows exists at once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        divisor: Tensor,
-        z_weight: float,
-        needs_grad: bool,
-        group: ProcessGroup | None,
+        ctx: Any, logits: Tensor, targets: Tensor, z_weight: float, first: int, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor]:
-        # hidden (T, E) and weight (V, E) of one dtype, targets (T,), divisor (). With a group,
-        # weight is this rank's part of the vocabulary's rows, as many on every rank.
-        first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        d_hidden = torch.zeros_like(hidden) if needs_grad else None
-        d_weight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if needs_grad else None
-        total, total_z = (torch.zeros((), dtype=accumulate, device=hidden.device) for _ in range(2))
-        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], chunk):
-            h, t = hidden[start : start + chunk], targets[start : start + chunk]
-            ignored = t == IGNORE_INDEX
-            logits = (h @ weight.t()).to(accumulate)
-            index = (t - first)[:, None]
-            elsewhere = (index < 0) | (index >= weight.shape[0])  # ignored, or in another rank's part
-            index = index.masked_fill(elsewhere, 0)
-            logsumexp = logits.logsumexp(dim=-1)
-            target = logits.gather(1, index).masked_fill_(elsewhere, 0).squeeze(1)
-            if group is not None:
-                logsumexp, target = _over_all_parts(logsumexp, target, group)
-            losses = logsumexp - target
-            total += losses.masked_fill_(ignored, 0).sum()
-            total_z += logsumexp.square().masked_fill_(ignored, 0).sum()
-            if d_hidden is None or d_weight is None:
-                continue
-            # d(loss + w z)/dlogits = p (1 + 2 w logsumexp) - onehot, and 0 where there is no target
-            d_logits = logits.sub_(logsumexp[:, None]).exp_()
-            if z_weight:
-                d_logits.mul_(1 + 2 * z_weight * logsumexp[:, None])
-            d_logits.scatter_add_(1, index, elsewhere.to(accumulate).sub_(1))
-            # Divided in float32, before it is rounded for the products.
-            d_logits = d_logits.div_(divisor).masked_fill_(ignored[:, None], 0).to(h.dtype)
-            d_hidden[start : start + chunk] = d_logits @ weight
-            d_weight += d_logits.t() @ h
-        if d_hidden is not None and d_weight is not None:
-            if group is not None:
-                dist.all_reduce(d_hidden, group=group)
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
-        z_loss = z_weight * total_z / divisor
-        ctx.mark_non_differentiable(z_loss)
-        return total / divisor + z_loss, z_loss
+        # logits (T, V) and targets (T,). With a group, logits are this rank's part of the
+        # vocabulary, which begins with word number `first`.
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logsumexp = torch.cat([part.to(dtype).logsumexp(dim=-1) for part in logits.split(_rows(logits))])
+        index, elsewhere = _places(logits, targets, first)
+        target = logits.gather(1, index[:, None]).squeeze(1).to(dtype).masked_fill_(elsewhere, 0)
+        if group is not None:
+            logsumexp, target = _over_all_parts(logsumexp, target, group)
+        ignored = targets == IGNORE_INDEX
+        z = z_weight * logsumexp.square().masked_fill_(ignored, 0).sum()
+        total = (logsumexp - target).masked_fill_(ignored, 0).sum() + z
+        ctx.save_for_backward(logits, targets, logsumexp)
+        ctx.z_weight, ctx.first = z_weight, first
+        ctx.mark_non_differentiable(z)
+        return total, z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in float32: rounding the scale itself to bfloat16 would tilt every gradient alike.
-        d_hidden, d_weight = ((t.to(grad.dtype) * grad).to(t.dtype) for t in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None, None, None
+        # d(loss + w z)/dlogits = p (1 + 2 w logsumexp) - onehot, and 0 where there is no target.
+        # Multiplied with what comes from outside (a loss scale, say) before it is rounded.
+        logits, targets, logsumexp = ctx.saved_tensors
+        index, elsewhere = _places(logits, targets, ctx.first)
+        of_softmax, of_target = grad * (1 + 2 * ctx.z_weight * logsumexp), -grad * ~elsewhere
+        ignored, rows = targets == IGNORE_INDEX, _rows(logits)
+        d_logits = torch.empty_like(logits)
+        for start in range(0, len(logits), rows):
+            at = slice(start, start + rows)
+            part = (logits[at] - logsumexp[at, None]).exp_().mul_(of_softmax[at, None])
+            part.scatter_add_(1, index[at, None], of_target[at, None])
+            d_logits[at] = part.masked_fill_(ignored[at, None], 0)
+        return d_logits, None, None, None, None
+
+
+def _rows(logits: Tensor) -> int:
+    """How many tokens' logits may exist in float32."""
+    return max(1, _FLOAT32_ELEMENTS // max(1, logits.shape[1]))
+
+
+def _places(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Where in its logits each target is, and which are not there: ignored, or another rank's."""
+    index = targets - first
+    elsewhere = (index < 0) | (index >= logits.shape[1])
+    return index.masked_fill(elsewhere, 0), elsewhere
 
 
 def _over_all_parts(logsumexp: Tensor, target: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -92,22 +92,33 @@ def _over_all_parts(logsumexp: Tensor, target: Tensor, group: ProcessGroup) -> t
     return sums[0].log() + largest, sums[1]
 
 
-def _own_rows(weight: Any) -> tuple[ProcessGroup, Tensor]:
-    """The ranks that share a DTensor's rows, and this rank's rows."""
+def _own_words(logits: Any) -> tuple[Tensor, int, ProcessGroup]:
+    """This rank's part of a DTensor's logits (..., V), its first word, and the ranks."""
     from torch.distributed.tensor import Shard  # takes half a second to import, and who has a DTensor has it
 
-    ranks = weight.device_mesh.size()
-    if weight.placements != (Shard(0),) or weight.shape[0] % ranks:
+    mesh, words = logits.device_mesh, logits.shape[-1]
+    if mesh.ndim != 1 or logits.placements != (Shard(logits.ndim - 1),):
         raise ValueError(
-            f"weight, {tuple(weight.shape)}, is spread as {weight.placements} over {ranks} ranks; its rows must be, in "
-            "equal parts"
+            f"logits of {tuple(logits.shape)} are spread as {logits.placements} over {mesh.size()} ranks; their last "
+            "dimension, the vocabulary, must be, over a mesh of one dimension"
         )
-    return weight.device_mesh.get_group(), weight.to_local()
+    group = mesh.get_group()
+    # As DTensor cuts: equal parts, rounded up; the last may be short.
+    return logits.to_local(), dist.get_rank(group) * -(-words // mesh.size()), group
+
+
+def _summed_loss(
+    head: Callable[[Tensor], Tensor], z_weight: float, hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits, first, group = head(hidden), 0, None
+    if hasattr(logits, "device_mesh"):
+        logits, first, group = _own_words(logits)
+    return _SummedLoss.apply(logits.flatten(0, -2), targets, z_weight, first, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Callable[[Tensor], Tensor],
     targets: Tensor,
     *,
     num_items: Tensor | float | None = None,
@@ -115,14 +126,17 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` without ever holding all logits.
 
-    A chunk of tokens is projected at a time; softmax and sums are in float32
-    (float64 for float64 inputs).
+    A chunk of tokens is projected at a time, and once more in the backward pass (the last chunk is
+    not); softmax and sums are in float32 (float64 for float64 inputs). An output projection that is
+    given as a module is called, so that adapters, hooks, quantised weights and sharding units in it
+    do what they do for logits, and gradients are taken in the backward pass, with the loss's scale.
 
     Args:
         hidden: (..., E) final hidden states.
-        weight: (V, E) of the output projection, of hidden's dtype; or a DTensor of it whose rows
-            are spread over the ranks of a one-dimensional mesh (tensor parallelism), each of which
-            has the same hidden and targets.
+        weight: the output projection: a module or function, which is called with (1, T, E) and
+            gives logits (1, T, V); or its weight (V, E), of hidden's dtype. Logits (or the weight's
+            rows) may be a DTensor that the ranks of a one-dimensional mesh share by words (tensor
+            parallelism), each of which has the same hidden and targets.
         targets: (...) int64; ``IGNORE_INDEX`` (-100) where there is no target.
         num_items: divides the sums instead of the number of targets in this call: the count over
             all micro-batches and ranks, so that their losses add up to the mean of the global
@@ -140,21 +154,33 @@ def linear_cross_entropy(
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}; it must be hidden's {tuple(hidden.shape)} but the last"
         )
+    head = weight if callable(weight) else _projection(hidden, weight)
+    accumulate = torch.promote_types(hidden.dtype, torch.float32)
+    count = (targets != IGNORE_INDEX).sum()
+    divisor = count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+
+    least, most = _CHUNK_TOKENS
+    tokens = min(max(least, hidden.shape[-1]), most)
+    parts = list(
+        zip(hidden.reshape(1, -1, hidden.shape[-1]).split(tokens, dim=1), targets.flatten().split(tokens), strict=True)
+    )
+    summed = partial(_summed_loss, head, z_loss_weight)
+    # The backward pass begins with the last chunk: to let go of its logits would save nothing.
+    sums = [checkpoint(summed, *part, use_reentrant=False) for part in parts[:-1]] + [summed(*parts[-1])]
+    total, z = (torch.stack(values).sum() / divisor.to(accumulate) for values in zip(*sums, strict=True))
+    return CrossEntropy(total, z, count)
+
+
+def _projection(hidden: Tensor, weight: Any) -> Callable[[Tensor], Tensor]:
+    """The product with a weight (V, E), which may be a DTensor."""
     if hidden.shape[-1] != weight.shape[-1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden is {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype}; "
             "the last dimension and the dtype must be equal"
         )
-    group = None
-    if hasattr(weight, "device_mesh"):
-        group, weight = _own_rows(weight)
-    count = (targets != IGNORE_INDEX).sum()
-    accumulate = torch.promote_types(hidden.dtype, torch.float32)
-    divisor = count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=hidden.device)
-    # Asked here, for inside the function gradients are off and requires_grad says yes even under
-    # no_grad.
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, z_loss = _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten(), divisor.to(accumulate), z_loss_weight, needs_grad, group
-    )
-    return CrossEntropy(loss, z_loss, count)
+    if not hasattr(weight, "device_mesh"):
+        return partial(F.linear, weight=weight)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    # Each rank's words give a part of the hidden states' gradient, which DTensor adds up.
+    return lambda part: F.linear(DTensor.from_local(part, weight.device_mesh, (Replicate(),)), weight)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention, check_heads
+from motifarch.layers.head_norm import SubNorm
 
 
 class DifferentialAttentionV2(BaseAttention):
@@ -72,7 +73,7 @@ class DifferentialAttentionV2(BaseAttention):
             nn.Linear(hidden_size, signal_heads * head_dim, bias=False, device=device, dtype=dtype) if gate else None
         )
         if sub_norm:
-            self.subln = nn.RMSNorm(head_dim, eps=norm_eps, device=device, dtype=dtype)
+            self.subln = SubNorm(head_dim, eps=norm_eps, device=device, dtype=dtype)
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """Lambda of each token and signal head, (B, S, Hs), float32 (float64)."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention, check_heads
+from motifarch.layers.head_norm import SubNorm
+from motifarch.layers.ulysses import sum_gradient
 
 
 def default_lambda_init(depth: float) -> float:
@@ -101,7 +103,7 @@ class GroupedDifferentialAttention(BaseAttention):
         self.lambda_q2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         self.lambda_k2 = nn.Parameter(torch.empty(head_dim, device=device, dtype=dtype))
         if sub_norm:
-            self.subln = nn.RMSNorm(self.v_head_dim, eps=norm_eps, device=device, dtype=dtype)
+            self.subln = SubNorm(self.v_head_dim, eps=norm_eps, device=device, dtype=dtype)
         self.reset_lambda()
 
     def reset_lambda(self) -> None:
@@ -114,7 +116,8 @@ class GroupedDifferentialAttention(BaseAttention):
         return scalar_lambda(self)
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
-        return self._shared(self.compute_lambda())
+        # One number for all heads: with tensor parallelism each rank's give a part of its gradient.
+        return sum_gradient(self.compute_lambda(), self.tensor_group)
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

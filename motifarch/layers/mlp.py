@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motif_kernels import mul_poly_norm
-from motifarch.layers.poly_norm import PolyNorm
+from motifarch.layers.poly_norm import PolyNorm, gated
 
 
 class _GatedMLP(nn.Module):
@@ -51,9 +50,7 @@ class PolyNormMLP(_GatedMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., E) -> (..., E)."""
-        act = self.act_fn
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(mul_poly_norm(gate, up, act.weight, act.bias, eps=act.eps, group=act.group))
+        return self.down_proj(gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
 
 class SwiGLUMLP(_GatedMLP):

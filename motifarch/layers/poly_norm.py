@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from motif_kernels import poly_norm
+from motif_kernels import mul_poly_norm, poly_norm
 
 
 class PolyNorm(nn.Module):
@@ -35,10 +35,22 @@ class PolyNorm(nn.Module):
         nn.init.constant_(self.weight, 1 / 3)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last dimension of x (..., N)."""
-        return poly_norm(x, self.weight, self.bias, eps=self.eps, group=self.group)
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
+        """Apply to the last dimension of x (..., N); multiplied by ``up``, of x's shape, before the
+        one rounding.
+        """
+        if up is None:
+            return poly_norm(x, self.weight, self.bias, eps=self.eps, group=self.group)
+        return mul_poly_norm(x, up, self.weight, self.bias, eps=self.eps, group=self.group)
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""
         return f"eps={self.eps}"
+
+
+def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """``act_fn(gate) * up``, both (..., N); with a PolyNorm rounded once.
+
+    What wraps a PolyNorm, or was put in its place, is called as any activation.
+    """
+    return act_fn(gate, up) if isinstance(act_fn, PolyNorm) else act_fn(gate) * up

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from motifarch.errors import UserError
@@ -66,11 +66,18 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
                 use_local_output=False,
             )
             parallelize_module(block, mesh, replicated)
-        layer.self_attn.tensor_group = group
+        layer.self_attn.share_heads(group)
         if hasattr(layer.mlp, "act_fn"):
             layer.mlp.act_fn.group = group
     tied = model.lm_head.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
     parallelize_module(model.get_submodule("model"), mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
-    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    # The loss takes each rank's words as they are; who asks for logits gets them whole.
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
+    model.register_forward_hook(_gather_logits)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+
+
+def _gather_logits(_: nn.Module, __: Any, output: Any) -> None:
+    if isinstance(output.logits, DTensor):
+        output.logits = output.logits.full_tensor()

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 PositionEmbeddings = tuple[Tensor, Tensor]
@@ -126,6 +127,14 @@ class PolyNorm(nn.Module):
     def _scaled(self, z: Tensor) -> Tensor:
         # Divided before the sum: sixth powers of large inputs would overflow it.
         return z * torch.rsqrt((z.square() / z.shape[-1]).sum(dim=-1, keepdim=True) + self.eps)
+
+
+class SubNorm(nn.RMSNorm):
+    """RMSNorm in its input's dtype, whatever its weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Takes x (..., N), gives (..., N)."""
+        return F.rms_norm(x, tuple(self.normalized_shape), self.weight.to(x.dtype), self.eps)
 
 
 class MotifMLP(nn.Module):
@@ -240,7 +249,7 @@ class MotifAttention(nn.Module):
             self.lambda_q2 = nn.Parameter(0.1 * torch.randn(width))
             self.lambda_k2 = nn.Parameter(0.1 * torch.randn(width))
         if config.sub_norm:
-            self.subln = nn.RMSNorm(self.v_head_dim, eps=config.attn_rms_norm_eps)
+            self.subln = SubNorm(self.v_head_dim, eps=config.attn_rms_norm_eps)
 
     def forward(
         self,
@@ -276,8 +285,7 @@ class MotifAttention(nn.Module):
         noise_out = _wide(_attend(noise, key2, value, attention_mask))
         out = out - self._lambda(hidden_states) * noise_out.repeat_interleave(self.block - 1, dim=1)
         if self.subln is not None:
-            weight = self.subln.weight.to(out.dtype)
-            out = F.rms_norm(out, (self.v_head_dim,), weight, self.subln.eps) * (1.0 - self.lambda_init)
+            out = self.subln(out) * (1.0 - self.lambda_init)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(_wide(self._heads(self.gate_proj(hidden_states), self.v_head_dim)))
         return out
@@ -493,3 +501,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+
+# Trainer's label smoothing shifts labels for the class names in this table alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["MotifForCausalLM"] = "MotifForCausalLM"

@@ -275,7 +275,7 @@ def test_packed_compiles_without_a_graph_break(backend):
         ({"lam": torch.ones(5)}, r"lam has shape \(5,\)"),
         ({"k1": torch.randn(2, 37, 2, 8).double()}, "k1 is torch.float64"),
         ({"k1": torch.randn(2, 37, 2, 8, device="meta")}, "k1 is on meta and q1 on cpu"),
-        ({"lam": torch.ones(4, device="meta")}, "lam is on meta and the attention on cpu"),
+        ({"lam": torch.ones(4, device="meta")}, "lam is on meta and q1 on cpu"),
         ({"k2": torch.randn(2, 37, 8, 2).transpose(2, 3)}, "k2 has stride 2 in its last dimension"),
     ],
 )

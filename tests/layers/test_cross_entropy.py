@@ -43,7 +43,8 @@ def plain(hidden, weight, targets, *, num_items=None, z_loss_weight=0.0):
     ids=["mean", "num_items", "tensor", "z", "both"],
 )
 def test_agrees_with_torch_in_float64(monkeypatch, rows, options):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", rows * WORDS)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (rows, rows))
+    monkeypatch.setattr(cross_entropy, "_FLOAT32_ELEMENTS", 4 * WORDS)
     hidden, weight, targets = inputs()
     ours = linear_cross_entropy(hidden, weight, targets, **options)
     loss, z = plain(hidden, weight, targets, **options)
@@ -66,14 +67,31 @@ def test_batches_have_the_shape_of_their_targets():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_loss_may_be_scaled_before_backward(dtype):
-    """Gradient accumulation and loss scaling multiply the loss; gradients follow."""
+    """Gradient accumulation and loss scaling multiply the loss; gradients follow, to the bit where
+    the factor is a power of two.
+    """
     hidden, weight, targets = inputs(dtype)
     once = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss, [hidden, weight])
-    scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss * 0.3, [hidden, weight])
+    scaled = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).loss * 2**16, [hidden, weight])
     for a, b in zip(scaled, once, strict=True):
         assert a.dtype == dtype
         assert a.any()
-        torch.testing.assert_close(a.double(), b.double() * 0.3, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(a, b * 2**16, rtol=0, atol=0)
+
+
+def test_small_gradients_survive_half_precision_under_a_loss_scale():
+    """A GradScaler's factor comes after the loss: what is below float16's numbers without it must
+    be there with it.
+    """
+    hidden, weight, targets = inputs(torch.float16, ignored=False)
+    scale, items = 2.0**16, 3e6  # each target's gradient is below 2^-24 before it is scaled
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    exact = torch.autograd.grad(plain(*wide, targets, num_items=items)[0] * scale, wide)
+    ours = linear_cross_entropy(hidden, weight, targets, num_items=items).loss
+    plains = torch.autograd.grad(plain(hidden, weight, targets, num_items=items)[0] * scale, [hidden, weight])
+    for result, p, e in zip(torch.autograd.grad(ours * scale, [hidden, weight]), plains, exact, strict=True):
+        assert (result != 0).float().mean() > 0.9
+        assert_error_rule(result, p, e, floor=2 * torch.finfo(torch.float16).eps * e.abs().max().item())
 
 
 def test_only_what_requires_a_gradient_gets_one():
@@ -114,7 +132,7 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize("z", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_the_error_rule(monkeypatch, dtype, z):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 6 * WORDS)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
     hidden, weight, targets = inputs(dtype)
     ours = linear_cross_entropy(hidden, weight, targets, z_loss_weight=z).loss
     loss, _ = plain(hidden, weight, targets, z_loss_weight=z)
@@ -134,7 +152,7 @@ def test_logits_never_exist_whole():
     tokens, words, embed = 2_000, 20_000, 16
     hidden, weight = torch.randn(tokens, embed, requires_grad=True), torch.randn(words, embed, requires_grad=True)
     targets = torch.randint(0, words, (tokens,))
-    bound = 4 * cross_entropy._CHUNK_ELEMENTS
+    bound = 4 * 128 * words  # a chunk of the fewest tokens
     assert bound < 4 * tokens * words / 2
     assert largest_allocation(lambda: plain(hidden, weight, targets)) >= 4 * tokens * words
     assert largest_allocation(lambda: linear_cross_entropy(hidden, weight, targets).loss.backward()) <= bound

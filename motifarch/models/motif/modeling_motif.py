@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from motif_kernels.impl.flash import libraries as flash
 from motifarch.layers import (
@@ -117,6 +118,13 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _can_compile_fullgraph = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Trainer's label smoothing shifts labels for the class names in this table alone, and would
+        # have other models repeat their input. Subclasses count too: FSDP2 makes some.
+        if issubclass(cls, GenerationMixin):
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *arguments: Any, **options: Any
@@ -366,17 +374,20 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             shift_labels = self._shift(labels, position_ids, cu_seq_lens_q, attention_mask)
 
         loss = z_loss = logits = None
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
         if shift_labels is not None:
+            # The loss is that of the logits: of these, where they are all there (a head's dropout
+            # is then the same in both), and otherwise of the head, called for a chunk at a time.
+            whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
             loss, z_loss, _ = linear_cross_entropy(
-                hidden_states,
-                self.lm_head.weight,
+                logits if whole else hidden_states,
+                nn.Identity() if whole else self.lm_head,
                 shift_labels.to(hidden_states.device),
                 num_items=num_items_in_batch,
                 z_loss_weight=z_loss_weight,
             )
-        if return_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
         return MotifCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -452,7 +463,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         for each head and visible pair forward, twice that backward.
         """
         config = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        # Not the weight's own size: a quantised one is packed, and a sharded one may be away.
+        weights = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, nn.Linear))
         pairs = (seq_len + 1) / 2
         if config.use_sliding_window and config.sliding_window is not None and config.sliding_window < seq_len:
             w = config.sliding_window

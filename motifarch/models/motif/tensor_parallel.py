@@ -28,7 +28,7 @@ class SharedParallel(TensorParallelLayer):
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
         if isinstance(module, BaseAttention):
             check_shared_heads(module, dist.get_world_size(group))
-            module.tensor_group = group
+            module.share_heads(group)
         elif isinstance(module, PolyNorm):
             module.group = group
         else:
