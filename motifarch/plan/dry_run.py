@@ -40,7 +40,8 @@ from motifarch.train.step import train_step
 FIND_SHAPES = "_propagate_tensor_meta_non_cached"
 """Of torch's ShardingPropagator, the one of torch's internals that a dry run replaces."""
 
-_KIND_OF_PHASE = {"forward": memory.ACTIVATIONS, "recompute": memory.ACTIVATIONS, "loss": memory.LOSS}
+_KIND_OF_STAGE = {"forward": memory.ACTIVATIONS, "backward": memory.ACTIVATIONS, "loss": memory.LOSS}
+"""What a stage's forward pass leaves, its repetition in the backward pass included."""
 
 # What FSDP2's operators work on: an argument's place or name, and its kind.
 _KIND_OF_ARGUMENT: dict[str, tuple[int | str, str]] = {
@@ -154,6 +155,8 @@ class _Recorder(TorchDispatchMode):
 
         def enter_block(*_: Any) -> None:
             self._in_blocks += 1
+            if torch._C._current_graph_task_id() != -1:
+                self._stage = "backward"  # the loss, whose logits are recomputed too, is done with
 
         def leave_block(*_: Any) -> None:
             self._in_blocks -= 1
@@ -178,8 +181,9 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         tally = self.tallies[-1]
+        kind = memory.WORKING if phase == "backward" else _KIND_OF_STAGE.get(self._stage, memory.WORKING)
         for tensor in outputs:
-            self.ledger.note(tensor, _KIND_OF_PHASE.get(phase, memory.WORKING))
+            self.ledger.note(tensor, kind)
         if func._schema.name in _KIND_OF_ARGUMENT:
             place, kind = _KIND_OF_ARGUMENT[func._schema.name]
             for tensor in tree_leaves(kwargs[place] if isinstance(place, str) else args[place]):

@@ -72,14 +72,11 @@ class Plan:
         found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
         scale = self.gpus / self.step_tokens
         for (phase, part), count in self.trace.flops.items():
-            if phase == "loss":
-                # The loss takes its gradients along: a product forward, two backward.
-                found["forward"] += count / 3 * scale
-                found["backward"] += count * 2 / 3 * scale
-            elif phase in DIRECTIONS:
-                found[phase] += count * scale
+            direction = "forward" if phase == "loss" else phase
+            if direction in DIRECTIONS:
+                found[direction] += count * scale
                 if part == "attention":
-                    found[f"{phase} attention"] += count * scale
+                    found[f"{direction} attention"] += count * scale
         return found
 
     @property

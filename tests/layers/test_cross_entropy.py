@@ -174,3 +174,47 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused():
         linear_cross_entropy(hidden, weight.float(), targets)
     with pytest.raises(ValueError, match="the last dimension and the dtype must be equal"):
         linear_cross_entropy(hidden, weight[:, 1:], targets)
+
+
+class TestHeads:
+    """The output projection as a module."""
+
+    def test_a_module_is_called_and_its_hooks_count(self, monkeypatch):
+        monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
+        hidden, weight, targets = inputs()
+        head = torch.nn.Linear(EMBED, WORDS, bias=False, dtype=torch.float64)
+        head.weight = torch.nn.Parameter(weight.detach().clone())
+        head.register_forward_hook(lambda _, __, out: 0.5 * out)
+        ours = linear_cross_entropy(hidden, head, targets, z_loss_weight=0.1).loss
+        loss, _ = plain(hidden, 0.5 * weight, targets, z_loss_weight=0.1)
+        assert_agrees(ours, loss, 1e-12)
+        found = torch.autograd.grad(ours, [hidden, head.weight])
+        for a, b in zip(found, torch.autograd.grad(loss, [hidden, weight]), strict=True):
+            assert_agrees(a, b, 1e-11)
+
+    def test_what_is_recomputed_has_the_same_dropout(self, monkeypatch):
+        monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
+        hidden, weight, targets = inputs(ignored=False)
+
+        def head(x):
+            return F.linear(F.dropout(x, 0.5), weight)
+
+        torch.manual_seed(3)
+        ours = linear_cross_entropy(hidden, head, targets).loss
+        torch.manual_seed(3)
+        parts = zip(hidden.split(6), targets.split(6), strict=True)
+        loss = sum(F.cross_entropy(head(h[None])[0], t, reduction="sum") for h, t in parts) / TOKENS
+        assert_agrees(ours, loss, 1e-12)
+        torch.rand(5)  # whatever happens before the backward pass
+        for a, b in zip(*(torch.autograd.grad(value, [hidden, weight]) for value in (ours, loss)), strict=True):
+            assert_agrees(a, b, 1e-11)
+
+    @pytest.mark.parametrize("train", [True, False])
+    def test_a_part_of_the_tokens_is_projected_at_a_time(self, train):
+        tokens, words = 600, 40
+        hidden, seen = torch.randn(tokens, EMBED, requires_grad=train), []
+        head = torch.nn.Linear(EMBED, words)
+        head.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+        linear_cross_entropy(hidden, head, torch.randint(0, words, (tokens,)))
+        assert all(batch == 1 and n <= tokens // 4 and width == EMBED for batch, n, width in seen)
+        assert sum(n for _, n, _ in seen) == tokens

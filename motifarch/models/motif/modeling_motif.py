@@ -382,8 +382,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             # is then the same in both), and otherwise of the head, called for a chunk at a time.
             whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
             loss, z_loss, _ = linear_cross_entropy(
-                logits if whole else hidden_states,
-                nn.Identity() if whole else self.lm_head,
+                *((logits, nn.Identity()) if whole else (hidden_states, self.lm_head)),
                 shift_labels.to(hidden_states.device),
                 num_items=num_items_in_batch,
                 z_loss_weight=z_loss_weight,
