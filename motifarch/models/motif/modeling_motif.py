@@ -381,8 +381,10 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             # The loss is that of the logits: of these, where they are all there (a head's dropout
             # is then the same in both), and otherwise of the head, called for a chunk at a time.
             whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            states, head = (logits, nn.Identity()) if whole else (hidden_states, self.lm_head)
             loss, z_loss, _ = linear_cross_entropy(
-                *((logits, nn.Identity()) if whole else (hidden_states, self.lm_head)),
+                states,
+                head,
                 shift_labels.to(hidden_states.device),
                 num_items=num_items_in_batch,
                 z_loss_weight=z_loss_weight,
