@@ -16,7 +16,7 @@ from motifarch.errors import UserError
 from motifarch.field_types import PositiveCount
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
-from motifarch.train.checkpoint import CheckpointWriter, explain_mismatch
+from motifarch.train.checkpoint import CheckpointWriter
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
 
@@ -37,6 +37,8 @@ class _MeanPlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         name = write_item.index.fqn.removeprefix(PREFIX)
         value = self._mean.mean({name: torch.empty_like(self._weights[name], device="cpu")})[name]
+        if not value.isfinite().all():
+            raise UserError(f"{name} is not finite in the checkpoints' mean; average others, or train them again")
         self._progress.advance(self._task)
         return value
 
@@ -60,11 +62,11 @@ def average(run: Path, output: Path, last: int) -> Path:
     if last < 1:
         raise UserError(f"--last is {last}; it must be at least 1")
     record = read_record(run)
-    if "model_config" not in record:
-        raise UserError(f"{run / RECORD} is missing or damaged; give a run's output folder, such as runs/tiny_cpu")
     if output.exists() and AVERAGE_OF not in read_record(output):
         raise UserError(f"{output} exists and is no average; give another --output")
     found = complete_checkpoints(checkpoints_folder(run), warn=lambda line: print(f"warning: {line}"), limit=last)
+    if not found:
+        raise UserError(f"{run} holds no complete checkpoint; give a run's output folder, such as runs/tiny_cpu")
     if len(found) < last:
         raise UserError(
             f"--last is {last}, but {run} holds {len(found)} complete checkpoint{'s' * (len(found) != 1)}; "
@@ -80,9 +82,12 @@ def average(run: Path, output: Path, last: int) -> Path:
         target.parent.mkdir()
         writer = CheckpointWriter(target, steps[0], about)
         planner = _MeanPlanner(mean, weights, progress)
-        with explain_mismatch(found[-1]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
+            try:
+                dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
+            except dcp.CheckpointException as error:  # it is no Exception
+                raise error.failures[0][0] from None
         write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": str(run)})
     return checkpoints_folder(output) / target.name
 

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from motifarch.command_line import Parser, path
+from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, sha256, write_json
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.portable import CODE_FILE, add_code
-from motifarch.train.checkpoint import find_newest, load_model_state
-from motifarch.train.manifest import MANIFEST, read_manifest, step_of
+from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
+from motifarch.train.trained_model import load_trained_model, read_about
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,25 +43,26 @@ def export(
         The folder written.
 
     Raises:
-        UserError: no run, no complete checkpoint or no tokenizer there.
+        UserError: no run, no complete checkpoint or no tokenizer there, or the disk can't be
+            written.
     """
     run, checkpoint = _resolve(source)
-    record = read_record(run)
-    if not {"model_config", "recipe"} <= record.keys():
-        raise UserError(f"{run / RECORD} is missing or damaged; a checkpoint is exported from within its run")
+    about = read_about(checkpoint)
     output = output or run / "export"
     if output.exists() and not (output / "config.json").is_file():
         raise UserError(f"{output} exists and is no exported model; give another --output")
-    saved_tokenizer = _load_tokenizer(tokenizer, record)
-    model = MotifForCausalLM(MotifConfig(**record["model_config"]))
-    load_model_state(checkpoint, model)
+    saved_tokenizer = _load_tokenizer(tokenizer, about)
+    model = load_trained_model(checkpoint)
     model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]  # transformers hides its signature
     eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
     with claim_folder(output, print), new_folder(output) as folder:
         model.save_pretrained(folder)
         saved_tokenizer.save_pretrained(folder)
-        shutil.copyfile(run / RECORD, folder / RECORD)
+        if read_record(run):
+            shutil.copyfile(run / RECORD, folder / RECORD)
+        else:
+            print(f"warning: {run / RECORD} is missing or damaged, so the export lacks it")
         origin = {"checkpoint": str(checkpoint), "manifest_sha256": sha256(checkpoint / MANIFEST)}
         write_json(folder / "export.json", {**origin, "step": read_manifest(checkpoint)["step"], "dtype": dtype})
         if with_code:
@@ -81,17 +82,19 @@ def _resolve(source: Path) -> tuple[Path, Path]:
     return source, checkpoint
 
 
-def _load_tokenizer(given: str | None, record: dict[str, Any]) -> PreTrainedTokenizerBase:
-    folder = given or str(Path(record["recipe"]["data"]["datasets"][0]["path"]) / "tokenizer")
+def _load_tokenizer(given: str | None, about: dict[str, Any]) -> PreTrainedTokenizerBase:
+    folder = given or str(Path(about["data"][0]["path"]) / "tokenizer")
     if given is None and not Path(folder).is_dir():
         raise UserError(f"the run's data is gone and its tokenizer with it ({folder}); name one with --tokenizer")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds for damaged files
         raise UserError(
             f"{folder} holds no tokenizer that loads: {first_line(error)}; name one with --tokenizer"
         ) from None
-    rows = record["model_config"]["vocab_size"]
+    if given is None and tokenizer_fingerprint(tokenizer) != about["tokenizer"]:
+        raise UserError(f"the tokenizer {folder} has changed since the run read it; name its copy with --tokenizer")
+    rows = about["model_config"]["vocab_size"]
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer {folder} has {len(tokenizer)} tokens but the model {rows}; give the run's own")
     return tokenizer

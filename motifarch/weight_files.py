@@ -1,6 +1,5 @@
 """A model folder's safetensors files: checked at once, read a tensor at a time."""
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from motifarch.errors import UserError, first_line
+from motifarch.files import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -127,12 +127,19 @@ def _read_index(index: Path) -> dict[str, list[str]]:
     """The names of the tensors in each file."""
     files: dict[str, list[str]] = defaultdict(list)
     try:
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            files[os.path.basename(file)].append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        for name, file in read_json(index)["weight_map"].items():
+            files[os.fspath(file)].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelFolderError(
             f"{index} is damaged: it must be JSON with a weight_map from tensors to files; copy or export it anew"
         ) from None
+    for file in files:
+        # A path would read here, and in transformers, what lies outside the folder that was given.
+        if os.path.basename(file) != file or file in ("", ".", "..") or "\\" in file or "\0" in file:
+            raise ModelFolderError(
+                f"{index} names the file {file!r}; it may name files of its own folder alone, without a path: "
+                "copy or export it anew"
+            )
     return files
 
 

@@ -13,6 +13,7 @@ from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.checkpoint import find_newest, load_model_state
+from motifarch.train.manifest import read_manifest, write_manifest
 
 
 def trained_model(run_folder: Path) -> MotifForCausalLM:
@@ -88,9 +89,10 @@ def test_refuses_with_a_reason(finished_run, tmp_path):
 def test_a_run_whose_data_is_gone_asks_for_the_tokenizer(finished_run, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(finished_run, moved)
-    record = json.loads((moved / "run.json").read_text())
-    record["recipe"]["data"]["datasets"][0]["path"] = str(tmp_path / "gone")
-    (moved / "run.json").write_text(json.dumps(record))
+    checkpoint = find_newest(moved)
+    content = read_manifest(checkpoint)
+    content["about"]["data"][0]["path"] = str(tmp_path / "gone")
+    write_manifest(checkpoint, **{name: content[name] for name in ("step", "about", "files")})
     with pytest.raises(UserError, match="name one with --tokenizer"):
         export(moved)
 

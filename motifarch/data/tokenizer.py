@@ -24,7 +24,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         UserError: if it cannot be loaded, or has no end-of-text token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
     except Exception as error:  # the library raises many kinds, from network errors to bad files
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(

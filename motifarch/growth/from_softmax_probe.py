@@ -36,7 +36,9 @@ def probe_ids(source: SourceFolder, text: Path | None = None, seed: int = 0) -> 
         draw = torch.Generator().manual_seed(seed)
         return torch.randint(source.shape("model.embed_tokens.weight")[0], (ROWS, longest), generator=draw)
     try:
-        ids = AutoTokenizer.from_pretrained(source.path)(text.read_text(encoding="utf-8"))["input_ids"]
+        ids = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)(text.read_text(encoding="utf-8"))[
+            "input_ids"
+        ]
     except (OSError, ValueError) as error:
         raise UserError(f"{text} can't be made into tokens of {source.path}: {first_line(error)}") from None
     length = min(longest, len(ids) // ROWS)

@@ -128,7 +128,7 @@ def _read_config(spec: ModelSpec) -> PreTrainedConfig:
 def _own_tensors(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, LazyTensor]:
     """The folder's tensors, if they are what its config describes; old rotary tables go."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     left_out = ["lm_head.weight"] if config.tie_word_embeddings else []
     for name in left_out:

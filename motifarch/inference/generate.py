@@ -21,6 +21,7 @@ from motifarch.errors import UserError, first_line
 from motifarch.field_types import Length, Probability, Rows, Seed, Temperature
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate, set_aside_settings
+from motifarch.weight_files import WeightFiles, file_names
 
 _SEED_HELP = (
     "with a prompt's number among --prompts, decides its random draws, whichever prompts it is batched with "
@@ -56,9 +57,11 @@ def load(
         raise UserError(
             f"device {device!r} is not there ({first_line(error)}); give cpu, or cuda on a machine with a GPU"
         ) from None
+    if any((folder / file).is_file() for file in file_names()):
+        WeightFiles(folder)  # every architecture's files are looked at before transformers opens them
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not load: {first_line(error)}") from None
     if aside := set_aside_settings(model, tokenizer):

@@ -4,28 +4,16 @@ A run's last checkpoints are often better in the mean (stochastic weight averagi
 arXiv 1803.05407); Motif-2.6B went on from one every 8 billion tokens (arXiv 2508.09148).
 """
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.shards import to_local
 
 PREFIX = "model."
 """What comes before a weight's name in a checkpoint."""
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the metadata once: with many ranks it is large, and every load asks for it."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if not hasattr(self, "_metadata"):
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 class CheckpointMean:
@@ -38,15 +26,15 @@ class CheckpointMean:
     """
 
     def __init__(self, checkpoints: Sequence[Path]) -> None:
-        self._readers = [_Reader(str(folder)) for folder in checkpoints]
+        self._readers = [CheckpointReader(folder) for folder in checkpoints]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every weight's name with a tensor of its shape and dtype on the meta device."""
-        saved = self._readers[0].read_metadata().state_dict_metadata
+        saved = self._readers[0].tensors
         return {
             key.removeprefix(PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for key, entry in saved.items()
-            if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
+            if key.startswith(PREFIX)
         }
 
     def mean(self, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,15 +48,12 @@ class CheckpointMean:
             The mean in each tensor's dtype; of a DTensor, this rank's local part.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: a checkpoint lacks a weight or has
-                another shape.
+            UserError: a checkpoint lacks a weight or has another shape, or can't be read.
         """
         buffers = {name: torch.empty_like(tensor) for name, tensor in like.items()}
         sums = {name: torch.zeros_like(to_local(buffer), dtype=torch.float64) for name, buffer in buffers.items()}
         for reader in self._readers:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load({PREFIX[:-1]: buffers}, storage_reader=reader, no_dist=True)
+            reader.load({PREFIX[:-1]: buffers}, no_dist=True)
             for name, buffer in buffers.items():
                 sums[name] += to_local(buffer)
         return {name: total.div_(len(self._readers)).to(like[name].dtype) for name, total in sums.items()}
@@ -82,8 +67,7 @@ class CheckpointMean:
         about four times as much memory is used meanwhile.
 
         Raises:
-            torch.distributed.checkpoint.CheckpointException: as in `mean`; weights before that one
-                are replaced then.
+            UserError: as in `mean`; weights before that one are replaced then.
         """
         for part in _chunks(weights, budget):
             for name, value in self.mean(part).items():

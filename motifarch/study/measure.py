@@ -20,14 +20,14 @@ from motifarch.data import PackedDataset
 from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError, first_line
 from motifarch.files import write_json
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.models.motif import MotifForCausalLM
 from motifarch.study.attention_statistics import attention_statistics, gradient_norm_spikes
 from motifarch.study.probe import DEPTHS, find_lines, model_scorer, probe
 from motifarch.study.speed import decoding_speed, training_speed
-from motifarch.train.checkpoint import find_newest, load_model_state
+from motifarch.train.manifest import find_newest
 from motifarch.train.metrics import METRICS, read_metrics
-from motifarch.train.record import RECORD, read_record
 from motifarch.train.step import spread_rows
+from motifarch.train.trained_model import load_trained_model, read_about
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,12 @@ def measure(
     """
     options = MeasureOptions() if options is None else options
     show("checkpoint")
-    record = read_record(run)
-    if missing := [name for name in ("model_config", "recipe", "compute") if name not in record]:
-        raise UserError(
-            f"{run / RECORD} is missing or damaged (it has no {', '.join(missing)}); give the output folder of a "
-            "motifarch train run"
-        )
-    model = _load_model(run, record, device)
-    datasets = [PackedDataset.open(entry["path"], "validation") for entry in record["recipe"]["data"]["datasets"]]
+    checkpoint = find_newest(run)
+    if checkpoint is None:
+        raise UserError(f"{run} holds no complete checkpoint; give the output folder of a finished motifarch train run")
+    about = read_about(checkpoint)
+    model = _load_model(checkpoint, device)
+    datasets = [PackedDataset.open(entry["path"], "validation") for entry in about["data"]]
     lines = find_lines(load_tokenizer(datasets[0].folder / "tokenizer"), datasets[0])
     metrics = read_metrics(run / METRICS)
     seq_len = datasets[0].seq_len
@@ -122,7 +120,7 @@ def measure(
     rows = [dataset[row] for dataset, row in spread_rows(datasets, options.attention_rows)]
     attention = attention_statistics(model, rows)
     show("decoding")
-    decoding = _time_decoding(model, datasets[0], record["compute"], options)
+    decoding = _time_decoding(model, datasets[0], about["compute"], options)
     return {
         "probe": asked,
         "attention": {**attention, "gradient_norm_spikes": gradient_norm_spikes(metrics)},
@@ -130,13 +128,9 @@ def measure(
     }
 
 
-def _load_model(run: Path, record: dict[str, Any], device: str) -> MotifForCausalLM:
-    """The newest complete checkpoint, float32, in evaluation mode."""
-    checkpoint = find_newest(run)
-    if checkpoint is None:
-        raise UserError(f"{run} holds no complete checkpoint; train the run to its end first")
-    model = MotifForCausalLM(MotifConfig(**record["model_config"]))
-    load_model_state(checkpoint, model)
+def _load_model(checkpoint: Path, device: str) -> MotifForCausalLM:
+    """A checkpoint's model, float32, in evaluation mode."""
+    model = load_trained_model(checkpoint)
     try:
         model.to(device=device)  # type: ignore[call-arg]  # transformers hides its signature
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA

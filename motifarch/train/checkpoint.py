@@ -6,11 +6,7 @@ what was complete stays so.
 """
 
 import errno
-import os
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
@@ -34,12 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from motifarch.checkpoint_reader import METADATA, CheckpointReader
 from motifarch.errors import UserError, first_line
-from motifarch.files import sha256, write_json
+from motifarch.files import os_error, remove, sha256
 from motifarch.optim import SpikeGuard
+from motifarch.train.finite import first_nonfinite
 from motifarch.train.manifest import (
-    FORMAT,
-    MANIFEST,
     PARTIAL,
     checkpoint_name,
     checkpoints_folder,
@@ -48,6 +44,7 @@ from motifarch.train.manifest import (
     list_checkpoints,
     prune,
     remove_checkpoint,
+    write_manifest,
 )
 
 __all__ = ["CheckpointWriter", "Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
@@ -109,7 +106,7 @@ class CheckpointWriter(FileSystemWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         # Rank 0 alone, before anyone writes: an earlier save of this step, cut short, makes way.
         for leftover in self.folder.iterdir():
-            leftover.unlink()
+            remove(leftover)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
@@ -118,7 +115,7 @@ class CheckpointWriter(FileSystemWriter):
             names = {result.storage_data.relative_path for result in results}
             files = {name: ((self.folder / name).stat().st_size, sha256(self.folder / name)) for name in names}
         except Exception as error:
-            raise _as_os_error(error, self.folder) from None
+            raise _explained(error, self.folder) from None
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(
             [
@@ -137,25 +134,22 @@ class CheckpointWriter(FileSystemWriter):
                 for r in rank_results
                 if isinstance(r, _HashedResult)
             }
-            extra = self.folder / ".metadata"
+            extra = self.folder / METADATA
             files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
-            content = {"format": FORMAT, "step": self.step, "about": self.about, "files": dict(sorted(files.items()))}
-            write_json(self.folder / MANIFEST, content)
+            write_manifest(self.folder, step=self.step, about=self.about, files=files)
             # The partial folder counts from here on: an older checkpoint of the same step can go.
-            if self.final.exists():
-                remove_checkpoint(self.final)
+            remove_checkpoint(self.final)
             self.folder.rename(self.final)
         except Exception as error:
-            raise _as_os_error(error, self.folder) from None
+            raise _explained(error, self.folder) from None
 
 
-def _as_os_error(error: BaseException, folder: Path) -> OSError:
+def _explained(error: Exception, folder: Path) -> Exception:
     """The operating system's reason, which torch's zip writer hides."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return OSError(cause.errno, os.strerror(cause.errno), str(folder))
-        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, UserError):  # of the planner, which reads while it writes a mean
+        return error
+    if cause := os_error(error):
+        return OSError(cause.errno, cause.strerror, str(folder))
     return OSError(errno.EIO, f"{type(error).__name__}: {first_line(error)}", str(folder))
 
 
@@ -192,15 +186,23 @@ class Checkpointer:
         """Saves a state, after the previous save; waits for this one too when not asynchronous.
 
         Raises:
-            UserError: this save or the previous one failed, on any rank.
+            UserError: this save or the previous one failed, on any rank, or the state is not
+                finite: it is not saved then, and the checkpoints before it stay.
         """
         self.wait()
         if self._saved_step == state.step:
             return
-        self._saved_step = state.step
         final = checkpoints_folder(self.output) / checkpoint_name(state.step)
         writer = CheckpointWriter(final, state.step, self.about)
+        if dist.get_rank() == 0 and (writer.folder.is_symlink() or writer.folder.is_file()):
+            remove(writer.folder)  # before the others, whom what follows waits for, write there
         content = state.state_dict()
+        if bad := first_nonfinite({name: content[name] for name in ("model", "optimizer")}, self.group):
+            raise UserError(
+                f"{bad} is not finite after step {state.step}, so nothing is saved; {self._kept()}. Lower optim.lr, "
+                "set optim.clip or look into the data; the same command resumes from the newest complete checkpoint"
+            )
+        self._saved_step = state.step
         if self.asynchronous:
             # This stager copies CPU tensors too: training may change them while they are written.
             stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -252,13 +254,14 @@ class Checkpointer:
         failures = error.failures if isinstance(error, dcp.CheckpointException) else {0: (error, None)}
         rank, (cause, _) = min(failures.items())
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else f"{type(cause).__name__}: {cause}"
-        folder = checkpoints_folder(self.output)
-        complete = [p.name for p in list_checkpoints(self.output) if damage(p, hashes=False) is None]
-        kept = f"complete and untouched: {', '.join(complete)}" if complete else "no checkpoint was complete before it"
         return (
-            f"the checkpoint of step {self._saved_step} can't be saved into {folder} (rank {rank}): {reason}; {kept}. "
-            "Make room or mend that, and start the same command again to resume"
+            f"the checkpoint of step {self._saved_step} can't be saved into {checkpoints_folder(self.output)} (rank "
+            f"{rank}): {reason}; {self._kept()}. Make room or mend that, and start the same command again to resume"
         )
+
+    def _kept(self) -> str:
+        complete = [p.name for p in list_checkpoints(self.output) if damage(p, hashes=False) is None]
+        return f"complete and untouched: {', '.join(complete)}" if complete else "no checkpoint was complete before it"
 
 
 def load_state(checkpoint: Path, state: TrainState) -> None:
@@ -268,15 +271,19 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     hyperparameters: a checkpoint holds moments only.
 
     Raises:
-        UserError: the checkpoint does not fit the model.
+        UserError: the checkpoint does not fit the model, can't be read, or is not finite.
     """
     # Reading the state creates the moments, into which the load writes.
     content = state.state_dict()
-    if state.spike_guard is not None and not _holds_guard(checkpoint, state.spike_guard):
-        # The run had no guard before, or one with another window: this one starts afresh.
-        del content["progress"]["spike_guard"]
-    with explain_mismatch(checkpoint):
-        dcp.load(content, checkpoint_id=str(checkpoint))
+    reader = CheckpointReader(checkpoint)
+    guard = state.spike_guard
+    if guard is not None:
+        saved = reader.tensors.get("progress.spike_guard.history")
+        if saved is None or saved.size != guard.history.shape:
+            # The run had no guard before, or one with another window: this one starts afresh.
+            del content["progress"]["spike_guard"]
+    reader.load(content)
+    _check_finite(checkpoint, {name: content[name] for name in ("model", "optimizer")}, dist.group.WORLD)
     set_model_state_dict(state.model, content["model"])
     groups = get_optimizer_state_dict(state.model, state.optimizer)["param_groups"]
     set_optimizer_state_dict(
@@ -285,14 +292,8 @@ def load_state(checkpoint: Path, state: TrainState) -> None:
     progress = content["progress"]
     state.step, state.tokens = int(progress["step"]), int(progress["tokens"])
     state.nonfinite = progress["nonfinite"].to(state.nonfinite.device)
-    if state.spike_guard is not None and "spike_guard" in progress:
-        state.spike_guard.load_state_dict(progress["spike_guard"])
-
-
-def _holds_guard(checkpoint: Path, guard: SpikeGuard) -> bool:
-    """Whether a checkpoint holds a spike guard's state, with a window as long as this one's."""
-    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata.get("progress.spike_guard.history")
-    return isinstance(saved, TensorStorageMetadata) and saved.size == guard.history.shape
+    if guard is not None and "spike_guard" in progress:
+        guard.load_state_dict(progress["spike_guard"])
 
 
 def load_model_state(checkpoint: Path, model: nn.Module) -> None:
@@ -301,26 +302,20 @@ def load_model_state(checkpoint: Path, model: nn.Module) -> None:
     One process does it, without a process group.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged, or does not fit the model.
+        UserError: the checkpoint is incomplete, damaged or not finite, or does not fit the model.
     """
     checkpoint = Path(checkpoint)
     if reason := damage(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}")
     content = {"model": get_model_state_dict(model)}
-    with explain_mismatch(checkpoint), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(content, checkpoint_id=str(checkpoint), no_dist=True)
+    CheckpointReader(checkpoint).load(content, no_dist=True)
+    _check_finite(checkpoint, content, None)
     set_model_state_dict(model, content["model"], options=StateDictOptions(strict=True))
 
 
-@contextmanager
-def explain_mismatch(checkpoint: Path) -> Iterator[None]:
-    """Within, what torch raises for a checkpoint of another model becomes a UserError."""
-    try:
-        yield
-    except (dcp.CheckpointException, ValueError, KeyError, RuntimeError) as error:
-        cause = min(error.failures.items())[1][0] if isinstance(error, dcp.CheckpointException) else error
+def _check_finite(checkpoint: Path, content: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    if bad := first_nonfinite(content, group):
         raise UserError(
-            f"the checkpoint {checkpoint} does not fit the recipe's model: {first_line(cause)}; "
-            "use the recipe it was made with, or start afresh in another run.output"
-        ) from None
+            f"the checkpoint {checkpoint} can't be used: its {bad} is not finite; remove it to go on from the one "
+            "before it, or name another"
+        )

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.shards import local_shard, to_local
-from motifarch.train.checkpoint import explain_mismatch
+from motifarch.train.finite import first_nonfinite
 from motifarch.train.manifest import damage
 from motifarch.weight_files import WeightFiles
 
@@ -24,17 +25,22 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         model: on its device already; its parameters' names are the folder's.
 
     Raises:
-        UserError: the folder is missing, damaged, or does not fit the model.
+        UserError: the folder is missing, damaged or not finite, or does not fit the model.
     """
     if not folder.is_dir():
         raise UserError(f"run.init_from is {folder}, which is no folder; give a checkpoint's or a Hugging Face folder")
     weights: dict[str, Any] = get_model_state_dict(model)
-    if not (folder / "config.json").exists():
-        if reason := damage(folder):
-            raise UserError(f"run.init_from is {folder}, which can't be used: {reason}")
-        with explain_mismatch(folder):
-            dcp.load({"model": weights}, checkpoint_id=str(folder))
-        return
+    if (folder / "config.json").exists():
+        _load_files(folder, model, weights)
+    elif reason := damage(folder):
+        raise UserError(f"run.init_from is {folder}, which can't be used: {reason}")
+    else:
+        CheckpointReader(folder).load({"model": weights})
+    if bad := first_nonfinite(weights, dist.group.WORLD):
+        raise UserError(f"run.init_from is {folder}, whose {bad} is not finite; begin with other weights")
+
+
+def _load_files(folder: Path, model: nn.Module, weights: dict[str, Any]) -> None:
     missing = set(weights)
     try:
         files = WeightFiles(folder)

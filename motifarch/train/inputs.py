@@ -20,7 +20,15 @@ from motifarch.data import (
 )
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.train.manifest import damage, find_newest, step_of
+from motifarch.train.manifest import (
+    checkpoints_folder,
+    counts_as_saved,
+    damage,
+    find_newest,
+    is_of_newer_format,
+    list_checkpoints,
+    step_of,
+)
 from motifarch.train.recipe import BatchSection, Recipe
 
 
@@ -117,10 +125,12 @@ def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
     `warnings` gets a line for each checkpoint that is passed over.
 
     Raises:
-        UserError: the one named is unusable, or the output folder holds another run.
+        UserError: the one named is unusable, or the output folder holds another run, or
+            checkpoints that can't be used, which starting from scratch would replace.
     """
     output = Path(recipe.run.output)
     newest = find_newest(output, warnings.append)
+    _check_nothing_is_lost(output, newest)
     if recipe.run.resume == "auto":
         return newest
     if recipe.run.resume == "none":
@@ -141,3 +151,21 @@ def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
             "give the new run a folder of its own with --run.output"
         )
     return parent
+
+
+def _check_nothing_is_lost(output: Path, newest: Path | None) -> None:
+    there = [checkpoint for checkpoint in list_checkpoints(output) if counts_as_saved(checkpoint)]
+    for checkpoint in there:
+        if is_of_newer_format(checkpoint):
+            reason = damage(checkpoint, hashes=False)
+            raise UserError(
+                f"the checkpoint {checkpoint} can't be used: {reason}; go on with the version that wrote it, or begin "
+                "another run with --run.output"
+            )
+    if there and newest is None:
+        reasons = "; ".join(f"{checkpoint.name}: {damage(checkpoint)}" for checkpoint in there[:3])
+        raise UserError(
+            f"no checkpoint in {checkpoints_folder(output)} can be used ({reasons}), and starting from scratch would "
+            "replace them: put a whole copy of one back, begin another run with --run.output, or remove that folder "
+            "to start over in this one"
+        )

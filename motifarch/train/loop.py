@@ -34,7 +34,13 @@ from motifarch.train.plots import LOSS_PLOT, draw_loss
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress
 from motifarch.train.recipe import Recipe
-from motifarch.train.record import RECORD, about_checkpoint, check_parent, write_record
+from motifarch.train.record import (
+    RECORD,
+    about_checkpoint,
+    check_parent,
+    set_damaged_record_aside,
+    write_record,
+)
 from motifarch.train.restart_from_average import average_due, restart_from_average
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
@@ -106,8 +112,9 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         write=world.is_main,
     )
     progress = Progress(recipe.run.steps, state.step, show=world.is_main)
-    for line in [*start.warnings, _greeting(recipe, state, world, start)]:
-        progress.say(line)
+    for line in [*start.warnings, *metrics.warnings]:
+        progress.say(f"warning: {line}")
+    progress.say(_greeting(recipe, state, world, start))
 
     stopped_by = 0
     with (
@@ -279,7 +286,8 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
         warnings += config_differences(Path(recipe.run.init_from), inputs.model_config)
     if compute == "auto":
         compute = choose_compute(world.device)
-    return Start(parent, compute, [f"warning: {w}" for w in warnings])
+    warnings += set_damaged_record_aside(output)
+    return Start(parent, compute, warnings)
 
 
 def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> float:

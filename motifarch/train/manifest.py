@@ -1,23 +1,31 @@
 """The manifest of a checkpoint: what makes a folder count as complete, and how that is verified.
 
 A checkpoint folder holds torch.distributed.checkpoint's files and `manifest.json`, written last
-with every other file's size and SHA-256. Without one that agrees, the folder is passed over.
+with every other file's size and SHA-256, and one of its own content. Without one that agrees, the
+folder is passed over.
 """
 
-import json
+import os
 import re
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from motifarch.files import sha256
+from motifarch.checkpoint_reader import METADATA
+from motifarch.files import read_sealed_json, remove, sha256, write_sealed_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""Of manifests that are written; those of format 1, which held no hash of themselves, are read."""
 PARTIAL = ".partial"
-_NAME = re.compile(r"step_(\d+)(?:\.partial)?")
+_NAME = re.compile(r"step_(\d+)(?:\.partial)?", re.ASCII)
+_ABOUT = {"seed": int | None, "compute": str, "data": list, "tokenizer": str, "model_config": dict}
+
+
+class NewerFormatError(ValueError):
+    """A manifest that a newer version of motifarch wrote."""
 
 
 def checkpoints_folder(output: Path) -> Path:
@@ -30,9 +38,50 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def write_manifest(checkpoint: Path, *, step: int, about: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+    """Makes a checkpoint folder count as complete.
+
+    Args:
+        checkpoint: its folder, which holds all files.
+        step: optimizer steps done.
+        about: what the run noted, at least the fields of `motifarch.train.record.about_checkpoint`.
+        files: each file's name with its `size` in bytes and its `sha256`.
+    """
+    content = {"format": FORMAT, "step": step, "about": about, "files": dict(sorted(files.items()))}
+    write_sealed_json(checkpoint / MANIFEST, content)
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint: `step`, `about` (what the run noted) and `files`."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    """The manifest of a checkpoint: `step`, `about` (what the run noted) and `files`.
+
+    Raises:
+        NewerFormatError: it is whole, but of a format that is not known yet.
+        ValueError: it can't be read, or is damaged; the message says so without naming it.
+    """
+    content = read_sealed_json(checkpoint / MANIFEST, unsealed=("format", 1))
+    version = content.get("format")
+    if type(version) is int and version > FORMAT:
+        raise NewerFormatError(f"is of format {version}, and this version of motifarch reads formats up to {FORMAT}")
+    if not _is_manifest(content):
+        raise ValueError("is damaged: a field is missing or of another type")
+    return content
+
+
+def _is_manifest(content: dict[str, Any]) -> bool:
+    about, files = content.get("about"), content.get("files")
+    return (
+        content.get("format") in (1, FORMAT)
+        and type(content.get("step")) is int
+        and isinstance(about, dict)
+        and all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items())
+        and bool(about["data"])
+        and all(isinstance(d, dict) and {"path", "fingerprint"} <= d.keys() for d in about["data"])
+        and isinstance(files, dict)
+        and METADATA in files
+        # A name, never a path: a manifest speaks of its own folder alone.
+        and all(os.path.basename(name) == name and name not in ("", ".", "..") for name in files)
+        and all(isinstance(f, dict) and type(f.get("size")) is int and "sha256" in f for f in files.values())
+    )
 
 
 def damage(checkpoint: Path, hashes: bool = True) -> str | None:
@@ -44,24 +93,26 @@ def damage(checkpoint: Path, hashes: bool = True) -> str | None:
         return f"it has no {MANIFEST}, so its save was cut short"
     try:
         manifest = read_manifest(checkpoint)
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} can't be read"
-    if version != FORMAT:
-        return f"its format is {version}, and this version of motifarch reads format {FORMAT}"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"its file {name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"its file {name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-    if hashes:
-        # hashlib releases the interpreter's lock, so threads read in parallel.
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            for name, digest in zip(files, pool.map(lambda n: sha256(checkpoint / n), files), strict=True):
-                if digest != files[name]["sha256"]:
-                    return f"its file {name} has changed since it was written (its SHA-256 differs)"
+    except ValueError as error:
+        return f"its {MANIFEST} {error}"
+    if step_of(checkpoint) not in (None, manifest["step"]):
+        return f"its {MANIFEST} is of step {manifest['step']}"
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    try:
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"its file {name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"its file {name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+        if hashes:
+            # hashlib releases the interpreter's lock, so threads read in parallel.
+            with ThreadPoolExecutor(max_workers=8) as pool:
+                for name, digest in zip(files, pool.map(lambda n: sha256(checkpoint / n), files), strict=True):
+                    if digest != files[name]["sha256"]:
+                        return f"its file {name} has changed since it was written (its SHA-256 differs)"
+    except OSError as error:
+        return f"its files can't be read: {error.strerror}"
     return None
 
 
@@ -69,6 +120,20 @@ def step_of(checkpoint: Path) -> int | None:
     """The step in a checkpoint folder's name, or None where the name is no checkpoint's."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else None
+
+
+def counts_as_saved(checkpoint: Path) -> bool:
+    """Whether a checkpoint folder was complete once, whatever became of it."""
+    return not checkpoint.name.endswith(PARTIAL) or os.path.lexists(checkpoint / MANIFEST)
+
+
+def is_of_newer_format(checkpoint: Path) -> bool:
+    """Whether a newer version of motifarch wrote a checkpoint, which this one can't read."""
+    try:
+        read_manifest(checkpoint)
+    except ValueError as error:
+        return isinstance(error, NewerFormatError)
+    return False
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -123,23 +188,28 @@ def find_newest(output: str | Path, warn: Callable[[str], None] | None = None) -
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Deletes a checkpoint, its manifest first: what is left never looks complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    """Deletes a checkpoint, its manifest first: what is left never looks complete. Of a link, the
+    link alone goes: what it points to is not this run's.
+    """
+    if checkpoint.is_dir() and not checkpoint.is_symlink():
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+    with suppress(OSError):  # the next `prune` tries again
+        remove(checkpoint)
 
 
 def prune(output: Path, keep_last: int, newest: Path) -> None:
-    """Deletes a run's complete checkpoints but the newest `keep_last` (0 keeps all), and unfinished
-    ones older than `newest`, which was completed just now. Nothing newer is touched.
+    """Deletes a run's complete checkpoints but the newest `keep_last` (0 keeps all), and what cut
+    short saves and deletions have left. Nothing newer than `newest`, which was completed just now,
+    is touched, and nothing whose manifest says more than this version understands.
     """
     limit = step_of(newest) or 0
-    kept = 0
+    kept = {limit}
     for checkpoint in list_checkpoints(output):
-        if (step_of(checkpoint) or 0) > limit:
+        step = step_of(checkpoint) or 0
+        if step > limit or checkpoint == newest:
             continue
-        if damage(checkpoint, hashes=False) is None and not checkpoint.name.endswith(PARTIAL):
-            kept += 1
-            if keep_last and kept > keep_last:
-                remove_checkpoint(checkpoint)
-        elif checkpoint != newest:
+        whole = damage(checkpoint, hashes=False) is None
+        if whole and step not in kept and (not keep_last or len(kept) < keep_last):
+            kept.add(step)
+        elif whole or not os.path.lexists(checkpoint / MANIFEST):
             remove_checkpoint(checkpoint)

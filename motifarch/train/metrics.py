@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,31 +13,70 @@ from typing import Any
 
 import torch
 
-from motifarch.files import atomic_write
+from motifarch.errors import UserError
+from motifarch.files import atomic_write, free_name
 from motifarch.train.step import StepResult
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut short by a crash is left out."""
+def read_metrics(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics file: objects with a whole `step`, and numbers, nulls or lists of them.
+
+    Lines that hold none are left out; `broken` gets a note of each, but of a last one that a crash
+    has cut short.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); mend that, or move it away") from None
     rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row):
+            rows.append(row)
+        elif broken is not None and number < len(lines):  # all but the last end with a newline
+            broken.append(f"line {number}")
     return rows
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Removes the rows after a step, which a resumed run is about to write again."""
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
+def _is_row(row: Any) -> bool:
+    def is_number(value: Any) -> bool:
+        return value is None or isinstance(value, int | float)
+
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(is_number(v) or (isinstance(v, list) and all(map(is_number, v))) for v in row.values())
+    )
+
+
+def cut_metrics(path: Path, step: int) -> list[str]:
+    """Removes the rows after a step, which a resumed run is about to write again.
+
+    Returns:
+        A line that says so where others were broken, of which a copy of the file is kept.
+    """
+    if not os.path.lexists(path):
+        return []
+    broken: list[str] = []
+    kept = [row for row in read_metrics(path, broken) if row["step"] <= step]
+    said = []
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        copy = free_name(path)
+        shutil.copyfile(path, copy)
+        said = [f"{path} has broken lines ({', '.join(broken[:3])}{more}), left out; the file as it was is {copy.name}"]
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+    return said
 
 
 class MetricsLog:
@@ -55,15 +96,17 @@ class MetricsLog:
 
         `flops_per_token` are the model's, forward and backward. The device's peak memory is
         reported; a CPU's is the process's resident set. Ranks that do not write only keep time.
+        `warnings` says what was wrong with the file.
         """
         self.path = output / METRICS
+        self.warnings: list[str] = []
         self._flops_per_token = flops_per_token
         self._device = device
         self._write = write
         self._file: Any = None
         self._board: Any = None
         if write:
-            cut_metrics(self.path, start_step)
+            self.warnings = cut_metrics(self.path, start_step)
             self._file = self.path.open("a", encoding="utf-8")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter

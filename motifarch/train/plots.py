@@ -30,7 +30,8 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     top.set_ylabel("cross-entropy (nats/token)")
     top.set_title(title)
     top.legend(frameon=False)
-    bottom.plot([row["step"] for row in rows], [row["learning_rate"] for row in rows], color="#555555", linewidth=1.2)
+    rates = [(row["step"], row["learning_rate"]) for row in rows if row.get("learning_rate") is not None]
+    bottom.plot([step for step, _ in rates], [rate for _, rate in rates], color="#555555", linewidth=1.2)
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
     bottom.set_xlabel("step")

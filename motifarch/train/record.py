@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import socket
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
-from motifarch.files import sha256, write_json
+from motifarch.files import free_name, read_json, sha256, write_json
 from motifarch.parallel import World
 from motifarch.train.inputs import Inputs
 from motifarch.train.manifest import MANIFEST, read_manifest
@@ -79,9 +80,24 @@ def _short(fingerprint: str) -> str:
 def read_record(output: Path) -> dict[str, Any]:
     """Reads a run's record; empty where there is none or it can't be read."""
     try:
-        return json.loads((output / RECORD).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except (OSError, ValueError):
+        record = read_json(output / RECORD)
+    except ValueError:
         return {}
+    return record if isinstance(record, dict) else {}
+
+
+def set_damaged_record_aside(output: Path) -> list[str]:
+    """Keeps a record that can't be read under another name, for the run is about to write its own.
+
+    Returns:
+        A line that says so; empty where there is none, or it can be read.
+    """
+    path = output / RECORD
+    if not os.path.lexists(path) or isinstance(read_record(output).get("starts"), list):
+        return []
+    aside = free_name(path)
+    path.rename(aside)
+    return [f"{path} can't be read, and is kept as {aside.name}; the record begins anew"]
 
 
 def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from motifarch.errors import UserError
 from motifarch.optim import CheckpointMean
 from motifarch.parallel import World
-from motifarch.train.checkpoint import TrainState, explain_mismatch
+from motifarch.train.checkpoint import TrainState
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.recipe import Recipe
 
@@ -53,6 +53,5 @@ def restart_from_average(state: TrainState, recipe: Recipe, parent: Path | None,
             f"checkpoint, which {folder} lacks; resume from a checkpoint that is named {checkpoint_name(state.step)}"
         )
     weights: dict[str, Any] = get_model_state_dict(state.model)
-    with explain_mismatch(checkpoints[0]):
-        CheckpointMean(checkpoints).fill(weights)
+    CheckpointMean(checkpoints).fill(weights)
     return [step_of(checkpoint) or 0 for checkpoint in checkpoints]

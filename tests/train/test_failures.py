@@ -12,7 +12,7 @@ from helpers.tiny import prepare_text, write_recipe
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.main import main
-from motifarch.train.manifest import find_newest, list_checkpoints
+from motifarch.train.manifest import find_newest, list_checkpoints, read_manifest, write_manifest
 from motifarch.train.metrics import read_metrics
 
 FULL_DISK = Path(__file__).with_name("full_disk.py")
@@ -123,10 +123,10 @@ def test_other_data_is_refused(run: Path, finished: tuple[Path, Path], tmp_path:
     other = prepare_text(tmp_path, seed=1)
     with pytest.raises(UserError, match="was prepared with another tokenizer"):
         main([str(finished[0]), "--data.datasets", f"[{{path: {other}}}]", "--run.output", str(run)])
-    manifest = run / "checkpoints" / "step_00000004" / "manifest.json"
-    content = json.loads(manifest.read_text())
+    checkpoint = run / "checkpoints" / "step_00000004"
+    content = read_manifest(checkpoint)
     content["about"]["data"][0]["fingerprint"] = "0" * 64
-    manifest.write_text(json.dumps(content))
+    write_manifest(checkpoint, **{name: content[name] for name in ("step", "about", "files")})
     with pytest.raises(UserError, match=r"data\.datasets is .*000000000000"):
         main([str(finished[0]), "--run.output", str(run)])
 

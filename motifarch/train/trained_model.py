@@ -1,0 +1,39 @@
+"""A trained model, whole, from a checkpoint alone."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from motifarch.errors import UserError, first_line
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.train.checkpoint import load_model_state
+from motifarch.train.manifest import MANIFEST, damage, read_manifest
+
+
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """What the run noted in a checkpoint's manifest: its model's config, its data and more.
+
+    Raises:
+        UserError: the checkpoint is incomplete or damaged; only its manifest and sizes are read.
+    """
+    if reason := damage(checkpoint, hashes=False):
+        raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}")
+    about: dict[str, Any] = read_manifest(checkpoint)["about"]
+    return about
+
+
+def load_trained_model(checkpoint: Path) -> MotifForCausalLM:
+    """The model with its weights in float32, from the config in the manifest, whose hash covers it.
+
+    Raises:
+        UserError: as `motifarch.train.checkpoint.load_model_state`, or the config is no model's.
+    """
+    fields = read_about(checkpoint)["model_config"]
+    try:
+        model = MotifForCausalLM(MotifConfig(**fields))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = f"the model_config in its {MANIFEST} is no model's ({first_line(error)})"
+        raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}") from None
+    load_model_state(checkpoint, model)
+    return model
