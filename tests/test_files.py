@@ -1,5 +1,6 @@
 """Files and folders appear complete or not at all."""
 
+import errno
 import json
 import os
 import stat
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from motifarch.errors import UserError
-from motifarch.files import atomic_write, claim_folder, new_folder, sha256, write_json
+from motifarch.files import (
+    atomic_write,
+    claim_folder,
+    new_folder,
+    read_sealed_json,
+    sha256,
+    write_json,
+    write_sealed_json,
+)
 
 
 def make(output: Path, content: str, said: list[str]) -> None:
@@ -90,6 +99,89 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         other.wait()
         make(output, "mine", [])  # its claim died with it
     assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_link_to_a_folder_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "data").mkdir(parents=True)
+    link = tmp_path / "link"
+    for behind in ("data", "new"):  # an empty folder, and one that is not there yet
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "disk" / behind)
+        for content in ("first", "second"):
+            make(link, content, [])
+            assert link.is_symlink()
+            assert (tmp_path / "disk" / behind / "file").read_text() == content
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    assert sorted(os.listdir(tmp_path / "disk")) == ["data", "new"]
+
+
+@pytest.mark.parametrize("name", [".data.lock", ".data.preparing", ".data.replaced"])
+def test_a_link_under_a_name_of_our_own_is_never_followed(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter").write_text("years of work")
+    (tmp_path / "data").mkdir()
+    (tmp_path / name).symlink_to(mine / "letter" if name.endswith("lock") else mine)
+    if name.endswith("lock"):
+        with pytest.raises(UserError, match="data can't be written"):
+            make(tmp_path / "data", "content", [])
+    else:
+        make(tmp_path / "data", "content", [])
+        assert (tmp_path / "data" / "file").read_text() == "content"
+        assert not (tmp_path / name).is_symlink()
+    assert (mine / "letter").read_text() == "years of work"
+    assert os.listdir(mine) == ["letter"]
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "data", "first", [])
+
+    def fill(error: BaseException) -> None:
+        with claim_folder(tmp_path / "data", print), new_folder(tmp_path / "data"):
+            raise error
+
+    # As Python, safetensors and torch say it.
+    hidden = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    hidden.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/file")
+    for error in (full, hidden, ValueError("I/O error: No space left on device (os error 28)")):
+        with pytest.raises(UserError, match=r"data can't be written \(No space left on device\): free some space"):
+            fill(error)
+    with pytest.raises(FileNotFoundError):  # of something that is read
+        fill(FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/source"))
+    with pytest.raises(UserError, match=r"file/data can't be written \(Not a directory\)"):
+        make(tmp_path / "data" / "file" / "data", "", [])
+    assert (tmp_path / "data" / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_any_change_of_a_sealed_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    content = {"format": 2, "ü": [1, 0.1, None, {"b": "c\n"}], "nan": [1e-300, -0.0]}
+    write_sealed_json(path, content)
+    assert read_sealed_json(path, unsealed=("format", 1)) == content
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (0, 3, 6):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"."):
+                read_sealed_json(path, unsealed=("format", 1))
+    for other in (
+        b"",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        whole[:-3],
+        whole + b" ",
+        whole.replace(b'"format": 2', b'"format": 1'),
+    ):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match=r"."):
+            read_sealed_json(path, unsealed=("format", 1))
+    path.write_text('{"format": 1}')  # from before there was a hash
+    assert read_sealed_json(path, unsealed=("format", 1)) == {"format": 1}
 
 
 def write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
-from motifarch.data.packed import Block
+from motifarch.data.packed import Block, block_checksum
 
 T = TypeVar("T")
 
@@ -29,17 +29,28 @@ def block_features(seq_len: int) -> datasets.Features:
     """The columns of a prepared split."""
     integer = datasets.Value("int32")
     return datasets.Features(
-        {"input_ids": datasets.List(integer, length=seq_len + 1), "doc_lengths": datasets.List(integer)}
+        {
+            "input_ids": datasets.List(integer, length=seq_len + 1),
+            "doc_lengths": datasets.List(integer),
+            "checksum": datasets.Value("uint32"),
+        }
     )
 
 
 def block_tables(blocks: Iterable[Block], seq_len: int) -> Iterator[pa.Table]:
     """Gather blocks into tables of a few megabytes."""
+    rows = 0
     for gathered in gather(blocks, lambda _: seq_len, _TOKENS_PER_TABLE):
         tokens = pa.array(np.concatenate([block.input_ids for block in gathered]))
+        sums = [
+            block_checksum(row, *(np.ascontiguousarray(part, dtype="<i4").tobytes() for part in block))
+            for row, block in enumerate(gathered, start=rows)
+        ]
+        rows += len(gathered)
         columns = {
             "input_ids": pa.FixedSizeListArray.from_arrays(tokens, seq_len + 1),
             "doc_lengths": list_column([block.doc_lengths for block in gathered]),
+            "checksum": pa.array(sums, type=pa.uint32()),
         }
         yield pa.table(columns)
 

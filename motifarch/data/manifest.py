@@ -1,15 +1,19 @@
 """``data.json``: what a prepared folder is, where it came from and what was left out."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motifarch.errors import UserError
+from pydantic import TypeAdapter
+
+from motifarch.errors import UserError, first_line
+from motifarch.files import read_json, read_sealed_json, write_sealed_json
 
 FILE_NAME = "data.json"
 FORMAT = "motifarch packed data"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written. Version 1, whose rows and record had no checksums, is read too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Manifest:
     versions: dict[str, str]
     notes: list[str]
     """What else to know of the text and its tokens."""
+    checksums: bool = True
+    """Whether each row carries a checksum."""
 
     def shape(self, folder: str | Path) -> DataShape:
         """What a model has to know of the data in a folder."""
@@ -78,23 +84,35 @@ class Manifest:
         if not path.is_file():
             raise UserError(f"{folder} is not a prepared data folder (it has no {FILE_NAME}): {remedy}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
+            version = _version(read_json(path))
+            if version is None:
                 raise UserError(f"{path} is not a record of prepared data: {remedy}")
-            version = content.get("format_version")
-            if version != FORMAT_VERSION:
+            if version not in (1, FORMAT_VERSION):
                 raise UserError(
                     f"{path} has format version {version}, this motifarch reads version {FORMAT_VERSION}: "
                     "prepare the data again with this version"
                 )
-            content.setdefault("notes", [])  # which earlier versions did not write
-            values = {field.name: content[field.name] for field in fields(cls)}
-            values["splits"] = {name: SplitCounts(**counts) for name, counts in values["splits"].items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}): prepare the data again with --overwrite") from None
-        return cls(**values)
+            content = read_sealed_json(path, unsealed=("format_version", 1))
+            manifest = _READER.validate_json(json.dumps({"notes": [], "checksums": version > 1} | content), strict=True)
+            if manifest.seq_len < 1 or not 0 <= manifest.eos_token_id < manifest.vocab_size:
+                raise ValueError("seq_len, vocab_size or eos_token_id is out of range")
+        except ValueError as error:
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}): copy it anew, or prepare the data again with --overwrite"
+            ) from None
+        return manifest
 
     def write(self, folder: Path) -> None:
-        """Write ``data.json`` into ``folder``."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        (folder / FILE_NAME).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write ``data.json`` into ``folder``, with a hash of its own content."""
+        write_sealed_json(folder / FILE_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+
+
+_READER = TypeAdapter(Manifest)
+
+
+def _version(content: Any) -> int | None:
+    """The format version of a record of prepared data; None for anything else."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    version = content.get("format_version")
+    return version if type(version) is int else None

@@ -1,13 +1,14 @@
-"""Prepared data, opened: memory-mapped blocks of packed documents."""
+"""Prepared data, opened: blocks of packed documents, checked as they are read."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
+from motifarch.data.block_files import BlockFiles
 from motifarch.data.manifest import Manifest
 from motifarch.errors import UserError, first_line
 
@@ -21,13 +22,19 @@ class Block(NamedTuple):
     """int32 [documents], summing to seq_len + 1; a document cut by the border counts twice."""
 
 
+def block_checksum(index: int, input_ids: bytes, doc_lengths: bytes) -> int:
+    """The CRC-32 that a row carries, of its number in the split and of its little-endian int32."""
+    return zlib.crc32(doc_lengths, zlib.crc32(input_ids, index))
+
+
 class PackedDataset:
     """One split ("train" or "validation") of a folder made by ``motifarch data prepare``.
 
-    A memory-mapped sequence of :class:`Block`, with the attributes of the folder's `Manifest`.
+    A sequence of :class:`Block`, with the attributes of the folder's `Manifest`. A block is read
+    from its file and compared with its checksum each time: no byte that has changed is trained on.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, rows: datasets.Dataset) -> None:
+    def __init__(self, folder: Path, split: str, manifest: Manifest, rows: BlockFiles) -> None:
         self.folder = folder
         self.split = split
         self.seq_len = manifest.seq_len
@@ -50,15 +57,16 @@ class PackedDataset:
         if split not in manifest.splits:
             raise UserError(f"{folder} has no split {split!r}: take one of {', '.join(manifest.splits)}")
         try:
-            rows = datasets.load_from_disk(str(folder / split))
+            files = sorted((folder / split).glob("data-*.arrow"))
+            rows = BlockFiles(files, manifest.seq_len, checksums=manifest.checksums)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             reason = f"{folder / split} is damaged ({first_line(error)})"
-            raise UserError(f"{reason}: prepare the data again with --overwrite") from None
+            raise UserError(f"{reason}: copy it anew, or prepare the data again with --overwrite") from None
         expected = manifest.splits[split].blocks
-        if len(rows) != expected or set(rows.column_names) != set(Block._fields):
+        if len(rows) != expected:
             raise UserError(
-                f"{folder / split} holds {len(rows)} rows of {rows.column_names}, its record says {expected} rows of "
-                f"{list(Block._fields)}: prepare the data again with --overwrite"
+                f"{folder / split} is damaged: it holds {len(rows)} rows, its record says {expected}: copy it anew, or "
+                "prepare the data again with --overwrite"
             )
         return cls(folder, split, manifest, rows)
 
@@ -75,21 +83,23 @@ class PackedDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
-        # One slice of the memory-mapped table: several times as fast as a formatted row.
-        row = self._rows.data.fast_slice(index, 1)
-        block = Block(*(row.column(name).chunk(0).flatten().to_numpy() for name in Block._fields))
         where = f"row {index} of {self.folder / self.split}"
-        if block.input_ids.shape != (self.seq_len + 1,) or block.doc_lengths.sum() != self.seq_len + 1:
+        remedy = "copy it anew, or prepare the data again with --overwrite"
+        try:
+            row = self._rows.read(index)
+        except OSError as error:
+            raise UserError(f"{where} can't be read ({error.strerror or error}): {remedy}") from None
+        if row.checksum is not None and row.checksum != block_checksum(index, row.input_ids, row.doc_lengths):
+            raise UserError(f"{where} has changed since it was prepared (its checksum differs): {remedy}")
+        block = Block(np.frombuffer(row.input_ids, dtype="<i4"), np.frombuffer(row.doc_lengths, dtype="<i4"))
+        if block.doc_lengths.size == 0 or block.doc_lengths.min() < 1 or block.doc_lengths.sum() != self.seq_len + 1:
             raise UserError(
-                f"{where} holds {block.input_ids.size} tokens in documents of {block.doc_lengths.sum()} in all, "
-                f"expected {self.seq_len + 1}: prepare the data again with --overwrite"
+                f"{where} holds documents of {block.doc_lengths.sum()} tokens in all, expected {self.seq_len + 1}: "
+                f"{remedy}"
             )
         if block.input_ids.min() < 0 or block.input_ids.max() >= self.vocab_size:
             wrong = block.input_ids[(block.input_ids < 0) | (block.input_ids >= self.vocab_size)][0]
-            raise UserError(
-                f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: "
-                "prepare the data again with --overwrite"
-            )
+            raise UserError(f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: {remedy}")
         return block
 
 

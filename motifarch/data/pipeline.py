@@ -37,6 +37,9 @@ from motifarch.data.tokenizer import (
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder
 
+# Raised when the same text gives other blocks; how they are stored does not change what they are.
+_CONTENT_VERSION = 1
+
 Report = Callable[[str], None]
 
 # More text hardly changes the merges, but its words would have to fit into memory.
@@ -148,7 +151,7 @@ def _make(
         seq_len=settings.seq_len,
         vocab_size=vocabulary_size(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
-        fingerprint=hashlib.sha256(repr((manifest_file.FORMAT_VERSION, *decides)).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(repr((_CONTENT_VERSION, *decides)).encode()).hexdigest(),
         tokenizer_fingerprint=fingerprint,
         splits=splits,
         settings=settings.deciding(),

@@ -1,4 +1,6 @@
 import json
+import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from motifarch.data import PackedDataset, check_same_seq_len, check_same_tokenizer
 from motifarch.data.prepare import main
 from motifarch.errors import UserError
+from motifarch.files import write_sealed_json
 
 
 @pytest.fixture
@@ -18,7 +21,9 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
 
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "data.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    content = {**json.loads(path.read_text()), **changes}
+    del content["sha256"]
+    write_sealed_json(path, content)
 
 
 def test_open(prepared: Path) -> None:
@@ -62,7 +67,7 @@ def test_folders_that_are_not_prepared(tmp_path: Path, prepared: Path) -> None:
 
 def test_other_format_versions(copy: Path) -> None:
     edit(copy, format_version=99)
-    with pytest.raises(UserError, match="format version 99, this motifarch reads version 1"):
+    with pytest.raises(UserError, match="format version 99, this motifarch reads version 2"):
         PackedDataset.open(copy)
 
 
@@ -90,9 +95,87 @@ def test_ids_outside_the_vocabulary_are_told(copy: Path) -> None:
 
 def test_rows_of_another_length_are_told(copy: Path) -> None:
     edit(copy, seq_len=16)
+    with pytest.raises(UserError, match=r"train is damaged .*\[33\].*expected .*\[17\]"):
+        PackedDataset.open(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seq_len": "32"}, {"splits": []}, {"eos_token_id": -1}, {"inputs": None}, {"vocab_size": 2.5}, {"seq_len": 0}],
+)
+def test_a_record_of_another_shape_is_told(copy: Path, change: dict[str, object]) -> None:
+    edit(copy, **change)
+    with pytest.raises(UserError, match=r"data\.json is damaged"):
+        PackedDataset.open(copy)
+
+
+def test_a_changed_record_is_told(copy: Path) -> None:
+    path = copy / "data.json"
+    text = path.read_text()
+    for old, new in (('"eos_token_id": 0', '"eos_token_id": 1'), ("documents", "docvments"), ("  ", " \t"), ("9", "8")):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"data\.json is damaged"):
+            PackedDataset.open(copy)
+
+
+def read_all(folder: Path) -> list[list[list[int]]]:
+    data = PackedDataset.open(folder)
+    return [[part.tolist() for part in data[index]] for index in range(len(data))]
+
+
+def test_a_changed_bit_is_never_read(copy: Path) -> None:
+    whole = read_all(copy)
+    (file,) = (copy / "train").glob("*.arrow")
+    content, draw, told = file.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        file.write_bytes(changed)
+        try:
+            found = read_all(copy)
+        except UserError:
+            told += 1
+        else:
+            assert found == whole  # the bit is padding, or a name that nobody reads
+    assert told > 120
+
+
+def test_rows_in_another_place_are_told(copy: Path) -> None:
+    rows = datasets.load_from_disk(str(copy / "train"))
+    order = [1, 0, *range(2, len(rows))]
+    rows.select(order).flatten_indices().save_to_disk(str(copy / "other"))
+    shutil.rmtree(copy / "train")
+    (copy / "other").rename(copy / "train")
     data = PackedDataset.open(copy)
-    with pytest.raises(UserError, match=r"row 0 of .*33 tokens.*expected 17"):
+    with pytest.raises(UserError, match=r"row 0 of .*has changed since it was prepared"):
         data[0]
+    assert data[2].doc_lengths.sum() == 33
+
+
+def test_a_file_cut_short_or_replaced_under_a_run_is_told(copy: Path) -> None:
+    data, replaced = PackedDataset.open(copy), PackedDataset.open(copy)
+    last = len(data) - 1
+    data[last]
+    (file,) = (copy / "train").glob("*.arrow")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UserError, match=f"row {last} of .*can't be read .*is cut short"):
+        data[last]
+    with pytest.raises(UserError, match=r"row 0 of .*another file than when the run began"):
+        replaced[0]
+
+
+def test_data_of_the_version_before_is_read(copy: Path) -> None:
+    whole = read_all(copy)
+    for split in ("train", "validation"):
+        rows = datasets.load_from_disk(str(copy / split)).remove_columns("checksum")
+        rows.save_to_disk(str(copy / "other"))
+        shutil.rmtree(copy / split)
+        (copy / "other").rename(copy / split)
+    content = json.loads((copy / "data.json").read_text())
+    del content["sha256"], content["checksums"]
+    (copy / "data.json").write_text(json.dumps(content | {"format_version": 1}, indent=2, ensure_ascii=False))
+    assert read_all(copy) == whole
 
 
 def test_same_tokenizer_and_length(prepared: Path, corpus: Path, tmp_path: Path) -> None:

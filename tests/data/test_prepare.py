@@ -258,5 +258,5 @@ def test_a_full_disk_is_one_clear_message(many: list[str], tmp_path: Path) -> No
     with started(0, *many[1:], preexec_fn=limit) as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert re.fullmatch(r"error: cannot prepare .*data \(.*File too large.*\): free some space, .*\n", said)
+    assert re.fullmatch(r"error: .*data can't be written \(File too large\): free some space, .*\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]
