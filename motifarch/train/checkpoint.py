@@ -7,6 +7,7 @@ what was complete stays so.
 
 import errno
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -103,12 +104,6 @@ class CheckpointWriter(FileSystemWriter):
         self.step = step
         self.about = about
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        # Rank 0 alone, before anyone writes: an earlier save of this step, cut short, makes way.
-        for leftover in self.folder.iterdir():
-            remove(leftover)
-        return super().prepare_global_plan(plans)
-
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         try:
             results: list[WriteResult] = super().write_data(plan, planner).wait()
@@ -194,8 +189,6 @@ class Checkpointer:
             return
         final = checkpoints_folder(self.output) / checkpoint_name(state.step)
         writer = CheckpointWriter(final, state.step, self.about)
-        if dist.get_rank() == 0 and (writer.folder.is_symlink() or writer.folder.is_file()):
-            remove(writer.folder)  # before the others, whom what follows waits for, write there
         content = state.state_dict()
         if bad := first_nonfinite({name: content[name] for name in ("model", "optimizer")}, self.group):
             raise UserError(
@@ -203,6 +196,10 @@ class Checkpointer:
                 "set optim.clip or look into the data; the same command resumes from the newest complete checkpoint"
             )
         self._saved_step = state.step
+        if dist.get_rank() == 0:
+            with suppress(OSError):  # an earlier save of this step, cut short, makes way
+                remove(writer.folder)
+        dist.barrier(self.group)
         if self.asynchronous:
             # This stager copies CPU tensors too: training may change them while they are written.
             stager = DefaultStager(StagingOptions(False, False, False, False))

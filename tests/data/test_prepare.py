@@ -60,7 +60,7 @@ def test_the_documents_come_back_from_the_blocks(corpus: Path, tmp_path: Path) -
 def test_the_record(corpus: Path, tmp_path: Path) -> None:
     record = prepare(tmp_path / "data", f"files:{corpus}/*.txt")
     tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["seq_len"] == 16
     assert record["vocab_size"] == len(tokenizer) == 280
     assert record["eos_token_id"] == tokenizer.eos_token_id
