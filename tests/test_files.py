@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
             fill(error)
     with pytest.raises(FileNotFoundError):  # of something that is read
         fill(FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/source"))
-    with pytest.raises(UserError, match=r"file/data can't be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"file/data can't be written \(File exists\)"):
         make(tmp_path / "data" / "file" / "data", "", [])
     assert (tmp_path / "data" / "file").read_text() == "first"
     assert os.listdir(tmp_path) == ["data"]
