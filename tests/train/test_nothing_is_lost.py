@@ -49,7 +49,8 @@ def go_on(finished: tuple[Path, Path], run: Path) -> Callable[..., int]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def step(run: Path, number: int) -> Path:
