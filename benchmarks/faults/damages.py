@@ -19,8 +19,8 @@ SAVED, STEPS, EVERY = 8, 12, 4
 LIMIT_S = 60.0
 """What takes longer hangs."""
 _WRONG: tuple[Any, ...] = (None, [], {}, 7, -1, 1e400, "word", True, "\u0000")
-# What a start may write even where it refuses to go on.
-_OWN = (".lock", "stacks")
+# What every start may write; that no row of metrics is lost is seen elsewhere.
+_WRITTEN = (".lock", "metrics.jsonl", "run.json", "loss.png")
 # What may be damaged without a trace, so that training goes on otherwise: it belongs to the user.
 _UNPROTECTED = ("recipe.yaml",)
 
@@ -122,9 +122,9 @@ class Damaging:
             yield from self._compare(copy, file)
         # A checkpoint counts as a whole: one with a damaged file may be made anew.
         replaced = {str(file.parent)} if "checkpoints" in file.parts else set()
-        rewritten = {str(file), "log", *(f"run/{name}" for name in _OWN)}
-        if status == 0:
-            rewritten |= {"run/metrics.jsonl", "run/run.json", "run/loss.png"}
+        rewritten = {str(file), "log", *(f"run/{name}" for name in _WRITTEN)}
+        if file.name in _WRITTEN:
+            rewritten |= {f"outside/{file.name}", "outside/precious"}  # as `open` does, through a link
         for path, content in before.items():
             kept = after.get(path) == content
             if not kept and path not in rewritten and not any(path.startswith(folder) for folder in replaced):

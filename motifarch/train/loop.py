@@ -183,8 +183,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             _report(metrics, progress, state, recipe, checkpointer)
             checkpointer.save(state)
             checkpointer.wait()
-    if world.is_main:
-        _finish(recipe, state, stopped_by)
+    # The others wait: torchrun ends all ranks once one has left with a signal's status.
+    world.run_on_main_and_broadcast(lambda: _finish(recipe, state, stopped_by))
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -344,17 +344,19 @@ def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> 
 def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
     """Draws the loss plot and names the files."""
     output = Path(recipe.run.output)
-    draw_loss(read_metrics(output / METRICS), output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
-
     print(
         f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
     )
     files: dict[str, Any] = {
         "checkpoint": checkpoints_folder(output) / checkpoint_name(state.step),
         "metrics": output / METRICS,
-        "curve": output / LOSS_PLOT,
         "record": output / RECORD,
     }
+    try:
+        draw_loss(read_metrics(output / METRICS), output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
+        files["curve"] = output / LOSS_PLOT
+    except OSError as error:  # all that matters is saved
+        print(f"warning: the loss can't be drawn into {output / LOSS_PLOT}: {error.strerror}")
     if recipe.log.tensorboard:
         files["TensorBoard"] = output / TENSORBOARD
     for name, path in files.items():

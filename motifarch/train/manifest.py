@@ -192,7 +192,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     link alone goes: what it points to is not this run's.
     """
     if checkpoint.is_dir() and not checkpoint.is_symlink():
-        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        remove(checkpoint / MANIFEST)
     with suppress(OSError):  # the next `prune` tries again
         remove(checkpoint)
 
