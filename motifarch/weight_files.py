@@ -22,8 +22,10 @@ SHOWN = 4
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class ModelFolderError(UserError, ValueError):
-    """A model's folder that cannot be read whole; a ValueError, as transformers' users catch."""
+class ModelFolderError(UserError, ValueError, RuntimeError):
+    """A model's folder that cannot be read whole; as transformers' users catch, a ValueError, and a
+    RuntimeError of shapes that differ.
+    """
 
 
 class WeightFiles:

@@ -35,6 +35,18 @@ LONG = (
 )
 
 
+# Of transformers' own tests (tests/transformers_suite), in the words of its configuration.
+TRANSFORMERS_MARKERS = (
+    "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "generate", "is_pipeline_test",
+    "is_tensor_parallel_test", "is_training_test", "torch_compile_test", "torch_export_test", "run_first", "is_fsdp_test", "onnx_export_test", "executorch_export_test", "order",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in TRANSFORMERS_MARKERS:
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 

@@ -92,7 +92,8 @@ def attention_map(
     Args:
         q: (B, Sq, H, D).
         k: (B, Sk, Hk, D), H a multiple of Hk.
-        mask: (Sq, Sk) bool, True where a query sees a key.
+        mask: (Sq, Sk) or what broadcasts to (B, H, Sq, Sk): bool, True where a query sees a key; or
+            floats that are added to the logits.
         softmax_scale: multiplies the logits.
         softcap: if positive, logits become ``softcap * tanh(logits / softcap)``.
 
@@ -107,14 +108,17 @@ def attention_map(
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    hidden = ~mask
-    logits = logits.masked_fill(hidden, -torch.inf)
+    if mask.is_floating_point():
+        logits, hidden = logits + mask, mask == -torch.inf
+    else:
+        hidden = ~mask
+        logits = logits.masked_fill(hidden, -torch.inf)
     max_logits = (
         logits.detach().flatten(2).amax(-1).amax(0) if logits.numel() else logits.new_full((heads,), -torch.inf)
     )
     # softmax over a row of -inf is NaN, forward and backward: such rows are softmaxed over zeros
     # and then cleared.
-    fully_masked = hidden.all(dim=-1)[:, None]
+    fully_masked = hidden.all(dim=-1, keepdim=True)
     return logits.masked_fill(fully_masked, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0), max_logits
 
 
@@ -142,9 +146,16 @@ def attention(
     """
     dtype = compute_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     probabilities, max_logits = attention_map(q, k, mask=mask, softmax_scale=softmax_scale, softcap=softcap)
-    return torch.einsum("bhqk,bkhd->bqhd", probabilities, v), max_logits
+    return weigh_values(probabilities, v), max_logits
+
+
+def weigh_values(probabilities: Tensor, v: Tensor) -> Tensor:
+    """Each query's mean of the values: a map (B, H, Sq, Sk) and v (B, Sk, Hv, Dv), H a multiple of
+    Hv, to (B, Sq, H, Dv) in the map's dtype.
+    """
+    v = v.to(probabilities.dtype).repeat_interleave(probabilities.shape[1] // v.shape[2], dim=2)
+    return torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
 
 
 def diff_combine(

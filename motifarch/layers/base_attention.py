@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from motif_kernels import diff_decoding, dispatch
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
+from motifarch.layers.attention_maps import attend_by_maps, visible_keys
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.head_norm import HeadNorm, SubNorm, attend_normed
 from motifarch.layers.padding import PaddingMask
@@ -134,7 +135,9 @@ class BaseAttention(nn.Module):
         past_key_values: Any | None = None,
         padding: PaddingMask | None = None,
         cache_position: CachePosition | None = None,
-    ) -> Tensor:
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention over a batch, packed documents, or new tokens after a cache.
 
         Args:
@@ -149,17 +152,26 @@ class BaseAttention(nn.Module):
             padding: which tokens of a padded batch are real, cached ones included.
             cache_position: where past_key_values stands before this call; by default it is asked.
                 With tokens padded on the left in the cache, it says how many.
+            attention_mask: what broadcasts to (B, num_heads, S, keys), in place of the layer's
+                causality and window and of all that is said of documents and padding: bool, True
+                where a token sees a key, or floats that are added to the logits. Keys are those
+                that past_key_values gives, a static cache's empty places included. Maps are then
+                materialised.
+            output_attentions: return the maps too; they are materialised.
 
         Returns:
-            Tensor (B, S, E).
+            Tensor (B, S, E); with output_attentions also the softmax probabilities (B, num_heads,
+            S, keys), float32, of signal and noise heads as q_proj has them. With A1 a signal head's
+            and A2 its noise head's, the layer weighs values by ``A1 - lambda A2``.
 
         Raises:
             ValueError: gradients are wanted through a cache that is written in place, or arguments
                 do not fit.
         """
+        by_maps = output_attentions or attention_mask is not None
         q, key, value = self._project(hidden_states, position_embeddings)
         key, value, cache = self._append(
-            key, value, past_key_values, cache_position, needs_full_cache=padding is not None
+            key, value, past_key_values, cache_position, needs_full_cache=padding is not None, from_cache=by_maps
         )
         batch: Batch = cache if cache is not None else padding
         if cu_seqlens is not None and batch is None:
@@ -168,8 +180,10 @@ class BaseAttention(nn.Module):
             batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
         inputs = self._inputs(q, key, value, hidden_states)
         out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
-        out = attend_normed(self.subln, out_scale, inputs, partial(self._attend, batch))
-        return self.o_proj(out.flatten(2))
+        maps: list[Tensor] = []
+        attend = partial(self._attend_by_maps, batch, attention_mask, maps) if by_maps else partial(self._attend, batch)
+        out = self.o_proj(attend_normed(self.subln, out_scale, inputs, attend).flatten(2))
+        return (out, maps[0]) if output_attentions else out
 
     def share_heads(self, group: ProcessGroup) -> None:
         """Tells the layer that the ranks of a group each have a part of its heads (tensor
@@ -237,6 +251,7 @@ class BaseAttention(nn.Module):
         position: CachePosition | None,
         *,
         needs_full_cache: bool,
+        from_cache: bool = False,
     ) -> tuple[Tensor, Tensor, Cache | None]:
         """Append to the cache, and say what the queries attend to.
 
@@ -246,6 +261,7 @@ class BaseAttention(nn.Module):
             past_key_values: a transformers Cache, or None.
             position: where the cache stands; by default the cache is asked.
             needs_full_cache: a mask follows that speaks of every cached token.
+            from_cache: give what the cache holds, also where it held nothing before.
 
         Returns:
             Keys and values, (B, Sk, heads, width), and what they hold where they are a
@@ -267,7 +283,7 @@ class BaseAttention(nn.Module):
                 "torch.no_grad(), or take a DynamicCache"
             )
         keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
-        if position.is_start:
+        if position.is_start and not from_cache:
             return key, value, None
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if needs_full_cache or (torch.is_grad_enabled() and keys.requires_grad):
@@ -305,6 +321,36 @@ class BaseAttention(nn.Module):
         if documents is not None:
             out = out.unflatten(0, shape)
         return out if self.context_group is None else gather_heads(out, self.context_group)
+
+    def _attend_by_maps(
+        self,
+        batch: Batch,
+        mask: Tensor | None,
+        maps: list[Tensor],
+        inputs: AttentionInputs,
+        *,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        out_scale: float,
+    ) -> Tensor:
+        """The same by maps (B, heads, S, keys), which are appended to ``maps``."""
+        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale)
+        if self.attention_hook is not None:
+            self.attention_hook(inputs, batch)
+        if self.context_group is not None:
+            raise ValueError("context parallelism keeps no attention maps, and takes no mask but that of documents")
+        if mask is None:
+            mask = visible_keys(inputs, batch, (options.left, options.right))
+        elif mask.ndim != 4 or mask.shape[-2:] != (inputs.q1.shape[1], inputs.k1.shape[1]):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; it must be (B, 1 or heads, "
+                f"{inputs.q1.shape[1]} tokens, {inputs.k1.shape[1]} keys)"
+            )
+        attended = attend_by_maps(inputs, mask, options)
+        maps.append(attended.maps)
+        if options.return_max_logits:
+            self._record(attended.max_logits)
+        return attended.output
 
     def _record(self, found: list[Tensor]) -> None:
         """Leaves the largest logits, or those of the calls before, in :attr:`max_logits`."""

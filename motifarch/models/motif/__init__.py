@@ -1,6 +1,20 @@
 """The Motif models: GDA, DIFF V1, DIFF V2 or softmax attention, chosen by config."""
 
 from motifarch.models.motif.configuration_motif import MODEL_TYPES, MotifConfig
+from motifarch.models.motif.heads import (
+    MotifForQuestionAnswering,
+    MotifForSequenceClassification,
+    MotifForTokenClassification,
+)
 from motifarch.models.motif.modeling_motif import MotifForCausalLM, MotifModel, MotifPreTrainedModel
 
-__all__ = ["MODEL_TYPES", "MotifConfig", "MotifForCausalLM", "MotifModel", "MotifPreTrainedModel"]
+__all__ = [
+    "MODEL_TYPES",
+    "MotifConfig",
+    "MotifForCausalLM",
+    "MotifForQuestionAnswering",
+    "MotifForSequenceClassification",
+    "MotifForTokenClassification",
+    "MotifModel",
+    "MotifPreTrainedModel",
+]

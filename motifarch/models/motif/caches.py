@@ -1,9 +1,9 @@
 """What a cache and a mask say of a call: tokens before it, and which are padding."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from motifarch.layers import PaddingMask
@@ -34,19 +34,33 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
     return int(seen)
 
 
-def read_attention_mask(
-    attention_mask: Tensor, batch: int, num_new: int, seen: int | Tensor, past_key_values: Cache | None
-) -> tuple[PaddingMask | None, Tensor | None]:
-    """What a mask (B, seen + num_new) over all tokens, 0 for padding, asks for.
+class AttentionMask(NamedTuple):
+    """What a mask over all tokens asks for, in the words of the attention layers; at most one."""
 
-    Returns:
-        What to pack, or None; and for a cache that goes on after padding on the left, how much,
-        (B,) int32, or None.
+    padding: PaddingMask | None = None
+    leftpad: Tensor | None = None
+    """Of a cache that goes on after padding on the left, how much: (B,) int32."""
+    visible: Tensor | None = None
+    """Which places each token sees, (B, 1, S, places)."""
+
+
+def read_attention_mask(
+    attention_mask: Tensor,
+    batch: int,
+    num_new: int,
+    seen: int | Tensor,
+    past_key_values: Cache | None,
+    window_size: tuple[int, int],
+) -> AttentionMask:
+    """What a mask asks for: one over all tokens, (B, seen + num_new), 0 for padding; or one that
+    says itself what each token sees, (B or 1, 1 or heads, num_new, places).
 
     Raises:
-        ValueError: a mask of another shape, or padding that is not on the left in a cache of fixed
-            size.
+        ValueError: a mask of another shape.
     """
+    if attention_mask.ndim == 4:
+        is_choice = attention_mask.is_floating_point() or attention_mask.dtype == torch.bool
+        return AttentionMask(visible=attention_mask if is_choice else attention_mask.bool())
     total = int(seen) + num_new
     if tuple(attention_mask.shape) != (batch, total):
         raise ValueError(
@@ -55,15 +69,42 @@ def read_attention_mask(
         )
     real = attention_mask.bool()
     if bool(real.all()):
-        return None, None
-    if past_key_values is None:
-        return PaddingMask(real, num_new), None
-    left_only = not bool((real[:, :-1] & ~real[:, 1:]).any())
-    if past_key_values.is_compileable and not left_only:
-        raise ValueError(
-            f"attention_mask has padding behind real tokens, which a {type(past_key_values).__name__} cannot hold: pad "
-            "prompts on the left (tokenizer.padding_side = 'left'), or take a DynamicCache"
-        )
-    if left_only and total > num_new and not torch.is_grad_enabled():
-        return None, (~real).sum(dim=1, dtype=torch.int32)
-    return PaddingMask(real, num_new), None
+        return AttentionMask()
+    continues = past_key_values is not None and total > num_new
+    if continues and past_key_values is not None and past_key_values.is_compileable and not left_only(real):
+        return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
+    if continues and left_only(real) and not torch.is_grad_enabled():
+        return AttentionMask(leftpad=padding_on_the_left(real))
+    return AttentionMask(padding=PaddingMask(real, num_new))
+
+
+def left_only(mask: Tensor) -> bool:
+    """Whether a mask (B, S) has no padding behind real tokens."""
+    real = mask.bool()
+    return not bool((real[:, :-1] & ~real[:, 1:]).any())
+
+
+def padding_on_the_left(mask: Tensor) -> Tensor:
+    """How much of it, (B,) int32, in a mask (B, S) that has no other."""
+    return (mask == 0).sum(dim=1, dtype=torch.int32)
+
+
+def visible_places(mask: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int]) -> Tensor:
+    """Which places of a static cache each new token sees, (B, 1, num_new, places): one shape for
+    all lengths.
+
+    Args:
+        mask: (B, total), 0 for padding, wherever it is.
+        num_new: the last of its columns.
+        past_key_values: the cache.
+        window_size: of the model.
+    """
+    layers: list[Any] = past_key_values.layers
+    real, places = mask.bool(), layers[0].max_cache_len
+    held = min(real.shape[1], places)
+    keys = real.cumsum(dim=1)  # real tokens are neighbours
+    queries, keys, real = keys[:, -num_new:, None], keys[:, None, -held:], real[:, None, -held:]
+    visible = real & (keys <= queries)
+    if window_size[0] >= 0:
+        visible &= keys >= queries - window_size[0]
+    return nn.functional.pad(visible, (0, places - held))[:, None]

@@ -10,6 +10,9 @@ from motifarch.weight_files import ModelFolderError, WeightFiles, file_names, li
 class WholeOrNothing:
     """Goes before PreTrainedModel among the bases: a strict ``from_pretrained``."""
 
+    new_head: str | None = None
+    """A module that starts at random where a folder of another model class lacks it."""
+
     @classmethod
     def from_pretrained(
         cls,
@@ -47,7 +50,8 @@ class WholeOrNothing:
         )
         if output_loading_info:
             return model, report
-        problems = _problems(report, ignore_mismatched_sizes)
+        optional = None if cls.__name__ in (model.config.architectures or ()) else cls.new_head
+        problems = _problems(report, ignore_mismatched_sizes, optional)
         if problems:
             source = "the state_dict" if kwargs.get("state_dict") is not None else str(name)
             raise ModelFolderError(
@@ -57,10 +61,10 @@ class WholeOrNothing:
         return model
 
 
-def _problems(report: dict[str, Any], ignore_mismatched_sizes: bool) -> list[str]:
-    problems = [
-        f"{kind} {listed(report[f'{kind}_keys'])}" for kind in ("missing", "unexpected") if report[f"{kind}_keys"]
-    ]
+def _problems(report: dict[str, Any], ignore_mismatched_sizes: bool, optional: str | None) -> list[str]:
+    missing = [key for key in report["missing_keys"] if optional is None or not key.startswith(f"{optional}.")]
+    found = {"missing": missing, "unexpected": report["unexpected_keys"]}
+    problems = [f"{kind} {listed(keys)}" for kind, keys in found.items() if keys]
     if report["mismatched_keys"] and not ignore_mismatched_sizes:
         shapes = {f"{name} {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in report["mismatched_keys"]}
         problems.append(f"of another shape {listed(shapes)}")

@@ -13,6 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from motif_kernels.impl.flash import libraries as flash
 from motifarch.layers import (
@@ -30,7 +32,14 @@ from motifarch.layers import (
 )
 from motifarch.layers.base_attention import BaseAttention
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
-from motifarch.models.motif.caches import read_attention_mask, seen_tokens
+from motifarch.models.motif.caches import (
+    AttentionMask,
+    left_only,
+    padding_on_the_left,
+    read_attention_mask,
+    seen_tokens,
+    visible_places,
+)
 from motifarch.models.motif.configuration_motif import MotifConfig
 from motifarch.models.motif.loading import WholeOrNothing
 from motifarch.models.motif.rotary import build_rotary
@@ -102,6 +111,8 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
         """hidden_states (B, S, E) -> (B, S, E); options are those of ``BaseAttention.forward``."""
         attended = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, **options)
+        if isinstance(attended, tuple):  # with the maps, which transformers takes from the layer itself
+            attended = attended[0]
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -118,6 +129,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MotifDecoderLayer, "attentions": BaseAttention}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -178,8 +190,8 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
 class MotifModel(MotifPreTrainedModel):
     """Embedding, decoder layers and final norm."""
 
-    # A causal language model's folder serves the model inside it.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+    # The folder of a model with a head serves the model inside it.
+    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|score|qa_outputs)\.(weight|bias)$"]
 
     def __init__(self, config: MotifConfig) -> None:
         config.validate_architecture()  # fields may have been set after it was made
@@ -192,6 +204,7 @@ class MotifModel(MotifPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -202,8 +215,9 @@ class MotifModel(MotifPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        output_hidden_states: bool | None = None,
         cache_leftpad: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
@@ -211,12 +225,12 @@ class MotifModel(MotifPreTrainedModel):
         Arguments are those of :meth:`MotifForCausalLM.forward`.
 
         Returns:
-            last_hidden_state (B, S, E), past_key_values, hidden_states.
+            last_hidden_state (B, S, E), past_key_values, hidden_states, attentions.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, an attention_mask that is
-                not (B, cached + S), padding together with packed documents, padding in a static
-                cache that is not on the left, or more tokens than a static cache has room for.
+            ValueError: neither or both of input_ids and inputs_embeds, an attention_mask of another
+                shape, a mask together with packed documents, or more tokens than a static cache has
+                room for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -224,8 +238,8 @@ class MotifModel(MotifPreTrainedModel):
         batch, seqlen = hidden_states.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = bool(self.config.output_attentions)
         if cu_seq_lens_q is None and attention_mask is None and past_key_values is None and _restarts(position_ids):
             cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids.expand(batch, seqlen))
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
@@ -234,19 +248,19 @@ class MotifModel(MotifPreTrainedModel):
         if position_ids is None:
             position_ids = (torch.arange(seqlen, device=hidden_states.device) + seen)[None]
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
-        padding, leftpad = None, cache_leftpad
+        mask = AttentionMask(leftpad=cache_leftpad)
         if attention_mask is not None:
-            padding, leftpad = read_attention_mask(attention_mask, batch, seqlen, seen, past_key_values)
+            window = self.config.window_size
+            mask = read_attention_mask(attention_mask, batch, seqlen, seen, past_key_values, window)
         cache_position = None
         if past_key_values is not None:
-            cache_position = CachePosition(seen, batch, seqlen, leftpad=leftpad, device=hidden_states.device)
-        if padding is not None and cu_seq_lens_q is not None:
+            cache_position = CachePosition(seen, batch, seqlen, leftpad=mask.leftpad, device=hidden_states.device)
+        if cu_seq_lens_q is not None and not (mask.padding is None and mask.visible is None):
             raise ValueError(
                 "cu_seq_lens_q and an attention_mask with padding were both given; packed documents hold no padding: "
                 "leave one of the two out"
             )
 
-        every = [hidden_states] if output_hidden_states else None
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -254,19 +268,12 @@ class MotifModel(MotifPreTrainedModel):
                 cu_seqlens=cu_seq_lens_q,
                 max_seqlen=max_length_q,
                 past_key_values=past_key_values,
-                padding=padding,
+                padding=mask.padding,
                 cache_position=cache_position,
+                attention_mask=mask.visible,
+                output_attentions=output_attentions,
             )
-            if every is not None:
-                every.append(hidden_states)
-        hidden_states = self.norm(hidden_states)
-        if every is not None:
-            every[-1] = hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=tuple(every) if every is not None else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 @dataclass
@@ -295,6 +302,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             self.lm_head.weight = self.model.embed_tokens.weight
         return self
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -311,7 +319,6 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
-        output_hidden_states: bool | None = None,
         cache_leftpad: Tensor | None = None,
         **kwargs: Any,
     ) -> MotifCausalLMOutput:
@@ -323,7 +330,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, S).
-            attention_mask: (B, cached + S), 0 for padding.
+            attention_mask: (B, cached + S), 0 for padding; or (B, 1 or heads, S, keys) of what each
+                token sees, in place of causality and window: booleans, or floats that are added to
+                the logits (with a static cache, keys are all its places).
             position_ids: (B, S) or (1, S); default: counted on from the cache.
             past_key_values: a transformers Cache.
             inputs_embeds: (B, S, E) instead of input_ids.
@@ -338,22 +347,23 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
                 were given.
             cu_seq_lens_q: (documents + 1,) int32 bounds of packed documents in the B * S tokens.
             max_length_q: the longest packed document.
-            output_hidden_states: return every layer's input and the final hidden states.
             cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
                 tokens: an attention_mask of one size for all lengths.
-            **kwargs: shift_labels, (B, S) the target of each position, instead of labels; and
-                transformers' other arguments (cu_seq_lens_k and max_length_k are those of q).
+            **kwargs: shift_labels, (B, S) the target of each position, which win over labels;
+                output_hidden_states, every layer's input and the final hidden states (or those of
+                some indices); output_attentions, each layer's softmax probabilities (B, num_heads,
+                S, keys) of signal and noise heads as q_proj has them, computed as with "eager";
+                return_dict; and transformers' other arguments (cu_seq_lens_k and max_length_k are
+                those of q).
 
         Returns:
-            loss, logits, past_key_values, hidden_states and z_loss.
+            loss, logits, past_key_values, hidden_states, attentions and z_loss.
 
         Raises:
-            ValueError: both labels and shift_labels, or what MotifModel raises.
+            ValueError: what MotifModel raises.
         """
         # Not in the signature: Trainer takes every such argument for one that a batch must have.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        if labels is not None and shift_labels is not None:
-            raise ValueError("labels and shift_labels were both given; give one")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -363,14 +373,14 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
-            output_hidden_states=output_hidden_states,
             cache_leftpad=cache_leftpad,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if return_logits is None:
             return_logits = shift_labels is None and not (labels is not None and self.training)
-        if labels is not None:
+        # Trainer's context parallelism and DeepSpeed's sequence parallelism give both: they have shifted.
+        if labels is not None and shift_labels is None:
             shift_labels = self._shift(labels, position_ids, cu_seq_lens_q, attention_mask)
 
         loss = z_loss = logits = None
@@ -394,6 +404,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             z_loss=z_loss,
         )
 
@@ -415,8 +426,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         """Inputs of a generation step, as transformers prepares them; arguments are its own.
 
         With a static cache the mask, which grows with each token, becomes the padding that it
-        begins with: all tensors of a decoding step keep their shapes, and a compiled model is
-        compiled once.
+        begins with, or where there is other padding what each place is: all tensors of a decoding
+        step keep their shapes, and a compiled model is compiled once.
         """
         mixin: Any = super()  # it types its self as a protocol that this class is not
         inputs: dict[str, Any] = mixin.prepare_inputs_for_generation(
@@ -429,10 +440,16 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         mask = inputs.get("attention_mask")
-        in_place = past_key_values is not None and past_key_values.is_compileable
-        if mask is not None and in_place and not is_first_iteration:
-            inputs["cache_leftpad"] = (mask == 0).sum(dim=1, dtype=torch.int32)
-            inputs["attention_mask"] = None
+        if past_key_values is None or not past_key_values.is_compileable or is_first_iteration:
+            return inputs
+        if mask is None or mask.ndim != 2:
+            return inputs
+        if left_only(mask):
+            inputs |= {"cache_leftpad": padding_on_the_left(mask), "attention_mask": None}
+        else:
+            new = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            window = self.config.window_size
+            inputs["attention_mask"] = visible_places(mask, new.shape[1], past_key_values, window)
         return inputs
 
     @staticmethod
@@ -446,7 +463,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             shifted.view(-1)[last[last >= 0]] = IGNORE_INDEX
         elif attention_mask is None and _restarts(position_ids):
             shifted[:, :-1].masked_fill_(position_ids.diff() != 1, IGNORE_INDEX)
-        if attention_mask is not None:  # the padding before a row's first token does not predict it
+        if attention_mask is not None and attention_mask.ndim == 2:  # the padding before a row's first token does not predict it
             shifted.masked_fill_(attention_mask[:, -shifted.shape[1] :] == 0, IGNORE_INDEX)
         return shifted
 

@@ -1,0 +1,121 @@
+"""transformers' own model tests on a small model of each attention type."""
+
+import importlib
+import unittest
+
+import pytest
+import torch
+from transformers.models.auto import modeling_auto
+from transformers.testing_utils import _TEXT_MODEL_TESTER_DEFAULTS as DEFAULTS
+
+from helpers import transformers_tests
+from motifarch.models import motif
+
+transformers_tests.prepare()
+common, parallel, pipelines, training = (
+    importlib.import_module(f"tests.test_{name}")
+    for name in ("modeling_common", "tensor_parallel_mixin", "pipeline_mixin", "training_mixin")
+)
+
+pytestmark = pytest.mark.slow
+
+# As if the models were transformers' own: which labels a class takes is looked up by its name, and
+# tests on several ranks are for the models that are listed.
+parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+for task, model_class in {
+    "": motif.MotifModel,
+    "_FOR_CAUSAL_LM": motif.MotifForCausalLM,
+    "_FOR_SEQUENCE_CLASSIFICATION": motif.MotifForSequenceClassification,
+    "_FOR_TOKEN_CLASSIFICATION": motif.MotifForTokenClassification,
+    "_FOR_QUESTION_ANSWERING": motif.MotifForQuestionAnswering,
+}.items():
+    getattr(modeling_auto, f"MODEL{task}_MAPPING_NAMES")["Motif"] = model_class.__name__
+
+
+if transformers_tests.CHECKOUT:
+    _causal = importlib.import_module("tests.causal_lm_tester")
+    Tester, Tests = _causal.CausalLMModelTester, _causal.CausalLMModelTest
+else:
+
+    class Tester:
+        """What tests ask for besides the variants' own: sizes, inputs, classes."""
+
+        def __init__(self, parent):
+            vars(self).update(DEFAULTS)
+            classes = (self.sequence_classification_class, self.token_classification_class)
+            self.all_model_classes = [self.base_model_class, self.causal_lm_class, *classes]
+
+        def get_config(self):
+            fields = (name for name in self.config_class.__dataclass_fields__ if hasattr(self, name))
+            return self.config_class(**{name: getattr(self, name) for name in fields})
+
+        def prepare_config_and_inputs_for_common(self):
+            ids = common.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+            return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
+
+    class Tests(
+        common.ModelTesterMixin,
+        parallel.TensorParallelTesterMixin,
+        pipelines.PipelineTesterMixin,
+        training.TrainingTesterMixin,
+    ):
+        def setUp(self):
+            self.model_tester = self.model_tester_class(self)
+            self.all_model_classes = self.model_tester.all_model_classes
+
+
+class MotifTester(Tester):
+    base_model_class = motif.MotifModel
+    config_class = motif.MotifConfig
+    causal_lm_class = motif.MotifForCausalLM
+    sequence_classification_class = motif.MotifForSequenceClassification
+    token_classification_class = motif.MotifForTokenClassification
+    question_answering_class = motif.MotifForQuestionAnswering
+    variant = {}
+
+    def __init__(self, parent):
+        super().__init__(parent)
+        vars(self).update({"hidden_act": "poly_norm", "head_dim": 8, "num_labels": 3} | self.variant)
+
+
+class MotifTests(Tests):
+    model_tester = None
+
+    @unittest.skip("attn_implementation is 'auto' by default, which is not one of transformers' names")
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        pass
+
+    @unittest.skip("rope_type 'dynamic' is refused by name: its frequencies change with the length, cached keys do not")
+    def test_model_rope_scaling_from_config_1_dynamic(self):
+        pass
+
+    def _get_attention_shape(self, batch_size, seq_length, config):
+        """Keys of a pair lie side by side, as wide as a value."""
+        heads, width = config.num_key_value_heads, config.v_head_dim
+        shape = (batch_size, heads // 2 if config.has_paired_kv else heads, seq_length, width)
+        return shape, shape
+
+
+def variant(kind, *, heads, noise_heads, kv_heads):
+    """A model tester."""
+    fields = {"attention_type": kind, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return type("Variant", (MotifTester,), {"variant": fields | {"num_noise_heads": noise_heads}})
+
+
+class TestGDA(MotifTests, unittest.TestCase):
+    model_tester_class = variant("gda", heads=6, noise_heads=2, kv_heads=4)
+
+
+class TestDiffV1(MotifTests, unittest.TestCase):
+    model_tester_class = variant("diff_v1", heads=4, noise_heads=2, kv_heads=4)
+
+
+class TestDiffV2(MotifTests, unittest.TestCase):
+    model_tester_class = variant("diff_v2", heads=6, noise_heads=2, kv_heads=2)
+
+
+class TestSoftmax(MotifTests, unittest.TestCase):
+    model_tester_class = variant("softmax", heads=4, noise_heads=None, kv_heads=2)
+
+
+del Tester, Tests, MotifTests  # pytest would take them for tests
