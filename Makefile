@@ -23,7 +23,7 @@ help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
 	@echo "make test         all tests but the slow ones, in 10 minutes on two cores; ARGS='tests/optim -k muon' for some"
 	@echo "make test-fast    a quick subset of them, in 2 minutes"
-	@echo "make test-slow    the slow ones: kill loops, every compiled configuration; in 40 minutes"
+	@echo "make test-slow    the slow ones: kill loops, every compiled configuration, transformers' own; in 40 minutes"
 	@echo "make test-oldest  make test with the oldest supported transformers"
 	@echo "make lint         formats, types, import contracts, Markdown"
 	@echo "make format       mend what ruff and mdformat can"
@@ -54,7 +54,9 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(addprefix tests/,$(FAST)) $(ARGS)
 
+# Without the package index, the tests that are downloaded are skipped.
 test-slow: $(VENV)/.installed-dev
+	-$(BIN)/python tests/transformers_suite/download.py
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m slow $(ARGS)
 
 # All but the reports that `motifarch benchmark report` writes.

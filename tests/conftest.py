@@ -35,15 +35,14 @@ LONG = (
 )
 
 
-# Of transformers' own tests (tests/transformers_suite), in the words of its configuration.
-TRANSFORMERS_MARKERS = (
-    "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "generate", "is_pipeline_test",
-    "is_tensor_parallel_test", "is_training_test", "torch_compile_test", "torch_export_test", "run_first", "is_fsdp_test", "onnx_export_test", "executorch_export_test", "order",
-)
+# Of transformers' own tests (transformers_suite), which its configuration declares.
+TRANSFORMERS_MARKERS = "accelerate_tests executorch_export_test flash_attn_test flash_attn_3_test flash_attn_4_test \
+generate is_fsdp_test is_pipeline_test is_tensor_parallel_test is_training_test onnx_export_test order \
+torch_compile_test torch_export_test"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in TRANSFORMERS_MARKERS:
+    for name in TRANSFORMERS_MARKERS.split():
         config.addinivalue_line("markers", f"{name}: of transformers' own tests")
 
 

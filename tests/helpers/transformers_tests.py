@@ -1,10 +1,10 @@
-"""transformers' own model tests, as the source distribution of the installed version holds them.
+"""transformers' own model tests, as the source distribution of the installed version has them.
 
-`make` unpacks them into build/transformers-VERSION/tests; no copy is part of this project. That
-distribution has the files tests/test_*.py alone. What those import besides comes from the folder
-that MOTIFARCH_TRANSFORMERS_TESTS names, the `tests` of a checkout of transformers: the testers of
-generation, of causal language models and of exporters. Without it empty classes stand in for these,
-and their tests do not run.
+tests/transformers_suite/download.py unpacks them into build/; no copy is part of this project. That
+distribution has the files tests/test_*.py alone. What these import besides, the testers of
+generation, of causal language models and of exporters, comes from the folder that
+MOTIFARCH_TRANSFORMERS_TESTS names: `tests` of a checkout of transformers, of a version near the
+installed one. Without it empty classes stand for them, and their tests do not run.
 """
 
 import importlib
@@ -24,41 +24,33 @@ from helpers.distributed import on_ranks
 FOLDER = Path(__file__).parents[2] / "build" / f"transformers-{transformers.__version__}" / "tests"
 
 CHECKOUT = os.environ.get("MOTIFARCH_TRANSFORMERS_TESTS")
-"""`tests` of a checkout, of a version near the installed one."""
-
-STAND_INS = {
-    "exporters.test_export": ("ExportTesterMixin", "ExportGenerateTesterMixin"),
-    "generation.test_utils": ("GenerationTesterMixin",),
-    "test_fsdp_mixin": ("FSDPTesterMixin",),  # it needs more of what the distribution lacks
-}
 
 
 def prepare() -> None:
-    """Makes `tests.test_modeling_common` and its neighbours importable.
+    """Makes `tests.test_modeling_common` and its neighbours importable; skips where there are none.
 
-    The distribution's files go before the checkout's, which are of another version.
+    The distribution's files go before the checkout's.
     """
     if not (FOLDER / "test_modeling_common.py").is_file():
-        pytest.skip(f"{FOLDER} does not hold transformers' tests; `make transformers-tests` gets them")
-    package = ModuleType("tests")
-    package.__path__ = [str(FOLDER)] + ([CHECKOUT] if CHECKOUT else [])
-    sys.modules["tests"] = package
-    runs_ranks = ModuleType("tests.distributed_testing_utils")
-    runs_ranks.run_distributed = run_distributed  # type: ignore[attr-defined]
-    sys.modules[runs_ranks.__name__] = runs_ranks
-    options = ModuleType("tests.utils.test_configuration_utils")
-    options.config_common_kwargs = {"return_dict": False, "output_hidden_states": True, "problem_type": "regression"}  # type: ignore[attr-defined]
-    sys.modules[options.__name__] = options
-    for name, classes in STAND_INS.items():
-        if CHECKOUT and (Path(CHECKOUT) / f"{name.replace('.', '/')}.py").is_file() and name != "test_fsdp_mixin":
-            continue
-        parent = name.rpartition(".")[0]
-        if parent:
-            sys.modules[f"tests.{parent}"] = ModuleType(f"tests.{parent}")
-        module = ModuleType(f"tests.{name}")
-        for each in classes:
-            setattr(module, each, type(each, (), {}))
-        sys.modules[module.__name__] = module
+        reason = f"no tests of transformers in {FOLDER}; `make test-slow` and tests/transformers_suite/download.py"
+        pytest.skip(f"{reason} get them", allow_module_level=True)
+    _module("tests").__path__ = [str(FOLDER), *filter(None, [CHECKOUT])]
+    _module("tests.distributed_testing_utils", run_distributed=run_distributed)
+    _module("tests.utils.test_configuration_utils", config_common_kwargs={"return_dict": False})
+    _module("tests.test_fsdp_mixin", FSDPTesterMixin=type("FSDPTesterMixin", (), {}))
+    if CHECKOUT is None:
+        _module("tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+        _module("tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+
+
+def _module(name: str, **members: Any) -> ModuleType:
+    """A module in the place of a file, and the package that it is in."""
+    parent = name.rpartition(".")[0]
+    if parent and parent not in sys.modules:
+        _module(parent).__path__ = [f"{folder}/{parent.rpartition('.')[2]}" for folder in sys.modules["tests"].__path__]
+    module = sys.modules[name] = ModuleType(name)
+    vars(module).update(members)
+    return module
 
 
 def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:

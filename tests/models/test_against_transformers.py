@@ -37,9 +37,9 @@ def as_motif(name, tensor, kv_heads):
     return tensor
 
 
-def compare(ours, theirs, translate):
-    """Logits, loss and gradients of all parameters that both have, in float64: in float32 the
-    gradient of lambda, a sum that cancels, differs by DiffLlama's own rounding, 1.2e-5 on some
+def compare(ours, theirs, translate, order=None):
+    """Logits, loss, attention maps (theirs in ``order``) and gradients of all parameters that both
+    have, in float64: in float32 the gradient of lambda, a sum that cancels, differs by DiffLlama's own rounding, 1.2e-5 on some
     processors.
     """
     ids = random_ids(2, 33)
@@ -50,6 +50,9 @@ def compare(ours, theirs, translate):
     a, b = ours(input_ids=ids, labels=labels), theirs(input_ids=ids, labels=labels)
     assert_agrees(a.logits, b.logits, name="logits")
     assert_agrees(a.loss, b.loss, name="loss")
+    maps, expected_maps = (model(input_ids=ids, output_attentions=True).attentions for model in (ours, theirs))
+    for found, expected in zip(maps, expected_maps, strict=True):
+        assert_agrees(found, expected if order is None else expected[:, order], name="maps")
     # The loss is a mean over 50 tokens: scaled, so that the comparison is of numbers of the size of
     # 1.
     (a.loss * 50).backward()
@@ -74,7 +77,7 @@ def test_diff_v1_agrees_with_diffllama(kv_heads, ours_attention):
     # DiffLlama's sub-norm has no weight; ours starts at 1.
     assert sorted(missing) == [f"model.layers.{i}.self_attn.subln.weight" for i in range(3)]
     assert not unexpected
-    compare(ours, theirs, lambda name, t: as_motif(name, t, kv_heads))
+    compare(ours, theirs, lambda name, t: as_motif(name, t, kv_heads), order=[0, 2, 1, 3])
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 500_000.0}, YARN], ids=["default", "yarn"])

@@ -49,6 +49,39 @@ def test_left_padded_prompts_give_their_own_tokens(variant, kind):
         assert torch.equal(row[17:], alone[0, len(prompt) :])
 
 
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_padded_on_the_right_go_on_as_they_do_alone(variant, kind, new):
+    """With a window, in a cache that holds all tokens."""
+    model, lengths = tiny_model(variant), torch.tensor([3, 9, 6])
+    prompts, tokens = random_ids(3, 9), random_ids(3, new * 3, seed=5)
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    cache = cache_of(kind, tiny_model() if "window" in variant else model, 32)
+    with torch.no_grad():
+        model(input_ids=prompts * mask, attention_mask=mask, past_key_values=cache)
+        parts = []
+        for i, chunk in enumerate(tokens.split(new, dim=1)):
+            mask = torch.cat((mask, torch.ones_like(chunk)), dim=1)
+            positions = lengths[:, None] + i * new + torch.arange(new)
+            out = model(input_ids=chunk, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            parts.append(out.logits)
+        for row, length in enumerate(lengths.tolist()):
+            alone = model(input_ids=torch.cat((prompts[row, :length], tokens[row]))[None]).logits[0, length:]
+            assert_agrees(torch.cat(parts, dim=1)[row], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_windows_cache_refuses_padding_in_the_place_of_tokens(kind):
+    model, ids = tiny_model("gda window"), random_ids(2, 9)
+    mask = (torch.arange(12) != torch.tensor([[8], [-1]])).long()
+    with torch.no_grad():
+        cache = cache_of(kind, model, 32)
+        model(input_ids=ids, attention_mask=mask[:, :9], past_key_values=cache)
+        with pytest.raises(ValueError, match="pad prompts on the left"):
+            model(input_ids=ids[:, :3], attention_mask=mask, past_key_values=cache)
+
+
 @pytest.mark.parametrize("chunks", [[30], [11, 19], [1] * 30, [5, 1, 1, 16, 7]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -95,8 +128,9 @@ def test_a_static_cache_is_compiled_once_for_all_lengths(variant, attention):
     assert counter.frame_count <= (3 if "window" in variant else 1)
 
 
+@pytest.mark.parametrize("padding", [slice(0, 3), slice(5, 8)], ids=["left", "right"])
 @pytest.mark.parametrize("variant", ["gda", "softmax"])
-def test_generate_compiles_decoding_with_a_static_cache(variant):
+def test_generate_compiles_decoding_with_a_static_cache(variant, padding):
     """What transformers does by itself on a GPU."""
     from transformers import CompileConfig
 
@@ -105,7 +139,7 @@ def test_generate_compiles_decoding_with_a_static_cache(variant):
     compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     compile_config._compile_all_devices = True
     batch = random_ids(2, 8)
-    batch[0, :3] = 0
+    batch[0, padding] = 0
     options = {"attention_mask": (batch != 0).long(), "max_new_tokens": 24} | GREEDY
     with torch._dynamo.config.patch(error_on_recompile=True):
         out = model.generate(batch, cache_implementation="static", compile_config=compile_config, **options)
@@ -150,6 +184,3 @@ def test_refuses_with_a_reason():
         model(input_ids=random_ids(1, 12), past_key_values=cache)
         with pytest.raises(ValueError, match="room for 16 tokens in a row, but 12 are cached and 5 are to be added"):
             model(input_ids=random_ids(1, 5), past_key_values=cache)
-        right_padded = torch.tensor([[1, 1, 1, 0, 0]])
-        with pytest.raises(ValueError, match="pad prompts on the left"):
-            model(input_ids=random_ids(1, 5), attention_mask=right_padded, past_key_values=cache_of("static", model))

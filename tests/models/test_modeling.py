@@ -144,10 +144,36 @@ def test_last_lambdas(variant):
         assert lambdas.tolist() == pytest.approx(expected)
 
 
+def test_shift_labels_win_over_labels():
+    """Trainer's context parallelism and DeepSpeed's sequence parallelism give both."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    targets = random_ids(2, 9, seed=3)
+    both = model(input_ids=ids, labels=ids, shift_labels=targets)
+    assert both.loss == model(input_ids=ids, shift_labels=targets).loss
+    assert both.loss != model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_outputs_as_a_tuple(by_config):
+    model, ids = tiny_model(), random_ids(2, 9)
+    named = model(input_ids=ids, labels=ids, use_cache=False, output_hidden_states=True)
+    model.config.return_dict = not by_config
+    loss, logits, hidden_states, z_loss = model(
+        input_ids=ids,
+        labels=ids,
+        use_cache=False,
+        output_hidden_states=True,
+        **({} if by_config else {"return_dict": False}),
+    )
+    assert torch.equal(loss, named.loss)
+    assert torch.equal(logits, named.logits)
+    assert len(hidden_states) == len(named.hidden_states)
+    assert z_loss == 0
+    assert isinstance(model.model(input_ids=ids, **({} if by_config else {"return_dict": False})), tuple)
+
+
 def test_wrong_calls_are_refused():
     model, ids = tiny_model(), random_ids(2, 9)
-    with pytest.raises(ValueError, match="labels and shift_labels were both given"):
-        model(input_ids=ids, labels=ids, shift_labels=ids)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\); it must be \(2, 9\): 0 cached and 9 new"):
         model(input_ids=ids, attention_mask=torch.ones(2, 8))
     cache = model(input_ids=ids).past_key_values

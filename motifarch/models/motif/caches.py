@@ -56,7 +56,7 @@ def read_attention_mask(
     says itself what each token sees, (B or 1, 1 or heads, num_new, places).
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask of another shape, or padding for which a window's cache dropped tokens.
     """
     if attention_mask.ndim == 4:
         is_choice = attention_mask.is_floating_point() or attention_mask.dtype == torch.bool
@@ -70,11 +70,13 @@ def read_attention_mask(
     real = attention_mask.bool()
     if bool(real.all()):
         return AttentionMask()
-    continues = past_key_values is not None and total > num_new
-    if continues and past_key_values is not None and past_key_values.is_compileable and not left_only(real):
-        return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
-    if continues and left_only(real) and not torch.is_grad_enabled():
+    if past_key_values is None or total == num_new:
+        return AttentionMask(padding=PaddingMask(real, num_new))
+    if left_only(real) and not torch.is_grad_enabled():
         return AttentionMask(leftpad=padding_on_the_left(real))
+    if past_key_values.is_compileable:
+        return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
+    _places(real, num_new, past_key_values, window_size)
     return AttentionMask(padding=PaddingMask(real, num_new))
 
 
@@ -99,12 +101,29 @@ def visible_places(mask: Tensor, num_new: int, past_key_values: Cache, window_si
         past_key_values: the cache.
         window_size: of the model.
     """
-    layers: list[Any] = past_key_values.layers
-    real, places = mask.bool(), layers[0].max_cache_len
-    held = min(real.shape[1], places)
+    real, total = mask.bool(), mask.shape[1]
+    places, dropped = _places(real, num_new, past_key_values, window_size)
     keys = real.cumsum(dim=1)  # real tokens are neighbours
-    queries, keys, real = keys[:, -num_new:, None], keys[:, None, -held:], real[:, None, -held:]
+    queries, keys, real = keys[:, -num_new:, None], keys[:, None, dropped:], real[:, None, dropped:]
     visible = real & (keys <= queries)
     if window_size[0] >= 0:
         visible &= keys >= queries - window_size[0]
-    return nn.functional.pad(visible, (0, places - held))[:, None]
+    return nn.functional.pad(visible, (0, places - (total - dropped)))[:, None]
+
+
+def _places(real: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int]) -> tuple[int, int]:
+    """How many places a cache will show to the last ``num_new`` of a mask's tokens (B, total), and
+    how many tokens it dropped before these: a window's cache keeps the last ones, padding too.
+
+    Raises:
+        ValueError: a token that was dropped is in the window of a new one.
+    """
+    places, dropped = past_key_values.get_mask_sizes(num_new, 0)
+    kept = real[:, dropped:-num_new].sum(dim=1)
+    if dropped and bool((real[:, :dropped].any(dim=1) & (kept < window_size[0])).any()):
+        raise ValueError(
+            f"attention_mask has padding behind real tokens, and the {type(past_key_values).__name__} kept the padding "
+            f"in their place, for it holds a window of {window_size[0] + 1}: pad prompts on the left "
+            "(tokenizer.padding_side = 'left'), or take DynamicCache(), which holds everything"
+        )
+    return places, dropped

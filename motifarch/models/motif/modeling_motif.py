@@ -374,7 +374,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
             cache_leftpad=cache_leftpad,
-            **kwargs,
+            **(kwargs | {"return_dict": True}),
         )
         hidden_states = outputs.last_hidden_state
         if return_logits is None:
@@ -463,7 +463,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             shifted.view(-1)[last[last >= 0]] = IGNORE_INDEX
         elif attention_mask is None and _restarts(position_ids):
             shifted[:, :-1].masked_fill_(position_ids.diff() != 1, IGNORE_INDEX)
-        if attention_mask is not None and attention_mask.ndim == 2:  # the padding before a row's first token does not predict it
+        if (
+            attention_mask is not None and attention_mask.ndim == 2
+        ):  # the padding before a row's first token does not predict it
             shifted.masked_fill_(attention_mask[:, -shifted.shape[1] :] == 0, IGNORE_INDEX)
         return shifted
 
