@@ -96,7 +96,7 @@ class ModelSection(Section):
     use_sliding_window: bool = False
     """Whether attention is limited to the sliding window."""
 
-    initializer_range: Annotated[float, Field(ge=1e-8, le=1)] = 0.02
+    initializer_range: Annotated[float, Field(ge=1e-10, le=1)] = 0.02
     """Standard deviation of the first weights."""
 
     attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None

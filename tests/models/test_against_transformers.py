@@ -39,8 +39,8 @@ def as_motif(name, tensor, kv_heads):
 
 def compare(ours, theirs, translate, order=None):
     """Logits, loss, attention maps (theirs in ``order``) and gradients of all parameters that both
-    have, in float64: in float32 the gradient of lambda, a sum that cancels, differs by DiffLlama's own rounding, 1.2e-5 on some
-    processors.
+    have, in float64: in float32 the gradient of lambda, a sum that cancels, differs by DiffLlama's
+    own rounding, 1.2e-5 on some processors.
     """
     ids = random_ids(2, 33)
     labels = ids.clone()

@@ -25,7 +25,7 @@ def main() -> None:
             archive.extractall(work, members, filter="data")
         unpacked = Path(work) / name
         (unpacked / "tests" / "__init__.py").touch()
-        # What tests read beside them: the package, and a list of models on the hub, which has none of ours.
+        # What tests read beside them: the package, and a list of models on the hub, none of ours.
         (unpacked / "src").mkdir()
         package = find_spec("transformers")
         assert package is not None

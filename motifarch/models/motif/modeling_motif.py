@@ -379,7 +379,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if return_logits is None:
             return_logits = shift_labels is None and not (labels is not None and self.training)
-        # Trainer's context parallelism and DeepSpeed's sequence parallelism give both: they have shifted.
+        # Trainer's context parallelism and DeepSpeed's sequence parallelism give both, shifted.
         if labels is not None and shift_labels is None:
             shift_labels = self._shift(labels, position_ids, cu_seq_lens_q, attention_mask)
 
@@ -447,9 +447,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         if left_only(mask):
             inputs |= {"cache_leftpad": padding_on_the_left(mask), "attention_mask": None}
         else:
-            new = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            window = self.config.window_size
-            inputs["attention_mask"] = visible_places(mask, new.shape[1], past_key_values, window)
+            new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["attention_mask"] = visible_places(mask, new.shape[1], past_key_values, self.config.window_size)
         return inputs
 
     @staticmethod

@@ -48,15 +48,11 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 """Rotary types that ignore a row's length, and what each needs besides rope_theta."""
 
 ROPE_TAKES: dict[str, tuple[str, ...]] = {
-    "yarn": (
-        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    ),
-    "llama3": ("original_max_position_embeddings",),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
 """What they take beside what they need."""
 
-_ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 _RANGES = TypedYaml(ModelSection, "model")
 
