@@ -390,8 +390,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             # The loss is that of the logits: of these, where they are all there (a head's dropout
             # is then the same in both), and otherwise of the head, called for a chunk at a time.
-            whole = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
-            states, head = (logits, nn.Identity()) if whole else (hidden_states, self.lm_head)
+            states, head = hidden_states, self.lm_head
+            if logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                states, head = logits, nn.Identity()
             loss, z_loss, _ = linear_cross_entropy(
                 states,
                 head,
