@@ -40,7 +40,7 @@ class Damaging:
 
     def run(self, each: int, say: Callable[[str], object], *, jobs: int = 2) -> dict[str, Any]:
         """Damages each file so often."""
-        self._whole = self.folder / "whole"
+        self._whole, self._say = self.folder / "whole", say
         prepare_inputs(self._whole, steps=STEPS, every=EVERY)
         self._start(self._whole, steps=SAVED, expect=0)
         self._expected = self._undisturbed()
@@ -97,6 +97,8 @@ class Damaging:
         faults = list(self._judge(copy, file, status, before, _hashes(copy)))
         if lost := [row["step"] for row in rows if row not in computed_rows(copy / "run")]:
             faults.append(f"the rows of steps {lost} were lost")
+        for fault in faults:
+            self._say(f"fault: {name}: {fault}")
         self.faults += [f"{name}: {fault}" for fault in faults]
         self.counts["damages"] += 1
         if faults:

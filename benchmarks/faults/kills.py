@@ -43,14 +43,14 @@ class Killing:
 
     def run(self, kills: int, say: Callable[[str], object], limit_s: float = float("inf")) -> dict[str, Any]:
         """Kills so often, or until the time is over, and lets the last run come to its end."""
-        self._draw = random.Random(self.seed)
+        self._draw, self._say = random.Random(self.seed), say
         self._watching: list[threading.Thread] = []
         self._recipe = prepare_inputs(self.folder, steps=STEPS, every=EVERY)
         self._expected = self._undisturbed()
         until, number = time.monotonic() + limit_s, 0
         while self.counts["kills"] < kills and time.monotonic() < until:
             number += 1
-            self._one_run(self.folder / f"run_{number}", kills, until, say)
+            self._one_run(self.folder / f"run_{number}", kills, until)
         for thread in self._watching:
             thread.join()
         return {"counts": dict(sorted(self.counts.items())), "faults": self.faults}
@@ -65,7 +65,7 @@ class Killing:
     def _arguments(self, output: Path) -> list[str]:
         return [str(self._recipe), "--run.output", str(output)]
 
-    def _one_run(self, output: Path, kills: int, until: float, say: Callable[[str], object]) -> None:
+    def _one_run(self, output: Path, kills: int, until: float) -> None:
         """Starts until the run has come to its end."""
         saved = failed = 0
         while True:
@@ -84,7 +84,7 @@ class Killing:
                     break
             saved = self._check(output, saved)
             if self.counts["kills"] % 10 == 0:
-                say(f"{self.counts['kills']} kills, {self.counts['starts']} starts, {len(self.faults)} faults")
+                self._say(f"{self.counts['kills']} kills, {self.counts['starts']} starts, {len(self.faults)} faults")
         self.counts["runs"] += 1
         rows, weights = self._expected
         if computed_rows(output) != rows:
@@ -158,6 +158,7 @@ class Killing:
         return step
 
     def _fault(self, text: str) -> None:
+        self._say(f"fault: {text}")
         self.faults.append(text)
 
 

@@ -125,6 +125,10 @@ def _launch(arguments: list[str]) -> None:
 
 
 def _rank(arguments: list[str]) -> None:
+    # torchrun's own ranks do not have the agent's handlers.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         _command(arguments)
     except SystemExit as ended:
