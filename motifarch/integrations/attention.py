@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils.generic import TransformersKwargs
 
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, diff_attn_with_kvcache
-from motif_kernels.checks import may_read
+from motif_kernels.ops import is_exporting
+from motif_kernels.types import AttentionInputs, AttentionOptions
+from motifarch.forward_arguments import check_arguments
 from motifarch.integrations.masks import VisibleKeys, visible_keys
 from motifarch.layers import PaddingMask
+from motifarch.layers.attention_maps import attend_by_maps
 from motifarch.layers.head_norm import attend_normed
 from motifarch.layers.padding import PackedTokens
 
@@ -91,7 +93,7 @@ def attend_heads(
         softcap: soft cap of the logits.
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.
         max_length_q: the longest of those.
-        **others: what :func:`check_arguments` accepts.
+        **others: what :func:`motifarch.forward_arguments.check_arguments` accepts.
 
     Returns:
         (B, S, Hs, Dv).
@@ -100,7 +102,10 @@ def attend_heads(
         ValueError: a mask of another kind, dropout, gradients through a padded cache, or another
             argument that would change the result.
     """
+    others.pop("ignore_index", None)  # of the host's loss
     check_arguments(others, cu_seq_lens_q, max_length_q)
+    if others.get("output_attentions"):
+        raise ValueError("output_attentions is on, but this attention keeps no maps; leave it out")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}, which differential attention does not have; set it to 0")
     options = {
@@ -117,52 +122,6 @@ def attend_heads(
     return attend_normed(module.subln, module.out_scale, (*heads, lam), partial(_attend, attention_mask, options))
 
 
-_READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
-    "cache_position",
-    "ignore_index",
-    "shift_labels",
-    "token_type_ids",
-    "use_cache",
-}
-"""What models hand down to attention functions although other parts of the model read it, or none
-of them."""
-
-
-def check_arguments(others: dict[str, Any], cu_seq_lens_q: Tensor | None, max_length_q: int | None) -> None:
-    """Checks that the arguments of an attention function that this attention does not read change
-    nothing: what a model's own attention computes with (sinks, say) must not be lost.
-
-    Raises:
-        ValueError: naming an argument that is not None and not known, or a value that is not
-            served.
-    """
-    unknown = [name for name, value in others.items() if value is not None and name not in _READ_ELSEWHERE]
-    if unknown:
-        raise ValueError(
-            f"the attention function was given {', '.join(unknown)}, which differential attention does not have; a "
-            "model whose attention needs it can't be patched, and a caller must leave it out"
-        )
-    if others.get("output_attentions"):
-        raise ValueError("output_attentions is on, but this attention keeps no maps; leave it out")
-    if others.get("is_causal") is False:
-        raise ValueError("is_causal is False, but this attention is causal; leave it out")
-    for name, value, queries in (
-        ("cu_seq_lens_k", others.get("cu_seq_lens_k"), cu_seq_lens_q),
-        ("max_length_k", others.get("max_length_k"), max_length_q),
-    ):
-        if value is not None and not _are_equal(value, queries):
-            raise ValueError(f"{name} is {value} and that of queries {queries}; self-attention has one, as of queries")
-
-
-def _are_equal(keys: Any, queries: Any) -> bool:
-    if keys is queries:
-        return True
-    if isinstance(keys, Tensor) and isinstance(queries, Tensor):
-        # Values are not read where that would stall a GPU, or while the call is traced.
-        return keys.shape == queries.shape and (not may_read(keys) or torch.equal(keys, queries))
-    return queries is not None and int(keys) == int(queries)
-
-
 def _attend(visible: Any, options: dict[str, Any], inputs: Any, **epilogue: Any) -> Any:
     """Attention of (B, S, heads, width) tensors and lambda, by the kernels that suit the mask."""
     *heads, lam = inputs
@@ -170,6 +129,10 @@ def _attend(visible: Any, options: dict[str, Any], inputs: Any, **epilogue: Any)
     options = options | epilogue
     if visible is None:
         return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
+    if isinstance(visible, Tensor) and is_exporting():
+        numbers = {name: options[name] for name in ("softmax_scale", "softcap", "norm_eps", "out_scale")}
+        inputs = AttentionInputs(q1, k1, q2, k2, v, lam, options["norm_weight"])
+        return attend_by_maps(inputs, visible, AttentionOptions.of(q1.shape[-1], **numbers)).output
     if not isinstance(visible, VisibleKeys):
         raise ValueError(
             "attention_mask is a mask of every query and key; a patched model's attention is causal "

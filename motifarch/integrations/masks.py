@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from motif_kernels.ops import is_exporting
 from motifarch.layers import PaddingMask
 
 
@@ -45,7 +46,7 @@ def visible_keys(
     local_size: int | None = None,
     use_vmap: bool = False,
     **_: Any,
-) -> VisibleKeys | None:
+) -> VisibleKeys | Tensor | None:
     """The mask function of patched models, which transformers calls once for each kind of layer,
     with its own mask functions' arguments.
 
@@ -56,7 +57,8 @@ def visible_keys(
     a layer's window does, which the layer's attention is told too, and where documents begin.
 
     Returns:
-        None where causal order and window say it all.
+        None where causal order and window say it all. Where the model is exported, a mask of every
+        query and key, (B, 1, S, keys) bool, window included.
 
     Raises:
         ValueError: a mask that kernels with bounds cannot honour: not causal, of another shape, or
@@ -64,6 +66,10 @@ def visible_keys(
     """
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
+    if is_exporting():  # nothing may be read, and nothing that is plain need be fast
+        places: Any = (q_length, kv_length, q_offset, kv_offset)
+        seen = mask_function, attention_mask, local_size
+        return sdpa_mask(batch_size, *places, *seen, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
     if use_vmap:
         raise ValueError("the model adds a mask function of its own to the causal mask, which is not served")
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):

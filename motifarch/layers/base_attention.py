@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motif_kernels import diff_decoding, dispatch
+from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, visible_keys
 from motifarch.layers.cache import CachePosition
@@ -156,7 +157,7 @@ class BaseAttention(nn.Module):
                 causality and window and of all that is said of documents and padding: bool, True
                 where a token sees a key, or floats that are added to the logits. Keys are those
                 that past_key_values gives, a static cache's empty places included. Maps are then
-                materialised.
+                materialised, as they are where the call is exported.
             output_attentions: return the maps too; they are materialised.
 
         Returns:
@@ -168,7 +169,7 @@ class BaseAttention(nn.Module):
             ValueError: gradients are wanted through a cache that is written in place, or arguments
                 do not fit.
         """
-        by_maps = output_attentions or attention_mask is not None
+        by_maps = output_attentions or attention_mask is not None or is_exporting()
         q, key, value = self._project(hidden_states, position_embeddings)
         key, value, cache = self._append(
             key, value, past_key_values, cache_position, needs_full_cache=padding is not None, from_cache=by_maps
@@ -227,7 +228,8 @@ class BaseAttention(nn.Module):
         q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
         lam = self._lambda(hidden_states)
-        self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
+        if not is_exporting():
+            self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
         return AttentionInputs(
             q[..., :group, :].flatten(2, 3), k1, q[..., group, :], k2, value, lam, gate=self._gate(hidden_states)
         )
@@ -277,7 +279,7 @@ class BaseAttention(nn.Module):
             raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
         in_place = bool(getattr(past_key_values, "is_compileable", False))
-        if in_place and torch.is_grad_enabled() and key.requires_grad:
+        if in_place and torch.is_grad_enabled() and key.requires_grad and not is_exporting():
             raise ValueError(
                 f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
                 "torch.no_grad(), or take a DynamicCache"

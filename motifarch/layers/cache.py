@@ -12,8 +12,8 @@ class CachePosition:
     One serves all layers of a call: what depends on it is worked out once for each size of cache.
 
     Args:
-        seen: tokens that each row holds: a number, or a scalar tensor where the cache counts on its
-            device.
+        seen: tokens that each row holds: a number (a symbol, in a program that is exported), or a
+            scalar tensor where the cache counts on its device.
         batch: B.
         num_new: tokens that this call appends.
         leftpad: (B,) int32, tokens at the start of each row that are padding; None for none.
@@ -43,12 +43,12 @@ class CachePosition:
     @property
     def is_start(self) -> bool:
         """Whether nothing is cached yet, as far as the host knows."""
-        return isinstance(self.seen, int) and self.seen == 0
+        return not isinstance(self.seen, Tensor) and self.seen == 0
 
     def within(self, places: int) -> tuple[Tensor, Tensor | None]:
         """Lengths (B,) int32 with the new tokens, and padding, of the last ``places``."""
         if places not in self._within:
-            if isinstance(self.seen, int):
+            if not isinstance(self.seen, Tensor):
                 total = self.seen + self._num_new
                 held = min(total, places)
                 lengths = torch.full((self._batch,), held, dtype=torch.int32, device=self._device)

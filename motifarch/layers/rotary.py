@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from motif_kernels.ops import is_exporting
+
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
@@ -46,6 +48,8 @@ class RotaryEmbedding(nn.Module):
 
     def inverse_frequencies(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The (D / 2,) angles a position adds."""
+        if self._inv_freq is not None and is_exporting():
+            return self._inv_freq.to(device=device, dtype=dtype)  # a constant of the program
         if self._inv_freq is not None:
             if self._in_use is None or (self._in_use.device, self._in_use.dtype) != (device, dtype):
                 self._in_use = self._inv_freq.to(device=device, dtype=dtype)

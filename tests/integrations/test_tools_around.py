@@ -21,8 +21,10 @@ from motifarch.integrations import load_patched, patch
 
 
 def patched(family: str = "llama", **options: Any) -> Any:
+    """With all that a patch can add."""
+    experts = {"experts": "swap"} if family in EXPERTS else {}
     model = host_model(family)
-    patch(model, **({"ratio": RATIOS[family]} | options))
+    patch(model, **({"ratio": RATIOS[family], "feed_forward": "polynorm", "sub_norm": True} | experts | options))
     return moved(model)
 
 

@@ -225,3 +225,13 @@ def test_flops_of_a_window_count_visible_pairs(length):
     everything = sum(i + 1 for i in range(length)) / length
     difference = full.flops_per_token(length) - windowed.flops_per_token(length)
     assert difference == pytest.approx(pair * (everything - visible))
+
+
+def test_arguments_that_nothing_reads_are_refused():
+    model, ids = tiny_model("gda"), random_ids(1, 5)
+    with pytest.raises(ValueError, match="attention was given s_aux, which"):
+        model(ids, s_aux=torch.zeros(6))
+    with pytest.raises(ValueError, match="is_causal is False"):
+        model(ids, is_causal=False)
+    for name in ("s_aux", "token_type_ids", "num_items_in_batch"):
+        model(ids, **{name: None})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from motif_kernels.ops import is_exporting
 from motifarch.layers import PaddingMask
 
 
@@ -24,6 +25,8 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
         if torch.compiler.is_compiling() or (seen.is_cuda and num_new == 1):
             return seen.clone()  # a static cache counts in place
         seen = int(seen)
+    if is_exporting():
+        return seen  # a symbol, which to read would make a constant
     layers: list[Any] = past_key_values.layers
     room = getattr(layers[0], "max_cache_len", None) if layers else None
     if room is not None and not layers[0].is_sliding and seen + num_new > room:
@@ -61,13 +64,17 @@ def read_attention_mask(
     if attention_mask.ndim == 4:
         is_choice = attention_mask.is_floating_point() or attention_mask.dtype == torch.bool
         return AttentionMask(visible=attention_mask if is_choice else attention_mask.bool())
+    real = attention_mask.bool()
+    if is_exporting():  # nothing is read
+        if past_key_values is not None and past_key_values.is_compileable:
+            return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
+        return AttentionMask(padding=PaddingMask(real, num_new))
     total = int(seen) + num_new
     if tuple(attention_mask.shape) != (batch, total):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {(batch, total)}: "
             f"{total - num_new} cached and {num_new} new tokens in each of {batch} rows"
         )
-    real = attention_mask.bool()
     if bool(real.all()):
         return AttentionMask()
     if past_key_values is None or total == num_new:
@@ -127,3 +134,17 @@ def _places(real: Tensor, num_new: int, past_key_values: Cache, window_size: tup
             "(tokenizer.padding_side = 'left'), or take DynamicCache(), which holds everything"
         )
     return places, dropped
+
+
+def visible_documents(position_ids: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Which keys each token of packed rows sees, (B, 1, S, S).
+
+    Args:
+        position_ids: (B, S), which restart at each document.
+        window_size: of the model.
+    """
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    document, place = starts.cumsum(dim=1), torch.arange(position_ids.shape[1], device=position_ids.device)
+    ahead = place[None, :] - place[:, None]
+    visible = (document[:, :, None] == document[:, None]) & (ahead <= 0)
+    return (visible & (ahead >= -window_size[0]) if window_size[0] >= 0 else visible)[:, None]

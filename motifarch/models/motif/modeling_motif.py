@@ -17,6 +17,8 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from motif_kernels.impl.flash import libraries as flash
+from motif_kernels.ops import is_exporting
+from motifarch.forward_arguments import check_arguments
 from motifarch.layers import (
     IGNORE_INDEX,
     CachePosition,
@@ -38,6 +40,7 @@ from motifarch.models.motif.caches import (
     padding_on_the_left,
     read_attention_mask,
     seen_tokens,
+    visible_documents,
     visible_places,
 )
 from motifarch.models.motif.configuration_motif import MotifConfig
@@ -240,7 +243,11 @@ class MotifModel(MotifPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_attentions is None:
             output_attentions = bool(self.config.output_attentions)
-        if cu_seq_lens_q is None and attention_mask is None and past_key_values is None and _restarts(position_ids):
+        check_arguments(kwargs, cu_seq_lens_q, max_length_q)
+        may_restart = cu_seq_lens_q is None and attention_mask is None and past_key_values is None
+        if may_restart and position_ids is not None and is_exporting():
+            attention_mask = visible_documents(position_ids, self.config.window_size)
+        elif may_restart and _restarts(position_ids):
             cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids.expand(batch, seqlen))
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
             past_key_values = DynamicCache(config=self.config)
