@@ -24,8 +24,9 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
     Raises:
         UserError: naming the number that does not divide, and those that would.
     """
-    # Whole groups of noise heads, key/value heads, columns and rows of the vocabulary are shared.
-    width = {"columns of model.intermediate_size": config.intermediate_size, "words": config.vocab_size}
+    # Whole groups of noise heads, key/value heads and columns are shared. Words need not divide:
+    # the last ranks have fewer.
+    width = {"columns of model.intermediate_size": config.intermediate_size}
     for name, count in (head_counts(config) | width).items():
         if count % ranks:
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)

@@ -22,8 +22,9 @@ STEPS, LR, EPSILON, CLIP, Z_LOSS = 10, 2e-3, 1e-6, 0.5, 1e-3
 
 # Heads that two ranks of tensor and two of context parallelism can share together.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "gda": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 8, "qk_norm": True},
-    "gda window": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 8}
+    "gda": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 8, "qk_norm": True}
+    | {"vocab_size": 321},  # which ranks don't divide
+    "gda window": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 8, "vocab_size": 323}
     | {"sliding_window": 7, "use_sliding_window": True, "tie_word_embeddings": True},
     "diff_v1": {"num_attention_heads": 8, "num_key_value_heads": 8},
     "diff_v2 gated": {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 4},

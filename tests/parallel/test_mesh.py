@@ -50,6 +50,6 @@ def test_refuses_heads_that_ranks_cannot_share() -> None:
     narrow = {"num_attention_heads": 18, "num_noise_heads": 6, "num_key_value_heads": 3}
     with pytest.raises(UserError, match=r"3 key/value heads \(model\.num_key_value_heads\); it may be 1, 3"):
         check_tensor_parallel(tiny_config("gda narrow", **narrow), 2)
-    check_tensor_parallel(tiny_config("gda narrow", vocab_size=96, **narrow), 3)
-    with pytest.raises(UserError, match=r"97 words; it may be 1, 97"):
-        check_tensor_parallel(tiny_config("softmax"), 2)
+    check_tensor_parallel(tiny_config("gda narrow", **narrow), 3)  # 97 words: they need not divide
+    with pytest.raises(UserError, match=r"columns of model\.intermediate_size; it may be 1"):
+        check_tensor_parallel(tiny_config("gda narrow", intermediate_size=47, **narrow), 3)
