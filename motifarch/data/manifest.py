@@ -1,7 +1,7 @@
 """``data.json``: what a prepared folder is, where it came from and what was left out."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Manifest:
     skipped: dict[str, Any]
     """How many documents were left out, by reason, with the names of the first ones."""
     versions: dict[str, str]
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
     """What else to know of the text and its tokens."""
     checksums: bool = True
     """Whether each row carries a checksum."""
@@ -93,7 +93,7 @@ class Manifest:
                     "prepare the data again with this version"
                 )
             content = read_sealed_json(path, unsealed=("format_version", 1))
-            manifest = _READER.validate_json(json.dumps({"notes": [], "checksums": version > 1} | content), strict=True)
+            manifest = _READER.validate_json(json.dumps({"checksums": version > 1} | content), strict=True)
             if manifest.seq_len < 1 or not 0 <= manifest.eos_token_id < manifest.vocab_size:
                 raise ValueError("seq_len, vocab_size or eos_token_id is out of range")
         except ValueError as error:

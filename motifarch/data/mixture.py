@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,9 +51,10 @@ class Mixture:
     bounds whenever anything can). Within a component, each epoch is a fresh pseudorandom
     permutation of its rows. Within a batch the components are shuffled.
 
-    Nothing here grows with the datasets, and nothing is saved in a checkpoint. The count of samples
-    drawn so far, one number a component, is replayed from step 0 when a mixture is first asked for
-    a late step (about 10 µs a step).
+    Nothing here grows with the datasets. The count of samples drawn so far, one number a component,
+    is replayed from step 0 when a mixture is first asked for a late step (about 10 µs a step). It
+    is what a checkpoint keeps of a mixture (`place`): where other batch sizes or weights go on from
+    there, no sample is left out or drawn again.
 
     The seed names the order of everything. ``ramp_start`` is the last step with the components'
     starting weights, ``ramp_end`` the first with the final ones.
@@ -98,7 +99,7 @@ class Mixture:
         # An integral of this size is one sample.
         self._unit = _PARTS * max(1, ramp_end - ramp_start)
         self._lock = threading.Lock()
-        self._replayed = {0: [0] * len(self.components)}  # counts before step 0 and before the last steps asked for
+        self._begin(0, [0] * len(self.components))
 
     def global_batch(self, step: int) -> list[tuple[int, int]]:
         """One step's batch as (component, row) pairs in order, whatever the ranks."""
@@ -108,6 +109,22 @@ class Mixture:
             samples += [(component, row) for row in self._rows(component, begin, end)]
         order = Permutation(len(samples), self.seed, "batch", step)(np.arange(len(samples)))
         return [samples[i] for i in order.tolist()]
+
+    def place(self, step: int) -> dict[str, Any]:
+        """The samples drawn from each component before ``step``, for `go_on`, as JSON holds it."""
+        return {"drawn": self._counts(step), "since_step": self._start, "drawn_before": self._drawn_before}
+
+    def go_on(self, step: int, place: dict[str, Any]) -> bool:
+        """Goes on from ``step`` with the samples after those of a `place`.
+
+        Returns:
+            Whether batch sizes or weights have changed. If not, all is as if never interrupted.
+        """
+        self._begin(place["since_step"], place["drawn_before"])
+        if self._counts(step) == place["drawn"]:
+            return False
+        self._begin(step, place["drawn"])
+        return True
 
     def epochs(self, step: int) -> list[float]:
         """Passes made over each component by the batches before ``step``."""
@@ -130,16 +147,24 @@ class Mixture:
             begin += stop - position
         return rows
 
+    def _begin(self, step: int, counts: list[int]) -> None:
+        """Lets weights and batch sizes hold from a step on, before which samples were drawn."""
+        self._start = step
+        self._drawn_before = list(counts)
+        self._integrals_before = self._whole_integrals(step)
+        self._replayed = {step: self._drawn_before}  # counts before it and before the last steps asked for
+
     def _counts(self, step: int) -> list[int]:
         """Samples drawn from each component by the batches before ``step``."""
         if len(self.components) == 1:
-            return [self.batch_schedule.samples_before(step)]
+            samples = self.batch_schedule.samples_before
+            return [self._drawn_before[0] + samples(step) - samples(self._start)]
         with self._lock:
             nearest = max(known for known in self._replayed if known <= step)
             counts = self._replayed[nearest]
             for passed in range(nearest, step):
                 counts = self._advance(passed, counts)
-            self._replayed = {0: self._replayed[0], nearest: self._replayed[nearest], step: counts}
+            self._replayed = {self._start: self._drawn_before, nearest: self._replayed[nearest], step: counts}
             return counts
 
     def _advance(self, step: int, counts: list[int]) -> list[int]:
@@ -171,7 +196,14 @@ class Mixture:
         return high
 
     def _integrals(self, step: int) -> list[int]:
-        """Each weight's integral over the samples before ``step``, times ``self._unit``."""
+        """What each component owes before ``step``, times ``self._unit``: the samples drawn before
+        the start, and its weight's integral over those since then.
+        """
+        owed = zip(self._whole_integrals(step), self._integrals_before, self._drawn_before, strict=True)
+        return [now - before + drawn * self._unit for now, before, drawn in owed]
+
+    def _whole_integrals(self, step: int) -> list[int]:
+        """Each weight's integral over all samples before ``step``, times ``self._unit``."""
         begin, end = self._ramp
         samples, step_sum = self.batch_schedule.prefix_sums(step)
         ramped = 0  # the sum over earlier steps s of batch_size(s) * clip(s - begin, 0, end - begin)

@@ -6,6 +6,7 @@ what was complete stays so.
 """
 
 import errno
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -160,18 +161,18 @@ class Checkpointer:
         *,
         keep_last: int = 2,
         asynchronous: bool = True,
-        about: dict[str, Any] | None = None,
+        about: Callable[[int], dict[str, Any]] | None = None,
         saved_step: int | None = None,
     ) -> None:
         """Makes the process group of the saves, collectively.
 
-        The last `keep_last` complete checkpoints are kept (0 keeps all). `about` is what the
-        manifest notes of the run; `saved_step` is in the output folder already.
+        The last `keep_last` complete checkpoints are kept (0 keeps all). `about` gives what
+        the manifest notes of the run at a step; `saved_step` is in the output folder already.
         """
         self.output = output
         self.keep_last = keep_last
         self.asynchronous = asynchronous
-        self.about = about or {}
+        self.about = about or (lambda step: {})
         # A group of its own: on the default one, the saves' messages would mix with training's.
         self.group = dist.new_group(backend="gloo")
         self._pending: Future[None] | None = None
@@ -188,7 +189,7 @@ class Checkpointer:
         if self._saved_step == state.step:
             return
         final = checkpoints_folder(self.output) / checkpoint_name(state.step)
-        writer = CheckpointWriter(final, state.step, self.about)
+        writer = CheckpointWriter(final, state.step, self.about(state.step))
         content = state.state_dict()
         if bad := first_nonfinite({name: content[name] for name in ("model", "optimizer")}, self.group):
             raise UserError(

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from motifarch.data import BatchLoader
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.optim import SpikeGuard, build_optimizer, build_schedule, offload_state
+from motifarch.optim import SpikeGuard, build_optimizer, offload_state
 from motifarch.parallel import (
     Mesh,
     Watchdog,
@@ -27,6 +28,7 @@ from motifarch.parallel import (
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, find_parent
+from motifarch.train.learning_rate import learning_rates
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
 from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
@@ -54,6 +56,8 @@ class Start:
     """The checkpoint that the run continues."""
     compute: str
     warnings: list[str]
+    place: dict[str, Any] | None = None
+    """How far in the data the parent is."""
 
 
 def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
@@ -80,14 +84,9 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         state.nonfinite[1:] = 0
     if world.is_main:
         write_record(recipe, inputs, world, start.compute, start.parent)
-    schedule = build_schedule(
-        recipe.optim.schedule,
-        total_steps=recipe.run.steps,
-        warmup_steps=recipe.optim.warmup_steps,
-        decay_steps=decay_steps(recipe),
-        decay_shape=recipe.optim.decay_shape,
-        min_ratio=recipe.optim.min_lr_ratio,
-    )
+    if start.place:
+        inputs.mixture.go_on(state.step, start.place)
+    learning_rate = learning_rates(recipe)
     loader = BatchLoader(
         inputs.mixture,
         rank=mesh.data_rank,
@@ -100,7 +99,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         output,
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
-        about=about_checkpoint(recipe, inputs, start.compute),
+        about=partial(about_checkpoint, recipe, inputs, start.compute),
         saved_step=state.step if start.parent and start.parent.parent == checkpoints_folder(output) else None,
     )
     metrics = MetricsLog(
@@ -146,7 +145,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                     steps = restart_from_average(state, recipe, start.parent, world)
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
             targets //= mesh.layout.tensor  # those ranks counted the same ones
-            lr = recipe.optim.lr * schedule(step)
+            lr = learning_rate(step)
             result = train_step(
                 state,
                 micro_batches,
@@ -261,13 +260,6 @@ def build_state(
     return TrainState(model, optimizer, nonfinite=nonfinite, spike_guard=guard), flops_per_token
 
 
-def decay_steps(recipe: Recipe) -> int:
-    """The steps of the final decay: a fifth of the run where the recipe leaves them open."""
-    if recipe.optim.decay_steps is not None:
-        return recipe.optim.decay_steps
-    return min(recipe.run.steps // 5, recipe.run.steps - recipe.optim.warmup_steps)
-
-
 def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
     """Rank 0's part before the start: the folder, the parent, the precision."""
     output = Path(recipe.run.output)
@@ -278,16 +270,19 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
     warnings: list[str] = []
     parent = find_parent(recipe, warnings)
     compute: str = recipe.precision.compute
+    place = None
     if parent:
         warnings += check_parent(parent, recipe, inputs)
+        about = read_manifest(parent)["about"]
+        place = about.get("samples")
         if compute == "auto":
-            compute = read_manifest(parent)["about"]["compute"]
+            compute = about["compute"]
     elif recipe.run.init_from:
         warnings += config_differences(Path(recipe.run.init_from), inputs.model_config)
     if compute == "auto":
         compute = choose_compute(world.device)
     warnings += set_damaged_record_aside(output)
-    return Start(parent, compute, warnings)
+    return Start(parent, compute, warnings, place)
 
 
 def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> float:

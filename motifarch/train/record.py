@@ -16,6 +16,7 @@ from motifarch.errors import UserError
 from motifarch.files import free_name, read_json, sha256, write_json
 from motifarch.parallel import World
 from motifarch.train.inputs import Inputs
+from motifarch.train.learning_rate import about_learning_rate, learning_rate_change
 from motifarch.train.manifest import MANIFEST, read_manifest
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import ModelSection, Recipe
@@ -24,10 +25,13 @@ RECORD = "run.json"
 _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str) -> dict[str, Any]:
-    """What a manifest notes of its run: enough to see that a resume continues it."""
+def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str, step: int) -> dict[str, Any]:
+    """What a manifest notes of its run after a step: enough to see that a resume continues it."""
     return {
         "seed": recipe.run.seed,
+        "samples": inputs.mixture.place(step),
+        "batches": _batches(recipe),
+        "learning_rate": about_learning_rate(recipe),
         "compute": compute,
         **inputs.fingerprints(),
         "model_config": inputs.model_config.to_dict(),
@@ -68,9 +72,38 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
                 f"the model's {name} is {config[name]!r}, but {about['model_config'].get(name)!r} in the checkpoint "
                 f"{parent}; use the same model section, or {fresh}"
             )
+    warnings = _changes(about, recipe, inputs, step=read_manifest(parent)["step"])
     if about["seed"] != recipe.run.seed:
-        return [f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch"]
-    return []
+        warnings.append(f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch")
+    return warnings
+
+
+def _batches(recipe: Recipe) -> dict[str, Any]:
+    """What decides which samples make up the batches, by the recipe's names."""
+    batch, data = dataclasses.asdict(recipe.batch), recipe.data
+    weights = [[entry.weight, entry.weight_end] for entry in data.datasets]
+    return {
+        **{f"batch.{name}": value for name, value in batch.items() if name != "micro_size"},
+        **{"data.datasets' weights": weights, "data.ramp_start": data.ramp_start, "data.ramp_end": data.ramp_end},
+    }
+
+
+def _changes(about: dict[str, Any], recipe: Recipe, inputs: Inputs, step: int) -> list[str]:
+    """What a recipe changes of the batches and the learning rate of the run that it goes on with.
+
+    Checkpoints of earlier versions do not say.
+    """
+    lines = []
+    if "samples" in about and inputs.mixture.go_on(step, about["samples"]):
+        before = about["batches"]
+        changes = [
+            f"{name} was {before.get(name)}, is {v}" for name, v in _batches(recipe).items() if before.get(name) != v
+        ]
+        drawn = sum(about["samples"]["drawn"])
+        lines.append(f"{'; '.join(changes)}: the data goes on after the {drawn:,} samples that were trained on")
+    if "learning_rate" in about and (line := learning_rate_change(about["learning_rate"], recipe, step)):
+        lines.append(line)
+    return lines
 
 
 def _short(fingerprint: str) -> str:

@@ -24,7 +24,7 @@ from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.parallel import launched_world_size
 from motifarch.train.inputs import open_inputs
-from motifarch.train.loop import decay_steps
+from motifarch.train.learning_rate import decay_steps
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe, check_recipe
 

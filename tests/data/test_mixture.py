@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -122,3 +123,38 @@ def test_bad_mixtures_are_refused(change: dict[str, object], message: str) -> No
     arguments: dict[str, object] = {"sizes": [5, 5], "weights": [1, 1], **change}
     with pytest.raises(UserError, match=message):
         make(**arguments)  # type: ignore[arg-type]
+
+
+def schedule(size: int) -> BatchSchedule:
+    return BatchSchedule(size, start=size // 2, warmup_steps=20)
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [([500], [1.0]), ([400, 300, 50], [5.0, 3.0, 0.4])])
+@pytest.mark.parametrize("size", [4, 8, 24])
+def test_other_batches_go_on_with_the_next_samples(sizes: list[int], weights: list[float], size: int) -> None:
+    before = make(sizes, weights, batch_schedule=schedule(8))
+    place = json.loads(json.dumps(before.place(15)))
+    after = make(sizes, weights, batch_schedule=schedule(size))
+    assert after.go_on(15, place) == (size != 8)
+    steps = range(15, 20)
+    drawn = [sample for step in range(15) for sample in before.global_batch(step)]
+    drawn += [sample for step in steps for sample in after.global_batch(step)]
+    assert len(drawn) == len(set(drawn))  # within the first epoch: none twice
+    assert [len(after.global_batch(step)) for step in steps] == [schedule(size).batch_size(step) for step in steps]
+    # And none left out: the order of the rows is that of one run.
+    first = {row for component, row in drawn if component == 0}
+    assert first == {row for _, row in make(sizes[:1], [1.0], batch_schedule=BatchSchedule(len(first))).global_batch(0)}
+
+
+def test_going_on_again_is_as_if_never_interrupted() -> None:
+    def changed() -> Mixture:
+        return make([50, 31, 7], [5, 3, 1], [1, 1, 4], batch_schedule=schedule(12), ramp_start=10, ramp_end=60)
+
+    first = make([50, 31, 7], [5, 3, 1], batch_schedule=schedule(8))
+    whole = changed()
+    assert whole.go_on(25, first.place(25))
+    for step in (26, 40, 90):
+        resumed = changed()
+        assert not resumed.go_on(step, whole.place(step))
+        assert [resumed.global_batch(s) for s in range(step, 99)] == [whole.global_batch(s) for s in range(step, 99)]
+        assert resumed.epochs(99) == whole.epochs(99)

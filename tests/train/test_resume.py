@@ -84,6 +84,16 @@ def test_two_ranks_after_one(recipe: Path, tmp_path: Path, whole: Path) -> None:
     assert_close(tmp_path / "run", whole)
 
 
+def test_other_batches_go_on_with_the_next_samples(tmp_path: Path, finished_run: Path, data: Path) -> None:
+    output = shutil.copytree(finished_run, tmp_path / "run")
+    recipe = write_recipe(tmp_path, data)
+    size = json.loads((output / "run.json").read_text())["recipe"]["batch"]["size"]
+    printed = run(1, recipe, output, "--run.steps", "7", "--batch.size", str(2 * size), "--validation.every", "0")
+    assert f"batch.size was {size}, is {2 * size}: the data goes on after the {6 * size} samples" in printed
+    epochs = [row["epoch"][0] for row in read_metrics(output / "metrics.jsonl")]
+    assert epochs[-1] / epochs[0] == pytest.approx(6 + 2)
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(recipe: Path, tmp_path: Path, whole: Path) -> None:
     output = tmp_path / "killed"
