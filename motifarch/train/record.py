@@ -96,9 +96,8 @@ def _changes(about: dict[str, Any], recipe: Recipe, inputs: Inputs, step: int) -
     lines = []
     if "samples" in about and inputs.mixture.go_on(step, about["samples"]):
         before = about["batches"]
-        changes = [
-            f"{name} was {before.get(name)}, is {v}" for name, v in _batches(recipe).items() if before.get(name) != v
-        ]
+        now = {name: value for name, value in _batches(recipe).items() if before.get(name) != value}
+        changes = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items()]
         drawn = sum(about["samples"]["drawn"])
         lines.append(f"{'; '.join(changes)}: the data goes on after the {drawn:,} samples that were trained on")
     if "learning_rate" in about and (line := learning_rate_change(about["learning_rate"], recipe, step)):
