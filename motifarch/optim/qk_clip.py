@@ -53,9 +53,9 @@ def clip_heads(
         skip: a scalar on the device; where it is not 0, nothing is changed.
 
     Raises:
-        ValueError: tau not above 0, a number of heads that is not the layer's, or a layer that
-            normalises queries and keys: there the rows' scale cancels, and the norms bound the
-            logits already.
+        ValueError: tau not above 0, a number of heads that is not the layer's, projections with
+            more parameters than a linear layer's (adapters), or a layer that normalises queries and
+            keys: there the rows' scale cancels, and the norms bound the logits already.
     """
     _check(layer, max_signal, max_noise, tau)
     signal = _gamma(max_signal, tau, skip)
@@ -162,6 +162,15 @@ def _check(layer: BaseAttention, max_signal: torch.Tensor, max_noise: torch.Tens
             f"layer {layer.layer_idx} normalises queries and keys, so that scaling their projections changes nothing; "
             "qk_norm bounds the logits already: use one or the other"
         )
+    for name in ("q_proj", "k_proj"):
+        projection = layer.get_submodule(name)
+        others = sorted({n for n, _ in projection.named_parameters()} - {"weight", "bias"})
+        if others or not isinstance(projection, nn.Linear):
+            raise ValueError(
+                f"layer {layer.layer_idx}'s {name} is a {type(projection).__name__}"
+                f"{' with ' + ', '.join(others) if others else ''}; heads are rescaled in the weight and bias of a "
+                "linear layer: merge adapters first"
+            )
     softmax = isinstance(layer, SoftmaxAttention)
     if softmax != (max_noise is None):
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from helpers.distributed import on_ranks
@@ -197,6 +198,10 @@ def test_what_is_refused() -> None:
         clip_heads(layer, four, four, tau=0.0)
     with pytest.raises(ValueError, match="qk_norm bounds the logits already"):
         clip_heads(build("diff_v2", qk_norm=True), four, four)
+    adapted = LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    inject_adapter_in_model(adapted, layer)  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"layer 0's k_proj is a Linear with .*lora_A.* merge adapters first"):
+        clip_heads(layer, four, four)
 
 
 def test_sharded_projections() -> None:

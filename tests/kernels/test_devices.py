@@ -1,0 +1,89 @@
+"""No public function reads a tensor that is elsewhere: mixed devices are refused by name, and all
+tensors on the meta device give shapes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import motif_kernels
+
+B, S, HS, HN, D, DV = 2, 5, 4, 2, 8, 16
+
+
+def tensors(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+_BATCH = tensors(q1=(B, S, HS, D), k1=(B, S, HN, D), q2=(B, S, HN, D), k2=(B, S, HN, D), v=(B, S, HN, DV))
+_SOFTMAX = tensors(q=(B, S, HS, D), k=(B, S, HN, D), v=(B, S, HN, DV))
+_LAM, _NORM, _GATE = {"lam": torch.rand(HS)}, {"norm_weight": torch.ones(DV)}, {"gate": torch.randn(B, S, HS, DV)}
+_BOUNDS = {"cu_seqlens_q": lengths(0, 3, B * S), "cu_seqlens_k": lengths(0, 3, B * S)}
+_LONGEST = {"max_seqlen_q": 7, "max_seqlen_k": 7}
+_ROOM = {"cache_seqlens": lengths(3, 4), "cache_leftpad": lengths(0, 1)}
+
+
+def packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.flatten(0, 1) for name, t in batch.items()}
+
+
+def cached(batch: dict[str, Tensor], query: str) -> dict[str, Tensor]:
+    return {(n if n.startswith("q") else f"{n}_cache"): t[:, :1] if n.startswith("q") else t for n, t in batch.items()}
+
+
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("diff_attn_func", _BATCH | _LAM | _NORM),
+    "gated attention": ("diff_attn_func", _BATCH | _LAM | _GATE),
+    "packed attention": ("diff_attn_varlen_func", packed(_BATCH) | _LAM | _NORM | _BOUNDS | _LONGEST),
+    "decoding": ("diff_attn_with_kvcache", cached(_BATCH, "q1") | _LAM | _NORM | _ROOM),
+    "decoding of new tokens": (
+        "diff_attn_with_kvcache",
+        cached(_BATCH, "q1") | _LAM | _ROOM | {n: _BATCH[n][:, :1] for n in ("k1", "k2", "v")},
+    ),
+    "softmax": ("softmax_attn_func", dict(_SOFTMAX)),
+    "packed softmax": ("softmax_attn_varlen_func", packed(_SOFTMAX) | _BOUNDS | _LONGEST),
+    "softmax decoding": ("softmax_attn_with_kvcache", cached(_SOFTMAX, "q") | _ROOM),
+    "combine": ("diff_combine", tensors(o_signal=(B, S, HS, DV), o_noise=(B, S, HN, DV)) | _LAM | _NORM),
+    "gated combine": ("diff_combine", tensors(o_signal=(B, S, HS, DV), o_noise=(B, S, HN, DV)) | _LAM | _GATE),
+    "poly_norm": ("poly_norm", tensors(x=(B, S, D), weight=(3,), bias=(1,))),
+    "mul_poly_norm": ("mul_poly_norm", tensors(gate=(B, S, D), up=(B, S, D), weight=(3,), bias=(1,))),
+}
+
+
+def call(name: str, arguments: dict[str, Any]) -> Tensor:
+    function: Callable[..., Tensor] = getattr(motif_kernels, name)
+    return function(**arguments)
+
+
+def on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def test_every_public_function_is_here() -> None:
+    assert {name for name, _ in CALLS.values()} == set(motif_kernels.__all__)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_tensor_elsewhere_is_refused_by_name(case: str) -> None:
+    name, arguments = CALLS[case]
+    expected = call(name, arguments)
+    assert torch.isfinite(expected).all()
+    for argument, value in arguments.items():
+        if isinstance(value, Tensor):
+            with pytest.raises((ValueError, TypeError), match=r"on (meta|cpu).* on (meta|cpu)"):
+                call(name, arguments | {argument: on_meta(value)})
+
+
+@pytest.mark.parametrize("case", [c for c in CALLS if "decoding" not in c and "packed" not in c])
+def test_all_on_the_meta_device_ask_for_shapes(case: str) -> None:
+    name, arguments = CALLS[case]
+    found = call(name, {n: on_meta(v) for n, v in arguments.items()})
+    assert found.device.type == "meta"
+    assert found.shape == call(name, arguments).shape
