@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="default %(default)s")
     parser.add_argument("--damages", type=int, default=100, metavar="N", help="of each file; default %(default)s")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="damages tried side by side")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stops killing after these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for each part, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=report.RESULTS / "faults.json", help="JSON file")
     arguments = parser.parse_args(argv)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "pickles": lambda: try_pickles(folder / "pickles"),
         "kills": lambda: killing.run(arguments.kills, console.print, 60 * arguments.minutes),
-        "damages": lambda: damaging.run(arguments.damages, console.print, jobs=arguments.jobs),
+        "damages": lambda: damaging.run(arguments.damages, console.print, 60 * arguments.minutes, jobs=arguments.jobs),
     }
     found: dict[str, Any] = {"benchmark": "faults", "environment": env, "seed": arguments.seed}
     faults = 0

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +39,11 @@ class Damaging:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
-    def run(self, each: int, say: Callable[[str], object], *, jobs: int = 2) -> dict[str, Any]:
-        """Damages each file so often."""
-        self._whole, self._say = self.folder / "whole", say
+    def run(
+        self, each: int, say: Callable[[str], object], limit_s: float = float("inf"), *, jobs: int = 2
+    ) -> dict[str, Any]:
+        """Damages each file so often, or until the time is over."""
+        self._whole, self._say, self._until = self.folder / "whole", say, time.monotonic() + limit_s
         prepare_inputs(self._whole, steps=STEPS, every=EVERY)
         self._start(self._whole, steps=SAVED, expect=0)
         self._expected = self._undisturbed()
@@ -52,7 +55,7 @@ class Damaging:
         trials = [(file, number) for number in range(each) for file in files]
         with ThreadPoolExecutor(jobs) as pool:
             for done, _ in enumerate(pool.map(lambda trial: self._try(*trial), trials), 1):
-                if done % 50 == 0:
+                if done % 50 == 0 and self.counts["damages"] >= done:
                     say(f"{done} of {len(trials)} damages, {len(self.faults)} faults")
         return {"files": len(files), "counts": dict(sorted(self.counts.items())), "faults": sorted(self.faults)}
 
@@ -80,6 +83,8 @@ class Damaging:
 
     def _try(self, file: Path, number: int) -> None:
         """One damage of one file, on a copy of everything."""
+        if time.monotonic() > self._until:
+            return
         draw = random.Random(f"{self.seed} {file} {number}")
         copy = shutil.copytree(self._whole, self.folder / f"{'_'.join(file.parts)}_{number}")
         outside = copy / "outside"
