@@ -182,8 +182,10 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             _report(metrics, progress, state, recipe, checkpointer)
             checkpointer.save(state)
             checkpointer.wait()
-    # The others wait: torchrun ends all ranks once one has left with a signal's status.
-    world.run_on_main_and_broadcast(lambda: _finish(recipe, state, stopped_by))
+            # The others wait: torchrun ends all ranks once one has left with a signal's status.
+            if world.is_main:
+                progress.close()
+                _finish(recipe, state, stopped_by)
     return 128 + stopped_by if stopped_by else 0
 
 
