@@ -18,8 +18,8 @@ class BatchLoader:
     """Iterates over the steps of a run, giving one rank its part of each global batch.
 
     The ranks' rows, put together in rank order, are the mixture's global batch: what a step sees
-    does not depend on the number of ranks, nor on the step at which a run was resumed. Rows are
-    slices of memory-mapped files, so one thread reads them as fast as processes would.
+    does not depend on the number of ranks, nor on the step at which a run was resumed. A row takes
+    tens of microseconds to read and check, so one thread is enough.
 
     Raises:
         UserError: if a batch size of the steps asked for does not divide by ``world_size``.

@@ -25,6 +25,7 @@ from motifarch.integrations.derived import Derived, derive
 from motifarch.integrations.modules import rebuild
 from motifarch.integrations.noise_heads import ScalarLambda
 from motifarch.layers import PolyNorm
+from motifarch.weight_files import WeightFiles, file_names
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
 
@@ -146,6 +147,8 @@ def load_patched(folder: str | Path, **options: Any) -> PreTrainedModel:
     host = getattr(transformers, name, None)
     if not (isinstance(host, type) and issubclass(host, PreTrainedModel)):
         raise UserError(f"{path} names the architecture {name!r}, which transformers {transformers.__version__} lacks")
+    if any((Path(folder) / file).is_file() for file in file_names(options.get("variant"))):
+        WeightFiles(Path(folder), options.get("variant"))
     loaded: Any = patched_model_class(host).from_pretrained(folder, output_loading_info=True, **options)
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys"):

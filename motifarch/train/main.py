@@ -51,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ranks: `motifarch plan` says what a recipe needs"
         ) from None
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        name = error.filename if isinstance(error.filename, str) else ""
+        if error.errno not in DISK_ERRORS and not Path(name).is_relative_to(recipe.run.output):
             raise
         raise UserError(
             f"can't write {error.filename or 'into ' + recipe.run.output}: {error.strerror}; the complete checkpoints "
-            f"in {recipe.run.output} are untouched. Free space there and start the same command again to resume"
+            f"in {recipe.run.output} are untouched. Free space or mend that, and start the same command again to resume"
         ) from None
 
 

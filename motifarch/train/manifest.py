@@ -74,6 +74,7 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         and type(content.get("step")) is int
         and isinstance(about, dict)
         and all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items())
+        and about["compute"] in ("float32", "bfloat16")
         and bool(about["data"])
         and all(isinstance(d, dict) and {"path", "fingerprint"} <= d.keys() for d in about["data"])
         and isinstance(files, dict)

@@ -62,7 +62,8 @@ def cut_metrics(path: Path, step: int) -> list[str]:
     """Removes the rows after a step, which a resumed run is about to write again.
 
     Returns:
-        A line that says so where others were broken, of which a copy of the file is kept.
+        What to say of others: lines that were broken, of which a copy of the file is kept, and rows
+        that are missing.
     """
     if not os.path.lexists(path):
         return []
@@ -74,6 +75,10 @@ def cut_metrics(path: Path, step: int) -> list[str]:
         copy = free_name(path)
         shutil.copyfile(path, copy)
         said = [f"{path} has broken lines ({', '.join(broken[:3])}{more}), left out; the file as it was is {copy.name}"]
+    # A run that branched off another's checkpoint begins with a later row than the first.
+    first = min((row["step"] for row in kept), default=1)
+    if missing := step + 1 - first - len({row["step"] for row in kept}):
+        said.append(f"{path} lacks the rows of {missing} of the steps {first} to {step}")
     with atomic_write(path) as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)
     return said

@@ -190,9 +190,22 @@ INDEX = "model.safetensors.index.json"
             lambda f: f.write_text(f.read_text().replace('"weight_map": {', f'"weight_map": {{"model.a": "{SHARD}",')),
             f"{SHARD} lacks model.a, which {INDEX} says it holds",
         ),
+        (
+            INDEX,
+            lambda f: f.write_text(f.read_text().replace(SHARD, f"../{f.parent.name}/{SHARD}")),
+            rf"{INDEX} names the file '\.\./\w+/{SHARD}'; .*without a path",
+        ),
+        (
+            INDEX,
+            lambda f: f.write_text(f.read_text().replace(SHARD, str(f.parent / SHARD))),
+            rf"{INDEX} names the file '/.*{SHARD}'; .*without a path",
+        ),
     ],
-    ids=["truncated", "header", "empty", "pointer", "missing", "index cut", "index empty", "index odd", "index wrong"],
-)
+    ids=[
+        "truncated", "header", "empty", "pointer", "missing", "index cut", "index empty", "index odd", "index wrong",
+        "index up", "index absolute",
+    ],
+)  # fmt: skip
 def test_damaged_files_are_named_and_left_alone(folder, file, damage, message):
     damage(folder / file)
     before = fingerprint(folder)

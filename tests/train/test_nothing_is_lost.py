@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.distributed import torchrun
 from helpers.tiny import write_recipe
 from motifarch.average import main as average
 from motifarch.errors import UserError
@@ -265,6 +267,23 @@ def test_a_broken_line_costs_no_other(tmp_path: Path, broken: bytes) -> None:
     assert cut_metrics(path, 2) == []
 
 
+def test_missing_rows_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": number}) + "\n" for number in (3, 4, 7)))
+    (said,) = cut_metrics(path, 8)
+    assert "lacks the rows of 3 of the steps 3 to 8" in said
+
+
+def test_a_link_to_nowhere_is_one_message(run: Path, go_on: Callable[..., int], tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "loss.png"):
+        (run / name).unlink()
+        (run / name).symlink_to(tmp_path / "nowhere" / name)
+        with pytest.raises(UserError, match=f"can't write .*{name}: No such file"):
+            go_on()
+        (run / name).unlink()
+    assert go_on() == 0
+
+
 def test_broken_metrics_and_records_are_told_and_kept(
     run: Path, go_on: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,3 +318,41 @@ def test_every_damage_of_a_manifest_is_found(run: Path) -> None:
         changed[place] ^= 1 << place % 7
         path.write_bytes(changed)
         assert complete_checkpoints(run / "checkpoints", hashes=False) == [step(run, 2)]
+
+
+COMMANDS = {
+    "export": lambda run, out: export([str(run), "--output", str(out)]),
+    "average": lambda run, out: average([str(run), "--last", "2", "--output", str(out)]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_named_and_changes_nothing(run: Path, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    assert COMMANDS[command](run, out) == 0
+    before = content(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (0, 4096, 20_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            with pytest.raises(UserError, match=r"out can't be written \(File too large\): free some space"):
+                COMMANDS[command](run, out)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert content(tmp_path) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    shutil.rmtree(out)
+    out.symlink_to(tmp_path / "disk")
+    assert COMMANDS[command](run, out) == 0
+    assert out.is_symlink()
+    assert (tmp_path / "disk").is_dir()
+
+
+def test_a_rank_lost_while_loading_is_no_misfit(run: Path, finished: tuple[Path, Path]) -> None:
+    shutil.rmtree(step(run, 4))
+    script = Path(__file__).with_name("lost_while_loading.py")
+    done = torchrun(2, script, finished[0], *STEPS, "--run.output", str(run))
+    assert done.returncode != 0
+    assert "does not fit" not in done.stderr
+    assert "error: rank 0 lost another rank" in done.stderr
+    assert find_newest(run, pytest.fail) == step(run, 2)
