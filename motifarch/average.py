@@ -19,6 +19,7 @@ from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.train.checkpoint import CheckpointWriter
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
+from motifarch.train.trained_model import read_about
 
 AVERAGE_OF = "average_of"
 """What marks an average in a manifest and in a run's record: the steps."""
@@ -73,7 +74,7 @@ def average(run: Path, output: Path, last: int) -> Path:
             "use fewer, or keep more with checkpoint.keep_last"
         )
     steps = [step_of(checkpoint) or 0 for checkpoint in found]
-    about: dict[str, Any] = read_manifest(found[0])["about"] | {AVERAGE_OF: steps}
+    about: dict[str, Any] = read_about(found[0]) | {AVERAGE_OF: steps}
     mean = CheckpointMean(found)
     weights = mean.weights()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn())

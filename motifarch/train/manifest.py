@@ -44,7 +44,7 @@ def write_manifest(checkpoint: Path, *, step: int, about: dict[str, Any], files:
     Args:
         checkpoint: its folder, which holds all files.
         step: optimizer steps done.
-        about: what the run noted, at least the fields of `motifarch.train.record.about_checkpoint`.
+        about: what the run noted, as `motifarch.train.record.about_checkpoint`, or nothing.
         files: each file's name with its `size` in bytes and its `sha256`.
     """
     content = {"format": FORMAT, "step": step, "about": about, "files": dict(sorted(files.items()))}
@@ -68,20 +68,27 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:
-    about, files = content.get("about"), content.get("files")
+    files = content.get("files")
     return (
         content.get("format") in (1, FORMAT)
         and type(content.get("step")) is int
-        and isinstance(about, dict)
-        and all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items())
-        and about["compute"] in ("float32", "bfloat16")
-        and bool(about["data"])
-        and all(isinstance(d, dict) and {"path", "fingerprint"} <= d.keys() for d in about["data"])
         and isinstance(files, dict)
         and METADATA in files
         # A name, never a path: a manifest speaks of its own folder alone.
         and all(os.path.basename(name) == name and name not in ("", ".", "..") for name in files)
         and all(isinstance(f, dict) and type(f.get("size")) is int and "sha256" in f for f in files.values())
+        and _is_about(content.get("about"))
+    )
+
+
+def _is_about(about: Any) -> bool:
+    """Whether this is what a run notes, or empty: who saves without a run has nothing to note."""
+    return about == {} or (
+        isinstance(about, dict)
+        and all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items())
+        and about["compute"] in ("float32", "bfloat16")
+        and bool(about["data"])
+        and all(isinstance(d, dict) and {"path", "fingerprint"} <= d.keys() for d in about["data"])
     )
 
 

@@ -20,6 +20,7 @@ from motifarch.train.learning_rate import about_learning_rate, learning_rate_cha
 from motifarch.train.manifest import MANIFEST, read_manifest
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import ModelSection, Recipe
+from motifarch.train.trained_model import read_about
 
 RECORD = "run.json"
 _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
@@ -44,7 +45,7 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
     Raises:
         UserError: the data, the tokenizer or the model differ.
     """
-    about = read_manifest(parent)["about"]
+    about = read_about(parent)
     if "average_of" in about:
         raise UserError(
             f"{parent} is an average and holds weights alone, so no run can resume from it; begin one with "

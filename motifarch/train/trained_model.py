@@ -15,11 +15,14 @@ def read_about(checkpoint: Path) -> dict[str, Any]:
     """What the run noted in a checkpoint's manifest: its model's config, its data and more.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged; only its manifest and sizes are read.
+        UserError: the checkpoint is incomplete or damaged (its manifest and sizes alone are looked
+            at), or no run has made it.
     """
     if reason := damage(checkpoint, hashes=False):
         raise UserError(f"the checkpoint {checkpoint} can't be used: {reason}")
     about: dict[str, Any] = read_manifest(checkpoint)["about"]
+    if not about:
+        raise UserError(f"the checkpoint {checkpoint} does not say of what run it is; its weights alone can be read")
     return about
 
 

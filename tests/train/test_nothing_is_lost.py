@@ -135,7 +135,7 @@ def test_what_a_cut_short_save_left_does_not_hinder_a_start(
         {"step": 2},
         {"step": "4"},
         {"about": None},
-        {"about": {}},
+        {"about": {"seed": 1}},
         {"files": {}},
         {"files": {"../x": {"size": 1, "sha256": ""}}},
         {"files": {".metadata": 1}},
@@ -275,13 +275,15 @@ def test_missing_rows_are_told(tmp_path: Path) -> None:
 
 
 def test_a_link_to_nowhere_is_one_message(run: Path, go_on: Callable[..., int], tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "loss.png"):
-        (run / name).unlink()
-        (run / name).symlink_to(tmp_path / "nowhere" / name)
-        with pytest.raises(UserError, match=f"can't write .*{name}: No such file"):
-            go_on()
-        (run / name).unlink()
+    metrics = run / "metrics.jsonl"
+    kept = metrics.rename(tmp_path / "kept")
+    metrics.symlink_to(tmp_path / "nowhere" / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"can't write .*metrics\.jsonl: No such file"):
+        go_on()
+    metrics.unlink()
+    metrics.symlink_to(kept)
     assert go_on() == 0
+    assert metrics.is_symlink()
 
 
 def test_broken_metrics_and_records_are_told_and_kept(
