@@ -111,28 +111,25 @@ def test_a_folder_that_lost_its_head_is_refused(tmp_path):
         MotifForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_reward_model_is_trained(tmp_path):
-    """As TRL's: one number for a row, from a language model's folder."""
-    tiny_model(initializer_range=0.1).save_pretrained(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=0)
+def reward_trainer(model, folder, **options):
     rows = [{"input_ids": r[r != 0], "labels": float(i % 2)} for i, r in enumerate(padded("right", *range(3, 11)))]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        max_steps=20,
-        logging_steps=1,
-        learning_rate=1e-2,
-        per_device_train_batch_size=8,
-    )
+    arguments = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments |= {"logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
 
     def collate(features):
         ids = torch.nn.utils.rnn.pad_sequence([f["input_ids"] for f in features], batch_first=True)
         labels = torch.tensor([f["labels"] for f in features])
         return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    arguments = TrainingArguments(output_dir=str(folder), **(arguments | options))
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+
+
+def test_a_reward_model_is_trained(tmp_path):
+    """As TRL's: one number for a row, from a language model's folder."""
+    tiny_model(initializer_range=0.1).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1, pad_token_id=0)
+    trainer = reward_trainer(model, tmp_path / "run", max_steps=20)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.2 * losses[0]
@@ -140,6 +137,21 @@ def test_a_reward_model_is_trained(tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     ids = padded("right", 4, 9)
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_accumulated_steps_average_the_loss(tmp_path):
+    """Two calls of four rows give the gradient of one call of eight, where transformers' own models
+    of this kind give twice that.
+    """
+    norms = []
+    for steps in (1, 2):
+        torch.manual_seed(0)
+        model = MotifForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0, initializer_range=0.1))
+        options = {"gradient_accumulation_steps": steps, "per_device_train_batch_size": 8 // steps}
+        trainer = reward_trainer(model, tmp_path / str(steps), max_steps=1, **options)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_pipelines():

@@ -13,24 +13,30 @@ from transformers.modeling_layers import (
 from motifarch.models.motif.modeling_motif import MotifPreTrainedModel
 
 
-class MotifForSequenceClassification(GenericForSequenceClassification, MotifPreTrainedModel):
+class MotifWithHead(MotifPreTrainedModel):
+    """What these classes share."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
+
+    accepts_loss_kwargs = False
+    """For Trainer: losses are means over a call's labels, to be divided among accumulated calls."""
+
+
+class MotifForSequenceClassification(GenericForSequenceClassification, MotifWithHead):
     """``score`` of the last token that is not ``config.pad_token_id``: ``config.num_labels``
     numbers a row, as in reward models (one label).
     """
 
     new_head = "score"
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
 
-class MotifForTokenClassification(GenericForTokenClassification, MotifPreTrainedModel):
+class MotifForTokenClassification(GenericForTokenClassification, MotifWithHead):
     """``score`` of each token: ``config.num_labels`` numbers."""
 
     new_head = "score"
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
 
-class MotifForQuestionAnswering(GenericForQuestionAnswering, MotifPreTrainedModel):
+class MotifForQuestionAnswering(GenericForQuestionAnswering, MotifWithHead):
     """``qa_outputs`` of each token: how well an answer starts and ends there."""
 
     new_head = "qa_outputs"
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
