@@ -327,6 +327,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         cache_leftpad: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MotifCausalLMOutput:
         """Logits, or the loss of given labels (in float32 and in chunks, never holding all logits
@@ -356,12 +357,12 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             max_length_q: the longest packed document.
             cache_leftpad: (B,) int32, padding at the start of each row of a cache that holds
                 tokens: an attention_mask of one size for all lengths.
+            output_attentions: return each layer's softmax probabilities (B, num_heads, S, keys) of
+                signal and noise heads as q_proj has them, computed as with "eager".
             **kwargs: shift_labels, (B, S) the target of each position, which win over labels;
                 output_hidden_states, every layer's input and the final hidden states (or those of
-                some indices); output_attentions, each layer's softmax probabilities (B, num_heads,
-                S, keys) of signal and noise heads as q_proj has them, computed as with "eager";
-                return_dict; and transformers' other arguments (cu_seq_lens_k and max_length_k are
-                those of q).
+                some indices); return_dict; and transformers' other arguments (cu_seq_lens_k and
+                max_length_k are those of q).
 
         Returns:
             loss, logits, past_key_values, hidden_states, attentions and z_loss.
@@ -381,6 +382,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             max_length_q=max_length_q,
             cache_leftpad=cache_leftpad,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
             **(kwargs | {"return_dict": True}),
         )
         hidden_states = outputs.last_hidden_state
