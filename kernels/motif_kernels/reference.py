@@ -109,6 +109,7 @@ def attention_map(
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
     if mask.is_floating_point():
+        mask = mask.to(dtype)
         logits, hidden = logits + mask, mask == -torch.inf
     else:
         hidden = ~mask

@@ -38,15 +38,17 @@ def attend_by_maps(inputs: AttentionInputs, mask: Tensor, options: AttentionOpti
         options: all but the window, which the mask has.
     """
     scale = {"softmax_scale": options.softmax_scale, "softcap": options.softcap}
-    maps, largest = attention_map(inputs.q1, inputs.k1, mask=mask, **scale)
-    signal, noise, max_logits = maps, None, [largest]
+    of_signal = of_noise = mask
+    if inputs.noise is not None and mask.shape[1] > 1:
+        of_signal, of_noise = _signal_and_noise(mask, inputs.noise_heads)
+    signal, *max_logits = attention_map(inputs.q1, inputs.k1, mask=of_signal, **scale)
+    maps, noise = signal, None
     if inputs.noise is not None:
-        noise_map, largest = attention_map(inputs.noise.q, inputs.noise.k, mask=mask, **scale)
+        noise, largest = attention_map(inputs.noise.q, inputs.noise.k, mask=of_noise, **scale)
         max_logits.append(largest)
-        blocks = maps.unflatten(1, (noise_map.shape[1], -1))
-        maps = torch.cat((blocks, noise_map[:, :, None]), dim=2).flatten(1, 2)
-        blocks = maps.unflatten(1, (noise_map.shape[1], -1))
-        signal, noise = blocks[:, :, :-1].flatten(1, 2), blocks[:, :, -1]
+        blocks = signal.unflatten(1, (inputs.noise_heads, -1))
+        maps = torch.cat((blocks, noise[:, :, None]), dim=2).flatten(1, 2)
+        signal, noise = _signal_and_noise(maps, inputs.noise_heads)
     out = diff_combine(
         weigh_values(signal, inputs.v),
         None if noise is None else weigh_values(noise, inputs.v),
@@ -57,6 +59,12 @@ def attend_by_maps(inputs: AttentionInputs, mask: Tensor, options: AttentionOpti
         gate=inputs.gate,
     )
     return WithMaps(out.to(inputs.q1.dtype), maps, max_logits)
+
+
+def _signal_and_noise(heads: Tensor, noise_heads: int) -> tuple[Tensor, Tensor]:
+    """(B, H, ...) as q_proj has the heads, to (B, Hs, ...) and (B, Hn, ...)."""
+    blocks = heads.unflatten(1, (noise_heads, -1))
+    return blocks[:, :, :-1].flatten(1, 2), blocks[:, :, -1]
 
 
 def visible_keys(

@@ -343,10 +343,11 @@ class BaseAttention(nn.Module):
             raise ValueError("context parallelism keeps no attention maps, and takes no mask but that of documents")
         if mask is None:
             mask = visible_keys(inputs, batch, (options.left, options.right))
-        elif mask.ndim != 4 or mask.shape[-2:] != (inputs.q1.shape[1], inputs.k1.shape[1]):
+        heads, tokens, keys = inputs.q1.shape[2] + inputs.noise_heads, inputs.q1.shape[1], inputs.k1.shape[1]
+        if mask.ndim != 4 or mask.shape[1] not in (1, heads) or mask.shape[2:] != (tokens, keys):
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; it must be (B, 1 or heads, "
-                f"{inputs.q1.shape[1]} tokens, {inputs.k1.shape[1]} keys)"
+                f"attention_mask has shape {tuple(mask.shape)}; it must be (B, 1 or {heads} heads, {tokens} tokens, "
+                f"{keys} keys)"
             )
         attended = attend_by_maps(inputs, mask, options)
         maps.append(attended.maps)

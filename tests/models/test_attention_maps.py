@@ -115,6 +115,20 @@ def test_a_mask_of_its_own_is_what_a_token_sees(variant, kind):
     assert_agrees(both[:, 6:], second[:, 3:])
 
 
+@pytest.mark.parametrize("variant", FULL)
+def test_a_mask_for_each_head_is_in_its_map(variant):
+    model, ids = tiny_model(variant), random_ids(2, 5)
+    generator = torch.Generator().manual_seed(0)
+    heads = model.config.num_attention_heads
+    mask = torch.rand(2, heads, 5, 5, generator=generator).tril() + torch.eye(5) > 0.4
+    for maps in with_maps(model, input_ids=ids, attention_mask=mask).attentions:
+        assert torch.equal(maps > 0, mask)
+    added = torch.zeros(2, heads, 5, 5, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    for maps in with_maps(model, input_ids=ids, attention_mask=added).attentions:
+        assert torch.equal(maps > 0, mask)
+        assert maps.dtype == torch.float32
+
+
 def test_gradients_of_maps_and_through_a_mask():
     model, ids = tiny_model().train(), random_ids(1, 6)
     out = model(input_ids=ids, labels=ids, output_attentions=True)
@@ -131,5 +145,5 @@ def test_gradients_of_maps_and_through_a_mask():
 
 def test_masks_that_do_not_fit_are_refused():
     model, ids = tiny_model(), random_ids(2, 5)
-    with pytest.raises(ValueError, match=r"shape \(2, 1, 5, 4\); it must be \(B, 1 or heads, 5 tokens, 5 keys\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 5, 4\); it must be \(B, 1 or 6 heads, 5 tokens, 5 keys\)"):
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 5, 4))
