@@ -35,8 +35,7 @@ port="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 mkdir -p logs
 
 # torchrun by itself passes on none of the last three, but dies of them.
-signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
-export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-$signals}"
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # What is stopped gets SIGTERM, saves, and must not be killed before it is done (torch 2.13; older ones may give it 30
 # seconds whatever this says).

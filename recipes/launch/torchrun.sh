@@ -45,8 +45,7 @@ command=(
 # seconds whatever this says).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${STOP_S:-600}"
 # torchrun by itself passes on none of the last three, but dies of them.
-signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
-export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-$signals}"
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # When a collective on GPUs times out, NCCL's record of the last ones says which rank was missing from which.
 export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
