@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
-from helpers.models import VARIANTS, random_ids, tiny_model
+from helpers.models import VARIANTS, packed, random_ids, tiny_model
 from helpers.python_process import run_python
 from motifarch.cli import run
 from motifarch.errors import UserError
@@ -157,6 +158,34 @@ def test_loss_and_gradients_are_motifarchs(tmp_path, variant):
     for name, parameter in other.named_parameters():
         scale = gradients[name].abs().max().item()
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4 * scale, rtol=1e-4, msg=name)
+
+
+def test_packed_documents_and_padding_are_motifarchs(tmp_path):
+    """Logits with the default cache, and losses: no target across documents or out of padding."""
+    model = trained_like("gda window")
+    other = portable(model, tmp_path)
+    batch = packed([random_ids(n, seed=n) for n in (9, 3, 11)])
+    by_positions = {name: batch[name] for name in ("input_ids", "position_ids")}
+    bounds = {name: tensor for name, tensor in batch.items() if name != "position_ids"}
+    ids, mask = left_padded()
+    for inputs in (batch, by_positions, bounds, {"input_ids": ids, "attention_mask": mask}):
+        with torch.no_grad():
+            found, expected = (m(**inputs, labels=inputs["input_ids"]) for m in (other, model))
+        torch.testing.assert_close(found.loss, expected.loss)
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        torch.testing.assert_close(found.logits[real], expected.logits[real], atol=2e-5, rtol=1e-5)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(other(ids, shift_labels=shifted).loss, model(ids, shift_labels=shifted).loss)
+
+
+def test_arguments_that_nothing_reads_are_refused(tmp_path):
+    other, ids = portable(trained_like("gda"), tmp_path), random_ids(1, 5)
+    for name, value in (("s_aux", torch.zeros(6)), ("z_loss_weight", 0.1), ("output_attentions", True)):
+        with pytest.raises(ValueError, match=f"{name} was given, which this model does not have"):
+            other(ids, **{name: value})
+    with pytest.raises(ValueError, match="is_causal was given"):
+        other(ids, is_causal=False)
+    other(ids, s_aux=None, output_attentions=False, token_type_ids=torch.zeros_like(ids))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 PositionEmbeddings = tuple[Tensor, Tensor]
 
@@ -334,6 +334,49 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal)
 
 
+# What transformers, its losses and tokenizers hand on, and no attention need read.
+_READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
+    "cache_position",
+    "return_dict",
+    "shift_labels",
+    "token_type_ids",
+}
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Raises for what would change the result, and is not computed here."""
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _READ_ELSEWHERE]
+    unknown += ["output_attentions"] if kwargs.get("output_attentions") else []
+    unknown += ["is_causal"] if kwargs.get("is_causal") is False else []
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} was given, which this model does not have; leave it out")
+
+
+def _packed_positions(
+    shape: tuple[int, ...], attention_mask: Any, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None
+) -> Tensor | None:
+    """Positions (B, S) that restart at each packed document; None if none are packed."""
+    if cu_seq_lens_q is not None:
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("cu_seq_lens_q and an attention_mask with padding were both given; give one")
+        starts, place = cu_seq_lens_q.long(), torch.arange(math.prod(shape), device=cu_seq_lens_q.device)
+        return (place - starts[torch.searchsorted(starts, place, right=True) - 1]).view(shape)
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if attention_mask is not None or position_ids is None or recorded or bool((position_ids.diff() == 1).all()):
+        return None
+    return position_ids.expand(shape)
+
+
+def _shifted(labels: Tensor, packed: Tensor | None, attention_mask: Any) -> Tensor:
+    """Each position's next token, but none for padding and a row's or document's last."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if packed is not None:
+        shifted[:, :-1].masked_fill_(packed.diff() != 1, -100)
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        shifted.masked_fill_(attention_mask[:, -shifted.shape[1] :] == 0, -100)
+    return shifted
+
+
 class MotifDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and feed-forward block, each added to the residual stream."""
 
@@ -403,20 +446,31 @@ class MotifModel(MotifPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, S, E) of input_ids (B, S) or inputs_embeds (B, S, E), after what the
         cache holds.
 
+        Packed documents are given by their bounds, cu_seq_lens_q (documents + 1,), or by
+        position_ids that restart.
+
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds.
+            ValueError: neither or both of input_ids and inputs_embeds, padding together with packed
+                documents, or an argument that nothing here reads.
         """
+        _check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        packed = None
+        if past_key_values is None:
+            packed = _packed_positions(hidden_states.shape[:2], attention_mask, position_ids, cu_seq_lens_q)
+        if packed is not None:
+            attention_mask, position_ids = None, packed
+        elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -479,12 +533,14 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, S, vocabulary), of the last ``logits_to_keep`` tokens alone if it is not 0,
         and labels' mean loss.
 
-        Labels (B, S) are aligned with input_ids, -100 for none, and shifted here.
+        Labels (B, S) are aligned with input_ids, -100 for none, and shifted here, but never across
+        packed documents or out of padding; ``shift_labels`` are taken as they are.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -494,12 +550,25 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, shift_labels = None, kwargs.get("shift_labels")
+        if labels is not None and shift_labels is None:
+            packed = None
+            if past_key_values is None:
+                packed = _packed_positions(labels.shape, attention_mask, position_ids, cu_seq_lens_q)
+            shift_labels = _shifted(labels, packed, attention_mask)
+        if shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                shift_labels=shift_labels,
+            )
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
 
 
