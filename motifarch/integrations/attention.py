@@ -108,6 +108,11 @@ def attend_heads(
         raise ValueError("output_attentions is on, but this attention keeps no maps; leave it out")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}, which differential attention does not have; set it to 0")
+    if isinstance(attention_mask, VisibleKeys) and attention_mask.window not in (None, sliding_window):
+        raise ValueError(
+            f"the model's mask has a window of {attention_mask.window} tokens, but its attention was called with "
+            f"sliding_window={sliding_window}; a model that keeps its window in the mask alone is not served"
+        )
     options = {
         "softmax_scale": scaling,
         "causal": True,
@@ -148,6 +153,8 @@ def _attend(visible: Any, options: dict[str, Any], inputs: Any, **epilogue: Any)
         if visible.leftpad is None:
             return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
         padding = PaddingMask(torch.arange(places, device=k1.device) >= visible.leftpad[:, None], q1.shape[1])
+    if padding is None and visible.documents is None:
+        return diff_attn_func(q1, k1, q2, k2, v, lam, **options)
     return _attend_packed(heads, lam, visible.documents if padding is None else padding.pack(places), options)
 
 

@@ -14,8 +14,8 @@ from motifarch.layers import PaddingMask
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """What hides keys besides the causal order and a layer's window. One of the three, all without
-    the others.
+    """What hides keys besides the causal order and a layer's window: padding, documents or lengths,
+    or none of these.
 
     Args:
         padding: which tokens of a padded batch are real.
@@ -24,6 +24,8 @@ class VisibleKeys:
         lengths: (B,) int32, how many of a cache's places are filled, the new tokens included.
         leftpad: with lengths: (B,) int32, how many places at their start are padding.
         full: with lengths: every place of the cache is filled, as far as the host knows.
+        window: tokens that the mask lets a token see, itself included: what the layer's attention
+            must be told, too; None for all.
     """
 
     padding: PaddingMask | None = None
@@ -31,6 +33,7 @@ class VisibleKeys:
     lengths: Tensor | None = None
     leftpad: Tensor | None = None
     full: bool = False
+    window: int | None = None
 
 
 def visible_keys(
@@ -81,9 +84,9 @@ def visible_keys(
         attention_mask = _checked(attention_mask, q_offset, q_length)
     if at_start:
         if attention_mask is not None:
-            return VisibleKeys(padding=PaddingMask(attention_mask, q_length))
+            return VisibleKeys(padding=PaddingMask(attention_mask, q_length), window=local_size)
         documents = _documents(mask_function, batch_size, q_length, device)
-        return None if documents is None else VisibleKeys(documents=documents)
+        return VisibleKeys(documents=documents, window=local_size) if documents or local_size else None
     added = q_length - kv_offset
     if isinstance(q_offset, Tensor):
         lengths = (q_offset.to(device=device, dtype=torch.int32) + added).expand(batch_size).contiguous()
@@ -94,7 +97,7 @@ def visible_keys(
         before = (attention_mask.cumsum(dim=1) == 0).sum(dim=1, dtype=torch.int32)
         leftpad = (before - kv_offset).clamp(min=0)
     full = isinstance(q_offset, int) and q_offset + added == kv_length
-    return VisibleKeys(lengths=lengths, leftpad=leftpad, full=full)
+    return VisibleKeys(lengths=lengths, leftpad=leftpad, full=full, window=local_size)
 
 
 def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | None:

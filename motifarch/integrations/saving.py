@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -24,6 +24,7 @@ from motifarch.integrations.configuration import MODEL_TYPE, PATCH, patched_conf
 from motifarch.integrations.derived import Derived, derive
 from motifarch.integrations.modules import rebuild
 from motifarch.integrations.noise_heads import ScalarLambda
+from motifarch.integrations.older import read_older
 from motifarch.layers import PolyNorm
 from motifarch.weight_files import WeightFiles, file_names
 
@@ -47,6 +48,22 @@ class PatchedModelMixin(Derived):
         model: Any = self
         if not any(isinstance(m, PatchedModelMixin) for m in model.modules() if m is not self):  # made by AutoModel
             rebuild(model)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """As transformers' own; a folder of version 0.1.0, too."""
+        host: Any = super()
+        folder = Path(str(pretrained_model_name_or_path))
+        older = read_older(folder) if options.get("state_dict") is None and folder.is_dir() else None
+        if older is None:
+            return host.from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+        made: Any = cls
+        options |= {"state_dict": older, "config": options.get("config") or made.config_class.from_pretrained(folder)}
+        loaded = host.from_pretrained(None, *arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if (folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return loaded
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Any = None, **_: Any) -> Any:

@@ -17,11 +17,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask, create_sliding_window_causal_mask
 
 from helpers.agreement import assert_agrees, randomise
 from helpers.models import packed, random_ids
-from motifarch.integrations.attention_function import IMPLEMENTATION, add_lambdas
+from motifarch.integrations.attention_function import IMPLEMENTATION, add_lambdas, paired_attention
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 SIZES: dict[str, Any] = {
@@ -244,3 +244,8 @@ def test_what_a_models_own_attention_computes_with_is_not_dropped() -> None:
     config.attention_chunk_size = 4
     with pytest.raises(ValueError, match="in chunks of 4 tokens"):
         create_chunked_causal_mask(config, embeds, None, None)
+    config.sliding_window = 4
+    window = create_sliding_window_causal_mask(config, embeds, None, None)
+    heads = [torch.zeros(1, n, 9, 8) for n in (8, 4, 4)]
+    with pytest.raises(ValueError, match="has a window of 4 tokens, but its attention was called with"):
+        paired_attention(model.model.layers[0].self_attn, *heads, window)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
@@ -505,3 +506,20 @@ def test_a_patched_model_is_copied_and_moved() -> None:
     with torch.no_grad():
         twin.model.layers[0].self_attn.lambda_vectors.lambda_q1.add_(1)
     assert not torch.equal(twin(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_folder_of_version_0_1_is_loaded(family: str, tmp_path: Path) -> None:
+    """Noise queries were a projection inside q_proj, and lambda the attention module's own."""
+    model = patched(family, ratio=2)
+    model.save_pretrained(tmp_path)
+    older = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if ".q_proj." in name:  # 8 signal heads of 8
+            older[name], older[name.replace("q_proj.", "q_proj.noise.")] = tensor[:64].clone(), tensor[64:].clone()
+        else:
+            older[name.replace("q_norm.signal", "q_norm").replace("lambda_vectors.", "")] = tensor
+    save_file(older, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = token_ids(1, 9)
+    for loaded in (load_patched(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
