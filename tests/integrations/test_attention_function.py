@@ -244,8 +244,8 @@ def test_what_a_models_own_attention_computes_with_is_not_dropped() -> None:
     config.attention_chunk_size = 4
     with pytest.raises(ValueError, match="in chunks of 4 tokens"):
         create_chunked_causal_mask(config, embeds, None, None)
-    config.sliding_window = 4
+    config.sliding_window = 5
     window = create_sliding_window_causal_mask(config, embeds, None, None)
     heads = [torch.zeros(1, n, 9, 8) for n in (8, 4, 4)]
-    with pytest.raises(ValueError, match="has a window of 4 tokens, but its attention was called with"):
+    with pytest.raises(ValueError, match="has a window of 5 tokens, but its attention was called with"):
         paired_attention(model.model.layers[0].self_attn, *heads, window)
