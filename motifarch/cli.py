@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from motifarch.die_with_parent import die_with_launcher
-from motifarch.errors import DISK_ERRORS, UserError, first_line, tell_torchrun
+from motifarch.errors import DISK_ERRORS, PATH_ERRORS, UserError, first_line, tell_torchrun
 
 COMMANDS = {
     "train": ("motifarch.train.main", "train a model as a recipe says"),
@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": ("motifarch.inference.generate", "sample text from a folder"),
 }
 _MOVED = {"benchmark all": "python -m benchmarks.run --output DIR"}
+_LONGEST = 4000  # of a message, which may repeat what was given
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_ERRORS or error.filename is None:
+        if error.errno not in DISK_ERRORS | PATH_ERRORS or error.filename is None:
             _stop(error, arguments)
         name = os.fsdecode(error.filename)
         _fail(f"error: {name}: {error.strerror}; check its permissions and the space there, or name another place", 2)
@@ -125,6 +126,8 @@ def _fail(message: str, status: int, wait: bool = True) -> NoReturn:
     Most errors meet every rank, and rank 0 speaks for all. The others leave it a moment: torchrun
     ends them once rank 0 is gone, so one that is still alive failed alone, and speaks for itself.
     """
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     if _distributed():
         if wait and _rank():
             time.sleep(2)

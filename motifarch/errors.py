@@ -5,6 +5,9 @@ import json
 import os
 import time
 
+PATH_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO}
+"""Of a path that can't be what it is given for."""
+
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 """Of a full disk, a quota, a file size limit, a read-only file system, missing permissions."""
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from motifarch.command_line import Parser, path
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
+from motifarch.field_types import FilePath
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.portable import CODE_FILE, add_code
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
@@ -111,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=path, help="folder to write (default: RUN/export)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
-    parser.add_argument("--tokenizer", help="a tokenizer folder (default: that of the run's data)")
+    parser.add_argument(
+        "--tokenizer", type=option(FilePath), help="a tokenizer folder (default: that of the run's data)"
+    )
     parser.add_argument(
         "--with-code",
         action="store_true",

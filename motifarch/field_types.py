@@ -87,7 +87,8 @@ Seconds = Annotated[float, Field(gt=0, le=10**7)]
 def _path(value: Any) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError
-    os.fsencode(value)
+    if max(map(len, os.fsencode(value).split(b"/"))) > 255 or len(value) > 4000:  # what file systems take
+        raise ValueError
     return value
 
 

@@ -22,8 +22,11 @@ def locate(given: str) -> Path:
         UserError: no file and no recipe of that name.
     """
     path = Path(given)
-    if path.exists() or path.suffix:
-        return path
+    try:
+        if path.exists() or path.suffix:
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"there is no file {given}: {error.strerror}; give the path of a YAML file") from None
     packaged = FOLDER / f"{given}.yaml"
     if not packaged.is_file():
         raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(names())}")

@@ -14,7 +14,7 @@ from motifarch.data.documents import printable
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
 from motifarch.errors import UserError
-from motifarch.field_types import Fraction, Length, Processes, Seed, Tokens, Vocabulary
+from motifarch.field_types import FilePath, Fraction, Length, Processes, Seed, Tokens, Vocabulary
 
 _DESCRIPTION = """\
 Read text, split it by document into training and validation, tokenise it and pack it into blocks for training.
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     outputs.add_argument("--output", type=path, required=True, metavar="DIR", help="the prepared folder")
     outputs.add_argument(
         "--tokenizer",
+        type=option(FilePath),
         metavar="NAME_OR_PATH",
         help="a Hugging Face tokenizer (default: a new byte-level BPE on up to 64 Mi characters of the training part)",
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 import motifarch
 from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
-from motifarch.field_types import Count, Rows, Weight
+from motifarch.field_types import Count, FilePath, Rows, Weight
 from motifarch.files import write_json
 from motifarch.inference.generate import check_folder, load
 
@@ -192,6 +192,10 @@ def _load(manager: "TaskManager", spec: str) -> list[Any]:
     return [item for name, item in {**loaded.get("groups", {}), **loaded["tasks"]}.items() if name not in inner]
 
 
+def _tasks(text: str) -> list[str]:
+    return [option(FilePath)(part.strip()) for part in text.split(",") if part.strip()]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``motifarch eval``."""
     parser = Parser(
@@ -204,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tasks",
+        type=_tasks,
         required=True,
         metavar="TASK,...",
         help="names of lm-eval's tasks or groups (a * stands for anything), YAML files, or folders of YAML files",
@@ -241,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: for anything that the user can mend.
     """
     arguments = build_parser().parse_args(argv)
-    tasks = [task for task in (part.strip() for part in arguments.tasks.split(",")) if task]
+    tasks: list[str] = arguments.tasks
     _check(arguments, tasks)
     results = evaluate(
         arguments.folder,
@@ -266,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(arguments: argparse.Namespace, tasks: list[str]) -> None:
     """Checks settings before anything is loaded."""
     if not tasks:
-        raise UserError(f"--tasks {arguments.tasks!r} names no task; give names or files, with commas between")
+        raise UserError("--tasks names no task; give names or files, with commas between")
     limit, output = arguments.limit, arguments.output
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
         raise UserError(f"--limit is {limit:g}; give a number of examples, or a share of them between 0 and 1")

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
-from motifarch.field_types import Length, Multiplier, Ranks
+from motifarch.field_types import FilePath, Length, Multiplier, Ranks
 from motifarch.files import atomic_write, write_json
 from motifarch.hardware import GPUS, find_gpu
 from motifarch.plan.planning import Plan, make_plan
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
         description="Say what a recipe needs on a number of GPUs: memory, traffic, FLOPs, time. Needs no GPU.",
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument("recipe", type=option(FilePath), metavar="RECIPE.yaml", help="the recipe")
     parser.add_argument("--gpus", type=option(Ranks), required=True, metavar="N", help="number of GPUs")
     parser.add_argument("--gpu", required=True, metavar="NAME", help=f"their kind: {', '.join(GPUS)}")
     parser.add_argument(

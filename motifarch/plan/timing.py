@@ -11,23 +11,25 @@ from motifarch.plan.dry_run import StepTrace
 from motifarch.plan.flops import ATTENTION, MATRICES
 from motifarch.typed_yaml import Section, TypedYaml
 
+Efficiency = Annotated[float, Field(ge=1e-6, le=1)]
+
 
 @dataclass(frozen=True)
 class Assumptions(Section):
     """What a plan takes for granted. None of it was measured on the GPU that is planned for."""
 
-    matmul_efficiency: Annotated[float, Field(gt=0, le=1)] = 0.7
+    matmul_efficiency: Efficiency = 0.7
     """Part of the peak that products with weights reach."""
 
-    attention_efficiency: Annotated[float, Field(gt=0, le=1)] = 0.35
+    attention_efficiency: Efficiency = 0.35
     """Part of the peak that attention reaches, by the FLOPs of its mathematics: what the
     deterministic backward multiplies twice is a part of it.
     """
 
-    memory_efficiency: Annotated[float, Field(gt=0, le=1)] = 0.8
+    memory_efficiency: Efficiency = 0.8
     """Part of the memory bandwidth that norms, rotations, casts and the optimizer reach."""
 
-    link_efficiency: Annotated[float, Field(gt=0, le=1)] = 0.8
+    link_efficiency: Efficiency = 0.8
     """Part of NVLink's and the network's bandwidth that large collectives reach."""
 
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.9

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from motifarch.command_line import Parser, option, path
-from motifarch.field_types import Rows
+from motifarch.field_types import FilePath, Rows
 from motifarch.study.grid import GRIDS, read_grid
 
 
@@ -19,7 +19,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Interrupted, the same command goes on where it was.",
         add_help=False,
     )
-    parser.add_argument("study", metavar="STUDY.yaml", help="the grid: variants, sizes, seeds, tokens")
+    parser.add_argument(
+        "study", type=option(FilePath), metavar="STUDY.yaml", help="the grid: variants, sizes, seeds, tokens"
+    )
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="everything is written there")
     parser.add_argument("--dry-run", action="store_true", help="print the matched variants and stop")
     parser.add_argument(
