@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from motifarch.die_with_parent import die_with_launcher
-from motifarch.errors import DISK_ERRORS, PATH_ERRORS, UserError, first_line, tell_torchrun
+from motifarch.errors import DISK_ERRORS, PATH_ERRORS, UserError, one_line, tell_torchrun
 
 COMMANDS = {
     "train": ("motifarch.train.main", "train a model as a recipe says"),
@@ -74,7 +74,7 @@ def _stop(error: BaseException, arguments: list[str]) -> NoReturn:
 
 def _unforeseen(error: BaseException, arguments: list[str]) -> str:
     """An error in one line, with the file that has the whole trace."""
-    reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+    reason = one_line(error)
     trace = f"motifarch {' '.join(arguments)}\n\n{''.join(traceback.format_exception(error))}"
     try:
         # A new file of a name that nobody can foresee, for this user alone: no link is followed.

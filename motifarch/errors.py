@@ -25,6 +25,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """All that an error says, in a line, after its kind."""
+    text = " ".join(str(error).split())
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return said if len(said) <= limit else f"{said[: limit - 3]}..."
+
+
 def tell_torchrun(message: str) -> None:
     """Writes the message that torchrun, if it started this process, prints in its report."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

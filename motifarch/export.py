@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from motifarch.command_line import Parser, path
+from motifarch.command_line import Parser, option, path
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
 from motifarch.field_types import FilePath
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     source: Path = arguments.source
-    if (source / "config.json").is_file():
+    if (source / "config.json").exists():
         _add_code_to_model(arguments)
         print(f"model code added to {source}: it loads without motifarch, with trust_remote_code=True")
         return 0

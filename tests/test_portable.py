@@ -313,7 +313,7 @@ def test_refuses_with_a_reason_and_leaves_the_folder_alone(tmp_path):
         run(["export", str(folder)])
     with pytest.raises(UserError, match="leave --dtype out"):
         run(["export", str(folder), "--with-code", "--dtype", "bfloat16"])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="can't be read"):
         add_code(tmp_path)
 
     config = json.loads((folder / "config.json").read_text())

@@ -139,7 +139,8 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
 
 
 def check(right: dict[str, Line], out: Path, option: Option, wrong: str) -> None:
-    value = {"folder": str(out), "file": __file__}.get(wrong, WRONG.get(wrong, ""))
+    (file := out.with_name(f"{out.name}.txt")).write_text("a file\n")
+    value = {"folder": str(out), "file": str(file)}.get(wrong, WRONG.get(wrong, ""))
     arguments = right[option.command](out)
     if option.flag is None:
         arguments[option.place] = value

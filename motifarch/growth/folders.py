@@ -1,6 +1,5 @@
 """Hugging Face model folders, read and written a tensor at a time."""
 
-import json
 import math
 import os
 import shutil
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, write_json
+from motifarch.model_folder import CONFIG, read_object
 from motifarch.weight_files import INDEX, SINGLE, WeightFiles
-
-CONFIG = "config.json"
 
 MAX_SHARD_BYTES = 2 * 2**30
 """Of a file that is written: a shard is gathered in memory."""
@@ -58,15 +56,9 @@ class SourceFolder(WeightFiles):
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG}; give a folder with {CONFIG} and safetensors files") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} can't be read: {first_line(error)}; copy it anew") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} holds no fields; give a Hugging Face model's folder")
-    return config
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} has no {CONFIG}; give a folder with {CONFIG} and safetensors files")
+    return read_object(folder / CONFIG)
 
 
 class FolderWriter:

@@ -4,9 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from motifarch.errors import UserError
+from motifarch.model_folder import explained
 from motifarch.models.motif import MotifConfig
 
 LAYOUTS = {"motif-2-12.7b": MotifConfig}
@@ -59,10 +58,8 @@ def motif_config(fields: object, path: Path) -> MotifConfig:
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or str(kind).lower() != "motif":
         raise UserError(f"{path} is no Motif model's: its model_type is {kind!r}, and only 'Motif' grows")
-    try:
+    with explained(f"{path}"):
         config: MotifConfig = MotifConfig.from_dict(fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{path}: {error}") from None
     return config
 
 

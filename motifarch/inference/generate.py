@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import motifarch.integrations
 import motifarch.models  # noqa: F401  # both for the Auto classes to know motifarch's models
@@ -21,6 +28,7 @@ from motifarch.errors import UserError, first_line
 from motifarch.field_types import Length, Probability, Rows, Seed, Temperature
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import CACHES, Prompt, Sampling, Speed, generate, set_aside_settings
+from motifarch.model_folder import CONFIG, GENERATION, check_json_files, explained
 from motifarch.weight_files import WeightFiles, file_names
 
 _SEED_HELP = (
@@ -57,13 +65,19 @@ def load(
         raise UserError(
             f"device {device!r} is not there ({first_line(error)}); give cpu, or cuda on a machine with a GPU"
         ) from None
+    check_json_files(folder)
     if any((folder / file).is_file() for file in file_names()):
         WeightFiles(folder)  # every architecture's files are looked at before transformers opens them
-    try:
+    with explained(f"{folder / CONFIG}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with explained(f"the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not load: {first_line(error)}") from None
+        tokenizer("a")  # some damages show in its use alone
+    if (folder / GENERATION).exists():
+        with explained(f"{folder / GENERATION}"):
+            GenerationConfig.from_pretrained(folder)  # transformers would go on without it
+    with explained(f"the model of {folder}"):
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
     if aside := set_aside_settings(model, tokenizer):
         print(f"[{folder}/generation_config.json: {', '.join(aside)} set aside; the options decide]", file=sys.stderr)
     return model.to(device=device).eval(), tokenizer  # type: ignore[call-arg]  # transformers hides its signature

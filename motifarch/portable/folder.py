@@ -1,14 +1,12 @@
 """Writes the model code into a Hugging Face folder, and its place into the config."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
 
 import motifarch
 from motifarch.errors import UserError
 from motifarch.files import atomic_write, write_json
+from motifarch.model_folder import explained, read_object
 from motifarch.models.motif import MODEL_TYPES, MotifConfig
 
 CODE_FILE = "modeling_motif.py"
@@ -49,20 +47,13 @@ def add_code(folder: Path) -> Path:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the folder of a Hugging Face model") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({error}); take it from its source again") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    config = read_object(path)
+    kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(f"{path} has model_type {kind!r}; code is written for {' and '.join(MODEL_TYPES)} models only")
-    try:
+    with explained(f"{path} describes no model of motifarch"):
         MotifConfig.from_dict(config)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"{path} is of no model that motifarch can compute: {error}") from None
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _check_no_other_code(folder: Path, config: dict[str, Any]) -> None:
