@@ -1,5 +1,10 @@
 """The command line: dispatch, suggestions, exit statuses."""
 
+import errno
+import importlib
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from motifarch import cli
@@ -44,3 +49,33 @@ def test_ctrl_c_before_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(cli, "run", interrupted)
     assert outcome(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_unforeseen_error_is_one_line_with_a_file_of_its_trace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: list[str]) -> int:
+        raise KeyError("no\nsuch thing")
+
+    monkeypatch.setattr(cli, "run", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert outcome(["train", "x.yaml"]) == 1
+    error = capsys.readouterr().err
+    (trace,) = tmp_path.iterdir()
+    assert error.count("\n") == 1
+    assert str(trace) in error
+    assert "in broken" in trace.read_text()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_full_disk_under_any_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(argv: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/file")
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS[command][0]), "main", full)
+    assert outcome(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: /some/file: No space left")
+    assert error.count("\n") == 1

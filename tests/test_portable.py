@@ -327,7 +327,7 @@ def test_refuses_with_a_reason_and_leaves_the_folder_alone(tmp_path):
         with pytest.raises(UserError, match=reason):
             add_code(folder)
     (folder / "config.json").write_text('{"model_type": "Mot')
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="can't be read"):
         add_code(folder)
     assert not (folder / CODE_FILE).exists()
 

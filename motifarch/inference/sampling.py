@@ -30,9 +30,13 @@ from transformers import (
 
 from motifarch.data.tokenizer import begin_tokens, encode_texts, takes_special_tokens
 from motifarch.errors import UserError, first_line
+from motifarch.inference.time_limit import OutOfTimeError, time_limit
 
 Prompt = str | list[dict[str, str]]
 """Text to continue, or a conversation to answer: messages with "role" and "content"."""
+
+TEMPLATE_LIMIT_S = 5.0
+"""What a chat template may take for a conversation, where a millisecond is usual."""
 
 CACHES = ("dynamic", "static")
 
@@ -132,7 +136,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the 
                 "--prompt without --chat, or set tokenizer.chat_template and save it there"
             )
         try:
-            text = str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True))
+            with time_limit(TEMPLATE_LIMIT_S):
+                text = str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True))
+        except OutOfTimeError:
+            raise UserError(
+                f"{name}: the chat template of {folder} is not done within {TEMPLATE_LIMIT_S:g} s: it may loop; mend "
+                "tokenizer.chat_template, or use --prompt without --chat"
+            ) from None
         except Exception as error:  # a template is a program of its own, and raises what it likes
             raise UserError(
                 f"{name}: the chat template of {folder} does not take these messages ({first_line(error)}); change "

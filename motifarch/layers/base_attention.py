@@ -169,6 +169,11 @@ class BaseAttention(nn.Module):
             ValueError: gradients are wanted through a cache that is written in place, or arguments
                 do not fit.
         """
+        if not isinstance(padding, PaddingMask | None):
+            raise ValueError(
+                f"padding is a {type(padding).__name__}; give PaddingMask(mask, num_queries), or attention_mask for "
+                "what each token sees"
+            )
         by_maps = output_attentions or attention_mask is not None or is_exporting()
         q, key, value = self._project(hidden_states, position_embeddings)
         key, value, cache = self._append(

@@ -51,7 +51,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(f"{path} has model_type {kind!r}; code is written for {' and '.join(MODEL_TYPES)} models only")
-    with explained(f"{path} describes no model of motifarch"):
+    with explained(f"{path} is of no model that motifarch can compute"):
         MotifConfig.from_dict(config)
     return config
 

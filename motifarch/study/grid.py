@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from motifarch.errors import UserError
+from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
 from motifarch.study.measure import MeasureOptions
 from motifarch.train.recipe import DatasetEntry, Recipe, check_recipe
 from motifarch.typed_yaml import Section, TypedYaml
@@ -37,7 +38,7 @@ class VariantSpec(Section):
     `gda`, or `diff_v2`.
     """
 
-    ratio: int | None = None
+    ratio: Heads | None = None
     """`gda`: signal heads for each noise head."""
 
     activation: Literal["poly_norm", "silu"] = "poly_norm"
@@ -69,36 +70,36 @@ class SizeSpec(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the size in tables and folders, such as 2m: letters, digits, dots and dashes."""
 
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the residual stream."""
 
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Layers
     """Decoder layers."""
 
-    head_dim: PositiveInt
+    head_dim: Heads
     """Width of a query/key head."""
 
-    num_noise_heads: PositiveInt
+    num_noise_heads: Heads
     """Noise heads of DIFF V1 and GDA."""
 
-    intermediate_size: PositiveInt
+    intermediate_size: Width
     """The reference variant's intermediate size; the others' follow from matching."""
 
-    intermediate_multiple: PositiveInt = 8
+    intermediate_multiple: Width = 8
     """Intermediate sizes are multiples of this: smaller matches better, larger is faster."""
 
-    num_key_value_heads: PositiveInt | None = None
+    num_key_value_heads: Heads | None = None
     """Key/value heads of all variants but softmax_mha; null means two (a pair) for each noise head.
     """
 
-    num_query_heads: PositiveInt | None = None
+    num_query_heads: Heads | None = None
     """Query heads of softmax attention, and half of DIFF V2's; null means hidden_size / head_dim.
     """
 
-    tokens: PositiveInt | None = None
+    tokens: Tokens | None = None
     """Training tokens of a run; null means the study's."""
 
-    ranks: PositiveInt = 1
+    ranks: Ranks = 1
     """Processes (on GPUs: GPUs) that one run takes; several share it by torchrun."""
 
 
@@ -106,26 +107,26 @@ class SizeSpec(Section):
 class StudyData(Section):
     """The text; prepared first where `path` is missing and `source` says from what."""
 
-    path: str
+    path: FilePath
     """A folder written by `motifarch data prepare`."""
 
-    source: list[str] = field(default_factory=list)
+    source: list[FilePath] = field(default_factory=list)
     """What to prepare it from, as `motifarch data prepare --source` takes it; empty never prepares.
     """
 
-    seq_len: PositiveInt = 512
+    seq_len: Length = 512
     """Tokens of a sequence."""
 
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """A Hugging Face tokenizer; null trains one on the text."""
 
-    vocab_size: PositiveInt = 4096
+    vocab_size: Vocabulary = 4096
     """Tokens of a trained tokenizer."""
 
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Part of the documents kept for validation."""
 
-    max_documents: PositiveInt | None = None
+    max_documents: Tokens | None = None
     """Read only so many documents of each source."""
 
 
@@ -133,13 +134,13 @@ class StudyData(Section):
 class LearningRate(Section):
     """One learning rate for all variants, or the best of several for each."""
 
-    given: PositiveFloat | None = None
+    given: Annotated[float, Field(gt=0, le=10)] | None = None
     """The peak learning rate of every variant at the smallest size."""
 
-    sweep: list[PositiveFloat] = field(default_factory=list)
+    sweep: list[Annotated[float, Field(gt=0, le=10)]] = field(default_factory=list)
     """Rates tried at the smallest size with the first seed; the lowest loss wins."""
 
-    tokens: PositiveInt | None = None
+    tokens: Tokens | None = None
     """Training tokens of a run of the sweep; null means a quarter of the study's."""
 
     transfer: Literal["same", "inverse_width"] = "same"
@@ -159,13 +160,13 @@ class Grid(Section):
     variants: list[VariantSpec]
     """What is compared."""
 
-    tokens: PositiveInt
+    tokens: Tokens
     """Training tokens of a run."""
 
     learning_rate: LearningRate
     """Given, or swept for each variant."""
 
-    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """Each seeds first weights and data order, alike for all variants."""
 
     match: Match = "parameters"

@@ -18,6 +18,7 @@ from motifarch.data.tokenizer import set_special_tokens
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.inference.generate import Sampling, Speed, generate, load
+from motifarch.inference.prompts import conversation
 from motifarch.inference.sampling import encode
 
 CHAT_TEMPLATE = (
@@ -298,6 +299,24 @@ def test_a_chat_template_wraps_the_prompt(chat_folder, capsys):
     options = ["--temperature", "0", "--max-new-tokens", "9"]
     assert run(["generate", str(chat_folder), "--chat", "--system", "be brief", "--prompt", "alpha", *options]) == 0
     assert capsys.readouterr().out == reply + "\n"
+
+
+def test_a_chat_template_that_loops_is_ended(pair, monkeypatch):
+    _, tokenizer = pair
+    many = "{% for i in range(90000) %}"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{many * 3}{'{% endfor %}' * 3}")
+    monkeypatch.setattr("motifarch.inference.sampling.TEMPLATE_LIMIT_S", 0.2)
+    with pytest.raises(UserError, match="it may loop"):
+        encode(tokenizer, conversation("a"))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_refused(pair, monkeypatch, temperature):
+    model, tokenizer = pair
+    norm = model.model.norm.weight
+    monkeypatch.setattr(norm, "data", torch.full_like(norm, torch.nan))
+    with pytest.raises(UserError, match="not finite"):
+        texts(model, tokenizer, ["a"], Sampling(2, temperature))
 
 
 def test_a_chat_template_writes_the_special_tokens_itself(chat_folder):

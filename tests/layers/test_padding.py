@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from motifarch.layers import PaddingMask, cu_seqlens_from_position_ids
+from motifarch.layers import PaddingMask, SoftmaxAttention, cu_seqlens_from_position_ids
 
 
 def test_mask_is_packed_to_the_real_tokens():
@@ -48,3 +48,10 @@ def test_every_row_starts_a_document():
     cu_seqlens, longest = cu_seqlens_from_position_ids(rows)
     assert cu_seqlens.tolist() == [0, 2, 4, 8, 10, 12]
     assert longest == 4
+
+
+def test_a_plain_mask_is_no_padding():
+    layer = SoftmaxAttention(32, num_heads=4, num_kv_heads=2, head_dim=8, layer_idx=0)
+    x, mask = torch.zeros(1, 4, 32), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="give PaddingMask"):
+        layer(x, None, padding=mask)
