@@ -346,10 +346,10 @@ class BaseAttention(nn.Module):
             self.attention_hook(inputs, batch)
         if self.context_group is not None:
             raise ValueError("context parallelism keeps no attention maps, and takes no mask but that of documents")
+        heads, tokens, keys = inputs.q1.shape[2] + inputs.noise_heads, inputs.q1.shape[1], inputs.k1.shape[1]
         if mask is None:
             mask = visible_keys(inputs, batch, (options.left, options.right))
-        heads, tokens, keys = inputs.q1.shape[2] + inputs.noise_heads, inputs.q1.shape[1], inputs.k1.shape[1]
-        if mask.ndim != 4 or mask.shape[1] not in (1, heads) or mask.shape[2:] != (tokens, keys):
+        elif mask.ndim != 4 or mask.shape[1] not in (1, heads) or mask.shape[2:] != (tokens, keys):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; it must be (B, 1 or {heads} heads, {tokens} tokens, "
                 f"{keys} keys)"
