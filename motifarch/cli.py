@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     that nobody foresaw, of which a file then has the whole trace.
     """
     die_with_launcher()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text that the terminal's encoding lacks ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = run(arguments)

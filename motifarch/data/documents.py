@@ -65,7 +65,7 @@ Found = Document | Skipped | Noticed
 
 def printable(name: str | os.PathLike[str]) -> str:
     """A name as text that can be printed and stored: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def document(name: str, content: object) -> Document | Skipped:

@@ -34,7 +34,7 @@ class HubSource:
             UserError: if it cannot be loaded or read, or has no such field.
         """
         try:
-            rows = self._load()
+            rows, others = self._load()
         except Exception as error:  # the library raises many kinds, from network errors to bad names
             raise self._cannot("load", error) from None
         field = options.text_field
@@ -48,7 +48,7 @@ class HubSource:
                 )
             rows = rows.select_columns(columns)
         name = printable(self.path)
-        for split in sorted(set(rows.info.splits or {}) - set(re.findall(r"[\w.-]+", self.split))):
+        for split in sorted(others - set(re.findall(r"[\w.-]+", self.split))):
             yield Noticed(f"{name}, {split}", "splits not asked for with --hf-split")
         iterator = enumerate(rows, start=1)
         while True:
@@ -60,12 +60,14 @@ class HubSource:
                 raise self._cannot("read", error) from None
             yield record_document(f"{name}:{number}", row, options)
 
-    def _load(self) -> Any:
+    def _load(self) -> tuple[Any, set[str]]:
+        """The rows, and the names of all splits, as far as they are known."""
         folder = Path(self.path)
         if self.config is None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(self.path)  # by save_to_disk
-            return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(self.path, self.config, split=self.split, streaming=self.streaming)
+            return (saved[self.split], set(saved)) if isinstance(saved, datasets.DatasetDict) else (saved, set())
+        rows = datasets.load_dataset(self.path, self.config, split=self.split, streaming=self.streaming)
+        return rows, set(rows.info.splits or {})
 
     def _cannot(self, verb: str, error: Exception) -> UserError:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -50,6 +50,10 @@ class PrepareSettings:
             raise UserError(
                 f"--encoding {self.encoding!r}: no encoding of text; take utf-8, cp949, latin-1, ..."
             ) from None
+        if printable(self.output) != str(self.output):
+            raise UserError(
+                f"--output {printable(self.output)}: its name is not UTF-8, and Arrow opens no such file: give another"
+            )
         for name in ("seq_len", "num_proc", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -81,6 +81,8 @@ def parse_source(spec: str, *, hf_split: str = "train", streaming: bool = False)
         return FileSource(spec, found.files, found.left_out)
     if kind == "hf" and rest:
         local = Path(rest).expanduser()
+        if local.is_file():
+            return FileSource(spec, [(printable(local.name), local)])
         if local.exists():
             state = {"name": printable(spec), **file_state(files_below(local))}
             return HubSource(spec, str(local), None, hf_split, streaming, state)

@@ -23,8 +23,11 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if it cannot be loaded, or has no end-of-text token.
     """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():  # a folder's tokenizer.json; what lies beside it counts too
+        path = path.parent
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path if path.exists() else name_or_path), trust_remote_code=False)
     except Exception as error:  # the library raises many kinds, from network errors to bad files
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(

@@ -1,6 +1,6 @@
 import pytest
 
-from motifarch.data.documents import Document, Skipped, Tally, document
+from motifarch.data.documents import Document, Skipped, Tally, document, printable
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,10 @@ def test_log_counts_all_and_names_some() -> None:
     assert log.as_dict()["count"] == 251
     assert log.as_dict()["reasons"]["empty"]["count"] == 250
     assert log.as_dict()["reasons"]["empty"]["names"] == [f"file{number}" for number in range(100)]
+
+
+def test_names_can_be_printed_whatever_their_bytes() -> None:
+    odd = b"\xc0\xda\xb7\xe1/a.txt".decode("utf-8", "surrogateescape")
+    assert printable(odd) == printable(printable(odd)) == r"\xc0\xda\xb7\xe1/a.txt"
+    # As Python reads a name where the locale knows ASCII alone.
+    assert printable("한.txt".encode().decode("ascii", "surrogateescape")) == printable("한.txt") == "한.txt"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from motifarch.data.documents import Document, Found, Noticed, ReadOptions, Skipped
@@ -78,3 +79,14 @@ def test_a_hub_out_of_reach_is_one_clear_message(tmp_path: Path, options: list[s
     assert done.stderr.startswith("error: --source hf:no-owner/no-dataset: cannot load split 'train'")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+    rows.save_to_disk(tmp_path / "alone")
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "splits")
+    for folder in ("alone", "splits"):
+        found = read(tmp_path / folder, streaming=False)
+        assert [one.text for one in found if isinstance(one, Document)] == ["one", "two"]
+    noticed = next(iter(parse(tmp_path / "splits", streaming=False).documents(ReadOptions())))
+    assert noticed == Noticed(f"{tmp_path}/splits, test", "splits not asked for with --hf-split")

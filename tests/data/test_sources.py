@@ -151,3 +151,9 @@ def test_absolute_and_relative_paths_together(tmp_path: Path, monkeypatch: pytes
     tree(tmp_path, "one/a.txt", "two/b.txt")
     monkeypatch.chdir(tmp_path)
     assert names(f"files:{{{tmp_path}/one/a.txt,two/b.txt}}") == ["one/a.txt", "two/b.txt"]
+
+
+def test_a_file_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    tree(tmp_path, "a.txt")
+    (found,) = parse(f"hf:{tmp_path}/a.txt").documents(ReadOptions())
+    assert found == Document("a.txt", "text of a.txt")

@@ -67,6 +67,11 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizers_file_means_its_folder(tokenizer_folder: Path) -> None:
+    loaded = load_tokenizer(tokenizer_folder / "tokenizer.json")
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(load_tokenizer(tokenizer_folder))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load tokenizer"):
         load_tokenizer(tmp_path)

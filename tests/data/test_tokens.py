@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from motifarch.data import PackedDataset
 from motifarch.data.prepare import main
+from motifarch.errors import UserError
 from motifarch.inference.sampling import encode
 
 TEXTS = [f"story {i}: the quick brown fox jumps over the lazy dog " + "and again " * 9 for i in range(40)]
@@ -177,6 +178,9 @@ def test_names_that_are_not_utf8(tmp_path: Path, make_text: Callable[..., str], 
     with open(folder + b"/" + "빈".encode("cp949"), "w"):
         pass
     arguments = ["--source", os.fsdecode(b"files:" + folder), "--output", str(tmp_path / "out"), "--vocab-size", "280"]
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/" + "결과".encode("cp949"))
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        main([*arguments, "--output", odd])
     for _ in range(2):
         assert main([*arguments, "--seq-len", "16", "--num-proc", "1"]) == 0
     assert "already prepared" in capsys.readouterr().out
