@@ -91,7 +91,7 @@ def _watch(child: int, launcher: int) -> None:
     time.sleep(GRACE_S)
     # One that is frozen can't end itself. torchrun has given each a session of its own.
     for sibling in siblings - {child}:
-        if _parent(sibling) == _parent(child):
+        if 0 != _parent(sibling) == _parent(child):
             with contextlib.suppress(OSError):
                 os.killpg(sibling, signal.SIGKILL)
     os._exit(128 + signal.SIGTERM)
