@@ -24,6 +24,7 @@ from motifarch.train.manifest import find_newest, step_of
 ORPHANS_AFTER_S = 10.0
 STEPS, EVERY = 200, 2
 TARGETS = ("launcher", "rank", "all")
+_BAD = ("checkpoints lost", "rows lost", "orphans", "results that differ", "starts that failed")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Killing:
     seed: int = 0
     torchrun_every: int = 10
     """One of so many starts is torchrun's own, which takes ten times as long."""
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_BAD, 0)))
     faults: list[str] = field(default_factory=list)
 
     def run(self, kills: int, say: Callable[[str], object], limit_s: float = float("inf")) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class Killing:
                 if status == 0:
                     break
                 failed += 1
+                self.counts["starts that failed"] += 1
                 self._fault(f"start {self.counts['starts']} in {output.name} ended with status {status}")
                 if failed == 3:
                     break
@@ -87,6 +89,7 @@ class Killing:
                 self._say(f"{self.counts['kills']} kills, {self.counts['starts']} starts, {len(self.faults)} faults")
         self.counts["runs"] += 1
         rows, weights = self._expected
+        self.counts["results that differ"] += computed_rows(output) != rows or _weights(output) != weights
         if computed_rows(output) != rows:
             self._fault(f"the metrics of {output.name} differ from an undisturbed run's")
         if _weights(output) != weights:
