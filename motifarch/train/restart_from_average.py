@@ -43,9 +43,11 @@ def restart_from_average(state: TrainState, recipe: Recipe, parent: Path | None,
     """
     resumed = parent is not None and step_of(parent) == state.step
     folder = parent.parent if parent and resumed else checkpoints_folder(Path(recipe.run.output))
-    # Sizes alone are checked: reading six checkpoints twice would hold a large run up.
+    # Rank 0 reads them once more than it must: a bit that has changed would go on in every weight.
     checkpoints = world.run_on_main_and_broadcast(
-        lambda: complete_checkpoints(folder, up_to=state.step, hashes=False)[: recipe.average.last]
+        lambda: complete_checkpoints(
+            folder, up_to=state.step, limit=recipe.average.last, warn=lambda line: print(f"warning: {line}")
+        )
     )
     if not checkpoints or step_of(checkpoints[0]) != state.step:
         raise UserError(

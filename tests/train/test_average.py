@@ -112,6 +112,21 @@ def test_a_mean_is_written_a_tensor_at_a_time(
     assert sizes == [1] * (3 * tensors)
 
 
+def test_a_changed_bit_has_no_part_in_what_training_goes_on_from(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(recipe), *EVERY_TWO, "--average.every", "6", "--average.last", "3")
+    assert main([*arguments, "--run.steps", "4"]) == 0
+    shard = tmp_path / "run" / "checkpoints" / "step_00000002" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main([*arguments, "--run.steps", "8"]) == 0
+    printed = capfd.readouterr().out
+    assert "step_00000002: its file __0_0.distcp has changed" in printed
+    assert "the mean of the checkpoints of steps 6, 4" in printed
+
+
 def losses(output: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(output / "metrics.jsonl")]
 

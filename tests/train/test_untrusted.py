@@ -1,6 +1,7 @@
 """A checkpoint is data: one with code is refused by every reader, and nothing is executed."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from helpers.tiny import write_recipe
 from motifarch.average import main as average
 from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.cli import run as command
+from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
 from motifarch.export import main as export
 from motifarch.files import sha256
@@ -173,3 +175,19 @@ def test_everything_that_torch_saves_is_read(spoilt: tuple[Path, Path, Path]) ->
     ours = CheckpointReader(spoilt[2]).read_metadata()
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.storage_data == theirs.storage_data
+
+
+def test_nobody_is_asked_whether_to_run_a_folders_code(
+    whole: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = shutil.copytree(data / "tokenizer", tmp_path / "tokenizer")
+    about = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    about |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "code.Mine"]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(about))
+    (tokenizer / "code.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at a terminal"))
+    with pytest.raises(UserError, match=r"holds no tokenizer that loads.*contains custom code"):
+        export([str(whole[1]), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer)])
+    with pytest.raises(UserError, match=r"cannot load tokenizer.*contains custom code"):
+        load_tokenizer(tokenizer)
+    assert not (tmp_path / "proof").exists()
