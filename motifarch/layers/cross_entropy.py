@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
-# Tokens in a chunk: as many as the hidden states are wide, so that a chunk's logits take about what
-# the head's weight takes, and in these bounds.
-_CHUNK_TOKENS = (128, 1024)
+# Tokens in a chunk: so many that its logits take the bytes of the head's weight in float32, and in
+# these bounds. Not fewer, for the chunks' gradients of the weight are summed in its own precision.
+_CHUNK_TOKENS = (512, 2048)
 # Logits at a time in float32: 2^24 numbers are 64 MiB, whatever the vocabulary.
 _FLOAT32_ELEMENTS = 1 << 24
 
@@ -127,7 +127,8 @@ def linear_cross_entropy(
     """Cross-entropy of ``softmax(hidden @ weight.T)`` without ever holding all logits.
 
     A chunk of tokens is projected at a time, and once more in the backward pass (the last chunk is
-    not); softmax and sums are in float32 (float64 for float64 inputs). An output projection that is
+    not); softmax and sums over tokens are in float32 (float64 for float64 inputs), the sum of the
+    chunks' gradients of a weight in its dtype. An output projection that is
     given as a module is called, so that adapters, hooks, quantised weights and sharding units in it
     do what they do for logits, and gradients are taken in the backward pass, with the loss's scale.
 
@@ -160,7 +161,7 @@ def linear_cross_entropy(
     divisor = count.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=hidden.device)
 
     least, most = _CHUNK_TOKENS
-    tokens = min(max(least, hidden.shape[-1]), most)
+    tokens = min(max(least, 4 * hidden.shape[-1] // hidden.element_size()), most)
     parts = list(
         zip(hidden.reshape(1, -1, hidden.shape[-1]).split(tokens, dim=1), targets.flatten().split(tokens), strict=True)
     )

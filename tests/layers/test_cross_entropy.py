@@ -152,7 +152,7 @@ def test_logits_never_exist_whole():
     tokens, words, embed = 2_000, 20_000, 16
     hidden, weight = torch.randn(tokens, embed, requires_grad=True), torch.randn(words, embed, requires_grad=True)
     targets = torch.randint(0, words, (tokens,))
-    bound = 4 * 128 * words  # a chunk of the fewest tokens
+    bound = 4 * 512 * words  # a chunk of the fewest tokens
     assert bound < 4 * tokens * words / 2
     assert largest_allocation(lambda: plain(hidden, weight, targets)) >= 4 * tokens * words
     assert largest_allocation(lambda: linear_cross_entropy(hidden, weight, targets).loss.backward()) <= bound
@@ -211,7 +211,7 @@ class TestHeads:
 
     @pytest.mark.parametrize("train", [True, False])
     def test_a_part_of_the_tokens_is_projected_at_a_time(self, train):
-        tokens, words = 600, 40
+        tokens, words = 2400, 40
         hidden, seen = torch.randn(tokens, EMBED, requires_grad=train), []
         head = torch.nn.Linear(EMBED, words)
         head.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
