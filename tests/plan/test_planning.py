@@ -141,7 +141,7 @@ def test_more_time_for_less_hardware() -> None:
         (["--gpus", "8", "--gpu", "b200", "--parallel.context", "8", "--seq-len", "100"], "does not divide sequences"),
         (["--gpus", "8", "--gpu", "b200", "--seq-len", "40000"], "model.max_position_embeddings is 32768"),
         (["--gpus", "8", "--gpu", "b200", "--seq-len", "0"], "--seq-len is '0'"),
-        (["--gpus", "8", "--gpu", "b200", "--overlap", "2"], "overlap is 2.0; accepted: a number from 0 to 1"),
+        (["--gpus", "8", "--gpu", "b200", "--overlap", "2"], "--overlap is '2'; accepted: a number from 0 to 1"),
         (["--gpus", "8", "--gpu", "b200", "--optim.lrr", "1"], "did you mean 'optim.lr'"),
         (["--gpus", "8", "--gpu", "b200", "--batch.size", "33"], "batch.size is 33"),
     ],
