@@ -70,9 +70,18 @@ def visible_keys(
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
     if is_exporting():  # nothing may be read, and nothing that is plain need be fast
-        places: Any = (q_length, kv_length, q_offset, kv_offset)
-        seen = mask_function, attention_mask, local_size
-        return sdpa_mask(batch_size, *places, *seen, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
+        if isinstance(q_offset, Tensor):
+            raise ValueError("a program with a cache of fixed size is not exported; export with use_cache=False")
+        arguments: dict[str, Any] = {  # its offset is typed as a number
+            "q_length": q_length,
+            "kv_length": kv_length,
+            "q_offset": q_offset,
+            "kv_offset": kv_offset,
+            "mask_function": mask_function,
+            "attention_mask": attention_mask,
+            "local_size": local_size,
+        }
+        return sdpa_mask(batch_size, **arguments, allow_is_causal_skip=False, use_vmap=use_vmap, device=device)
     if use_vmap:
         raise ValueError("the model adds a mask function of its own to the causal mask, which is not served")
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):

@@ -284,7 +284,7 @@ class BaseAttention(nn.Module):
             raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
         in_place = bool(getattr(past_key_values, "is_compileable", False))
-        if in_place and torch.is_grad_enabled() and key.requires_grad and not is_exporting():
+        if in_place and torch.is_grad_enabled() and key.requires_grad:
             raise ValueError(
                 f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
                 "torch.no_grad(), or take a DynamicCache"

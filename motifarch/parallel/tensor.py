@@ -79,6 +79,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
 
 
-def _gather_logits(_: nn.Module, __: Any, output: Any) -> None:
+def _gather_logits(_: nn.Module, __: Any, output: Any) -> Any:
+    if isinstance(output, tuple):  # return_dict=False
+        return tuple(t.full_tensor() if isinstance(t, DTensor) else t for t in output)
     if isinstance(output.logits, DTensor):
         output.logits = output.logits.full_tensor()
+    return output

@@ -16,10 +16,15 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
 
     Raises:
         ValueError: a cache of fixed size has no room for ``num_new`` more (where the count may be
-            read).
+            read), or is exported.
     """
     if past_key_values is None:
         return 0
+    if is_exporting() and past_key_values.is_compileable:
+        raise ValueError(
+            f"a program with a {type(past_key_values).__name__} is not exported, for it would not count its tokens; "
+            "export the model with use_cache=False, or with a DynamicCache"
+        )
     seen: Any = past_key_values.get_seq_length()
     if isinstance(seen, Tensor):
         if torch.compiler.is_compiling() or (seen.is_cuda and num_new == 1):
@@ -66,8 +71,6 @@ def read_attention_mask(
         return AttentionMask(visible=attention_mask if is_choice else attention_mask.bool())
     real = attention_mask.bool()
     if is_exporting():  # nothing is read
-        if past_key_values is not None and past_key_values.is_compileable:
-            return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
         return AttentionMask(padding=PaddingMask(real, num_new))
     total = int(seen) + num_new
     if tuple(attention_mask.shape) != (batch, total):
