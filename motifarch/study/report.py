@@ -20,6 +20,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
 from motifarch.command_line import Parser, path
+from motifarch.errors import UserError
 from motifarch.files import atomic_write
 from motifarch.study import plots
 from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, read_results
@@ -247,6 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=path, metavar="DIR", help="where to (default: beside the results)")
     options = parser.parse_args(argv)
     folder = options.output or options.results.parent
-    write_report(read_results(options.results), folder)
+    results = read_results(options.results)
+    try:
+        write_report(results, folder)
+    except OSError as error:
+        raise UserError(f"can't write into {folder}: {error.strerror}; give another --output") from None
     print(f"written: {folder / HTML}, {folder / MARKDOWN}")
     return 0
