@@ -16,9 +16,9 @@
 # keep the next from running: the exit status is 1 then, and the last line names it.
 #
 # Without a GPU the same parts run at tiny sizes, to prove the script. PYTHON names the interpreter; the packages need
-# not be installed as such. Only the study needs more than torch, triton and transformers bring: datasets, pydantic,
-# matplotlib, statsmodels, jinja2 and markdown-it-py. Its runs stay in runs/study_gpu, its text (the Python sources on
-# the machine) in data/study_gpu.
+# not be installed as such. Besides torch, triton and transformers all parts need pydantic, which checks models'
+# configs. Only the study needs more: datasets, matplotlib, statsmodels, jinja2 and markdown-it-py. Its runs stay in
+# runs/study_gpu, its text (the Python sources on the machine) in data/study_gpu.
 
 set -uo pipefail
 
@@ -60,6 +60,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export COLUMNS=${COLUMNS:-110}
+"$python" -c 'import pydantic' || {
+  echo "$python has no pydantic, which all parts need: install it, or put it on PYTHONPATH" >&2
+  exit 2
+}
 
 pack() {
   # By name: the folder itself changes while the archive grows in it. A status of 1 is a log that grew meanwhile.
@@ -117,8 +121,8 @@ for part in "${parts[@]}"; do
     [[ -n $sanitizer ]] || skip memcheck "compute-sanitizer is not installed: its tests run without it"
   fi
   if [[ $name == study ]]; then
-    "$python" -c 'import datasets, pydantic, matplotlib, statsmodels, jinja2, markdown_it' || {
-      skip study "it needs datasets, pydantic, matplotlib, statsmodels, jinja2 and markdown-it-py on PYTHONPATH"
+    "$python" -c 'import datasets, matplotlib, statsmodels, jinja2, markdown_it' || {
+      skip study "it needs datasets, matplotlib, statsmodels, jinja2 and markdown-it-py on PYTHONPATH"
       continue
     }
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

@@ -89,7 +89,7 @@ def test_commands_options_and_files_exist(words, capsys):
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     if words[:2] == ["python", "-m"]:
-        assert (ROOT / words[2].replace(".", "/")).with_suffix(".py").exists(), words[2]
+        assert find_spec(words[2]), words[2]
     if "motifarch.train" in words:
         words = ["motifarch", "train", *words[words.index("motifarch.train") + 1 :]]
     if words[0] != "motifarch" or words[1] == "--help":

@@ -39,7 +39,7 @@ DAMAGE = {
     "no folder": (lambda f: os.rename(f, f.with_name("elsewhere")), "sharded is no folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "sharded has no config.json; give a folder with"),
     "half a config": (lambda f: (f / "config.json").write_text('{"model_type":'), "config.json can't be read"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds no fields"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list, no object"),
     "no weights": (
         lambda f: (f / "model.safetensors.index.json").unlink(),
         "has neither model.safetensors nor model.safetensors.index.json",

@@ -5,7 +5,6 @@ from pathlib import Path
 
 MISSING = (
     "datasets",
-    "pydantic",
     "multiprocess",
     "liger_kernel",
     "flash_attn",
