@@ -2,18 +2,18 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import BeforeValidator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from motifarch.errors import UserError
 from motifarch.field_types import Ranks
 from motifarch.typed_yaml import Section
 
-# A number and not Literal[-1], which the text -1 of a command line is not.
-Rest = Annotated[int, Field(ge=-1, le=-1, json_schema_extra={"accepted": "-1"})]
+# A command line gives a text.
+Rest = Annotated[Literal[-1], BeforeValidator(lambda value: -1 if value == "-1" else value)]
 """As many ranks as are left."""
 
 DIMENSIONS = ("replicate", "shard", "context", "tensor")

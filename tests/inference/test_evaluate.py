@@ -230,6 +230,7 @@ def test_lm_evals_own_tasks_are_known_by_name(tasks, few_of_its_own):
         load_tasks(manager, ["arc_easy"])
 
 
+@pytest.mark.slow  # the harness indexes its tasks anew for each
 @needs_harness
 def test_tasks_that_cannot_be_loaded_are_refused_by_name(folder, tasks, tmp_path):
     with pytest.raises(UserError, match=r"gone\.yaml cannot be read"):
