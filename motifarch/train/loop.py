@@ -95,12 +95,13 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         start_step=state.step,
         stop_step=recipe.run.steps,
     )
+    goes_on = start.parent is not None and start.parent.parent == checkpoints_folder(output)
     checkpointer = Checkpointer(
         output,
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
         about=partial(about_checkpoint, recipe, inputs, start.compute),
-        saved_step=state.step if start.parent and start.parent.parent == checkpoints_folder(output) else None,
+        saved_step=state.step if goes_on else None,
     )
     metrics = MetricsLog(
         output,
@@ -109,6 +110,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         tensorboard=recipe.log.tensorboard,
         device=world.device,
         write=world.is_main,
+        begun=goes_on,
     )
     progress = Progress(recipe.run.steps, state.step, show=world.is_main)
     for line in [*start.warnings, *metrics.warnings]:

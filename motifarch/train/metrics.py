@@ -58,15 +58,17 @@ def _is_row(row: Any) -> bool:
     )
 
 
-def cut_metrics(path: Path, step: int) -> list[str]:
+def cut_metrics(path: Path, step: int, *, begun: bool = False) -> list[str]:
     """Removes the rows after a step, which a resumed run is about to write again.
+
+    `begun` says that the run wrote rows here before.
 
     Returns:
         What to say of others: lines that were broken, of which a copy of the file is kept, and rows
         that are missing.
     """
     if not os.path.lexists(path):
-        return []
+        return [f"{path} is missing, and with it the rows of the steps to {step}"] if begun else []
     broken: list[str] = []
     kept = [row for row in read_metrics(path, broken) if row["step"] <= step]
     said = []
@@ -96,8 +98,9 @@ class MetricsLog:
         tensorboard: bool,
         device: torch.device,
         write: bool = True,
+        begun: bool = False,
     ) -> None:
-        """Opens the files, cut to what `start_step` steps wrote.
+        """Opens the files, cut to what `start_step` steps wrote; `begun` says that it was here.
 
         `flops_per_token` are the model's, forward and backward. The device's peak memory is
         reported; a CPU's is the process's resident set. Ranks that do not write only keep time.
@@ -111,7 +114,7 @@ class MetricsLog:
         self._file: Any = None
         self._board: Any = None
         if write:
-            self.warnings = cut_metrics(self.path, start_step)
+            self.warnings = cut_metrics(self.path, start_step, begun=begun)
             self._file = self.path.open("a", encoding="utf-8")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter

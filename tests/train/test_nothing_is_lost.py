@@ -304,6 +304,14 @@ def test_broken_metrics_and_records_are_told_and_kept(
     assert json.loads(record.read_text())["step"] == 2
 
 
+def test_rows_that_are_gone_are_told(run: Path, go_on: Callable[..., int], capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(step(run, 4))
+    (run / "metrics.jsonl").unlink()
+    assert go_on() == 0
+    assert "metrics.jsonl is missing, and with it the rows of the steps to 2" in capfd.readouterr().out
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [3, 4]
+
+
 def test_export_takes_the_model_from_the_checkpoint(run: Path, tmp_path: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     record["model_config"]["rms_norm_eps"] = 0.5
