@@ -17,8 +17,8 @@ import motifarch.models  # noqa: F401  # the Auto classes then know the Motif mo
 BLOCK = 64  # tokens of a training row
 
 folder, text, output = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 ids = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
 rows = [ids[i : i + BLOCK] for i in range(0, len(ids) - BLOCK + 1, BLOCK)]

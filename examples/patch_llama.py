@@ -15,7 +15,7 @@ from motifarch.integrations import patch
 
 torch.manual_seed(0)
 if len(sys.argv) > 1:
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 else:
     config = LlamaConfig(
         vocab_size=512,
@@ -45,5 +45,5 @@ for step in range(10):
 
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 print(f"loaded: {type(loaded).__name__}")
