@@ -25,6 +25,9 @@ RECIPE = {
     "log": {"every": 5, "tensorboard": False},
 }
 
+SHORT_RUN = ("--run.steps", "4", "--checkpoint.every", "2", "--optim.warmup_steps", "1", "--validation.every", "0")
+"""Options of a run of 4 steps with two checkpoints."""
+
 
 def prepare_text(folder: Path, seed: int = 0, seq_len: int = 32) -> Path:
     """Prepares documents of random length, so that ranks hold different numbers of targets."""

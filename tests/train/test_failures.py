@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from helpers.distributed import torchrun
-from helpers.tiny import prepare_text, write_recipe
+from helpers.tiny import SHORT_RUN, prepare_text
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.main import main
@@ -18,22 +17,6 @@ from motifarch.train.manifest import find_newest, list_checkpoints, read_manifes
 from motifarch.train.metrics import read_metrics
 
 FULL_DISK = Path(__file__).with_name("full_disk.py")
-TINY_RUN = ("--run.steps", "4", "--checkpoint.every", "2", "--optim.warmup_steps", "1")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Path]:
-    """A recipe and the output folder of its finished run of 4 steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder, data)
-    assert main([str(recipe), *TINY_RUN]) == 0
-    return recipe, folder / "run"
-
-
-@pytest.fixture
-def run(finished: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy of the finished run, to be spoilt."""
-    return shutil.copytree(finished[1], tmp_path / "copy")
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -82,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 ) -> None:
     damaged = run / "checkpoints" / "step_00000004"
     reason = spoil(damaged)
-    assert main([str(finished[0]), *TINY_RUN, "--run.output", str(run)]) == 0
+    assert main([str(finished[0]), *SHORT_RUN, "--run.output", str(run)]) == 0
     printed = capfd.readouterr().out
     assert f"passing over the checkpoint {damaged}" in printed
     assert reason in printed
@@ -113,7 +96,7 @@ def test_branching_off_into_another_folder(
 ) -> None:
     recipe, output = finished
     parent = output / "checkpoints" / "step_00000002"
-    assert main([str(recipe), *TINY_RUN, "--run.resume", str(parent), "--run.output", str(tmp_path / "branch")]) == 0
+    assert main([str(recipe), *SHORT_RUN, "--run.resume", str(parent), "--run.output", str(tmp_path / "branch")]) == 0
     assert "resuming after step 2" in capfd.readouterr().out
     rows = read_metrics(tmp_path / "branch" / "metrics.jsonl")
     assert [(r["step"], r["loss"]) for r in rows] == [
@@ -141,7 +124,7 @@ def test_another_model_is_refused(run: Path, finished: tuple[Path, Path]) -> Non
 def test_a_finished_run_is_left_as_it_is(run: Path, finished: tuple[Path, Path]) -> None:
     before = {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")}
     metrics = (run / "metrics.jsonl").read_text()
-    assert main([str(finished[0]), *TINY_RUN, "--run.output", str(run)]) == 0
+    assert main([str(finished[0]), *SHORT_RUN, "--run.output", str(run)]) == 0
     assert {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")} == before
     assert (run / "metrics.jsonl").read_text() == metrics
 
@@ -152,7 +135,7 @@ def test_init_from_takes_weights_alone(
     recipe, output = finished
     weights = str(output / "checkpoints" / "step_00000004")
     fresh = ["--run.output", str(tmp_path / "tuned"), "--run.init_from", weights]
-    assert main([str(recipe), *TINY_RUN, *fresh]) == 0
+    assert main([str(recipe), *SHORT_RUN, *fresh]) == 0
     assert f"with the weights of {weights}, into" in capfd.readouterr().out
     first = read_metrics(tmp_path / "tuned" / "metrics.jsonl")[0]
     assert first["step"] == 1
@@ -169,7 +152,7 @@ def test_init_from_says_what_the_folder_computed_otherwise(
     fields = {k: v for k, v in fields.items() if k != "rope_parameters"} | {"rope_scaling": scaling}
     MotifForCausalLM(MotifConfig(**fields | {"rms_norm_eps": 1e-3})).save_pretrained(tmp_path / "folder")
     begin = ["--run.init_from", str(tmp_path / "folder"), "--run.output", str(tmp_path / "tuned")]
-    assert main([str(recipe), *TINY_RUN, *begin, "--model.rope_scaling", json.dumps(scaling)]) == 0
+    assert main([str(recipe), *SHORT_RUN, *begin, "--model.rope_scaling", json.dumps(scaling)]) == 0
     warnings = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
     assert "folder, whose model has rms_norm_eps 0.001, but the recipe's 1e-06" in warnings[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.distributed import torchrun
-from helpers.tiny import write_recipe
+from helpers.tiny import SHORT_RUN
 from motifarch.average import main as average
 from motifarch.errors import UserError
 from motifarch.export import main as export
@@ -28,26 +28,10 @@ from motifarch.train.manifest import (
 )
 from motifarch.train.metrics import cut_metrics, read_metrics
 
-STEPS = ("--run.steps", "4", "--checkpoint.every", "2", "--optim.warmup_steps", "1", "--validation.every", "0")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Path]:
-    """A recipe and the output folder of its run, with the checkpoints of steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder, data)
-    assert main([str(recipe), *STEPS]) == 0
-    return recipe, folder / "run"
-
-
-@pytest.fixture
-def run(finished: tuple[Path, Path], tmp_path: Path) -> Path:
-    return shutil.copytree(finished[1], tmp_path / "copy")
-
 
 @pytest.fixture
 def go_on(finished: tuple[Path, Path], run: Path) -> Callable[..., int]:
-    return lambda *options: main([str(finished[0]), *STEPS, "--run.output", str(run), *options])
+    return lambda *options: main([str(finished[0]), *SHORT_RUN, "--run.output", str(run), *options])
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -176,10 +160,10 @@ def test_weights_that_are_not_finite_are_never_saved(
     with pytest.raises(
         UserError, match=r"model\.norm\.weight is not finite after step 4, so nothing is saved; .*step_0+2"
     ):
-        main([str(recipe), *STEPS, "--run.steps", "6", "--checkpoint.keep_last", "1"])
+        main([str(recipe), *SHORT_RUN, "--run.steps", "6", "--checkpoint.keep_last", "1"])
     assert [c.name for c in list_checkpoints(tmp_path / "run")] == ["step_00000002"]
     monkeypatch.undo()
-    assert main([str(recipe), *STEPS, "--run.steps", "6"]) == 0
+    assert main([str(recipe), *SHORT_RUN, "--run.steps", "6"]) == 0
 
 
 def test_weights_that_are_not_finite_are_never_read(
@@ -189,13 +173,13 @@ def test_weights_that_are_not_finite_are_never_read(
     poison(monkeypatch, float("nan"), at_step=4)
     with monkeypatch.context() as patch:
         patch.setattr("motifarch.train.checkpoint.first_nonfinite", lambda *_: None)
-        main([str(recipe), *STEPS])
+        main([str(recipe), *SHORT_RUN])
     monkeypatch.undo()
     run, out = tmp_path / "run", tmp_path / "out"
     for read in (
-        lambda: main([str(recipe), *STEPS, "--run.steps", "6"]),
+        lambda: main([str(recipe), *SHORT_RUN, "--run.steps", "6"]),
         lambda: main(
-            [str(recipe), *STEPS, "--run.init_from", str(step(run, 4)), "--run.output", str(tmp_path / "new")]
+            [str(recipe), *SHORT_RUN, "--run.init_from", str(step(run, 4)), "--run.output", str(tmp_path / "new")]
         ),
         lambda: export([str(run), "--output", str(out)]),
         lambda: average([str(run), "--last", "2", "--output", str(out)]),
@@ -204,7 +188,7 @@ def test_weights_that_are_not_finite_are_never_read(
             read()
     assert not out.exists()
     shutil.rmtree(step(run, 4))  # as the message says
-    assert main([str(recipe), *STEPS]) == 0
+    assert main([str(recipe), *SHORT_RUN]) == 0
 
 
 def test_pruning_never_follows_a_link(run: Path, tmp_path: Path) -> None:
@@ -361,7 +345,7 @@ def test_a_full_disk_is_named_and_changes_nothing(run: Path, tmp_path: Path, com
 def test_a_rank_lost_while_loading_is_no_misfit(run: Path, finished: tuple[Path, Path]) -> None:
     shutil.rmtree(step(run, 4))
     script = Path(__file__).with_name("lost_while_loading.py")
-    done = torchrun(2, script, finished[0], *STEPS, "--run.output", str(run))
+    done = torchrun(2, script, finished[0], *SHORT_RUN, "--run.output", str(run))
     assert done.returncode != 0
     assert "does not fit" not in done.stderr
     assert "error: rank 0 lost another rank" in done.stderr
