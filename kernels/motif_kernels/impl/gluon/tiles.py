@@ -1,0 +1,61 @@
+"""What the Gluon kernels share: tiles brought to shared memory by TMA, the ring they lie in, and
+which tile of queries comes next.
+
+A tile is (1, rows, 1, width) of a tensor (batch, tokens, heads, width), which need not be
+contiguous; packed documents are a batch of one. Past the tensor's tokens a tile is zero.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """How TMA reads tiles of ``rows`` tokens of one head.
+
+    Args:
+        x: (B, S, heads, width), or packed (total, heads, width), aligned as
+            ``availability.can_serve`` asks.
+        rows: tokens of a tile.
+    """
+    x = x if x.ndim == 4 else x[None]
+    width = x.shape[-1]
+    # A dimension of one is never stepped along, and its stride may be anything.
+    strides = [width if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    block = [1, rows, 1, width]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GL_DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+@gluon.jit
+def allocate_tiles(source, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor."""
+    shape: gl.constexpr = source.block_type.shape
+    return gl.allocate_shared_memory(source.dtype, [COUNT, 1, shape[1], 1, shape[3]], source.layout)
+
+
+@gluon.jit
+def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each passed when ARRIVALS have come; a fence must follow the last."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def load_tile(source, z, row, head, ready, tile):
+    """Start bringing a tile; ``ready`` is passed when it is there."""
+    mbarrier.expect(ready, source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, [z, row, head, 0], ready, tile)
+
+
+@gluon.jit
+def matrix(tile):
+    """A tile in shared memory, as (rows, width)."""
+    return tile.reshape([tile.shape[1], tile.shape[3]])
