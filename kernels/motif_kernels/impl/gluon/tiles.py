@@ -50,8 +50,7 @@ def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def load_tile(source, z, row, head, ready, tile):
-    """Start bringing a tile; ``ready`` is passed when it is there."""
-    mbarrier.expect(ready, source.block_type.nbytes)
+    """Start bringing a tile, whose bytes the barrier ``ready`` was told to expect."""
     tma.async_copy_global_to_shared(source, [z, row, head, 0], ready, tile)
 
 
@@ -59,3 +58,37 @@ def load_tile(source, z, row, head, ready, tile):
 def matrix(tile):
     """A tile in shared memory, as (rows, width)."""
     return tile.reshape([tile.shape[1], tile.shape[3]])
+
+
+@gluon.jit
+def document(z, cu_seqlens_pointer, seqlen, tokens):
+    """Of sequence z: its place in a tensor's batch, its first row there, its first token counted
+    over the batch, its length.
+
+    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the
+    tensors' tokens: whatever they say, nothing outside is read or written.
+    """
+    if cu_seqlens_pointer is not None:
+        start = gl.minimum(gl.maximum(gl.load(cu_seqlens_pointer + z), 0), tokens)
+        length = gl.minimum(gl.load(cu_seqlens_pointer + z + 1), tokens) - start
+        return 0, start, start.to(gl.int64), length
+    return z, 0, z.to(gl.int64) * seqlen, seqlen
+
+
+@gluon.jit
+def tile_of_queries(turn, blocks, noise_heads, batch, section):
+    """Which tile a program serves next: its block of queries, its noise head and its sequence,
+    which is past the last where there is none.
+
+    The last queries see most under a causal mask: tiles are dealt longest first, in every other
+    round backwards. They come in sections of ``section`` heads, whose keys and values the GPU's
+    cache can hold.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    index = turn * programs + (programs - 1 - place if turn % 2 == 1 else place)
+    first = index // (section * blocks) * section
+    size = gl.maximum(gl.minimum(section, noise_heads * batch - first), 1)
+    within = index - first * blocks
+    head = first + within % size
+    return blocks - 1 - within // size, head % noise_heads, head // noise_heads
