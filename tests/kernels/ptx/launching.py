@@ -1,0 +1,183 @@
+"""The project's own launches, run by the emulator on CPU tensors."""
+
+import contextlib
+import importlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.lib.compiling import compile_only, launches_through
+from tests.kernels.ptx import accesses, arithmetic, control, copies, tensor_cores  # noqa: F401  they register instructions
+from tests.kernels.ptx.block import Block
+from tests.kernels.ptx.copies import Tensormap
+from tests.kernels.ptx.memory import Memory
+from tests.kernels.ptx.ordering import Time
+from tests.kernels.ptx.program import Fault, Program, parse
+
+
+@dataclass
+class Launch:
+    """A launch that was emulated: ``steps`` instructions of whole contexts."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    steps: int
+    seconds: float
+
+
+@contextlib.contextmanager
+def emulated(
+    arch: int = 90, *, rewrite: Callable[[str, str], str] = lambda kernel, ptx: ptx, verbose: bool = False
+) -> Iterator[list[Launch]]:
+    """Within, Triton kernels compile for sm_<arch> and run on CPU tensors.
+
+    Args:
+        arch: the GPU's compute capability without its dot.
+        rewrite: takes a kernel's name and its PTX; what it returns is run.
+        verbose: print each launch.
+
+    Returns:
+        The launches, in order.
+
+    Raises:
+        Fault: what a GPU would answer with wrong numbers, an error or a hang.
+    """
+    programs: dict[str, Program] = {}
+    launches: list[Launch] = []
+
+    def run(launch: Callable[..., Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(*args, grid=grid, warmup=True, **kwargs)
+        function = launch.__self__  # type: ignore[attr-defined]
+        named = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        dimensions = tuple(grid(named)) if callable(grid) else tuple(grid)
+        dimensions += (1,) * (3 - len(dimensions))
+        if kernel.hash not in programs:
+            programs[kernel.hash] = parse(rewrite(function.fn.__name__, kernel.asm["ptx"]))
+        begun = time.perf_counter()
+        arguments = [(n, named[n]) for n in function.arg_names if kernel.src.signature.get(n) != "constexpr"]
+        steps = execute(programs[kernel.hash], kernel.metadata, arguments, dimensions)
+        launches.append(Launch(function.fn.__name__, dimensions, steps, time.perf_counter() - begun))
+        if verbose:
+            print(f"  {launches[-1]}", flush=True)
+        return kernel
+
+    with compile_only(arch), launches_through(run), _triton_operators(), np.errstate(all="ignore"):
+        yield launches
+
+
+@contextlib.contextmanager
+def _triton_operators() -> Iterator[None]:
+    """Within, the Triton implementation serves operators that have another one for CPU tensors."""
+    modules = {family: importlib.import_module(f"motif_kernels.ops.{family}") for family in ("poly_norm", "combine")}
+    before = {family: module.implementation for family, module in modules.items()}
+    for module in modules.values():
+        module.implementation = lambda family, device: importlib.import_module(f"motif_kernels.impl.triton.{family}")
+    try:
+        yield
+    finally:
+        for family, module in modules.items():
+            module.implementation = before[family]
+
+
+def execute(program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...]) -> int:
+    """Run a grid; tensors among the arguments are read and written. Returns instructions."""
+    storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
+    for name, value in arguments:
+        tensor = value if isinstance(value, torch.Tensor) else getattr(value, "base", None)
+        if tensor is not None:
+            storages.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor.untyped_storage()))
+    raw = [torch.tensor([], dtype=torch.uint8).set_(storage).numpy() for _, storage in storages.values()]
+    memory = Memory(
+        [r.nbytes for r in raw], [name for name, _ in storages.values()], program.narrowest("global"), Time()
+    )
+    for i, content in enumerate(raw):
+        memory.bytes_of(i)[:] = content
+    allocation = {pointer: i for i, pointer in enumerate(storages)}
+    values = _values(metadata, arguments, memory, allocation)
+    names = [p.name for p in program.parameters]
+    values += [0] * (len(names) - len(values))  # scratch memory that none of these kernels asks for
+    parameters = dict(zip(names, values, strict=True))
+    steps = run_grid(program, memory, 32 * metadata.num_warps, metadata.shared, parameters, grid)
+    for i, content in enumerate(raw):
+        content[:] = memory.bytes_of(i)
+    return steps
+
+
+def _values(metadata: Any, arguments: list[tuple[str, Any]], memory: Memory, allocation: dict[int, int]) -> list[Any]:
+    """What the launcher passes: bits, and tensor maps, which shapes and strides follow."""
+    values: list[Any] = []
+    described = iter(metadata.tensordesc_meta or ())
+    for _, value in arguments:
+        if isinstance(value, torch.Tensor):
+            start = memory.address(allocation[value.untyped_storage().data_ptr()])
+            values.append(start + value.storage_offset() * value.element_size())
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            values += _describe(value, next(described), allocation)
+        elif isinstance(value, float):
+            values.append(int(np.float32(value).view(np.uint32)))
+        else:
+            values.append(int(value) & (1 << 64) - 1)
+    return values
+
+
+def _describe(descriptor: Any, meta: dict[str, Any], allocation: dict[int, int]) -> list[Any]:
+    base, size = descriptor.base, descriptor.base.element_size()
+    tensormap = Tensormap(
+        allocation=allocation[base.untyped_storage().data_ptr()],
+        offset=base.storage_offset() * size,
+        shape=tuple(reversed(descriptor.shape)),
+        strides=tuple(size * s for s in reversed(descriptor.strides)),
+        box=tuple(reversed(meta["block_size"])),
+        element=size,
+        swizzle=16 << meta["swizzle"],
+        fill_nan=descriptor.padding == "nan",
+    )
+    if base.data_ptr() % 16 or any(s % 16 for s in tensormap.strides[1:]) or tensormap.strides[0] != size:
+        raise Fault("a tensor descriptor needs 16-byte aligned rows and a contiguous last dimension")
+    if max(tensormap.box) > 256 or tensormap.box[0] * size > max(
+        tensormap.swizzle, 256 if tensormap.swizzle == 16 else 0
+    ):
+        raise Fault(f"a tensor descriptor's box of {meta['block_size']} is too large")
+    return [tensormap, *descriptor.shape, *descriptor.strides]
+
+
+def run_grid(
+    program: Program, memory: Memory, threads: int, shared: int, parameters: dict[str, Any], grid: tuple[int, ...]
+) -> int:
+    """One program after the other; those that wait for others take turns with later ones."""
+    steps, idle, waiting = 0, [], []
+    fresh = ((x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(grid))))
+    for index in itertools.count():
+        seen = memory.version
+        for block in list(waiting):
+            if _run(block):
+                waiting.remove(block)
+                idle.append(block)
+        program_id = next(fresh, None)
+        if program_id is not None:
+            block = idle.pop() if idle else Block(program, memory, threads, shared, parameters, grid)
+            block.start(index, program_id)
+            (idle if _run(block) else waiting).append(block)
+        elif not waiting:
+            break
+        elif memory.version == seen:
+            raise Fault("deadlock: " + "; ".join(f"program {b.program_id}: {s}" for b in waiting for s in b.states()))
+    for block in idle:
+        steps += block.steps
+    return steps
+
+
+def _run(block: Block) -> bool:
+    try:
+        return block.run()
+    except Exception as error:
+        message = f"{error} [{block.program.name}, program {block.program_id}, {block.where()}]"
+        if isinstance(error, Fault | NotImplementedError):
+            raise type(error)(message) from error
+        error.add_note(message)
+        raise
