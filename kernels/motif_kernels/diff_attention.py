@@ -121,10 +121,11 @@ def diff_attn_varlen_func(
         v: (total_k, Hv, Dv) values.
         lam: a float, or a differentiable tensor of shape (), (Hs,) or (total_q, Hs).
         cu_seqlens_q: (documents + 1,) int32 bounds of the documents in total_q: starts at 0, never
-            falls; equal neighbours are an empty document. Values are checked on the CPU; on a GPU
-            only with ``MOTIF_CHECK=1``.
+            falls; equal neighbours are an empty document. Tokens after the last one give 0 and get
+            gradients of 0. Values are checked on the CPU; on a GPU only with ``MOTIF_CHECK=1``.
         cu_seqlens_k: the same for total_k.
-        max_seqlen_q: the longest document's queries (or more).
+        max_seqlen_q: the longest document's queries (or more). ``"triton"`` does not need it; to
+            ``"flash"`` one too small leaves what is beyond it undefined.
         max_seqlen_k: the longest document's keys (or more).
         softmax_scale: see :func:`diff_attn_func`, as for all that follow.
         causal: bottom-right aligned within each document.

@@ -64,16 +64,18 @@ def packed_attention_mask(
     """:func:`attention_mask` for packed documents: a query sees keys of its own document only.
 
     Returns:
-        Bool tensor (total_q, total_k).
+        Bool tensor (total_q, total_k); tokens after the last document see and are seen by none.
     """
     query, key = torch.arange(total_q, device=cu_seqlens_q.device), torch.arange(total_k, device=cu_seqlens_k.device)
     query_document = torch.searchsorted(cu_seqlens_q[1:], query.int(), right=True)
     key_document = torch.searchsorted(cu_seqlens_k[1:], key.int(), right=True)
     # Distance from the document's end: 1 for its last token. The last query stands at the last key.
-    query_from_end = cu_seqlens_q[1:][query_document] - query
-    key_from_end = cu_seqlens_k[1:][key_document] - key
+    query_end, key_end = (torch.cat([c[1:], c[-1:]]) for c in (cu_seqlens_q, cu_seqlens_k))
+    query_from_end = query_end[query_document] - query
+    key_from_end = key_end[key_document] - key
     ahead = query_from_end[:, None] - key_from_end[None, :]  # key position minus query position
     mask = query_document[:, None] == key_document[None, :]
+    mask &= (query < cu_seqlens_q[-1])[:, None]  # tokens after the last document are in none
     left, right = window_size
     if causal:
         right = 0
@@ -82,6 +84,12 @@ def packed_attention_mask(
     if right >= 0:
         mask = mask & (ahead <= right)
     return mask
+
+
+def clear_rest(t: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed tokens (total, ...) with zeros, which pass no gradient, after the last document."""
+    rest = torch.arange(len(t), device=t.device) >= cu_seqlens[-1]
+    return t.masked_fill(rest.view(-1, *[1] * (t.ndim - 1)), 0.0)
 
 
 def attention_map(
@@ -229,9 +237,10 @@ def attend(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpti
     """:func:`diff_attention` of a call; the largest logits are those of heads that there are."""
     window, packed = options.window_size, sequences.is_packed
     tokens = inputs.q1.shape[-3], inputs.k1.shape[-3]
-    if sequences.cu_seqlens_q is not None and sequences.cu_seqlens_k is not None:
-        mask = packed_attention_mask(sequences.cu_seqlens_q, sequences.cu_seqlens_k, *tokens, window_size=window)
-        inputs = inputs.map(lambda t: t[None])
+    bounds_q, bounds_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    if bounds_q is not None and bounds_k is not None:
+        mask = packed_attention_mask(bounds_q, bounds_k, *tokens, window_size=window)
+        inputs = inputs.map(lambda t: clear_rest(t, bounds_q)[None], lambda t: clear_rest(t, bounds_k)[None])
     else:
         mask = attention_mask(*tokens, window_size=window, device=inputs.q1.device)
     out, *max_logits = diff_attention(

@@ -226,6 +226,23 @@ def test_packed_documents_equal_each_alone(lengths, mask, backend):
         torch.testing.assert_close(a.double(), b, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mask", ["causal", "left window"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_tokens_after_the_last_document_are_zero(mask, backend):
+    t, bounds = packed([9, 140, 6], lam="token", epilogue="gate")
+    bounds = bounds[:-1]
+    names = ("q1", "k1", "q2", "k2", "v", "lam", "gate")
+    whole, own = (leaves(*(t[n][:stop] for n in names)) for stop in (155, 149))
+    results = []
+    for *args, gate in (whole, own):
+        options = {"gate": gate, "backend": backend, **MASKS[mask]}
+        out = diff_attn_varlen_func(*args, bounds, bounds, 140, 140, **options)
+        results.append([out, *torch.autograd.grad(out.cos().sum(), [*args, gate])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a[:149], b)
+        assert (a[149:] == 0).all()
+
+
 def test_packed_queries_shorter_than_keys():
     """A few new queries against longer key runs, as in cached generation."""
     t = make_inputs(batch=1, sq=6, sk=40, lam="scalar")
@@ -290,7 +307,7 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     [
         ([1, 37], "starts at 1"),
         ([0, 20, 10, 37], "falls after entry 1"),
-        ([0, 36], "ends at 36 but the packed tensors hold 37"),
+        ([0, 38], "ends at 38 but the packed tensors hold 37"),
         ([0, 37], "a document of 37 tokens but the stated maximum is 30"),
     ],
 )

@@ -96,6 +96,32 @@ def test_packed_documents(install, version, capability, causal, window):
 
 
 @pytest.mark.parametrize(("version", "capability"), GPUS)
+def test_tokens_after_the_last_document_are_zero(install, version, capability):
+    """The libraries leave them, and their gradients, as they find the memory: NaN here."""
+
+    def spoil(t, total):
+        return torch.cat([t[:total], torch.full_like(t[total:], torch.nan)])
+
+    library = install(capability, version)
+    run = library.run
+
+    def spoiling(*tensors, **options):
+        q, k, v, packing, lengths = tensors
+        q, k, v = (t.clone() for t in (q, k, v))
+        for t, total in ((q, 8), (k, 9), (v, 9)):
+            t.register_hook(partial(spoil, total=total))
+        return spoil(run(q, k, v, packing, lengths, **options), 8)
+
+    library.run = spoiling
+    cu_q, cu_k = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 8], [0, 5, 9]))
+    q, k, v = inputs((11,), (10,), 4, 2, 1, 64, 128)
+    out = attend(q, k, v, (cu_q, cu_k, 5, 5), softmax_scale=0.1, causal=True)
+    own = q[:8], k[:9], v[:9]
+    alone = plain(*own[:2], own[2].expand(-1, 2, -1), (cu_q, cu_k), 0.1, True, (-1, -1), 0.0)
+    both(out, torch.cat([alone, torch.zeros_like(out[8:])]), [q, k, v])
+
+
+@pytest.mark.parametrize(("version", "capability"), GPUS)
 @pytest.mark.parametrize(
     ("key_heads", "value_heads", "common"), [(6, 2, 6), (2, 6, 6), (2, 3, 6), (4, 1, 4), (1, 4, 4), (1, 12, 12)]
 )

@@ -201,18 +201,45 @@ def test_a_document_does_not_depend_on_its_neighbours(device):
 
 
 def test_bounds_that_lie_are_cut_to_the_tensors(device, monkeypatch):
-    """Past the last token of cu_seqlens there is NaN, which must stay unread."""
+    """Past the last token of cu_seqlens there is NaN, which must stay unread. A longest document is
+    not read at all.
+    """
     buffers = [torch.full((90, *t.shape[2:]), torch.nan, device=device) for t in tensors(device)[:5]]
     views = [b[:30].copy_(t[0, :30]).requires_grad_() for b, t in zip(buffers, tensors(device)[:5], strict=True)]
     lam = torch.tensor(0.3, device=device)
     results = []
-    for bounds in ([0, 20, 30], [-7, 20, 80]):
+    for longest, bounds in ((30, [0, 20, 30]), (3, [-7, 20, 80])):
         bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-        inputs, documents = AttentionInputs(*views, lam), Sequences(30, 30, bounds, bounds)
+        inputs, documents = AttentionInputs(*views, lam), Sequences(longest, longest, bounds, bounds)
         out = operator.diff_attention(*inputs, *documents, *OPTIONS, True)[0]
         results.append([out, *gradients(out, views, torch.ones_like(out))])
     for lying, honest in zip(*results, strict=True):
         assert torch.equal(lying, honest)
+
+
+@pytest.mark.parametrize("epilogue", ["norm", "gate"])
+@pytest.mark.parametrize("window", [(-1, -1), (6, 0)])
+def test_tokens_after_the_last_document_are_zero(window, epilogue, device):
+    """Whatever they hold, NaN too."""
+    inputs, (bounds_q, bounds_k, *_) = packed(device, [5, 70, 40], [9, 61, 50])
+    bounds = bounds_q[:-1], bounds_k[:-1]
+    inputs += extras(epilogue, inputs)
+    grad = torch.randn(115, 4, 32, device=device)
+    for t in (inputs[0], inputs[2], inputs[5], grad, *([inputs[7]] if epilogue == "gate" else [])):
+        t[75:] = torch.nan
+    for t in (inputs[1], *inputs[3:5]):
+        t[70:] = torch.nan
+    ends = 75, 70, 75, 70, 70, 75, None, 75
+    options = {"causal": True, "window_size": window, "return_max_logits": True}
+    results = []
+    for cut in (False, True):
+        used = [t if end is None or t is None or not cut else t[:end] for t, end in zip(inputs, ends, strict=True)]
+        used = leaves(*used)
+        out, *largest = fused_varlen(*used[:6], *bounds, 70, 70, norm_weight=used[6], gate=used[7], **options)
+        results.append([out, *gradients(out, used, grad[: len(out)]), *largest])
+    for whole, own in zip(*results, strict=True):
+        assert torch.equal(whole[: len(own)], own)
+        assert (whole[len(own) :] == 0).all()
 
 
 def test_fully_masked_rows_are_zero(device):
@@ -427,11 +454,9 @@ def test_refuses_with_a_reason(change, message, device):
 
 
 def test_refuses_what_a_grid_or_32_bits_cannot_hold(device):
-    inputs = [t[0] for t in tensors(device, sq=4, sk=4)[:5]]
-    bounds = torch.zeros(65537 + 1, dtype=torch.int32, device=device)
-    bounds[-1] = 4
-    with pytest.raises(ValueError, match="65537 sequences in one call"):
-        fused_varlen(*inputs, 0.3, bounds, bounds, 4, 4)
+    inputs = [t.expand(65537, *t.shape[1:]) for t in tensors(device, sq=4, sk=4)[:5]]
+    with pytest.raises(ValueError, match="a batch of 65537"):
+        fused(*inputs, 0.3)
     inputs = tensors(device, sq=1, sk=2)
     inputs[4] = torch.empty((1 << 24) + 64, device=device).as_strided((1, 2, 2, 32), (1, 1 << 24, 32, 1))
     with pytest.raises(ValueError, match=r"v with tokens 16777216 elements apart.*call v.contiguous\(\)"):

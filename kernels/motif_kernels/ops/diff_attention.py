@@ -30,10 +30,8 @@ def unsupported_reason(inputs: AttentionInputs, sequences: Sequences | None = No
             f"{k1.shape[-2]} heads of k1 and {q2.shape[-2]} noise heads: the signal heads of a group must share their "
             "key head, so the noise heads must be a multiple of k1's"
         )
-    bounds = None if sequences is None else sequences.cu_seqlens_q
-    batch = len(q1) if bounds is None else len(bounds) - 1
-    if batch > MAX_BATCH:
-        return f"{batch} sequences in one call: the kernels take at most {MAX_BATCH}, a grid's limit"
+    if len(q1) > MAX_BATCH and (sequences is None or not sequences.is_packed):
+        return f"a batch of {len(q1)}: the kernels take at most {MAX_BATCH}, a grid's limit; packed, any number"
     for name, tensor in (("q1", q1), ("k1", k1), ("q2", q2), ("k2", k2), ("v", v), ("gate", inputs.gate)):
         if tensor is not None and tensor.stride(-3) > MAX_TOKEN_STRIDE:
             return (

@@ -41,13 +41,10 @@ def _table(device: torch.device) -> dict[str, Any]:
 
 
 def attention_size(head_dim: int, value_dim: int, element_size: int) -> int:
-    """The size of attention in these tables: D + Dv in bytes.
-
-    Where three quarters of their sum padded to powers of two are more, those: a width just above a
-    power of two costs almost twice what it is.
+    """The size of attention in these tables: bytes of a key and a value, padded as tiles are to
+    powers of two.
     """
-    padded = sum(1 << max(4, (width - 1).bit_length()) for width in (head_dim, value_dim))
-    return max(head_dim + value_dim, padded * 3 // 4) * element_size
+    return sum(1 << max(4, (width - 1).bit_length()) for width in (head_dim, value_dim)) * element_size
 
 
 def launch_choice(kernel: str, size: int, device: torch.device) -> Entry:

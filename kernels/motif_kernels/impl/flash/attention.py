@@ -12,6 +12,7 @@ libraries lack is made up for here:
 - **Windows.** 2 takes a side of at least the key length for unbounded and an unbounded side for the
   key length, both right only while there are no more queries than keys. Where there are more it is
   called with packed sequences and a key length that makes it right.
+- **Tokens after the last document** the libraries leave as they find them, gradients too: cleared.
 - **Empty tensors** are answered here: they would launch nothing, or fail.
 
 A fully masked row is 0 in each of them and passes no gradient: 2 stores a log-sum-exp of +inf for
@@ -20,6 +21,7 @@ there.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from motif_kernels.impl.flash import libraries
 from motif_kernels.impl.flash.libraries import Request, ValuePlan
+from motif_kernels.reference import clear_rest
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 
@@ -79,6 +82,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: At
     if isinstance(found, str):
         raise ValueError(f"backend 'flash' cannot serve {found}")
     version, plan = found
+    bounds_q, bounds_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    if backward and bounds_q is not None and bounds_k is not None:
+        q, k, v = (_ClearGradient.apply(t, bounds) for t, bounds in ((q, bounds_q), (k, bounds_k), (v, bounds_k)))
     k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
     q, k = _pad(q, plan.head_dim), _pad(k, plan.head_dim)
     # split, not slices: its backward pass joins the pieces' gradients in one step.
@@ -86,7 +92,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: At
         _call(version, q, k, _pad(piece, plan.v_head_dim), sequences, options)[..., : piece.shape[-1]]
         for piece in v.split(plan.piece, dim=-1)
     ]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return out if bounds_q is None else clear_rest(out, bounds_q)
+
+
+class _ClearGradient(torch.autograd.Function):
+    """Packed tokens as they are; the gradient is cleared after the last document."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cu_seqlens: Tensor) -> Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return clear_rest(grad, *ctx.saved_tensors), None
 
 
 def _pad(t: Tensor, width: int) -> Tensor:

@@ -17,9 +17,9 @@ Three kernels, none with atomics:
   walks over queries. dP_h is computed once and shared by the signal and the noise map, and one
   product per signal head gives dV of both.
 - ``_queries_kernel`` serves a tile of queries and walks over keys. With one signal head a noise
-  head it does both maps in one walk, again sharing dP; with more, each map has programs of its own
-  (sharing would need g + 1 accumulators), and dO2 V^T costs less than going through the group
-  again.
+  head, and heads narrow enough, it does both maps in one walk, again sharing dP; otherwise each map
+  has programs of its own (sharing would need g + 1 accumulators), and dO2 V^T costs less than going
+  through the group again.
 
 With atomics allowed, the keys kernel adds dQ in float32 as it goes and the queries kernel is not
 needed: less work, but sums in an order that differs from run to run.
@@ -29,8 +29,10 @@ import triton
 import triton.language as tl
 
 from motif_kernels.impl.triton.attention_tiles import (
+    NUMBERS,
     cap_slope,
     document,
+    document_tile,
     key_ranges,
     load_tile,
     product,
@@ -96,23 +98,22 @@ def _prepare_kernel(
             h = n * GROUP + i
             own = ((t * heads + h) * DV)[:, None] + columns[None, :]  # in contiguous tensors (T, Hs, Dv)
             given = (t * grad_token + h * grad_head)[:, None] + columns[None, :]
-            g = tl.load(grad_pointer + given, mask=mask, other=0.0).to(tl.float32) * out_scale
+            # A fully masked row passes no gradient, whatever stands there.
+            seen = tl.load(lse1_pointer + h * tokens + t, mask=present, other=float("inf")) != float("inf")
+            seen_mask = mask & seen[:, None]
+            g = tl.load(grad_pointer + given, mask=seen_mask, other=0.0).to(tl.float32) * out_scale
             a = tl.load(a_pointer + own, mask=mask, other=0.0).to(tl.float32)
             if HAS_NOISE:
-                lam = tl.load(lam_pointer + t * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
+                lam = tl.load(lam_pointer + t * lam_token + h * lam_head, mask=seen, other=0.0).to(tl.float32)
             if gate_pointer is not None:
                 gate_at = (t * gate_token + h * gate_head)[:, None] + columns[None, :]
-                gate = tl.load(gate_pointer + gate_at, mask=mask, other=0.0).to(tl.float32)
+                gate = tl.load(gate_pointer + gate_at, mask=seen_mask, other=0.0).to(tl.float32)
                 s = 1 / (1 + tl.exp(-gate))
                 g *= s
                 d_gate = g * a * (1 - s)
                 tl.store(d_gate_pointer + own, d_gate.to(d_gate_pointer.dtype.element_ty), mask=mask)
             if weight_pointer is not None:
-                r = tl.load(inverse_rms_pointer + h * tokens + t, mask=present, other=0.0)
-                # A fully masked row passes no gradient; eps^-1/2 times one could overflow
-                # float16.
-                lse = tl.load(lse1_pointer + h * tokens + t, mask=present, other=0.0)
-                r = tl.where(lse == float("inf"), 0.0, r)[:, None]
+                r = tl.load(inverse_rms_pointer + h * tokens + t, mask=seen, other=0.0)[:, None]
                 normed = a * r
                 d_weight += tl.sum(g * normed, axis=0)
                 g *= weight
@@ -280,7 +281,7 @@ def _add_tile(pointer, stride, rows, present, tile, WIDTH: tl.constexpr, BLOCK_W
     tl.atomic_add(at, tile, mask=present[:, None] & (columns < WIDTH)[None, :], sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _keys_kernel(
     q1_pointer,
     k1_pointer,
@@ -322,6 +323,7 @@ def _keys_kernel(
     seqlen_k,
     tokens,
     key_tokens,
+    documents,
     left,
     right,
     noise_heads,
@@ -345,12 +347,13 @@ def _keys_kernel(
     """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and
     value heads.
     """
-    first = tl.program_id(0) * BLOCK_N
     share = tl.program_id(1)
-    z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
-    k_start, key_start, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
-    if first >= length_k:
+    z, first = tl.program_id(2), tl.program_id(0) * BLOCK_N
+    if cu_seqlens_k_pointer is not None:
+        z, first = document_tile(tl.program_id(0), cu_seqlens_k_pointer, documents, key_tokens, BLOCK_N)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens, documents, 0)
+    k_start, key_start, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens, documents, key_tokens)
+    if (first < 0) | (first >= length_k):
         return
     keys = first + tl.arange(0, BLOCK_N)
     shift = length_k - length_q
@@ -475,7 +478,7 @@ def _walk_keys(
     return dq, dq_noise
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _queries_kernel(
     q_pointer,
     k_pointer,
@@ -514,6 +517,7 @@ def _queries_kernel(
     seqlen_k,
     tokens,
     key_tokens,
+    documents,
     left,
     right,
     heads,
@@ -537,11 +541,12 @@ def _queries_kernel(
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
-    z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
-    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
-    first = block * BLOCK_M
-    if first >= length_q:
+    z, first = tl.program_id(2), block * BLOCK_M
+    if cu_seqlens_q_pointer is not None:
+        z, first = document_tile(block, cu_seqlens_q_pointer, documents, tokens, BLOCK_M)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens, documents, tokens)
+    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens, documents, 0)
+    if (first < 0) | (first >= length_q):
         return
     queries = first + tl.arange(0, BLOCK_M)
     present = queries < length_q

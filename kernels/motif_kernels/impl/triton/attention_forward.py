@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 
 from motif_kernels.impl.triton.attention_tiles import (
+    NUMBERS,
     document,
+    document_tile,
     key_ranges,
     load_tile,
     product,
@@ -151,6 +153,7 @@ def _finish(
     token_start,
     first,
     length_q,
+    scaled,
     heads,
     tokens,
     out_scale,
@@ -174,12 +177,12 @@ def _finish(
         a *= inverse_rms[:, None] * weight[None, :]
     if gate_pointer is not None:
         gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
-        gate = load_tile(gate_at, gate_token, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
+        gate = load_tile(gate_at, gate_token, first, scaled, BLOCK_M, DV, BLOCK_DV, True)
         a *= tl.sigmoid(gate.to(tl.float32))
     store_tile(out, heads * DV, first, length_q, a * out_scale, BLOCK_M, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "left", "right", "lam_batch"])
+@triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
     q1_pointer,
     k1_pointer,
@@ -225,6 +228,7 @@ def _forward_kernel(
     seqlen_k,
     tokens,
     key_tokens,
+    documents,
     left,
     right,
     noise_heads,
@@ -249,17 +253,18 @@ def _forward_kernel(
     # The last queries see most under a causal mask: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     n = tl.program_id(1)
-    z = tl.program_id(2)
-    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens)
-    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens)
-    first = block * BLOCK_M
-    if first >= length_q:
+    z, first = tl.program_id(2), block * BLOCK_M
+    tile = z.to(tl.int64) * tl.num_programs(0) + block
+    if cu_seqlens_q_pointer is not None:
+        z, first = document_tile(block, cu_seqlens_q_pointer, documents, tokens, BLOCK_M)
+    q_start, token_start, length_q = document(z, cu_seqlens_q_pointer, seqlen_q, tokens, documents, tokens)
+    k_start, _, length_k = document(z, cu_seqlens_k_pointer, seqlen_k, key_tokens, documents, 0)
+    if (first < 0) | (first >= length_q):
         if max1_pointer is not None:
-            at = z.to(tl.int64) * tl.num_programs(0) + block
             if HAS_NOISE:
-                tl.store(max2_pointer + at * noise_heads + n, float("-inf"))
+                tl.store(max2_pointer + tile * noise_heads + n, float("-inf"))
             for i in tl.range(GROUP):
-                tl.store(max1_pointer + at * (noise_heads * GROUP) + n * GROUP + i, float("-inf"))
+                tl.store(max1_pointer + tile * (noise_heads * GROUP) + n * GROUP + i, float("-inf"))
         return
     queries = first + tl.arange(0, BLOCK_M)
     present = queries < length_q
@@ -270,7 +275,8 @@ def _forward_kernel(
     z, n = z.to(tl.int64), n.to(tl.int64)
     heads = noise_heads * GROUP
     rows = token_start + queries  # of the arrays that this kernel writes
-    tile = z * tl.num_programs(0) + block
+    # Without keys, what lambda and gate hold is not read: zeros stay zeros even by NaN.
+    scaled = tl.where(length_k > 0, length_q, 0)
 
     # Map 0 is the noise head's, map i the i-th signal head's. One loop for all: the attention's
     # code exists once, and nothing of the epilogue is alive in registers while it runs, which
@@ -313,17 +319,17 @@ def _forward_kernel(
                     store_tile(o2_own, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
             else:
                 lam_at = lam_pointer + z * lam_batch + h * lam_head + (q_start + queries) * lam_token
-                lam = tl.load(lam_at, mask=present, other=0.0)
+                lam = tl.load(lam_at, mask=queries < scaled, other=0.0)
                 o2 = load_tile(scratch, noise_heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
                 a -= lam.to(tl.float32)[:, None] * o2
                 _finish(
                     a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
-                    gate_head, z, h, q_start, token_start, first, length_q, heads, tokens, out_scale,
+                    gate_head, z, h, q_start, token_start, first, length_q, scaled, heads, tokens, out_scale,
                     NORM_EPS, BLOCK_M, DV, BLOCK_DV,
                 )  # fmt: skip
         else:
             _finish(
                 a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
-                gate_head, z, h, q_start, token_start, first, length_q, heads, tokens, out_scale,
+                gate_head, z, h, q_start, token_start, first, length_q, scaled, heads, tokens, out_scale,
                 NORM_EPS, BLOCK_M, DV, BLOCK_DV,
             )  # fmt: skip

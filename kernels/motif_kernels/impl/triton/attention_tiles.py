@@ -9,6 +9,8 @@ exponential is an exp2.
 import triton
 import triton.language as tl
 
+# Arguments that change from call to call: no kernel is compiled for their values.
+NUMBERS = ["seqlen_q", "seqlen_k", "tokens", "key_tokens", "documents", "left", "right", "lam_batch"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -160,15 +162,41 @@ def cap_slope(logits, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def document(z, cu_seqlens_pointer, seqlen, tokens):
+def _bound(cu_seqlens_pointer, z, tokens):
+    # Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the
+    # tensors' tokens: whatever they say, nothing outside is read or written.
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_pointer + z), 0), tokens)
+
+
+@triton.jit
+def document_tile(tile, cu_seqlens_pointer, documents, tokens, BLOCK: tl.constexpr):
+    """Which document a tile of packed tokens belongs to, and its first row there; a row that is not
+    in the document: the tile is empty.
+
+    Document z has its tiles from number cu_seqlens[z] // BLOCK + z on. That leaves room for the
+    last tile of each document before it, cut or not, so tokens // BLOCK + documents + 1 tiles are
+    enough for any bounds. Tokens after the last document count as one more, number ``documents``.
+    """
+    z, last = 0, documents
+    while z < last:  # the last document whose first tile is not beyond this one
+        middle = (z + last + 1) // 2
+        begins = _bound(cu_seqlens_pointer, middle, tokens) // BLOCK + middle <= tile
+        z = tl.where(begins, middle, z)
+        last = tl.where(begins, last, middle - 1)
+    return z, (tile - z - _bound(cu_seqlens_pointer, z, tokens) // BLOCK) * BLOCK
+
+
+@triton.jit
+def document(z, cu_seqlens_pointer, seqlen, tokens, documents, end):
     """Of batch entry z: its first row in tensors with strides, its first token counted over the
     batch, its length.
 
-    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the
-    tensors' tokens: whatever they say, nothing outside is read or written.
+    Tokens after the last packed document are one more that reaches to ``end``: their number where
+    its rows are served, 0 where it sees them. So they get zeros.
     """
     if cu_seqlens_pointer is not None:
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_pointer + z), 0), tokens)
-        length = tl.minimum(tl.load(cu_seqlens_pointer + z + 1), tokens) - start
+        start = _bound(cu_seqlens_pointer, z, tokens)
+        end = tl.load(cu_seqlens_pointer + z + 1, mask=z < documents, other=end)
+        length = tl.maximum(tl.minimum(end, tokens) - start, 0)
         return start.to(tl.int64), start.to(tl.int64), length
     return tl.full((), 0, tl.int64), z.to(tl.int64) * seqlen, seqlen

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from motif_kernels.impl.triton.launching import launch
+
 
 @triton.jit(do_not_specialize=["added", "capacity", "pages", "page_size"])
 def _append_kernel(
@@ -51,7 +53,9 @@ def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor |
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     batch, added, heads, width = tokens.shape
     page_size = cache.shape[1]
-    _append_kernel[(added, batch)](
+    launch(
+        _append_kernel,
+        (added, batch),
         cache,
         tokens,
         lengths,

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from motif_kernels.impl.triton.launching import launch
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
@@ -229,7 +230,9 @@ def forward(
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     out = torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
     programs, _, constants = _tile("diff_combine_forward", signal, noise)
-    _forward_kernel[(programs,)](
+    launch(
+        _forward_kernel,
+        (programs,),
         signal,
         noise,
         lam,
@@ -271,7 +274,9 @@ def backward(
     d_lam = torch.empty(signal.shape[:2], dtype=dtype, device=device)
     d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=device) if gate is not None else None
     d_weight = torch.empty(programs, signal.shape[2], dtype=dtype, device=device) if norm_weight is not None else None
-    _backward_kernel[(programs,)](
+    launch(
+        _backward_kernel,
+        (programs,),
         grad,
         signal,
         noise,

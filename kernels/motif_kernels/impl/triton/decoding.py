@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motif_kernels.impl.triton.attention_tiles import product, to_logits
+from motif_kernels.impl.triton.launching import launch
 from motif_kernels.tuning import attention_size, launch_choice
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
@@ -281,7 +282,9 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
 
     o1, statistics1 = parts(heads, dv), parts(heads, 2)
     o2, statistics2 = parts(inputs.noise_heads, dv), parts(inputs.noise_heads, 2)
-    _split_kernel[(num_splits, kv_heads, batch)](
+    launch(
+        _split_kernel,
+        (num_splits, kv_heads, batch),
         q1,
         k1,
         q2,
@@ -325,7 +328,9 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         num_stages=choice["num_stages"],
     )
     out = torch.empty(batch, seqlen_q, heads, dv, dtype=q1.dtype, device=q1.device)
-    _merge_kernel[(groups, seqlen_q, batch)](
+    launch(
+        _merge_kernel,
+        (groups, seqlen_q, batch),
         o1,
         o2,
         statistics1,

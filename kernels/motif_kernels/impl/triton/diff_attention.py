@@ -12,6 +12,7 @@ from torch import Tensor
 
 from motif_kernels.impl.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
 from motif_kernels.impl.triton.attention_forward import _forward_kernel
+from motif_kernels.impl.triton.launching import launch
 from motif_kernels.tuning import attention_size, launch_choice
 from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
@@ -66,8 +67,25 @@ def _dense(inputs: AttentionInputs, sequences: Sequences) -> tuple[AttentionInpu
     return inputs, Sequences(sequences.max_seqlen_q, sequences.max_seqlen_k, *bounds)
 
 
-def _batch(inputs: AttentionInputs, sequences: Sequences) -> int:
-    return len(inputs.q1) if sequences.cu_seqlens_q is None else len(sequences.cu_seqlens_q) - 1
+def _grid(block: int, max_seqlen: int, cu_seqlens: Tensor | None, heads: int, of: Tensor) -> tuple[int, int, int]:
+    """Programs for tiles of ``block`` tokens of each head of each batch entry; packed documents
+    have theirs one after the other (``document_tile``).
+    """
+    if cu_seqlens is None:
+        return triton.cdiv(max_seqlen, block), heads, len(of)
+    return len(of) // block + len(cu_seqlens), heads, 1
+
+
+def _lengths(inputs: AttentionInputs, sequences: Sequences) -> tuple[int, ...]:
+    """Of sequences, of the tensors, and how many packed documents there are."""
+    bounds = sequences.cu_seqlens_q
+    return (
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
+        inputs.q1.shape[:-2].numel(),
+        inputs.k1.shape[:-2].numel(),
+        0 if bounds is None else len(bounds) - 1,
+    )
 
 
 def _groups(inputs: AttentionInputs) -> int:
@@ -85,6 +103,14 @@ def _heads(inputs: AttentionInputs) -> dict[str, int]:
         "NOISES_PER_K2": 1 if inputs.k2 is None else groups // inputs.k2.shape[-2],
         "NOISES_PER_V": groups // inputs.v.shape[-2],
     }
+
+
+def _walks_both_maps(inputs: AttentionInputs) -> bool:
+    """Whether the gradients of both maps' queries come from one walk over the keys: each signal
+    head has a noise head, and both maps' tiles fit.
+    """
+    widths = _widths(inputs.q1, inputs.v)
+    return inputs.noise_heads == inputs.q1.shape[-2] and 2 * widths["BLOCK_D"] + widths["BLOCK_DV"] <= 256
 
 
 def _mask(options: AttentionOptions) -> dict[str, Any]:
@@ -106,14 +132,16 @@ def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpt
     q1, k1, q2, k2, v, lam, norm_weight, gate = inputs
     groups, heads = _groups(inputs), q1.shape[-2]
     tiles = _tiles("attention_forward", q1, v)
-    grid = (triton.cdiv(sequences.max_seqlen_q, tiles["BLOCK_M"]), groups, _batch(inputs, sequences))
+    grid = _grid(tiles["BLOCK_M"], sequences.max_seqlen_q, sequences.cu_seqlens_q, groups, q1)
     scratch = max_signal = max_noise = None
     if lam is not None:
         scratch = q1.new_empty(q1.shape[:-2].numel(), groups, v.shape[-1], dtype=torch.float32)
     if options.return_max_logits:
         max_signal = q1.new_empty(grid[2] * grid[0], heads, dtype=torch.float32)
         max_noise = q1.new_empty(grid[2] * grid[0], inputs.noise_heads, dtype=torch.float32)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel,
+        grid,
         q1,
         k1,
         q2,
@@ -140,10 +168,7 @@ def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpt
         *_strides(v),
         *_lam_strides(lam),
         *_strides(gate),
-        sequences.max_seqlen_q,
-        sequences.max_seqlen_k,
-        q1.shape[:-2].numel(),
-        k1.shape[:-2].numel(),
+        *_lengths(inputs, sequences),
         options.left,
         options.right,
         groups,
@@ -173,11 +198,11 @@ def backward(
     """Fill the gradients."""
     inputs, sequences = _dense(inputs, sequences)
     q1, q2 = inputs.q1, inputs.q2
-    group = q1.shape[-2] // _groups(inputs)
     d_a = torch.empty(difference.shape, dtype=q1.dtype, device=q1.device)
-    # With one signal head a noise head, or atomics, nothing reads the gradient of the noise map's
+    # In one walk over both maps, or with atomics, nothing reads the gradient of the noise map's
     # output.
-    d_o2 = torch.empty_like(noise) if group > 1 and options.deterministic else None  # never without noise
+    apart = inputs.noise is not None and options.deterministic and not _walks_both_maps(inputs)
+    d_o2 = torch.empty_like(noise) if apart else None
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
     gradients = backward_prepare(
         grad, inputs, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
@@ -220,7 +245,9 @@ def backward_prepare(
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     flat_gate = None if gate is None else gate.flatten(0, -3)
     flat_lam = lam.flatten(0, 1) if lam is not None and lam.ndim == 3 else lam
-    _prepare_kernel[(programs,)](
+    launch(
+        _prepare_kernel,
+        (programs,),
         flat,
         difference,
         _present(noise),
@@ -283,7 +310,10 @@ def backward_keys(
     dk2 = dk1 if k2 is None else target(gradients.k2)
     has_noise = lam is not None
     tiles = _tiles("attention_backward_keys", q1, v)
-    _keys_kernel[(triton.cdiv(sequences.max_seqlen_k, tiles["BLOCK_N"]), shares, _batch(inputs, sequences))](
+    grid = _grid(tiles["BLOCK_N"], sequences.max_seqlen_k, sequences.cu_seqlens_k, shares, k1)
+    launch(
+        _keys_kernel,
+        grid,
         q1,
         k1,
         q2 if has_noise else q1,
@@ -306,10 +336,7 @@ def backward_keys(
         *_strides(k2),
         *_strides(v),
         *_lam_strides(lam),
-        sequences.max_seqlen_q,
-        sequences.max_seqlen_k,
-        q1.shape[:-2].numel(),
-        k1.shape[:-2].numel(),
+        *_lengths(inputs, sequences),
         options.left,
         options.right,
         groups,
@@ -350,7 +377,9 @@ def backward_queries(
     tiles = _tiles("attention_backward_queries", q1, v)
     for q, k, d_o, own_lse, delta, dq in maps:
         heads = q.shape[-2]
-        _queries_kernel[(triton.cdiv(sequences.max_seqlen_q, tiles["BLOCK_M"]), heads, _batch(inputs, sequences))](
+        launch(
+            _queries_kernel,
+            _grid(tiles["BLOCK_M"], sequences.max_seqlen_q, sequences.cu_seqlens_q, heads, q1),
             q,
             k,
             q2 if both else None,
@@ -372,10 +401,7 @@ def backward_queries(
             *_strides(k2 if both else None),
             *_strides(v),
             *(_lam_strides(lam) if both else (0, 0, 0)),
-            sequences.max_seqlen_q,
-            sequences.max_seqlen_k,
-            q1.shape[:-2].numel(),
-            k1.shape[:-2].numel(),
+            *_lengths(inputs, sequences),
             options.left,
             options.right,
             heads,

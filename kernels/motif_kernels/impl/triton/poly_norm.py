@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
+from motif_kernels.impl.triton.launching import launch
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
@@ -355,7 +356,9 @@ def forward(
     weight, bias = weight.contiguous(), bias.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     grid, constants = _tile("poly_norm_forward", x)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel,
+        grid,
         x,
         up,
         weight,
@@ -394,7 +397,9 @@ def backward(
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up is not None else None
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if inverse_rms is None else None
     grid, constants = _tile("poly_norm_backward", x)
-    _backward_kernel[grid](
+    launch(
+        _backward_kernel,
+        grid,
         grad,
         x,
         up,
@@ -421,7 +426,7 @@ def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
     """Sums of x's sixth, fourth and second powers (x scaled by POWER_SCALE): (3, R)."""
     sums = torch.empty(3, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
-    _sums_kernel[grid](None, x, None, sums, *x.shape, 0, _stride(x), 0, BOUND=hidden_clamp, **constants)
+    launch(_sums_kernel, grid, None, x, None, sums, *x.shape, 0, _stride(x), 0, BOUND=hidden_clamp, **constants)
     return sums
 
 
@@ -429,7 +434,18 @@ def product_sums(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clamp: fl
     """Sums of g x^3, g x^2, g x and g (x scaled; g = grad, times up if given): (4, R)."""
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_sums", x)
-    _sums_kernel[grid](
-        grad, x, up, sums, *x.shape, _stride(grad), _stride(x), _stride(up), BOUND=hidden_clamp, **constants
+    launch(
+        _sums_kernel,
+        grid,
+        grad,
+        x,
+        up,
+        sums,
+        *x.shape,
+        _stride(grad),
+        _stride(x),
+        _stride(up),
+        BOUND=hidden_clamp,
+        **constants,
     )
     return sums
