@@ -50,12 +50,11 @@ def control(*names: str) -> Callable[[Callable[["Binder"], Control]], Callable[[
     return register
 
 
-def find(table: dict[str, Any], opcode: str) -> Any:
-    """The entry of the longest prefix of an opcode, in whole parts."""
-    while opcode:
-        if opcode in table:
-            return table[opcode]
-        opcode = opcode.rpartition(".")[0]
+def find(table: dict[str, Any], parts: tuple[str, ...]) -> Any:
+    """The entry of the longest prefix of an opcode's parts."""
+    for count in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:count])) in table:
+            return table[name]
     return None
 
 

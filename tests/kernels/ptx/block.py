@@ -101,7 +101,8 @@ class Context:
                 )
             if self.sources and not self.sources.isdisjoint(line.written):
                 self._find(line, lambda i: self.sources & i.written, "is read by a wgmma that was not waited for")
-            for at, step in enumerate(line.steps, self.pc):
+            first = self.pc
+            for at, step in enumerate(line.steps, first):
                 self.pc = at  # for a fault
                 step()
             block.steps += len(line.steps) + 1
@@ -230,12 +231,12 @@ class Block:
             while at < len(self.program.instructions):
                 ins = self.program.instructions[at]
                 binder = Binder(self, low, high, ins)
-                builder = find(CONTROLS, ins.opcode)
+                builder = find(CONTROLS, ins.parts)
                 try:
                     if builder:
                         last = builder(binder)
                     else:
-                        builder = find(BUILDERS, ins.opcode)
+                        builder = find(BUILDERS, ins.parts)
                         if builder is None:
                             raise NotImplementedError(ins.opcode)
                         steps.append(builder(binder))
