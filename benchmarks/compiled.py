@@ -46,15 +46,18 @@ def _poly_norm() -> None:
         for columns in sorted(length // dtype.itemsize for length in lengths):
             for x in (torch.empty(64, columns, dtype=dtype), torch.empty(1, columns)):
                 up = x if has_up else None
-                fixed: dict[str, Any] = {"eps": 1e-6, "hidden_clamp": None}
-                poly_norm.forward(x, up, weight, bias, inverse_rms=None, out_dtype=x.dtype, **fixed)
-                poly_norm.backward(x, x, up, weight, bias, inverse_rms=None, mean_products=None, **fixed)
                 moments = torch.empty(3, len(x))
+                to_forward: dict[str, Any] = {"eps": 1e-6, "out_dtype": x.dtype, "hidden_clamp": None}
+                for keep in (False, True):
+                    poly_norm.forward(x, up, weight, bias, inverse_rms=None, keep_inverse_rms=keep, **to_forward)
+                to_backward: dict[str, Any] = {"inverse_rms": moments, "mean_products": None, "hidden_clamp": None}
+                poly_norm.backward(x, x, up, weight, bias, **to_backward)
                 poly_norm.power_sums(x, hidden_clamp=None)
                 poly_norm.product_sums(x, x, up, hidden_clamp=None)
-                fixed["hidden_clamp"] = 1000.0
-                poly_norm.forward(x, up, weight, bias, inverse_rms=moments, out_dtype=x.dtype, **fixed)
-                poly_norm.backward(x, x, up, weight, bias, inverse_rms=moments, mean_products=moments, **fixed)
+                to_forward |= {"inverse_rms": moments, "keep_inverse_rms": False, "hidden_clamp": 1000.0}
+                poly_norm.forward(x, up, weight, bias, **to_forward)
+                to_backward |= {"mean_products": moments, "hidden_clamp": 1000.0}
+                poly_norm.backward(x, x, up, weight, bias, **to_backward)
 
 
 def _combine() -> None:

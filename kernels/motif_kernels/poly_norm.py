@@ -151,8 +151,10 @@ def _apply(
             x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x), group.group_name
         )[0]
     if ops.has_implementation(x.device):
-        run = operator.forward if ops.needs_no_operator(x) else operator.poly_norm
-        return run(x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x))
+        arguments = (x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x))
+        if ops.needs_no_operator(x):
+            return operator.forward(*arguments)
+        return operator.poly_norm(*arguments, ops.needs_grad(x, up, weight, bias))[0]
     if hidden_clamp is not None:
         x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
     out = reference.poly_norm(x, weight, bias, eps=eps)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from helpers.interpreter import require_interpreter
+from helpers.interpreter import reduce_by_halves, require_interpreter
 from motif_kernels import ops
 
 
@@ -27,6 +27,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
     """The CPU operators; the Triton kernels, interpreted; the Triton kernels on a GPU."""
     if request.param == "interpreter":
         require_interpreter()
+        reduce_by_halves(monkeypatch)
         for family in ("poly_norm", "combine"):
             module = importlib.import_module(f"motif_kernels.ops.{family}")
             monkeypatch.setattr(

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers.numerics import assert_error_rule, gradients, leaves
@@ -200,7 +201,7 @@ def test_gradcheck_in_float64(path):
 @pytest.mark.parametrize("with_up", [True, False])
 def test_operator_contract(with_up, path):
     x, up, weight, bias = small_inputs(path)
-    torch.library.opcheck(operator, (x, up if with_up else None, weight, bias, 1e-6, 1.5, torch.float32))
+    torch.library.opcheck(operator, (x, up if with_up else None, weight, bias, 1e-6, 1.5, torch.float32, True))
 
 
 def test_compiles_without_a_graph_break(path):
@@ -253,12 +254,30 @@ def test_agrees_with_liger_kernel():
             torch.testing.assert_close(a, b.view_as(a), atol=tolerance * b.abs().max().item(), rtol=tolerance)
 
 
-def test_backward_saves_only_its_inputs(path):
+def test_backward_saves_its_inputs_and_three_numbers_a_row(path):
     x, up, weight, bias = small_inputs(path)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.update({t.data_ptr(): t}) or t, lambda t: t):
         mul_poly_norm(x, up, weight, bias)
-    assert set(saved) == {t.data_ptr() for t in (x, up, weight, bias)}
+    more = [t for pointer, t in saved.items() if pointer not in {t.data_ptr() for t in (x, up, weight, bias)}]
+    assert len(saved) == 5
+    assert [(t.shape, t.dtype) for t in more] == [((3, len(x)), torch.float32)]
+
+
+def test_nothing_is_kept_where_no_gradient_is_needed(path):
+    inputs = [t.detach() for t in small_inputs(path)]
+    kept = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.motif.poly_norm.default:
+                kept.append(out[1].numel())
+            return out
+
+    with Watch():
+        mul_poly_norm(*inputs)
+    assert kept == [0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """PolyNorm on a feed-forward sharded over its width: real processes against the whole row."""
 
+import types
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.distributed import on_ranks
 from helpers.interpreter import require_interpreter
@@ -91,3 +94,36 @@ def test_shards_agree_with_whole_rows(ranks: int, interpreted: bool, tmp_path: P
     # One message each way: three numbers a row, and the count of columns or the bias's gradient.
     for result in results:
         assert result["messages"] == [3 * 5 + 1] * 4
+
+
+def test_nothing_is_copied_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy would wait for the device, and could not be captured in a CUDA graph."""
+    rows, columns = 5, 8
+
+    def numbers(count: int) -> torch.Tensor:
+        return torch.empty(count, rows, device="meta")
+
+    kernels = types.SimpleNamespace(
+        power_sums=lambda x, **_: numbers(3),
+        product_sums=lambda grad, x, up, **_: numbers(4),
+        forward=lambda x, *_, **__: (torch.empty_like(x), None),
+        backward=lambda grad, x, up, *_, **__: (torch.empty_like(x), torch.empty_like(up), None),
+    )
+    monkeypatch.setattr(operators, "implementation", lambda family, device: kernels)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
+    monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", lambda name: None)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            tensors = [t for t in pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            if {t.device.type for t in tensors} == {"cpu", "meta"}:
+                copied.append(function)
+            return out
+
+    x, weight, bias = (torch.empty(shape, device="meta") for shape in ((rows, columns), 3, 1))
+    with Watch():
+        _, inverse_rms, total = operators.forward_sharded(x, x, weight, bias, 1e-6, None, x.dtype, "")
+        operators.backward_sharded(x, x, x, weight, bias, inverse_rms, total, None, "")
+    assert not copied

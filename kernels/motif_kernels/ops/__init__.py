@@ -69,6 +69,11 @@ def needs_no_operator(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def schema(*values: Any) -> str:
     """An operator's arguments: the fields of NamedTuples, one after the other."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for v in values for name, kind in get_type_hints(v).items())

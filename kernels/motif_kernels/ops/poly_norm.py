@@ -40,29 +40,62 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """PolyNorm of x (..., N), times up if given, with weight (3,) and bias (1,)."""
+    return _forward(x, up, weight, bias, eps, hidden_clamp, out_dtype, keep_inverse_rms=False)[0]
+
+
+def _forward(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+    keep_inverse_rms: bool,
+) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+        return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
     with torch.cuda.device_of(x):
-        out = implementation(FAMILY, x.device).forward(
+        out, inverse_rms = implementation(FAMILY, x.device).forward(
             _rows(x),
             _optional_rows(up),
             weight,
             bias,
             inverse_rms=None,
+            keep_inverse_rms=keep_inverse_rms,
             eps=eps,
             hidden_clamp=hidden_clamp,
             out_dtype=out_dtype,
         )
-    return out.view(x.shape)
+    return out.view(x.shape), inverse_rms if inverse_rms is not None else _empty_inverse_rms(x, keep_inverse_rms)
 
 
-poly_norm = torch.library.custom_op("motif::poly_norm", forward, mutates_args=())
+def _empty_inverse_rms(x: Tensor, kept: bool) -> Tensor:
+    """Room for the inverse root mean squares of x's rows, (3, R); empty unless they are kept."""
+    return x.new_empty((3, x.numel() // x.shape[-1]) if kept else 0, dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("motif::poly_norm", mutates_args=())
+def poly_norm(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_dtype: torch.dtype,
+    keep_inverse_rms: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward`, and for the backward pass the inverse root mean squares (3, R) of the three
+    powers; without ``keep_inverse_rms`` they are empty, and there is no backward pass.
+    """
+    return _forward(x, up, weight, bias, eps, hidden_clamp, out_dtype, keep_inverse_rms)
 
 
 @poly_norm.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    *_, out_dtype = arguments
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, out_dtype, keep_inverse_rms = arguments
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
 
 
 @torch.library.custom_op("motif::poly_norm_backward", mutates_args=())
@@ -72,7 +105,7 @@ def _poly_norm_backward(
     up: Tensor | None,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
+    inverse_rms: Tensor,
     hidden_clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up (empty if there is none), weight and bias."""
@@ -85,9 +118,8 @@ def _poly_norm_backward(
             _optional_rows(up),
             weight,
             bias,
-            inverse_rms=None,
+            inverse_rms=inverse_rms,
             mean_products=None,
-            eps=eps,
             hidden_clamp=hidden_clamp,
         )
         total = sums.sum(dim=1)
@@ -109,15 +141,16 @@ def _fake_gradients(
 _poly_norm_backward.register_fake(_fake_gradients)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, up, weight, bias, ctx.eps, ctx.hidden_clamp, _ = inputs
-    ctx.save_for_backward(x, up, weight, bias)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, up, weight, bias, _, ctx.hidden_clamp, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, up, weight, bias, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, up, weight, bias = ctx.saved_tensors
-    dx, dup, dw, db = _poly_norm_backward(grad, x, up, weight, bias, ctx.eps, ctx.hidden_clamp)
-    return dx, (dup if up is not None else None), dw, db, None, None, None
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, up, weight, bias, inverse_rms = ctx.saved_tensors
+    dx, dup, dw, db = _poly_norm_backward(grad, x, up, weight, bias, inverse_rms, ctx.hidden_clamp)
+    return dx, (dup if up is not None else None), dw, db, None, None, None, None
 
 
 poly_norm.register_autograd(_differentiate, setup_context=_save)
@@ -136,8 +169,7 @@ def _all_reduce(sums: Tensor, extra: Tensor, group_name: str) -> tuple[Tensor, T
     return message[: sums.numel()].view(sums.shape), message[sums.numel() :]
 
 
-@torch.library.custom_op("motif::poly_norm_sharded", mutates_args=())
-def poly_norm_sharded(
+def forward_sharded(
     x: Tensor,
     up: Tensor | None,
     weight: Tensor,
@@ -158,14 +190,16 @@ def poly_norm_sharded(
     with torch.cuda.device_of(x):
         local = run.power_sums(rows, hidden_clamp=hidden_clamp)
         sums, columns = _all_reduce(local, local.new_full((1,), rows.shape[1]), group_name)
-        scaled_eps = local.new_tensor([[eps * POWER_SCALE**power] for power in (6, 4, 2)])
-        inverse_rms = torch.rsqrt(sums / columns + scaled_eps)
-        out = run.forward(
+        # Numbers, not a tensor made of them: that would be copied from the host, which waits.
+        means = (total / columns + eps * POWER_SCALE**power for total, power in zip(sums, (6, 4, 2), strict=True))
+        inverse_rms = torch.stack(tuple(means)).rsqrt_()
+        out, _ = run.forward(
             rows,
             _optional_rows(up),
             weight,
             bias,
             inverse_rms=inverse_rms,
+            keep_inverse_rms=False,
             eps=eps,
             hidden_clamp=hidden_clamp,
             out_dtype=out_dtype,
@@ -173,16 +207,17 @@ def poly_norm_sharded(
     return out.view(x.shape), inverse_rms, columns.clone()
 
 
+poly_norm_sharded = torch.library.custom_op("motif::poly_norm_sharded", forward_sharded, mutates_args=())
+
+
 @poly_norm_sharded.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, out_dtype, _ = arguments
-    dtype = compute_dtype(x)
-    inverse_rms = x.new_empty((3, x.numel() // x.shape[-1]), dtype=dtype)
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device), inverse_rms, x.new_empty(1, dtype=dtype)
+    inverse_rms = _empty_inverse_rms(x, True)
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), inverse_rms, inverse_rms.new_empty(1)
 
 
-@torch.library.custom_op("motif::poly_norm_sharded_backward", mutates_args=())
-def _poly_norm_sharded_backward(
+def backward_sharded(
     grad: Tensor,
     x: Tensor,
     up: Tensor | None,
@@ -190,7 +225,6 @@ def _poly_norm_sharded_backward(
     bias: Tensor,
     inverse_rms: Tensor,
     columns: Tensor,
-    eps: float,
     hidden_clamp: float | None,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,18 +242,20 @@ def _poly_norm_sharded_backward(
             bias,
             inverse_rms=inverse_rms,
             mean_products=products / columns,
-            eps=eps,
             hidden_clamp=hidden_clamp,
         )
         dw = products.sum(dim=1)
     return dx.view(x.shape), _like(dup, up, x), dw.to(weight.dtype, copy=True), db.to(bias.dtype, copy=True)
 
 
+_poly_norm_sharded_backward = torch.library.custom_op(
+    "motif::poly_norm_sharded_backward", backward_sharded, mutates_args=()
+)
 _poly_norm_sharded_backward.register_fake(_fake_gradients)
 
 
 def _save_sharded(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, up, weight, bias, ctx.eps, ctx.hidden_clamp, _, ctx.group_name = inputs
+    x, up, weight, bias, _, ctx.hidden_clamp, _, ctx.group_name = inputs
     _, inverse_rms, columns = output
     ctx.mark_non_differentiable(inverse_rms, columns)
     ctx.save_for_backward(x, up, weight, bias, inverse_rms, columns)
@@ -228,7 +264,7 @@ def _save_sharded(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _differentiate_sharded(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, up, weight, bias, inverse_rms, columns = ctx.saved_tensors
     dx, dup, dw, db = _poly_norm_sharded_backward(
-        grad, x, up, weight, bias, inverse_rms, columns, ctx.eps, ctx.hidden_clamp, ctx.group_name
+        grad, x, up, weight, bias, inverse_rms, columns, ctx.hidden_clamp, ctx.group_name
     )
     return dx, (dup if up is not None else None), dw, db, None, None, None, None
 

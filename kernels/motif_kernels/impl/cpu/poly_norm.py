@@ -2,7 +2,7 @@
 
 PyTorch's eager formula reads and writes main memory a dozen times and keeps half a dozen
 intermediates alive for the backward pass. Here each block of rows is brought into cache once, and
-the backward pass recomputes the moments from the inputs, so that nothing but the inputs is saved.
+beside the inputs nothing but three numbers a row is saved.
 
 The derivative. With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming
 gradient g:
@@ -99,8 +99,8 @@ def _horner(x: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, out: Tensor) -> Tenso
 
 def _forward_of_few(
     x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float, hidden_clamp: float | None
-) -> Tensor:
-    """PolyNorm of a few numbers, in the compute dtype."""
+) -> tuple[Tensor, Tensor]:
+    """PolyNorm of a few numbers in the compute dtype, and the inverse root mean squares (3, R)."""
     dtype = compute_dtype(x)
     x, up = x.to(dtype), None if up is None else up.to(dtype)
     if hidden_clamp is not None:
@@ -110,8 +110,8 @@ def _forward_of_few(
     powers = torch.stack((x2 * x, x2, x))
     scaled_eps = torch.tensor([eps * POWER_SCALE**power for power in (6, 4, 2)], dtype=dtype).view(3, 1, 1)
     inverse_rms = powers.square().mean(-1, keepdim=True).add_(scaled_eps).rsqrt_()
-    y = powers.mul_(inverse_rms.mul_(weight.to(dtype).view(3, 1, 1))).sum(0).add_(bias.to(dtype))
-    return y if up is None else y.mul_(up)
+    y = powers.mul_(inverse_rms * weight.to(dtype).view(3, 1, 1)).sum(0).add_(bias.to(dtype))
+    return y if up is None else y.mul_(up), inverse_rms.squeeze(-1)
 
 
 def forward(
@@ -121,26 +121,33 @@ def forward(
     bias: Tensor,
     *,
     inverse_rms: Tensor | None,
+    keep_inverse_rms: bool,
     eps: float,
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
-) -> Tensor:
-    """PolyNorm of x (R, N), times up if given; moments from inverse_rms (3, R) if given."""
+) -> tuple[Tensor, Tensor | None]:
+    """PolyNorm of x (R, N), times up if given, and the rows' inverse root mean squares (3, R):
+    those given, or if they are to be kept, the rows' own.
+    """
     if inverse_rms is None and x.numel() <= _FEW_ELEMENTS:
-        return _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp).to(out_dtype)
+        y, found = _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp)
+        return y.to(out_dtype), found if keep_inverse_rms else None
     out = torch.empty(x.shape, dtype=out_dtype)
     buffers = _Buffers(x, hidden_clamp)
+    kept = torch.empty(3, len(x), dtype=buffers.dtype) if keep_inverse_rms and inverse_rms is None else None
     w, b = weight.to(buffers.dtype), bias.to(buffers.dtype)
     for rows in buffers.blocks(len(x)):
         powers = buffers.powers(x[rows])
         work = buffers.get("work", len(powers[0]))
-        r3, r2, r1 = _inverse_rms(inverse_rms, rows, powers, work, eps)
+        r3, r2, r1 = moments = _inverse_rms(inverse_rms, rows, powers, work, eps)
+        if kept is not None:
+            torch.cat(moments, dim=1, out=kept.t()[rows])
         y = _horner(powers[0], w[2] * r1, w[1] * r2, w[0] * r3, out=work)
         if up is None:
             torch.addcmul(b, y, powers[0], out=out[rows])
         else:
             torch.mul(torch.addcmul(b, y, powers[0], out=y), buffers.clamped("up", up[rows]), out=out[rows])
-    return out
+    return out, inverse_rms if kept is None else kept
 
 
 def backward(
@@ -150,14 +157,14 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     *,
-    inverse_rms: Tensor | None,
+    inverse_rms: Tensor,
     mean_products: Tensor | None,
-    eps: float,
     hidden_clamp: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
 
-    With inverse_rms (3, R) and mean_products (3, R), the means of g n_k, given, the sums are None.
+    inverse_rms (3, R) is the forward pass's. With mean_products (3, R), the means of g n_k, given,
+    the sums are None.
     """
     buffers = _Buffers(x, hidden_clamp)
     w, b = weight.to(buffers.dtype), bias.to(buffers.dtype)
@@ -169,7 +176,7 @@ def backward(
         x_, x2, x3 = powers
         work = buffers.get("work", len(x_))
         g = buffers.convert("grad", grad[rows])
-        r3, r2, r1 = _inverse_rms(inverse_rms, rows, powers, work, eps)
+        r3, r2, r1 = inverse_rms[:, rows].unsqueeze(-1)
         c3, c2, c1 = w[0] * r3, w[1] * r2, w[2] * r1
         if up is not None and dup is not None:
             y = torch.addcmul(b, _horner(x_, c1, c2, c3, out=work), x_, out=work)

@@ -5,9 +5,13 @@ With ``n_k = x^k r_k`` and ``r_k = (mean(x^2k) + eps)^-1/2``, for an incoming gr
 
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
 
-The backward kernel recomputes r_k, so that nothing but the inputs is saved. It leaves each row's
-sums of g n_k and of g in a small float32 array that is added up afterwards in a fixed order: no
-atomics.
+Beside the inputs the forward kernel leaves r_k, 12 bytes a row, for the backward kernel, which then
+needs a single reduction. That one leaves each row's sums of g n_k and of g in a small float32 array
+that is added up afterwards in a fixed order: no atomics.
+
+All sums of a row are reduced as one tuple: its warps wait for each other once. The gradient of
+``up`` depends on no sum and is stored before; x is loaded again afterwards, from the GPU's cache.
+So g alone stays in registers meanwhile, and two programs of rows of 8,192 fit on a processor.
 
 A program serves a tile of rows. A row that fits into the tile stays in registers between its sums
 and what is made from them; a longer one is walked through twice, block by block, the second time
@@ -16,8 +20,8 @@ from the GPU's cache.
 Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the
 weight: x^3, x^2, x.
 
-In a launch table, a kernel's size is a row's bytes; ``tile_bytes`` are the bytes of x that a
-program holds.
+In a launch table, a kernel's size is a row's bytes, ``tile_bytes`` are the bytes of x that a
+program holds and ``maxnreg`` is a limit of registers that a thread may use.
 """
 
 from typing import Any
@@ -65,9 +69,49 @@ def _pass_inside(gradient, tile, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _load_numbers(pointer, rows, mask, row_count, INDEX: tl.constexpr):
-    """Entry INDEX of an array (3, R), as a column (ROWS, 1)."""
-    return tl.load(pointer + INDEX * row_count.to(tl.int64) + rows, mask=mask, other=0.0)[:, None]
+def _load_numbers(pointer, rows, mask, row_count):
+    """The entries of an array (3, R), as columns (ROWS, 1)."""
+    stride = row_count.to(tl.int64)
+    return (
+        tl.load(pointer + rows, mask=mask, other=0.0)[:, None],
+        tl.load(pointer + stride + rows, mask=mask, other=0.0)[:, None],
+        tl.load(pointer + 2 * stride + rows, mask=mask, other=0.0)[:, None],
+    )
+
+
+@triton.jit
+def _store_numbers(pointer, rows, mask, row_count, a3, a2, a1):
+    """Columns (ROWS, 1) into an array (3, R), or the first of (4, R)."""
+    stride = row_count.to(tl.int64)
+    tl.store(pointer + rows[:, None], a3, mask=mask[:, None])
+    tl.store(pointer + stride + rows[:, None], a2, mask=mask[:, None])
+    tl.store(pointer + 2 * stride + rows[:, None], a1, mask=mask[:, None])
+
+
+@triton.jit
+def _add_3(a3, a2, a1, b3, b2, b1):
+    return a3 + b3, a2 + b2, a1 + b1
+
+
+@triton.jit
+def _add_4(a3, a2, a1, a0, b3, b2, b1, b0):
+    return a3 + b3, a2 + b2, a1 + b1, a0 + b0
+
+
+@triton.jit
+def _power_sums(x):
+    """Sums over columns of x^6, x^4 and x^2 for x (ROWS, BLOCK): three columns (ROWS, 1)."""
+    x2 = x * x
+    x4 = x2 * x2
+    return tl.reduce((x4 * x2, x4, x2), 1, _add_3, keep_dims=True)
+
+
+@triton.jit
+def _product_sums(g, x):
+    """Sums over columns of g x^3, g x^2, g x and g."""
+    gx = g * x
+    gx2 = gx * x
+    return tl.reduce((gx2 * x, gx2, gx, g), 1, _add_4, keep_dims=True)
 
 
 @triton.jit
@@ -76,43 +120,17 @@ def _inverse_rms(total, columns, EPS: tl.constexpr):
 
 
 @triton.jit
-def _power_sums(x):
-    """Sums over columns of x^6, x^4 and x^2 for x (ROWS, BLOCK): three columns (ROWS, 1)."""
-    x2 = x * x
-    x4 = x2 * x2
-    return (
-        tl.sum(x4 * x2, axis=1, keep_dims=True),
-        tl.sum(x4, axis=1, keep_dims=True),
-        tl.sum(x2, axis=1, keep_dims=True),
-    )
-
-
-@triton.jit
-def _product_sums(g, x):
-    """Sums over columns of g x^3, g x^2, g x and g."""
-    gx = g * x
-    gx2 = gx * x
-    return (
-        tl.sum(gx2 * x, axis=1, keep_dims=True),
-        tl.sum(gx2, axis=1, keep_dims=True),
-        tl.sum(gx, axis=1, keep_dims=True),
-        tl.sum(g, axis=1, keep_dims=True),
-    )
-
-
-@triton.jit
 def _polynomial(x, c3, c2, c1, c0):
     return ((c3 * x + c2) * x + c1) * x + c0
 
 
 @triton.jit
-def _gradient(g, x, c3, c2, c1, p3, p2, p1):
-    """``g dy/dx`` at fixed moments, less what flows through the moments; p_k is c_k r_k
-    mean(g n_k).
-    """
+def _gradient(g, x, c3, c2, c1, q3, q2, q1):
+    """The sum of ``k c_k x^(k-1) (g - q_k x^k)``, where q_k is r_k mean(g n_k)."""
     x2 = x * x
-    direct = g * (3 * c3 * x2 + 2 * c2 * x + c1)
-    return _SCALE * (direct - x * (3 * p3 * x2 * x2 + 2 * p2 * x2 + p1))
+    square = 2 * c2 * (g - q2 * x2)
+    cube = 3 * c3 * (g - q3 * (x2 * x))
+    return c1 * (g - q1 * x) + x * (square + x * cube)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -129,11 +147,15 @@ def _forward_kernel(
     up_stride,
     EPS: tl.constexpr,
     BOUND: tl.constexpr,
+    MOMENTS_GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """The inverse root mean squares are read if MOMENTS_GIVEN; if not, they are left where there is
+    room for them.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
@@ -141,10 +163,8 @@ def _forward_kernel(
     if ONE_BLOCK:
         mask = row_mask[:, None] & (block < columns)[None, :]
         x = _clamp(_load(x_pointer, x_stride, rows, block, mask, DTYPE), BOUND) * _SCALE
-    if inverse_rms_pointer is not None:
-        r3 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 0)
-        r2 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 1)
-        r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 2)
+    if MOMENTS_GIVEN:
+        r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
     else:
         if ONE_BLOCK:
             s6, s4, s2 = _power_sums(x)
@@ -158,6 +178,8 @@ def _forward_kernel(
         r3 = _inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
         r2 = _inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
         r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
+        if inverse_rms_pointer is not None:
+            _store_numbers(inverse_rms_pointer, rows, row_mask, row_count, r3, r2, r1)
     c3 = tl.load(weight_pointer).to(DTYPE) * r3
     c2 = tl.load(weight_pointer + 1).to(DTYPE) * r2
     c1 = tl.load(weight_pointer + 2).to(DTYPE) * r1
@@ -174,6 +196,17 @@ def _forward_kernel(
             if up_pointer is not None:
                 y *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
             _store(out_pointer, columns, rows, start + block, mask, y)
+
+
+@triton.jit
+def _incoming(
+    grad_pointer, up_pointer, grad_stride, up_stride, rows, columns, mask, BOUND: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The gradient that reaches PolyNorm: ``grad``, times ``up`` if there is one."""
+    g = _load(grad_pointer, grad_stride, rows, columns, mask, DTYPE)
+    if up_pointer is not None:
+        g *= _clamp(_load(up_pointer, up_stride, rows, columns, mask, DTYPE), BOUND)
+    return g
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -193,85 +226,71 @@ def _backward_kernel(
     grad_stride,
     x_stride,
     up_stride,
-    EPS: tl.constexpr,
     BOUND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
+    """Means of g n_k that are given are read; if they are not, the sums are left.
+
+    With r_k scaled back, no power here exceeds x^3: x needs no scale.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
-    w3 = tl.load(weight_pointer).to(DTYPE)
-    w2 = tl.load(weight_pointer + 1).to(DTYPE)
-    w1 = tl.load(weight_pointer + 2).to(DTYPE)
     b = tl.load(bias_pointer).to(DTYPE)
+    r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
+    r3, r2, r1 = r3 * (_SCALE * _SCALE * _SCALE), r2 * (_SCALE * _SCALE), r1 * _SCALE
+    c3 = tl.load(weight_pointer).to(DTYPE) * r3
+    c2 = tl.load(weight_pointer + 1).to(DTYPE) * r2
+    c1 = tl.load(weight_pointer + 2).to(DTYPE) * r1
     if ONE_BLOCK:
         mask = row_mask[:, None] & (block < columns)[None, :]
         raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)
-        grad = _load(grad_pointer, grad_stride, rows, block, mask, DTYPE)
-        x = _clamp(raw, BOUND) * _SCALE
-        g = grad
+        x = _clamp(raw, BOUND)
+        g = _load(grad_pointer, grad_stride, rows, block, mask, DTYPE)
         if up_pointer is not None:
             raw_up = _load(up_pointer, up_stride, rows, block, mask, DTYPE)
-            g = grad * _clamp(raw_up, BOUND)
-    if inverse_rms_pointer is not None:
-        r3 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 0)
-        r2 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 1)
-        r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count, 2)
-        m3 = _load_numbers(means_pointer, rows, row_mask, row_count, 0)
-        m2 = _load_numbers(means_pointer, rows, row_mask, row_count, 1)
-        m1 = _load_numbers(means_pointer, rows, row_mask, row_count, 2)
+            dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
+            _store(dup_pointer, columns, rows, block, mask, dup)
+            g *= _clamp(raw_up, BOUND)
+    if means_pointer is not None:
+        m3, m2, m1 = _load_numbers(means_pointer, rows, row_mask, row_count)
     else:
         if ONE_BLOCK:
-            s6, s4, s2 = _power_sums(x)
             g3, g2, g1, g0 = _product_sums(g, x)
         else:
-            s6, s4, s2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             g3, g2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             g1, g0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             for start in range(0, columns, BLOCK):
                 mask = row_mask[:, None] & (start + block < columns)[None, :]
-                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
-                g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
-                if up_pointer is not None:
-                    g *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
-                t6, t4, t2 = _power_sums(x)
-                s6, s4, s2 = s6 + t6, s4 + t4, s2 + t2
+                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND)
+                g = _incoming(grad_pointer, up_pointer, grad_stride, up_stride, rows, start + block, mask, BOUND, DTYPE)
                 t3, t2, t1, t0 = _product_sums(g, x)
                 g3, g2, g1, g0 = g3 + t3, g2 + t2, g1 + t1, g0 + t0
-        r3 = _inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
-        r2 = _inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
-        r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
         g3, g2, g1 = g3 * r3, g2 * r2, g1 * r1
-        stride = row_count.to(tl.int64)
-        row_column = rows[:, None]
-        tl.store(sums_pointer + row_column, g3, mask=row_mask[:, None])
-        tl.store(sums_pointer + stride + row_column, g2, mask=row_mask[:, None])
-        tl.store(sums_pointer + 2 * stride + row_column, g1, mask=row_mask[:, None])
-        tl.store(sums_pointer + 3 * stride + row_column, g0, mask=row_mask[:, None])
+        _store_numbers(sums_pointer, rows, row_mask, row_count, g3, g2, g1)
+        tl.store(sums_pointer + 3 * row_count.to(tl.int64) + rows[:, None], g0, mask=row_mask[:, None])
         m3, m2, m1 = g3 / columns, g2 / columns, g1 / columns
-    c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
-    p3, p2, p1 = c3 * r3 * m3, c2 * r2 * m2, c1 * r1 * m1
+    q3, q2, q1 = r3 * m3, r2 * m2, r1 * m1
     if ONE_BLOCK:
-        if up_pointer is not None:
-            dup = _pass_inside(grad * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
-            _store(dup_pointer, columns, rows, block, mask, dup)
-        dx = _pass_inside(_gradient(g, x, c3, c2, c1, p3, p2, p1), raw, BOUND)
+        raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)  # again: see above
+        x = _clamp(raw, BOUND)
+        dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
         _store(dx_pointer, columns, rows, block, mask, dx)
     else:
         for start in range(0, columns, BLOCK):
             mask = row_mask[:, None] & (start + block < columns)[None, :]
             raw = _load(x_pointer, x_stride, rows, start + block, mask, DTYPE)
-            x = _clamp(raw, BOUND) * _SCALE
+            x = _clamp(raw, BOUND)
             g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
             if up_pointer is not None:
                 raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
                 dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
                 _store(dup_pointer, columns, rows, start + block, mask, dup)
                 g *= _clamp(raw_up, BOUND)
-            dx = _pass_inside(_gradient(g, x, c3, c2, c1, p3, p2, p1), raw, BOUND)
+            dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
             _store(dx_pointer, columns, rows, start + block, mask, dx)
 
 
@@ -301,21 +320,15 @@ def _sums_kernel(
         mask = row_mask[:, None] & (start + block < columns)[None, :]
         x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
         if grad_pointer is not None:
-            g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
-            if up_pointer is not None:
-                g *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
+            g = _incoming(grad_pointer, up_pointer, grad_stride, up_stride, rows, start + block, mask, BOUND, DTYPE)
             t3, t2, t1, t0 = _product_sums(g, x)
             a0 += t0
         else:
             t3, t2, t1 = _power_sums(x)
         a3, a2, a1 = a3 + t3, a2 + t2, a1 + t1
-    stride = row_count.to(tl.int64)
-    row_column = rows[:, None]
-    tl.store(sums_pointer + row_column, a3, mask=row_mask[:, None])
-    tl.store(sums_pointer + stride + row_column, a2, mask=row_mask[:, None])
-    tl.store(sums_pointer + 2 * stride + row_column, a1, mask=row_mask[:, None])
+    _store_numbers(sums_pointer, rows, row_mask, row_count, a3, a2, a1)
     if grad_pointer is not None:
-        tl.store(sums_pointer + 3 * stride + row_column, a0, mask=row_mask[:, None])
+        tl.store(sums_pointer + 3 * row_count.to(tl.int64) + rows[:, None], a0, mask=row_mask[:, None])
 
 
 def _tile(kernel: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
@@ -330,6 +343,7 @@ def _tile(kernel: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
         "BLOCK": block,
         "DTYPE": tl.float64 if compute_dtype(x) == torch.float64 else tl.float32,
         "num_warps": choice["num_warps"],
+        "maxnreg": choice.get("maxnreg"),
     }
 
 
@@ -344,17 +358,21 @@ def forward(
     bias: Tensor,
     *,
     inverse_rms: Tensor | None,
+    keep_inverse_rms: bool,
     eps: float,
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
-) -> Tensor:
-    """PolyNorm of x (R, N), times up (R, N) if given; moments are the row's unless given as
-    inverse_rms (3, R).
+) -> tuple[Tensor, Tensor | None]:
+    """PolyNorm of x (R, N), times up (R, N) if given, and the rows' inverse root mean squares
+    (3, R): those given, or if they are to be kept, the rows' own.
 
     Rows may be strided; columns must be contiguous.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    given = inverse_rms is not None
+    if keep_inverse_rms and not given:
+        inverse_rms = torch.empty(3, len(x), dtype=compute_dtype(x), device=x.device)
     grid, constants = _tile("poly_norm_forward", x)
     launch(
         _forward_kernel,
@@ -370,10 +388,11 @@ def forward(
         _stride(up),
         EPS=eps,
         BOUND=hidden_clamp,
+        MOMENTS_GIVEN=given,
         ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
         **constants,
     )
-    return out
+    return out, inverse_rms
 
 
 def backward(
@@ -383,19 +402,19 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     *,
-    inverse_rms: Tensor | None,
+    inverse_rms: Tensor,
     mean_products: Tensor | None,
-    eps: float,
     hidden_clamp: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
 
-    With inverse_rms (3, R) and mean_products (3, R), the means of g n_k, given, the sums are None.
+    inverse_rms (3, R) is the forward pass's. With mean_products (3, R), the means of g n_k, given,
+    the sums are None.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if up is not None else None
-    sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if inverse_rms is None else None
+    dup = torch.empty(up.shape, dtype=up.dtype, device=x.device) if up is not None else None
+    sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if mean_products is None else None
     grid, constants = _tile("poly_norm_backward", x)
     launch(
         _backward_kernel,
@@ -414,7 +433,6 @@ def backward(
         _stride(grad),
         _stride(x),
         _stride(up),
-        EPS=eps,
         BOUND=hidden_clamp,
         ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
         **constants,
