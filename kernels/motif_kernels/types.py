@@ -186,8 +186,10 @@ class Gradients(NamedTuple):
 
     q1: Tensor
     k1: Tensor
+    """Of both maps, where k1 serves both."""
     q2: Tensor
     k2: Tensor
+    """Empty where k1 serves both maps."""
     v: Tensor
     lam: Tensor
     """(T, Hs), of each token and head."""

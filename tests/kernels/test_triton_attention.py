@@ -132,11 +132,15 @@ def test_grouped_keys_and_values(heads, device):
     compare(fused, reference, inputs, extras("norm", inputs), causal=True)
 
 
-def test_shared_keys(device):
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("group", "key_heads"), [(1, 2), (1, 1), (3, 2)])
+def test_shared_keys(group, key_heads, deterministic, device):
     """DIFF V2: both maps have the same keys, whose gradient is the sum of both."""
-    q1, k, q2, _, v, lam = leaves(*tensors(device, lam="token"))
-    grad = torch.randn(1, 70, 2, 32, device=device)
-    ours = gradients(fused(q1, k, q2, k, v, lam, causal=True), [q1, k, q2, v, lam], grad)
+    heads = {"hs": 2 * group, "hk": (key_heads, key_heads, 2)}
+    q1, k, q2, _, v, lam = leaves(*tensors(device, **heads, lam="token"))
+    grad = torch.randn(1, 70, 2 * group, 32, device=device)
+    out = fused(q1, k, q2, k, v, lam, causal=True, deterministic=deterministic)
+    ours = gradients(out, [q1, k, q2, v, lam], grad)
     exact = gradients(reference(q1, k, q2, k, v, lam, causal=True), [q1, k, q2, v, lam], grad)
     for o, e in zip(ours, exact, strict=True):
         torch.testing.assert_close(o, e, atol=2e-5, rtol=2e-5)
@@ -386,9 +390,11 @@ def test_tokens_far_apart_in_memory(device):
         assert torch.equal(g, e)
 
 
-@pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
+@pytest.mark.parametrize("epilogue", ["none", "norm", "gate", "shared keys"])
 def test_operator_contract(epilogue, device):
     inputs = leaves(*tensors(device, sq=9, sk=9), *extras(epilogue, tensors(device, sq=9, sk=9)))
+    if epilogue == "shared keys":
+        inputs[3] = None
     options = OPTIONS._replace(out_scale=0.8)
     torch.library.opcheck(operator.diff_attention, (*inputs, *Sequences(9, 9), *options, True))
 
@@ -405,7 +411,11 @@ def test_compiles_and_checkpoints(device):
     def varlen(*x):
         return fused_varlen(*x, *bounds, causal=True)
 
-    for function, x in ((dense, inputs), (varlen, packed_inputs)):
+    def same_keys(q1, k, q2, v, lam):
+        return fused(q1, k, q2, k, v, lam)
+
+    q1, k, q2, _, *rest = inputs
+    for function, x in ((dense, inputs), (varlen, packed_inputs), (same_keys, [q1, k, q2, *rest])):
         expected = function(*x)
         grad = torch.randn(expected.shape, device=device)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -51,6 +51,7 @@ _CALL = AttentionInputs, Sequences, AttentionOptions
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, sequences, options, (save,) = take(arguments, *_CALL)
+    inputs = _with_all_keys(inputs)
     results = empty_results(inputs, options, save)
     if results.out.numel() == 0 or inputs.v.numel() == 0:
         for tensor in results[:6]:
@@ -62,6 +63,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
     with torch.cuda.device_of(inputs.q1):
         return tuple(kernels.forward(inputs, sequences, options, results))
+
+
+def _with_all_keys(inputs: AttentionInputs) -> AttentionInputs:
+    """k1 as k2 too, where it serves both maps: the operators take such a tensor once, and give its
+    gradient once.
+    """
+    return inputs._replace(k2=inputs.k1) if inputs.q2 is not None and inputs.k2 is None else inputs
 
 
 def empty_results(inputs: AttentionInputs, options: AttentionOptions, save: bool) -> Results:
@@ -106,7 +114,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def attend(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
     """The output, and the largest logits of signal and noise heads (empty where not asked for)."""
-    results = diff_attention(*inputs, *sequences, *options, inputs.needs_grad)
+    call = inputs._replace(k2=None) if inputs.k2 is inputs.k1 else inputs
+    results = diff_attention(*call, *sequences, *options, inputs.needs_grad)
     return results[0], results[6], results[7]
 
 
@@ -118,11 +127,7 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from motif_kernels.impl.triton import diff_attention as kernels
 
     with torch.cuda.device_of(grad):
-        difference, noise, lse_signal, lse_noise, inverse_rms = saved
-        lse = lse_signal, lse_noise
-        return tuple(
-            kernels.backward(grad, inputs, sequences, options, difference, noise, *lse, inverse_rms, gradients)
-        )
+        return tuple(kernels.backward(grad, _with_all_keys(inputs), sequences, options, *saved, gradients))
 
 
 def empty_gradients(inputs: AttentionInputs) -> Gradients:

@@ -82,7 +82,7 @@ def _prepare_kernel(
     heads = noise_heads * GROUP
     if weight_pointer is not None:
         weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)[None, :]
-        d_weight = tl.zeros([BLOCK_DV], tl.float32)
+        d_weight = tl.zeros([PAIRS, BLOCK_DV], tl.float32)
     for tile in tl.range(TILES):
         pairs = (program * TILES + tile) * PAIRS + tl.arange(0, PAIRS)
         present = pairs < tokens * noise_heads
@@ -115,7 +115,7 @@ def _prepare_kernel(
             if weight_pointer is not None:
                 r = tl.load(inverse_rms_pointer + h * tokens + t, mask=seen, other=0.0)[:, None]
                 normed = a * r
-                d_weight += tl.sum(g * normed, axis=0)
+                d_weight += g * normed
                 g *= weight
                 g = r * (g - normed * (tl.sum(g * normed, axis=1, keep_dims=True) / DV))
             # What the other kernels multiply is rounded: D must belong to the same numbers.
@@ -135,7 +135,8 @@ def _prepare_kernel(
         if d_o2_pointer is not None:
             tl.store(d_o2_pointer + at, d_o2.to(d_o2_pointer.dtype.element_ty), mask=mask)
     if weight_pointer is not None:
-        tl.store(d_weight_pointer + program.to(tl.int64) * DV + columns, d_weight, mask=columns < DV)
+        d_weight_at = d_weight_pointer + program.to(tl.int64) * DV + columns
+        tl.store(d_weight_at, tl.sum(d_weight, axis=0), mask=columns < DV)
 
 
 @triton.jit

@@ -307,7 +307,8 @@ def backward_keys(
 
     dk1, dv = target(gradients.k1), target(gradients.v)
     # Without noise, what there is of the signal map stands in and is never read.
-    dk2 = dk1 if k2 is None else target(gradients.k2)
+    same_keys = k2 is k1  # whose gradients are added up
+    dk2 = dk1 if k2 is None else torch.empty_like(dk1) if same_keys else target(gradients.k2)
     has_noise = lam is not None
     tiles = _tiles("attention_backward_keys", q1, v)
     grid = _grid(tiles["BLOCK_N"], sequences.max_seqlen_k, sequences.cu_seqlens_k, shares, k1)
@@ -351,7 +352,9 @@ def backward_keys(
             return gradient
         return part.unflatten(-2, (gradient.shape[-2], -1)).sum(-2).to(gradient.dtype)
 
-    if has_noise:
+    if same_keys:
+        dk1 += dk2
+    elif has_noise:
         gradients = gradients._replace(k2=total(dk2, gradients.k2))
     return gradients._replace(k1=total(dk1, gradients.k1), v=total(dv, gradients.v))
 
