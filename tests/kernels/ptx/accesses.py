@@ -57,8 +57,6 @@ def _destinations(b: Binder) -> Callable[[np.ndarray, np.ndarray], None]:
 
 @instruction("ld")
 def load(b: Binder) -> Step:
-    if any(p in ("acquire", "relaxed", "volatile") for p in b.parts) and _space(b) == "global":
-        raise NotImplementedError(b.ins.text)  # a control: see below
     names = elements(b.operands[0])
     width = np.dtype(TYPES[b.ins.type]).itemsize * len(names)
     address, active, store = b.address(b.operands[1]), b.active(), _destinations(b)
@@ -184,7 +182,10 @@ def atomic(b: Binder) -> Control:
     return control_step
 
 
-@control("ld.acquire", "ld.relaxed", "ld.volatile", "ld.global.acquire")
+_ORDERED = ("acquire", "relaxed", "volatile", "gpu", "sys", "cta")
+
+
+@control(*(f"ld.{word}" for word in _ORDERED), *(f"ld.global.{word}" for word in _ORDERED))
 def load_for_others(b: Binder) -> Control:
     """A load of what another program may store meanwhile."""
     if _space(b) != "global":

@@ -113,10 +113,10 @@ class Context:
                 raise Fault("does not end")
 
     def _find(self, line: Line, touched: Callable[[Instruction], frozenset[str]], what: str) -> None:
-        for self.pc in range(self.pc, line.end + 1):
-            if found := touched(self.block.program.instructions[self.pc]):
-                if self.block.program.instructions[self.pc].parts[0] == "wgmma":
-                    continue
+        for at in range(self.pc, line.end + 1):
+            one = self.block.program.instructions[at]
+            if one.parts[0] != "wgmma" and (found := touched(one)):
+                self.pc = at
                 raise Fault(f"{min(found)} {what}")
 
     def split(self, of_warp: np.ndarray) -> None:

@@ -181,6 +181,7 @@ def mbarrier_arrive(b: Binder) -> Step:
         who = active()
         if not len(who):
             return
+        b.ins.acted = True
         for local, at in zip(who, address()[who], strict=True):
             thread = int(threads[local])
             barrier = _check_initialised(block, thread, int(at))

@@ -5,7 +5,7 @@ import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,29 @@ from tests.kernels.ptx.program import Fault, Program, parse
 
 @dataclass
 class Launch:
-    """A launch that was emulated: ``steps`` instructions of whole contexts."""
+    """A launch that was emulated.
+
+    Args:
+        steps: instructions that contexts of warps ran.
+        reached: which of the program's instructions were.
+    """
 
     kernel: str
     grid: tuple[int, ...]
     steps: int
-    seconds: float
+    reached: frozenset[int] = field(repr=False)
+    seconds: float = 0.0
 
 
 @contextlib.contextmanager
 def emulated(
-    arch: int = 90, *, rewrite: Callable[[str, str], str] = lambda kernel, ptx: ptx, verbose: bool = False
+    arch: int = 90, *, run: "Callable[..., Launch] | None" = None, verbose: bool = False
 ) -> Iterator[list[Launch]]:
     """Within, Triton kernels compile for sm_<arch> and run on CPU tensors.
 
     Args:
         arch: the GPU's compute capability without its dot.
-        rewrite: takes a kernel's name and its PTX; what it returns is run.
+        run: what runs a launch instead of :func:`execute`, with its arguments.
         verbose: print each launch.
 
     Returns:
@@ -50,23 +56,23 @@ def emulated(
     programs: dict[str, Program] = {}
     launches: list[Launch] = []
 
-    def run(launch: Callable[..., Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def launch_kernel(launch: Callable[..., Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(*args, grid=grid, warmup=True, **kwargs)
         function = launch.__self__  # type: ignore[attr-defined]
         named = dict(zip(function.arg_names, args, strict=False)) | kwargs
         dimensions = tuple(grid(named)) if callable(grid) else tuple(grid)
         dimensions += (1,) * (3 - len(dimensions))
         if kernel.hash not in programs:
-            programs[kernel.hash] = parse(rewrite(function.fn.__name__, kernel.asm["ptx"]))
-        begun = time.perf_counter()
+            programs[kernel.hash] = parse(kernel.asm["ptx"])
         arguments = [(n, named[n]) for n in function.arg_names if kernel.src.signature.get(n) != "constexpr"]
-        steps = execute(programs[kernel.hash], kernel.metadata, arguments, dimensions)
-        launches.append(Launch(function.fn.__name__, dimensions, steps, time.perf_counter() - begun))
+        begun = time.perf_counter()
+        launches.append((run or execute)(programs[kernel.hash], kernel.metadata, arguments, dimensions))
+        launches[-1].seconds = time.perf_counter() - begun
         if verbose:
             print(f"  {launches[-1]}", flush=True)
         return kernel
 
-    with compile_only(arch), launches_through(run), _triton_operators(), np.errstate(all="ignore"):
+    with compile_only(arch), launches_through(launch_kernel), _triton_operators(), np.errstate(all="ignore"):
         yield launches
 
 
@@ -84,8 +90,8 @@ def _triton_operators() -> Iterator[None]:
             module.implementation = before[family]
 
 
-def execute(program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...]) -> int:
-    """Run a grid; tensors among the arguments are read and written. Returns instructions."""
+def execute(program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...]) -> Launch:
+    """Run a grid; tensors among the arguments are read and written."""
     storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
     for name, value in arguments:
         tensor = value if isinstance(value, torch.Tensor) else getattr(value, "base", None)
@@ -102,10 +108,10 @@ def execute(program: Program, metadata: Any, arguments: list[tuple[str, Any]], g
     names = [p.name for p in program.parameters]
     values += [0] * (len(names) - len(values))  # scratch memory that none of these kernels asks for
     parameters = dict(zip(names, values, strict=True))
-    steps = run_grid(program, memory, 32 * metadata.num_warps, metadata.shared, parameters, grid)
+    launch = run_grid(program, memory, 32 * metadata.num_warps, metadata.shared, parameters, grid)
     for i, content in enumerate(raw):
         content[:] = memory.bytes_of(i)
-    return steps
+    return launch
 
 
 def _values(metadata: Any, arguments: list[tuple[str, Any]], memory: Memory, allocation: dict[int, int]) -> list[Any]:
@@ -148,9 +154,10 @@ def _describe(descriptor: Any, meta: dict[str, Any], allocation: dict[int, int])
 
 def run_grid(
     program: Program, memory: Memory, threads: int, shared: int, parameters: dict[str, Any], grid: tuple[int, ...]
-) -> int:
+) -> Launch:
     """One program after the other; those that wait for others take turns with later ones."""
-    steps, idle, waiting = 0, [], []
+    idle: list[Block] = []
+    waiting: list[Block] = []
     fresh = ((x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(grid))))
     for index in itertools.count():
         seen = memory.version
@@ -167,9 +174,8 @@ def run_grid(
             break
         elif memory.version == seen:
             raise Fault("deadlock: " + "; ".join(f"program {b.program_id}: {s}" for b in waiting for s in b.states()))
-    for block in idle:
-        steps += block.steps
-    return steps
+    reached = (range(line[2], block.lines[line].end + 1) for block in idle for line in block.lines)
+    return Launch(program.name, grid, sum(b.steps for b in idle), frozenset(itertools.chain(*reached)))
 
 
 def _run(block: Block) -> bool:

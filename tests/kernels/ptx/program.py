@@ -1,7 +1,7 @@
 """PTX, parsed: one entry's instructions, labels, parameters and registers."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Instruction:
     registers: frozenset[str] = frozenset()
     written: frozenset[str] = frozenset()
     parts: tuple[str, ...] = field(init=False)
+    acted: bool = field(default=False, init=False)  # set by those whose guard let a thread pass
 
     def __post_init__(self) -> None:
         self.parts = tuple(self.opcode.replace("::", ".").split("."))
@@ -51,6 +52,17 @@ class Program:
     labels: dict[str, int]
     parameters: list[Parameter]
     registers: dict[str, tuple[str, int]]
+
+    def without(self, index: int) -> "Program":
+        """With an instruction left out; of a wait that gives a predicate, the answer is yes."""
+        instructions = list(self.instructions)
+        lost = instructions[index]
+        if lost.parts[:2] == ("mbarrier", "try_wait"):
+            done = lost.operands[0]
+            instructions[index] = Instruction("mov.pred", "mov.pred", [done, "-1"], None, False, frozenset([done]))
+        else:
+            instructions[index] = Instruction("nothing", "membar", [])
+        return replace(self, instructions=instructions)
 
     def narrowest(self, space: str) -> int:
         """Bytes of the narrowest plain store to shared or to global memory; at most 4."""

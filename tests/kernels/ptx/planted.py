@@ -1,0 +1,91 @@
+"""Faults planted into a kernel: is it noticed when a barrier, a wait or a fence is missing?"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.kernels.ptx.launching import Launch, execute
+from tests.kernels.ptx.program import Fault, Instruction, Program
+
+KINDS = {
+    "barrier": (("bar", "sync"), ("barrier", "sync"), ("barrier", "cta", "sync")),
+    "warp barrier": (("bar", "warp", "sync"),),
+    "cp.async wait": (("cp", "async", "wait_group"),),
+    "bulk store wait": (("cp", "async", "bulk", "wait_group"),),
+    "wgmma wait": (("wgmma", "wait_group"),),
+    "proxy fence": (("fence", "proxy"),),
+    "mbarrier expect": (("mbarrier", "arrive", "expect_tx"),),
+    "mbarrier arrive": (("mbarrier", "arrive"),),
+    "mbarrier wait": (("mbarrier", "try_wait"),),
+}
+
+
+def kind_of(instruction: Instruction) -> str | None:
+    """The kind of synchronisation that an instruction is."""
+    for kind, starts in KINDS.items():
+        if any(instruction.parts[: len(start)] == start for start in starts):
+            return kind
+    return None
+
+
+class Planted:
+    """Runs launches, and of chosen kernels also all that lack one synchronising instruction.
+
+    Attributes:
+        noticed: how many of each kind were answered by a fault or by other bits.
+        missed: kernel, kind and instruction of the others that the launch had reached.
+    """
+
+    def __init__(self, kernels: tuple[str, ...]) -> None:
+        self.kernels, self.seen = kernels, set[str]()
+        self.noticed: Counter[str] = Counter()
+        self.missed: list[tuple[str, str, int, str]] = []
+
+    def __call__(
+        self, program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...]
+    ) -> Launch:
+        before = _contents(arguments)
+        launch = execute(program, metadata, arguments, grid)
+        if program.name in self.kernels and program.name not in self.seen:
+            self.seen.add(program.name)
+            after = _contents(arguments)
+            for index in sorted(launch.reached):
+                instruction = program.instructions[index]
+                if (kind := kind_of(instruction)) and (instruction.guard is None or instruction.acted):
+                    _restore(arguments, before)
+                    if _differs(program.without(index), metadata, arguments, grid, after):
+                        self.noticed[kind] += 1
+                    else:
+                        self.missed.append((program.name, kind, index, instruction.text))
+            _restore(arguments, after)
+        return launch
+
+
+def _differs(
+    program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...], after: list[torch.Tensor]
+) -> bool:
+    try:
+        execute(program, metadata, arguments, grid)
+    except Fault:
+        return True
+    return not all(np.array_equal(a, b) for a, b in zip(_contents(arguments), after, strict=True))
+
+
+def _tensors(arguments: list[tuple[str, Any]]) -> list[torch.Tensor]:
+    found = (v if isinstance(v, torch.Tensor) else getattr(v, "base", None) for _, v in arguments)
+    return [t for t in found if t is not None]
+
+
+def _contents(arguments: list[tuple[str, Any]]) -> list[np.ndarray]:
+    return [_bytes(t).copy() for t in _tensors(arguments)]
+
+
+def _restore(arguments: list[tuple[str, Any]], contents: list[np.ndarray]) -> None:
+    for tensor, content in zip(_tensors(arguments), contents, strict=True):
+        _bytes(tensor)[:] = content
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
