@@ -127,7 +127,8 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from motif_kernels.impl.triton import diff_attention as kernels
 
     with torch.cuda.device_of(grad):
-        return tuple(kernels.backward(grad, _with_all_keys(inputs), sequences, options, *saved, gradients))
+        inputs = _with_all_keys(inputs)
+        return tuple(kernels.backward(grad, inputs, sequences, options, *saved, gradients=gradients))
 
 
 def empty_gradients(inputs: AttentionInputs) -> Gradients:
