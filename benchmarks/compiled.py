@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.lib import cli, report
+from benchmarks.lib import calibration, cli, report
 from benchmarks.lib.compiling import compile_only
 
 MODULE = "benchmarks.compiled"
@@ -91,11 +91,11 @@ def _attention() -> None:
     """Every pair of widths, epilogue, mask and backward mode that is promised."""
     for d, dv in WIDTHS:
         for options in CALLS:
-            _attention_call(torch.bfloat16, d, dv, **options)
-    _attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
+            attention_call(torch.bfloat16, d, dv, **options)
+    attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
 
 
-def _attention_call(
+def attention_call(
     dtype: torch.dtype,
     d: int,
     dv: int,
@@ -155,7 +155,7 @@ def _decoding() -> None:
 
 def _motif() -> None:
     """What the attention of Motif-2-12.7B runs in training: enough to see that kernels compile."""
-    _attention_call(torch.bfloat16, 128, 256, **CALLS[1])
+    attention_call(torch.bfloat16, 128, 256, **CALLS[1])
 
 
 FAMILIES = {"poly_norm": _poly_norm, "combine": _combine, "attention": _attention, "decoding": _decoding}
@@ -223,6 +223,7 @@ def parser() -> argparse.ArgumentParser:
     add("--architectures", nargs="+", type=int, choices=archs, default=archs, help="default: all")
     add("--jobs", type=int, default=2, help="compilations side by side; default %(default)s")
     add("--every", action="store_true", help="print every configuration")
+    add("--calibration", action="store_true", help="compare the static model with what was published, and record it")
     add("--worker", nargs=2, metavar=("ARCH", "FAMILY"), help=argparse.SUPPRESS)
     return made
 
@@ -234,6 +235,10 @@ def main(argv: list[str] | None = None) -> int:
         _worker(int(options.worker[0]), options.worker[1])
         return 0
     console = Console()
+    if options.calibration:
+        console.print(calibration.describe(*calibration.rows()), soft_wrap=True)
+        calibration.write()
+        return 0
     work = list(itertools.product(options.architectures, options.families))
     whole = len(work) == len(ARCHITECTURES) * len(FAMILIES)
     path = options.output or (report.RESULTS if whole else report.ROOT / "runs") / "compiled.json"

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-GPUS = {90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200"}
+from benchmarks.lib import lints
+from benchmarks.lib.sass import disassemble, structure
+
+GPUS = {90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200", 103: "NVIDIA B300 SXM6 AC"}
 
 
 @contextlib.contextmanager
@@ -62,16 +65,12 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
     def warm_up(launch: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(*args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in compiled:
-            registers, stack = _resource_usage(kernel.asm["cubin"])
             function = launch.__self__.fn
             compiled[kernel.hash] = {
-                "kernel": f"{function.__module__.rpartition('.')[2]}.{function.__name__}",
+                "kernel": f"{function.__module__.removeprefix('motif_kernels.impl.')}.{function.__name__}",
                 "arch": arch,
-                "registers": registers,
-                "stack": stack,
-                "shared": kernel.metadata.shared,
-                "tensor_memory": kernel.metadata.tmem_size,
                 "constants": {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool | str)},
+                **usage(kernel),
             }
         return kernel
 
@@ -86,6 +85,37 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
     finally:
         tuning._table, triton.knobs.runtime.interpret = table, False
         usages.extend(compiled.values())
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel needs of a GPU, and what its loops do.
+
+    Returns:
+        registers and stack bytes a thread; shared memory bytes, tensor memory columns, threads and
+        bytes of global scratch a block; warps that work in step, streams of them that run apart
+        (the consumers of a warp-specialised kernel) and stages of loads; loops, outer and once as
+        in :class:`benchmarks.lib.sass.Structure`; and lints, see :mod:`benchmarks.lib.lints`.
+    """
+    registers, stack = _resource_usage(kernel.asm["cubin"])
+    found = max(map(structure, disassemble(kernel.asm["cubin"]).values()), key=lambda s: s.once)
+    code, metadata = kernel.asm["ttgir"], kernel.metadata
+    regions = re.split(r"\n\s+(?:default \{|partition\d+\()", code)
+    warps = re.search(r'"ttg.num-warps" = (\d+)', code)
+    needs = {
+        "registers": registers,
+        "stack": stack,
+        "shared": metadata.shared,
+        "tensor_memory": metadata.tmem_size,
+        "global_scratch": metadata.global_scratch_size,
+        "threads": 32 * metadata.num_warps,
+        "warps": int(warps[1]) if warps else metadata.num_warps,
+        "streams": max(1, sum("warp_group_dot" in region for region in regions[1:])),
+        "stages": metadata.num_stages,
+        "loops": [loop.as_json() for loop in found.loops],
+        "outer": [loop.as_json() for loop in found.outer],
+        "once": found.once,
+    }
+    return needs | {"lints": lints.lints(needs, code)}
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -22,7 +22,20 @@ SHARED_MEMORY = 227 * 1024  # bytes a block may use, on both
 TENSOR_MEMORY = 512  # columns, on Blackwell
 
 
+# Attention kernels that still spill in an inner loop, with the reason; to be removed.
+SPILLING = {
+    "triton.attention_forward._forward_kernel": "accumulators of 64 x 256 beside pointers",
+    "triton.attention_backward._keys_kernel": "three accumulators and the maps of both heads",
+    "triton.attention_backward._queries_kernel": "accumulators of 64 x 256 beside pointers",
+    "triton.decoding._split_kernel": "accumulators of 16 x 512",
+}
+
 Kernels = list[dict[str, Any]]
+
+
+def spills(loop: dict[str, Any]) -> int:
+    """Accesses to local memory in an iteration."""
+    return loop["counts"].get("ldl", 0) + loop["counts"].get("stl", 0)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +69,12 @@ def test_attention_of_the_released_model_is_within_bounds(arch: int) -> None:
 
 
 def assert_within_bounds(kernels: Kernels) -> None:
-    assert not [k for k in kernels if k["stack"] > _stack_bound(k)]
+    # Spills count where they are executed: those of an epilogue cost a few clocks a tile.
+    spilled = [k for k in kernels for loop in k["loops"] if k["kernel"] not in SPILLING and spills(loop)]
+    assert not spilled
     assert not [k for k in kernels if k["shared"] > SHARED_MEMORY]
     # More would still compile, but could not be launched.
     assert not [k for k in kernels if k["tensor_memory"] > TENSOR_MEMORY]
-
-
-def _stack_bound(kernel: dict[str, Any]) -> int:
-    """Bytes that a thread may spill: attention keeps accumulators in registers while it walks."""
-    return 1024 if kernel["kernel"].startswith(("attention_forward", "attention_backward", "decoding")) else 0
 
 
 def test_every_table_lists_sizes_in_order_and_ends_with_the_rest() -> None:

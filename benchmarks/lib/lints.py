@@ -1,0 +1,80 @@
+"""What no attention kernel's inner loop may hold, read out of the compiled code.
+
+Each is a defect that KERNELS' tests of numbers cannot see: the kernel is right, and slow, or right
+until a compiler's bug is met.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.lib.sass import Loop
+
+_LAYOUT = re.compile(r"(#\w+) = #ttg.nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\]")
+_DOT = re.compile(r"(%\w+) = (?:ttng.warp_group_dot|tt.dot) (%\w+), (%\w+), (%\w+).*-> tensor<(\d+)x(\d+)xf32, (#\w+)>")
+_TENSOR_MEMORY_MMA = re.compile(r"ttng.tc_gen5_mma (%[\w#]+), (%[\w#]+), (%[\w#]+)")
+_WAIT = re.compile(r"(%\w+)(?::\d+)? = ttng.warp_group_dot_wait (%[\w#]+(?:, %[\w#]+)*)")
+
+
+def lints(needs: Mapping[str, Any], code: str) -> list[str]:
+    """The defects of a kernel, one a kind.
+
+    Args:
+        needs: as :func:`benchmarks.lib.compiling.usage` makes them: loops, global_scratch.
+        code: its ttgir.
+    """
+    loops = [loop for loop in map(Loop.parse, needs["loops"]) if loop.mma or loop["hmma"] or loop["tcgen05"]]
+    found = {
+        "HMMA in an inner loop": any(loop["hmma"] for loop in loops),
+        "spills in an inner loop": any(loop["ldl"] or loop["stl"] for loop in loops),
+        "products one by one": any(loop["mma_waits"] > max(5, sum(loop.mma.values()) / 2) for loop in loops),
+        "fewer than 16 rows a warp": any(_repeated_rows(code)),
+        "global scratch": needs["global_scratch"] > 0,
+        "two products into one accumulator": any(map(_shares_accumulator, _loop_bodies(code))),
+    }
+    return [name for name, there in found.items() if there]
+
+
+def _repeated_rows(code: str) -> Iterator[bool]:
+    """For each warpgroup's product whether warps compute the same rows: Triton keeps products that
+    are chained on [warps, 1], whether or not there are 16 rows for each.
+    """
+    layouts = {name: int(rows) for name, rows, _ in _LAYOUT.findall(code)}
+    for line in code.splitlines():
+        if "warp_group_dot " in line and (dot := _DOT.search(line)):
+            yield int(dot[5]) < 16 * layouts.get(dot[7], 0)
+
+
+def _loop_bodies(code: str) -> Iterator[list[str]]:
+    """The lines of each loop, without those of loops inside."""
+    open_loops: list[tuple[int, list[str]]] = []
+    for line in code.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if "scf.for " in line or "scf.while " in line:
+            open_loops.append((depth, []))
+        elif open_loops and depth == open_loops[-1][0] and line.lstrip().startswith("}"):
+            yield open_loops.pop()[1]
+        elif open_loops:
+            open_loops[-1][1].append(line)
+
+
+def _shares_accumulator(body: list[str]) -> bool:
+    """Whether a product of a loop adds to what another of the same iteration gave.
+
+    That is wrong on Blackwell in Triton 3.6 to 3.8 (triton#10821).
+    """
+    results: set[str] = set()
+    memory: set[str] = set()
+    for line in body:
+        if wait := _WAIT.search(line):
+            if any(x.partition("#")[0] in results for x in wait[2].split(", ")):
+                results.add(wait[1])
+        elif dot := _DOT.search(line):
+            if dot[4] in results:
+                return True
+            results.add(dot[1])
+        elif dot := _TENSOR_MEMORY_MMA.search(line):
+            if dot[3] in memory:
+                return True
+            memory.add(dot[3])
+    return False
