@@ -141,7 +141,7 @@ def _backward_kernel(
     width = tl.arange(0, WIDTH)
     if weight_pointer is not None:
         weight = tl.load(weight_pointer + width, mask=width < columns, other=0.0).to(DTYPE)[None, :]
-        d_weight = tl.zeros([WIDTH], DTYPE)
+        d_weight = tl.zeros([PAIRS, WIDTH], DTYPE)  # summed over pairs once, at the end: that takes barriers
     for tile in range(TILES):
         pairs = (program * TILES + tile) * PAIRS + tl.arange(0, PAIRS)
         present = pairs < pair_count
@@ -166,7 +166,7 @@ def _backward_kernel(
             if weight_pointer is not None:
                 r = _inverse_rms(a, columns, EPS)
                 n = a * r
-                d_weight += tl.sum(g * n, axis=0)
+                d_weight += g * n
                 g *= weight
                 g = r * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) / columns))
             _store_heads(d_signal_pointer, noise_heads * GROUP, tokens, heads, columns, width, mask, g)
@@ -175,7 +175,8 @@ def _backward_kernel(
             d_noise -= lam[:, None] * g
         _store_heads(d_noise_pointer, noise_heads, tokens, noises, columns, width, mask, d_noise)
     if weight_pointer is not None:
-        tl.store(d_weight_pointer + program.to(tl.int64) * columns + width, d_weight, mask=width < columns)
+        d_weight_at = d_weight_pointer + program.to(tl.int64) * columns + width
+        tl.store(d_weight_at, tl.sum(d_weight, axis=0), mask=width < columns)
 
 
 def _tile(kernel: str, signal: Tensor, noise: Tensor) -> tuple[int, int, dict[str, Any]]:
