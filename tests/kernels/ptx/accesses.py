@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from tests.kernels.ptx.binding import TYPES, Binder, Control, Step, control, instruction
-from tests.kernels.ptx.block import Context
+from tests.kernels.ptx.block import Block, Context
+from tests.kernels.ptx.ordering import join_blocks
 from tests.kernels.ptx.program import Fault, elements
 
 
@@ -122,6 +123,7 @@ def store(b: Binder) -> Step:
         if len(who):
             where = block.memory.offsets(address()[who], width, "a store")
             if releases:
+                block.memory.version += 1
                 for thread, place in zip(threads[who], where, strict=True):
                     publish(block, thread >> 5, int(place), b.has("release"))
             block.memory.note_write(block.clocks, where, width, threads[who], "a store", atomic=releases)
@@ -133,25 +135,19 @@ def store(b: Binder) -> Step:
 # --- Atomics --------------------------------------------------------------------------------------
 
 
-def publish(block: Any, warp: int, place: int, releases: bool) -> None:
-    """What a release at a place orders before whoever acquires there."""
-    block.memory.version += 1
-    if releases:
-        known = block.memory.released.setdefault(place, {})
-        for other, times in block.clocks.publish(warp).items():
-            known[other] = np.maximum(known[other], times) if other in known else times.copy()
+def publish(block: Block, warp: int, place: int, releases: bool) -> None:
+    """A write that others may wait for: what a release, or a fence before, orders before them."""
+    known = block.clocks.publish(warp) if releases else block.clocks.before_fence[warp]
+    join_blocks(block.memory.released.setdefault(place, {}), known)
 
 
-def acquire(block: Any, warp: int, place: int) -> None:
-    for other, times in block.memory.released.get(place, {}).items():
-        if other == block.clocks.block:
-            row = block.clocks.seen[warp, : len(times)]
-            own = row[warp]
-            np.maximum(row, times, out=row)
-            row[warp] = own
-        else:
-            mine = block.clocks.other_blocks[warp]
-            mine[other] = np.maximum(mine[other], times) if other in mine else times.copy()
+def learn(block: Block, warp: int, place: int, acquires: bool) -> None:
+    """A read of what others have published; without acquire it counts from the next fence on."""
+    found = block.memory.released.get(place, {})
+    if acquires:
+        block.clocks.learn(warp, found)
+    else:
+        join_blocks(block.clocks.before_acquire[warp], found)
 
 
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -206,8 +202,7 @@ def load_for_others(b: Binder) -> Control:
         if len(who):
             where = block.memory.offsets(address()[who], width, "a load")
             for thread, place in zip(threads[who], where, strict=True):
-                if b.has("acquire"):
-                    acquire(block, thread >> 5, int(place))
+                learn(block, thread >> 5, int(place), b.has("acquire"))
             data = block.memory.rows[width][where // width]
             place_into(who, data)
             seen = data.tobytes()
@@ -259,14 +254,16 @@ def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callab
             place = memory.offsets(at, width, "an atomic")
             memory.note_write(block.clocks, place, width, threads[who], "an atomic", atomic=True)
         view = memory.data.view(dtype)
-        if operation is OPERATIONS["add"] and outs[0] is None and not (releases or acquires):
+        plain = not (releases or acquires or any(block.clocks.before_fence))
+        if operation is OPERATIONS["add"] and outs[0] is None and plain:
+            block.memory.version += 1
             for i, source in enumerate(new):
                 np.add.at(view, place // dtype.itemsize + i, source[who])
             return None
         first = None
         for thread, local, offset in zip(threads[who], who, place, strict=True):
-            if acquires:
-                acquire(block, thread >> 5, int(offset))
+            if not shared:
+                learn(block, thread >> 5, int(offset), acquires)
             for i, source in enumerate(new):
                 index = offset // dtype.itemsize + i
                 old = view[index]
@@ -280,8 +277,8 @@ def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callab
                     first = old if first is None else first
                 if view[index] != old and not shared:
                     block.memory.version += 1
-            if releases:
-                publish(block, thread >> 5, int(offset), True)
+            if not shared:
+                publish(block, thread >> 5, int(offset), releases)
         return first
 
     return step

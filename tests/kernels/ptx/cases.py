@@ -1,22 +1,53 @@
-"""Small calls of every kernel family with their answers in float64.
+"""Small calls of every kernel family, held to the error rule against float64.
 
-A case runs the public functions, compiled for a GPU and emulated, and returns each result's largest
-error relative to the largest number of the float64 answer. Memory that a launch should fill is NaN
-before.
+A case runs the public functions as compiled for a GPU and emulated. Memory that a launch should
+fill is NaN before.
 
-    python -m tests.kernels.ptx.cases attention --d 64 --dv 128 --group 4 --tokens 70
+    TRITON_INTERPRET=0 python -m tests.kernels.ptx.cases attention --d 64 --dv 128 --group 4
 """
 
 import argparse
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Errors = dict[str, float]
+from tests.helpers.numerics import assert_error_rule
+
+
+class Result(NamedTuple):
+    """What a case gives, what plain PyTorch gives at its precision, and in float64.
+
+    ``rows`` have been added up, each rounded: a random walk.
+    """
+
+    actual: Tensor
+    plain: Tensor
+    exact: Tensor
+    rows: int = 1
+
+    def error(self) -> float:
+        """The largest error, as a share of the largest number; NaN if any number is NaN."""
+        largest = self.exact.abs().max().clamp(min=1e-30)
+        return ((self.actual.double() - self.exact).abs().max() / largest).item()
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raises AssertionError if it breaks the error rule."""
+        floor = torch.finfo(dtype).eps * self.exact.abs().max().clamp(min=1).item() * self.rows**0.5
+        assert_error_rule(self.actual, self.plain, self.exact, precision=dtype, floor=floor if self.rows > 1 else None)
+
+
+Results = dict[str, Result]
+
+
+def results(names: list[str], *values: Any, rows: dict[str, int] | None = None) -> Results:
+    """By name from what actual, plain and exact give; those that are empty are left out."""
+    of_name = zip(names, *values, strict=True)
+    made = {n: Result(*(t.detach() for t in ts), (rows or {}).get(n, 1)) for n, *ts in of_name}
+    return {n: r._replace(exact=r.exact.double()) for n, r in made.items() if r.exact.numel()}
 
 
 @contextlib.contextmanager
@@ -30,14 +61,39 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest error, as a share of the largest number; NaN if any number is NaN."""
-    expected = expected.detach().double()
-    return ((actual.detach().double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-
-
 def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plain_attention(tensors: dict[str, Tensor], visible: Tensor, softcap: float = 0.0) -> tuple[Tensor, ...]:
+    """Attention (B, S, H, D) as one writes it down, and the largest logits of its maps."""
+    blind = ~visible.any(-1, keepdim=True)
+
+    def attend(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        heads = q.shape[2]
+        q, k, v = (t.repeat_interleave(heads // t.shape[2], 2).transpose(1, 2) for t in (q, k, tensors["v"]))
+        logits = q * q.shape[-1] ** -0.5 @ k.mT
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.masked_fill(~(visible | blind), -torch.inf).softmax(-1).masked_fill(blind, 0.0)
+        return (weights @ v).transpose(1, 2), logits.masked_fill(~visible, -torch.inf).amax((0, 2, 3))
+
+    out, *largest = attend(tensors["q1"], tensors["k1"])
+    if "lam" in tensors:
+        noise, logits = attend(tensors["q2"], tensors["k2"])
+        lam = tensors["lam"].to(out.dtype)
+        out = out - (lam[..., None] if lam.ndim else lam) * noise.repeat_interleave(out.shape[2] // noise.shape[2], 2)
+        largest.append(logits)
+    if "norm_weight" in tensors:
+        mean = (out * out).mean(-1, keepdim=True)
+        out = out / torch.sqrt(mean + 1e-5) * tensors["norm_weight"].to(out.dtype)
+    if "gate" in tensors:
+        out = out * torch.sigmoid(tensors["gate"])
+    return (out * 0.8, *largest)
+
+
+def leaves(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {n: t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for n, t in tensors.items()}
 
 
 def attention(
@@ -47,8 +103,8 @@ def attention(
     noise: int = 1,
     tokens: int = 70,
     *,
-    keys: int | None = None,
-    key_heads: int | None = None,
+    keys: int = 0,
+    key_heads: int = 0,
     batch: int = 1,
     lengths: tuple[int, ...] = (),
     dtype: torch.dtype = torch.bfloat16,
@@ -58,65 +114,70 @@ def attention(
     epilogue: str = "norm",
     lam: str = "head",
     softmax: bool = False,
+    shared_keys: bool = False,
     deterministic: bool = True,
-    max_logits: bool = True,
     backward: bool = True,
     backend: str = "triton",
-) -> Errors:
+) -> Results:
     """Attention forward and backward; ``lengths`` are those of packed documents."""
-    from motif_kernels import diff_attn_func, diff_attn_varlen_func
+    from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference
 
     keys, key_heads = keys or tokens, key_heads or noise
     if lengths:
         tokens = keys = sum(lengths)
-    rows, columns = ((tokens,), (keys,)) if lengths else ((batch, tokens), (batch, keys))
     heads = group * noise
-    lam_shape = {"head": (heads,), "token": (*rows, heads), "one": ()}[lam]
-    shapes = {
-        "q1": (*rows, heads, d),
-        "k1": (*columns, key_heads, d),
-        "q2": (*rows, noise, d),
-        "k2": (*columns, key_heads, d),
-        "v": (*columns, key_heads, dv),
-        "lam": lam_shape,
-        "norm_weight": (dv,) if epilogue == "norm" else None,
-        "gate": (*rows, heads, dv) if epilogue == "gate" else None,
+    shapes: dict[str, Any] = {
+        "q1": (batch, tokens, heads, d),
+        "k1": (batch, keys, key_heads, d),
+        "q2": (batch, tokens, noise, d),
+        "k2": (batch, keys, key_heads, d),
+        "v": (batch, keys, key_heads, dv),
+        "lam": {"head": (heads,), "token": (batch, tokens, heads), "one": ()}[lam],
     }
     if softmax:
-        shapes |= dict.fromkeys(("q2", "k2", "lam"))
-    leaves: dict[str, Tensor] = {}
-    for i, (name, shape) in enumerate(shapes.items()):
-        if shape is not None:
-            kind = torch.float32 if name in ("lam", "norm_weight") else dtype
-            leaves[name] = numbers(*shape, dtype=kind, seed=i).requires_grad_(backward)
-    grad = numbers(*rows, heads, dv, dtype=dtype, seed=99)
+        del shapes["q2"], shapes["k2"], shapes["lam"]
+    if epilogue == "norm":
+        shapes["norm_weight"] = (dv,)
+    if epilogue == "gate":
+        shapes["gate"] = (batch, tokens, heads, dv)
+    narrow = {n: torch.float32 if n in ("lam", "norm_weight") else dtype for n in shapes}
+    given = {n: numbers(*shape, dtype=narrow[n], seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    if shared_keys:
+        del given["k2"]
+    grad = numbers(batch, tokens, heads, dv, dtype=dtype, seed=99)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    options: dict[str, Any] = {"causal": causal, "window_size": (window, 0 if causal else -1), "softcap": softcap}
-    options |= {"out_scale": 0.8, "return_max_logits": max_logits, "deterministic": deterministic}
+    mask: dict[str, Any] = {"causal": causal, "window_size": (window, 0 if causal else -1)}
+    packed = (bounds, bounds, tokens, keys)
+    visible = (
+        reference.packed_attention_mask(*packed, **mask) if lengths else reference.attention_mask(tokens, keys, **mask)
+    )
 
-    def call(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        given = [tensors.get(name) for name in ("q1", "k1", "q2", "k2", "v", "lam")]
-        extra = {name: tensors[name] for name in ("norm_weight", "gate") if name in tensors}
+    def public(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"softcap": softcap, "out_scale": 0.8, "return_max_logits": True, **mask}
+        options |= {"deterministic": deterministic, "backend": backend}
         if lengths:
-            packed = (bounds, bounds, max(lengths), max(lengths))
-            out = diff_attn_varlen_func(*given, *packed, **options, **extra, backend=backend)
-        else:
-            out = diff_attn_func(*given, **options, **extra, backend=backend)
-        results = out if isinstance(out, tuple) else (out,)
-        if backward:
-            results += torch.autograd.grad(results[0], list(tensors.values()), grad.to(results[0].dtype))
-        return results
+            tensors = {n: t[0] if t.ndim > 2 else t for n, t in tensors.items()}
+        first = [tensors.get(name) for name in ("q1", "k1", "q2", "k2", "v", "lam")]
+        options |= {name: tensors[name] for name in ("norm_weight", "gate") if name in tensors}
+        if lengths:
+            longest = max(lengths)
+            out, *largest = diff_attn_varlen_func(*first, bounds, bounds, longest, longest, **options)
+            return (out[None], *largest)
+        return tuple(diff_attn_func(*first, **options))
+
+    def run(
+        function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], dtype: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        own = leaves(given, dtype)
+        outs = function(own | ({"k2": own["k1"]} if shared_keys else {}))
+        return outs + (torch.autograd.grad(outs[0], list(own.values()), grad.to(outs[0].dtype)) if backward else ())
 
     with poisoned():
-        actual = call(leaves, backend)
-    expected = call({n: t.detach().double().requires_grad_(backward) for n, t in leaves.items()}, "reference")
-    names = [
-        "out",
-        *(["max_signal", "max_noise"][: 1 if softmax else 2] if max_logits else []),
-        *(f"d{n}" for n in leaves if backward),
-    ]
-    pairs = zip(names, actual, expected, strict=True)
-    return {name: relative_error(a, e) for name, a, e in pairs if e.numel()}
+        actual = run(public, None)
+    others = (run(lambda t: plain_attention(t, visible, softcap), kind) for kind in (dtype, torch.float64))
+    names = ["out", *["max_signal", "max_noise"][: 1 if softmax else 2], *(f"d{n}" for n in given if backward)]
+    rows = batch * tokens * heads
+    return results(names, actual, *others, rows={"dlam": rows if lam != "token" else dv, "dnorm_weight": rows})
 
 
 def decoding(
@@ -131,49 +192,55 @@ def decoding(
     softmax: bool = False,
     splits: int = 2,
     dtype: torch.dtype = torch.bfloat16,
-    epilogue: str = "norm",
-) -> Errors:
+    backend: str = "triton",
+) -> Results:
     """New tokens appended to a cache, and attention to it."""
-    from motif_kernels import diff_attn_with_kvcache
+    from motif_kernels import diff_attn_with_kvcache, reference
 
-    rows, capacity = len(cached), 64
-    heads = group * noise
+    rows, heads = len(cached), group * noise
     table = torch.arange(rows * 4).flip(0).view(rows, 4).int() if paged else None
-    place = (rows * 4, 16) if paged else (rows, capacity)
-    widths = {"k1": d, "k2": d, "v": dv}
+    widths = {"k1": d, "v": dv} if softmax else {"k1": d, "k2": d, "v": dv}
+    place = (rows * 4, 16) if paged else (rows, 64)
     caches = {n: numbers(*place, noise, w, dtype=dtype, seed=i) for i, (n, w) in enumerate(widths.items())}
     new = {n: numbers(rows, queries, noise, w, dtype=dtype, seed=10 + i) for i, (n, w) in enumerate(widths.items())}
-    q1, q2 = (numbers(rows, queries, h, d, dtype=dtype, seed=20 + h) for h in (heads, noise))
-    lam, weight = numbers(heads, dtype=torch.float32, seed=31), numbers(dv, dtype=torch.float32, seed=32)
-    if softmax:
-        q2 = lam = caches["k2"] = new["k2"] = None  # type: ignore[assignment]
-    cast = lambda t, kind: None if t is None else t.to(kind).clone()  # noqa: E731
+    fixed = {"q1": numbers(rows, queries, heads, d, dtype=dtype, seed=20)}
+    if not softmax:
+        fixed["q2"] = numbers(rows, queries, noise, d, dtype=dtype, seed=21)
+        fixed["lam"] = numbers(heads, dtype=torch.float32, seed=22)
+    fixed["norm_weight"] = numbers(dv, dtype=torch.float32, seed=23)
+    whole = {n: c[table].flatten(1, 2).clone() if table is not None else c.clone() for n, c in caches.items()}
+    for n, cache in whole.items():
+        for row, length in enumerate(cached):
+            cache[row, length : length + queries] = new[n][row]
 
-    def call(kind: torch.dtype, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
-        own = {n: cast(c, kind) for n, c in caches.items()}
+    def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
+        outs = []
+        for row, length in enumerate(cached):
+            tensors = {n: t[row : row + 1] if t.ndim > 2 else t for n, t in fixed.items()}
+            tensors |= {n: c[row : row + 1, : length + queries] for n, c in whole.items()}
+            visible = reference.attention_mask(queries, length + queries, causal=True)
+            outs.append(plain_attention({n: t.to(kind) for n, t in tensors.items()}, visible)[0])
+        return (torch.cat(outs), *(c.to(kind) for c in whole.values()))
+
+    with poisoned():
         out = diff_attn_with_kvcache(
-            cast(q1, kind),
-            own["k1"],
-            cast(q2, kind),
-            own["k2"],
-            own["v"],
-            lam,
+            fixed["q1"],
+            caches["k1"],
+            fixed.get("q2"),
+            caches.get("k2"),
+            caches["v"],
+            fixed.get("lam"),
             torch.tensor(cached, dtype=torch.int32),
-            **{n: cast(t, kind) for n, t in new.items()},
+            **new,
             block_table=table,
             num_splits=splits,
             causal=True,
-            norm_weight=cast(weight, kind if kind == torch.float64 else torch.float32) if epilogue == "norm" else None,
+            norm_weight=fixed["norm_weight"],
             out_scale=0.8,
             backend=backend,
         )
-        return out, own
-
-    with poisoned():
-        actual, appended = call(dtype, "triton")
-    expected, rest = call(torch.float64, "reference")
-    errors = {"out": relative_error(actual, expected)}
-    return errors | {n: relative_error(c, rest[n]) for n, c in appended.items() if c is not None}
+    after = (c[table].flatten(1, 2) if table is not None else c for c in caches.values())
+    return results(["out", *whole], (out, *after), plain(dtype), plain(torch.float64))
 
 
 def poly_norm(
@@ -183,26 +250,33 @@ def poly_norm(
     up: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     clamp: float = 0.0,
-) -> Errors:
+) -> Results:
     """PolyNorm forward and backward; ``clamp``: of the squashed hidden values, if positive."""
     import motif_kernels
     from motif_kernels import reference
 
-    x, other, grad = (numbers(rows, columns, dtype=dtype, seed=i) for i in range(3))
-    weight, bias = numbers(3, dtype=torch.float32, seed=3), numbers(1, dtype=torch.float32, seed=4)
-    names = ["x", *(["up"] if up else []), "weight", "bias"]
-    leaves = [t.requires_grad_() for t in (x, *([other] if up else []), weight, bias)]
+    given = {"x": numbers(rows, columns, dtype=dtype, seed=0), "up": numbers(rows, columns, dtype=dtype, seed=1)}
+    given |= {"weight": numbers(3, dtype=torch.float32, seed=2), "bias": numbers(1, dtype=torch.float32, seed=3)}
+    grad = numbers(rows, columns, dtype=dtype, seed=4)
+    if not up:
+        del given["up"]
+
+    def run(function: Callable[..., Tensor], kind: torch.dtype | None) -> tuple[Tensor, ...]:
+        own = leaves(given, kind)
+        out = function(*own.values())
+        return (out, *torch.autograd.grad(out, list(own.values()), grad.to(out.dtype)))
+
+    def plain(x: Tensor, *rest: Tensor) -> Tensor:
+        function = reference.mul_poly_norm if up else reference.poly_norm
+        if clamp:
+            x, rest = x.clamp(-clamp, clamp), (rest[0].clamp(-clamp, clamp), *rest[1:]) if up else rest
+        return function(x, *rest).to(x.dtype)
+
+    ours = motif_kernels.mul_poly_norm if up else motif_kernels.poly_norm
     with poisoned():
-        function = motif_kernels.mul_poly_norm if up else motif_kernels.poly_norm
-        out = function(*leaves, **({"hidden_clamp": clamp} if clamp else {}))
-        actual = (out, *torch.autograd.grad(out, leaves, grad))
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    squashed = doubles[0].clamp(-clamp, clamp) if clamp else doubles[0]
-    plain = reference.mul_poly_norm if up else reference.poly_norm
-    expected = plain(squashed, *doubles[1:])
-    wanted = (expected, *torch.autograd.grad(expected, doubles, grad.double()))
-    pairs = zip(["out", *(f"d{n}" for n in names)], actual, wanted, strict=True)
-    return {name: relative_error(a, e) for name, a, e in pairs}
+        actual = run(lambda *own: ours(*own, hidden_clamp=clamp or None), None)
+    names = ["out", *(f"d{n}" for n in given)]
+    return results(names, actual, run(plain, None), run(plain, torch.float64), rows={"dweight": rows, "dbias": rows})
 
 
 def combine(
@@ -213,7 +287,7 @@ def combine(
     *,
     epilogue: str = "norm",
     dtype: torch.dtype = torch.bfloat16,
-) -> Errors:
+) -> Results:
     """The difference of two maps' outputs and its epilogue, forward and backward."""
     from motif_kernels import diff_combine, reference
 
@@ -229,18 +303,18 @@ def combine(
     if epilogue == "gate":
         given["gate"] = numbers(1, tokens, heads, width, dtype=dtype, seed=5)
 
-    def call(function: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        leaves = {n: t.requires_grad_() for n, t in tensors.items()}
-        first = [leaves[n] for n in ("signal", "noise", "lam")]
-        extra: dict[str, Any] = {n: leaves[n] for n in ("norm_weight", "gate") if n in leaves}
-        out = function(*first, norm_eps=1e-5, out_scale=0.8, **({"norm_weight": None, "gate": None} | extra))
-        return (out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)))
+    def run(function: Callable[..., Tensor], kind: torch.dtype | None) -> tuple[Tensor, ...]:
+        own = leaves(given, kind)
+        extra: dict[str, Any] = {n: own.get(n) for n in ("norm_weight", "gate")}
+        out = function(own["signal"], own["noise"], own["lam"], norm_eps=1e-5, out_scale=0.8, **extra)
+        return (out, *torch.autograd.grad(out, list(own.values()), grad.to(out.dtype)))
 
     with poisoned():
-        actual = call(diff_combine, given)
-    expected = call(reference.diff_combine, {n: t.detach().double() for n, t in given.items()})
-    pairs = zip(["out", *(f"d{n}" for n in given)], actual, expected, strict=True)
-    return {name: relative_error(a, e) for name, a, e in pairs}
+        actual = run(diff_combine, None)
+    plain = run(lambda *own, **extra: reference.diff_combine(*own, **extra).to(dtype), None)
+    rows = {"dlam": tokens, "dnorm_weight": tokens * heads}
+    names = ["out", *(f"d{n}" for n in given)]
+    return results(names, actual, plain, run(reference.diff_combine, torch.float64), rows=rows)
 
 
 CASES = {"attention": attention, "decoding": decoding, "poly_norm": poly_norm, "combine": combine}
@@ -267,8 +341,13 @@ def main(argv: list[str]) -> None:
     case = CASES[argv[0]]
     options = vars(_arguments(case).parse_args(argv[1:]))
     with emulated(verbose=True):
-        errors = case(**options)
-    print({name: f"{error:.1e}" for name, error in errors.items()})
+        found = case(**options)
+    print({name: f"{result.error():.1e}" for name, result in found.items()})
+    for name, result in found.items():
+        try:
+            result.check(options["dtype"])
+        except AssertionError as error:
+            print(f"{name}: {error}")
 
 
 if __name__ == "__main__":

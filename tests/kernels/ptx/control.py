@@ -258,15 +258,16 @@ def match(b: Binder) -> Step:
 # --- What changes no number -----------------------------------------------------------------------
 
 
-@instruction("setmaxnreg", "nanosleep", "griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "membar")
+@instruction("setmaxnreg", "nanosleep", "griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority")
 def nothing(b: Binder) -> Step:
     return lambda: None
 
 
-@instruction("fence")
+@instruction("fence", "membar")
 def fence(b: Binder) -> Step:
-    """Only between proxies does a fence order what threads of one block see."""
     warps, block = b.warps, b.block
-    if b.has("proxy") and b.has("async"):
+    if b.has("mbarrier_init"):
+        return lambda: None
+    if b.has("proxy"):
         return lambda: block.clocks.fence_proxy(warps)
-    return lambda: None
+    return lambda: block.clocks.fence(warps)

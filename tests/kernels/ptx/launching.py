@@ -72,7 +72,7 @@ def emulated(
             print(f"  {launches[-1]}", flush=True)
         return kernel
 
-    with compile_only(arch), launches_through(launch_kernel), _triton_operators(), np.errstate(all="ignore"):
+    with compile_only(arch), launches_through(launch_kernel), _triton_operators():
         yield launches
 
 
@@ -180,7 +180,8 @@ def run_grid(
 
 def _run(block: Block) -> bool:
     try:
-        return block.run()
+        with np.errstate(all="ignore"):
+            return block.run()
     except Exception as error:
         message = f"{error} [{block.program.name}, program {block.program_id}, {block.where()}]"
         if isinstance(error, Fault | NotImplementedError):

@@ -55,6 +55,8 @@ class Clocks:
         self.seen = np.zeros((warps, warps + MBARRIERS), np.int64)
         self.fenced = np.zeros_like(self.seen)
         self.other_blocks: list[dict[int, np.ndarray]] = [{} for _ in range(warps)]
+        self.before_fence: list[dict[int, np.ndarray]] = [{} for _ in range(warps)]
+        self.before_acquire: list[dict[int, np.ndarray]] = [{} for _ in range(warps)]
         now = time.tick()
         self.seen[:, :warps] = self.fenced[:, :warps] = now
 
@@ -102,6 +104,20 @@ class Clocks:
         self.fenced[warps] = np.maximum(self.fenced[warps], self.seen[warps])
         for warp in range(warps.start, warps.stop):
             self.fenced[warp, warp] = now
+
+    def fence(self, warps: slice) -> None:
+        """A fence among threads: later relaxed writes release, earlier relaxed reads acquire."""
+        for warp in range(warps.start, warps.stop):
+            self.learn(warp, self.before_acquire[warp])
+            self.before_fence[warp] = self.publish(warp)
+
+    def learn(self, warp: int, published: dict[int, np.ndarray]) -> None:
+        """What other blocks, or warps of this one, have published."""
+        join_blocks(self.other_blocks[warp], {b: t for b, t in published.items() if b != self.block})
+        if self.block in published:
+            own = self.seen[warp, warp]
+            np.maximum(self.seen[warp, : self.warps], published[self.block], out=self.seen[warp, : self.warps])
+            self.seen[warp, warp] = own
 
     def publish(self, warp: int) -> dict[int, np.ndarray]:
         """What a release to other blocks orders before it."""

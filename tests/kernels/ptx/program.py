@@ -61,7 +61,7 @@ class Program:
             done = lost.operands[0]
             instructions[index] = Instruction("mov.pred", "mov.pred", [done, "-1"], None, False, frozenset([done]))
         else:
-            instructions[index] = Instruction("nothing", "membar", [])
+            instructions[index] = Instruction("nothing", "nanosleep", [])
         return replace(self, instructions=instructions)
 
     def narrowest(self, space: str) -> int:
