@@ -15,6 +15,7 @@ from motifarch.layers.grouped_differential_attention import (
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.padding import PaddingMask, cu_seqlens_from_position_ids
 from motifarch.layers.poly_norm import PolyNorm
+from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.rotary import RotaryEmbedding, apply_rotary
 from motifarch.layers.softmax_attention import SoftmaxAttention
 
@@ -28,6 +29,7 @@ __all__ = [
     "PaddingMask",
     "PolyNorm",
     "PolyNormMLP",
+    "RMSNorm",
     "RotaryEmbedding",
     "SoftmaxAttention",
     "SwiGLUMLP",

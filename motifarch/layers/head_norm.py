@@ -4,17 +4,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from motif_kernels import rms_norm
+from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.ulysses import sum_gradient
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadNorm(RMSNorm):
     """RMSNorm over each head's width, with one weight for all heads.
 
-    Arguments are those of torch.nn.RMSNorm.
+    Arguments are those of RMSNorm.
     """
 
     group: ProcessGroup | None = None
@@ -24,7 +25,7 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., heads, width)."""
-        return F.rms_norm(x, tuple(self.normalized_shape), self._shared_weight(), self.eps)
+        return rms_norm(x, self._shared_weight(), self.eps)
 
     def _shared_weight(self) -> Tensor:
         return sum_gradient(self.weight, self.group)

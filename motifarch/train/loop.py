@@ -100,7 +100,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         output,
         keep_last=recipe.checkpoint.keep_last,
         asynchronous=recipe.checkpoint.asynchronous,
-        about=partial(about_checkpoint, recipe, inputs, start.compute),
+        about=partial(about_checkpoint, recipe, inputs, world.device, start.compute),
         saved_step=state.step if goes_on else None,
     )
     metrics = MetricsLog(
@@ -276,7 +276,7 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
     compute: str = recipe.precision.compute
     place = None
     if parent:
-        warnings += check_parent(parent, recipe, inputs)
+        warnings += check_parent(parent, recipe, inputs, world.device)
         about = read_manifest(parent)["about"]
         place = about.get("samples")
         if compute == "auto":

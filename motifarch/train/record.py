@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from motif_kernels.impl.cpu.row_formulas import VARIABLE, cpu_kernels
 from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
 from motifarch.files import free_name, read_json, sha256, write_json
@@ -26,7 +27,7 @@ RECORD = "run.json"
 _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str, step: int) -> dict[str, Any]:
+def about_checkpoint(recipe: Recipe, inputs: Inputs, device: torch.device, compute: str, step: int) -> dict[str, Any]:
     """What a manifest notes of its run after a step: enough to see that a resume continues it."""
     return {
         "seed": recipe.run.seed,
@@ -34,12 +35,13 @@ def about_checkpoint(recipe: Recipe, inputs: Inputs, compute: str, step: int) ->
         "batches": _batches(recipe),
         "learning_rate": about_learning_rate(recipe),
         "compute": compute,
+        **_kernels(device),
         **inputs.fingerprints(),
         "model_config": inputs.model_config.to_dict(),
     }
 
 
-def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
+def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.device) -> list[str]:
     """Warns of what differs between a checkpoint and what is about to continue it, but may.
 
     Raises:
@@ -76,7 +78,18 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs) -> list[str]:
     warnings = _changes(about, recipe, inputs, step=read_manifest(parent)["step"])
     if about["seed"] != recipe.run.seed:
         warnings.append(f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch")
+    was, now = about.get("cpu_kernels"), _kernels(device).get("cpu_kernels")
+    if was and now and was != now:
+        warnings.append(
+            f"PolyNorm, norms and attention's epilogue ran by {was} before and run by {now} now: results may differ in "
+            f"their last bits from an uninterrupted run's; {VARIABLE}={was} in the environment goes on as before"
+        )
     return warnings
+
+
+def _kernels(device: torch.device) -> dict[str, str]:
+    """How formulas over rows run, which decides a result's last bits; nothing to say of a GPU."""
+    return {"cpu_kernels": cpu_kernels()} if device.type == "cpu" else {}
 
 
 def _batches(recipe: Recipe) -> dict[str, Any]:
@@ -162,6 +175,7 @@ def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, par
             **start,
             "seed": recipe.run.seed,
             "compute": compute,
+            **_kernels(world.device),
             **inputs.fingerprints(),
             "recipe": to_dict(recipe),
             "model_config": inputs.model_config.to_dict(),

@@ -55,6 +55,18 @@ def test_resume_is_bitwise_in_float32(recipe: Path, tmp_path: Path, whole: Path,
     assert record["starts"][0]["parent"] is None
 
 
+def test_other_cpu_kernels_are_told(
+    recipe: Path, tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = shutil.copytree(half, tmp_path / "resumed")
+    was = json.loads((output / "run.json").read_text())["cpu_kernels"]
+    now = {"inductor": "eager", "eager": "inductor"}[was]
+    monkeypatch.setenv("MOTIF_CPU_KERNELS", now)
+    printed = run(2, recipe, output, "--run.steps", "21")
+    assert f"MOTIF_CPU_KERNELS={was}" in " ".join(printed.split())
+    assert json.loads((output / "run.json").read_text())["cpu_kernels"] == now
+
+
 def test_resume_is_bitwise_in_bfloat16(recipe: Path, tmp_path: Path) -> None:
     precision = ("--precision.compute", "bfloat16")
     run(2, recipe, tmp_path / "whole", *precision)

@@ -26,6 +26,7 @@ from motifarch.layers import (
     GroupedDifferentialAttention,
     PolyNorm,
     PolyNormMLP,
+    RMSNorm,
     SoftmaxAttention,
     SwiGLUMLP,
     cu_seqlens_from_position_ids,
@@ -108,8 +109,8 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
             self.mlp: nn.Module = PolyNormMLP(size, intermediate_size=width, eps=config.poly_norm_eps, bias=bias)
         else:
             self.mlp = SwiGLUMLP(size, intermediate_size=width, bias=bias)
-        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Tensor:
         """hidden_states (B, S, E) -> (B, S, E); options are those of ``BaseAttention.forward``."""
@@ -201,7 +202,7 @@ class MotifModel(MotifPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MotifDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._set_backend()
         self.rotary_emb = build_rotary(config)
         self.gradient_checkpointing = False

@@ -1,4 +1,4 @@
-"""The differential epilogue on the CPU, a cache-sized block of tokens at a time.
+"""The differential epilogue on the CPU.
 
 The backward pass recomputes the difference from the two attention outputs, so that nothing but the
 inputs is saved. With ``A = O1 - lambda O2``, ``n = A r``, ``r = (mean(A^2) + eps)^-1/2`` and ``h``
@@ -6,37 +6,96 @@ the gradient that reaches n:
 
     dA = r (h - n mean(h n)),    dO1 = dA
     dO2 = -sum over the group of lambda dA,    dlambda = -<dA, O2>
+
+In the formulas a token is a row, and heads are (Hn, g): lambda (T, Hn, g, 1), noise (T, Hn, 1, Dv),
+all else (T, Hn, g, Dv).
 """
 
 import torch
 from torch import Tensor
 
+from motif_kernels.impl.cpu.row_formulas import RowFormula
 from motif_kernels.reference import compute_dtype
 
-# Elements of the signal in a block of tokens, for each thread; see cpu/poly_norm.py.
-_BLOCK_ELEMENTS = 1 << 17
+
+def _inverse_rms(a: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(a.square().mean(-1, keepdim=True) + eps)
 
 
-def _lambda_grid(lam: Tensor, tokens: int, heads: int, noise_heads: int, dtype: torch.dtype) -> Tensor:
-    """``lam`` () | (Hs,) | (T, Hs) as a view that broadcasts to (T, Hn, g, 1)."""
-    lam = lam.to(dtype)
-    return lam.expand(tokens, heads).reshape(tokens, noise_heads, heads // noise_heads, 1)
+@RowFormula
+def _forward(
+    signal: Tensor,
+    noise: Tensor,
+    lam: Tensor,
+    gate: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    out_scale: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor]:
+    dtype = compute_dtype(signal)
+    a = signal.to(dtype) - noise.to(dtype) * lam.to(dtype)
+    if norm_weight is not None:
+        a = a * _inverse_rms(a, norm_eps) * norm_weight.to(dtype)
+    if gate is not None:
+        a = a * torch.sigmoid(gate.to(dtype))
+    return ((a * out_scale).to(out_dtype),)
 
 
-def _block_tokens(width: int) -> int:
-    return max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
+def _gradients(
+    grad: Tensor,
+    signal: Tensor,
+    noise: Tensor,
+    lam: Tensor,
+    gate: Tensor | None,
+    *,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    out_scale: float,
+) -> tuple[Tensor | None, ...]:
+    dtype = compute_dtype(signal)
+    wide_noise, weight = noise.squeeze(2).to(dtype), None if norm_weight is None else norm_weight.to(dtype)
+    d_signal, d_lam, d_gate, d_noise, d_weight = [], [], [], 0, 0
+    # A group's heads one by one: the compiler then makes one loop of all, the sums over the group
+    # included.
+    for i in range(signal.shape[2]):
+        own_lam = lam[:, :, i].to(dtype)
+        a = signal[:, :, i].to(dtype) - wide_noise * own_lam
+        g = grad[:, :, i].to(dtype) * out_scale
+        if gate is not None:
+            s = torch.sigmoid(gate[:, :, i].to(dtype))
+            d_gate.append((a * g * s * (1 - s)).to(gate.dtype))
+            g = g * s
+        if weight is not None:
+            r = _inverse_rms(a, norm_eps)
+            n = a * r
+            d_weight = d_weight + (g * n).sum((0, 1))
+            g = g * weight
+            g = r * (g - n * (g * n).mean(-1, keepdim=True))
+        d_signal.append(g.to(signal.dtype))
+        d_lam.append(-(g * wide_noise).sum(-1))
+        d_noise = d_noise - g * own_lam
+    return (
+        torch.stack(d_signal, 2),
+        d_noise.to(noise.dtype),
+        torch.stack(d_lam, 2),
+        torch.stack(d_gate, 2) if gate is not None else None,
+        d_weight if weight is not None else None,
+    )
 
 
-def _difference(signal: Tensor, noise: Tensor, lam: Tensor, out: Tensor) -> Tensor:
-    """``signal - lam * noise`` for signal (R, Hn, g, Dv), noise (R, Hn, 1, Dv) and lam
-    (R, Hn, g, 1).
-    """
-    torch.mul(noise.to(out.dtype), lam, out=out)
-    return torch.sub(signal, out, out=out)
+_backward = RowFormula(_gradients, sums=1)
 
 
-def _inverse_rms(a: Tensor, eps: float, work: Tensor) -> Tensor:
-    return torch.mul(a, a, out=work).mean(-1, keepdim=True).add_(eps).rsqrt_()
+def _in_groups(x: Tensor | None, noise_heads: int) -> Tensor | None:
+    """(T, H, Dv) as (T, Hn, H / Hn, Dv)."""
+    return None if x is None else x.unflatten(1, (noise_heads, -1))
+
+
+def _lambda_grid(lam: Tensor, signal: Tensor, noise_heads: int) -> Tensor:
+    """``lam`` () | (Hs,) | (T, Hs) as a view (T, Hn, g, 1)."""
+    return lam.expand(signal.shape[:2]).unflatten(1, (noise_heads, -1)).unsqueeze(-1)
 
 
 def forward(
@@ -54,27 +113,18 @@ def forward(
 
     lam is () | (Hs,) | (T, Hs), norm_weight (Dv,) and gate (T, Hs, Dv).
     """
-    out = torch.empty(signal.shape, dtype=out_dtype)
-    dtype = compute_dtype(signal)
-    tokens, heads, width = signal.shape
-    groups = (noise.shape[1], heads // noise.shape[1])
-    lam = _lambda_grid(lam, tokens, heads, noise.shape[1], dtype)
-    weight = None if norm_weight is None else norm_weight.to(dtype) * out_scale
-    step = _block_tokens(heads * width)
-    buffers = torch.empty(2, min(step, tokens), *groups, width, dtype=dtype)
-    for start in range(0, tokens, step):
-        block = slice(start, start + step)
-        signal_ = signal[block].unflatten(1, groups)
-        a, work = buffers[:, : len(signal_)]
-        a = _difference(signal_, noise[block].unsqueeze(2), lam[block], out=a)
-        if weight is not None:
-            a.mul_(_inverse_rms(a, norm_eps, work)).mul_(weight)
-        elif out_scale != 1.0:
-            a.mul_(out_scale)
-        if gate is not None:
-            a.mul_(torch.sigmoid(gate[block].to(dtype)).unflatten(1, groups))
-        out[block] = a.flatten(1, 2)
-    return out
+    heads = noise.shape[1]
+    (out,) = _forward(
+        _in_groups(signal, heads),
+        noise.unsqueeze(2),
+        _lambda_grid(lam, signal, heads),
+        _in_groups(gate, heads),
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+        out_dtype=out_dtype,
+    )
+    return out.flatten(1, 2)
 
 
 def backward(
@@ -89,39 +139,16 @@ def backward(
     out_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of signal, noise, lam (per token and head, (T, Hs)), norm_weight and gate."""
-    dtype = compute_dtype(signal)
-    tokens, heads, width = signal.shape
-    groups = (noise.shape[1], heads // noise.shape[1])
-    d_signal = torch.empty(signal.shape, dtype=signal.dtype)
-    d_noise = torch.empty(noise.shape, dtype=noise.dtype)
-    d_lam = torch.empty(tokens, heads, dtype=dtype)
-    d_weight = torch.zeros(width, dtype=dtype) if norm_weight is not None else None
-    d_gate = torch.empty(gate.shape, dtype=gate.dtype) if gate is not None else None
-    lam = _lambda_grid(lam, tokens, heads, noise.shape[1], dtype)
-    weight = None if norm_weight is None else norm_weight.to(dtype)
-    step = _block_tokens(heads * width)
-    buffers = torch.empty(3, min(step, tokens), *groups, width, dtype=dtype)
-    for start in range(0, tokens, step):
-        block = slice(start, start + step)
-        signal_ = signal[block].unflatten(1, groups)
-        a, g, work = buffers[:, : len(signal_)]
-        noise_ = noise[block].to(dtype).unsqueeze(2)
-        torch.mul(grad[block].unflatten(1, groups).to(dtype), out_scale, out=g)
-        if gate is not None and d_gate is not None:
-            a = _difference(signal_, noise_, lam[block], out=a)
-            s = torch.sigmoid(gate[block].to(dtype)).unflatten(1, groups)
-            # d sigmoid = s (1 - s)
-            d_gate[block] = torch.mul(a, g, out=work).mul_(s).mul_(1 - s).flatten(1, 2)
-            g.mul_(s)
-        if weight is not None and d_weight is not None:
-            a = _difference(signal_, noise_, lam[block], out=a)
-            r = _inverse_rms(a, norm_eps, work)
-            n = a.mul_(r)
-            d_weight += torch.mul(g, n, out=work).sum(dim=(0, 1, 2))
-            g.mul_(weight)
-            mean = torch.mul(g, n, out=work).mean(-1, keepdim=True)
-            g.sub_(n.mul_(mean)).mul_(r)
-        d_signal[block] = g.flatten(1, 2)
-        d_lam[block] = torch.mul(g, noise_, out=work).sum(-1).neg_().flatten(1, 2)
-        d_noise[block] = torch.mul(g, lam[block], out=work).sum(2).neg_()
-    return d_signal, d_noise, d_lam, d_weight, d_gate
+    heads = noise.shape[1]
+    d_signal, d_noise, d_lam, d_gate, d_weight = _backward(
+        _in_groups(grad, heads),
+        _in_groups(signal, heads),
+        noise.unsqueeze(2),
+        _lambda_grid(lam, signal, heads),
+        _in_groups(gate, heads),
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        out_scale=out_scale,
+    )
+    d_gate = None if d_gate is None else d_gate.flatten(1, 2)
+    return d_signal.flatten(1, 2), d_noise, d_lam.flatten(1), d_weight, d_gate

@@ -1,0 +1,42 @@
+"""RMSNorm (arXiv 1910.07467)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from motif_kernels.impl.cpu.row_formulas import cpu_kernels, is_large
+from motif_kernels.ops import is_exporting, needs_no_operator
+from motif_kernels.ops import rms_norm as operator
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None = None) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    It is torch.nn.functional.rms_norm, except for large arrays on a CPU: PyTorch's is made of many
+    operators there, ours of one fused loop each way (where there is a C++ compiler, see
+    ``MOTIF_CPU_KERNELS``).
+
+    Args:
+        x: (..., N).
+        weight: (N,), or None.
+        eps: added to the mean square; None for the smallest step from 1 of x's dtype.
+
+    Returns:
+        Tensor of x's shape.
+    """
+    if eps is None or not _is_fused(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return operator.forward(x, weight, eps) if needs_no_operator(x) else operator.rms_norm(x, weight, eps)
+
+
+def _is_fused(x: Tensor, weight: Tensor | None) -> bool:
+    return (
+        type(x) is Tensor  # not a DTensor, whose operators are PyTorch's
+        and x.device.type == "cpu"
+        and is_large(x)
+        and (weight is None or (type(weight) in (Tensor, Parameter) and weight.dtype == x.dtype))
+        and not torch.compiler.is_compiling()
+        and not is_exporting()
+        and cpu_kernels() == "inductor"
+    )
