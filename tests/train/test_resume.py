@@ -55,9 +55,7 @@ def test_resume_is_bitwise_in_float32(recipe: Path, tmp_path: Path, whole: Path,
     assert record["starts"][0]["parent"] is None
 
 
-def test_other_cpu_kernels_are_told(
-    recipe: Path, tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_cpu_kernels_are_told(recipe: Path, tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = shutil.copytree(half, tmp_path / "resumed")
     was = json.loads((output / "run.json").read_text())["cpu_kernels"]
     now = {"inductor": "eager", "eager": "inductor"}[was]

@@ -22,7 +22,7 @@ _FEW_ELEMENTS = 1 << 14
 
 
 def _clamped(x: Tensor, bound: float | None) -> Tensor:
-    """x in the compute dtype and within the hidden clamp."""
+    """Rows in the compute dtype and within the hidden clamp."""
     x = x.to(compute_dtype(x))
     return x if bound is None else x.clamp(-bound, bound)
 

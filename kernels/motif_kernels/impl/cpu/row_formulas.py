@@ -4,8 +4,9 @@
 once. It takes some seconds at the first call of a process on a machine, and is kept on disk. It
 needs a C++ compiler. ``eager``: PyTorch's operators, a cache-sized block of rows at a time.
 
-Both round where the formula does, but add in another order: their bits differ. ``MOTIF_CPU_KERNELS``
-(``auto``, ``inductor`` or ``eager``) chooses; ``auto`` is inductor where there is a compiler.
+Both round where the formula does, but add in another order: their bits differ.
+``MOTIF_CPU_KERNELS`` (``auto``, ``inductor`` or ``eager``) chooses; ``auto`` is inductor where
+there is a compiler.
 """
 
 import functools
@@ -30,8 +31,8 @@ _LARGE_ELEMENTS = 1 << 18
 # these many, blocks serve; 8, dynamo's own limit, is for code that should not vary.
 _LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 1 << 20}
 
-# Elements in a block of rows, for each thread: half a mebibyte of float32. Smaller blocks lose to the
-# overhead of an operator call, larger ones leave the second-level cache.
+# Elements in a block of rows, for each thread: half a mebibyte of float32. Smaller blocks lose to
+# the overhead of an operator call, larger ones leave the second-level cache.
 _BLOCK_ELEMENTS = 1 << 17
 
 _failure: str | None = None
