@@ -78,11 +78,11 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
     warnings = _changes(about, recipe, inputs, step=read_manifest(parent)["step"])
     if about["seed"] != recipe.run.seed:
         warnings.append(f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch")
-    was, now = about.get("cpu_kernels"), _kernels(device).get("cpu_kernels")
-    if was and now and was != now:
+    ran, runs = about.get("cpu_kernels"), _kernels(device).get("cpu_kernels")
+    if ran and runs and ran != runs:
         warnings.append(
-            f"PolyNorm, norms and attention's epilogue ran by {was} before and run by {now} now: results may differ in "
-            f"their last bits from an uninterrupted run's; {VARIABLE}={was} in the environment goes on as before"
+            f"PolyNorm, norms and attention's epilogue ran by {ran} before and run by {runs} now: results may differ in "
+            f"their last bits from an uninterrupted run's; {VARIABLE}={ran} in the environment goes on as before"
         )
     return warnings
 

@@ -11,6 +11,8 @@ In the formulas a token is a row, and heads are (Hn, g): lambda (T, Hn, g, 1), n
 all else (T, Hn, g, Dv).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,10 +55,12 @@ def _gradients(
     norm_weight: Tensor | None,
     norm_eps: float,
     out_scale: float,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     dtype = compute_dtype(signal)
     wide_noise, weight = noise.squeeze(2).to(dtype), None if norm_weight is None else norm_weight.to(dtype)
-    d_signal, d_lam, d_gate, d_noise, d_weight = [], [], [], 0, 0
+    d_signal, d_lam, d_gate = [], [], []
+    d_noise = torch.zeros_like(wide_noise)
+    d_weight = None if weight is None else torch.zeros_like(weight)
     # A group's heads one by one: the compiler then makes one loop of all, the sums over the group
     # included.
     for i in range(signal.shape[2]):
@@ -67,7 +71,7 @@ def _gradients(
             s = torch.sigmoid(gate[:, :, i].to(dtype))
             d_gate.append((a * g * s * (1 - s)).to(gate.dtype))
             g = g * s
-        if weight is not None:
+        if weight is not None and d_weight is not None:
             r = _inverse_rms(a, norm_eps)
             n = a * r
             d_weight = d_weight + (g * n).sum((0, 1))
@@ -81,7 +85,7 @@ def _gradients(
         d_noise.to(noise.dtype),
         torch.stack(d_lam, 2),
         torch.stack(d_gate, 2) if gate is not None else None,
-        d_weight if weight is not None else None,
+        d_weight,
     )
 
 

@@ -78,16 +78,16 @@ class RowFormula:
         sums: how many results are sums over rows.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor | None, ...]], *, sums: int = 0) -> None:
+    def __init__(self, function: Callable[..., tuple[Any, ...]], *, sums: int = 0) -> None:
         functools.update_wrapper(self, function)
         self._function, self._sums = function, sums
 
     @functools.cached_property
-    def _compiled(self) -> Callable[..., tuple[Tensor | None, ...]]:
+    def _compiled(self) -> Callable[..., tuple[Any, ...]]:
         # The number of threads is asked for at each call, not written into the code.
         return torch.compile(self._function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
 
-    def __call__(self, *rows: Tensor | None, **whole: Any) -> tuple[Tensor | None, ...]:
+    def __call__(self, *rows: Tensor | None, **whole: Any) -> tuple[Any, ...]:
         with torch.no_grad():
             first = next(t for t in rows if t is not None)
             if is_large(first) and cpu_kernels() == "inductor":
@@ -100,9 +100,7 @@ class RowFormula:
                     _give_up(error)
             return self._by_blocks(first, rows, whole)
 
-    def _by_blocks(
-        self, first: Tensor, rows: tuple[Tensor | None, ...], whole: dict[str, Any]
-    ) -> tuple[Tensor | None, ...]:
+    def _by_blocks(self, first: Tensor, rows: tuple[Tensor | None, ...], whole: dict[str, Any]) -> tuple[Any, ...]:
         count = len(first)
         step = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() * count // max(1, first.numel()))
         if step >= count:
