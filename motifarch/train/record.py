@@ -81,8 +81,8 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
     ran, runs = about.get("cpu_kernels"), _kernels(device).get("cpu_kernels")
     if ran and runs and ran != runs:
         warnings.append(
-            f"PolyNorm, norms and attention's epilogue ran by {ran} before and run by {runs} now: results may differ in "
-            f"their last bits from an uninterrupted run's; {VARIABLE}={ran} in the environment goes on as before"
+            f"PolyNorm, norms and attention's epilogue ran by {ran} before and run by {runs} now: results may differ "
+            f"in their last bits from an uninterrupted run's; {VARIABLE}={ran} in the environment goes on as before"
         )
     return warnings
 

@@ -84,15 +84,16 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
     mp.start_processes(_call, args=(ranks, store.port, function, args), nprocs=ranks, start_method="forkserver")
 
 
-def train(ranks: int, folder: Path, *args: str | Path) -> str:
+def train(ranks: int, folder: Path, *args: str | Path, environment: dict[str, str] | None = None) -> str:
     """What rank 0 prints of `motifarch train`, without torchrun, which takes long to start."""
-    on_ranks(ranks, _train, folder, list(map(str, args)))
+    on_ranks(ranks, _train, folder, list(map(str, args)), environment or {})
     return (folder / "printed_by_0").read_text()
 
 
-def _train(folder: Path, args: list[str]) -> None:
+def _train(folder: Path, args: list[str], environment: dict[str, str]) -> None:
     from motifarch.train.main import main
 
+    os.environ |= environment
     with (folder / f"printed_by_{os.environ['RANK']}").open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         assert main(args) == 0

@@ -59,8 +59,8 @@ def test_other_cpu_kernels_are_told(recipe: Path, tmp_path: Path, half: Path, mo
     output = shutil.copytree(half, tmp_path / "resumed")
     was = json.loads((output / "run.json").read_text())["cpu_kernels"]
     now = {"inductor": "eager", "eager": "inductor"}[was]
-    monkeypatch.setenv("MOTIF_CPU_KERNELS", now)
-    printed = run(2, recipe, output, "--run.steps", "21")
+    environment = {"MOTIF_CPU_KERNELS": now}
+    printed = train(2, tmp_path, recipe, "--run.output", output, "--run.steps", "21", environment=environment)
     assert f"MOTIF_CPU_KERNELS={was}" in " ".join(printed.split())
     assert json.loads((output / "run.json").read_text())["cpu_kernels"] == now
 
