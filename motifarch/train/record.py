@@ -88,8 +88,17 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
 
 
 def _kernels(device: torch.device) -> dict[str, str]:
-    """How formulas over rows run, which decides a result's last bits; nothing to say of a GPU."""
-    return {"cpu_kernels": cpu_kernels()} if device.type == "cpu" else {}
+    """How formulas over rows run, which decides a result's last bits; nothing to say of a GPU.
+
+    Raises:
+        UserError: the environment asks for what there is not.
+    """
+    if device.type != "cpu":
+        return {}
+    try:
+        return {"cpu_kernels": cpu_kernels()}
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _batches(recipe: Recipe) -> dict[str, Any]:

@@ -205,3 +205,9 @@ def test_one_message_for_all_ranks(recipe: Path) -> None:
         "error: unknown recipe field 'optim.lr_ratio' on the command line; did you mean 'optim.min_lr_ratio'?"
     ]
     assert errors[0] in done.stderr.rpartition("Root Cause")[2]
+
+
+def test_cpu_kernels_that_are_not_known(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTIF_CPU_KERNELS", "fast")
+    with pytest.raises(UserError, match="MOTIF_CPU_KERNELS is 'fast'"):
+        main([str(recipe)])
