@@ -298,6 +298,43 @@ def test_the_kernel_reads_no_further_than_the_cache(is_paged, has_noise):
     assert torch.isfinite(lying).all()
 
 
+@pytest.mark.parametrize("has_noise", [True, False])
+def test_more_parts_than_the_merge_holds_at_once(has_noise):
+    """The last of them are not empty; the row has fewer tokens than the cache has room for."""
+    require_interpreter()
+    generator = torch.Generator().manual_seed(0)
+    q1, q2, k, v = (
+        torch.randn(1, n, h, w, generator=generator)
+        for n, h, w in ((1, 2, 16), (1, 1, 16), (1152, 1, 16), (1152, 1, 256))
+    )
+    noise = (q2, k.roll(1, dims=1), torch.tensor([0.3, 0.6])) if has_noise else (None, None, None)
+    arguments = (q1, k, *noise[:2], v, noise[2], torch.tensor([1100], dtype=torch.int32))
+    options = {"causal": True, "norm_weight": torch.rand(256, generator=generator)}
+    with small_tiles():
+        out = diff_attn_with_kvcache(*arguments, num_splits=72, backend="triton", **options)
+    expected = diff_attn_with_kvcache(*arguments, backend="reference", **options)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["decoding", "cache_append"])
+def test_grids_fit_any_number_of_rows(kernels, monkeypatch):
+    """CUDA's grids have 2^31 - 1 programs along the first axis and 65,535 along the others."""
+    module, rows = interpreted(kernels), 70_000
+    grids = []
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    lengths = torch.ones(rows, dtype=torch.int32)
+    cache = torch.zeros(rows, 2, 1, 16)
+    if kernels == "decoding":
+        q = torch.zeros(rows, 1, 4, 16)
+        module.attend(AttentionInputs(q, cache, None, None, cache, None), Cache(lengths, None, None, 3), OPTIONS)
+    else:
+        module.append(cache, cache[:, :1], lengths, None)
+    assert grids
+    for first, *others in grids:
+        assert rows <= first < 2**31
+        assert all(n <= 65_535 for n in others)
+
+
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_opcheck(is_paged):
     rows = sequences(torch.float32)

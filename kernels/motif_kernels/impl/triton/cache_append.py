@@ -28,8 +28,9 @@ def _append_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    z = tl.program_id(1).to(tl.int64)
+    # One axis, whose 2^31 programs any batch fits: the others of a grid end at 65,535.
+    token = (tl.program_id(0) % added).to(tl.int64)
+    z = (tl.program_id(0) // added).to(tl.int64)
     position = tl.load(lengths_pointer + z) + token
     room = (position >= 0) & (position < capacity)
     page, slot = z, position
@@ -55,7 +56,7 @@ def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor |
     page_size = cache.shape[1]
     launch(
         _append_kernel,
-        (added, batch),
+        (added * batch,),
         cache,
         tokens,
         lengths,

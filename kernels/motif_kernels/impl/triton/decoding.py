@@ -6,8 +6,9 @@ signal heads and the noise heads of all groups that use the head, times the new 
 rows of two tiles; a tile of values is multiplied by both maps while it is there. It leaves
 unnormalised outputs, row maxima and row sums in float32.
 
-``_merge_kernel``: a program joins the parts of one noise head and its signal heads for one query,
-takes the difference in float32, applies the epilogue and rounds once.
+``_merge_kernel``: a program joins the parts of one signal head and of its noise head for one query,
+takes the difference in float32, applies the epilogue and rounds once. All parts, or as many as
+registers hold, are loaded at once: the merge is short, and each wait for memory would be seen.
 
 The cache is contiguous or paged; the number of parts does not depend on lengths that only the GPU
 knows. In a launch table, the size is ``tuning.attention_size``.
@@ -98,9 +99,9 @@ def _split_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    split = tl.program_id(0) % splits  # a grid has 2^31 programs along its first axis, 65,535 along the others
+    z = (tl.program_id(0) // splits).to(tl.int64)
     kv = tl.program_id(1).to(tl.int64)
-    z = tl.program_id(2).to(tl.int64)
     # Lengths and pages are not checked where that would stall the stream: nothing outside the cache
     # is read even so.
     end = tl.minimum(tl.load(lengths_pointer + z), capacity)
@@ -180,23 +181,32 @@ def _split_kernel(
 
 
 @triton.jit
-def _join(o_pointer, statistics_pointer, first, step, splits, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """The parts of one head of one query, joined and normalised: (BLOCK_DV,); 0 if no key was
-    seen.
-    """
-    columns = tl.arange(0, BLOCK_DV)
-    top = tl.full((), float("-inf"), tl.float32)
-    for split in tl.range(splits):
-        top = tl.maximum(top, tl.load(statistics_pointer + (first + split * step) * 2))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    o = tl.zeros([BLOCK_DV], tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    for split in tl.range(splits):
-        at = first + split * step
-        factor = tl.exp2(tl.load(statistics_pointer + at * 2) - top)
-        total += factor * tl.load(statistics_pointer + at * 2 + 1)
-        o += factor * tl.load(o_pointer + at * DV + columns, mask=columns < DV, other=0.0)
-    return tl.where(total == 0, 0.0, o / tl.where(total == 0, 1.0, total))
+def _load_parts(
+    o_pointer, statistics_pointer, first, step, parts, splits, columns, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+):
+    """Parts (PARTS,) of one head of one query: outputs (PARTS, BLOCK_DV), row maxima and sums."""
+    held = parts < splits
+    at = first + parts * step
+    m = tl.load(statistics_pointer + at * 2, mask=held, other=float("-inf"))
+    l = tl.load(statistics_pointer + at * 2 + 1, mask=held, other=0.0)  # noqa: E741
+    mask = held[:, None] & (columns < DV)[None, :]
+    return tl.load(o_pointer + at[:, None] * DV + columns[None, :], mask=mask, other=0.0), m, l
+
+
+@triton.jit
+def _add_parts(o, m, l, parts_o, parts_m, parts_l):  # noqa: E741
+    """What was joined so far, (BLOCK_DV,) and two numbers, and some more parts."""
+    m_new = tl.maximum(m, tl.max(parts_m, axis=0))
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    factor, alpha = tl.exp2(parts_m - m_finite), tl.exp2(m - m_finite)
+    l = l * alpha + tl.sum(factor * parts_l, axis=0)  # noqa: E741
+    return o * alpha + tl.sum(factor[:, None] * parts_o, axis=0), m_new, l
+
+
+@triton.jit
+def _normalised(o, l):  # noqa: E741
+    """0 if no key was seen."""
+    return tl.where(l == 0, 0.0, o / tl.where(l == 0, 1.0, l))
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "splits"])
@@ -221,33 +231,48 @@ def _merge_kernel(
     out_scale,
     NORM_EPS: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
+    z = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
-    z = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(2).to(tl.int64)
+    n = h // GROUP
     heads = noise_heads * GROUP
     query = z * splits * seqlen_q + token
     columns = tl.arange(0, BLOCK_DV)
     inside = columns < DV
+    a, m1, l1 = tl.zeros([BLOCK_DV], tl.float32), float("-inf"), 0.0
     if lam_pointer is not None:
-        noise = _join(
-            o2_pointer, statistics2_pointer, query * noise_heads + n, seqlen_q * noise_heads, splits, DV, BLOCK_DV
+        noise, m2, l2 = tl.zeros([BLOCK_DV], tl.float32), float("-inf"), 0.0
+    for start in tl.range(0, splits, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        o1_parts, m1_parts, l1_parts = _load_parts(
+            o1_pointer, statistics1_pointer, query * heads + h, seqlen_q * heads, parts, splits, columns, DV, BLOCK_DV
         )
-    for i in tl.range(GROUP):
-        h = n * GROUP + i
-        a = _join(o1_pointer, statistics1_pointer, query * heads + h, seqlen_q * heads, splits, DV, BLOCK_DV)
         if lam_pointer is not None:
-            a -= tl.load(lam_pointer + z * lam_batch + token * lam_token + h * lam_head).to(tl.float32) * noise
-        if weight_pointer is not None:
-            weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
-            a *= tl.rsqrt(tl.sum(a * a, axis=0) / DV + NORM_EPS) * weight
-        if gate_pointer is not None:
-            gate_at = z * gate_batch + token * gate_token + h * gate_head
-            a *= tl.sigmoid(tl.load(gate_pointer + gate_at + columns, mask=inside, other=0.0).to(tl.float32))
-        out_at = ((z * seqlen_q + token) * heads + h) * DV
-        tl.store(out_pointer + out_at + columns, (a * out_scale).to(out_pointer.dtype.element_ty), mask=inside)
+            first, step = query * noise_heads + n, seqlen_q * noise_heads
+            o2_parts, m2_parts, l2_parts = _load_parts(
+                o2_pointer, statistics2_pointer, first, step, parts, splits, columns, DV, BLOCK_DV
+            )
+            noise, m2, l2 = _add_parts(noise, m2, l2, o2_parts, m2_parts, l2_parts)
+        a, m1, l1 = _add_parts(a, m1, l1, o1_parts, m1_parts, l1_parts)
+    a = _normalised(a, l1)
+    if lam_pointer is not None:
+        lam = tl.load(lam_pointer + z * lam_batch + token * lam_token + h * lam_head).to(tl.float32)
+        a -= lam * _normalised(noise, l2)
+    if weight_pointer is not None:
+        weight = tl.load(weight_pointer + columns, mask=inside, other=0.0).to(tl.float32)
+        a *= tl.rsqrt(tl.sum(a * a, axis=0) / DV + NORM_EPS) * weight
+    if gate_pointer is not None:
+        gate_at = z * gate_batch + token * gate_token + h * gate_head
+        a *= tl.sigmoid(tl.load(gate_pointer + gate_at + columns, mask=inside, other=0.0).to(tl.float32))
+    out_at = ((z * seqlen_q + token) * heads + h) * DV
+    tl.store(out_pointer + out_at + columns, (a * out_scale).to(out_pointer.dtype.element_ty), mask=inside)
+
+
+_MERGED_NUMBERS = 1 << 14  # of a map's outputs that a program of the merge loads at once: 64 a thread
 
 
 def _processors(device: torch.device) -> int:
@@ -284,7 +309,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     o2, statistics2 = parts(inputs.noise_heads, dv), parts(inputs.noise_heads, 2)
     launch(
         _split_kernel,
-        (num_splits, kv_heads, batch),
+        (num_splits * batch, kv_heads),
         q1,
         k1,
         q2,
@@ -330,7 +355,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     out = torch.empty(batch, seqlen_q, heads, dv, dtype=q1.dtype, device=q1.device)
     launch(
         _merge_kernel,
-        (groups, seqlen_q, batch),
+        (batch, seqlen_q, heads),
         o1,
         o2,
         statistics1,
@@ -347,7 +372,8 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         options.out_scale,
         NORM_EPS=options.norm_eps,
         GROUP=heads // groups,
+        PARTS=min(triton.next_power_of_2(num_splits), max(1, _MERGED_NUMBERS // widths["BLOCK_DV"])),
         **widths,
-        num_warps=4,
+        num_warps=8,
     )
     return out
