@@ -59,7 +59,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         results.lse_signal.fill_(torch.inf)
         results.lse_noise.fill_(torch.inf)
         return results[:6] + tuple(t.fill_(-torch.inf) for t in results[6:])
-    from motif_kernels.impl.triton import diff_attention as kernels
+    from motif_kernels.impl.gluon import availability
+
+    if availability.can_serve(inputs):
+        from motif_kernels.impl.gluon import diff_attention as kernels
+    else:
+        from motif_kernels.impl.triton import diff_attention as kernels
 
     with torch.cuda.device_of(inputs.q1):
         return tuple(kernels.forward(inputs, sequences, options, results))

@@ -36,6 +36,20 @@ def branch(b: Binder) -> Control:
     return step
 
 
+@control("brx.idx")
+def branch_by_index(b: Binder) -> Control:
+    index, targets = b.read(b.operands[0], "u32"), [b.block.program.labels[name] for name in b.operands[1:]]
+
+    def step(context: Context) -> None:
+        which = by_warp(index)
+        if (which == which[0]).all():
+            context.pc = targets[which[0]]
+        else:
+            context.split(which)
+
+    return step
+
+
 @control("ret", "exit")
 def leave(b: Binder) -> Control:
     guard = b.guard()

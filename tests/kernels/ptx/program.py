@@ -75,7 +75,21 @@ _DIRECTIVE = re.compile(r"\.(?:loc|file|section)[^\n]*\n|\.[^;\n]*[;\n]")
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*([^;]*);", re.S)
 _NAME = re.compile(r"%[A-Za-z_][\w$.]*|(?<![\w$.%])[A-Za-z_][\w$]*")
-_WRITES_NOTHING = {"st", "red", "bar", "barrier", "cp", "mbarrier", "fence", "bra", "ret", "exit", "prefetch", "wgmma"}
+_WRITES_NOTHING = {
+    "st",
+    "red",
+    "bar",
+    "barrier",
+    "cp",
+    "mbarrier",
+    "fence",
+    "bra",
+    "brx",
+    "ret",
+    "exit",
+    "prefetch",
+    "wgmma",
+}
 
 
 def operands(text: str) -> list[str]:
@@ -195,6 +209,9 @@ class _Parser:
 
 def parse(ptx: str) -> Program:
     """The only entry of a module."""
+    for table, targets in re.findall(r"([$\w]+): *\.branchtargets\s+([^;]*);", ptx):
+        ptx = re.sub(rf"(brx\.idx\s+%\w+, *){re.escape(table)};", lambda m, t=targets: f"{m[1]}{t};", ptx)
+    ptx = re.sub(r"[$\w]+: *\.branchtargets[^;]*;", "", ptx)
     head = re.search(r"\.visible \.entry (\w+)\((.*?)\)", ptx, re.S)
     assert head, "no entry"
     parameters = []

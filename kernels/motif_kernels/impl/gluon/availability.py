@@ -17,10 +17,18 @@ _ALIGNMENT = 16  # bytes, of what a tensor descriptor starts at and steps by
 
 @functools.cache
 def interface_is_present() -> bool:
-    """Whether Triton is installed with the Gluon these kernels are written in."""
+    """Whether Triton is installed with the Gluon these kernels are written in, and compiles: Gluon
+    has no interpreter.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
-    return ".".join(metadata.version("triton").split(".")[:2]) in _INTERFACES
+    if ".".join(metadata.version("triton").split(".")[:2]) not in _INTERFACES:
+        return False
+    import triton
+
+    from motif_kernels.impl.triton import attention_tiles
+
+    return isinstance(attention_tiles.document, triton.JITFunction)
 
 
 @functools.cache

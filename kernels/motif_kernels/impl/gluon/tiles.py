@@ -12,6 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from motif_kernels.impl.triton.attention_tiles import document
+
 _GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -61,34 +63,29 @@ def matrix(tile):
 
 
 @gluon.jit
-def document(z, cu_seqlens_pointer, seqlen, tokens):
-    """Of sequence z: its place in a tensor's batch, its first row there, its first token counted
-    over the batch, its length.
-
-    Bounds that nobody checked (reading them on a GPU would stall the stream) are cut to the
-    tensors' tokens: whatever they say, nothing outside is read or written.
+def sequence(z, cu_seqlens_pointer, seqlen, tokens, documents, end):
+    """Of batch entry z, or of document z (``attention_tiles.document``): its place in a tensor's
+    batch, its first row there, its first token counted over the batch, its length.
     """
     if cu_seqlens_pointer is not None:
-        start = gl.minimum(gl.maximum(gl.load(cu_seqlens_pointer + z), 0), tokens)
-        length = gl.minimum(gl.load(cu_seqlens_pointer + z + 1), tokens) - start
-        return 0, start, start.to(gl.int64), length
-    return z, 0, z.to(gl.int64) * seqlen, seqlen
+        start, first_token, length = document(z, cu_seqlens_pointer, seqlen, tokens, documents, end)
+        return 0, start.to(gl.int32), first_token, length
+    else:
+        return z, 0, z.to(gl.int64) * seqlen, seqlen
 
 
 @gluon.jit
-def tile_of_queries(turn, blocks, noise_heads, batch, section):
-    """Which tile a program serves next: its block of queries, its noise head and its sequence,
-    which is past the last where there is none.
+def tile_of_queries(turn, blocks, pairs, section):
+    """Which tile a program serves in its turn: the block of queries, the pair of a head and a batch
+    entry, and whether there is one.
 
     The last queries see most under a causal mask: tiles are dealt longest first, in every other
-    round backwards. They come in sections of ``section`` heads, whose keys and values the GPU's
+    round backwards. They come in sections of ``section`` pairs, whose keys and values the GPU's
     cache can hold.
     """
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    index = turn * programs + (programs - 1 - place if turn % 2 == 1 else place)
+    programs, place = gl.num_programs(0), gl.program_id(0)
+    dealt = turn * programs + (programs - 1 - place if turn % 2 == 1 else place)
+    index = gl.minimum(dealt, pairs * blocks - 1)
     first = index // (section * blocks) * section
-    size = gl.maximum(gl.minimum(section, noise_heads * batch - first), 1)
-    within = index - first * blocks
-    head = first + within % size
-    return blocks - 1 - within // size, head % noise_heads, head // noise_heads
+    within, size = index - first * blocks, gl.minimum(section, pairs - first)
+    return blocks - 1 - within // size, first + within % size, dealt == index

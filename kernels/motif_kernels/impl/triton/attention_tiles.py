@@ -199,4 +199,4 @@ def document(z, cu_seqlens_pointer, seqlen, tokens, documents, end):
         end = tl.load(cu_seqlens_pointer + z + 1, mask=z < documents, other=end)
         length = tl.maximum(tl.minimum(end, tokens) - start, 0)
         return start.to(tl.int64), start.to(tl.int64), length
-    return tl.full((), 0, tl.int64), z.to(tl.int64) * seqlen, seqlen
+    return tl.cast(0, tl.int64), z.to(tl.int64) * seqlen, seqlen
