@@ -99,7 +99,8 @@ class ModelSection(Section):
     initializer_range: Annotated[float, Field(ge=1e-10, le=1)] = 0.02
     """Standard deviation of the first weights."""
 
-    attn_implementation: Literal["auto", "triton", "flash_attention_2", "sdpa", "eager"] | None = None
-    """Which attention carries the model: "triton" is one fused kernel, "flash_attention_2" any
-    flash-attn, "sdpa" torch's, "eager" the plain formula; null or "auto" the fastest that serves.
+    attn_implementation: Literal["auto", "triton", "cpu", "flash_attention_2", "sdpa", "eager"] | None = None
+    """Which attention carries the model: "triton" is one fused kernel, "cpu" blocked products,
+    "flash_attention_2" any flash-attn, "sdpa" torch's, "eager" the plain formula; null or "auto"
+    the fastest that serves.
     """

@@ -59,8 +59,9 @@ def diff_attn_func(
         return_max_logits: also return each head's largest scaled, unmasked logit over the batch
             (float32, no gradient).
         backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4 or 2, composed),
-            ``"sdpa"`` (torch's attention, composed), ``"reference"`` (plain mathematics), or
-            ``"auto"``: the fastest that can serve the arguments.
+            ``"sdpa"`` (torch's attention, composed), ``"cpu"`` (blocked products, composed),
+            ``"reference"`` (plain mathematics), or ``"auto"``: the fastest that can serve the
+            arguments.
 
     Returns:
         The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,),

@@ -10,13 +10,16 @@ from motif_kernels import reference, tuning
 from motif_kernels.checks import check_attention, check_cu_seqlens
 from motif_kernels.combine import combine
 from motif_kernels.impl.flash import attention as flash
+from motif_kernels.ops import blocked_attention, is_exporting, sdpa
 from motif_kernels.ops import diff_attention as fused
-from motif_kernels.ops import is_exporting, sdpa
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 # Queries times signal heads of a key head that are decoding; more are prefill, which the training
 # kernels serve.
 MAX_DECODE_QUERY_ROWS = 32
+
+# Keys up to which blocked products are the faster on a CPU where no heads share keys.
+MAX_BLOCKED_KEYS = 2048
 
 Attend = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor]
 
@@ -43,6 +46,15 @@ def _composed(
 
 def _sdpa(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
     return _composed(sdpa.attention, inputs, sequences, options)
+
+
+def _cpu(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
+    return _composed(blocked_attention.attention, inputs, sequences, options)
+
+
+def _cpu_unsupported_reason(inputs: AttentionInputs, *_: object) -> str | None:
+    device = inputs.q1.device
+    return None if device.type == "cpu" else f"tensors on {device}: it serves CPUs"
 
 
 def _flash(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
@@ -73,6 +85,7 @@ _BACKENDS = {
         reference.attend, "the reference", _EPILOGUE | {"softcap", "return_max_logits"}, lambda *_: None
     ),
     "sdpa": _Backend(_sdpa, "torch's scaled_dot_product_attention", _EPILOGUE, lambda *_: None),
+    "cpu": _Backend(_cpu, "attention by blocked products", _EPILOGUE, _cpu_unsupported_reason),
     "flash": _Backend(_flash, "flash-attn", _EPILOGUE | {"softcap"}, flash.unsupported_reason),
     "triton": _Backend(
         fused.attend, "the fused kernel", _EPILOGUE | {"softcap", "return_max_logits"}, _triton_unsupported_reason
@@ -124,7 +137,11 @@ def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpti
     """
     q1, packed = inputs.q1, sequences.is_packed
     if not is_gpu(q1.device):
-        return "sdpa", "reference"
+        # Heads that share keys are rows of one product. Where none do, torch's attention is as fast
+        # on long sequences.
+        alone = q1.shape[-2] == inputs.k1.shape[-2] and q1.shape[-1] == inputs.v.shape[-1]
+        long = sequences.max_seqlen_k > MAX_BLOCKED_KEYS and options.left < 0
+        return ("sdpa", "cpu", "reference") if alone and long else ("cpu", "sdpa", "reference")
     from motif_kernels import machine
 
     size = tuning.attention_size(q1.shape[-1], inputs.v.shape[-1], q1.element_size())
@@ -158,7 +175,7 @@ def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
 
         reason = machine.triton_unsupported_reason(q1.device) or fused.unsupported_reason(inputs)
         return "packed" if reason else "triton"
-    return "cpu" if backend == "sdpa" or (backend == "auto" and not on_gpu) else "packed"
+    return "cpu" if backend in ("cpu", "sdpa") or (backend == "auto" and not on_gpu) else "packed"
 
 
 def attend(

@@ -187,6 +187,28 @@ def _(
     return attention_backward_flops(pairs, q.shape[2], q.shape[-1], v.shape[-1])
 
 
+@register(torch.ops.motif.blocked_attention)
+def _(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, **_: Any) -> int:
+    return attention_flops(_blocked_pairs(q, k, *bounds), q.shape[2], q.shape[-1], v.shape[-1])
+
+
+@register(torch.ops.motif.blocked_attention_backward)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *bounds: Any, **_: Any) -> int:
+    return attention_backward_flops(_blocked_pairs(q, k, *bounds), q.shape[2], q.shape[-1], v.shape[-1])
+
+
+def _blocked_pairs(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int,
+    right: int,
+) -> int:
+    return _pairs(q, k, cu_seqlens_q, cu_seqlens_k, (left, right))
+
+
 def _top_left_pairs(query: Tensor, key: Tensor, causal: bool) -> int:
     """Pairs of (B, H, S, D) tensors; torch's causal mask aligns to the top left."""
     queries, keys = query.shape[-2], key.shape[-2]

@@ -25,9 +25,9 @@ def check_activation_checkpointing(recompute: Recompute) -> None:
 def _kept() -> set[Any]:
     """Operators whose results are dear to compute again for the memory they take."""
     names = [("aten", "mm"), ("aten", "addmm"), ("aten", "bmm"), ("aten", "_scaled_mm"), ("motif", "diff_attention")]
-    names += [("motif", "segmented_attention"), ("aten", "_scaled_dot_product_flash_attention_for_cpu")]
-    names += [("aten", "_scaled_dot_product_flash_attention"), ("aten", "_scaled_dot_product_efficient_attention")]
-    names += [("aten", "_scaled_dot_product_cudnn_attention")]
+    names += [("motif", "blocked_attention"), ("motif", "segmented_attention")]
+    names += [("aten", "_scaled_dot_product_flash_attention_for_cpu"), ("aten", "_scaled_dot_product_flash_attention")]
+    names += [("aten", "_scaled_dot_product_efficient_attention"), ("aten", "_scaled_dot_product_cudnn_attention")]
     kept = set()
     for namespace, name in names:
         packet = getattr(getattr(torch.ops, namespace), name, None)

@@ -20,7 +20,7 @@ from motif_kernels.ops import diff_attention as operator
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 OPTIONS = AttentionOptions(softmax_scale=0.25, left=-1, right=0, norm_eps=1e-5, out_scale=0.8, deterministic=True)
-BACKENDS = ["sdpa", "reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["sdpa", "cpu", "reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=BACKENDS)

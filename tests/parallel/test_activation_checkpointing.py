@@ -17,7 +17,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 # q, k, v, o, gate and up, and for gated DIFF V2 lambda and its gate; down_proj comes last: nobody
 # needs its result.
 LINEARS = {"gda": 6, "diff_v2 gated": 8}
-ATTENTION = ("motif::segmented_attention", "aten::_scaled_dot_product_flash_attention_for_cpu")
+ATTENTION = ("motif::blocked_attention", "aten::_scaled_dot_product_flash_attention_for_cpu")
 
 
 class Count(TorchDispatchMode):

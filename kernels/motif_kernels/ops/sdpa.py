@@ -8,6 +8,7 @@ needs no mask, torch's own causal mask, or a small one of its own (a block of qu
 a window of keys). All segments of a call are one torch operator.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def _plan(
 ) -> list[Segment]:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return plan_segments(q.shape[1], k.shape[1], window_size)
-    return plan_packed(cu_seqlens_q, cu_seqlens_k, window_size)
+    return plan_packed(cu_seqlens_q, cu_seqlens_k, partial(plan_segments, window_size=window_size))
 
 
 @torch.library.custom_op("motif::segmented_attention", mutates_args=())

@@ -48,9 +48,10 @@ from motifarch.models.motif.configuration_motif import MotifConfig
 from motifarch.models.motif.loading import WholeOrNothing
 from motifarch.models.motif.rotary import build_rotary
 
-# attn_implementation -> motif_kernels' backend. "auto", the default, and "triton" are ours; the
-# rest are transformers' names. Any "flash_..." is whichever flash-attn is installed.
-_BACKENDS = {"auto": "auto", "triton": "triton", "eager": "reference", "sdpa": "sdpa"}
+# attn_implementation -> motif_kernels' backend. "auto", the default, "triton" and "cpu" are ours;
+# the rest are transformers' names. Any "flash_..." is whichever flash-attn is installed.
+_OURS = ("auto", "triton", "cpu")
+_BACKENDS = {**{name: name for name in _OURS}, "eager": "reference", "sdpa": "sdpa"}
 _FLASH = "flash_"
 
 
@@ -151,7 +152,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
             if flash.installed() is None:
                 raise ValueError(f"attn_implementation {name!r}: no flash-attn is installed; install it or take 'auto'")
             return name
-        if name in ("auto", "triton"):
+        if name in _OURS:
             return name
         return super()._check_and_adjust_attn_implementation(name, *arguments, **options)
 

@@ -1,5 +1,6 @@
-"""Cutting attention into segments that torch's attention serves without a large mask."""
+"""Cutting attention into segments, so that nothing needs a large mask."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,13 @@ class Segment(NamedTuple):
     window: tuple[int, int] = (-1, -1)
     offset: int = 0
 
+    def moved(self, queries: int, keys: int) -> "Segment":
+        """The same so many queries and keys further on."""
+        q_start, q_end, k_start, k_end = self[:4]
+        return self._replace(
+            q_start=q_start + queries, q_end=q_end + queries, k_start=k_start + keys, k_end=k_end + keys
+        )
+
     def mask(self, like: Tensor) -> Tensor | None:
         """The additive mask (queries, keys), or None if nothing in the segment is masked."""
         if self.window == (-1, -1):
@@ -54,9 +62,20 @@ def plan_segments(seqlen_q: int, seqlen_k: int, window_size: tuple[int, int]) ->
     if left < 0 and right == 0 and offset <= 0:
         # With more queries than keys, the first ones are fully masked.
         return [Segment(-offset, seqlen_q, 0, seqlen_k, causal=True)]
+    return plan_blocks(seqlen_q, seqlen_k, window_size, _QUERY_BLOCK)
+
+
+def plan_blocks(seqlen_q: int, seqlen_k: int, window_size: tuple[int, int], size: int) -> list[Segment]:
+    """Segments of at most ``size`` queries, each with all keys that one of them sees; fully masked
+    queries are in none.
+    """
+    if seqlen_k == 0:
+        return []
+    offset = seqlen_k - seqlen_q
+    left, right = window_size
     segments = []
-    for block in range(0, seqlen_q, _QUERY_BLOCK):
-        start, end = block, min(block + _QUERY_BLOCK, seqlen_q)
+    for block in range(0, seqlen_q, size):
+        start, end = block, min(block + size, seqlen_q)
         if right >= 0:
             start = max(start, -offset - right)  # the first query that sees the first key
         if left >= 0:
@@ -72,13 +91,13 @@ def plan_segments(seqlen_q: int, seqlen_k: int, window_size: tuple[int, int]) ->
     return segments
 
 
-def plan_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window_size: tuple[int, int]) -> list[Segment]:
-    """The segments of all packed documents. Reads the bounds: on a GPU that waits for it."""
+def plan_packed(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, plan: Callable[[int, int], list[Segment]]) -> list[Segment]:
+    """The segments of all packed documents, of which ``plan`` cuts one of so many queries and keys.
+
+    Reads the bounds: on a GPU that waits for it.
+    """
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     segments = []
     for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        for s in plan_segments(q1 - q0, k1 - k0, window_size):
-            segments.append(
-                s._replace(q_start=s.q_start + q0, q_end=s.q_end + q0, k_start=s.k_start + k0, k_end=s.k_end + k0)
-            )
+        segments += [s.moved(q0, k0) for s in plan(q1 - q0, k1 - k0)]
     return segments
