@@ -322,30 +322,50 @@ def select(b: Binder) -> Step:
 
 @instruction("setp")
 def compare(b: Binder) -> Step:
-    kind, name = b.ins.type, b.parts[1]
-    x, y = (b.read(o, kind) for o in b.operands[1:3])
-    if kind in ("bf16", "f16") or "|" in b.operands[0]:
+    kind, sources = b.ins.type, b.operands[1:3]
+    if kind.endswith("x2"):
+        return _compare_halves(b, kind.removesuffix("x2"))
+    x, y = (b.read(o, kind) for o in sources)
+    if kind == "bf16":
+        return _compare(b, lambda: bf16_to_f32(x), lambda: bf16_to_f32(y), True)
+    return _compare(b, lambda: x, lambda: y, kind[0] == "f")
+
+
+def _compare_halves(b: Binder, kind: str) -> Step:
+    """Two numbers of a register each, into two predicates, the low half's first."""
+    test = COMPARISONS[b.parts[1]]
+    if b.parts[1] == "ne" or b.ins.guard is not None:
         raise NotImplementedError(b.ins.text)
-    if kind[0] == "f" and name not in COMPARISONS:
-        if name in ("num", "nan"):
-            test: Callable[[], Any] = lambda: np.isnan(x) | np.isnan(y)  # noqa: E731
-            compared = test if name == "nan" else lambda: ~test()
-        else:  # unordered: true of NaN
-            opposite = {"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt", "equ": "ne", "neu": "eq"}[name]
-            ordered = COMPARISONS[opposite]
-            compared = lambda: ~(ordered(x, y) & ~(np.isnan(x) | np.isnan(y)))  # noqa: E731
-    elif kind[0] == "f" and name == "ne":  # NumPy's is true of NaN
-        compared = lambda: (x != y) & (x == x) & (y == y)  # noqa: E731
-    elif b.ins.guard is None and len(b.parts) == 3:
-        return b.elementwise(COMPARISONS[name], [kind, kind], "pred")
+    x, y = (b.read(o, "b32") for o in b.operands[1:3])
+    low, high = (b.write(name, "pred") for name in b.operands[0].split("|"))
+
+    def step() -> None:
+        halves = (half_to_f32(np.ascontiguousarray(v).view(np.uint16), kind) for v in (x, y))
+        low[:], high[:] = test(*halves).reshape(-1, 2).T
+
+    return step
+
+
+def _compare(b: Binder, x: Callable[[], np.ndarray], y: Callable[[], np.ndarray], floats: bool) -> Step:
+    name = b.parts[1]
+    if floats and name in ("num", "nan"):
+        test: Callable[[], Any] = lambda: (np.isnan(x()) | np.isnan(y())) ^ (name == "num")  # noqa: E731
+    elif floats and name not in COMPARISONS:  # unordered: true of NaN
+        opposite = COMPARISONS[{"ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt", "equ": "ne", "neu": "eq"}[name]]
+        test = lambda: ~(opposite(x(), y()) & ~(np.isnan(x()) | np.isnan(y())))  # noqa: E731
+    elif floats and name == "ne":  # NumPy's is true of NaN
+        test = lambda: (x() != y()) & ~(np.isnan(x()) | np.isnan(y()))  # noqa: E731
+    elif len(b.operands) == 3 and b.ins.guard is None:
+        function, out = COMPARISONS[name], b.write(b.operands[0], "pred")
+        return lambda: function(x(), y(), out)
     else:
-        compared = lambda: COMPARISONS[name](x, y)  # noqa: E731
+        test = lambda: COMPARISONS[name](x(), y())  # noqa: E731
     if len(b.operands) == 4:  # combined with a predicate
         other = b.read(b.operands[3].lstrip("!"), "pred")
         negated = b.operands[3].startswith("!")
         combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[b.parts[2]]
-        return b.assign(b.write(b.operands[0], "pred"), lambda: combine(compared(), other ^ negated))
-    return b.assign(b.write(b.operands[0], "pred"), compared)
+        return b.assign(b.write(b.operands[0], "pred"), lambda: combine(test(), other ^ negated))
+    return b.assign(b.write(b.operands[0], "pred"), test)
 
 
 @instruction("mov", "cvta")

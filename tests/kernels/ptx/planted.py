@@ -1,12 +1,17 @@
-"""Faults planted into a kernel: is it noticed when a barrier, a wait or a fence is missing?"""
+"""Faults planted into a kernel: is it noticed when a barrier, a wait or a fence is missing?
 
+TRITON_INTERPRET=0 python -m tests.kernels.ptx.planted
+"""
+
+import json
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.kernels.ptx.launching import Launch, execute
+from tests.kernels.ptx import cases
+from tests.kernels.ptx.launching import Launch, emulated, execute
 from tests.kernels.ptx.program import Fault, Instruction, Program
 
 KINDS = {
@@ -89,3 +94,25 @@ def _restore(arguments: list[tuple[str, Any]], contents: list[np.ndarray]) -> No
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "_forward_kernel": ("attention", {"tokens": 130, "keys": 650, "backward": False}),
+    "_keys_kernel": ("attention", {"tokens": 260, "keys": 100}),
+    "_queries_kernel": ("attention", {"tokens": 100, "keys": 330}),
+    "_split_kernel": ("decoding", {"cached": (60, 23)}),
+    "_backward_kernel": ("poly_norm", {"columns": 4096, "rows": 2}),
+}
+"""Kernel -> family and options of a case that enters its loops."""
+
+
+def main() -> None:
+    for kernel, (family, options) in CASES.items():
+        planted = Planted((kernel,))
+        with emulated(run=planted):
+            cases.CASES[family](**options)
+        print(json.dumps({"kernel": kernel, "noticed": planted.noticed, "missed": planted.missed}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -220,6 +220,16 @@ def test_comparisons_with_nan(name, with_nan):
     assert out == [*plain, with_nan]
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_comparisons_of_halves(kind):
+    x, y = torch.randn(64).to(DTYPES[kind]), torch.randn(64).to(DTYPES[kind])
+    out = apply(f"setp.gt.{kind} %p1, {{0}}, {{1}}; selp.b32 {{out}}, 1, 0, %p1;", "s32", x, y)
+    assert torch.equal(out.bool(), x > y)
+    both = f"setp.gt.{kind}x2 %p1|%p2, {{0}}, {{1}}; selp.b32 %r1, 1, 0, %p1; selp.b32 %r2, 2, 0, %p2;"
+    out = apply(f"{both} or.b32 {{out}}, %r1, %r2;", "s32", x.view(torch.int32), y.view(torch.int32))
+    assert torch.equal(torch.stack([out & 1, out >> 1], 1).flatten().bool(), x > y)
+
+
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 

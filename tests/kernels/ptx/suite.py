@@ -1,0 +1,100 @@
+"""Every family of kernels at the widths and row lengths of every entry of the launch tables.
+
+    TRITON_INTERPRET=0 python -m tests.kernels.ptx.suite poly_norm combine
+
+Prints an object a line: the case, its seconds, its errors, and what is wrong with it or null.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tests.kernels.ptx import cases
+from tests.kernels.ptx.launching import emulated
+
+BF16, F16 = torch.bfloat16, torch.float16
+Case = tuple[str, dict[str, Any]]
+
+
+def attention() -> Iterator[Case]:
+    """Each pair of widths, which is each entry, in either precision."""
+    for d, dv in ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)):
+        yield "attention", {"d": d, "dv": dv, "group": 1 + 3 * (dv == 256), "tokens": 200, "keys": 520, "dtype": BF16}
+        yield "attention", {"d": d, "dv": dv, "tokens": 200, "keys": 520, "dtype": F16}
+
+
+def masks() -> Iterator[Case]:
+    """What else attention is asked for."""
+    for group, softmax in ((1, False), (2, True)):
+        packed = {"lengths": (30, 0, 41, 1), "softmax": softmax, "group": group, "epilogue": "none"}
+        yield "attention", packed
+        yield "attention", {"tokens": 200, "window": 50, "softmax": softmax, "group": group, "backward": not softmax}
+    yield "attention", {"group": 3, "epilogue": "gate", "softcap": 20.0, "causal": False, "deterministic": False}
+    yield "attention", {"shared_keys": True, "lam": "token", "epilogue": "gate", "d": 64, "dv": 64, "batch": 2}
+    yield "attention", {"tokens": 33, "keys": 97, "lam": "one", "noise": 2, "key_heads": 1}
+    yield "attention", {"tokens": 97, "keys": 33, "dtype": F16}
+
+
+def decoding() -> Iterator[Case]:
+    for d, dv in ((64, 128), (128, 256)):
+        yield "decoding", {"d": d, "dv": dv, "dtype": BF16}
+        yield "decoding", {"d": d, "dv": dv, "dtype": F16, "paged": True, "queries": 2}
+        yield "decoding", {"d": d, "dv": dv, "softmax": True, "group": 1, "noise": 2}
+
+
+def poly_norm() -> Iterator[Case]:
+    """Rows of up to 2 KB, 4 KB and so on, and such as take two passes."""
+    for columns in (1000, 2048, 4096, 8192, 16384, 32768, 40000):
+        yield "poly_norm", {"columns": columns, "rows": 2, "dtype": BF16}
+        yield "poly_norm", {"columns": columns, "rows": 2, "dtype": F16, "up": False}
+    yield "poly_norm", {"columns": 1000, "clamp": 1.0}
+
+
+def combine() -> Iterator[Case]:
+    for dtype in (BF16, F16):
+        for width, group, epilogue in ((64, 1, "none"), (128, 4, "norm"), (256, 3, "gate")):
+            yield "combine", {"width": width, "group": group, "epilogue": epilogue, "dtype": dtype}
+
+
+GROUPS = {
+    "attention": attention,
+    "masks": masks,
+    "decoding": decoding,
+    "poly_norm": poly_norm,
+    "combine": combine,
+}
+
+
+def run(family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A case's line."""
+    begun = time.perf_counter()
+    with emulated() as launches:
+        results = cases.CASES[family](**options)
+    problems = []
+    for name, result in results.items():
+        try:
+            result.check(options.get("dtype", BF16))
+        except AssertionError as error:
+            problems.append(f"{name}: {error}")
+    return {
+        "case": f"{family} {options}",
+        "kernels": sorted({launch.kernel for launch in launches}),
+        "emulated_s": round(sum(launch.seconds for launch in launches), 2),
+        "seconds": round(time.perf_counter() - begun, 2),
+        "errors": {name: float(f"{result.error():.1e}") for name, result in results.items()},
+        "problem": "; ".join(problems) or None,
+    }
+
+
+if __name__ == "__main__":
+    for group in sys.argv[1:] or GROUPS:
+        for family, options in GROUPS[group]():
+            try:
+                line = run(family, options)
+            except Exception as error:
+                line = {"case": f"{family} {options}", "problem": f"{type(error).__name__}: {error}"}
+            print(json.dumps(line), flush=True)
