@@ -57,15 +57,17 @@ def diff_attn_func(
         deterministic: the backward pass gives the same bits every time. False lets ``"triton"`` and
             ``"flash"`` add gradients in the order in which they come, which is less work.
         return_max_logits: also return each head's largest scaled, unmasked logit over the batch
-            (float32, no gradient).
+            (float32, no gradient). Where logits are NaN, ``"triton"`` gives the largest number and
+            ``"reference"`` NaN.
         backend: ``"triton"`` (one fused kernel), ``"flash"`` (flash-attn 4 or 2, composed),
             ``"sdpa"`` (torch's attention, composed), ``"cpu"`` (blocked products, composed),
             ``"reference"`` (plain mathematics), or ``"auto"``: the fastest that can serve the
             arguments.
 
     Returns:
-        The output (B, Sq, Hs, Dv) in q1's dtype; with return_max_logits ``(out, max_signal (Hs,),
-        max_noise (Hn,))``. A fully masked row is 0 and passes no gradient.
+        The output (B, Sq, Hs, Dv) in q1's dtype, whatever autocast says, which attention does not
+        heed; with return_max_logits ``(out, max_signal (Hs,), max_noise (Hn,))``. A fully masked
+        row is 0 and passes no gradient.
 
     Raises:
         TypeError: dtypes differ or are not floating point.

@@ -134,7 +134,7 @@ def attend(
     _check_table(q1, cache.block_table)
     tokens = _new_tokens(inputs, new)
     reader = dispatch.choose_decoding(backend, inputs)
-    with torch.no_grad():
+    with torch.no_grad(), dispatch.as_given(q1.device):
         plain = needs_no_operator(q1)
         if tokens:
             append = operator.append if plain else operator.append_to_cache

@@ -1,7 +1,8 @@
 """Who serves an attention call: which backends can, which is taken, and how each is run."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,8 +123,19 @@ def choose(backend: str, inputs: AttentionInputs, sequences: Sequences, options:
         if reason := unsupported_reason(backend, inputs, sequences, options):
             raise ValueError(f"backend {backend!r} cannot serve {reason}; use another backend or 'auto'")
         return backend
-    order = _order(inputs, sequences, options)
-    return next(name for name in order if unsupported_reason(name, inputs, sequences, options) is None)
+    return next(
+        name
+        for name in _order(inputs, sequences, options)
+        if not (inputs.needs_grad and _waits(name, inputs.q1.device, sequences))
+        and unsupported_reason(name, inputs, sequences, options) is None
+    )
+
+
+def _waits(backend: str, device: torch.device, sequences: Sequences) -> bool:
+    """Whether a backend waits for a GPU: torch's attention reads the documents' bounds. In training
+    that would stall every layer.
+    """
+    return backend == "sdpa" and sequences.is_packed and is_gpu(device)
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -146,11 +158,8 @@ def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpti
 
     size = tuning.attention_size(q1.shape[-1], inputs.v.shape[-1], q1.element_size())
     measured = machine.measured_backend(size, q1.device)
-    if packed and inputs.needs_grad:
-        # Torch's attention reads the documents' bounds, which waits for the GPU in every layer.
-        order: tuple[str, ...] = ("flash", "triton")
-    elif q1.dtype not in (torch.float16, torch.bfloat16):
-        order = ("sdpa", "triton")
+    if q1.dtype not in (torch.float16, torch.bfloat16):
+        order: tuple[str, ...] = ("sdpa", "triton")
     elif packed or options.left >= 0 or options.right > 0:
         order = ("flash", "triton", "sdpa")
     else:
@@ -176,6 +185,15 @@ def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
         reason = machine.triton_unsupported_reason(q1.device) or fused.unsupported_reason(inputs)
         return "packed" if reason else "triton"
     return "cpu" if backend in ("cpu", "sdpa") or (backend == "auto" and not on_gpu) else "packed"
+
+
+def as_given(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, autocast is off: on every backend attention computes in the dtype of its inputs and
+    gives it, the sub-norm included.
+    """
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def attend(
@@ -204,7 +222,8 @@ def attend(
         sequences = documents
         check_cu_seqlens(documents, inputs.q1.shape[0], inputs.k1.shape[0], inputs.q1.device)
     name = choose(backend, inputs, sequences, options)
-    out, *max_logits = _BACKENDS[name].run(inputs, sequences, options)
+    with as_given(inputs.q1.device):
+        out, *max_logits = _BACKENDS[name].run(inputs, sequences, options)
     if not options.return_max_logits:
         return (out,)
     return out, *(max_logits if inputs.noise is not None else max_logits[:1])

@@ -52,7 +52,10 @@ def triton_unsupported_reason(device: torch.device) -> str | None:
         return None
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability in _LAUNCH_TABLES_FIT or tuning.has_table(device, "attention_forward"):
+        # AMD's gfx90a too says 9.0, and has a quarter of Hopper's shared memory.
+        if (torch.version.hip is None and capability in _LAUNCH_TABLES_FIT) or tuning.has_table(
+            device, "attention_forward"
+        ):
             return None
         return (
             f"compute capability {'.'.join(map(str, capability))}: there are launch tables for Hopper and data-centre "

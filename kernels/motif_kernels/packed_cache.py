@@ -1,4 +1,9 @@
-"""Attention to a cache by packing its rows: a copy, for backends that know no cache."""
+"""Attention to a cache by packing its rows: a copy, for backends that know no cache.
+
+How many tokens rows hold is read, which waits for a GPU: a CUDA graph cannot hold this, as it can
+the kernel that reads a cache in place. Without a wait, all that a cache has room for would be
+copied.
+"""
 
 import torch
 from torch import Tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import motif_kernels
+from motif_kernels import machine
 
 B, S, HS, HN, D, DV = 2, 5, 4, 2, 8, 16
 
@@ -87,3 +88,14 @@ def test_all_on_the_meta_device_ask_for_shapes(case: str) -> None:
     found = call(name, {n: on_meta(v) for n, v in arguments.items()})
     assert found.device.type == "meta"
     assert found.shape == call(name, arguments).shape
+
+
+@pytest.mark.parametrize(("hip", "served"), [(None, True), ("6.4", False)])
+def test_an_amd_gpu_is_no_hopper(hip: str | None, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx90a reports 9.0 as well; Hopper's tiles do not fit there."""
+    triton = pytest.importorskip("triton", reason="the Triton kernels need triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI250X" if hip else "NVIDIA H100")
+    assert (machine.triton_unsupported_reason(torch.device("cuda")) is None) == served

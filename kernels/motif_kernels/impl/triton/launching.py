@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 # A product and a sum are one instruction, rounded once: triton 3.10 will not do so unasked.
 _OPTIONS = {"enable_fp_fusion": True}
 
@@ -15,4 +17,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: the kernel's tensors and numbers.
         constants: its constants by name, and num_warps, num_stages, maxnreg.
     """
+    if constants.get("maxnreg") is None or torch.version.hip is not None:
+        constants.pop("maxnreg", None)  # AMD's compiler knows no such limit, and refuses the name
     kernel[grid](*arguments, **constants, **_OPTIONS)
