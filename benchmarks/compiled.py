@@ -1,12 +1,19 @@
-"""What every shipped kernel configuration needs of a GPU: registers, spills, memory. No GPU needed.
+"""What every shipped kernel configuration needs of a GPU, and what its loops do. No GPU needed.
 
     python -m benchmarks.compiled                # some ten minutes of two cores
     python -m benchmarks.compiled --families attention --architectures 90 --every
+    python -m benchmarks.compiled --calibration  # the static model beside what was published
 
-Each kernel is compiled for Hopper (sm_90) and Blackwell (sm_100) exactly as it would be launched,
-and read with the cuobjdump that triton brings. benchmarks/results/compiled.json has a line for
-every configuration; the tests compile them again and hold them to bounds, and to that file where
-triton's version is the same. Nothing here is a time.
+Each kernel is compiled for Hopper (sm_90) and Blackwell (sm_100; sm_103 is a B300) exactly as it
+would be launched, and read with the tools that triton brings. benchmarks/results/compiled.json has
+a line for every configuration: registers, stack bytes a thread, shared memory and tensor memory a
+block, then each innermost loop. The tests compile them again and hold them to bounds, and to that
+file where triton's version is the same. It also has what benchmarks.predicted says, whose tables
+are compiled.md. The status is 1 where an attention kernel has a defect that is not known
+(benchmarks.lib.lints), or has lost one that is.
+
+A line's loop reads "371: 4*64x64x16 SS 4*64x128x16 RS mufu 34 barriers 2": instructions, products
+of a warpgroup, and what else a warp does in an iteration.
 """
 
 import argparse
@@ -22,11 +29,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.lib import calibration, cli, report
-from benchmarks.lib.compiling import compile_only
+from benchmarks import predicted
+from benchmarks.lib import calibration, cli, lints, report
+from benchmarks.lib.compiling import compile_only, labelled
+from benchmarks.lib.sass import Loop
+from motif_kernels.impl.gluon import availability
 
 MODULE = "benchmarks.compiled"
-ARCHITECTURES = {90: "Hopper", 100: "Blackwell"}
+ARCHITECTURES = {90: "Hopper", 100: "Blackwell", 103: "Blackwell Ultra"}
 NEEDS = ("registers", "stack", "shared", "tensor_memory")
 
 
@@ -88,11 +98,20 @@ CALLS: tuple[dict[str, Any], ...] = (
 
 
 def _attention() -> None:
-    """Every pair of widths, epilogue, mask and backward mode that is promised."""
+    """Every pair of widths, epilogue, mask and backward mode that is promised: all with all at the
+    widths that are trained most, each with some at the others.
+    """
     for d, dv in WIDTHS:
-        for options in CALLS:
+        for options in CALLS if (d, dv) in ((64, 128), (128, 256)) else CALLS[1:4]:
             attention_call(torch.bfloat16, d, dv, **options)
     attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
+
+
+def _gluon() -> None:
+    """What the Gluon kernels serve on a Hopper GPU."""
+    for d, dv in ((64, 128), (128, 256)):
+        for options in (*CALLS[1:4], CALLS[5]):
+            attention_call(torch.bfloat16, d, dv, **options)
 
 
 def attention_call(
@@ -123,9 +142,10 @@ def attention_call(
     tensors: list[torch.Tensor | None] = [*leaves, lam]
     if softmax:
         tensors[2] = tensors[3] = tensors[5] = None
-    out = call(*tensors, *((bounds, bounds, 256, 256) if packed else ()), **options)
-    extra = [options[name] for name in ("norm_weight", "gate") if name in options]
-    torch.autograd.grad(out, [t for t in (*tensors, *extra) if t is not None], torch.zeros_like(out))
+    with labelled(head_dim=d, v_head_dim=dv):
+        out = call(*tensors, *((bounds, bounds, 256, 256) if packed else ()), **options)
+        extra = [options[name] for name in ("norm_weight", "gate") if name in options]
+        torch.autograd.grad(out, [t for t in (*tensors, *extra) if t is not None], torch.zeros_like(out))
 
 
 def _decoding() -> None:
@@ -158,13 +178,31 @@ def _motif() -> None:
     attention_call(torch.bfloat16, 128, 256, **CALLS[1])
 
 
-FAMILIES = {"poly_norm": _poly_norm, "combine": _combine, "attention": _attention, "decoding": _decoding}
+FAMILIES = {
+    "poly_norm": _poly_norm,
+    "combine": _combine,
+    "attention": _attention,
+    "gluon": _gluon,
+    "decoding": _decoding,
+}
+
+
+def jobs(architectures: Iterable[int], families: Iterable[str]) -> list[tuple[int, str]]:
+    """What there is to compile: Gluon's kernels are for Hopper, and B300's tables are the default
+    ones, of which the attention of the released model is looked at.
+    """
+    all_of_them = itertools.product(architectures, families)
+    return [
+        (arch, "motif" if arch == 103 and family == "attention" else family)
+        for arch, family in all_of_them
+        if family != "gluon" or (arch == 90 and availability.interface_is_present())
+    ]
 
 
 def _worker(arch: int, family: str) -> None:
     """Compile a family and print an object a line."""
-    with compile_only(arch) as found:
-        (FAMILIES | {"motif": _motif})[family]()
+    with compile_only(arch, gluon="gluon" in family) as found:
+        (FAMILIES | {"motif": _motif, "motif_gluon": _motif})[family]()
     for usage in found:
         print(json.dumps(usage))
 
@@ -176,18 +214,23 @@ def compile_family(arch: int, family: str) -> list[dict[str, Any]]:
     """Every configuration of a family of kernels, in a fixed order.
 
     Args:
-        arch: 90 or 100.
-        family: one of FAMILIES, or "motif", some seconds of attention.
+        arch: one of ARCHITECTURES.
+        family: one of FAMILIES, or "motif" or "motif_gluon", some seconds of attention.
 
     Returns:
-        For each: kernel, arch, registers and stack bytes (spills) a thread, shared memory bytes and
-        tensor memory columns a block, and the constants that it was compiled with.
+        For each: kernel, arch, what :func:`benchmarks.lib.compiling.usage` gives, lints, and the
+        constants that it was compiled with.
 
     Raises:
         RuntimeError: it did not compile.
     """
-    # A process of its own: whether kernels are interpreted is decided when triton is imported.
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(report.ROOT), *sys.path])}
+    # A process of its own: whether kernels are interpreted is decided when triton is imported. The
+    # default of fusion is that of triton 3.10: launches ask for it.
+    env = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_DEFAULT_FP_FUSION": "0",
+        "PYTHONPATH": os.pathsep.join([str(report.ROOT), *sys.path]),
+    }
     command = [sys.executable, "-m", MODULE, "--worker", str(arch), family]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
@@ -207,6 +250,7 @@ def rows_of(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         shown = [n for n, found in values.items() if len(found) > 1]
         needs = (
             " ".join([*(str(u[n]) for n in NEEDS), *(f"{n}={u['constants'][n]}" for n in shown if n in u["constants"])])
+            + "".join(f" | {Loop.parse(loop)}" for loop in u["loops"])
             for u in group
         )
         # Some differ in what is no constant alone: the arguments' types, or what divides them.
@@ -239,23 +283,32 @@ def main(argv: list[str] | None = None) -> int:
         console.print(calibration.describe(*calibration.rows()), soft_wrap=True)
         calibration.write()
         return 0
-    work = list(itertools.product(options.architectures, options.families))
-    whole = len(work) == len(ARCHITECTURES) * len(FAMILIES)
+    work = jobs(options.architectures, options.families)
+    whole = len(work) == len(jobs(ARCHITECTURES, FAMILIES))
     path = options.output or (report.RESULTS if whole else report.ROOT / "runs") / "compiled.json"
     kernels: list[dict[str, Any]] = []
     with cli.terminate_as_interrupt(), ThreadPoolExecutor(options.jobs) as pool:
+        layers = pool.submit(predicted.collect, ["--figures"]) if whole else None
         for (arch, family), found in zip(work, pool.map(lambda job: compile_family(*job), work), strict=True):
             kernels += found
             console.print(f"{family} for sm_{arch}: {len(found)} kernels")
     env = report.environment(MODULE, torch.device("cpu"), ("motifarch", "triton"))
-    content = {"benchmark": "compiled", "format": 2, "environment": env, "configuration": NEEDS}
+    content = {"benchmark": "compiled", "format": 3, "environment": env, "configuration": NEEDS}
     rows = rows_of(kernels)
-    report.write_json(path, content | {"kernels": rows})
+    content |= {"kernels": rows}
+    if layers:
+        found_layers = layers.result()
+        content |= {"layers": found_layers["layers"], "rows": found_layers["rows"]}
+        path.with_suffix(".md").write_text(predicted.markdown(found_layers), encoding="utf-8")
+    report.write_json(path, content)
     for row in rows if options.every else ():
         for configuration in row["configurations"]:
             console.print(row["kernel"], row["for"], configuration, soft_wrap=True)
     console.print(f"all configurations: {path}", soft_wrap=True)
-    return 0
+    offences, mended = lints.judge(kernels)
+    for text in (*offences, *(mended if whole else ())):
+        console.print(text, style="bold red", soft_wrap=True)
+    return 1 if offences or (whole and mended) else 0
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.lib import report
-from benchmarks.lib.predict import CONSTANTS, Compiled, Constants, Shape, attention_kernel
+from benchmarks.lib.predict import CONSTANTS, Compiled, Constants, Shape, Stream, attention_kernel
 
 PATH = report.RESULTS / "calibration.json"
 BOUNDS = {"audit": 0.10, "published": 0.30}
 
 
 class Row(NamedTuple):
-    """A figure, in TFLOP/s, and what the model makes of its kernel."""
+    """A figure, in TFLOP/s or as its name says, and what the model makes of its kernel."""
 
     name: str
     kind: str
@@ -46,7 +46,10 @@ def rows(constants: Constants = CONSTANTS) -> tuple[dict[str, float], list[Row]]
 
 
 def _predict(row: Mapping[str, Any], constants: Constants) -> float:
-    shape, kernel = Shape(**row["shape"]), Compiled.of(row["kernel"])
+    kernel = Compiled.of(row["kernel"])
+    if "stream" in row:
+        return 100 * Stream(*row["stream"]).share(kernel, constants)
+    shape = Shape(**row["shape"])
     part = attention_kernel(kernel, shape, constants)
     if not row["whole"]:  # the audit gives the main loop's
         return part.tflops
@@ -65,6 +68,13 @@ def describe(recorded: Mapping[str, float], found: Sequence[Row]) -> str:
     changed = {n: (recorded.get(n), now) for n, now in CONSTANTS._asdict().items() if recorded.get(n) != now}
     lines += [f"\n{name} was {was} and is {now}" for name, (was, now) in changed.items()]
     return "\n".join(lines)
+
+
+def summary() -> str:
+    """How far the model is from what was published and what the audit said, in a line."""
+    found = rows()[1]
+    parts = (f"{kind} figures to {max(abs(r.error) for r in found if r.kind == kind):.0%}" for kind in BOUNDS)
+    return "the model gives " + ", ".join(parts)
 
 
 def write() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.lib import lints
 from benchmarks.lib.sass import disassemble, structure
 
@@ -27,10 +29,28 @@ def launches_through(run: Callable[..., Any]) -> Iterator[None]:
         triton.JITFunction.run = original
 
 
+_labels: dict[str, Any] = {}
+
+
 @contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
+def labelled(**labels: Any) -> Iterator[None]:
+    """Within, kernels that are compiled by :func:`compile_only` are listed with these labels."""
+    _labels.update(labels)
+    try:
+        yield
+    finally:
+        for name in labels:
+            del _labels[name]
+
+
+@contextlib.contextmanager
+def compile_only(arch: int, *, gluon: bool = False) -> Iterator[list[dict[str, Any]]]:
     """Within, launching a kernel only compiles it for sm_<arch>; what each needs is in the list
     afterwards.
+
+    Args:
+        arch: 90, 100 or 103.
+        gluon: the Gluon kernels serve what they can on this GPU, else the Triton kernels do.
 
     Triton asks its driver which GPU to compile for; here the answer is made up. So the code under
     test chooses its own configuration, from CPU tensors, and what is compiled is what users run.
@@ -40,6 +60,7 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
     from triton.runtime.driver import driver
 
     from motif_kernels import tuning
+    from motif_kernels.impl.gluon import availability
     from motif_kernels.impl.triton import (  # noqa: F401  before what follows
         cache_append,
         combine,
@@ -58,20 +79,24 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", arch, 32)
 
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
     compiled: dict[str, dict[str, Any]] = {}
-    table = tuning._table
+    table, runs_on = tuning._table, availability.runs_on
+    availability.runs_on = lambda device: gluon and arch == 90  # type: ignore[assignment]  # a stand-in without its cache
     tuning._table = lambda device: tuning.merged_table(GPUS[arch])  # type: ignore[assignment]  # a stand-in without its cache
 
     def warm_up(launch: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(*args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in compiled:
             function = launch.__self__.fn
-            compiled[kernel.hash] = {
-                "kernel": f"{function.__module__.removeprefix('motif_kernels.impl.')}.{function.__name__}",
-                "arch": arch,
-                "constants": {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool | str)},
-                **usage(kernel),
-            }
+            name = f"{function.__module__.removeprefix('motif_kernels.impl.')}.{function.__name__}"
+            constants = {k: v for k, v in kwargs.items() if isinstance(v, int | float | bool | str)}
+            needs = usage(kernel)
+            found = {} if "attention_" not in name else {"lints": lints.lints(name, needs, kernel.asm["ttgir"])}
+            own = {"kernel": name, "arch": arch, "constants": constants, "lints": [], "triton": triton.__version__}
+            compiled[kernel.hash] = own | _labels | needs | found
         return kernel
 
     driver.set_active(Driver())
@@ -83,7 +108,7 @@ def compile_only(arch: int) -> Iterator[list[dict[str, Any]]]:
         with launches_through(warm_up):
             yield usages
     finally:
-        tuning._table, triton.knobs.runtime.interpret = table, False
+        tuning._table, triton.knobs.runtime.interpret, availability.runs_on = table, False, runs_on
         usages.extend(compiled.values())
 
 
@@ -94,19 +119,20 @@ def usage(kernel: Any) -> dict[str, Any]:
         registers and stack bytes a thread; shared memory bytes, tensor memory columns, threads and
         bytes of global scratch a block; warps that work in step, streams of them that run apart
         (the consumers of a warp-specialised kernel) and stages of loads; loops, outer and once as
-        in :class:`benchmarks.lib.sass.Structure`; and lints, see :mod:`benchmarks.lib.lints`.
+        in :class:`benchmarks.lib.sass.Structure`.
     """
     registers, stack = _resource_usage(kernel.asm["cubin"])
     found = max(map(structure, disassemble(kernel.asm["cubin"]).values()), key=lambda s: s.once)
     code, metadata = kernel.asm["ttgir"], kernel.metadata
     regions = re.split(r"\n\s+(?:default \{|partition\d+\()", code)
     warps = re.search(r'"ttg.num-warps" = (\d+)', code)
-    needs = {
+    return {
         "registers": registers,
         "stack": stack,
         "shared": metadata.shared,
         "tensor_memory": metadata.tmem_size,
         "global_scratch": metadata.global_scratch_size,
+        "fp_fusion": metadata.enable_fp_fusion,
         "threads": 32 * metadata.num_warps,
         "warps": int(warps[1]) if warps else metadata.num_warps,
         "streams": max(1, sum("warp_group_dot" in region for region in regions[1:])),
@@ -115,7 +141,18 @@ def usage(kernel: Any) -> dict[str, Any]:
         "outer": [loop.as_json() for loop in found.outer],
         "once": found.once,
     }
-    return needs | {"lints": lints.lints(needs, code)}
+
+
+def executed_spills(kernel: Any) -> int:
+    """Instructions that spill registers where it costs: in the innermost loops with products, or,
+    in a kernel without any, anywhere.
+    """
+    functions = disassemble(kernel.asm["cubin"]).values()
+    loops = [loop for code in functions for loop in structure(code).loops]
+    walks = [loop for loop in loops if loop.mma or loop["hmma"] or loop["tcgen05"]]
+    if walks:
+        return sum(loop["ldl"] + loop["stl"] for loop in walks)
+    return sum(x.opcode.startswith(("LDL", "STL")) for code in functions for x in code.instructions)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -15,7 +15,7 @@ compares with. Within 30% is what it is good for; the order of candidates is wha
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,6 +54,10 @@ class Constants(NamedTuple):
     """A clock, once they come, for a load that nothing hides."""
     launch: float = 1000.0
     """Clocks of a program besides its instructions: its start, and its first and last accesses."""
+    streaming: float = 0.7
+    """Of a row kernel's instructions, what one block does not hide behind its own copies,"""
+    streaming_start: float = 600.0
+    """and the clocks until its first bytes come; other blocks of the multiprocessor share both."""
     head: float = 1100.0
     """The same when a program turns to another head: two loads that wait for each other."""
 
@@ -341,7 +345,38 @@ def _one_pass(kernel: Compiled, shape: Shape, constants: Constants) -> Part:
     return part._replace(seconds=part.seconds + moved / constants.memory_bytes_per_second)
 
 
-WALKS = {
+def _one_pass_of_groups(kernel: Compiled, shape: Shape, constants: Constants) -> Part:
+    """The Gluon backward pass: a program is a tile of keys, and walks over the queries of all heads
+    that share them; again for each further piece of values. The noise map is a launch of its own.
+    """
+    streams, rows = kernel.streams, 16 * kernel.warps
+    d, dv = shape.head_dim, shape.v_head_dim
+    sweeps = {loop.signature: loop for loop in sorted(kernel.products, key=lambda loop: -loop.instructions)}
+    pieces = 1 if len(sweeps) == 1 else dv // max(n.n for n in min(sweeps.values(), key=_work).mma if n.from_registers)
+    first, last = max(sweeps.values(), key=_work), min(sweeps.values(), key=_work)
+    a = clocks(first, kernel, rows * (2 * (d + dv) + 8 * d), constants)
+    b = clocks(last, kernel, rows * 2 * (d + dv), constants)
+    step = a.total + (pieces - 1) * b.total
+    once = constants.launch + constants.head + _issue(kernel, kernel.once, constants)
+    tiles = [x + y for x, y in shape.tiles(rows * streams, rows)]
+    programs = [(once + heads * n * step, shape.noise_heads * shape.batch) for n in tiles for heads in _groups(shape)]
+    part = _finish(kernel, a, 2 * rows * rows * streams * (3 * d + 2 * dv), programs, constants)
+    # dQ from zeros in float32 to its dtype; dK and dV of each map from float32.
+    queries, keys = shape.noise_heads * shape.maps, shape.noise_heads * len(_groups(shape))
+    moved = shape.tokens * shape.batch * (queries * d * (4 + 4 + 2) + keys * (d + dv) * (4 + 4 + 2))
+    return part._replace(seconds=part.seconds + moved / constants.memory_bytes_per_second)
+
+
+def _groups(shape: Shape) -> list[int]:
+    return [shape.group, 1] if shape.noise else [shape.group]
+
+
+def _work(loop: Loop) -> float:
+    return tensor_clocks(loop)
+
+
+WALKS: dict[str, Callable[[Compiled, Shape, Constants], Part]] = {
+    "_backward_kernel": _one_pass_of_groups,
     "_forward_kernel": _forward,
     "_keys_kernel": _keys,
     "_queries_kernel": _queries,
@@ -369,7 +404,10 @@ def layer(usages: Iterable[Mapping[str, Any]], shape: Shape, constants: Constant
         if name.rpartition(".")[2] in WALKS:
             found[name] = attention_kernel(Compiled.of(usage), shape, constants)
         elif name.endswith("._prepare_kernel"):
-            found[name] = _streaming(prepare_bytes(shape), constants)
+            kernel = Compiled.of(usage)
+            share = head_rows(kernel, shape.group, shape.v_head_dim).share(kernel, constants)
+            seconds = prepare_bytes(shape) / constants.memory_bytes_per_second / share
+            found[name] = Part(seconds, Clocks(0.0, 0.0, 0.0, 0.0), kernel.blocks, 0.0)
     return found
 
 
@@ -379,6 +417,44 @@ def prepare_bytes(shape: Shape) -> int:
     return 2 * heads * shape.v_head_dim * shape.tokens * shape.batch
 
 
-def _streaming(moved: int, constants: Constants, share: float = 0.85) -> Part:
-    nothing = Clocks(0.0, 0.0, 0.0, 0.0)
-    return Part(moved / constants.memory_bytes_per_second / share, nothing, 0, 0.0)
+class Stream(NamedTuple):
+    """What a program of a kernel that makes one row from others moves and does."""
+
+    moved: int
+    """Bytes, to and from memory."""
+    again: int
+    """Bytes that come a second time, from the L2."""
+    instructions: float
+    """Of a warp."""
+
+    def share(self, kernel: Compiled, constants: Constants = CONSTANTS) -> float:
+        """The predicted part of a copy's bandwidth."""
+        per_clock = constants.memory_bytes_per_second / constants.multiprocessors / constants.clock
+        memory = self.moved / per_clock
+        issue = self.instructions * kernel.threads / 32 / 4
+        waits = (constants.streaming * min(memory, issue) + constants.streaming_start) / kernel.blocks
+        return memory / (max(memory, issue) + self.again / constants.l2_bytes + waits)
+
+
+def poly_norm(kernel: Compiled, columns: int) -> Stream:
+    """PolyNorm times ``up``, in 16 bits: a row that fits is read once, else twice."""
+    arrays = 5 if "backward" in kernel.kernel else 3
+    rows, passes = kernel.constants.get("ROWS", 1), 1 if kernel.constants["ONE_BLOCK"] else columns // _block(kernel)
+    instructions = kernel.once + passes * sum(loop.instructions for loop in kernel.loops)
+    row = 2 * columns * rows
+    return Stream(arrays * row, 0 if passes == 1 else (arrays + 1) // 2 * row, instructions)
+
+
+def _block(kernel: Compiled) -> int:
+    block: int = kernel.constants["BLOCK"]
+    return block
+
+
+def head_rows(kernel: Compiled, group: int, width: int) -> Stream:
+    """The epilogue's kernels: (signals, noise) in, the output out; backward as its gradients."""
+    pairs, tiles = kernel.constants["PAIRS"], kernel.constants.get("TILES", 1)
+    backward = tiles > 1
+    arrays = 3 * group + 2 if backward else 2 * group + 1
+    inner = sum(loop.instructions for loop in kernel.loops) * (group if kernel.outer else 1)
+    each = inner + sum(loop.instructions for loop in kernel.outer)
+    return Stream(2 * arrays * width * pairs * tiles, 0, kernel.once + tiles * each)

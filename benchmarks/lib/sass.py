@@ -166,6 +166,10 @@ class Loop:
     def __getitem__(self, name: str) -> int:
         return self.counts.get(name, 0)
 
+    def __str__(self) -> str:
+        products = " ".join(f"{n}*{shape}" for shape, n in self.mma.items())
+        return f"{self.instructions}: {products} " + " ".join(f"{name} {n}" for name, n in self.counts.items())
+
     @property
     def signature(self) -> tuple[tuple[Mma, int], ...]:
         """Loops that do the same work, with a mask or without, have the same."""

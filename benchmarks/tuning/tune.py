@@ -6,9 +6,11 @@
 
 For each kernel and class of sizes, Triton's autotuner times the present entry and its neighbours in
 the pass that launches the kernel; the fastest over all cases is taken. The command again goes on
-from there. Each candidate's results are first held to the plain formula, in memory that held NaN;
-one that is wrong, does not launch or spills is left out, with the reason, and the one taken must
-serve further cases too. The table is written after each class, and keeps what was not reached. All
+from there. Attention's candidates are all tiles that its products fit; on Hopper those are timed
+that the static model (benchmarks.lib.predict) puts first, --best of them. Each candidate's results
+are first held to the plain formula, in memory that held NaN; one that is wrong, does not launch or
+spills in an inner loop is left out, with the reason, and the one taken must serve further cases
+too. The table is written after each class, and keeps what was not reached. All
 figures go to benchmarks/results/GPU/tune.json or, with --output, beside that file.
 """
 
@@ -34,13 +36,14 @@ from torch import Tensor
 
 from benchmarks.lib import cli, report
 from benchmarks.lib.bench import DTYPES, cpu_clock, reason_of, release_memory
-from benchmarks.lib.compiling import launches_through
+from benchmarks.lib.compiling import executed_spills, launches_through
 from benchmarks.lib.exact import Exact, exact_results, fault
 from benchmarks.lib.measure import Trial
 from benchmarks.lib.providers import Function
 from benchmarks.lib.run import PACKAGES
 from benchmarks.lib.shapes import AttentionCase, Case, Layout, RowCase, draw_from
 from benchmarks.ops import attention, combine, decode, poly_norm
+from benchmarks.tuning.candidates import Launched, by_predicted_time, candidates
 from motif_kernels import tuning
 from motif_kernels.impl.constants import POWER_SCALE
 from motifarch.errors import UserError
@@ -76,8 +79,6 @@ class Kernel:
     serve.
     """
     tolerance: float
-    spilled_bytes: int = 0
-    """The most local memory that a thread of a candidate may use."""
 
 
 # Bound -> widths (D, Dv) that are timed, and further ones that the class must serve.
@@ -86,7 +87,8 @@ _WIDTHS: dict[int | None, tuple[tuple[int, int], tuple[tuple[int, int], ...]]] =
     384: ((64, 128), ()),
     512: ((128, 128), ()),
     576: ((96, 192), ()),
-    None: ((128, 256), ((192, 128),)),
+    768: ((128, 256), ((192, 128),)),
+    None: ((256, 256), ()),
 }
 
 
@@ -98,7 +100,7 @@ def _attention(d: int, dv: int, ratio: int, noise: int, length: int, batch: int 
     return Shape(case, lambda device, entry: attention.ours(case, entry.get("backend", backend), device))
 
 
-def _attention_kernel(name: str, direction: str, spilled_bytes: int = 0) -> Kernel:
+def _attention_kernel(name: str, direction: str) -> Kernel:
     classes = {}
     for up_to, ((d, dv), others) in _WIDTHS.items():
         # Spills and shared memory depend on the mask, the epilogue and the mode.
@@ -108,7 +110,7 @@ def _attention_kernel(name: str, direction: str, spilled_bytes: int = 0) -> Kern
             *(_attention(*widths, 3, 2, 1000) for widths in others),
         )
         classes[up_to] = (_attention(d, dv, 4, 8, 4096), _attention(d, dv, 1, 1024 // d, 4096)), also
-    return Kernel(name, direction, classes, attention.TOLERANCES["bf16"], spilled_bytes)
+    return Kernel(name, direction, classes, attention.TOLERANCES["bf16"])
 
 
 def _decode(d: int, dv: int, ratio: int, noise: int, length: int, batch: int) -> Shape:
@@ -123,7 +125,7 @@ def _decoding_kernel() -> Kernel:
         # A cache that fills the GPU by its length, and one that does by its rows.
         timed = _decode(d, dv, 4, 8, 32768, 1), _decode(d, dv, 1, 1024 // d, 4096, 16)
         classes[up_to] = timed, tuple(_decode(*w, 3, 2, 1000, 3) for w in ((d, dv), *others))
-    return Kernel("decoding_split", "forward", classes, attention.TOLERANCES["bf16"], spilled_bytes=64)
+    return Kernel("decoding_split", "forward", classes, attention.TOLERANCES["bf16"])
 
 
 def _row(case: RowCase) -> Shape:
@@ -194,40 +196,19 @@ def _head_kernel(name: str, direction: str, shape: Callable[[int, int, int], Sha
 def all_kernels() -> dict[str, Kernel]:
     """By name, in the order in which they are tuned: what users wait for most first."""
     kernels = [
-        _attention_kernel("attention_forward", "forward", 64),
-        _attention_kernel("attention_backward_keys", "backward", 512),
-        _attention_kernel("attention_backward_queries", "backward", 512),
+        _attention_kernel("attention_forward", "forward"),
+        _attention_kernel("attention_backward_keys", "backward"),
+        _attention_kernel("attention_backward_queries", "backward"),
         _head_kernel("attention_prepare", "backward", _prepare, 0.15),
         _attention_kernel(BACKEND, "both"),
         _decoding_kernel(),
         _row_kernel("poly_norm_forward", "forward", _poly_norm, (2048, 4096, 8192, 16384, 32768, 65536)),
-        _row_kernel("poly_norm_backward", "backward", _poly_norm, (2048, 4096, 8192, 16384)),
+        _row_kernel("poly_norm_backward", "backward", _poly_norm, (2048, 4096, 8192, 16384, 32768)),
         _row_kernel("poly_norm_sums", "forward", _sums, (2048,)),
         _head_kernel("diff_combine_forward", "forward", _combine, 0.06),
         _head_kernel("diff_combine_backward", "backward", _combine, 0.06),
     ]
     return {kernel.name: kernel for kernel in kernels}
-
-
-def neighbours(entry: Entry) -> list[Entry]:
-    """The entry, then each that one step of one field, or another shape of tile, gives."""
-    limits = {"block_m": 16, "block_n": 16, "num_warps": 2, "tile_bytes": 512, "tiles": 1}
-    most = {"num_warps": 32, "tiles": 64}
-    changes: list[dict[str, Any]] = []
-    for name, least in limits.items():
-        if name in entry:
-            steps = entry[name] * 2, entry[name] // 2
-            changes += [{name: n} for n in steps if least <= n <= most.get(name, 256 * least)]
-    if "num_stages" in entry:
-        changes += [{"num_stages": n} for n in (entry["num_stages"] + 1, entry["num_stages"] - 1) if n >= 1]
-    if {"block_m", "block_n"} <= entry.keys():
-        m, n = entry["block_m"], entry["block_n"]
-        changes += [{"block_m": a, "block_n": b} for a, b in ((m * 2, n // 2), (m // 2, n * 2)) if min(a, b) >= 16]
-    if "maxnreg" in entry:
-        changes += [{"maxnreg": n} for n in (96, 128, 168) if n != entry["maxnreg"]]
-    if "backend" in entry:
-        changes += [{"backend": name} for name in ("triton", "flash", "sdpa") if name != entry["backend"]]
-    return [entry, *({**entry, **change} for change in changes)]
 
 
 # --- Check and time -------------------------------------------------------------------------------
@@ -249,15 +230,17 @@ class Tuner:
     """What was chosen for other kernels on the same sizes, which the timed call launches too."""
     jobs: int
     """Compilations side by side."""
+    best: int = 6
+    """Candidates that are timed, of those that the static model ranks."""
 
     def tune(self, timed: Sequence[Shape], also: Sequence[Shape]) -> dict[str, Any]:
         """What is the fastest that serves all cases (None if nothing does), and all figures."""
-        entries = {describe(entry): entry for entry in neighbours(self.present)}
+        entries = {describe(entry): entry for entry in candidates(self.kernel.name, self.present)}
         results: list[dict[str, Any]] = []
         self.left_out: list[dict[str, Any]] = []
         times: dict[str, list[float]] = {name: [] for name in entries}
         for shape in timed:
-            found = self.time(self.trials(shape), {name: entries[name] for name in times})
+            found = self.time(self.trials(shape), {name: entries[name] for name in times}, shape.case)
             times = {name: [*times[name], seconds] for name, seconds in found.items()}
             case = shape.case.describe()
             results += [{"entry": dict(entries[n]), "case": case, "seconds": t} for n, t in found.items()]
@@ -309,10 +292,9 @@ class Tuner:
                     f"found before is saved; leave this candidate out of neighbours() in {MODULE}"
                 ) from broken
         else:
-            # The driver counts local memory, Triton gives it in words of 4 bytes.
-            spilled = max((4 * (getattr(kernel, "n_spills", 0) or 0) for kernel in launched), default=0)
-            if entry != self.present and self.kernel.name != BACKEND and spilled > self.kernel.spilled_bytes:
-                reason = f"it spills {spilled} bytes a thread; {self.kernel.spilled_bytes} are allowed"
+            compiled = [kernel for kernel in launched if hasattr(kernel, "asm")]  # not where it is interpreted
+            if entry != self.present and self.kernel.name != BACKEND and any(map(executed_spills, compiled)):
+                reason = "it spills registers in an inner loop"
             reason = reason or fault(exact.errors(results), self.kernel.tolerance)
         if reason:
             self.left_out.append({"entry": dict(entry), "case": case, "reason": reason})
@@ -326,21 +308,39 @@ class Tuner:
             yield
 
     def time(
-        self, trials: tuple[Callable[[Entry], Trial], Exact, str], entries: Mapping[str, Entry]
+        self, trials: tuple[Callable[[Entry], Trial], Exact, str], entries: Mapping[str, Entry], case: Case
     ) -> dict[str, float]:
-        """Seconds of the entries that serve a case, by Triton's autotuner."""
+        """Seconds of the entries that serve a case, by Triton's autotuner: of the most promising
+        ones, where the static model has a say.
+        """
         import triton
         from triton.runtime.errors import AutotunerError
 
         trial = trials[0]
         # One alone takes several seconds to compile. What cannot be is told when it is tried.
-        warm_up = launches_through(lambda launch, *args, **kwargs: launch(*args, **{**kwargs, "warmup": True}))
+        launched: dict[str, list[Launched]] = {}
+
+        def compile_alone(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            kernel = launch(*args, **{**kwargs, "warmup": True})
+            function = getattr(launch, "__self__", None)
+            launched[name].append((getattr(getattr(function, "fn", None), "__name__", ""), kernel, kwargs))
+            return kernel
+
+        warm_up = launches_through(compile_alone)
         one_thread = torch.autograd.set_multithreading_enabled(False)  # the mode is that of this thread
         pool = ThreadPoolExecutor(self.jobs)
         with one_thread, pool, triton.AsyncCompileMode(pool, ignore_errors=True), warm_up:
-            for entry in entries.values():
+            for name, entry in entries.items():
+                launched[name] = []
                 with contextlib.suppress(Exception), self.in_force(entry):
                     trial(entry).results()
+        promising = by_predicted_time(self.kernel.name, launched, case)
+        kept = {describe(self.present), *promising[: self.best]} if promising else set(entries)
+        ranks = {name: i + 1 for i, name in enumerate(promising)}
+        for name in entries.keys() - kept:
+            reason = f"predicted rank {ranks[name]} of {len(ranks)}" if name in ranks else "it does not compile"
+            self.left_out.append({"entry": dict(entries[name]), "case": case.describe(), "reason": reason})
+        entries = {name: entry for name, entry in entries.items() if name in kept}
 
         works = {name: trial(entry).works()[self.kernel.direction] for name, entry in entries.items()}
         given = next(iter(works.values())).prepare() if works else None  # the same with all entries
@@ -458,13 +458,13 @@ def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.
             kernel, up_to = todo[0]
             timed, also = kernel.classes[up_to]
             present = table.entry(kernel.name, up_to)
-            candidates = "".join(f"\n  {describe(entry)}" for entry in neighbours(present))
+            tried = "".join(f"\n  {describe(entry)}" for entry in candidates(kernel.name, present))
             text = f"{kernel.name}, up to {up_to or 'any'} bytes, {timed[0].case.describe()} and the like"
-            console.print(f"{text}{candidates} (the first is in force)" if arguments.dry_run else text, soft_wrap=True)
+            console.print(f"{text}{tried} (the first is in force)" if arguments.dry_run else text, soft_wrap=True)
             if not arguments.dry_run:
                 # Backends compete with the entries that were just chosen.
                 others = {n: of[up_to] for n, of in chosen.items() if kernel.name == BACKEND and up_to in of}
-                outcome = Tuner(kernel, device, present, others, arguments.jobs).tune(timed, also)
+                outcome = Tuner(kernel, device, present, others, arguments.jobs, arguments.best).tune(timed, also)
                 content["outcomes"].append({"kernel": kernel.name, "up_to": up_to, **outcome})
                 for o in outcome["left_out"]:
                     console.print(f"  left out: {describe(o['entry'])} at {o['case']}: {o['reason']}", soft_wrap=True)
@@ -494,6 +494,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, help="seconds after which nothing new is begun; default none")
     jobs = max(1, min(12, (os.cpu_count() or 1) - 1))
     add("--jobs", type=int, default=jobs, help="compilations side by side; default %(default)s")
+    add("--best", type=int, default=6, help="candidates to time where a model ranks them; default %(default)s")
     add("--dry-run", action="store_true", help="print the candidates and measure nothing; needs no GPU")
     return made
 

@@ -67,4 +67,4 @@ def test_the_loops_of_machine_code_are_taken_apart() -> None:
     assert loop.under_mma == 6  # FMUL, and from the last product over the loop's end to the wait's two neighbours
     assert (outer[0].instructions, once) == (2, 3)
     assert sass.Loop.parse(loop.as_json()) == loop
-    assert lints.lints({"loops": [loop.as_json()], "global_scratch": 0}, "") == ["spills in an inner loop"]
+    assert lints.lints("", {"loops": [loop.as_json()], "global_scratch": 0}, "") == ["spills in an inner loop"]

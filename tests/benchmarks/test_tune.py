@@ -52,7 +52,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, timed: Shape, *also: Shape) -> dict[s
         return [{1: 3.0, 2: 4.0, 3: 1.5}[seen]]
 
     monkeypatch.setattr(tune, "cpu_clock", clock)
-    monkeypatch.setattr(tune, "neighbours", lambda present: [present, SLOW, FAST])
+    monkeypatch.setattr(tune, "candidates", lambda kernel, present: [present, SLOW, FAST])
     kernel = Kernel(KERNEL, "forward", {}, 0.06)
     return tune.Tuner(kernel, CPU, PRESENT, {}, 1).tune([timed], also)
 

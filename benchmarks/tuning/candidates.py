@@ -1,0 +1,89 @@
+"""What is tried in place of an entry of a launch table, and in which order."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.lib import predict
+from benchmarks.lib.compiling import executed_spills, usage
+from benchmarks.lib.shapes import AttentionCase, Case
+
+Entry = Mapping[str, Any]
+Launched = tuple[str, Any, Mapping[str, Any]]
+"""A kernel's name, what compiling it gave, and the keyword arguments of its launch."""
+
+# Kernels that walk through tiles, as launch tables and as the source name them.
+TILED = {
+    "attention_forward": "_forward_kernel",
+    "attention_backward_keys": "_keys_kernel",
+    "attention_backward_queries": "_queries_kernel",
+}
+
+
+def neighbours(entry: Entry) -> list[Entry]:
+    """The entry, then each that one step of one field, or another shape of tile, gives."""
+    limits = {"block_m": 16, "block_n": 16, "num_warps": 2, "tile_bytes": 512, "tiles": 1}
+    most = {"num_warps": 32, "tiles": 64}
+    changes: list[dict[str, Any]] = []
+    for name, least in limits.items():
+        if name in entry:
+            steps = entry[name] * 2, entry[name] // 2
+            changes += [{name: n} for n in steps if least <= n <= most.get(name, 256 * least)]
+    if "num_stages" in entry:
+        changes += [{"num_stages": n} for n in (entry["num_stages"] + 1, entry["num_stages"] - 1) if n >= 1]
+    if {"block_m", "block_n"} <= entry.keys():
+        m, n = entry["block_m"], entry["block_n"]
+        changes += [{"block_m": a, "block_n": b} for a, b in ((m * 2, n // 2), (m // 2, n * 2)) if min(a, b) >= 16]
+    if "maxnreg" in entry:
+        changes += [{"maxnreg": n} for n in (96, 128, 168) if n != entry["maxnreg"]]
+    if "backend" in entry:
+        changes += [{"backend": name} for name in ("triton", "flash", "sdpa") if name != entry["backend"]]
+    return [entry, *({**entry, **change} for change in changes)]
+
+
+def candidates(kernel: str, entry: Entry) -> list[Entry]:
+    """An entry, its neighbours, and for attention every tile that gives each warp 16 rows of the
+    products that are chained: with fewer, warps would repeat one another.
+    """
+    found = neighbours(entry)
+    if kernel in TILED:
+        sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+        if kernel == "attention_backward_keys":  # its products have keys as rows
+            sizes = ((m, n, warps, stages) for n, m, warps, stages in sizes)  # type: ignore[assignment]
+        for m, n, warps, stages in sizes:
+            rows = n if kernel == "attention_backward_keys" else m
+            if rows >= 16 * warps:
+                found.append({**entry, "block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+    return [e for i, e in enumerate(found) if e not in found[:i]]
+
+
+def by_predicted_time(kernel: str, launched: Mapping[str, Sequence[Launched]], case: Case) -> list[str]:
+    """The candidates that compile and do not spill where it costs, the fastest first; empty where
+    the static model has no say: on another GPU than Hopper, and for other kernels.
+
+    Args:
+        kernel: as launch tables name it.
+        launched: candidate -> the kernels of a pass with it.
+        case: what they are for.
+    """
+    if kernel not in TILED or not isinstance(case, AttentionCase):
+        return []
+    layout = case.layout
+    groups = layout.noise_heads or layout.signal_heads
+    shape = predict.Shape(
+        layout.head_dim, layout.v_head_dim, layout.signal_heads // groups, groups, case.length, case.batch,
+        layout.window, noise=layout.noise_heads > 0,
+    )  # fmt: skip
+    seconds = {}
+    for name, kernels in launched.items():
+        for function, compiled, constants in kernels:
+            if function != TILED[kernel]:
+                continue
+            try:
+                if compiled.metadata.target.arch != 90 or executed_spills(compiled):
+                    continue
+                needs = {"kernel": function, "constants": constants, **usage(compiled)}
+            except Exception:  # what does not compile has no rank
+                continue
+            seconds[name] = predict.attention_kernel(predict.Compiled.of(needs), shape).seconds
+    return sorted(seconds, key=lambda name: seconds[name])
