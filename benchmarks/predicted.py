@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.lib import calibration, cli, report
 from benchmarks.lib.compiling import compile_only
-from benchmarks.lib.predict import CONSTANTS, Compiled, Shape, attention_kernel, head_rows, layer, poly_norm
+from benchmarks.lib.predict import CONSTANTS, Compiled, Shape, attention_kernel, head_rows, layer, poly_norm, variant
 from benchmarks.lib.sass import Loop
 from motifarch.errors import UserError
 
@@ -98,8 +98,8 @@ def predict_layer(name: str, entries: Mapping[str, Mapping[str, int]], *, gluon:
     ours = [1e3 * sum(p.seconds for k, p in parts.items() if ("attention_backward" in k) is b) for b in (False, True)]
     theirs = [1e3 * seconds for seconds in flash_3(shape)]
     kernels = []
-    for usage in {u["kernel"]: u for u in found if u["kernel"] in parts}.values():
-        part = parts[usage["kernel"]]
+    for key, part in parts.items():
+        usage = next(u for u in found if variant(u) == key)
         predicted = {"blocks": part.blocks, "clocks": part.main, "tflops": part.tflops, "ms": 1e3 * part.seconds}
         kernels.append({**usage, "predicted": predicted})
     return {

@@ -292,27 +292,26 @@ def _forward(kernel: Compiled, shape: Shape, constants: Constants) -> Part:
 
 
 def _keys(kernel: Compiled, shape: Shape, constants: Constants) -> Part:
-    """A program is a tile of keys of a group, and walks over the queries; in each step over the
-    signal heads, if there are several.
+    """A program is a tile of keys of a group, and walks over the queries once a head, of both maps
+    at a time where a noise head has one signal head; for gradients of keys, of values, or of both.
     """
     m, n = _tile(kernel)
-    d, dv, noise = shape.head_dim, shape.v_head_dim, shape.noise
-    nested = any(loop.mma or loop["hmma"] for loop in kernel.outer)
-    heads = shape.group if nested else 1
+    d, dv, flags = shape.head_dim, shape.v_head_dim, kernel.constants
+    both = flags.get("BOTH_MAPS", shape.group == 1 and shape.noise)
     whole, cut = _whole_and_cut(kernel.products)
-    tile_bytes = 2 * m * ((d if nested or not noise else 2 * d) + dv)
+    maps = 2 if both else 1
+    tile_bytes = 2 * m * (maps * d + dv)
     a, b = (clocks(loop, kernel, tile_bytes, constants) for loop in (whole, cut))
-    step = 0.0
-    if nested:
-        step = clocks(min(kernel.outer, key=lambda loop: loop.instructions), kernel, 2 * m * d, constants).total
-    once = constants.launch + constants.head + _issue(kernel, kernel.once, constants)
-    walks = 1 if nested or shape.group == 1 else shape.group
+    own = [kernel.outer[i].instructions for i in {loop.parent for loop in kernel.products} if i is not None]
+    head = constants.head + _issue(kernel, max(own, default=0), constants)
+    once = constants.launch + _issue(kernel, kernel.once, constants)
+    heads = shape.maps // maps
     programs = [
-        (once + walks * (x * (step + heads * a.total) + y * (step + heads * b.total)), shape.noise_heads * shape.batch)
+        (once + heads * (head + x * a.total + y * b.total), shape.noise_heads * shape.batch)
         for x, y in shape.tiles(n, m)
     ]
-    flops = 2 * m * n * (2 * d + 2 * dv + (0 if nested or not noise else 2 * d))
-    return _finish(kernel, a, flops, programs, constants)
+    flops = maps * d + (maps * d + dv) * flags.get("WITH_K", True) + dv * flags.get("WITH_V", True)
+    return _finish(kernel, a, 2 * m * n * flops, programs, constants)
 
 
 def _queries(kernel: Compiled, shape: Shape, constants: Constants) -> Part:
@@ -402,13 +401,21 @@ def layer(usages: Iterable[Mapping[str, Any]], shape: Shape, constants: Constant
     for usage in usages:
         name = usage["kernel"]
         if name.rpartition(".")[2] in WALKS:
-            found[name] = attention_kernel(Compiled.of(usage), shape, constants)
+            found[variant(usage)] = attention_kernel(Compiled.of(usage), shape, constants)
         elif name.endswith("._prepare_kernel"):
             kernel = Compiled.of(usage)
             share = head_rows(kernel, shape.group, shape.v_head_dim).share(kernel, constants)
             seconds = prepare_bytes(shape) / constants.memory_bytes_per_second / share
             found[name] = Part(seconds, Clocks(0.0, 0.0, 0.0, 0.0), kernel.blocks, 0.0)
     return found
+
+
+def variant(usage: Mapping[str, Any]) -> str:
+    """A kernel's name, with what it is for where it is launched more than once with different work:
+    gradients of keys and of values. (Launches for signal and for noise heads are one variant.)
+    """
+    flags = (flag for flag in ("WITH_K", "WITH_V") if usage["constants"].get(flag))
+    return " ".join([usage["kernel"], *flags])
 
 
 def prepare_bytes(shape: Shape) -> int:
