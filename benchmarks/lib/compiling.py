@@ -1,6 +1,8 @@
 """Kernels on their way to a launch: looked at, or only compiled, for any GPU."""
 
 import contextlib
+import importlib
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -60,14 +62,14 @@ def compile_only(arch: int, *, gluon: bool = False) -> Iterator[list[dict[str, A
     from triton.runtime.driver import driver
 
     from motif_kernels import tuning
+    from motif_kernels.impl import gluon as gluon_kernels
+    from motif_kernels.impl import triton as triton_kernels
     from motif_kernels.impl.gluon import availability
-    from motif_kernels.impl.triton import (  # noqa: F401  before what follows
-        cache_append,
-        combine,
-        decoding,
-        diff_attention,
-        poly_norm,
-    )
+
+    # All kernels are defined before what follows.
+    for package in (triton_kernels, *([gluon_kernels] if availability.interface_is_present() else [])):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
     class Driver:
         def get_current_device(self) -> int:

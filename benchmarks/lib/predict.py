@@ -353,13 +353,15 @@ def _one_pass_of_groups(kernel: Compiled, shape: Shape, constants: Constants) ->
     sweeps = {loop.signature: loop for loop in sorted(kernel.products, key=lambda loop: -loop.instructions)}
     pieces = 1 if len(sweeps) == 1 else dv // max(n.n for n in min(sweeps.values(), key=_work).mma if n.from_registers)
     first, last = max(sweeps.values(), key=_work), min(sweeps.values(), key=_work)
-    a = clocks(first, kernel, rows * (2 * (d + dv) + 8 * d), constants)
+    a = clocks(first, kernel, rows * (2 * (d + dv) + 4 * d), constants)  # dQ leaves in float32
     b = clocks(last, kernel, rows * 2 * (d + dv), constants)
-    step = a.total + (pieces - 1) * b.total
+    main = Clocks(*(x + (pieces - 1) * y for x, y in zip(a, b, strict=True)))
     once = constants.launch + constants.head + _issue(kernel, kernel.once, constants)
     tiles = [x + y for x, y in shape.tiles(rows * streams, rows)]
-    programs = [(once + heads * n * step, shape.noise_heads * shape.batch) for n in tiles for heads in _groups(shape)]
-    part = _finish(kernel, a, 2 * rows * rows * streams * (3 * d + 2 * dv), programs, constants)
+    programs = [
+        (once + heads * n * main.total, shape.noise_heads * shape.batch) for n in tiles for heads in _groups(shape)
+    ]
+    part = _finish(kernel, main, 2 * rows * rows * streams * (3 * d + 2 * dv), programs, constants)
     # dQ from zeros in float32 to its dtype; dK and dV of each map from float32.
     queries, keys = shape.noise_heads * shape.maps, shape.noise_heads * len(_groups(shape))
     moved = shape.tokens * shape.batch * (queries * d * (4 + 4 + 2) + keys * (d + dv) * (4 + 4 + 2))
