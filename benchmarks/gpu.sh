@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with a GPU: one command, nothing to install, no network.
 #
-#     benchmarks/gpu.sh OUT              # tests and benchmarks, in ten minutes at most
+#     benchmarks/gpu.sh OUT              # sanitizers, tests, tuning and attention, in ten minutes at most
 #     benchmarks/gpu.sh OUT attention    # only that part; several may be named
 #
-# These run only when they are named; the first two fit in ten minutes together:
+# The first ten minutes on a GPU leave launch tables that were measured: OUT/tune.json, which is put in force in this
+# checkout, so that attention is timed with it. Compiling takes most of such time. It can be done before, where there
+# is no GPU: python -m benchmarks.precompile fills build/triton_cache, which is used here if it came along.
 #
-#     benchmarks/gpu.sh OUT train_300m   # its twenty layers compile for longer than they are timed
-#     benchmarks/gpu.sh OUT memcheck     # every kernel once under compute-sanitizer
-#     benchmarks/gpu.sh OUT study        # a head-ratio study: the same command again goes on with it
-#     benchmarks/gpu.sh OUT tune         # a launch table for this GPU, OUT/tune.json
+# These run only when they are named; each line fits in ten minutes:
+#
+#     benchmarks/gpu.sh OUT poly_norm combine decode train_2.6b    # the other benchmarks
+#     benchmarks/gpu.sh OUT consan train_300m                      # Triton's own sanitizer; a longer compilation
+#     benchmarks/gpu.sh OUT all_memcheck                           # every kernel once under compute-sanitizer
+#     benchmarks/gpu.sh OUT tune_all                               # all of a launch table, going on from what there is
+#     benchmarks/gpu.sh OUT study                                  # a head-ratio study: again goes on with it
 #
 # For each part, OUT gets a log with the tables and, for a benchmark, a JSON file and a picture, as they come. After
 # each part, and when this script is stopped, all of it is packed into OUT/results.tar.gz. A part that fails does not
@@ -24,20 +29,26 @@ set -uo pipefail
 
 # Name, limit in seconds, arguments of python; most important first. The limits add up to less than ten minutes.
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
+every_kernel="-m pytest -m gpu -q tests/kernels/test_on_gpu.py"
+# A stray access or a race is looked for before anything is believed: each kernel on some rows.
 parts=(
-  "tests      140 -m pytest -m gpu -q tests/kernels"
-  "attention  125 -m benchmarks.ops.attention --limit 105"
+  "memcheck    70 $every_kernel -k the_same_bits"
+  "racecheck   70 $every_kernel -k the_same_bits"
+  "tests      120 -m pytest -m gpu -q tests/kernels"
+  "tune       190 -m benchmarks.tuning.tune --limit 170"
+  "attention  120 -m benchmarks.ops.attention --limit 100"
+)
+# The same for parts that run only when they are named, each in less than ten minutes.
+on_request=(
   "poly_norm   60 -m benchmarks.ops.poly_norm --limit 45 --seconds 0.15"
   "combine     60 -m benchmarks.ops.combine --limit 45 --seconds 0.15"
   "decode      60 -m benchmarks.ops.decode --limit 45"
   "train_2.6b 125 -m benchmarks.models.train_step --shape 2.6b --precisions bf16 --compile --limit 95"
-)
-# The same for parts that run only when they are named, each in less than ten minutes.
-on_request=(
   "train_300m 300 -m benchmarks.models.train_step --shape 300m --precisions bf16 --compile --limit 265"
-  "memcheck   590 -m pytest -m gpu -q tests/kernels/test_on_gpu.py --deselect tests/kernels/test_on_gpu.py::test_a_compiled_model_is_as_near_to_float64_as_an_eager_one"
+  "consan     250 $every_kernel -k the_same_bits"
+  "all_memcheck 590 $every_kernel --deselect tests/kernels/test_on_gpu.py::test_a_compiled_model_is_as_near_to_float64_as_an_eager_one"
   "study      450 -m motifarch.cli benchmark head-ratio recipes/study/gpu_short.yaml --output runs/study_gpu"
-  "tune       590 -m benchmarks.tuning.tune --limit 500"
+  "tune_all   590 -m benchmarks.tuning.tune --limit 500"
 )
 
 usage() {
@@ -64,6 +75,12 @@ export COLUMNS=${COLUMNS:-110}
   echo "$python has no pydantic, which all parts need: install it, or put it on PYTHONPATH" >&2
   exit 2
 }
+
+# Kernels that were compiled beforehand.
+cache=$PWD/build/triton_cache
+if [[ -z ${TRITON_CACHE_DIR:-} && -d $cache ]]; then
+  "$python" -m benchmarks.precompile --moved && export TRITON_CACHE_DIR=$cache
+fi
 
 pack() {
   # By name: the folder itself changes while the archive grows in it. A status of 1 is a log that grew meanwhile.
@@ -113,13 +130,17 @@ for part in "${parts[@]}"; do
   read -ra command <<<"$arguments"
   [[ $name == tests ]] && command+=(${workers[@]+"${workers[@]}"})
   run=("$python") grace=20
-  if [[ $name == memcheck ]]; then
+  if [[ $name == *memcheck || $name == racecheck ]]; then
     sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+    [[ -n $sanitizer ]] || { skip "$name" "compute-sanitizer is not installed"; continue; }
     # Without torch's cache each tensor is an allocation, whose ends the sanitizer knows.
-    [[ -n $sanitizer ]] && run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 MOTIF_GPU_RUNS=1 "$sanitizer" --tool memcheck
-      --padding 4096 --target-processes application-only --report-api-errors no --error-exitcode 1 "$python")
-    [[ -n $sanitizer ]] || skip memcheck "compute-sanitizer is not installed: its tests run without it"
+    tool=(--tool memcheck --padding 4096)
+    [[ $name == racecheck ]] && tool=(--tool racecheck)
+    run=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 MOTIF_GPU_RUNS=1 "$sanitizer" "${tool[@]}"
+      --target-processes application-only --report-api-errors no --error-exitcode 1 "$python")
   fi
+  # Kernels are compiled with checks for asynchronous copies and barriers: triton 3.7 or newer.
+  [[ $name == consan ]] && run=(env TRITON_INSTRUMENTATION_MODE=consan MOTIF_GPU_RUNS=1 "$python")
   if [[ $name == study ]]; then
     "$python" -c 'import datasets, matplotlib, statsmodels, jinja2, markdown_it' || {
       skip study "it needs datasets, matplotlib, statsmodels, jinja2 and markdown-it-py on PYTHONPATH"
@@ -144,6 +165,9 @@ for part in "${parts[@]}"; do
   child=
   wait "$viewer"
   verdict="done"
+  # In force from here on; what is committed is the user's decision.
+  [[ $name == tune* && -s $out/$name.json && ${#quick[@]} -eq 0 ]] &&
+    cp "$out/$name.json" "kernels/motif_kernels/tuning/$("$python" -c 'import torch; from benchmarks.lib import cli; print(cli.device_slug(torch.device("cuda")))').json"
   if [[ $name == study ]]; then
     for file in results.json report.html report.md; do
       [[ -f runs/study_gpu/$file ]] && cp "runs/study_gpu/$file" "$out/study_$file"
