@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from motif_kernels.impl.gluon.attention_walk import INFINITY, ROWS, accumulator, attend, seen_keys
+from motif_kernels.impl.gluon.attention_walk import INFINITY, ROWS, accumulator, attend
 from motif_kernels.impl.gluon.tiles import (
     allocate_barriers,
     allocate_tiles,
@@ -191,7 +191,7 @@ def _consume(
             row_q, token, length_q, length_k = queries_at[1], queries_at[2], queries_at[3], keys_at[3]
             queries = first + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, accumulator(KEYS)))
             present = queries < length_q
-            lowest, highest = seen_keys(queries + (length_k - length_q), length_k, left, right, HAS_RIGHT)
+            positions, bounds = queries + (length_k - length_q), (length_k, left, right)
             # Without keys, what lambda and gate hold is not read: zeros stay zeros even by NaN.
             scaled = length_q if length_k > 0 else 0
             noise, entry = n.to(gl.int64), z.to(gl.int64)  # addresses may be beyond 32 bits
@@ -200,8 +200,8 @@ def _consume(
                 slot = maps % 2 * 2 + PART
                 mbarrier.wait(q_ready.index(slot), maps // 2 & 1)
                 o, m, l, step = attend(  # noqa: E741
-                    matrix(q_tiles.index(slot)), k_tiles, v_tiles, ready, empty, turns, step, keys, lowest, highest,
-                    PART, SCALE, SOFTCAP, HAS_LEFT, STAGES,
+                    matrix(q_tiles.index(slot)), k_tiles, v_tiles, ready, empty, turns, step, keys, positions, bounds,
+                    PART, SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, STAGES,
                 )  # fmt: skip
                 mbarrier.arrive(q_empty.index(slot), count=1)
                 maps += 1

@@ -20,29 +20,22 @@ def accumulator(width):
 
 
 @gluon.jit
-def seen_keys(positions, length_k, left, right, HAS_RIGHT: gl.constexpr):
-    """The first and the last key that queries at these positions see."""
-    last = gl.full_like(positions, 0) + (length_k - 1)
-    if HAS_RIGHT:
-        last = gl.minimum(last, positions + right)
-    return positions - left, last
-
-
-@gluon.jit
 def _softmax(
     s,
     m,
     first,
-    lowest,
-    highest,
+    positions,
+    bounds,
     SCALE: gl.constexpr,
     SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """A step of the online softmax: probabilities, new maxima, and the factor of what was before.
 
-    A query sees the keys from ``lowest`` to ``highest``, one number each a row.
+    Queries at ``positions`` among the keys see ``bounds``: how many keys there are, how many to the
+    left, how many to the right.
     """
     # Where the scale is positive the largest product has the largest logit: scaling waits for the
     # exponent, one operation a logit.
@@ -51,10 +44,17 @@ def _softmax(
     if not SCALED_LATER:
         s = to_logits(s, SCALE, SOFTCAP)
     if MASKED:
-        keys = (first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout)))[None, :]
-        seen = keys <= highest[:, None]
+        # Of a column's number a thread's place is bits 1 and 2, the same in all that it holds: what
+        # is compared is then a constant with one number a row.
+        column = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))[None, :]
+        place, constant = column & 6, column & ~6
+        length, left, right = bounds
+        last = gl.full_like(positions, 0) + (length - 1)
+        if HAS_RIGHT:
+            last = gl.minimum(last, positions + right)
+        seen = constant <= (last - first)[:, None] - place
         if HAS_LEFT:
-            seen = seen & (keys >= lowest[:, None])
+            seen = seen & (constant >= (positions - (left + first))[:, None] - place)
         s = gl.where(seen, s, -INFINITY)
     m_new = gl.maximum(m, gl.max(s, 1) * FACTOR)
     m_finite = m_new
@@ -73,12 +73,13 @@ def attend(
     turns,
     step,
     keys,
-    lowest,
-    highest,
+    positions,
+    bounds,
     PART: gl.constexpr,
     SCALE: gl.constexpr,
     SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """One head's attention for a consumer's queries: output (ROWS, DV) before the division, row
@@ -100,7 +101,7 @@ def attend(
     s = warpgroup_mma(q, matrix(k_tiles.index(stage)).permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.arrive(turns.index(1 - PART), count=1)
     s = warpgroup_mma_wait(0, deps=[s])
-    p, m, alpha = _softmax(s, m, begin, lowest, highest, SCALE, SOFTCAP, HAS_LEFT, True)
+    p, m, alpha = _softmax(s, m, begin, positions, bounds, SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, True)
     l = gl.sum(p, 1)  # noqa: E741
     for part in gl.static_range(3):  # cut by the mask on the left, whole, cut on the right
         if HAS_LEFT or part > 0:
@@ -121,8 +122,11 @@ def attend(
                 o = warpgroup_mma(rounded, matrix(v_tiles.index(before)), o, is_async=True)
                 mbarrier.arrive(turns.index(1 - PART), count=1)
                 s = warpgroup_mma_wait(1, deps=[s])
-                p, m, alpha = _softmax(s, m, first, lowest, highest, SCALE, SOFTCAP, HAS_LEFT, part != 1)
+                p, m, alpha = _softmax(s, m, first, positions, bounds, SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, part != 1)
                 l = l * alpha + gl.sum(p, 1)  # noqa: E741
+                # Passed long ago: a loop that ptxas moves no wait across. It would put the next one
+                # before the softmax, which is to run under the product.
+                mbarrier.wait(ready.index(stage), step // STAGES & 1)
                 o = warpgroup_mma_wait(0, deps=[o])
                 mbarrier.arrive(empty.index(before), count=1)
                 o *= gl.convert_layout(alpha, gl.SliceLayout(1, outputs))[:, None]
