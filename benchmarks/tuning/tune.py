@@ -86,8 +86,7 @@ _WIDTHS: dict[int | None, tuple[tuple[int, int], tuple[tuple[int, int], ...]]] =
     256: ((64, 64), ()),
     384: ((64, 128), ()),
     512: ((128, 128), ()),
-    576: ((96, 192), ()),
-    768: ((128, 256), ((192, 128),)),
+    768: ((128, 256), ((96, 192), (192, 128))),
     None: ((256, 256), ()),
 }
 
@@ -197,6 +196,7 @@ def all_kernels() -> dict[str, Kernel]:
     """By name, in the order in which they are tuned: what users wait for most first."""
     kernels = [
         _attention_kernel("attention_forward", "forward"),
+        _attention_kernel("attention_forward_tma", "forward"),
         _attention_kernel("attention_backward_keys", "backward"),
         _attention_kernel("attention_backward_queries", "backward"),
         _head_kernel("attention_prepare", "backward", _prepare, 0.15),
@@ -303,7 +303,9 @@ class Tuner:
     @contextlib.contextmanager
     def in_force(self, entry: Entry) -> Iterator[None]:
         """Within, launches take this entry."""
-        own = {} if self.kernel.name == BACKEND else {self.kernel.name: entry}
+        own: dict[str, Entry | None] = {} if self.kernel.name == BACKEND else {self.kernel.name: entry}
+        if own:  # tensors here are aligned: without tensor descriptors only if there is no entry for them
+            own[f"{self.kernel.name}_tma"] = None
         with tuning.overriding(**self.others, **own):
             yield
 
@@ -450,7 +452,8 @@ def run(arguments: argparse.Namespace, kernels: Sequence[Kernel], device: torch.
     source = f"measured on {env['device']}: python -m {MODULE}, {report.describe(env)}"
     content: dict[str, Any] = {"benchmark": "tune", "format": 2, "environment": env, "outcomes": [], "not_reached": []}
     deadline = math.inf if arguments.limit is None else time.monotonic() + arguments.limit
-    todo = [(kernel, up_to) for kernel in kernels for up_to in kernel.classes]
+    used = [kernel for kernel in kernels if table.present[kernel.name] is not None]
+    todo = [(kernel, up_to) for kernel in used for up_to in kernel.classes]
     chosen: dict[str, dict[int | None, Entry]] = {}
     stopped = True
     with contextlib.suppress(KeyboardInterrupt), cli.terminate_as_interrupt():

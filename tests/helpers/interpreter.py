@@ -17,12 +17,13 @@ def require_interpreter() -> None:
         pytest.skip("with a GPU, Triton kernels are compiled in this process, not interpreted")
 
 
-def small_tiles() -> AbstractContextManager[None]:
-    """Tiles so small that a hundred tokens are many of them."""
+def small_tiles(*, descriptors: bool = True) -> AbstractContextManager[None]:
+    """Tiles so small that a hundred tokens are many of them; read by tensor descriptors or not."""
     tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
     kernels = itertools.product(("forward", "backward_keys", "backward_queries"), ("", "_float32"))
-    small = dict.fromkeys([f"attention_{name}{suffix}" for name, suffix in kernels], tiles)
-    return tuning.overriding(**small, decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1})
+    small: dict[str, Any] = dict.fromkeys([f"attention_{name}{suffix}" for name, suffix in kernels], tiles)
+    described = {f"{name}_tma": entry if descriptors else None for name, entry in small.items()}
+    return tuning.overriding(**small, **described, decoding_split={"block_n": 16, "num_warps": 4, "num_stages": 1})
 
 
 def reduce_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:

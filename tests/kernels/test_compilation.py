@@ -80,6 +80,8 @@ def test_every_table_lists_sizes_in_order_and_ends_with_the_rest() -> None:
     for table in tables().values():
         assert table["source"]
         for entries in table["kernels"].values():
+            if entries is None:  # not for this GPU
+                continue
             bounds = [e["up_to"] for e in entries]
             assert bounds[-1] is None
             assert bounds[:-1] == sorted(bounds[:-1])

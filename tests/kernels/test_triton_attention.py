@@ -187,10 +187,12 @@ def test_packed_documents(window, deterministic, device):
 
 
 def test_a_document_does_not_depend_on_its_neighbours(device):
-    """The bits of its results and gradients are those it has alone."""
+    """The bits of its results and gradients are those it has alone, even beside NaN."""
     inputs, bounds = packed(device, [31, 50, 17], [31, 50, 17])
     extra = extras("norm", inputs)
     grad = torch.randn(98, 4, 32, device=device)
+    for t in (*inputs, grad):
+        t[:31] = t[81:] = torch.nan
     together = run(lambda *a, **o: fused_varlen(*a, *bounds, causal=True, **o), inputs, extra, grad)
     own = slice(31, 81)
     alone_bounds = (torch.tensor([0, 50], dtype=torch.int32, device=device),) * 2
@@ -294,14 +296,15 @@ def test_the_one_pass_backward_agrees(group, device):
     compare(partial(fused, deterministic=False), reference, inputs, extras("norm", inputs), causal=True)
 
 
-def test_strided_inputs_in_poisoned_memory(device):
+@pytest.mark.parametrize("column", [4, 5])  # aligned as tensor descriptors need it, or not
+def test_strided_inputs_in_poisoned_memory(column, device):
     """Heads as slices of one projection, NaN around them; a gradient with strides."""
     memory = torch.full((2, 60, 12, 48), torch.nan, device=device)
     inputs = tensors(device, b=2, sq=37, sk=37, hs=4)
     views = []
     for i, t in enumerate(inputs[:5]):
         start = (0, 4, 6, 8, 10)[i]
-        view = memory[:, 3:40, start : start + t.shape[2], 5 : 5 + t.shape[3]]
+        view = memory[:, 3:40, start : start + t.shape[2], column : column + t.shape[3]]
         views.append(view.copy_(t))
     grad = torch.randn(2, 4, 37, 32, device=device).transpose(1, 2)
     contiguous, strided = leaves(*inputs), [v.detach().requires_grad_() for v in views] + leaves(inputs[5])
@@ -309,6 +312,35 @@ def test_strided_inputs_in_poisoned_memory(device):
     assert torch.equal(out, expected)
     for a, b in zip(gradients(out, strided, grad), gradients(expected, contiguous, grad), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tensor_descriptors_and_pointers_give_the_same_bits(dtype, device):
+    dense = tensors(device, b=2, sq=50, sk=70, hs=4, hk=(1, 2, 1), dtype=dtype)
+    together, bounds = packed(device, LENGTHS_Q, LENGTHS_K, dtype=dtype)
+    memory = torch.randn(2, 45, 8, 48, device=device, dtype=dtype)
+    slices = [memory[:, :40, i : i + 2, 8 : 8 + w] for i, w in ((0, 16), (2, 16), (4, 16), (2, 16), (6, 32))]
+    calls = [
+        partial(fused, *dense, causal=True, window_size=(20, 0), gate=extras("gate", dense)[1]),
+        partial(fused, *dense, softcap=2.0, norm_weight=extras("norm", dense)[0]),
+        partial(fused, *slices, 0.3, causal=True),
+        partial(fused, slices[0], slices[1], None, None, slices[4], None, window_size=(9, 3)),
+        partial(fused_varlen, *together, *bounds, causal=True, norm_weight=extras("norm", together)[0]),
+        partial(fused_varlen, *together, *bounds, window_size=(6, 2)),
+    ]
+    for call in calls:
+        outputs = []
+        for descriptors in (True, False):
+            with small_tiles(descriptors=descriptors):
+                outputs.append(call())
+        assert torch.equal(*outputs)
+
+
+def test_repeated_heads_need_no_copy(device):
+    """Views with strides of 0, which tensor descriptors cannot have."""
+    inputs = tensors(device, b=2, sq=37, sk=37, hk=(1, 1, 1))
+    repeated = [t.expand(-1, -1, 2, -1) if i in (1, 3, 4) else t for i, t in enumerate(inputs)]
+    assert torch.equal(fused(*repeated, causal=True), fused(*inputs, causal=True))
 
 
 @pytest.mark.parametrize("kind", ["transposed", "slice", "expanded"])

@@ -3,8 +3,9 @@ step.
 
 Each JSON file here serves one GPU (``"gpu"``: a part of the name that CUDA reports) or,
 ``default.json``, every GPU without a file of its own. A kernel's entries are ordered by ``up_to``,
-the largest size that an entry serves; the last entry's is null and serves the rest. What a kernel's
-size is, and what the other fields mean to it, its module in ``impl/triton/`` says.
+the largest size that an entry serves; the last entry's is null and serves the rest. A kernel that a
+GPU is not to use has null for its entries. What a kernel's size is, and what the other fields mean
+to it, its module in ``impl/triton/`` says.
 """
 
 import contextlib
@@ -69,16 +70,18 @@ def find_choice(kernel: str, size: int, device: torch.device) -> Entry | None:
     """:func:`launch_choice`, or None if no table lists the kernel."""
     if kernel in _overrides:
         return _overrides[kernel]
-    entries = _table(device).get(kernel, [])
+    entries = _table(device).get(kernel) or []
     return next((e for e in entries if e["up_to"] is None or size <= e["up_to"]), None)
 
 
-_overrides: dict[str, Entry] = {}
+_overrides: dict[str, Entry | None] = {}
 
 
 @contextlib.contextmanager
-def overriding(**entries: Entry) -> Iterator[None]:
-    """Within, these kernels take these entries: for measuring candidates, and tests."""
+def overriding(**entries: Entry | None) -> Iterator[None]:
+    """Within, these kernels take these entries, None for none: for measuring candidates, and
+    tests.
+    """
     before = dict(_overrides)
     _overrides.update(entries)
     try:

@@ -21,12 +21,18 @@ import triton
 import triton.language as tl
 
 from motif_kernels.impl.triton.attention_tiles import (
+    LOG2_E,
     NUMBERS,
+    described_rows,
     document,
     document_tile,
     key_ranges,
+    load_rows,
     load_tile,
+    pieces,
     product,
+    rows_of,
+    store_rows,
     store_tile,
     to_logits,
     visible,
@@ -40,10 +46,8 @@ def _walk(
     l,  # noqa: E741
     q,
     queries,
-    k_pointer,
-    k_stride,
-    v_pointer,
-    v_stride,
+    k_source,
+    v_source,
     start,
     stop,
     shift,
@@ -55,6 +59,7 @@ def _walk(
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,21 +69,26 @@ def _walk(
     """The online softmax over keys [start, stop): updates the output o, the row maxima m and the
     row sums l.
     """
+    # Scaled in the exponent, products need no multiplication of their own before.
+    IN_EXPONENT: tl.constexpr = SOFTCAP == 0 and SCALE > 0
+    SLOPE: tl.constexpr = SCALE * LOG2_E if IN_EXPONENT else 1.0
     for first in tl.range(start, stop, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointer, k_stride, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED)
-        s = to_logits(product(q, tl.trans(k)), SCALE, SOFTCAP)
+        k = load_rows(k_source, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
+        s = product(q, tl.trans(k))
+        if not IN_EXPONENT:
+            s = to_logits(s, SCALE, SOFTCAP)
         if MASKED:
+            keys = first + tl.arange(0, BLOCK_N)
             seen = visible(queries[:, None], keys[None, :], shift, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
+        m_new = tl.maximum(m, tl.max(s, axis=1) * SLOPE)
         m_finite = m_new
         if MASKED:  # a row that is fully masked so far
             m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_finite[:, None])
+        p = tl.exp2(s * SLOPE - m_finite[:, None])
         alpha = tl.exp2(m - m_finite)
         l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
-        v = load_tile(v_pointer, v_stride, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED)
+        v = load_rows(v_source, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED, DESCRIBED)
         o = product(p.to(v.dtype), v, o * alpha[:, None])
         m = m_new
     return o, m, l
@@ -86,12 +96,9 @@ def _walk(
 
 @triton.jit
 def _attend(
-    q_pointer,
-    q_stride,
-    k_pointer,
-    k_stride,
-    v_pointer,
-    v_stride,
+    q_source,
+    k_source,
+    v_source,
     first_query,
     seqlen_q,
     seqlen_k,
@@ -106,6 +113,7 @@ def _attend(
     SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,7 +124,7 @@ def _attend(
     """One head's attention for a tile of queries: output (BLOCK_M, BLOCK_DV), log-sum-exp and
     largest logit.
     """
-    q = load_tile(q_pointer, q_stride, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True)
+    q = load_rows(q_source, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
     queries = first_query + tl.arange(0, BLOCK_M)
     o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -126,8 +134,8 @@ def _attend(
             start = begin if part == 0 else middle if part == 1 else middle_end
             stop = middle if part == 0 else middle_end if part == 1 else end
             o, m, l = _walk(  # noqa: E741
-                o, m, l, q, queries, k_pointer, k_stride, v_pointer, v_stride, start, stop, shift, seqlen_k, left,
-                right, SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+                o, m, l, q, queries, k_source, v_source, start, stop, shift, seqlen_k, left, right,
+                SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, DESCRIBED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     fully_masked = l == 0
     o = o * tl.where(fully_masked, 0.0, 1 / l)[:, None]
@@ -138,66 +146,81 @@ def _attend(
 
 @triton.jit
 def _finish(
-    a,
-    out,
-    a_pointer,
+    parts,
+    lam,
+    noise_pointer,
+    noise_stride,
+    out_target,
+    difference_target,
     weight_pointer,
     gate_pointer,
+    gate_at,
+    gate_stride,
     inverse_rms_pointer,
-    gate_batch,
-    gate_token,
-    gate_head,
-    z,
-    h,
-    q_start,
-    token_start,
+    inverse_rms_at,
     first,
     length_q,
     scaled,
-    heads,
-    tokens,
     out_scale,
     NORM_EPS: tl.constexpr,
+    HAS_DIFFERENCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """The epilogue of a head's difference a (BLOCK_M, BLOCK_DV), and the one rounding."""
-    queries = first + tl.arange(0, BLOCK_M)
-    present = queries < length_q
-    if a_pointer is not None:
-        own = a_pointer + (token_start * heads + h) * DV
-        store_tile(own, heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+    """A signal head's difference from its output, in pieces (BLOCK_M, WIDTH); the epilogue, and the
+    one rounding.
+    """
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    differences = ()
+    for c in tl.static_range(PIECES):
+        a = parts[c]
+        if noise_pointer is not None:
+            at = noise_pointer + c * WIDTH
+            noise = load_tile(at, noise_stride, first, length_q, BLOCK_M, DV - c * WIDTH, WIDTH, True)
+            a -= lam[:, None] * noise
+        if HAS_DIFFERENCE:
+            store_rows(difference_target, first, length_q, c * WIDTH, a, BLOCK_M, DV, WIDTH, DESCRIBED)
+        squares += tl.sum(a * a, axis=1)
+        differences = differences + (a,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+    scale = tl.full([BLOCK_M], 1.0, tl.float32) * out_scale
     if weight_pointer is not None:
-        inverse_rms = tl.rsqrt(tl.sum(a * a, axis=1) / DV + NORM_EPS)
+        inverse_rms = tl.rsqrt(squares / DV + NORM_EPS)
+        scale *= inverse_rms
         if inverse_rms_pointer is not None:
-            tl.store(inverse_rms_pointer + h * tokens + token_start + queries, inverse_rms, mask=present)
-        columns = tl.arange(0, BLOCK_DV)
-        weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
-        a *= inverse_rms[:, None] * weight[None, :]
-    if gate_pointer is not None:
-        gate_at = gate_pointer + z * gate_batch + q_start * gate_token + h * gate_head
-        gate = load_tile(gate_at, gate_token, first, scaled, BLOCK_M, DV, BLOCK_DV, True)
-        a *= tl.sigmoid(gate.to(tl.float32))
-    store_tile(out, heads * DV, first, length_q, a * out_scale, BLOCK_M, DV, BLOCK_DV)
+            queries = first + tl.arange(0, BLOCK_M)
+            tl.store(inverse_rms_pointer + inverse_rms_at + queries, inverse_rms, mask=queries < length_q)
+    for c in tl.static_range(PIECES):
+        a = differences[c] * scale[:, None]
+        if weight_pointer is not None:
+            columns = c * WIDTH + tl.arange(0, WIDTH)
+            weight = tl.load(weight_pointer + columns, mask=columns < DV, other=0.0).to(tl.float32)
+            a *= weight[None, :]
+        if gate_pointer is not None:
+            at = gate_pointer + gate_at + c * WIDTH
+            gate = load_tile(at, gate_stride, first, scaled, BLOCK_M, DV - c * WIDTH, WIDTH, True)
+            a *= tl.sigmoid(gate.to(tl.float32))
+        store_rows(out_target, first, length_q, c * WIDTH, a, BLOCK_M, DV, WIDTH, DESCRIBED)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _forward_kernel(
-    q1_pointer,
-    k1_pointer,
-    q2_pointer,
-    k2_pointer,
-    v_pointer,
+    q1,  # a descriptor, or a pointer with the strides below
+    k1,
+    q2,
+    k2,
+    v,
     lam_pointer,
     weight_pointer,
     gate_pointer,
     cu_seqlens_q_pointer,
     cu_seqlens_k_pointer,
-    out_pointer,
-    a_pointer,
+    out,  # likewise, of contiguous tensors, as difference and o2
+    difference,
+    o2,
     scratch_pointer,
-    o2_pointer,
     lse1_pointer,
     lse2_pointer,
     inverse_rms_pointer,
@@ -243,6 +266,7 @@ def _forward_kernel(
     SIGNALS_PER_K1: tl.constexpr,
     NOISES_PER_K2: tl.constexpr,
     NOISES_PER_V: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -273,7 +297,12 @@ def _forward_kernel(
     begin, middle, middle_end, end = key_ranges(first, last, shift, length_k, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
 
     z, n = z.to(tl.int64), n.to(tl.int64)
+    PACKED: tl.constexpr = cu_seqlens_q_pointer is not None
+    q_outer, q_inner, q_row = described_rows(z, q_start, length_q, PACKED)
+    k_outer, k_inner, k_row = described_rows(z, k_start, length_k, PACKED)
     heads = noise_heads * GROUP
+    PIECES: tl.constexpr = max(1, BLOCK_DV // 64)
+    WIDTH: tl.constexpr = BLOCK_DV // PIECES
     rows = token_start + queries  # of the arrays that this kernel writes
     # Without keys, what lambda and gate hold is not read: zeros stay zeros even by NaN.
     scaled = tl.where(length_k > 0, length_q, 0)
@@ -283,20 +312,32 @@ def _forward_kernel(
     # hoisting out of this loop would bring about. Softmax attention has no map 0.
     for i in tl.range(0 if HAS_NOISE else 1, GROUP + 1, disable_licm=True):
         h = n * GROUP + i - 1
-        q = q1_pointer + z * q1_batch + q_start * q1_token + h * q1_head
-        k = k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head
-        q_token, k_token = q1_token, k1_token
+        k_head, v_own_head = n * GROUP // SIGNALS_PER_K1, n // NOISES_PER_V
+        q_stride, k_stride = q1_token, k1_token
         if HAS_NOISE:
             is_noise = i == 0
-            q2 = q2_pointer + z * q2_batch + q_start * q2_token + n * q2_head
-            k2 = k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head
-            q, q_token = tl.where(is_noise, q2, q), tl.where(is_noise, q2_token, q1_token)
-            k, k_token = tl.where(is_noise, k2, k), tl.where(is_noise, k2_token, k1_token)
-        v = v_pointer + z * v_batch + k_start * v_token + n // NOISES_PER_V * v_head
+        if DESCRIBED:
+            q, k, v_own, q_head = q1, k1, v, h
+            if HAS_NOISE:  # noqa: SIM102  known when it is compiled, the other when it runs
+                if is_noise:
+                    q, k, q_head, k_head = q2, k2, n, n // NOISES_PER_K2
+        else:
+            q_head = h
+            q = q1 + z * q1_batch + q_start * q1_token + h * q1_head
+            k = k1 + z * k1_batch + k_start * k1_token + k_head * k1_head
+            v_own = v + z * v_batch + k_start * v_token + v_own_head * v_head
+            if HAS_NOISE:
+                q2_own = q2 + z * q2_batch + q_start * q2_token + n * q2_head
+                k2_own = k2 + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head
+                q, q_stride = tl.where(is_noise, q2_own, q), tl.where(is_noise, q2_token, q1_token)
+                k, k_stride = tl.where(is_noise, k2_own, k), tl.where(is_noise, k2_token, k1_token)
+        q_source = rows_of(q, q_stride, q_head, q_outer, q_inner, q_row, DESCRIBED)
+        k_source = rows_of(k, k_stride, k_head, k_outer, k_inner, k_row, DESCRIBED)
+        v_source = rows_of(v_own, v_token, v_own_head, k_outer, k_inner, k_row, DESCRIBED)
         a, lse, m = _attend(
-            q, q_token, k, k_token, v, v_token,
+            q_source, k_source, v_source,
             first, length_q, length_k, shift, begin, middle, middle_end, end, left, right,
-            SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            SCALE, SOFTCAP, HAS_LEFT, HAS_RIGHT, DESCRIBED, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if lse1_pointer is not None:
             at = lse1_pointer + h * tokens
@@ -308,28 +349,42 @@ def _forward_kernel(
             if HAS_NOISE:
                 at = tl.where(is_noise, max2_pointer + tile * noise_heads + n, at)
             tl.store(at, tl.max(tl.where(present, m, float("-inf")), axis=0))
-        out = out_pointer + (token_start * heads + h) * DV
+        parts = pieces(a, PIECES)
+        out_own, difference_own = out, difference
+        if not DESCRIBED:
+            own = (token_start * heads + h) * DV
+            out_own = out + own
+            if difference is not None:
+                difference_own = difference + own
+        out_target = rows_of(out_own, heads * DV, h, q_outer, q_inner, q_row, DESCRIBED)
+        difference_target = rows_of(difference_own, heads * DV, h, q_outer, q_inner, q_row, DESCRIBED)
+        gate_at = z * gate_batch + q_start * gate_token + h * gate_head
         if HAS_NOISE:
             scratch = scratch_pointer + (token_start * noise_heads + n) * DV
+            scratch_stride = noise_heads * DV
             if is_noise:
-                store_tile(scratch, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
-                tl.debug_barrier()  # other threads of this program may be the ones to read it
-                if o2_pointer is not None:
-                    o2_own = o2_pointer + (token_start * noise_heads + n) * DV
-                    store_tile(o2_own, noise_heads * DV, first, length_q, a, BLOCK_M, DV, BLOCK_DV)
+                if o2 is not None:
+                    o2_own = o2
+                    if not DESCRIBED:
+                        o2_own = o2 + (token_start * noise_heads + n) * DV
+                    target = rows_of(o2_own, scratch_stride, n, q_outer, q_inner, q_row, DESCRIBED)
+                for c in tl.static_range(PIECES):
+                    at = scratch + c * WIDTH
+                    store_tile(at, scratch_stride, first, length_q, parts[c], BLOCK_M, DV - c * WIDTH, WIDTH)
+                    if o2 is not None:
+                        store_rows(target, first, length_q, c * WIDTH, parts[c], BLOCK_M, DV, WIDTH, DESCRIBED)
+                tl.debug_barrier()  # other threads of this program may be the ones to read the scratch tile
             else:
                 lam_at = lam_pointer + z * lam_batch + h * lam_head + (q_start + queries) * lam_token
-                lam = tl.load(lam_at, mask=queries < scaled, other=0.0)
-                o2 = load_tile(scratch, noise_heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
-                a -= lam.to(tl.float32)[:, None] * o2
+                lam = tl.load(lam_at, mask=queries < scaled, other=0.0).to(tl.float32)
                 _finish(
-                    a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
-                    gate_head, z, h, q_start, token_start, first, length_q, scaled, heads, tokens, out_scale,
-                    NORM_EPS, BLOCK_M, DV, BLOCK_DV,
+                    parts, lam, scratch, scratch_stride, out_target, difference_target, weight_pointer, gate_pointer,
+                    gate_at, gate_token, inverse_rms_pointer, h * tokens + token_start, first, length_q, scaled,
+                    out_scale, NORM_EPS, difference is not None, BLOCK_M, DV, WIDTH, PIECES, DESCRIBED,
                 )  # fmt: skip
         else:
             _finish(
-                a, out, a_pointer, weight_pointer, gate_pointer, inverse_rms_pointer, gate_batch, gate_token,
-                gate_head, z, h, q_start, token_start, first, length_q, scaled, heads, tokens, out_scale,
-                NORM_EPS, BLOCK_M, DV, BLOCK_DV,
+                parts, None, None, 0, out_target, difference_target, weight_pointer, gate_pointer,
+                gate_at, gate_token, inverse_rms_pointer, h * tokens + token_start, first, length_q, scaled,
+                out_scale, NORM_EPS, difference is not None, BLOCK_M, DV, WIDTH, PIECES, DESCRIBED,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 
 # Arguments that change from call to call: no kernel is compiled for their values.
 NUMBERS = ["seqlen_q", "seqlen_k", "tokens", "key_tokens", "documents", "left", "right", "lam_batch"]
+FAR = tl.constexpr(1 << 30)  # the row where descriptors of packed tokens end
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -40,12 +41,57 @@ def load_tile(
     columns = tl.arange(0, BLOCK_WIDTH)
     if MASKED:
         present = (first + tl.arange(0, BLOCK_ROWS) < row_end)[:, None]
-        if WIDTH == BLOCK_WIDTH:
+        if WIDTH >= BLOCK_WIDTH:
             return tl.load(at, mask=present, other=0.0)
         return tl.load(at, mask=present & (columns < WIDTH)[None, :], other=0.0)
-    if WIDTH == BLOCK_WIDTH:
+    if WIDTH >= BLOCK_WIDTH:
         return tl.load(at)
     return tl.load(at, mask=(columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def described_rows(z, start, length, PACKED: tl.constexpr):
+    """Where the launch's tensor descriptors (``descriptors.py``) have the rows of batch entry z, or
+    of the packed document at ``start``: the first two coordinates, and that of row 0.
+    """
+    outer, inner, row = 0, z.to(tl.int32), 0
+    if PACKED:
+        outer, inner, row = FAR, (start + length).to(tl.int32), FAR - length
+    return outer, inner, row
+
+
+@triton.jit
+def rows_of(x, stride, head, outer, inner, row, DESCRIBED: tl.constexpr):
+    """A head's rows, for :func:`load_rows` and :func:`store_rows`: a pointer to its first and the
+    stride between them; or a descriptor, the head, and what :func:`described_rows` gives.
+    """
+    if DESCRIBED:
+        return x, head.to(tl.int32), outer, inner, row
+    else:  # without it, Triton would compile both
+        return x, stride
+
+
+@triton.jit
+def load_rows(
+    source,
+    first,
+    row_end,
+    BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """:func:`load_tile` from :func:`rows_of`; of a descriptor, hardware puts the zeros, masked or
+    not.
+    """
+    if DESCRIBED:
+        descriptor, head, outer, inner, row = source
+        tile = descriptor.load([outer, inner, head, row + first, 0]).reshape(BLOCK_ROWS, BLOCK_WIDTH)
+    else:
+        pointer, stride = source
+        tile = load_tile(pointer, stride, first, row_end, BLOCK_ROWS, WIDTH, BLOCK_WIDTH, MASKED)
+    return tile
 
 
 @triton.jit
@@ -54,8 +100,48 @@ def store_tile(
 ):
     """The opposite of :func:`load_tile`, in the pointer's dtype."""
     at = _addresses(pointer, stride, first, BLOCK_ROWS, BLOCK_WIDTH)
-    present = (first + tl.arange(0, BLOCK_ROWS) < row_end)[:, None] & (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
+    present = (first + tl.arange(0, BLOCK_ROWS) < row_end)[:, None]
+    if WIDTH < BLOCK_WIDTH:
+        present = present & (tl.arange(0, BLOCK_WIDTH) < WIDTH)[None, :]
     tl.store(at, tile.to(pointer.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def store_rows(
+    target,
+    first,
+    row_end,
+    column: tl.constexpr,
+    tile,
+    BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """The opposite of :func:`load_rows`, for the columns from ``column`` on."""
+    if DESCRIBED:
+        descriptor, head, outer, inner, row = target
+        tile = tile.to(descriptor.dtype).reshape(1, 1, 1, BLOCK_ROWS, BLOCK_WIDTH)
+        descriptor.store([outer, inner, head, row + first, column], tile)
+    else:
+        pointer, stride = target
+        store_tile(pointer + column, stride, first, row_end, tile, BLOCK_ROWS, WIDTH - column, BLOCK_WIDTH)
+
+
+@triton.jit
+def pieces(tile, PIECES: tl.constexpr):
+    """A tile's columns as 1, 2 or 4 tiles, side by side: what is done to one at a time needs few
+    registers.
+    """
+    if PIECES == 1:
+        return (tile,)
+    else:
+        a, b = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+        if PIECES == 2:
+            return a, b
+        else:
+            a, b = pieces(a, 2), pieces(b, 2)
+            return a[0], a[1], b[0], b[1]
 
 
 @triton.jit
@@ -67,11 +153,12 @@ def product(a, b, accumulator=None):
 @triton.jit
 def visible(queries, keys, shift, seqlen_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """Which keys (broadcast against queries) are seen. ``shift`` is the key position of query 0."""
-    seen = keys < seqlen_k
+    last = seqlen_k - 1
+    if HAS_RIGHT:
+        last = tl.minimum(last, queries + shift + right)
+    seen = keys <= last
     if HAS_LEFT:
         seen = seen & (keys >= queries + shift - left)
-    if HAS_RIGHT:
-        seen = seen & (keys <= queries + shift + right)
     return seen
 
 

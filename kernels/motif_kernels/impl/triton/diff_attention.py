@@ -12,8 +12,9 @@ from torch import Tensor
 
 from motif_kernels.impl.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
 from motif_kernels.impl.triton.attention_forward import _forward_kernel
+from motif_kernels.impl.triton.descriptors import describable, describe
 from motif_kernels.impl.triton.launching import launch
-from motif_kernels.tuning import attention_size, launch_choice
+from motif_kernels.tuning import Entry, attention_size, find_choice, launch_choice
 from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
 LN_2 = 0.6931471805599453
@@ -29,16 +30,33 @@ def _widths(q: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
-    widths = _widths(q, v)
-    if q.dtype == torch.float32:
-        kernel += "_float32"
-    choice = launch_choice(kernel, attention_size(widths["D"], widths["DV"], q.element_size()), q.device)
+    return _constants(launch_choice(_listed(kernel, q), _size(q, v), q.device), q, v)
+
+
+def _described_tiles(kernel: str, q: Tensor, v: Tensor, *others: Tensor | None) -> dict[str, int] | None:
+    """The tiles of a kernel whose tensors have tensor descriptors, or None: a table without, or
+    addresses that they cannot have.
+    """
+    choice = find_choice(f"{_listed(kernel, q)}_tma", _size(q, v), q.device)
+    return _constants(choice, q, v) if choice is not None and describable(q, v, *others) else None
+
+
+def _listed(kernel: str, q: Tensor) -> str:
+    return f"{kernel}_float32" if q.dtype == torch.float32 else kernel
+
+
+def _size(q: Tensor, v: Tensor) -> int:
+    return attention_size(q.shape[-1], v.shape[-1], q.element_size())
+
+
+def _constants(choice: Entry, q: Tensor, v: Tensor) -> dict[str, int]:
     return {
         "BLOCK_M": choice["block_m"],
         "BLOCK_N": choice["block_n"],
         "num_warps": choice["num_warps"],
         "num_stages": choice["num_stages"],
-        **widths,
+        **({"maxnreg": choice["maxnreg"]} if "maxnreg" in choice else {}),
+        **_widths(q, v),
     }
 
 
@@ -122,6 +140,11 @@ def _mask(options: AttentionOptions) -> dict[str, Any]:
     }
 
 
+def _like(out: Tensor, x: Tensor) -> Tensor | None:
+    """A result (T, heads, Dv) with the output's batch; None for one that was not asked for."""
+    return x.view(*out.shape[:-2], *x.shape[-2:]) if x.numel() else None
+
+
 def _present(x: Tensor) -> Tensor | None:
     return x if x.numel() else None
 
@@ -131,7 +154,20 @@ def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpt
     inputs, sequences = _dense(inputs, sequences)
     q1, k1, q2, k2, v, lam, norm_weight, gate = inputs
     groups, heads = _groups(inputs), q1.shape[-2]
-    tiles = _tiles("attention_forward", q1, v)
+    tensors: list[Any] = [
+        *inputs[:5],
+        results.out,
+        *(_like(results.out, t) for t in (results.difference, results.noise)),
+    ]
+    tiles = _described_tiles("attention_forward", q1, v, *tensors)
+    described = tiles is not None
+    if tiles is None:
+        tiles = _tiles("attention_forward", q1, v)
+    else:
+        m, n, d, dv = (tiles[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV"))
+        piece = m, min(64, dv)  # of what is written: the kernel's WIDTH
+        boxes = ((m, d), (n, d), (m, d), (n, d), (n, dv), piece, piece, piece)
+        tensors = [None if t is None else describe(t, *box) for t, box in zip(tensors, boxes, strict=True)]
     grid = _grid(tiles["BLOCK_M"], sequences.max_seqlen_q, sequences.cu_seqlens_q, groups, q1)
     scratch = max_signal = max_noise = None
     if lam is not None:
@@ -142,20 +178,14 @@ def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpt
     launch(
         _forward_kernel,
         grid,
-        q1,
-        k1,
-        q2,
-        k2,
-        v,
+        *tensors[:5],
         lam,
         norm_weight,
         gate,
         sequences.cu_seqlens_q,
         sequences.cu_seqlens_k,
-        results.out,
-        _present(results.difference),
+        *tensors[5:],
         scratch,
-        _present(results.noise),
         _present(results.lse_signal),
         _present(results.lse_noise),
         _present(results.inverse_rms),
@@ -174,6 +204,7 @@ def forward(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpt
         groups,
         options.out_scale,
         NORM_EPS=options.norm_eps,
+        DESCRIBED=described,
         **_heads(inputs),
         **_mask(options),
         **tiles,
