@@ -79,6 +79,7 @@ class Context:
     store_groups: list[list[Any]] = field(default_factory=list)
     results: frozenset[str] = frozenset()
     sources: frozenset[str] = frozenset()
+    unfenced: set[str] | None = None  # registers used since the last wgmma.fence; None: there was none
     polled: dict[int, Any] = field(default_factory=dict)  # what it last read where it waits for other blocks
 
     @property
@@ -106,6 +107,8 @@ class Context:
                 self.pc = at  # for a fault
                 step()
             block.steps += len(line.steps) + 1
+            if self.unfenced is not None:
+                self.unfenced |= line.registers
             self.pc = line.end
             if line.control:
                 line.control(self)
@@ -129,6 +132,7 @@ class Context:
         for first, last in pairwise(cuts):
             part = Context(block, self.low + 32 * first, self.low + 32 * last, self.pc)
             part.results, part.sources = self.results, self.sources
+            part.unfenced = None if self.unfenced is None else set(self.unfenced)
             for name in ("copies", "products", "stores"):
                 setattr(part, name, [piece for item in getattr(self, name) if (piece := item.part(part))])
             for name in ("copy_groups", "product_groups", "store_groups"):

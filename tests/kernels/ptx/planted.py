@@ -20,6 +20,7 @@ KINDS = {
     "cp.async wait": (("cp", "async", "wait_group"),),
     "bulk store wait": (("cp", "async", "bulk", "wait_group"),),
     "wgmma wait": (("wgmma", "wait_group"),),
+    "wgmma fence": (("wgmma", "fence"),),
     "proxy fence": (("fence", "proxy"),),
     "mbarrier expect": (("mbarrier", "arrive", "expect_tx"),),
     "mbarrier arrive": (("mbarrier", "arrive"),),

@@ -162,6 +162,10 @@ def wgmma(b: Binder) -> Control:
         return int(own[0])
 
     def step(context: Context) -> None:
+        if context.unfenced is None:
+            raise Fault("no wgmma.fence before the first wgmma")
+        if touched := context.unfenced & (sources | results):
+            raise Fault(f"no wgmma.fence since {min(touched)} was used otherwise")
         product = np.empty((groups, 4, 16, n), np.float32)
         used = []
         fragments = None if a_rows is None else _fragments_a(file[a_rows, part], kind)
@@ -193,9 +197,13 @@ def wgmma(b: Binder) -> Control:
     return step
 
 
-@instruction("wgmma.fence")
-def wgmma_fence(b: Binder) -> Step:
-    return lambda: None
+@control("wgmma.fence")
+def wgmma_fence(b: Binder) -> Control:
+    def step(context: Context) -> None:
+        context.unfenced = set()
+        context.pc += 1
+
+    return step
 
 
 @control("wgmma.commit_group")

@@ -118,10 +118,12 @@ FENCE = "fence.proxy.async; bar.sync 0;"
 WAIT = "wgmma.wait_group.sync.aligned 0;"
 
 
-def product(n: int, kind: str, transposed: int, *, fence: str = FENCE, after: str = "", wait: str = WAIT) -> str:
+def product(
+    n: int, kind: str, transposed: int, *, fence: str = FENCE, after: str = "", wait: str = WAIT, accumulators: str = ""
+) -> str:
     """(64, 64) by (64, n): A at the start of shared memory, B 8 KB behind it."""
     code = [to_shared(8192, 128, "%rd1"), to_shared(128 * n, 128, "%rd2", 8192), fence, DESCRIPTOR]
-    code.append("wgmma.fence.sync.aligned;")
+    code.append(f"wgmma.fence.sync.aligned; {accumulators}")
     for k in range(4):  # 16 columns of K are 32 bytes of a row, or 16 rows of 128 bytes
         code.append(f"add.s64 %rd31, %rd30, {2 * k}; add.s64 %rd32, %rd30, {512 + (128 * k if transposed else 2 * k)};")
         code.append(
@@ -161,6 +163,7 @@ def test_wgmma(n, kind, transposed):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
+        ({"accumulators": "mov.b32 %r100, 0;"}, "no wgmma.fence since"),
         ({"fence": "bar.sync 0;"}, "without a fence for the asynchronous proxy"),
         ({"fence": "fence.proxy.async;"}, "wgmma races with a write"),
         ({"wait": ""}, "not waited for"),
