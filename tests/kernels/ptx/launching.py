@@ -38,12 +38,13 @@ class Launch:
 
 @contextlib.contextmanager
 def emulated(
-    arch: int = 90, *, run: "Callable[..., Launch] | None" = None, verbose: bool = False
+    arch: int = 90, *, gluon: bool = False, run: "Callable[..., Launch] | None" = None, verbose: bool = False
 ) -> Iterator[list[Launch]]:
     """Within, Triton kernels compile for sm_<arch> and run on CPU tensors.
 
     Args:
         arch: the GPU's compute capability without its dot.
+        gluon: the Gluon kernels serve what they can, else the Triton kernels do.
         run: what runs a launch instead of :func:`execute`, with its arguments.
         verbose: print each launch.
 
@@ -72,7 +73,7 @@ def emulated(
             print(f"  {launches[-1]}", flush=True)
         return kernel
 
-    with compile_only(arch), launches_through(launch_kernel), _triton_operators():
+    with compile_only(arch, gluon=gluon), launches_through(launch_kernel), _triton_operators():
         yield launches
 
 

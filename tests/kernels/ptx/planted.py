@@ -105,14 +105,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "_backward_kernel": ("poly_norm", {"columns": 4096, "rows": 2}),
 }
 """Kernel -> family and options of a case that enters its loops."""
+GLUON: dict[str, tuple[str, dict[str, Any]]] = {
+    "_forward_kernel": ("attention", {"tokens": 256, "keys": 600, "backward": False}),
+}
+"""The same where the Gluon kernels serve."""
 
 
 def main() -> None:
-    for kernel, (family, options) in CASES.items():
-        planted = Planted((kernel,))
-        with emulated(run=planted):
-            cases.CASES[family](**options)
-        print(json.dumps({"kernel": kernel, "noticed": planted.noticed, "missed": planted.missed}), flush=True)
+    from motif_kernels.impl.gluon import availability
+
+    for gluon, kernels in ((False, CASES), (True, GLUON if availability.interface_is_present() else {})):
+        for kernel, (family, options) in kernels.items():
+            planted = Planted((kernel,))
+            with emulated(gluon=gluon, run=planted):
+                cases.CASES[family](**options)
+            line = {"kernel": f"{kernel}{' in Gluon' if gluon else ''}", "noticed": planted.noticed}
+            print(json.dumps(line | {"missed": planted.missed}), flush=True)
 
 
 if __name__ == "__main__":
