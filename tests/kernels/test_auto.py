@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from helpers.flash_stand_ins import HOPPER, installing
+from helpers.flash_stand_ins import BLACKWELL, HOPPER, installing
 from motif_kernels import dispatch, tuning
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
@@ -49,3 +49,20 @@ def test_auto_on_every_call(versions, kernels, measured, monkeypatch):
             options = AttentionOptions.of(64, causal=True, window_size=(3, 0) if window else (-1, -1))
             taken = dispatch.choose("auto", inputs, Sequences(8, 8, bounds, bounds), options)
             assert taken == rule(versions != (), kernels, dtype, packed, window, training, measured), call
+
+
+@pytest.mark.parametrize("capability", [BLACKWELL, (10, 3)], ids=["B200", "B300"])
+@pytest.mark.parametrize("widths", [(64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)])
+def test_blackwell_takes_flash_attention_4(capability, widths, monkeypatch):
+    """For every layout of the project, in training too; ours would be slower there."""
+    monkeypatch.setattr("motif_kernels.machine.triton_unsupported_reason", lambda device: None)
+    monkeypatch.setattr(dispatch, "is_gpu", lambda device: True)
+    with installing(monkeypatch) as install:
+        install(capability, 4)
+        for packed, window, training in itertools.product((False, True), repeat=3):
+            shape = (8,) if packed else (1, 8)
+            q, v = (torch.empty(*shape, 4, w, dtype=torch.bfloat16, requires_grad=training) for w in widths)
+            inputs = AttentionInputs(q, q, q, q, v, torch.ones(()), torch.ones(widths[1]))
+            bounds = torch.tensor([0, 8], dtype=torch.int32) if packed else None
+            options = AttentionOptions.of(widths[0], causal=True, window_size=(3, 0) if window else (-1, -1))
+            assert dispatch.choose("auto", inputs, Sequences(8, 8, bounds, bounds), options) == "flash"

@@ -174,14 +174,17 @@ def test_the_choice_is_made_while_tracing(install, monkeypatch, version):
 
 @pytest.mark.parametrize(("version", "capability"), GPUS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype):
-    """Two calls and the epilogue by the error rule; noise heads are not repeated."""
+@pytest.mark.parametrize("d", [64, 128])
+def test_composed_differential_attention_runs_noise_heads_once(install, version, capability, dtype, d):
+    """A call for each map and piece of the values, and the epilogue, by the error rule; noise heads
+    are not repeated.
+    """
     library = install(capability, version)
-    tensors = {"q1": (2, 9, 8, 64), "k1": (2, 9, 2, 64), "q2": (2, 9, 2, 64), "k2": (2, 9, 2, 64), "v": (2, 9, 2, 128)}
+    tensors = {"q1": (2, 9, 8, d), "k1": (2, 9, 2, d), "q2": (2, 9, 2, d), "k2": (2, 9, 2, d), "v": (2, 9, 2, 2 * d)}
     generator = torch.Generator().manual_seed(3)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}
-    lam, norm = torch.full((8,), 0.4), torch.linspace(0.5, 1.5, 128)
-    grad = torch.randn(2, 9, 8, 128, generator=generator)
+    lam, norm = torch.full((8,), 0.4), torch.linspace(0.5, 1.5, 2 * d)
+    grad = torch.randn(2, 9, 8, 2 * d, generator=generator)
 
     def run(attend, dtype):
         q1, k1, q2, k2, v = leaves(*tensors.values(), dtype=dtype)
