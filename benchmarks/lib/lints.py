@@ -12,7 +12,7 @@ from benchmarks.lib.sass import Loop
 
 _LAYOUT = re.compile(r"(#\w+) = #ttg.nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\]")
 _DOT = re.compile(r"(%\w+) = (?:ttng.warp_group_dot|tt.dot) (%\w+), (%\w+), (%\w+).*-> tensor<(\d+)x(\d+)xf32, (#\w+)>")
-_TENSOR_MEMORY_MMA = re.compile(r"ttng.tc_gen5_mma (%[\w#]+), (%[\w#]+), (%[\w#]+)")
+_TENSOR_MEMORY_MMA = re.compile(r"ttng.tc_gen5_mma (%[\w#]+), (%[\w#]+), (%[\w#]+)(?:\[[^\]]*\])?, (%\w+)")
 _WAIT = re.compile(r"(%\w+)(?::\d+)? = ttng.warp_group_dot_wait (%[\w#]+(?:, %[\w#]+)*)")
 
 
@@ -130,7 +130,7 @@ def _shares_accumulator(body: list[str]) -> bool:
                 return True
             results.add(dot[1])
         elif dot := _TENSOR_MEMORY_MMA.search(line):
-            if dot[3] in memory:
+            if dot[3] in memory and dot[4] != "%false":  # false: it begins anew
                 return True
             memory.add(dot[3])
     return False
