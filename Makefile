@@ -60,7 +60,7 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m slow $(ARGS)
 
 # All but the reports that `motifarch benchmark report` writes.
-MARKDOWN := git ls-files '*.md' ':!benchmarks/results/*/report.md'
+MARKDOWN := git ls-files '*.md' ':!benchmarks/results/*/report.md' ':!benchmarks/results/compiled.md'
 
 # mdformat breaks no line of code and no row of a table.
 lint: $(VENV)/.installed-dev
