@@ -15,6 +15,7 @@ Launched = tuple[str, Any, Mapping[str, Any]]
 # Kernels that walk through tiles, as launch tables and as the source name them.
 TILED = {
     "attention_forward": "_forward_kernel",
+    "attention_forward_tma": "_forward_kernel",
     "attention_backward_keys": "_keys_kernel",
     "attention_backward_queries": "_queries_kernel",
 }
@@ -53,7 +54,9 @@ def candidates(kernel: str, entry: Entry) -> list[Entry]:
         for m, n, warps, stages in sizes:
             rows = n if kernel == "attention_backward_keys" else m
             if rows >= 16 * warps:
-                found.append({**entry, "block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages})
+                tile = {**entry, "block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+                # Without pointers a thread may do with 128 registers: two blocks a multiprocessor.
+                found += [tile, {**tile, "maxnreg": 128}] if kernel.endswith("_tma") else [tile]
     return [e for i, e in enumerate(found) if e not in found[:i]]
 
 

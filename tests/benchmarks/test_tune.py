@@ -14,6 +14,7 @@ from benchmarks.lib.exact import exact_results, fault
 from benchmarks.lib.shapes import draw_from
 from benchmarks.ops import poly_norm
 from benchmarks.tuning import tune
+from benchmarks.tuning.candidates import candidates
 from benchmarks.tuning.tune import Entry, Kernel, Shape, all_kernels
 from motif_kernels import tuning
 
@@ -148,3 +149,13 @@ def test_a_dry_run_prints_all_candidates_and_needs_no_gpu(capsys: pytest.Capture
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--device", "cpu", "--threads", "1"]) == 2
     assert "error: torch sees no CUDA GPU here" in capsys.readouterr().err
+
+
+def test_attention_tries_every_tile_that_gives_its_warps_rows() -> None:
+    entry = {"block_m": 64, "block_n": 32, "num_warps": 8, "num_stages": 2}
+    forward = candidates("attention_forward", entry)
+    assert forward[0] == entry
+    assert {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3} in forward
+    assert {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 3} not in forward
+    keys = candidates("attention_backward_keys", entry)
+    assert {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2} in keys
