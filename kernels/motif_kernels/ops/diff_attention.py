@@ -1,6 +1,8 @@
 """Differential and softmax attention as one torch operator, forward and backward."""
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,15 +61,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         results.lse_signal.fill_(torch.inf)
         results.lse_noise.fill_(torch.inf)
         return results[:6] + tuple(t.fill_(-torch.inf) for t in results[6:])
+    with torch.cuda.device_of(inputs.q1):
+        return tuple(_kernels(inputs).forward(inputs, sequences, options, results))
+
+
+def _kernels(inputs: AttentionInputs) -> ModuleType:
+    """Whose ``forward`` and ``backward`` serve a call."""
     from motif_kernels.impl.gluon import availability
 
-    if availability.can_serve(inputs):
-        from motif_kernels.impl.gluon import diff_attention as kernels
-    else:
-        from motif_kernels.impl.triton import diff_attention as kernels
-
-    with torch.cuda.device_of(inputs.q1):
-        return tuple(kernels.forward(inputs, sequences, options, results))
+    implementation = "gluon" if availability.can_serve(inputs) else "triton"
+    return importlib.import_module(f"motif_kernels.impl.{implementation}.diff_attention")
 
 
 def _with_all_keys(inputs: AttentionInputs) -> AttentionInputs:
@@ -129,11 +132,9 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     gradients = empty_gradients(inputs)
     if grad.numel() == 0 or inputs.v.numel() == 0:
         return tuple(t.zero_() for t in gradients)
-    from motif_kernels.impl.triton import diff_attention as kernels
-
     with torch.cuda.device_of(grad):
         inputs = _with_all_keys(inputs)
-        return tuple(kernels.backward(grad, inputs, sequences, options, *saved, gradients=gradients))
+        return tuple(_kernels(inputs).backward(grad, inputs, sequences, options, *saved, gradients=gradients))
 
 
 def empty_gradients(inputs: AttentionInputs) -> Gradients:

@@ -222,7 +222,9 @@ def wait_if_same(context: Context, value: Any) -> None:
 
 
 def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callable[[], Any]:
-    """Returns what the first thread found, if ``to`` asks for it."""
+    """Returns what the first thread found, if ``to`` asks for it and nothing was added: who adds
+    does not wait for others.
+    """
     dtype = np.dtype(TYPES[b.ins.type.removesuffix("x2")])
     if b.ins.type.endswith("x2") or b.ins.type in ("bf16", "f16"):
         raise NotImplementedError(b.ins.text)
@@ -260,7 +262,7 @@ def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callab
             for i, source in enumerate(new):
                 np.add.at(view, place // dtype.itemsize + i, source[who])
             return None
-        first = None
+        first, added = None, dtype.kind == "f"
         for thread, local, offset in zip(threads[who], who, place, strict=True):
             if not shared:
                 learn(block, thread >> 5, int(offset), acquires)
@@ -277,8 +279,9 @@ def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callab
                     first = old if first is None else first
                 if view[index] != old and not shared:
                     block.memory.version += 1
+                    added = True
             if not shared:
                 publish(block, thread >> 5, int(offset), releases)
-        return first
+        return None if added else first
 
     return step

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from motif_kernels.impl.gluon.attention_forward import TILE, _forward_kernel
 from motif_kernels.impl.gluon.attention_walk import ROWS
+from motif_kernels.impl.gluon.diff_attention_backward import backward
 from motif_kernels.impl.gluon.tiles import descriptor
 from motif_kernels.impl.triton.diff_attention import (
     LN_2,
@@ -20,6 +21,8 @@ from motif_kernels.impl.triton.diff_attention import (
 )
 from motif_kernels.impl.triton.launching import launch
 from motif_kernels.types import AttentionInputs, AttentionOptions, Results, Sequences
+
+__all__ = ["backward", "forward"]
 
 # For each pair of widths: keys of a tile, and how many tiles shared memory has room for.
 _TILES = {(64, 64): (128, 4), (64, 128): (128, 3), (128, 128): (64, 4), (128, 256): (64, 3)}

@@ -17,19 +17,20 @@ from motif_kernels.impl.triton.attention_tiles import document
 _GL_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
     """How TMA reads tiles of ``rows`` tokens of one head.
 
     Args:
         x: (B, S, heads, width), or packed (total, heads, width), aligned as
             ``availability.can_serve`` asks.
         rows: tokens of a tile.
+        columns: of a tile; default all of the width.
     """
     x = x if x.ndim == 4 else x[None]
     width = x.shape[-1]
     # A dimension of one is never stepped along, and its stride may be anything.
     strides = [width if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    block = [1, rows, 1, width]
+    block = [1, rows, 1, columns or width]
     layout = gl.NVMMASharedLayout.get_default_for(block, _GL_DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
@@ -51,9 +52,9 @@ def allocate_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(source, z, row, head, ready, tile):
+def load_tile(source, z, row, head, ready, tile, column=0):
     """Start bringing a tile, whose bytes the barrier ``ready`` was told to expect."""
-    tma.async_copy_global_to_shared(source, [z, row, head, 0], ready, tile)
+    tma.async_copy_global_to_shared(source, [z, row, head, column], ready, tile)
 
 
 @gluon.jit
