@@ -68,6 +68,19 @@ def pair(b: Binder, function: Callable[..., np.ndarray]) -> Step:
     return b.assign(b.write(b.operands[0], "b64"), value)
 
 
+def mixed(b: Binder, function: Callable[..., np.ndarray]) -> Step:
+    """Halves with a float32 as the last source, rounded once."""
+    kind = b.ins.type
+    *halves, last = b.operands[1:]
+    raw, number = [b.read(o, "b16") for o in halves], b.read(last, "f32")
+
+    def value() -> np.ndarray:
+        wide = [half_to_f32(np.ascontiguousarray(r), kind).astype(np.float64) for r in raw]
+        return function(*wide, number.astype(np.float64))
+
+    return b.assign(b.write(b.operands[0], "f32"), value)
+
+
 def binary(*names: str, ufunc: np.ufunc, number_ufunc: np.ufunc | None = None) -> None:
     """Operations that NumPy has; ``number_ufunc`` is for floats unless NaN is to be kept."""
 
@@ -75,6 +88,8 @@ def binary(*names: str, ufunc: np.ufunc, number_ufunc: np.ufunc | None = None) -
     def build(b: Binder) -> Step:
         kind = b.ins.type
         function = number_ufunc if number_ufunc and kind.startswith(("f", "bf")) and not b.has("NaN") else ufunc
+        if kind in ("bf16", "f16") and b.has("f32"):
+            return mixed(b, function)
         if kind in ("bf16", "f16", "bf16x2", "f16x2"):
             return packed(b, function)
         if kind == "f32x2":
@@ -82,6 +97,9 @@ def binary(*names: str, ufunc: np.ufunc, number_ufunc: np.ufunc | None = None) -
         if b.has("relu"):
             sources = [b.read(o, kind) for o in b.operands[1:]]
             return b.assign(b.write(b.operands[0], kind), lambda: np.maximum(function(*sources), 0))
+        if len(b.operands) == 4:  # of three numbers
+            x, y, z = (b.read(o, kind) for o in b.operands[1:])
+            return b.assign(b.write(b.operands[0], kind), lambda: function(function(x, y), z))
         return b.elementwise(function, [kind] * (len(b.operands) - 1), kind)
 
 
@@ -158,6 +176,8 @@ def fused(b: Binder) -> Step:
     def in_float64(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         return x * y + z
 
+    if kind in ("bf16", "f16") and b.has("f32"):
+        return mixed(b, in_float64)
     if kind in ("bf16", "f16", "bf16x2", "f16x2"):
         function = (lambda x, y, z: np.maximum(x * y + z, 0)) if b.has("relu") else in_float64
         return packed(b, function)

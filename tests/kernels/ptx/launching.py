@@ -184,7 +184,8 @@ def _run(block: Block) -> bool:
         with np.errstate(all="ignore"):
             return block.run()
     except Exception as error:
-        message = f"{error} [{block.program.name}, program {block.program_id}, {block.where()}]"
+        notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
+        message = f"{error}{notes} [{block.program.name}, program {block.program_id}, {block.where()}]"
         if isinstance(error, Fault | NotImplementedError):
             raise type(error)(message) from error
         error.add_note(message)

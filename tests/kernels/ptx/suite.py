@@ -60,20 +60,31 @@ def combine() -> Iterator[Case]:
             yield "combine", {"width": width, "group": group, "epilogue": epilogue, "dtype": dtype}
 
 
+def blackwell() -> Iterator[Case]:
+    """Of sm_100, whose attention needs tensor memory, what does not."""
+    yield "poly_norm", {"arch": 100}
+    yield "poly_norm", {"arch": 100, "columns": 16384, "rows": 2}
+    yield "combine", {"arch": 100}
+    yield "combine", {"arch": 100, "width": 256, "epilogue": "gate", "dtype": F16}
+    yield "decoding", {"arch": 100}
+    yield "decoding", {"arch": 100, "d": 128, "dv": 256, "paged": True, "dtype": F16}
+
+
 GROUPS = {
     "attention": attention,
     "masks": masks,
     "decoding": decoding,
     "poly_norm": poly_norm,
     "combine": combine,
+    "blackwell": blackwell,
 }
 
 
 def run(family: str, options: dict[str, Any]) -> dict[str, Any]:
     """A case's line."""
     begun = time.perf_counter()
-    with emulated() as launches:
-        results = cases.CASES[family](**options)
+    with emulated(options.get("arch", 90)) as launches:
+        results = cases.CASES[family](**{name: value for name, value in options.items() if name != "arch"})
     problems = []
     for name, result in results.items():
         try:

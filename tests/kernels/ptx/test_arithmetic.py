@@ -76,6 +76,7 @@ INTEGER_CASES: dict[str, Callable[[int, int], int]] = {
     "mul.hi.u32 {out}, {0}, {1};": lambda a, b: unsigned(a) * unsigned(b) >> 32,
     "mad.lo.s32 {out}, {0}, {1}, 7;": lambda a, b: a * b + 7,
     "min.s32 {out}, {0}, {1};": min,
+    "max.s32 {out}, {0}, {1}, 5;": lambda a, b: max(a, b, 5),
     "max.u32 {out}, {0}, {1};": lambda a, b: max(unsigned(a), unsigned(b)),
     "min.relu.s32 {out}, {0}, {1};": lambda a, b: max(min(a, b), 0),
     "and.b32 {out}, {0}, {1};": lambda a, b: a & b,
@@ -258,6 +259,15 @@ def test_packed_arithmetic(kind):
     out = apply(f"fma.rn.{kind}x2 {{out}}, {{0}}, {{1}}, {{2}};", "b32", a, b, c).view(HALVES[kind])
     assert torch.equal(out, (x.double() * y.double() + z.double()).float().to(HALVES[kind]))
     assert torch.equal(apply(f"mul.{kind}x2 {{out}}, {{0}}, {{1}};", "b32", a, b).view(HALVES[kind]), x * y)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_halves_and_a_float(kind):
+    x, y, z = torch.randn(128).to(HALVES[kind]), torch.randn(128).to(HALVES[kind]), torch.randn(128)
+    out = apply(f"fma.rn.f32.{kind} {{out}}, {{0}}, {{1}}, {{2}};", "f32", x, y, z)
+    assert torch.equal(out, (x.double() * y.double() + z.double()).float())
+    out = apply(f"sub.rn.f32.{kind} {{out}}, {{0}}, {{1}};", "f32", x, z)
+    assert torch.equal(out, (x.double() - z.double()).float())
 
 
 def test_integers_from_floats():

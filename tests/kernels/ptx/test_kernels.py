@@ -1,4 +1,4 @@
-"""Every kernel family as compiled for sm_90, emulated: numbers, races, and planted faults.
+"""Every kernel family as compiled, emulated: numbers, races, and planted faults.
 
 Processes of their own: whether kernels are interpreted is decided when triton is imported, and the
 tests' process interprets them.
@@ -27,7 +27,7 @@ def lines(module: str, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["attention", "masks", "decoding", "poly_norm", "combine"])
+@pytest.mark.parametrize("group", ["attention", "masks", "decoding", "poly_norm", "combine", "blackwell"])
 def test_kernels_keep_the_error_rule_without_a_fault(group):
     found = lines("suite", group)
     assert len(found) >= 6
