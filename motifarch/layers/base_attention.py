@@ -216,21 +216,23 @@ class BaseAttention(nn.Module):
         """Queries (B, S, H, D), normalised and rotated, and keys and values as the cache holds
         them: heads of a pair's k1 and k2 side by side.
         """
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        # A view takes a fifth of unflatten's time, which counts where one token is decoded.
+        heads = (*hidden_states.shape[:-1], -1)
+        q = self.q_proj(hidden_states).view(*heads, self.head_dim)
+        k = self.k_proj(hidden_states).view(*heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))
-        return q, k.flatten(2).unflatten(-1, (-1, self.v_head_dim)) if self.paired_kv else k, value
+        value = self.v_proj(hidden_states).view(*heads, self.v_head_dim)
+        return q, k.reshape(*heads, self.v_head_dim) if self.paired_kv else k, value
 
     def _inputs(self, q: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> AttentionInputs:
         """Heads as signal and noise, lambda and the gate."""
         if not self.num_noise_heads:
             return AttentionInputs(q, key, None, None, value, None, gate=self._gate(hidden_states))
         group = self.num_heads // self.num_noise_heads - 1
-        q = q.unflatten(2, (-1, group + 1))  # all noise heads, or those of this rank
+        q = q.view(*q.shape[:2], -1, group + 1, self.head_dim)  # all noise heads, or those of this rank
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
         lam = self._lambda(hidden_states)
         if not is_exporting():

@@ -122,8 +122,8 @@ def test_diff_v1_agrees_with_diffllama(kv_heads):
     }
     ours.load_state_dict(copied | {"subln.weight": torch.ones(2 * D)})
 
-    # Lambda's gradient is one sum over all heads and tokens: at some seeds its terms cancel, and both
-    # sides are several roundings from the exact one.
+    # Lambda's gradient is one sum over all heads and tokens: at some seeds its terms cancel, and
+    # both sides are several roundings from the exact one.
     torch.manual_seed(1)
     x1 = torch.randn(2, 17, EMBED, requires_grad=True)
     x2 = x1.detach().clone().requires_grad_()

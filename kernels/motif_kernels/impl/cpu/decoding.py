@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motif_kernels.impl.cpu import combine
-from motif_kernels.reference import compute_dtype, diff_combine
+from motif_kernels.reference import compute_dtype
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 
@@ -85,14 +84,14 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     kv_heads, width = v_cache.shape[2:]
     ends = cache.lengths.tolist()
     signals, noises = heads // kv_heads, inputs.noise_heads // kv_heads
-    queries = q1.unflatten(2, (kv_heads, signals)).transpose(1, 2)  # (B, Hk, Sq, heads of a key head, D)
+    queries = q1.view(batch, seqlen_q, kv_heads, signals, d).transpose(1, 2)  # (B, Hk, Sq, heads of a key head, D)
     keys: Tensor | None = k1
     if q2 is not None and k2 is not None:
         keys = _joined(k1, k2)
         width_of_rows = d if keys is not None and keys.shape[-1] == d else 2 * d
         both = q1.new_zeros(batch, kv_heads, seqlen_q, signals + noises, width_of_rows)
         both[..., :signals, :d] = queries
-        both[..., signals:, -d:] = q2.unflatten(2, (kv_heads, noises)).transpose(1, 2)
+        both[..., signals:, -d:] = q2.view(batch, seqlen_q, kv_heads, noises, d).transpose(1, 2)
         queries = both
     queries = queries.flatten(2, 3)
     begins = [0] * batch if cache.leftpad is None else cache.leftpad.tolist()
@@ -128,25 +127,26 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
             out[rows] = part
     if out is None:  # no row holds anything
         out = queries.new_zeros(*queries.shape[:3], width)
-    out = out.unflatten(2, (seqlen_q, signals + noises)).transpose(1, 2)
-    return _epilogue(out[..., :signals, :].flatten(2, 3), out[..., signals:, :].flatten(2, 3), inputs, options)
+    out = out.view(batch, kv_heads, seqlen_q, signals + noises, width).transpose(1, 2)
+    return _epilogue(out[..., :signals, :], out[..., signals:, :], inputs, options)
 
 
-def _epilogue(o_signal: Tensor, o_noise: Tensor, inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
-    """Of (B, Sq, heads, Dv), without noise heads in softmax attention."""
-    lam, gate, numbers = inputs.lam, inputs.gate, {"norm_eps": options.norm_eps, "out_scale": options.out_scale}
-    if lam is None:
-        if inputs.norm_weight is None and gate is None and options.out_scale == 1.0:
-            return o_signal
-        out = diff_combine(o_signal, None, None, norm_weight=inputs.norm_weight, gate=gate, **numbers)
-        return out.to(o_signal.dtype)
-    out = combine.forward(
-        o_signal.flatten(0, 1),
-        o_noise.flatten(0, 1),
-        lam.flatten(0, 1) if lam.ndim == 3 else lam,
-        inputs.norm_weight,
-        None if gate is None else gate.flatten(0, 1),
-        **numbers,
-        out_dtype=o_signal.dtype,
-    )
-    return out.view(o_signal.shape)
+def _epilogue(signal: Tensor, noise: Tensor, inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
+    """The output (B, Sq, Hs, Dv) of attention's, (B, Sq, Hk, heads of a key head, Dv); a few calls
+    on a few numbers.
+    """
+    shape, width = inputs.q1.shape[:-1], signal.shape[-1]
+    grid = (*signal.shape[:3], noise.shape[3] or 1, -1, width)  # a noise head and its signal heads
+    dtype = compute_dtype(signal)
+    out = signal.to(dtype).reshape(grid)
+    if (lam := inputs.lam) is not None:
+        if lam.ndim:
+            lam = lam.expand(shape).view(*grid[:-1], 1)
+        out = torch.addcmul(out, noise.to(dtype)[..., None, :], lam.to(dtype), value=-1)
+    if inputs.norm_weight is not None:
+        out = F.rms_norm(out, (width,), inputs.norm_weight.to(dtype), options.norm_eps)
+    if inputs.gate is not None:
+        out = out * torch.sigmoid(inputs.gate.to(dtype)).reshape(grid)
+    if options.out_scale != 1.0:
+        out = out * options.out_scale
+    return out.to(signal.dtype).reshape(*shape, width)
