@@ -49,7 +49,7 @@ KNOWN: dict[tuple[str, str], tuple[tuple[tuple[int, int], ...], str]] = {
         "three accumulators and the maps of two heads",
     ),
     ("triton.attention_backward._keys_kernel", "products one by one"): (
-        ((64, 128), (128, 128)),
+        ((64, 128),),
         "ptxas waits for a product whose registers it moves",
     ),
     ("triton.attention_backward._queries_kernel", "spills in an inner loop"): (((192, 128),), "no tile fits"),
@@ -57,17 +57,9 @@ KNOWN: dict[tuple[str, str], tuple[tuple[tuple[int, int], ...], str]] = {
         ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)),
         "ptxas waits for a product whose registers it moves",
     ),
-    ("triton.attention_forward._forward_kernel", "spills in an inner loop"): (
-        ((96, 192), (128, 256)),
-        "pointers beside accumulators of 128 x 256",
-    ),
-    ("triton.attention_forward._forward_kernel", "products one by one"): (
-        ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)),
-        "with a soft cap, whose tanh ptxas does not follow",
-    ),
-    ("gluon.attention_forward._forward_kernel", "spills in an inner loop"): (
-        ((64, 128), (128, 256)),
-        "one word, in loops of cut tiles with a window or packed documents",
+    ("gluon.attention_backward._backward_kernel", "spills in an inner loop"): (
+        ((128, 256),),
+        "one word",
     ),
 }
 
