@@ -362,9 +362,10 @@ def _one_pass_of_groups(kernel: Compiled, shape: Shape, constants: Constants) ->
         (once + heads * n * main.total, shape.noise_heads * shape.batch) for n in tiles for heads in _groups(shape)
     ]
     part = _finish(kernel, main, 2 * rows * rows * streams * (3 * d + 2 * dv), programs, constants)
-    # dQ from zeros in float32 to its dtype; dK and dV of each map from float32.
-    queries, keys = shape.noise_heads * shape.maps, shape.noise_heads * len(_groups(shape))
-    moved = shape.tokens * shape.batch * (queries * d * (4 + 4 + 2) + keys * (d + dv) * (4 + 4 + 2))
+    # dQ from zeros in float32 to its dtype; dV of one map in float32, and the other added to it.
+    queries, maps = shape.noise_heads * shape.maps, len(_groups(shape))
+    of_a_key = shape.noise_heads * (maps * 2 * d + (2 + 8 * (maps - 1)) * dv)
+    moved = shape.tokens * shape.batch * (queries * d * (4 + 4 + 2) + of_a_key)
     return part._replace(seconds=part.seconds + moved / constants.memory_bytes_per_second)
 
 

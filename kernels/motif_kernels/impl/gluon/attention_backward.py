@@ -214,12 +214,16 @@ def _add(d_q, pointer, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _store(pointer, tile, first, end, heads, scale, column, WIDTH: gl.constexpr):
-    """Rows of a gradient (tokens, heads, WIDTH) from ``column`` on."""
+def _store(pointer, base, tile, first, end, heads, scale, column, WIDTH: gl.constexpr):
+    """Rows of a gradient (tokens, heads, WIDTH) from ``column`` on; added to ``base``, if any."""
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, tile.type.layout))
     columns = column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
-    at = pointer + rows.to(gl.int64)[:, None] * (heads * WIDTH) + columns[None, :]
-    gl.store(at, (tile * scale).to(pointer.dtype.element_ty), mask=(rows < end)[:, None])
+    at = rows.to(gl.int64)[:, None] * (heads * WIDTH) + columns[None, :]
+    present = (rows < end)[:, None]
+    tile *= scale
+    if base is not None:
+        tile += gl.load(base + at, mask=present, other=0.0)
+    gl.store(pointer + at, tile.to(pointer.dtype.element_ty), mask=present)
 
 
 @gluon.jit
@@ -232,6 +236,7 @@ def _multiply(
     dq,
     dk,
     dv,
+    dv_base,
     parts,
     SCALE: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -318,8 +323,8 @@ def _multiply(
                 mbarrier.arrive(have_added.index(t % 2), count=1)
         present, _, _, _, _ = limits
         if sweep == 0:
-            _store(dk, d_k, PART * ROWS, present, parts, SCALE, 0, D)
-        _store(dv, d_v, PART * ROWS, present, parts, 1.0, sweep * COLUMNS, PIECES * COLUMNS)
+            _store(dk, None, d_k, PART * ROWS, present, parts, SCALE, 0, D)
+        _store(dv, dv_base, d_v, PART * ROWS, present, parts, 1.0, sweep * COLUMNS, PIECES * COLUMNS)
 
 
 @gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "tokens", "key_tokens", "documents", "left", "right"])
@@ -335,6 +340,7 @@ def _backward_kernel(
     dq,
     dk,
     dv,
+    dv_base,
     seqlen_q,
     seqlen_k,
     tokens,
@@ -358,7 +364,8 @@ def _backward_kernel(
     """Gradients dK and dV (tokens, parts, width) of GROUP heads each; dQ is added to.
 
     ``tickets`` holds how many programs have started, then a semaphore for each tile of queries and
-    head; ``dq`` is float32 (parts, tiles of queries, GROUP, ...), each tile as ``_add`` leaves it.
+    head; ``dq`` is float32 (parts, tiles of queries, GROUP, ...), each tile as ``_add`` leaves it;
+    ``dv_base`` is what dV is added to, such as the other map's.
     """
     ticket = gl.atomic_add(tickets, 1, sem="relaxed", scope="gpu")
     part = ticket % parts
@@ -414,6 +421,8 @@ def _backward_kernel(
     dq += (part.to(gl.int64) * tiles_of_queries + row_tile + first_tile) * (GROUP * ROWS * D)
     dk += ((key_token + first_key) * parts + part) * D
     dv += ((key_token + first_key) * parts + part) * (PIECES * v.block_type.shape[3])
+    if dv_base is not None:
+        dv_base += ((key_token + first_key) * parts + part) * (PIECES * v.block_type.shape[3])
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     gl.warp_specialize(
@@ -429,6 +438,7 @@ def _backward_kernel(
                     dq,
                     dk,
                     dv,
+                    dv_base,
                     parts,
                     SCALE,
                     SOFTCAP,
@@ -450,6 +460,7 @@ def _backward_kernel(
                     dq,
                     dk,
                     dv,
+                    dv_base,
                     parts,
                     SCALE,
                     SOFTCAP,

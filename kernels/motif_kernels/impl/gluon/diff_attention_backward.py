@@ -43,17 +43,20 @@ def backward(
     gradients = backward_prepare(
         grad, inputs, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
     )
-    shared = inputs, sequences, options
-    dk1, dv = _backward_of_a_map(*shared, q1, k1, d_a, lse_signal, deltas[0], gradients.q1)
+    call = inputs, sequences, options
+    same_keys = k2 is k1  # whose gradients are added up
+    to_k1, to_v = None if same_keys else gradients.k1, None if d_o2 is not None else gradients.v
+    dk1, dv = _backward_of_a_map(*call, q1, k1, d_a, lse_signal, deltas[0], gradients.q1, to_k1, to_v, None)
     if q2 is not None and k2 is not None and d_o2 is not None:
-        dk2, dv2 = _backward_of_a_map(*shared, q2, k2, d_o2, lse_noise, deltas[1], gradients.q2)
-        dv = _sum(dv, gradients.v) + _sum(dv2, gradients.v)
-        if k2 is k1:
+        to_k2 = None if same_keys else gradients.k2
+        of_noise = q2, k2, d_o2, lse_noise, deltas[1], gradients.q2, to_k2, gradients.v
+        dk2, dv = _backward_of_a_map(*call, *of_noise, dv)
+        if same_keys:
             dk1 = _sum(dk1, gradients.k1) + _sum(dk2, gradients.k1)
         else:
-            gradients.k2.copy_(_sum(dk2, gradients.k2))
-    gradients.k1.copy_(_sum(dk1, gradients.k1))
-    gradients.v.copy_(_sum(dv, gradients.v))
+            _fill(gradients.k2, dk2)
+    _fill(gradients.k1, dk1)
+    _fill(gradients.v, dv)
     return gradients
 
 
@@ -62,6 +65,18 @@ def _sum(parts: Tensor, gradient: Tensor) -> Tensor:
     if parts.shape[-2] == gradient.shape[-2]:
         return parts
     return parts.unflatten(-2, (gradient.shape[-2], -1)).sum(-2)
+
+
+def _fill(gradient: Tensor, parts: Tensor) -> None:
+    if parts is not gradient:
+        gradient.copy_(_sum(parts, gradient))
+
+
+def _target(gradient: Tensor | None, of: Tensor, parts: int) -> Tensor:
+    """Where a program writes its part: the gradient, if each of its heads is one part."""
+    if gradient is not None and gradient.shape[-2] == parts:
+        return gradient
+    return of.new_empty(*of.shape[:-2], parts, of.shape[-1], dtype=torch.float32)
 
 
 def _backward_of_a_map(
@@ -74,12 +89,14 @@ def _backward_of_a_map(
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
+    to_k: Tensor | None,
+    to_v: Tensor | None,
+    base: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill dq.
+    """Fill dq; and to_k and to_v, if their heads are the parts.
 
-    Returns:
-        Gradients of keys and values in float32 (..., parts, width): one for each program's heads,
-        those that share both.
+    Gradients of keys and values are returned (..., parts, width): a part for each program's heads,
+    those that share both. ``base`` is another map's gradient of values, to add to this one's.
     """
     v, heads, d = inputs.v, q.shape[-2], q.shape[-1]
     per_k, per_v = heads // k.shape[-2], heads // v.shape[-2]
@@ -94,8 +111,8 @@ def _backward_of_a_map(
     rows = q.new_empty(tiles * heads * 2, ROWS.value, dtype=torch.float32)
     sums = q.new_zeros(tiles * heads * ROWS.value * d, dtype=torch.float32)
     tickets = q.new_zeros(1 + tiles * heads, dtype=torch.int32)
-    dk = k.new_empty(*k.shape[:-2], parts, d, dtype=torch.float32)
-    dv = v.new_empty(*v.shape[:-2], parts, v.shape[-1], dtype=torch.float32)
+    other = base if base is not None and base.shape[-2] != parts else None  # of other parts
+    dk, dv = _target(to_k, k, parts), _target(to_v if other is None else None, v, parts)
     row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     of_queries = sequences.cu_seqlens_q, lengths[0], tokens, lengths[-1]
     launch(_gather_rows_kernel, on_queries, lse, delta, of_queries[0], rows, *of_queries[1:], num_warps=2)
@@ -113,6 +130,7 @@ def _backward_of_a_map(
         sums,
         dk,
         dv,
+        base if other is None else None,
         *lengths,
         options.left,
         options.right,
@@ -129,4 +147,4 @@ def _backward_of_a_map(
     )
     of_sums = {"SCALE": options.softmax_scale, "GROUP": group, "D": d}
     launch(_round_kernel, on_queries, sums, of_queries[0], dq, *of_queries[1:], tiles, **of_sums, num_warps=4)
-    return dk, dv
+    return dk, dv if other is None else _sum(dv, v) + _sum(other, v)
