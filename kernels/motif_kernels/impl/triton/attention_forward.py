@@ -350,23 +350,20 @@ def _forward_kernel(
                 at = tl.where(is_noise, max2_pointer + tile * noise_heads + n, at)
             tl.store(at, tl.max(tl.where(present, m, float("-inf")), axis=0))
         parts = pieces(a, PIECES)
-        out_own, difference_own = out, difference
-        if not DESCRIBED:
-            own = (token_start * heads + h) * DV
-            out_own = out + own
-            if difference is not None:
-                difference_own = difference + own
+        own = 0 if DESCRIBED else (token_start * heads + h) * DV
+        out_own = out if DESCRIBED else out + own
         out_target = rows_of(out_own, heads * DV, h, q_outer, q_inner, q_row, DESCRIBED)
-        difference_target = rows_of(difference_own, heads * DV, h, q_outer, q_inner, q_row, DESCRIBED)
+        difference_target = out_target  # a stand-in that is never written
+        if difference is not None:
+            difference_own = difference if DESCRIBED else difference + own
+            difference_target = rows_of(difference_own, heads * DV, h, q_outer, q_inner, q_row, DESCRIBED)
         gate_at = z * gate_batch + q_start * gate_token + h * gate_head
         if HAS_NOISE:
             scratch = scratch_pointer + (token_start * noise_heads + n) * DV
             scratch_stride = noise_heads * DV
             if is_noise:
                 if o2 is not None:
-                    o2_own = o2
-                    if not DESCRIBED:
-                        o2_own = o2 + (token_start * noise_heads + n) * DV
+                    o2_own = o2 if DESCRIBED else o2 + (token_start * noise_heads + n) * DV
                     target = rows_of(o2_own, scratch_stride, n, q_outer, q_inner, q_row, DESCRIBED)
                 for c in tl.static_range(PIECES):
                     at = scratch + c * WIDTH
