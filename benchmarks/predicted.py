@@ -161,13 +161,13 @@ class Blackwell(NamedTuple):
 
 
 def combine_share(shape: Shape, gpu: Blackwell = Blackwell()) -> tuple[float, float]:  # noqa: B008 - constants
-    """What joins four calls over the calls themselves, bytes and time, forward: the epilogue, and a
-    copy of outputs that come in pieces.
+    """The epilogue's bytes over those of four calls, and its time over theirs, forward.
+
+    Outputs in two pieces are read where they are.
     """
     d, g = shape.head_dim, shape.group
     pieces = shape.v_head_dim // d
-    copied = 2 * (g + 1) if pieces > 1 else 0
-    joined = (2 * g + 1 + copied) * shape.v_head_dim * 2 * shape.tokens
+    joined = (2 * g + 1) * shape.v_head_dim * 2 * shape.tokens
     seen = sum(x + y for x, y in shape.tiles(gpu.rows, 128)) * 128
     calls = shape.maps * pieces * 2 * d * 2 * (shape.tokens + seen)
     seconds = shape.maps * pieces * 4 * d * shape.pairs / gpu.flops

@@ -1,5 +1,7 @@
 """The epilogue of differential attention, for the outputs of any attention library."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,8 @@ def diff_combine(
 
 
 def combine(
-    o_signal: Tensor,
-    o_noise: Tensor | None,
+    o_signal: Tensor | Sequence[Tensor],
+    o_noise: Tensor | Sequence[Tensor] | None,
     lam: Tensor | float | None,
     *,
     norm_weight: Tensor | None,
@@ -65,23 +67,40 @@ def combine(
 ) -> Tensor:
     """:func:`diff_combine` of arguments that were checked; without noise, softmax attention's
     epilogue, in plain PyTorch.
+
+    Outputs may be in pieces, along their width. Two equal ones are read where they are.
     """
-    if o_noise is None or lam is None or not ops.has_implementation(o_signal.device):
+    signals, noises = ([t] if isinstance(t, Tensor) else list(t or ()) for t in (o_signal, o_noise))
+    fused = bool(noises) and lam is not None and ops.has_implementation(signals[0].device)
+    if not (fused and _are_halves(signals, noises)):
+        signals, noises = ([torch.cat(t, dim=-1)] if len(t) > 1 else t for t in (signals, noises))
+    first = signals[0]
+    if not fused or lam is None:
+        noise = noises[0] if noises else None
         out = reference.diff_combine(
-            o_signal, o_noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
+            first, noise, lam, norm_weight=norm_weight, norm_eps=norm_eps, out_scale=out_scale, gate=gate
         )
-        return out.to(o_signal.dtype)
+        return out.to(first.dtype)
     if not isinstance(lam, Tensor):
-        lam = torch.full((), lam, dtype=reference.compute_dtype(o_signal), device=o_signal.device)
+        lam = torch.full((), lam, dtype=reference.compute_dtype(first), device=first.device)
     # Without a sub-norm it is elementwise arithmetic, which autocast leaves in the inputs' dtype.
-    out_dtype = ops.result_dtype(o_signal) if norm_weight is not None else o_signal.dtype
-    return operator.diff_combine(
-        o_signal.flatten(0, -3),
-        o_noise.flatten(0, -3),
+    out_dtype = ops.result_dtype(first) if norm_weight is not None else first.dtype
+    (signal, *signal_rest), (noise, *noise_rest) = ([t.flatten(0, -3) for t in pieces] for pieces in (signals, noises))
+    out = operator.diff_combine(
+        signal,
+        noise,
         lam.flatten(0, -2) if lam.ndim > 1 else lam,
         norm_weight,
         gate.flatten(0, -3) if gate is not None else None,
         norm_eps,
         out_scale,
         out_dtype,
-    ).view(o_signal.shape)
+        *signal_rest,
+        *noise_rest,
+    )
+    return out.view(*first.shape[:-1], out.shape[-1])
+
+
+def _are_halves(signals: Sequence[Tensor], noises: Sequence[Tensor]) -> bool:
+    """Whether both maps' outputs are in two pieces of one width."""
+    return len(signals) == len(noises) == 2 and len({t.shape[-1] for t in (*signals, *noises)}) == 1

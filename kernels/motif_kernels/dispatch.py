@@ -22,13 +22,13 @@ MAX_DECODE_QUERY_ROWS = 32
 # Keys up to which blocked products are the faster on a CPU where no heads share keys.
 MAX_BLOCKED_KEYS = 2048
 
-Attend = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor | list[Tensor]]
 
 
 def _composed(
     attend: Attend, inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions
 ) -> tuple[Tensor, ...]:
-    """Each map by a library's softmax attention, and the epilogue."""
+    """Each map by a library's softmax attention, which may come in pieces, and the epilogue."""
     out = attend(inputs.q1, inputs.k1, inputs.v, sequences, options)
     noise = inputs.noise
     o_noise = None if noise is None else attend(noise.q, noise.k, inputs.v, sequences, options)
@@ -42,7 +42,7 @@ def _composed(
             out_scale=options.out_scale,
             gate=inputs.gate,
         )
-    return (out,)
+    return (out if isinstance(out, Tensor) else out[0] if len(out) == 1 else torch.cat(out, dim=-1),)
 
 
 def _sdpa(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def _cpu_unsupported_reason(inputs: AttentionInputs, *_: object) -> str | None:
 
 
 def _flash(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[Tensor, ...]:
-    return _composed(flash.attention, inputs, sequences, options)
+    return _composed(flash.pieces, inputs, sequences, options)
 
 
 def _triton_unsupported_reason(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> str | None:

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import diff_combine, reference
+from motif_kernels.combine import combine
 from motif_kernels.ops.combine import diff_combine as operator
 
 B, S, HEADS, NOISE, WIDTH = 2, 9, 6, 2, 8
@@ -177,6 +178,31 @@ def test_backward_saves_only_its_inputs(path):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         diff_combine(signal, noise, lam, norm_weight=weight)
     assert set(saved) == {t.data_ptr() for t in (signal, noise, lam, weight)}
+
+
+@pytest.mark.parametrize("epilogue", ["norm", "gate", "none"])
+def test_heads_in_two_pieces_are_as_good_as_whole(epilogue, path):
+    """Bit for bit: what attention libraries give that take narrow values alone."""
+    signal, noise, lam, weight, gate = make_inputs((B, S, HEADS), epilogue, device=path.device)
+    inputs = leaves(signal, noise, lam, weight, gate)
+    grad = torch.randn(signal.shape, generator=torch.Generator().manual_seed(5)).to(path.device)
+
+    def run(signal, noise):
+        *_, lam, weight, gate = inputs
+        out = combine(signal, noise, lam, norm_weight=weight, norm_eps=1e-5, out_scale=0.7, gate=gate)
+        return [out, *gradients(out, inputs, grad)]
+
+    whole, halves = run(*inputs[:2]), run(*(t.split(WIDTH // 2, dim=-1) for t in inputs[:2]))
+    for a, b in zip(halves, whole, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_operator_contract_with_two_pieces(path):
+    signal, noise, lam, weight, _ = make_inputs((HEADS,), "norm", device=path.device)
+    (s1, s2), (n1, n2) = (t.flatten(0, 1).split(WIDTH // 2, dim=-1) for t in (signal, noise))
+    tensors = leaves(*(t.clone() for t in (s1, n1, lam, weight, s2, n2)))
+    arguments = (*tensors[:4], None, 1e-5, 0.7, torch.float32, *tensors[4:])
+    torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.gpu

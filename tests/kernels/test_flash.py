@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.flash_stand_ins import AMPERE, BLACKWELL, GEFORCE, HOPPER, NAMES, StandIn, compute, installing, plain
 from helpers.numerics import assert_error_rule, gradients, leaves
@@ -204,6 +205,33 @@ def test_composed_differential_attention_runs_noise_heads_once(install, version,
     at_precision, exact = run(in_plain_pytorch, dtype), run(in_plain_pytorch, torch.float64)
     for ours_, plain_, exact_ in zip(ours, at_precision, exact, strict=True):
         assert_error_rule(ours_, plain_, exact_, precision=dtype)
+
+
+@pytest.mark.parametrize("capability", [HOPPER, BLACKWELL])
+def test_outputs_in_two_pieces_are_not_copied_together(install, capability):
+    """Nor are their gradients cut."""
+    install(capability, 4)
+    q1, q2, k, v = (
+        inputs((1, 5), (1, 5), 4, 2, 2, 128, 256, torch.float16)[0],
+        *inputs((1, 5), (1, 5), 2, 2, 2, 128, 256, torch.float16),
+    )
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.cat.default, torch.ops.aten.split.Tensor):
+                copied.append(function)
+            return function(*args, **(kwargs or {}))
+
+    tensors = AttentionInputs(q1, k, q2, k, v.detach(), torch.tensor(0.4), torch.ones(256))
+    with Watch():
+        (out,) = dispatch.attend(tensors, AttentionOptions.of(128, causal=True), backend="flash")
+        copied.remove(torch.ops.aten.split.Tensor)  # of the values
+        copied.remove(torch.ops.aten.split.Tensor)
+        torch.autograd.grad(out, (q1, q2, k), torch.ones_like(out))
+    assert not copied
+    expected = dispatch.attend(tensors, AttentionOptions.of(128, causal=True), backend="reference")[0]
+    torch.testing.assert_close(out, expected, atol=4e-3, rtol=4e-3)
 
 
 # What a call really costs

@@ -26,27 +26,59 @@ def diff_combine(
     norm_eps: float,
     out_scale: float,
     out_dtype: torch.dtype,
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
 ) -> Tensor:
-    """Epilogue of (T, Hs, Dv), (T, Hn, Dv); lam () | (Hs,) | (T, Hs), gate (T, Hs, Dv)."""
+    """Epilogue of (T, Hs, Dv), (T, Hn, Dv); lam () | (Hs,) | (T, Hs), gate (T, Hs, Dv).
+
+    Heads may come in two pieces, equally wide: with rests, signal and noise hold the first.
+    """
     if signal.numel() == 0:
-        return torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
+        return _empty_output(signal, signal_rest, out_dtype)
+    signal, noise, signal_rest, noise_rest = _dense_pieces(signal, noise, signal_rest, noise_rest)
     with torch.cuda.device_of(signal):
         return implementation(FAMILY, signal.device).forward(
-            _dense(signal),
-            _dense(noise),
+            signal,
+            noise,
             lam,
             norm_weight,
             None if gate is None else _dense(gate),
             norm_eps=norm_eps,
             out_scale=out_scale,
             out_dtype=out_dtype,
+            signal_rest=signal_rest,
+            noise_rest=noise_rest,
         )
 
 
+def _dense_pieces(
+    signal: Tensor, noise: Tensor, signal_rest: Tensor | None, noise_rest: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As kernels take them; two pieces step alike."""
+    if signal_rest is None or noise_rest is None:
+        return _dense(signal), _dense(noise), None, None
+    return signal.contiguous(), noise.contiguous(), signal_rest.contiguous(), noise_rest.contiguous()
+
+
+def _empty_output(signal: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
+    columns = signal.shape[-1] + (0 if rest is None else rest.shape[-1])
+    return torch.empty(*signal.shape[:-1], columns, dtype=dtype, device=signal.device)
+
+
 @diff_combine.register_fake
-def _(signal: Tensor, *arguments: Any) -> Tensor:
-    *_, out_dtype = arguments
-    return torch.empty(signal.shape, dtype=out_dtype, device=signal.device)
+def _(
+    signal: Tensor,
+    noise: Tensor,
+    lam: Tensor,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+    norm_eps: float,
+    out_scale: float,
+    out_dtype: torch.dtype,
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
+) -> Tensor:
+    return _empty_output(signal, signal_rest, out_dtype)
 
 
 @torch.library.custom_op("motif::diff_combine_backward", mutates_args=())
@@ -59,31 +91,35 @@ def _diff_combine_backward(
     gate: Tensor | None,
     norm_eps: float,
     out_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of signal, noise, lam (T, Hs), norm_weight, gate; the last may be empty."""
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of signal, noise, lam (T, Hs), norm_weight, gate and rests; of None, empty ones."""
     if signal.numel() == 0:
-        zeros = signal.new_zeros(signal.shape[-1] if norm_weight is not None else 0, dtype=compute_dtype(signal))
-        d_lam = signal.new_zeros(signal.shape[:2], dtype=compute_dtype(signal))
-        return torch.empty_like(signal), torch.zeros_like(noise), d_lam, zeros, signal.new_empty(0)
+        d_gate, *d_rests = (signal.new_zeros(0 if t is None else t.shape) for t in (gate, signal_rest, noise_rest))
+        columns = 0 if norm_weight is None else len(norm_weight)
+        d_lam, d_weight = (
+            signal.new_zeros(shape, dtype=compute_dtype(signal)) for shape in (signal.shape[:2], columns)
+        )
+        return torch.empty_like(signal), torch.zeros_like(noise), d_lam, d_weight, d_gate, d_rests[0], d_rests[1]
+    signal, noise, signal_rest, noise_rest = _dense_pieces(signal, noise, signal_rest, noise_rest)
     with torch.cuda.device_of(signal):
-        d_signal, d_noise, d_lam, d_weight, d_gate = implementation(FAMILY, signal.device).backward(
+        d_signal, d_noise, d_lam, d_weight, *others = implementation(FAMILY, signal.device).backward(
             _dense(grad),
-            _dense(signal),
-            _dense(noise),
+            signal,
+            noise,
             lam,
             norm_weight,
             None if gate is None else _dense(gate),
             norm_eps=norm_eps,
             out_scale=out_scale,
+            signal_rest=signal_rest,
+            noise_rest=noise_rest,
         )
     # An operator cannot return None.
-    return (
-        d_signal,
-        d_noise,
-        d_lam,
-        d_weight if d_weight is not None else d_lam.new_empty(0),
-        d_gate if d_gate is not None else signal.new_empty(0),
-    )
+    d_gate, d_signal_rest, d_noise_rest = (signal.new_empty(0) if t is None else t for t in others)
+    d_weight = d_lam.new_empty(0) if d_weight is None else d_weight
+    return d_signal, d_noise, d_lam, d_weight, d_gate, d_signal_rest, d_noise_rest
 
 
 @_diff_combine_backward.register_fake
@@ -94,27 +130,29 @@ def _(
     lam: Tensor,
     norm_weight: Tensor | None,
     gate: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm_eps: float,
+    out_scale: float,
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(t: Tensor | None) -> Tensor:
+        return signal.new_empty(0) if t is None else t.new_empty(t.shape)
+
     dtype = compute_dtype(signal)
-    return (
-        signal.new_empty(signal.shape),
-        noise.new_empty(noise.shape),
-        signal.new_empty(signal.shape[:2], dtype=dtype),
-        signal.new_empty(signal.shape[-1] if norm_weight is not None else 0, dtype=dtype),
-        gate.new_empty(gate.shape) if gate is not None else signal.new_empty(0),
-    )
+    d_lam = signal.new_empty(signal.shape[:2], dtype=dtype)
+    d_weight = signal.new_empty(0 if norm_weight is None else norm_weight.shape[0], dtype=dtype)
+    return like(signal), like(noise), d_lam, d_weight, like(gate), like(signal_rest), like(noise_rest)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.norm_eps, ctx.out_scale, _ = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.norm_eps, ctx.out_scale, _, signal_rest, noise_rest = inputs
+    ctx.save_for_backward(*tensors, signal_rest, noise_rest)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    signal, noise, lam, norm_weight, gate = ctx.saved_tensors
-    d_signal, d_noise, d_lam, d_weight, d_gate = _diff_combine_backward(
-        grad, signal, noise, lam, norm_weight, gate, ctx.norm_eps, ctx.out_scale
+    signal, noise, lam, norm_weight, gate, *rests = ctx.saved_tensors
+    d_signal, d_noise, d_lam, d_weight, d_gate, *d_rests = _diff_combine_backward(
+        grad, signal, noise, lam, norm_weight, gate, ctx.norm_eps, ctx.out_scale, *rests
     )
     return (
         d_signal,
@@ -125,6 +163,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        *(d if rest is not None else None for d, rest in zip(d_rests, rests, strict=True)),
     )
 
 

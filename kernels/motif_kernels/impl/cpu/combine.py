@@ -102,6 +102,17 @@ def _lambda_grid(lam: Tensor, signal: Tensor, noise_heads: int) -> Tensor:
     return lam.expand(signal.shape[:2]).unflatten(1, (noise_heads, -1)).unsqueeze(-1)
 
 
+def _joined(x: Tensor, rest: Tensor | None) -> Tensor:
+    return x if rest is None else torch.cat((x, rest), dim=-1)
+
+
+def _cut(x: Tensor, piece: int) -> tuple[Tensor, Tensor | None]:
+    """The opposite of :func:`_joined`."""
+    if x.shape[-1] == piece:
+        return x, None
+    return x[..., :piece].contiguous(), x[..., piece:].contiguous()
+
+
 def forward(
     signal: Tensor,
     noise: Tensor,
@@ -112,11 +123,15 @@ def forward(
     norm_eps: float,
     out_scale: float,
     out_dtype: torch.dtype,
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
 ) -> Tensor:
     """The epilogue of signal (T, Hs, Dv) and noise (T, Hn, Dv).
 
-    lam is () | (Hs,) | (T, Hs), norm_weight (Dv,) and gate (T, Hs, Dv).
+    lam is () | (Hs,) | (T, Hs), norm_weight (Dv,) and gate (T, Hs, Dv). Rests are the last columns
+    of heads that come in two pieces.
     """
+    signal, noise = _joined(signal, signal_rest), _joined(noise, noise_rest)
     heads = noise.shape[1]
     (out,) = _forward(
         _in_groups(signal, heads),
@@ -141,8 +156,12 @@ def backward(
     *,
     norm_eps: float,
     out_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of signal, noise, lam (per token and head, (T, Hs)), norm_weight and gate."""
+    signal_rest: Tensor | None = None,
+    noise_rest: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of signal, noise, lam (of each token and head, (T, Hs)), weight, gate and rests."""
+    piece = signal.shape[2]
+    signal, noise = _joined(signal, signal_rest), _joined(noise, noise_rest)
     heads = noise.shape[1]
     d_signal, d_noise, d_lam, d_gate, d_weight = _backward(
         _in_groups(grad, heads),
@@ -155,4 +174,6 @@ def backward(
         out_scale=out_scale,
     )
     d_gate = None if d_gate is None else d_gate.flatten(1, 2)
-    return d_signal.flatten(1, 2), d_noise, d_lam.flatten(1), d_weight, d_gate
+    d_signal, d_signal_rest = _cut(d_signal.flatten(1, 2), piece)
+    d_noise, d_noise_rest = _cut(d_noise, piece)
+    return d_signal, d_noise, d_lam.flatten(1), d_weight, d_gate, d_signal_rest, d_noise_rest

@@ -55,6 +55,12 @@ def unsupported_reason(inputs: AttentionInputs, sequences: Sequences, options: A
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: AttentionOptions) -> Tensor:
+    """:func:`pieces` as one tensor: a copy, if there are several."""
+    outputs = pieces(q, k, v, sequences, options)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def pieces(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: AttentionOptions) -> list[Tensor]:
     """Softmax attention by flash-attn.
 
     Args:
@@ -65,7 +71,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: At
         options: scale, window, softcap and whether the backward pass is deterministic.
 
     Returns:
-        Tensor (B, Sq, H, Dv), or packed, of q's dtype; a fully masked row is 0.
+        Tensors (B, Sq, H, width), or packed, of q's dtype, whose widths add up to Dv: as many as
+        calls were needed. A fully masked row is 0.
 
     Raises:
         ValueError: no installed flash-attn can serve the arguments.
@@ -73,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: At
     if not (q.numel() and k.numel() and v.numel()):
         # The empty sums keep the inputs in the graph, with gradients of 0.
         zero = sum(t.flatten()[:0].sum() for t in (q, k, v))
-        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero
+        return [q.new_zeros(*q.shape[:-1], v.shape[-1]) + zero]
     heads = math.lcm(k.shape[-2], v.shape[-2])
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     grouped = heads != q.shape[-2]
@@ -92,8 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: At
         _call(version, q, k, _pad(piece, plan.v_head_dim), sequences, options)[..., : piece.shape[-1]]
         for piece in v.split(plan.piece, dim=-1)
     ]
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return out if bounds_q is None else clear_rest(out, bounds_q)
+    return outputs if bounds_q is None else [clear_rest(out, bounds_q) for out in outputs]
 
 
 class _ClearGradient(torch.autograd.Function):
