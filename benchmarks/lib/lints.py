@@ -57,6 +57,10 @@ KNOWN: dict[tuple[str, str], tuple[tuple[tuple[int, int], ...], str]] = {
         ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128)),
         "ptxas waits for a product whose registers it moves",
     ),
+    ("triton.attention_forward._forward_kernel", "spills in an inner loop"): (
+        ((128, 256),),
+        "pointers beside an accumulator of 128 x 256, where tensors are not aligned",
+    ),
     ("gluon.attention_backward._backward_kernel", "spills in an inner loop"): (
         ((128, 256),),
         "one word",
