@@ -49,8 +49,8 @@ def backward(
     dk1, dv = _backward_of_a_map(*call, q1, k1, d_a, lse_signal, deltas[0], gradients.q1, to_k1, to_v, None)
     if q2 is not None and k2 is not None and d_o2 is not None:
         to_k2 = None if same_keys else gradients.k2
-        of_noise = q2, k2, d_o2, lse_noise, deltas[1], gradients.q2, to_k2, gradients.v
-        dk2, dv = _backward_of_a_map(*call, *of_noise, dv)
+        of_noise = q2, k2, d_o2, lse_noise, deltas[1], gradients.q2
+        dk2, dv = _backward_of_a_map(*call, *of_noise, to_k2, gradients.v, dv)
         if same_keys:
             dk1 = _sum(dk1, gradients.k1) + _sum(dk2, gradients.k1)
         else:
