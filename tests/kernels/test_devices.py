@@ -55,6 +55,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated combine": ("diff_combine", tensors(o_signal=(B, S, HS, DV), o_noise=(B, S, HN, DV)) | _LAM | _GATE),
     "poly_norm": ("poly_norm", tensors(x=(B, S, D), weight=(3,), bias=(1,))),
     "mul_poly_norm": ("mul_poly_norm", tensors(gate=(B, S, D), up=(B, S, D), weight=(3,), bias=(1,))),
+    "rms_norm": ("rms_norm", tensors(x=(B, S, D), weight=(D,))),
 }
 
 
