@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from motif_kernels.impl.cpu.row_formulas import cpu_kernels, is_large
 from motif_kernels.checks import check_devices
+from motif_kernels.impl.cpu.row_formulas import cpu_kernels, is_large
 from motif_kernels.ops import is_exporting, needs_no_operator
 from motif_kernels.ops import rms_norm as operator
 
