@@ -10,12 +10,13 @@ heads h that share a noise head:
     dV = sum over h of (P1_h - lambda_h P2)^T dA_h
     dS = P (dP - D),    dQ = scale dS K,    dK = scale dS^T Q
 
-Three kernels, none with atomics:
+Three kernels, none with atomics; those that walk take tiles by tensor descriptors or by pointers:
 
 - ``_prepare_kernel`` differentiates the epilogue and leaves dA, dO2, D1, D2 and dlambda.
 - ``_keys_kernel`` serves a tile of keys of one noise group (or several that share the tile) and
-  walks over queries. dP_h is computed once and shared by the signal and the noise map, and one
-  product per signal head gives dV of both.
+  walks over queries, head by head. With one signal head a noise head, and heads narrow enough, it
+  does both maps in one walk, sharing dP and dV's product; otherwise the noise head is one more head
+  with dO2: sharing would need more sums than registers hold.
 - ``_queries_kernel`` serves a tile of queries and walks over keys. With one signal head a noise
   head, and heads narrow enough, it does both maps in one walk, again sharing dP; otherwise each map
   has programs of its own (sharing would need g + 1 accumulators), and dO2 V^T costs less than going
@@ -33,8 +34,9 @@ from motif_kernels.impl.triton.attention_tiles import (
     cap_slope,
     document,
     document_tile,
+    head_rows,
     key_ranges,
-    load_tile,
+    load_rows,
     product,
     query_ranges,
     store_tile,
@@ -130,10 +132,12 @@ def _prepare_kernel(
                 delta2 += lam * d_lam
                 d_o2 -= lam[:, None] * g
             tl.store(delta1_pointer + h * tokens + t, delta1, mask=present)
+        if d_o2_pointer is not None:
+            rounded = d_o2.to(d_o2_pointer.dtype.element_ty)
+            tl.store(d_o2_pointer + at, rounded, mask=mask)
+            delta2 = tl.sum(rounded.to(tl.float32) * o2, axis=1)
         if HAS_NOISE:
             tl.store(delta2_pointer + n * tokens + t, delta2, mask=present)
-        if d_o2_pointer is not None:
-            tl.store(d_o2_pointer + at, d_o2.to(d_o2_pointer.dtype.element_ty), mask=mask)
     if weight_pointer is not None:
         d_weight_at = d_weight_pointer + program.to(tl.int64) * DV + columns
         tl.store(d_weight_at, tl.sum(d_weight, axis=0), mask=columns < DV)
@@ -162,31 +166,25 @@ def _probabilities(
 
 @triton.jit
 def _walk_queries(
-    dk1,
-    dk2,
+    dk,
+    dk_noise,
     dv,
-    k1,
-    k2,
+    k,
+    k_noise,
     v,
     keys,
-    n,
-    q1_pointer,
-    q2_pointer,
-    d_a_pointer,
+    q_rows,
+    q_noise_rows,
+    d_o_rows,
     lam_pointer,
-    lse1_pointer,
-    lse2_pointer,
-    delta1_pointer,
-    delta2_pointer,
-    dq1_pointer,
-    dq2_pointer,
-    q1_token,
-    q1_head,
-    q2_token,
+    lse_pointer,
+    lse_noise_pointer,
+    delta_pointer,
+    delta_noise_pointer,
+    dq_pointer,
+    dq_noise_pointer,
     lam_token,
-    lam_head,
-    noise_heads,
-    tokens,
+    dq_token,
     start,
     stop,
     shift,
@@ -199,98 +197,100 @@ def _walk_queries(
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
-    GROUP: tl.constexpr,
+    BOTH_MAPS: tl.constexpr,
+    SAME_KEYS: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Queries [start, stop) of noise head n and its signal heads; without noise, of head n.
+    """Queries [start, stop) of one head and, with BOTH_MAPS, of the noise head that belongs to it
+    alone.
 
-    Maps are (queries, keys): what there is one of a query (log-sum-exps, D, lambda) then costs a
-    thread a few registers. Transposed, as some kernels have them, those alone would take eighty.
+    Maps are (keys, queries): P and dS are then left operands of the products that follow, straight
+    from the registers where they were made. What there is one of a query (log-sum-exps, D, lambda)
+    is loaded where it is used: a thread has sixteen numbers of each.
     """
-    HAS_NOISE: tl.constexpr = lam_pointer is not None
-    heads = noise_heads * GROUP
     for first in tl.range(start, stop, BLOCK_M):
         queries = first + tl.arange(0, BLOCK_M)
-        rows = queries.to(tl.int64)
-        present = queries < seqlen_q
-        if HAS_NOISE:
-            q2 = load_tile(q2_pointer, q2_token, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED)
-            lse2 = tl.load(lse2_pointer + rows, mask=present, other=float("inf"))
-            delta2 = tl.load(delta2_pointer + rows, mask=present, other=0.0)
-            s2 = to_logits(product(q2, tl.trans(k2)), SCALE, SOFTCAP)
-            p2 = _probabilities(
-                s2,
-                lse2[:, None],
-                queries[:, None],
-                keys[None, :],
-                shift,
-                seqlen_k,
-                left,
-                right,
-                MASKED,
-                HAS_LEFT,
-                HAS_RIGHT,
-            )
-            dp2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for i in tl.range(GROUP):
-            h = n * GROUP + i
-            q1 = load_tile(q1_pointer + h * q1_head, q1_token, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED)
-            d_a = load_tile(d_a_pointer + h * DV, heads * DV, first, seqlen_q, BLOCK_M, DV, BLOCK_DV, MASKED)
-            if HAS_NOISE:
-                lam = tl.load(lam_pointer + rows * lam_token + h * lam_head, mask=present, other=0.0).to(tl.float32)
-            lse1 = tl.load(lse1_pointer + h * tokens + rows, mask=present, other=float("inf"))
-            delta1 = tl.load(delta1_pointer + h * tokens + rows, mask=present, other=0.0)
-            s1 = to_logits(product(q1, tl.trans(k1)), SCALE, SOFTCAP)
-            p1 = _probabilities(
-                s1, lse1[:, None], queries[:, None], keys[None, :], shift, seqlen_k, left, right,
+        q = load_rows(q_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
+        d_o = load_rows(d_o_rows, first, seqlen_q, BLOCK_M, DV, BLOCK_DV, MASKED, DESCRIBED)
+        s = to_logits(product(k, tl.trans(q)), SCALE, SOFTCAP)
+        lse = _load_row(lse_pointer, 1, queries, seqlen_q, float("inf"), MASKED)
+        p = _probabilities(
+            s, lse, queries[None, :], keys[:, None], shift, seqlen_k, left, right, MASKED, HAS_LEFT, HAS_RIGHT
+        )
+        if BOTH_MAPS:
+            q_noise = load_rows(q_noise_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
+            s_noise = to_logits(product(k_noise, tl.trans(q_noise)), SCALE, SOFTCAP)
+            lse_noise = _load_row(lse_noise_pointer, 1, queries, seqlen_q, float("inf"), MASKED)
+            p_noise = _probabilities(
+                s_noise, lse_noise, queries[None, :], keys[:, None], shift, seqlen_k, left, right,
                 MASKED, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            dp = product(d_a, tl.trans(v))
-            p = p1
-            if HAS_NOISE:
-                p -= lam[:, None] * p2
-            dv = product(tl.trans(p.to(d_a.dtype)), d_a, dv)
-            ds1 = p1 * (dp - delta1[:, None])
+            lam = _load_row(lam_pointer, lam_token, queries, seqlen_q, 0.0, MASKED)
+        p_v = p - lam * p_noise if BOTH_MAPS else p
+        if WITH_K:
+            dp = product(v, tl.trans(d_o))
+            ds = p * (dp - _load_row(delta_pointer, 1, queries, seqlen_q, 0.0, MASKED))
             if SOFTCAP > 0:
-                ds1 *= cap_slope(s1, SOFTCAP)
-            ds1 = ds1.to(q1.dtype)
-            dk1 = product(tl.trans(ds1), q1, dk1)
-            if HAS_NOISE:
-                dp2 -= lam[:, None] * dp
-            if dq1_pointer is not None:
-                _add_tile(dq1_pointer + h * D, heads * D, rows, present, product(ds1, k1) * SCALE, D, BLOCK_D)
-        if HAS_NOISE:
-            ds2 = p2 * (dp2 - delta2[:, None])
-            if SOFTCAP > 0:
-                ds2 *= cap_slope(s2, SOFTCAP)
-            ds2 = ds2.to(q2.dtype)
-            dk2 = product(tl.trans(ds2), q2, dk2)
-            if dq2_pointer is not None:
-                _add_tile(dq2_pointer + n * D, noise_heads * D, rows, present, product(ds2, k2) * SCALE, D, BLOCK_D)
-    return dk1, dk2, dv
+                ds *= cap_slope(s, SOFTCAP)
+            ds = ds.to(q.dtype)
+            if BOTH_MAPS:
+                ds_noise = p_noise * (-lam * dp - _load_row(delta_noise_pointer, 1, queries, seqlen_q, 0.0, MASKED))
+                if SOFTCAP > 0:
+                    ds_noise *= cap_slope(s_noise, SOFTCAP)
+                ds_noise = ds_noise.to(q.dtype)
+        # Last, and so under way while the next tiles are waited for.
+        if WITH_V:
+            dv = product(p_v.to(d_o.dtype), d_o, dv)
+        if WITH_K:
+            dk = product(ds, q, dk)
+            if dq_pointer is not None:
+                dq = product(tl.trans(k), ds) * SCALE
+                _add_queries(dq_pointer, dq_token, queries, seqlen_q, dq, D, BLOCK_D)
+            if BOTH_MAPS:
+                if SAME_KEYS:
+                    dk = product(ds_noise, q_noise, dk)
+                else:
+                    dk_noise = product(ds_noise, q_noise, dk_noise)
+                if dq_pointer is not None:
+                    dq = product(tl.trans(k_noise), ds_noise) * SCALE
+                    _add_queries(dq_noise_pointer, dq_token, queries, seqlen_q, dq, D, BLOCK_D)
+    return dk, dk_noise, dv
 
 
 @triton.jit
-def _add_tile(pointer, stride, rows, present, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _load_row(pointer, stride, queries, seqlen_q, other, MASKED: tl.constexpr):
+    """A number for each query, in float32, (1, queries)."""
+    at = pointer + queries.to(tl.int64) * stride
+    if MASKED:
+        return tl.load(at, mask=queries < seqlen_q, other=other).to(tl.float32)[None, :]
+    return tl.load(at).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _add_queries(pointer, stride, queries, seqlen_q, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Add a tile (width, queries) to a head's rows."""
     columns = tl.arange(0, BLOCK_WIDTH)
-    at = pointer + rows[:, None] * stride + columns[None, :]
-    tl.atomic_add(at, tile, mask=present[:, None] & (columns < WIDTH)[None, :], sem="relaxed")
+    at = pointer + (queries.to(tl.int64) * stride)[None, :] + columns[:, None]
+    tl.atomic_add(at, tile, mask=(columns < WIDTH)[:, None] & (queries < seqlen_q)[None, :], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _keys_kernel(
-    q1_pointer,
-    k1_pointer,
-    q2_pointer,
-    k2_pointer,
-    v_pointer,
+    q1,  # these are descriptors, or pointers with the strides below
+    k1,
+    q2,
+    k2,
+    v,
+    d_a,
+    d_o2,
     lam_pointer,
-    d_a_pointer,
     lse1_pointer,
     lse2_pointer,
     delta1_pointer,
@@ -317,6 +317,12 @@ def _keys_kernel(
     v_batch,
     v_token,
     v_head,
+    d_a_batch,
+    d_a_token,
+    d_a_head,
+    d_o2_batch,
+    d_o2_token,
+    d_o2_head,
     lam_batch,
     lam_token,
     lam_head,
@@ -333,11 +339,17 @@ def _keys_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    BOTH_MAPS: tl.constexpr,
+    SAME_KEYS: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
     GROUP: tl.constexpr,
     NOISES: tl.constexpr,
     SIGNALS_PER_K1: tl.constexpr,
     NOISES_PER_K2: tl.constexpr,
     NOISES_PER_V: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    K_IN_REGISTERS: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -345,8 +357,11 @@ def _keys_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dK1, dK2 and dV (tokens, programs, width) of NOISES noise heads that share their key and
-    value heads.
+    """Gradients (tokens, programs, width) of the keys and the values that NOISES noise heads share:
+    of both at a time or, where not so many sums fit in registers, WITH_K or WITH_V alone.
+
+    With BOTH_MAPS, a noise head is served together with the one signal head that it has; otherwise
+    noise heads are heads like the others, after them. With SAME_KEYS, both maps' keys are k1.
     """
     share = tl.program_id(1)
     z, first = tl.program_id(2), tl.program_id(0) * BLOCK_N
@@ -363,56 +378,88 @@ def _keys_kernel(
     )
     z, share = z.to(tl.int64), share.to(tl.int64)
     n = share * NOISES
-    k1 = load_tile(
-        k1_pointer + z * k1_batch + k_start * k1_token + n * GROUP // SIGNALS_PER_K1 * k1_head,
-        k1_token, first, length_k, BLOCK_N, D, BLOCK_D, True,
-    )  # fmt: skip
-    if HAS_NOISE:
-        k2 = load_tile(
-            k2_pointer + z * k2_batch + k_start * k2_token + n // NOISES_PER_K2 * k2_head,
-            k2_token, first, length_k, BLOCK_N, D, BLOCK_D, True,
-        )  # fmt: skip
-    else:  # a stand-in that is never read
-        k2 = k1
-    v = load_tile(
-        v_pointer + z * v_batch + k_start * v_token + n // NOISES_PER_V * v_head,
-        v_token, first, length_k, BLOCK_N, DV, BLOCK_DV, True,
-    )  # fmt: skip
-    q1_pointer += z * q1_batch + q_start * q1_token
-    q2_pointer += z * q2_batch + q_start * q2_token
-    if HAS_NOISE:
-        lam_pointer += z * lam_batch + q_start * lam_token
-    heads = noise_heads * GROUP
-    d_a_pointer += token_start * heads * DV
-    lse1_pointer += token_start
-    lse2_pointer += token_start
-    delta1_pointer += token_start
-    delta2_pointer += token_start
-    if dq1_pointer is not None:
-        dq1_pointer += token_start * heads * D
-        dq2_pointer += token_start * noise_heads * D
-    dk1 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk2 = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for j in tl.range(NOISES):
-        head = n + j
-        for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
-            if HAS_RIGHT or part > 0:
-                start = begin if part == 0 else middle if part == 1 else middle_end
-                stop = middle if part == 0 else middle_end if part == 1 else end
-                dk1, dk2, dv = _walk_queries(
-                    dk1, dk2, dv, k1, k2, v, keys, head, q1_pointer, q2_pointer + head * q2_head, d_a_pointer,
-                    lam_pointer, lse1_pointer, lse2_pointer + head * tokens, delta1_pointer,
-                    delta2_pointer + head * tokens, dq1_pointer, dq2_pointer, q1_token, q1_head, q2_token, lam_token,
-                    lam_head, noise_heads, tokens, start, stop, shift, length_q, length_k, left, right,
-                    SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, GROUP, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                )  # fmt: skip
     shares = noise_heads // NOISES
     at = key_start * shares + share
-    store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk1 * SCALE, BLOCK_N, D, BLOCK_D)
-    if HAS_NOISE:
-        store_tile(dk2_pointer + at * D, shares * D, first, length_k, dk2 * SCALE, BLOCK_N, D, BLOCK_D)
-    store_tile(dv_pointer + at * DV, shares * DV, first, length_k, dv, BLOCK_N, DV, BLOCK_DV)
+    PACKED: tl.constexpr = cu_seqlens_k_pointer is not None
+    k1_rows = head_rows(
+        k1, n * GROUP // SIGNALS_PER_K1, z, k_start, length_k, k1_batch, k1_token, k1_head, DESCRIBED, PACKED
+    )
+    k = load_rows(k1_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+    if K_IN_REGISTERS:  # as what comes out of arithmetic is; shared memory then has room for a third stage
+        k += 0.0
+    k_noise, values = k, 0.0
+    dk, dk_noise, dv = 0.0, 0.0, 0.0
+    if HAS_NOISE and not SAME_KEYS:
+        k2_rows = head_rows(
+            k2, n // NOISES_PER_K2, z, k_start, length_k, k2_batch, k2_token, k2_head, DESCRIBED, PACKED
+        )
+        if BOTH_MAPS:
+            k_noise = load_rows(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+    if WITH_K:
+        v_rows = head_rows(v, n // NOISES_PER_V, z, k_start, length_k, v_batch, v_token, v_head, DESCRIBED, PACKED)
+        values = load_rows(v_rows, first, length_k, BLOCK_N, DV, BLOCK_DV, True, DESCRIBED)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if BOTH_MAPS and not SAME_KEYS:
+            dk_noise = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if WITH_V:
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for which in tl.static_range(2 if HAS_NOISE and not BOTH_MAPS else 1):  # signal heads, noise heads
+        if which == 0:
+            count, q, d_o = NOISES * GROUP, q1, d_a
+            q_batch, q_token, q_head = q1_batch, q1_token, q1_head
+            d_o_batch, d_o_token, d_o_head = d_a_batch, d_a_token, d_a_head
+            lse_pointer, delta_pointer, dq_pointer = lse1_pointer, delta1_pointer, dq1_pointer
+        else:
+            count, q, d_o = NOISES, q2, d_o2
+            q_batch, q_token, q_head = q2_batch, q2_token, q2_head
+            d_o_batch, d_o_token, d_o_head = d_o2_batch, d_o2_token, d_o2_head
+            lse_pointer, delta_pointer, dq_pointer = lse2_pointer, delta2_pointer, dq2_pointer
+            if not SAME_KEYS:
+                k = load_rows(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+                if K_IN_REGISTERS:
+                    k += 0.0
+                if WITH_K:
+                    store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+                    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        heads = noise_heads * count // NOISES
+        for j in tl.range(count):
+            h = share * count + j
+            row = h * tokens + token_start
+            q_rows = head_rows(q, h, z, q_start, length_q, q_batch, q_token, q_head, DESCRIBED, PACKED)
+            d_o_rows = head_rows(d_o, h, z, q_start, length_q, d_o_batch, d_o_token, d_o_head, DESCRIBED, PACKED)
+            q_noise_rows, own_lam_pointer, lse_noise_pointer, delta_noise_pointer = None, None, None, None
+            own_dq_pointer, dq_noise_pointer = None, None
+            if BOTH_MAPS:
+                q_noise_rows = head_rows(q2, h, z, q_start, length_q, q2_batch, q2_token, q2_head, DESCRIBED, PACKED)
+                own_lam_pointer = lam_pointer + z * lam_batch + q_start * lam_token + h * lam_head
+                lse_noise_pointer = lse2_pointer + row
+                delta_noise_pointer = delta2_pointer + row
+            if dq_pointer is not None:
+                own_dq_pointer = dq_pointer + (token_start * heads + h) * D
+                if BOTH_MAPS:
+                    dq_noise_pointer = dq2_pointer + (token_start * heads + h) * D
+            for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
+                if HAS_RIGHT or part > 0:
+                    start = begin if part == 0 else middle if part == 1 else middle_end
+                    stop = middle if part == 0 else middle_end if part == 1 else end
+                    dk, dk_noise, dv = _walk_queries(
+                        dk, dk_noise, dv, k, k_noise, values, keys, q_rows, q_noise_rows, d_o_rows, own_lam_pointer,
+                        lse_pointer + row, lse_noise_pointer, delta_pointer + row, delta_noise_pointer,
+                        own_dq_pointer, dq_noise_pointer, lam_token, heads * D,
+                        start, stop, shift, length_q, length_k, left, right,
+                        SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, SAME_KEYS, WITH_K, WITH_V,
+                        DESCRIBED, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+                    )  # fmt: skip
+    if WITH_K:
+        if HAS_NOISE and not SAME_KEYS:
+            if BOTH_MAPS:
+                store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+                dk = dk_noise
+            store_tile(dk2_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+        else:
+            store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+    if WITH_V:
+        store_tile(dv_pointer + at * DV, shares * DV, first, length_k, dv, BLOCK_N, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -428,12 +475,9 @@ def _walk_keys(
     delta,
     delta_noise,
     queries,
-    k_pointer,
-    k_noise_pointer,
-    v_pointer,
-    k_token,
-    k_noise_token,
-    v_token,
+    k_rows,
+    k_noise_rows,
+    v_rows,
     start,
     stop,
     shift,
@@ -446,6 +490,7 @@ def _walk_keys(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BOTH_MAPS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -454,8 +499,8 @@ def _walk_keys(
 ):
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_tile(k_pointer, k_token, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED)
-        v = load_tile(v_pointer, v_token, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED)
+        k = load_rows(k_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
+        v = load_rows(v_rows, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED, DESCRIBED)
         s = to_logits(product(q, tl.trans(k)), SCALE, SOFTCAP)
         p = _probabilities(
             s, lse[:, None], queries[:, None], keys[None, :], shift, seqlen_k, left, right, MASKED, HAS_LEFT, HAS_RIGHT
@@ -466,7 +511,7 @@ def _walk_keys(
             ds *= cap_slope(s, SOFTCAP)
         dq = product(ds.to(k.dtype), k, dq)
         if BOTH_MAPS:
-            k = load_tile(k_noise_pointer, k_noise_token, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED)
+            k = load_rows(k_noise_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
             s = to_logits(product(q_noise, tl.trans(k)), SCALE, SOFTCAP)
             p = _probabilities(
                 s, lse_noise[:, None], queries[:, None], keys[None, :], shift, seqlen_k, left, right,
@@ -481,13 +526,13 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _queries_kernel(
-    q_pointer,
-    k_pointer,
-    q_noise_pointer,
-    k_noise_pointer,
-    v_pointer,
+    q,  # these are descriptors, or pointers with the strides below
+    k,
+    q_noise,
+    k_noise,
+    v,
+    d_o,
     lam_pointer,
-    d_o_pointer,
     lse_pointer,
     lse_noise_pointer,
     delta_pointer,
@@ -511,6 +556,9 @@ def _queries_kernel(
     v_batch,
     v_token,
     v_head,
+    d_o_batch,
+    d_o_token,
+    d_o_head,
     lam_batch,
     lam_token,
     lam_head,
@@ -530,6 +578,7 @@ def _queries_kernel(
     HEADS_PER_K: tl.constexpr,
     HEADS_PER_K_NOISE: tl.constexpr,
     HEADS_PER_V: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -555,40 +604,46 @@ def _queries_kernel(
     last = tl.minimum(first + BLOCK_M, length_q) - 1
     begin, middle, middle_end, end = key_ranges(first, last, shift, length_k, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     z, h = z.to(tl.int64), h.to(tl.int64)
-    rows = token_start + queries
-    k_pointer += z * k_batch + k_start * k_token + h // HEADS_PER_K * k_head
-    v_pointer += z * v_batch + k_start * v_token + h // HEADS_PER_V * v_head
-    q = load_tile(
-        q_pointer + z * q_batch + q_start * q_token + h * q_head, q_token, first, length_q, BLOCK_M, D, BLOCK_D, True
-    )
-    own = token_start * heads + h
-    d_o = load_tile(d_o_pointer + own * DV, heads * DV, first, length_q, BLOCK_M, DV, BLOCK_DV, True)
-    lse = tl.load(lse_pointer + h * tokens + rows, mask=present, other=float("inf"))
-    delta = tl.load(delta_pointer + h * tokens + rows, mask=present, other=0.0)
+    PACKED: tl.constexpr = cu_seqlens_q_pointer is not None
+    q_rows = head_rows(q, h, z, q_start, length_q, q_batch, q_token, q_head, DESCRIBED, PACKED)
+    d_o_rows = head_rows(d_o, h, z, q_start, length_q, d_o_batch, d_o_token, d_o_head, DESCRIBED, PACKED)
+    k_rows = head_rows(k, h // HEADS_PER_K, z, k_start, length_k, k_batch, k_token, k_head, DESCRIBED, PACKED)
+    v_rows = head_rows(v, h // HEADS_PER_V, z, k_start, length_k, v_batch, v_token, v_head, DESCRIBED, PACKED)
+    own_q = load_rows(q_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
+    own_d_o = load_rows(d_o_rows, first, length_q, BLOCK_M, DV, BLOCK_DV, True, DESCRIBED)
+    rows = h * tokens + token_start + queries
+    lse = tl.load(lse_pointer + rows, mask=present, other=float("inf"))
+    delta = tl.load(delta_pointer + rows, mask=present, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if BOTH_MAPS:
-        k_noise_pointer += z * k_noise_batch + k_start * k_noise_token + h // HEADS_PER_K_NOISE * k_noise_head
-        q_noise = load_tile(
-            q_noise_pointer + z * q_noise_batch + q_start * q_noise_token + h * q_noise_head,
-            q_noise_token, first, length_q, BLOCK_M, D, BLOCK_D, True,
+        k_noise_rows = head_rows(
+            k_noise, h // HEADS_PER_K_NOISE, z, k_start, length_k, k_noise_batch, k_noise_token, k_noise_head,
+            DESCRIBED, PACKED,
         )  # fmt: skip
+        q_noise_rows = head_rows(
+            q_noise, h, z, q_start, length_q, q_noise_batch, q_noise_token, q_noise_head, DESCRIBED, PACKED
+        )
+        own_q_noise = load_rows(q_noise_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
         lam_at = z * lam_batch + (q_start + queries) * lam_token + h * lam_head
         lam = tl.load(lam_pointer + lam_at, mask=present, other=0.0).to(tl.float32)
-        lse_noise = tl.load(lse_noise_pointer + h * tokens + rows, mask=present, other=float("inf"))
-        delta_noise = tl.load(delta_noise_pointer + h * tokens + rows, mask=present, other=0.0)
+        lse_noise = tl.load(lse_noise_pointer + rows, mask=present, other=float("inf"))
+        delta_noise = tl.load(delta_noise_pointer + rows, mask=present, other=0.0)
         dq_noise = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     else:  # stand-ins that are never read
-        q_noise, lam, lse_noise, delta_noise, dq_noise = q, lse, lse, delta, 0.0
+        own_q_noise, k_noise_rows, lam, lse_noise, delta_noise, dq_noise = own_q, k_rows, lse, lse, delta, 0.0
+        if DESCRIBED and BLOCK_D <= 128:  # as with k in the keys kernel
+            own_q += 0.0
     for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
         if HAS_LEFT or part > 0:
             start = begin if part == 0 else middle if part == 1 else middle_end
             stop = middle if part == 0 else middle_end if part == 1 else end
             dq, dq_noise = _walk_keys(
-                dq, dq_noise, q, q_noise, d_o, lam, lse, lse_noise, delta, delta_noise, queries,
-                k_pointer, k_noise_pointer, v_pointer, k_token, k_noise_token, v_token,
-                start, stop, shift, length_k, left, right,
-                SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+                dq, dq_noise, own_q, own_q_noise, own_d_o, lam, lse, lse_noise, delta, delta_noise, queries,
+                k_rows, k_noise_rows, v_rows, start, stop, shift, length_k, left, right,
+                SCALE, SOFTCAP, part != 1, HAS_LEFT, HAS_RIGHT, BOTH_MAPS, DESCRIBED,
+                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
+    own = token_start * heads + h
     store_tile(dq_pointer + own * D, heads * D, first, length_q, dq * SCALE, BLOCK_M, D, BLOCK_D)
     if BOTH_MAPS:
         store_tile(dq_noise_pointer + own * D, heads * D, first, length_q, dq_noise * SCALE, BLOCK_M, D, BLOCK_D)

@@ -72,6 +72,18 @@ def rows_of(x, stride, head, outer, inner, row, DESCRIBED: tl.constexpr):
 
 
 @triton.jit
+def head_rows(x, h, z, start, length, batch, token, head, DESCRIBED: tl.constexpr, PACKED: tl.constexpr):
+    """:func:`rows_of` head h of batch entry z, or of the packed document at ``start``: x is a
+    descriptor, or a pointer with the strides batch, token and head.
+    """
+    outer, inner, row = described_rows(z, start, length, PACKED)
+    if DESCRIBED:
+        return rows_of(x, token, h, outer, inner, row, DESCRIBED)
+    else:  # without it, Triton would compile both
+        return rows_of(x + z * batch + start * token + h * head, token, h, outer, inner, row, DESCRIBED)
+
+
+@triton.jit
 def load_rows(
     source,
     first,

@@ -1,9 +1,12 @@
 """Launching the attention kernels on plain tensors.
 
 In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` queries by ``block_n``
-keys is a tile. float32, which is for checks, has tables of its own.
+keys is a tile. In the keys' backward pass ``block_m_both`` is for walks over both maps, and
+``split`` asks for gradients of keys and of values by launches of their own. float32, which is for
+checks, has tables of its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,8 +59,17 @@ def _constants(choice: Entry, q: Tensor, v: Tensor) -> dict[str, int]:
         "num_warps": choice["num_warps"],
         "num_stages": choice["num_stages"],
         **({"maxnreg": choice["maxnreg"]} if "maxnreg" in choice else {}),
+        **{name.upper(): choice[name] for name in ("split", "block_m_both") if name in choice},
         **_widths(q, v),
     }
+
+
+def _described(tensors: Sequence[Tensor | None], rows: str, tiles: dict[str, int]) -> list[Any]:
+    """Descriptors; ``rows`` has for each tensor whether its tiles have BLOCK_M or BLOCK_N rows."""
+    return [
+        None if x is None else describe(x, tiles[f"BLOCK_{r}"], _power_of_two(x.shape[-1]))
+        for x, r in zip(tensors, rows, strict=True)
+    ]
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -229,11 +241,11 @@ def backward(
     """Fill the gradients."""
     inputs, sequences = _dense(inputs, sequences)
     q1, q2 = inputs.q1, inputs.q2
-    d_a = torch.empty(difference.shape, dtype=q1.dtype, device=q1.device)
-    # In one walk over both maps, or with atomics, nothing reads the gradient of the noise map's
-    # output.
-    apart = inputs.noise is not None and options.deterministic and not _walks_both_maps(inputs)
-    d_o2 = torch.empty_like(noise) if apart else None
+    d_a = torch.empty(*q1.shape[:-1], difference.shape[-1], dtype=q1.dtype, device=q1.device)
+    # In one walk over both maps, nothing reads the gradient of the noise map's output.
+    d_o2 = None
+    if q2 is not None and not _walks_both_maps(inputs):
+        d_o2 = torch.empty(*q2.shape[:-1], noise.shape[-1], dtype=q2.dtype, device=q2.device)
     deltas = torch.empty_like(lse_signal), torch.empty_like(lse_noise)
     gradients = backward_prepare(
         grad, inputs, options, difference, noise, lse_signal, inverse_rms, d_a, d_o2, deltas, gradients
@@ -242,9 +254,9 @@ def backward(
     if not options.deterministic:
         dq1 = torch.zeros(q1.shape, dtype=torch.float32, device=q1.device)
         dq2 = None if q2 is None else torch.zeros(q2.shape, dtype=torch.float32, device=q2.device)
-        gradients = backward_keys(inputs, sequences, options, *saved, gradients, dq1, dq2)
+        gradients = backward_keys(inputs, sequences, options, *saved, d_o2, gradients, dq1, dq2)
         return gradients._replace(q1=dq1.to(q1.dtype), q2=gradients.q2 if dq2 is None else dq2.to(q1.dtype))
-    gradients = backward_keys(inputs, sequences, options, *saved, gradients, None, None)
+    gradients = backward_keys(inputs, sequences, options, *saved, d_o2, gradients, None, None)
     backward_queries(inputs, sequences, options, *saved, d_o2, gradients)
     return gradients
 
@@ -319,6 +331,7 @@ def backward_keys(
     d_a: Tensor,
     lse: tuple[Tensor, Tensor],
     deltas: tuple[Tensor, Tensor],
+    d_o2: Tensor | None,
     gradients: Gradients,
     dq1: Tensor | None,
     dq2: Tensor | None,
@@ -337,55 +350,58 @@ def backward_keys(
         return gradient.new_empty(*gradient.shape[:-2], shares, gradient.shape[-1], dtype=torch.float32)
 
     dk1, dv = target(gradients.k1), target(gradients.v)
-    # Without noise, what there is of the signal map stands in and is never read.
-    same_keys = k2 is k1  # whose gradients are added up
-    dk2 = dk1 if k2 is None else torch.empty_like(dk1) if same_keys else target(gradients.k2)
-    has_noise = lam is not None
-    tiles = _tiles("attention_backward_keys", q1, v)
+    dk2 = None if k2 is None or k2 is k1 else target(gradients.k2)
+    read = (q1, k1, q2, k2, v, d_a, d_o2)
+    # With dQ, or keys that registers cannot hold, Triton leaves out fences beside descriptors
+    # (tests/kernels/ptx).
+    by_descriptors = dq1 is None and q1.shape[-1] <= 128
+    tiles = _described_tiles("attention_backward_keys", q1, v, *read) if by_descriptors else None
+    described = tiles is not None
+    tiles = tiles or _tiles("attention_backward_keys", q1, v)
+    both = q2 is not None and d_o2 is None
+    split, of_both = tiles.pop("SPLIT", False), tiles.pop("BLOCK_M_BOTH", tiles["BLOCK_M"])
+    if both:
+        tiles["BLOCK_M"] = of_both
     grid = _grid(tiles["BLOCK_N"], sequences.max_seqlen_k, sequences.cu_seqlens_k, shares, k1)
-    launch(
-        _keys_kernel,
-        grid,
-        q1,
-        k1,
-        q2 if has_noise else q1,
-        k2 if has_noise else k1,
-        v,
-        lam,
-        d_a,
-        *(lse if has_noise else (lse[0], lse[0])),
-        *(deltas if has_noise else (deltas[0], deltas[0])),
-        sequences.cu_seqlens_q,
-        sequences.cu_seqlens_k,
-        dk1,
-        dk2,
-        dv,
-        dq1,
-        dq2 if has_noise else dq1,
-        *_strides(q1),
-        *_strides(k1),
-        *_strides(q2),
-        *_strides(k2),
-        *_strides(v),
-        *_lam_strides(lam),
-        *_lengths(inputs, sequences),
-        options.left,
-        options.right,
-        groups,
-        NOISES=noises,
-        **_heads(inputs),
-        **_mask(options),
-        **tiles,
-    )
+    for keys, values in ((True, False), (False, True)) if split else ((True, True),):
+        launch(
+            _keys_kernel,
+            grid,
+            *(_described(read, "MNMNNMM", tiles) if described else read),
+            lam,
+            *lse,
+            *deltas,
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k,
+            dk1 if keys else None,
+            dk2 if keys else None,
+            dv if values else None,
+            dq1 if keys else None,
+            dq2 if keys else None,
+            *(stride for x in read for stride in _strides(x)),
+            *_lam_strides(lam),
+            *_lengths(inputs, sequences),
+            options.left,
+            options.right,
+            groups,
+            BOTH_MAPS=both,
+            SAME_KEYS=k2 is k1,
+            WITH_K=keys,
+            WITH_V=values,
+            NOISES=noises,
+            DESCRIBED=described,
+            K_IN_REGISTERS=described and not values,
+            **_heads(inputs),
+            **_mask(options),
+            **tiles,
+        )
 
     def total(part: Tensor, gradient: Tensor) -> Tensor:
         if part is gradient:
             return gradient
         return part.unflatten(-2, (gradient.shape[-2], -1)).sum(-2).to(gradient.dtype)
 
-    if same_keys:
-        dk1 += dk2
-    elif has_noise:
+    if dk2 is not None:
         gradients = gradients._replace(k2=total(dk2, gradients.k2))
     return gradients._replace(k1=total(dk1, gradients.k1), v=total(dv, gradients.v))
 
@@ -408,19 +424,19 @@ def backward_queries(
     both = q2 is not None and d_o2 is None
     if q2 is not None and k2 is not None and d_o2 is not None:
         maps.append((q2, k2, d_o2, lse[1], deltas[1], gradients.q2))
-    tiles = _tiles("attention_backward_queries", q1, v)
+    tiles = _described_tiles("attention_backward_queries", q1, v, k1, q2, k2, d_a, d_o2)
+    described = tiles is not None
+    tiles = tiles or _tiles("attention_backward_queries", q1, v)
+    if tiles["BLOCK_D"] > 128:  # then queries are not in registers
+        tiles["num_stages"] = min(2, tiles["num_stages"])
     for q, k, d_o, own_lse, delta, dq in maps:
         heads = q.shape[-2]
+        read = (q, k, q2 if both else None, k2 if both else None, v, d_o)
         launch(
             _queries_kernel,
             _grid(tiles["BLOCK_M"], sequences.max_seqlen_q, sequences.cu_seqlens_q, heads, q1),
-            q,
-            k,
-            q2 if both else None,
-            k2 if both else None,
-            v,
+            *(_described(read, "MNMNNM", tiles) if described else read),
             lam if both else None,
-            d_o,
             own_lse,
             lse[1] if both else None,
             delta,
@@ -429,17 +445,14 @@ def backward_queries(
             sequences.cu_seqlens_k,
             dq,
             gradients.q2 if both else None,
-            *_strides(q),
-            *_strides(k),
-            *_strides(q2 if both else None),
-            *_strides(k2 if both else None),
-            *_strides(v),
+            *(stride for x in read for stride in _strides(x)),
             *(_lam_strides(lam) if both else (0, 0, 0)),
             *_lengths(inputs, sequences),
             options.left,
             options.right,
             heads,
             BOTH_MAPS=both,
+            DESCRIBED=described,
             HEADS_PER_K=heads // k.shape[-2],
             HEADS_PER_K_NOISE=heads // k2.shape[-2] if both and k2 is not None else 1,
             HEADS_PER_V=heads // v.shape[-2],
