@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from motif_kernels import diff_attn_varlen_func
 from motif_kernels.impl.gluon import availability
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "shared heads, no epilogue": {"noise": 2, "tokens": 90, "key_heads": 1, "epilogue": "none"},
     "one set of keys": {"dv": 64, "noise": 2, "group": 2, "tokens": 140, "shared_keys": True, "epilogue": "gate"},
+    "tokens after the last document": {},
     "a cap on logits": {"d": 128, "dv": 128, "group": 4, "noise": 2, "tokens": 140, "softcap": 20.0, "key_heads": 1},
 }
 
@@ -64,7 +66,7 @@ def run(name: str) -> dict[str, Any]:
         served = [Mock(wraps=diff_attention.forward), Mock(wraps=diff_attention.backward)]
         patch.setattr(diff_attention, "forward", served[0])
         patch.setattr(diff_attention, "backward", served[1])
-        results = cases.attention(**options)
+        results = cases.attention(**options) if CASES[name] else after_the_last_document()
     problems = []
     for of, result in results.items():
         try:
@@ -74,6 +76,28 @@ def run(name: str) -> dict[str, Any]:
     errors = {of: f"{result.error():.1e}" for of, result in results.items()}
     calls = [each.call_count for each in served]
     return {"case": name, "served": calls, "errors": errors, "problem": "; ".join(problems)}
+
+
+def after_the_last_document() -> dict[str, Any]:
+    """NaN there, in all that is read; zeros in the output and in the gradients."""
+    from tests.kernels.ptx import cases
+
+    kinds = {"q1": (2, 64), "k1": (1, 64), "q2": (1, 64), "k2": (1, 64), "v": (1, 128), "lam": (2,), "gate": (2, 128)}
+    given = {name: cases.numbers(260, *of, dtype=torch.bfloat16, seed=i) for i, (name, of) in enumerate(kinds.items())}
+    grad = cases.numbers(260, 2, 128, dtype=torch.bfloat16, seed=99)
+    bounds = [torch.tensor(b, dtype=torch.int32) for b in ([0, 30, 200], [0, 50, 190])]
+
+    def call(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        leaves = cases.leaves(given, dtype)
+        *tensors, gate = leaves.values()
+        out = diff_attn_varlen_func(*tensors, *bounds, 170, 140, causal=True, gate=gate, backend=backend)
+        return [out, *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))]
+
+    exact, plain = call(torch.float64, "reference"), call(torch.bfloat16, "reference")
+    for name, tensor in given.items():
+        tensor[190 if name in ("k1", "k2", "v") else 200 :] = torch.nan
+    names = ["out", *(f"d{name}" for name in given)]
+    return cases.results(names, call(torch.bfloat16, "triton"), plain, exact)
 
 
 if __name__ == "__main__":

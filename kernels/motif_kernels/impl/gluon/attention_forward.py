@@ -133,7 +133,7 @@ def _finish(
         if a_pointer is not None:
             _store(a_pointer + j * PIECE, stride, first, length, a)
         square += gl.sum(a * a, 1)
-        differences = differences + (a,)  # noqa: RUF005 - Triton has no stars in tuples
+        differences = differences + (a,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
     inverse_rms = gl.rsqrt(square / (PIECES * PIECE) + NORM_EPS)
     if inverse_rms_pointer is not None:
         gl.store(inverse_rms_pointer + rows, inverse_rms, mask=rows < length)

@@ -5,14 +5,12 @@ import importlib.util
 from importlib import metadata
 
 import torch
-from torch import Tensor
 
 from motif_kernels.types import AttentionInputs
 
 _INTERFACES = ("3.6", "3.7")  # Triton's releases; 3.9 changed names and arguments
 _ARCHITECTURE = (9, 0)
 _WIDTHS = ((64, 64), (64, 128), (128, 128), (128, 256))
-_ALIGNMENT = 16  # bytes, of what a tensor descriptor starts at and steps by
 
 
 @functools.cache
@@ -41,21 +39,16 @@ def runs_on(device: torch.device) -> bool:
     )
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Whether a tensor descriptor can describe x (..., tokens, heads, width)."""
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    at = [x.data_ptr(), *(step * x.element_size() for step in steps)]
-    return x.stride(-1) == 1 and 0 not in steps and all(position % _ALIGNMENT == 0 for position in at)
-
-
 def can_serve(inputs: AttentionInputs) -> bool:
     """Whether the Gluon kernels can serve a call with these tensors, with any mask and epilogue."""
     q1, v = inputs.q1, inputs.v
-    return (
+    if not (
         interface_is_present()
         and runs_on(q1.device)
         and q1.dtype in (torch.float16, torch.bfloat16)
         and (q1.shape[-1], v.shape[-1]) in _WIDTHS
-        and v.numel() > 0
-        and all(_is_aligned(x) for x in inputs[:5] if x is not None)
-    )
+    ):
+        return False
+    from motif_kernels.impl.triton.descriptors import describable
+
+    return describable(*inputs[:5])

@@ -31,7 +31,9 @@ _CACHE = 32 << 20
 
 
 def _programs(device: torch.device) -> int:
-    """One for each multiprocessor, whose shared memory has no room for a second."""
+    """One for each multiprocessor, whose shared memory has no room for a second; where there is no
+    GPU, for who compiles or emulates, two.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
