@@ -209,7 +209,8 @@ def _consume(
                 if lse1_pointer is not None:
                     # Infinite in a fully masked row: every probability that the backward pass
                     # recomputes is then 0.
-                    lse = gl.where(fully_masked, INFINITY, m + gl.log2(l))
+                    # Rows past the last may be NaN, for which log2 branches within a warp.
+                    lse = gl.where(fully_masked, INFINITY, m + gl.log2(gl.where(present, l, 1.0)))
                     lse_at = lse1_pointer + h * tokens
                     if HAS_NOISE:
                         lse_at = lse2_pointer + noise * tokens if i == 0 else lse_at
