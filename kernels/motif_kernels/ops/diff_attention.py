@@ -65,11 +65,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_kernels(inputs).forward(inputs, sequences, options, results))
 
 
-def _kernels(inputs: AttentionInputs) -> ModuleType:
-    """Whose ``forward`` and ``backward`` serve a call."""
+def _kernels(inputs: AttentionInputs, *, gluon: bool = True) -> ModuleType:
+    """Whose ``forward`` and ``backward`` serve a call: Gluon's if allowed and possible."""
     from motif_kernels.impl.gluon import availability
 
-    implementation = "gluon" if availability.can_serve(inputs) else "triton"
+    implementation = "gluon" if gluon and availability.can_serve(inputs) else "triton"
     return importlib.import_module(f"motif_kernels.impl.{implementation}.diff_attention")
 
 
@@ -134,7 +134,9 @@ def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(t.zero_() for t in gradients)
     with torch.cuda.device_of(grad):
         inputs = _with_all_keys(inputs)
-        return tuple(_kernels(inputs).backward(grad, inputs, sequences, options, *saved, gradients=gradients))
+        # After the last packed document may be NaN, which Gluon's backward kernel would spread.
+        kernels = _kernels(inputs, gluon=not sequences.is_packed)
+        return tuple(kernels.backward(grad, inputs, sequences, options, *saved, gradients=gradients))
 
 
 def empty_gradients(inputs: AttentionInputs) -> Gradients:

@@ -50,7 +50,10 @@ def test_both_passes_keep_the_error_rule() -> None:
     if found == [{"interface": False}]:
         pytest.skip("this Triton has another Gluon")
     assert len(found) == len(CASES), done.stderr
-    assert not [line for line in found if line["problem"] or line["served"] != [1, 1]]
+    assert not [line for line in found if line["problem"]]
+    for line in found:  # the backward pass of packed documents is the Triton kernels'
+        case = CASES[line["case"]]
+        assert line["served"] == [1, int(bool(case) and "lengths" not in case)], line
 
 
 def run(name: str) -> dict[str, Any]:
