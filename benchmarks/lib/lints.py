@@ -40,10 +40,6 @@ def lints(kernel: str, needs: Mapping[str, Any], code: str) -> list[str]:
 # Defects that are still there: (kernel, defect) -> widths (D, Dv), and why. One that is mended must
 # leave this list.
 KNOWN: dict[tuple[str, str], tuple[tuple[tuple[int, int], ...], str]] = {
-    ("triton.attention_backward._keys_kernel", "HMMA in an inner loop"): (
-        ((96, 192), (128, 128), (128, 256), (192, 128)),
-        "tiles of 32 queries: three accumulators leave no registers for 64",
-    ),
     ("triton.attention_backward._keys_kernel", "spills in an inner loop"): (
         ((64, 64), (64, 128), (96, 192), (128, 256), (192, 128)),
         "three accumulators and the maps of two heads",
