@@ -79,7 +79,7 @@ def _combine() -> None:
             signal = torch.empty(64, 2 * group, width, dtype=dtype)
             noise, lam = torch.empty(64, 2, width, dtype=dtype), torch.ones(())
             for weight, gate in ((None, None), (torch.ones(width), None), (None, signal)):
-                fixed = {"norm_eps": 1e-5, "out_scale": 0.5}
+                fixed: dict[str, Any] = {"norm_eps": 1e-5, "out_scale": 0.5}
                 combine.forward(signal, noise, lam, weight, gate, out_dtype=dtype, **fixed)
                 combine.backward(signal, signal, noise, lam, weight, gate, **fixed)
 

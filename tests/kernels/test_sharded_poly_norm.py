@@ -122,7 +122,14 @@ def test_nothing_is_copied_from_the_host(monkeypatch: pytest.MonkeyPatch) -> Non
                 copied.append(function)
             return out
 
+    def of_numbers(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("a tensor of the host's numbers")
+
     x, weight, bias = (torch.empty(shape, device="meta") for shape in ((rows, columns), 3, 1))
+    # No mode sees the copy of a tensor that is made of a list.
+    monkeypatch.setattr(torch.Tensor, "new_tensor", of_numbers)
+    monkeypatch.setattr(torch, "tensor", of_numbers)
+    monkeypatch.setattr(torch, "as_tensor", of_numbers)
     with Watch():
         _, inverse_rms, total = operators.forward_sharded(x, x, weight, bias, 1e-6, None, x.dtype, "")
         operators.backward_sharded(x, x, x, weight, bias, inverse_rms, total, None, "")
