@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from motif_kernels.impl.triton.attention_backward import _keys_kernel, _prepare_kernel, _queries_kernel
+from motif_kernels.impl.triton.attention_backward import _keys_kernel, _queries_kernel
+from motif_kernels.impl.triton.attention_backward_prepare import _prepare_kernel
 from motif_kernels.impl.triton.attention_forward import _forward_kernel
 from motif_kernels.impl.triton.descriptors import describable, describe
 from motif_kernels.impl.triton.launching import launch
