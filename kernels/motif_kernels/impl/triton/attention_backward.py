@@ -12,7 +12,8 @@ heads h that share a noise head:
 
 Three kernels, none with atomics; those that walk take tiles by tensor descriptors or by pointers:
 
-- ``attention_backward_prepare.py`` differentiates the epilogue and leaves dA, dO2, D1, D2 and dlambda.
+- ``attention_backward_prepare.py`` differentiates the epilogue and leaves dA, dO2, D1, D2 and
+  dlambda.
 - ``_keys_kernel`` serves a tile of keys of one noise group (or several that share the tile) and
   walks over queries, head by head. With one signal head a noise head, and heads narrow enough, it
   does both maps in one walk, sharing dP and dV's product; otherwise the noise head is one more head
