@@ -60,9 +60,9 @@ MODULE = "benchmarks.models.train_step"
 PACKAGES = ("motifarch", "torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4")
 GDA = ("gda", "gda_narrow")
 AIMS = (
-    Aim("DiffLlama", SPEED, 1.0, 512),
+    Aim("DiffLlama", SPEED, 1.2, 512),
     Aim("DiffLlama", SPEED, 1.2, 2048),
-    Aim("Llama", SPEED, 0.85, 512),
+    Aim("Llama", SPEED, 0.9, 512),
     Aim("Llama", SPEED, 0.9, 4096),
     Aim("DiffLlama", MEMORY, 1.0, 512),
     Aim("DiffLlama", MEMORY, 1.0, 2048),
