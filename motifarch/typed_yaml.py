@@ -38,9 +38,11 @@ class Section:
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # To Python, and so to pydantic, true is 1.
-        values = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(v, bool) for v in values) and "bool" not in str(cls.__annotations__[info.field_name or ""]):
+        # To Python, and so to pydantic, true is 1; and 1 and "yes" are true.
+        values, kind = value if isinstance(value, list | tuple) else [value], cls.__annotations__[info.field_name or ""]
+        if any(isinstance(v, bool) for v in values) and "bool" not in str(kind):
+            raise ValueError
+        if kind in (bool, bool | None) and not (value is None or str(value).lower() in ("true", "false")):
             raise ValueError
         return value
 

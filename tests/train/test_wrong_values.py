@@ -50,8 +50,7 @@ def must_be_refused(name: str, kind: Kind, value: Any) -> bool:
     if value is True:
         return not kind.truth
     if not kind.numeric:
-        # YAML's 0 and 1 are no truth values, and its numbers are no texts; a list is none of them.
-        return not (kind.truth and value == 0)
+        return True  # YAML's 0 and 1 are no truth values, and its numbers are no texts
     if value == -1:
         return not MAY_BE_NEGATIVE.match(name)
     if value == 0:
