@@ -353,9 +353,10 @@ def backward_keys(
     dk1, dv = target(gradients.k1), target(gradients.v)
     dk2 = None if k2 is None or k2 is k1 else target(gradients.k2)
     read = (q1, k1, q2, k2, v, d_a, d_o2)
-    # With dQ, or keys that registers cannot hold, Triton leaves out fences beside descriptors
-    # (tests/kernels/ptx).
-    by_descriptors = dq1 is None and q1.shape[-1] <= 128
+    # With dQ, keys that registers cannot hold, or wide values of one signal head a group, Triton
+    # leaves out fences beside descriptors (tests/kernels/ptx).
+    wide_alone = v.shape[-1] > 128 and q1.shape[-2] == groups
+    by_descriptors = dq1 is None and q1.shape[-1] <= 128 and not wide_alone
     tiles = _described_tiles("attention_backward_keys", q1, v, *read) if by_descriptors else None
     described = tiles is not None
     tiles = tiles or _tiles("attention_backward_keys", q1, v)
