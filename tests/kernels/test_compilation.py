@@ -22,6 +22,8 @@ triton = pytest.importorskip("triton", reason="compiling needs triton")
 SHARED_MEMORY = 227 * 1024  # bytes a block may use, on all
 TENSOR_MEMORY = 512  # columns, on Blackwell
 ALL = jobs(ARCHITECTURES, FAMILIES)
+# Whichever test comes first compiles all, some twelve minutes of two cores with an empty cache.
+WHILE_COMPILING = pytest.mark.timeout(2400)
 
 Kernels = list[dict[str, Any]]
 
@@ -33,6 +35,7 @@ def compiled() -> dict[tuple[int, str], Kernels]:
         return dict(zip(ALL, pool.map(lambda job: compile_family(*job), ALL), strict=True))
 
 
+@WHILE_COMPILING
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "family"), ALL)
 def test_every_configuration_is_within_bounds_and_as_reported(
@@ -47,6 +50,7 @@ def test_every_configuration_is_within_bounds_and_as_reported(
         assert all(row in reported["kernels"] for row in rows_of(kernels)), message
 
 
+@WHILE_COMPILING
 @pytest.mark.slow
 def test_defects_that_are_mended_are_not_listed_as_known(compiled: dict[tuple[int, str], Kernels]) -> None:
     _, mended = lints.judge(kernel for kernels in compiled.values() for kernel in kernels)
