@@ -48,10 +48,6 @@ KNOWN: dict[tuple[str, str], tuple[tuple[tuple[int, int], ...], str]] = {
         ((128, 256),),
         "pointers beside an accumulator of 128 x 256, where tensors are not aligned",
     ),
-    ("gluon.attention_backward._backward_kernel", "spills in an inner loop"): (
-        ((128, 256),),
-        "one word",
-    ),
 }
 
 

@@ -89,3 +89,11 @@ def test_every_table_lists_sizes_in_order_and_ends_with_the_rest() -> None:
             bounds = [e["up_to"] for e in entries]
             assert bounds[-1] is None
             assert bounds[:-1] == sorted(bounds[:-1])
+
+
+def test_blackwell_takes_none_of_hoppers_tiles() -> None:
+    """What a table leaves out comes from the default, whose attention tiles are Hopper's."""
+    listed = {name for name in tables()["default"]["kernels"] if name.startswith("attention_")}
+    of_hopper = {name for name in listed if not name.endswith(("_float32", "_prepare"))}
+    for gpu in ("nvidia_b200", "nvidia_b300"):
+        assert of_hopper <= tables()[gpu]["kernels"].keys(), gpu
