@@ -47,7 +47,7 @@ def must_be_refused(name: str, kind: Kind, value: Any) -> bool:
         return not (name in OPEN and value == {}) and name != "data.datasets"
     if isinstance(value, str):
         return str not in kind.types and value not in kind.choices
-    if value is True:
+    if isinstance(value, bool):  # to Python, false is 0
         return not kind.truth
     if not kind.numeric:
         return True  # YAML's 0 and 1 are no truth values, and its numbers are no texts
