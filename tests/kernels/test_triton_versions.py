@@ -12,8 +12,8 @@ from benchmarks.lib import lints, report
 
 pytest.importorskip("triton", reason="compiling needs triton")
 
-# The oldest, the one that is pinned, and the one that torch 2.14, the newest, brings.
-VERSIONS = ("3.6.0", "3.7.1", "3.8.0")
+# What torch 2.11, 2.13 (pinned), 2.14 and 2.15, the newest, bring.
+VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 SHARED_MEMORY = 227 * 1024  # bytes a block may use
 
 
