@@ -12,6 +12,8 @@ from motif_kernels import diff_attn_func, diff_attn_varlen_func, reference
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BY_MAP = ["sdpa", "cpu"]
 """The backends of a CPU that hold no map."""
+LAM = 6
+"""Where lambda's gradient is among what :func:`run` gives."""
 
 
 def make_inputs(
@@ -106,7 +108,15 @@ def check(inputs, dtype, backend, **options):
         # Key and value gradients add a row for each query, a random walk of roundings.
         steps = max(1, inputs["q1"].shape[1] / 32)
         floor = 2 * torch.finfo(dtype).eps * largest * steps**0.5
-    for o, p, e in zip(ours, plain, exact, strict=True):
+    floors = [floor] * len(exact)
+    if dtype == torch.float32 and inputs["lam"].ndim == 0:
+        # The gradient of a scalar lambda is one sum over tokens and heads, and the plain error is
+        # one number, small by luck at some seeds. A unit in the last place of each term bounds
+        # both: over 250 seeds ours came to 0.53 of that, the plain mathematics to 0.75.
+        of_each = inputs | {"lam": inputs["lam"].expand(inputs["q1"].shape[:3])}
+        terms = run(of_each, dtype=torch.float64, backend="reference", **options)[LAM]
+        floors[LAM] = torch.finfo(dtype).eps * terms.abs().sum().item()
+    for o, p, e, floor in zip(ours, plain, exact, floors, strict=True):
         assert o.shape == e.shape
         assert_error_rule(o, p, e, precision=dtype, floor=floor)
 
@@ -132,9 +142,7 @@ def test_masks_keep_the_error_rule(mask, dtype, backend):
 @pytest.mark.parametrize(("lam", "epilogue"), [("scalar", "norm"), ("head", "none"), ("token", "gate")])
 @pytest.mark.parametrize("backend", BY_MAP)
 def test_ratios_lambdas_and_epilogues(ratio, lam, epilogue, backend):
-    # A scalar lambda's gradient is one number, which the plain mathematics may hit by luck: not
-    # with this seed.
-    inputs = make_inputs(signal=2 * ratio, noise=2, lam=lam, epilogue=epilogue, seed=5)
+    inputs = make_inputs(signal=2 * ratio, noise=2, lam=lam, epilogue=epilogue)
     check(inputs, torch.float32, backend, causal=True)
 
 

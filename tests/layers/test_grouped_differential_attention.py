@@ -108,13 +108,17 @@ def interleave(weight, heads):
 
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 def test_diff_v1_agrees_with_diffllama(kv_heads):
-    """Transformers keeps signal heads first and has no sub-norm weight."""
+    """Transformers keeps signal heads first and has no sub-norm weight.
+
+    In float64, where its softmax is too if torch's attention computes it: lambda's gradient is one
+    sum over all heads and tokens, whose terms cancel.
+    """
     heads, depth = 8, 3
     sizes = {"hidden_size": EMBED, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": D}
-    config = DiffLlamaConfig(**sizes, rms_norm_eps=1e-5, attn_implementation="eager")
-    theirs = DiffLlamaAttention(config, layer_idx=depth)
+    config = DiffLlamaConfig(**sizes, rms_norm_eps=1e-5, attn_implementation="sdpa")
+    theirs = DiffLlamaAttention(config, layer_idx=depth).double()
     randomise(theirs)
-    ours = DifferentialAttention(EMBED, num_heads=heads, num_kv_heads=kv_heads, head_dim=D, layer_idx=depth)
+    ours = DifferentialAttention(EMBED, num_heads=heads, num_kv_heads=kv_heads, head_dim=D, layer_idx=depth).double()
     sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
     copied = {
         name: interleave(p, sizes[name.split(".")[0]]) if name.split(".")[0] in sizes else p
@@ -122,16 +126,13 @@ def test_diff_v1_agrees_with_diffllama(kv_heads):
     }
     ours.load_state_dict(copied | {"subln.weight": torch.ones(2 * D)})
 
-    # Lambda's gradient is one sum over all heads and tokens: at some seeds its terms cancel, and
-    # both sides are several roundings from the exact one.
-    torch.manual_seed(1)
-    x1 = torch.randn(2, 17, EMBED, requires_grad=True)
+    x1 = torch.randn(2, 17, EMBED, dtype=torch.float64, requires_grad=True)
     x2 = x1.detach().clone().requires_grad_()
     tables = DiffLlamaRotaryEmbedding(config)(x1, torch.arange(17)[None])
-    mask = torch.full((17, 17), -torch.inf).triu(1)[None, None]
+    mask = torch.full((17, 17), -torch.inf, dtype=torch.float64).triu(1)[None, None]
     out1, out2 = ours(x1, tables), theirs(x2, tables, mask)[0]
     assert_agrees(out1, out2)
-    grad = torch.randn(out1.shape)
+    grad = torch.randn_like(out1)
     out1.backward(grad)
     out2.backward(grad)
     assert_agrees(x1.grad, x2.grad)
