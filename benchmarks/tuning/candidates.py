@@ -23,7 +23,7 @@ TILED = {
 
 def neighbours(entry: Entry) -> list[Entry]:
     """The entry, then each that one step of one field, or another shape of tile, gives."""
-    limits = {"block_m": 16, "block_n": 16, "num_warps": 2, "tile_bytes": 512, "tiles": 1}
+    limits = {"block_m": 16, "block_m_both": 16, "block_n": 16, "num_warps": 2, "tile_bytes": 512, "tiles": 1}
     most = {"num_warps": 32, "tiles": 64}
     changes: list[dict[str, Any]] = []
     for name, least in limits.items():
@@ -42,19 +42,29 @@ def neighbours(entry: Entry) -> list[Entry]:
     return [entry, *({**entry, **change} for change in changes)]
 
 
-def candidates(kernel: str, entry: Entry) -> list[Entry]:
-    """An entry, its neighbours, and for attention every tile that gives each warp 16 rows of the
-    products that are chained: with fewer, warps would repeat one another.
+def candidates(kernel: str, present: Entry) -> list[Entry]:
+    """The present entry, its neighbours, and for attention every tile that gives each warp 16 rows
+    of the products that are chained: with fewer, warps would repeat one another.
     """
-    found = neighbours(entry)
+    of_keys, entry = kernel.startswith("attention_backward_keys"), present
+    if of_keys:  # fields that an entry need not have
+        entry = {
+            **entry,
+            "split": entry.get("split", False),
+            "block_m_both": entry.get("block_m_both", entry["block_m"]),
+        }
+    found = [present, *neighbours(entry)[1:]]
+    if of_keys:
+        found.append({**entry, "split": not entry["split"]})
     if kernel in TILED:
         sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-        if kernel == "attention_backward_keys":  # its products have keys as rows
-            sizes = ((m, n, warps, stages) for n, m, warps, stages in sizes)  # type: ignore[assignment]
-        for m, n, warps, stages in sizes:
-            rows = n if kernel == "attention_backward_keys" else m
+        for rows, columns, warps, stages in sizes:
             if rows >= 16 * warps:
+                m, n = (columns, rows) if of_keys else (rows, columns)  # the keys' products have keys as rows
                 tile = {**entry, "block_m": m, "block_n": n, "num_warps": warps, "num_stages": stages}
+                if of_keys:  # walks over both maps hold twice as much
+                    found.append(tile | {"block_m_both": m})
+                    tile["block_m_both"] = max(16, m // 2)
                 # Without pointers a thread may do with 128 registers: two blocks a multiprocessor.
                 found += [tile, {**tile, "maxnreg": 128}] if kernel.endswith("_tma") else [tile]
     return [e for i, e in enumerate(found) if e not in found[:i]]

@@ -232,13 +232,14 @@ class BaseAttention(nn.Module):
         if not self.num_noise_heads:
             return AttentionInputs(q, key, None, None, value, None, gate=self._gate(hidden_states))
         group = self.num_heads // self.num_noise_heads - 1
-        q = q.view(*q.shape[:2], -1, group + 1, self.head_dim)  # all noise heads, or those of this rank
+        # All noise heads, or those of this rank. A split, whose gradient is one copy.
+        signal, noise = q.view(*q.shape[:2], -1, group + 1, self.head_dim).split((group, 1), dim=3)
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
         lam = self._lambda(hidden_states)
         if not is_exporting():
             self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
         return AttentionInputs(
-            q[..., :group, :].flatten(2, 3), k1, q[..., group, :], k2, value, lam, gate=self._gate(hidden_states)
+            signal.flatten(2, 3), k1, noise.squeeze(3), k2, value, lam, gate=self._gate(hidden_states)
         )
 
     def _options(self, norm_eps: float, out_scale: float) -> AttentionOptions:

@@ -1,4 +1,4 @@
-"""Cross-entropy with the output projection inside: logits never exist whole."""
+"""Cross-entropy with the output projection inside: logits exist whole only where they are few."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,8 @@ IGNORE_INDEX = -100
 # Tokens in a chunk: so many that its logits take the bytes of the head's weight in float32, and in
 # these bounds. Not fewer, for the chunks' gradients of the weight are summed in its own precision.
 _CHUNK_TOKENS = (512, 2048)
-# Logits at a time in float32: 2^24 numbers are 64 MiB, whatever the vocabulary.
+# Logits at a time in float32: 2^24 numbers are 64 MiB, whatever the vocabulary. So few of a whole
+# call are not cut, and so not projected twice.
 _FLOAT32_ELEMENTS = 1 << 24
 
 
@@ -124,13 +125,14 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     z_loss_weight: float = 0.0,
 ) -> CrossEntropy:
-    """Cross-entropy of ``softmax(hidden @ weight.T)`` without ever holding all logits.
+    """Cross-entropy of ``softmax(hidden @ weight.T)`` without ever holding many logits.
 
     A chunk of tokens is projected at a time, and once more in the backward pass (the last chunk is
-    not); softmax and sums over tokens are in float32 (float64 for float64 inputs), the sum of the
-    chunks' gradients of a weight in its dtype. An output projection that is
-    given as a module is called, so that adapters, hooks, quantised weights and sharding units in it
-    do what they do for logits, and gradients are taken in the backward pass, with the loss's scale.
+    not, nor are up to 2^24 logits of a call, which are one chunk); softmax and sums over tokens are
+    in float32 (float64 for float64 inputs), the sum of the chunks' gradients of a weight in its
+    dtype. An output projection that is given as a module is called, so that adapters, hooks,
+    quantised weights and sharding units in it do what they do for logits, and gradients are taken
+    in the backward pass, with the loss's scale.
 
     Args:
         hidden: (..., E) final hidden states.
@@ -162,6 +164,10 @@ def linear_cross_entropy(
 
     least, most = _CHUNK_TOKENS
     tokens = min(max(least, 4 * hidden.shape[-1] // hidden.element_size()), most)
+    # A module that does not say how many words it has may have many.
+    words = getattr(weight, "out_features", None) if callable(weight) else len(weight)
+    if words and targets.numel() * words <= _FLOAT32_ELEMENTS:
+        tokens = max(tokens, targets.numel())
     parts = list(
         zip(hidden.reshape(1, -1, hidden.shape[-1]).split(tokens, dim=1), targets.flatten().split(tokens), strict=True)
     )

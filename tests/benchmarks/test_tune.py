@@ -158,4 +158,8 @@ def test_attention_tries_every_tile_that_gives_its_warps_rows() -> None:
     assert {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3} in forward
     assert {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 3} not in forward
     keys = candidates("attention_backward_keys", entry)
-    assert {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2} in keys
+    assert keys[0] == entry
+    wide = {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2, "split": False}
+    assert wide | {"block_m_both": 64} in keys
+    assert wide | {"block_m_both": 32} in keys
+    assert entry | {"split": True, "block_m_both": 64} in keys

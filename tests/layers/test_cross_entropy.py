@@ -21,6 +21,12 @@ def inputs(dtype=torch.float64, ignored=True):
     return hidden, weight, targets
 
 
+def cut(monkeypatch, tokens):
+    """Chunks of so many tokens, and four tokens' logits at a time in float32."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (tokens, tokens))
+    monkeypatch.setattr(cross_entropy, "_FLOAT32_ELEMENTS", 4 * WORDS)
+
+
 def plain(hidden, weight, targets, *, num_items=None, z_loss_weight=0.0):
     """The same from whole logits: (loss, z term)."""
     logits = hidden @ weight.T
@@ -43,8 +49,7 @@ def plain(hidden, weight, targets, *, num_items=None, z_loss_weight=0.0):
     ids=["mean", "num_items", "tensor", "z", "both"],
 )
 def test_agrees_with_torch_in_float64(monkeypatch, rows, options):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (rows, rows))
-    monkeypatch.setattr(cross_entropy, "_FLOAT32_ELEMENTS", 4 * WORDS)
+    cut(monkeypatch, rows)
     hidden, weight, targets = inputs()
     ours = linear_cross_entropy(hidden, weight, targets, **options)
     loss, z = plain(hidden, weight, targets, **options)
@@ -132,7 +137,7 @@ def test_large_logits_stay_finite():
 @pytest.mark.parametrize("z", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_the_error_rule(monkeypatch, dtype, z):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
+    cut(monkeypatch, 6)
     hidden, weight, targets = inputs(dtype)
     ours = linear_cross_entropy(hidden, weight, targets, z_loss_weight=z).loss
     loss, _ = plain(hidden, weight, targets, z_loss_weight=z)
@@ -180,7 +185,7 @@ class TestHeads:
     """The output projection as a module."""
 
     def test_a_module_is_called_and_its_hooks_count(self, monkeypatch):
-        monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
+        cut(monkeypatch, 6)
         hidden, weight, targets = inputs()
         head = torch.nn.Linear(EMBED, WORDS, bias=False, dtype=torch.float64)
         head.weight = torch.nn.Parameter(weight.detach().clone())
@@ -193,7 +198,7 @@ class TestHeads:
             assert_agrees(a, b, 1e-11)
 
     def test_what_is_recomputed_has_the_same_dropout(self, monkeypatch):
-        monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (6, 6))
+        cut(monkeypatch, 6)
         hidden, weight, targets = inputs(ignored=False)
 
         def head(x):
@@ -211,10 +216,17 @@ class TestHeads:
 
     @pytest.mark.parametrize("train", [True, False])
     def test_a_part_of_the_tokens_is_projected_at_a_time(self, train):
-        tokens, words = 2400, 40
+        tokens, words = 2400, 8192  # more than 64 MiB of logits in float32
         hidden, seen = torch.randn(tokens, EMBED, requires_grad=train), []
         head = torch.nn.Linear(EMBED, words)
         head.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
         linear_cross_entropy(hidden, head, torch.randint(0, words, (tokens,)))
         assert all(batch == 1 and n <= tokens // 4 and width == EMBED for batch, n, width in seen)
         assert sum(n for _, n, _ in seen) == tokens
+
+    def test_few_logits_are_projected_once(self):
+        tokens, words, calls = 2400, 40, []
+        hidden, head = torch.randn(tokens, EMBED, requires_grad=True), torch.nn.Linear(EMBED, words)
+        head.register_forward_hook(lambda *_: calls.append(1))
+        linear_cross_entropy(hidden, head, torch.randint(0, words, (tokens,))).loss.backward()
+        assert len(calls) == 1

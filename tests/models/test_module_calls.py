@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of them in a batch of a few tokens."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (7, 7))
+    monkeypatch.setattr(cross_entropy, "_FLOAT32_ELEMENTS", 1)
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ IDS = random_ids(2, 12)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several of the loss's chunks in a batch of a few tokens."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_TOKENS", (7, 7))
+    monkeypatch.setattr(cross_entropy, "_FLOAT32_ELEMENTS", 1)
 
 
 def loss_of(logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ Shapes: N key heads, T tokens of all sequences, R query heads of a key head, W a
 (token, query head).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -52,45 +53,68 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.bfloat16 and _multiplies_bfloat16() else compute_dtype(x)
 
 
-def _stacked(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """X (B, S, heads R, W) as a copy (heads, B S R, W)."""
-    x = x.unflatten(2, (heads, -1)).permute(2, 0, 1, 3, 4)
-    return torch.empty(x.shape, dtype=dtype).copy_(x).flatten(1, 3)
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """X (B, S, N, W) as a copy (N, B S, W)."""
+    return x.flatten(0, 1).transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
 
 
-def _unstacked(rows: Tensor, batch: int, group: int, dtype: torch.dtype) -> Tensor:
-    """The opposite: (heads, B S R, W) as (B, S, heads R, W)."""
-    heads, _, width = rows.shape
-    rows = rows.view(heads, batch, -1, group, width).permute(1, 2, 0, 3, 4)
-    return torch.empty(rows.shape, dtype=dtype).copy_(rows).flatten(2, 3)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Adds ``scale * left right`` to a total, which may be wider than they are."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right, alpha=scale)
+    else:
+        total.add_(torch.bmm(left, right), alpha=scale)
 
 
 class _Blocks:
     """The blocks of a call, and room for the largest one."""
 
     def __init__(self, blocks: Sequence[Segment], q: Tensor, heads: int, scale: float):
-        self.blocks, self.heads, self.group, self.scale = blocks, heads, q.shape[2] // heads, scale
+        self.heads, self.group, self.scale, self.tokens = heads, q.shape[2] // heads, scale, q.shape[:2].numel()
+        # The largest first, so that its buffers serve all.
+        self.blocks = sorted(blocks, key=self._logits, reverse=True)
         self.dtype, self.product_dtype = compute_dtype(q), _product_dtype(q)
         self._masks: dict[tuple, tuple[int, Tensor]] = {}
         self._room: dict[str, Tensor] = {}
-        self._largest = max(((b.q_end - b.q_start) * self.group * (b.k_end - b.k_start) for b in blocks), default=0)
-        at_once = _CACHED_LOGITS * torch.get_num_threads() // max(1, self._largest)
-        self.heads_at_once = max(1, min(heads, at_once))
+        largest = self._logits(self.blocks[0]) if self.blocks else 0
+        self.heads_at_once = max(1, min(heads, _CACHED_LOGITS * torch.get_num_threads() // max(1, largest)))
 
-    def __iter__(self) -> Iterator[tuple[Segment, slice, slice, slice]]:
-        """Each block, its key heads, rows and keys."""
+    def __iter__(self) -> Iterator[tuple[Segment, slice, slice]]:
+        """Each block, its key heads and keys."""
         for first in range(0, self.heads, self.heads_at_once):
             some = slice(first, min(first + self.heads_at_once, self.heads))
             for block in self.blocks:
-                rows = slice(block.q_start * self.group, block.q_end * self.group)
-                yield block, some, rows, slice(block.k_start, block.k_end)
+                yield block, some, slice(block.k_start, block.k_end)
+
+    def _logits(self, block: Segment) -> int:
+        return (block.q_end - block.q_start) * self.group * (block.k_end - block.k_start)
 
     def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The buffer of that name, made on first use."""
-        if name not in self._room:
-            self._room[name] = torch.empty(self.heads_at_once * self._largest, dtype=dtype)
-        heads, rows, keys = shape
-        return self._room[name][: heads * rows * keys].view(heads, rows, keys)
+        """The buffer of that name, made when the present one is too small."""
+        size = math.prod(shape)
+        if name not in self._room or len(self._room[name]) < size:
+            self._room[name] = torch.empty(size, dtype=dtype)
+        return self._room[name][:size].view(shape)
+
+    def room_for(self, q: Tensor, width: int) -> Tensor:
+        """What blocks write for the queries q: (B, S, H, W), 0 for those in no block."""
+        covered = sum(block.q_end - block.q_start for block in self.blocks) == self.tokens
+        return (torch.empty if covered else torch.zeros)(*q.shape[:3], width, dtype=q.dtype)
+
+    def _view(self, x: Tensor, block: Segment, some: slice) -> Tensor:
+        """The block's queries of x (B, S, H, W), as (N, queries, R, W)."""
+        return x.flatten(0, 1)[block.q_start : block.q_end].unflatten(1, (self.heads, -1))[:, some].transpose(0, 1)
+
+    def read(self, name: str, x: Tensor, block: Segment, some: slice) -> Tensor:
+        """The block's rows (N, rows, W) of x (B, S, H, W), a copy in the buffer of that name."""
+        view = self._view(x, block, some)
+        return self._buffer(name, view.shape, self.dtype).copy_(view).flatten(1, 2)
+
+    def write(self, x: Tensor, block: Segment, some: slice, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Puts the rows ``scale * left right`` into x (B, S, H, W)."""
+        out = self._buffer("written", (*left.shape[:2], right.shape[2]), left.dtype)
+        torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
+        self._view(x, block, some).copy_(out.unflatten(1, (-1, self.group)))
 
     def product(self, name: str, rows: Tensor, keys: Tensor, scale: float = 1.0) -> Tensor:
         """``scale * rows keys^T`` of (N, rows, W) and (N, keys, W) in the buffer of that name."""
@@ -118,11 +142,11 @@ class _Blocks:
             self._masks[kind] = first, mask[:, None, first:]
         return self._masks[kind]
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """P or dS as it is multiplied; valid until the next."""
+    def rounded(self, name: str, x: Tensor) -> Tensor:
+        """X as it is multiplied, in the buffer of that name if that is another dtype."""
         if self.product_dtype == self.dtype:
             return x
-        return self._buffer("rounded", x.shape, self.product_dtype).copy_(x)
+        return self._buffer(name, x.shape, self.product_dtype).copy_(x)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Segment], scale: float) -> Tensor:
@@ -137,12 +161,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Segment], scale: f
     """
     heads = k.shape[2]
     work = _Blocks(blocks, q, heads, scale)
-    q_, k_, v_ = (_stacked(t, heads, dtype) for t, dtype in ((q, work.dtype), (k, work.dtype), (v, work.product_dtype)))
-    out = torch.zeros(*q_.shape[:2], v.shape[-1], dtype=work.product_dtype)
-    for block, n, rows, keys in work:
-        p = work.probabilities(block, q_[n, rows], k_[n, keys])
-        out[n, rows] = torch.bmm(work.rounded(p), v_[n, keys])
-    return _unstacked(out, len(q), work.group, q.dtype)
+    k_, v_ = _heads_first(k, work.dtype), _heads_first(v, work.product_dtype)
+    out = work.room_for(q, v.shape[-1])
+    for block, n, keys in work:
+        p = work.probabilities(block, work.read("q", q, block, n), k_[n, keys])
+        work.write(out, block, n, work.rounded("p", p), v_[n, keys])
+    return out
 
 
 def backward(
@@ -151,16 +175,19 @@ def backward(
     """Gradients of q, k and v."""
     heads = k.shape[2]
     work = _Blocks(blocks, q, heads, scale)
-    q_, k_, v_, grad_ = (_stacked(t, heads, work.dtype) for t in (q, k, v, grad))
-    q_right, k_right, grad_right = (t.to(work.product_dtype) for t in (q_, k_, grad_))  # right sides of products
-    dq = torch.zeros_like(q_right)
-    dk, dv = torch.zeros_like(k_), torch.zeros_like(v_)
-    for block, n, rows, keys in work:
-        p = work.probabilities(block, q_[n, rows], k_[n, keys])
-        dv[n, keys] += torch.bmm(work.rounded(p).transpose(1, 2), grad_right[n, rows])
-        dp = work.product("dp", grad_[n, rows], v_[n, keys])
-        ds = work.rounded(_softmax_backward(dp, p, -1, work.dtype, grad_input=dp).mul_(scale))
-        dq[n, rows] = torch.bmm(ds, k_right[n, keys])
-        dk[n, keys] += torch.bmm(ds.transpose(1, 2), q_right[n, rows])
-    batch, dtype = len(q), q.dtype
-    return _unstacked(dq, batch, work.group, dtype), _unstacked(dk, batch, 1, dtype), _unstacked(dv, batch, 1, dtype)
+    k_, v_ = _heads_first(k, work.dtype), _heads_first(v, work.dtype)
+    k_right = k_.to(work.product_dtype)  # the right side of a product
+    dq, dk, dv = work.room_for(q, q.shape[-1]), torch.zeros_like(k_), torch.zeros_like(v_)
+    for block, n, keys in work:
+        q_, grad_ = work.read("q", q, block, n), work.read("grad", grad, block, n)
+        p = work.probabilities(block, q_, k_[n, keys])
+        _add_product(dv[n, keys], work.rounded("p", p).transpose(1, 2), work.rounded("right", grad_))
+        dp = work.product("dp", grad_, v_[n, keys])
+        ds = work.rounded("p", _softmax_backward(dp, p, -1, work.dtype, grad_input=dp))
+        work.write(dq, block, n, ds, k_right[n, keys], scale)
+        _add_product(dk[n, keys], ds.transpose(1, 2), work.rounded("right", q_), scale)
+    dk, dv = (
+        torch.empty(t.shape, dtype=q.dtype).copy_(x.transpose(0, 1).unflatten(0, t.shape[:2]))
+        for t, x in ((k, dk), (v, dv))
+    )
+    return dq, dk, dv
