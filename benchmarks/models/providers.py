@@ -14,7 +14,8 @@ H = hidden_size / head_dim, the heads are those that a fair user would choose:
 - GDA 4:1 narrow: H/2 signal heads, H/8 noise heads and H/4 key/value heads. As many signal heads
   as DIFF V1, an output projection of Llama's shape, and fewer noise heads.
 
-Ours take "auto": on a GPU the fastest kernels known there, on a CPU torch's attention.
+Ours take "auto": on a GPU the fastest kernels known there, on a CPU attention by blocked products
+(torch's, where no heads share keys and sequences are long).
 """
 
 import dataclasses

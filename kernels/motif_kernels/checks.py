@@ -16,10 +16,14 @@ def check_devices(**tensors: Tensor | float | None) -> None:
     A kernel reads memory by its address, and a tensor elsewhere has none that it can read: one on
     the meta device beside others is a weight that was not loaded. All on it ask for shapes alone.
     """
-    (first, device), *others = [(n, t.device) for n, t in tensors.items() if isinstance(t, Tensor)]
-    for name, other in others:
-        if other != device:
-            raise ValueError(f"{name} is on {other} and {first} on {device}; all must be on one device")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and {first} on {device}; all must be on one device")
 
 
 def check_epilogue(

@@ -141,8 +141,9 @@ def attend(
             for added, held in tokens:
                 append(held, added, cache.lengths, cache.block_table)
             cache = cache._replace(lengths=cache.lengths + tokens[0][0].shape[1])
-        serve = operator.attend if plain else operator.attend_to_cache
-        return serve(*inputs, *cache, *options, reader, backend)
+        if plain:
+            return operator.serve(inputs, cache, options, reader, backend)
+        return operator.attend_to_cache(*inputs, *cache, *options, reader, backend)  # type: ignore[no-any-return]
 
 
 def _new_tokens(inputs: AttentionInputs, new: NewTokens) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from motifarch.layers.attention_maps import attend_by_maps, visible_keys
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.head_norm import HeadNorm, SubNorm, attend_normed
 from motifarch.layers.padding import PaddingMask
-from motifarch.layers.rotary import PositionEmbeddings, apply_rotary
+from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
 from motifarch.layers.ulysses import gather_heads, scatter_heads
 
 Batch = Sequences | PaddingMask | Cache | None
@@ -223,7 +223,7 @@ class BaseAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
-            q, k = apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
+            q, k = rotate_heads(q, k, position_embeddings)
         value = self.v_proj(hidden_states).view(*heads, self.v_head_dim)
         return q, k.reshape(*heads, self.v_head_dim) if self.paired_kv else k, value
 

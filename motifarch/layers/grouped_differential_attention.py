@@ -26,8 +26,10 @@ def scalar_lambda(layer: Any) -> Tensor:
     Returns:
         A scalar tensor, float32 (float64 for float64 vectors).
     """
-    dtype = torch.promote_types(layer.lambda_q1.dtype, torch.float32)
-    q1, k1, q2, k2 = (v.to(dtype) for v in (layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2))
+    q1, k1, q2, k2 = layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2
+    dtype = torch.promote_types(q1.dtype, torch.float32)
+    if any(v.dtype != dtype for v in (q1, k1, q2, k2)):
+        q1, k1, q2, k2 = q1.to(dtype), k1.to(dtype), q2.to(dtype), k2.to(dtype)
     return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + layer.lambda_init
 
 

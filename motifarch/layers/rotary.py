@@ -94,3 +94,19 @@ def apply_rotary(x: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
     first, second = x[..., :half], x[..., half:]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
+
+
+def rotate_heads(q: Tensor, k: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
+    """Queries and keys with :func:`apply_rotary`; joined where they are few and gradients are off,
+    as in decoding, for there calls cost more than the copy.
+
+    Args:
+        q: (B, S, H, D).
+        k: (B, S, Hk, D).
+        position_embeddings: cosines and sines, (B, S, D) or (1, S, D).
+    """
+    if torch.is_grad_enabled() or q.shape[1] > 1:
+        return apply_rotary(q, position_embeddings), apply_rotary(k, position_embeddings)
+    heads = [q.shape[2], k.shape[2]]
+    rotated_q, rotated_k = apply_rotary(torch.cat((q, k), dim=2), position_embeddings).split(heads, dim=2)
+    return rotated_q, rotated_k

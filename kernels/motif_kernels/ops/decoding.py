@@ -65,21 +65,26 @@ def attend(*arguments: Any) -> Tensor:
             read).
     """
     inputs, cache, options, (reader, packed_backend) = take(arguments, *_CALL)
+    return serve(inputs, cache, options, reader, packed_backend)
+
+
+def serve(inputs: AttentionInputs, cache: Cache, options: AttentionOptions, reader: str, packed_backend: str) -> Tensor:
+    """:func:`attend`, with its arguments as they are outside an operator."""
     q1, v = inputs.q1, inputs.v
     check_block_table(cache.block_table, len(v))
     check_room(cache.lengths, 0, cache.capacity(v))
     if not q1.numel() or not v.numel() or not cache.capacity(v):
         return q1.new_zeros(*q1.shape[:-1], v.shape[-1])
+    if reader == "cpu":
+        return cpu.attend(inputs, cache, options).contiguous()  # as the fake rule promises
     with torch.cuda.device_of(q1):
         if reader == "triton":
             from motif_kernels.impl.triton import decoding as kernels
 
             out = kernels.attend(inputs, cache, options)
-        elif reader == "cpu":
-            out = cpu.attend(inputs, cache, options)
         else:
             out = packed_cache.attend(inputs, cache, options, packed_backend)
-    return out.contiguous()  # as the fake rule promises
+    return out.contiguous()
 
 
 _CALL = AttentionInputs, Cache, AttentionOptions

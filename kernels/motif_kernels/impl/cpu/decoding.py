@@ -20,11 +20,12 @@ def _joined(k1: Tensor, k2: Tensor) -> Tensor | None:
     """Both caches' keys as one view: k1 itself, or (..., 2D) where k2 follows it."""
     if k1.shape != k2.shape or k1.stride() != k2.stride():
         return None
-    if k1.data_ptr() == k2.data_ptr():
+    distance, width = k2.data_ptr() - k1.data_ptr(), k1.shape[-1]
+    if not distance:
         return k1
-    width = k1.shape[-1]
-    in_one_storage = k1.untyped_storage().data_ptr() == k2.untyped_storage().data_ptr()
-    if not in_one_storage or k2.data_ptr() != k1.data_ptr() + width * k1.element_size() or k1.stride(-1) != 1:
+    if distance != width * k1.element_size() or k1.stride(-1) != 1:
+        return None
+    if k1.untyped_storage().data_ptr() != k2.untyped_storage().data_ptr():
         return None
     return k1.as_strided((*k1.shape[:-1], 2 * width), k1.stride())
 

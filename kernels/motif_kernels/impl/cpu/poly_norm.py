@@ -147,11 +147,14 @@ def _forward_of_few(
         x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
     x = x * POWER_SCALE
     x2 = x * x
-    powers = torch.stack((x2 * x, x2, x))
-    scaled_eps = torch.tensor([eps * POWER_SCALE**power for power in (6, 4, 2)], dtype=dtype).view(3, 1, 1)
-    inverse_rms = powers.square().mean(-1, keepdim=True).add_(scaled_eps).rsqrt_()
-    y = powers.mul_(inverse_rms * weight.to(dtype).view(3, 1, 1)).sum(0).add_(bias.to(dtype))
-    return y if up is None else y.mul_(up), inverse_rms.squeeze(-1)
+    powers = torch.stack((x2 * x, x2, x), dim=1)  # (R, 3, N)
+    scaled_eps = torch.tensor([eps * POWER_SCALE**power for power in (6, 4, 2)], dtype=dtype)
+    norms = torch.linalg.vector_norm(powers, dim=-1)
+    inverse_rms = torch.addcmul(scaled_eps, norms, norms, value=1 / x.shape[-1]).rsqrt_()
+    # No matrix product, which autocast would round.
+    coefficients = (inverse_rms * weight.to(dtype))[..., None]
+    y = powers.mul_(coefficients).sum(1).add_(bias.to(dtype))
+    return y if up is None else y.mul_(up), inverse_rms.T.contiguous()
 
 
 def forward(
