@@ -85,13 +85,13 @@ def combine(
         lam = torch.full((), lam, dtype=reference.compute_dtype(first), device=first.device)
     # Without a sub-norm it is elementwise arithmetic, which autocast leaves in the inputs' dtype.
     out_dtype = ops.result_dtype(first) if norm_weight is not None else first.dtype
-    (signal, *signal_rest), (noise, *noise_rest) = ([t.flatten(0, -3) for t in pieces] for pieces in (signals, noises))
+    (signal, *signal_rest), (noise, *noise_rest) = ([_tokens(t) for t in pieces] for pieces in (signals, noises))
     out = operator.diff_combine(
         signal,
         noise,
         lam.flatten(0, -2) if lam.ndim > 1 else lam,
         norm_weight,
-        gate.flatten(0, -3) if gate is not None else None,
+        _tokens(gate) if gate is not None else None,
         norm_eps,
         out_scale,
         out_dtype,
@@ -99,6 +99,11 @@ def combine(
         *noise_rest,
     )
     return out.view(*first.shape[:-1], out.shape[-1])
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """X (..., H, Dv) as (T, H, Dv)."""
+    return x.unsqueeze(0).flatten(0, -3)
 
 
 def _are_halves(signals: Sequence[Tensor], noises: Sequence[Tensor]) -> bool:

@@ -27,9 +27,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None = None) -> Tens
         Tensor of x's shape.
 
     Raises:
-        ValueError: x and weight are on different devices.
+        TypeError: x is not a floating-point tensor.
+        ValueError: x and weight are on different devices, or weight has another shape.
     """
     check_devices(x=x, weight=weight)
+    if not x.is_floating_point():
+        raise TypeError(f"rms_norm: x has dtype {x.dtype}; it must be a floating-point tensor")
+    if x.ndim == 0:
+        raise ValueError("rms_norm: x has shape (); it must have a last dimension, which is normalised")
+    if weight is not None and tuple(weight.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},), as wide as x's rows"
+        )
     if eps is None or not _is_fused(x, weight):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return operator.forward(x, weight, eps) if needs_no_operator(x) else operator.rms_norm(x, weight, eps)

@@ -161,6 +161,15 @@ def test_different_lengths(sq, sk, mask, backend):
     check(make_inputs(batch=1, sq=sq, sk=sk), torch.float32, backend, **MASKS[mask])
 
 
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"dv": 0}])
+def test_no_rows_and_no_width_give_what_there_is(empty):
+    for backend in ("auto", "reference", *BY_MAP):
+        inputs = make_inputs(**empty, epilogue="none")
+        out, *grads = run(inputs, dtype=torch.float32, backend=backend, causal=True)
+        assert out.shape == (*inputs["q1"].shape[:-1], inputs["v"].shape[-1])
+        assert all((g == 0).all() for g in grads)
+
+
 def test_fully_masked_rows_are_zero_without_gradient():
     for backend in ("reference", *BY_MAP):
         inputs = make_inputs(sq=9, sk=4, epilogue="none")

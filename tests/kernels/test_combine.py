@@ -63,6 +63,14 @@ def test_packed_layout_is_the_batched_one():
     torch.testing.assert_close(packed.view_as(batched), batched, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
+def test_one_token_needs_no_leading_dimension(epilogue):
+    signal, noise, lam, weight, gate = make_inputs((HEADS,), epilogue, leading=())
+    out = diff_combine(signal, noise, lam, norm_weight=weight, gate=gate)
+    expected = reference.diff_combine(signal, noise, lam, norm_weight=weight, gate=gate)
+    torch.testing.assert_close(out, expected)
+
+
 def test_blocks_of_tokens_join_up():
     """More tokens than one cache block holds."""
     inputs = make_inputs((HEADS,), "norm", leading=(5000,))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.numerics import assert_error_rule, gradients, leaves
-from motif_kernels import diff_combine, mul_poly_norm, reference, rms_norm
+from motif_kernels import diff_combine, mul_poly_norm, poly_norm, reference, rms_norm
 from motif_kernels.ops.rms_norm import rms_norm as operator
 
 TOKENS, WIDTH = 96, 3000  # enough to be compiled; tails of vectors and of blocks included
@@ -124,3 +124,27 @@ def test_rms_norm_is_torchs(weight):
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     torch.library.opcheck(operator, (x.requires_grad_(), weight, 1e-3))
+
+
+@pytest.mark.parametrize("rows", [3, 600])  # 600 are enough to be compiled
+@pytest.mark.parametrize("weight", [(1,), (511,), (3, 512)])
+def test_rms_norm_refuses_a_weight_that_is_not_one_number_a_column(rows, weight):
+    with pytest.raises(ValueError, match=r"weight has shape .* must be \(512,\)"):
+        rms_norm(torch.randn(rows, 512), torch.ones(weight), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+def test_rms_norm_refuses_whole_numbers(rows):
+    with pytest.raises(TypeError, match=r"torch\.int64.* floating-point"):
+        rms_norm(torch.ones(rows, 512, dtype=torch.int64), None, 1e-6)
+
+
+@pytest.mark.slow
+def test_vmap_maps_rows_without_gradients(monkeypatch):
+    """Where operators are passed by, a transform of torch.func must still find them."""
+    monkeypatch.setenv("MOTIF_CPU_KERNELS", "inductor")
+    x = torch.randn(2, 600, 512)
+    weight, bias = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.125])
+    with torch.no_grad():
+        for function in (lambda t: rms_norm(t, None, 1e-6), lambda t: poly_norm(t, weight, bias)):
+            torch.testing.assert_close(torch.func.vmap(function)(x), function(x))

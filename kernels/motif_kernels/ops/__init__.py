@@ -60,13 +60,18 @@ def has_implementation(device: torch.device) -> bool:
 
 
 def needs_no_operator(x: Tensor) -> bool:
-    """Whether a call may go straight to its implementation: nobody traces or differentiates it, and
-    x is no subclass.
+    """Whether a call may go straight to its implementation: nobody traces, differentiates or
+    transforms it (torch.func), and x is no subclass.
 
     An operator's way through the dispatcher costs as much as the arithmetic of a token that is
     decoded.
     """
-    return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (
+        type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -51,7 +51,7 @@ def cpu_kernels() -> CpuKernels:
         ValueError: the environment variable has another value, or asks for a compiler that is not
             there.
     """
-    asked = os.environ.get(VARIABLE, "auto")
+    asked = os.environ.get(VARIABLE) or "auto"
     if asked not in ("auto", "inductor", "eager"):
         raise ValueError(f"{VARIABLE} is {asked!r}; it can be 'auto', 'inductor' or 'eager'")
     if asked == "inductor" and (_failure or not _compiler()):
