@@ -254,7 +254,9 @@ def _atomic(b: Binder, to: str | None, where: str, sources: list[str]) -> Callab
         else:
             memory = block.memory
             place = memory.offsets(at, width, "an atomic")
-            memory.note_write(block.clocks, place, width, threads[who], "an atomic", atomic=True)
+            # Sums of floats are in conflict where the order in which they are added must be one.
+            free = not (memory.ordered and dtype.kind == "f")
+            memory.note_write(block.clocks, place, width, threads[who], "an atomic", atomic=free)
         view = memory.data.view(dtype)
         plain = not (releases or acquires or any(block.clocks.before_fence))
         if operation is OPERATIONS["add"] and outs[0] is None and plain:

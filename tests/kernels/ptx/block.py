@@ -5,6 +5,7 @@ barrier at the same place become one again. Threads of one warp never part: a br
 warp is a fault.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -174,7 +175,8 @@ class Block:
         self.operands = Operands(self.shared)
         self.lines: dict[tuple[int, int, int], Line] = {}
         self._constants: dict[tuple[int, str, int], np.ndarray] = {}
-        self.steps = 0
+        self.steps = self.unfinished = 0
+        self.completed: Counter[int] = Counter()
 
     def start(self, index: int, program_id: tuple[int, ...]) -> None:
         """Begin a program of the grid."""

@@ -72,6 +72,7 @@ def end(context: Context) -> None:
         raise Fault("the program ends before its wgmma was waited for")
     if any(store.reads_shared for group in [*context.store_groups, context.stores] for store in group):
         raise Fault("the program ends before its bulk stores have read shared memory")
+    block.unfinished += sum(len(one.threads) for group in [*context.copy_groups, context.copies] for one in group)
     block.contexts.remove(context)
     block.exited += context.high - context.low
     for number in list(block.barriers):

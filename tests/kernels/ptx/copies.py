@@ -97,6 +97,7 @@ def wait_for_copies(b: Binder) -> Control:
         while len(context.copy_groups) > left:
             for one in context.copy_groups.pop(0):
                 width = one.data.shape[1]
+                b.block.completed[context.pc] += len(one.threads)
                 shared.copying[one.granules] = False
                 shared.note_write(one.granules, one.threads, None, "cp.async")
                 shared.rows[width][one.at // width] = one.data

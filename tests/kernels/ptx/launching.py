@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from tests.kernels.ptx.memory import Memory
 from tests.kernels.ptx.ordering import Time
 from tests.kernels.ptx.program import Fault, Program, parse
 
+ORDERED = ("_backward_kernel",)
+"""Kernels that add floats to global memory in an order that is the same in every run."""
+
 
 @dataclass
 class Launch:
@@ -27,12 +31,17 @@ class Launch:
     Args:
         steps: instructions that contexts of warps ran.
         reached: which of the program's instructions were.
+        completed: how many threads' cp.async each wait has completed.
+        unfinished: how many were not waited for when their programs ended: nobody has touched what
+            they write.
     """
 
     kernel: str
     grid: tuple[int, ...]
     steps: int
     reached: frozenset[int] = field(repr=False)
+    completed: Counter[int] = field(repr=False)
+    unfinished: int
     seconds: float = 0.0
 
 
@@ -99,9 +108,8 @@ def execute(program: Program, metadata: Any, arguments: list[tuple[str, Any]], g
         if tensor is not None:
             storages.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor.untyped_storage()))
     raw = [torch.tensor([], dtype=torch.uint8).set_(storage).numpy() for _, storage in storages.values()]
-    memory = Memory(
-        [r.nbytes for r in raw], [name for name, _ in storages.values()], program.narrowest("global"), Time()
-    )
+    sizes, called = [r.nbytes for r in raw], [name for name, _ in storages.values()]
+    memory = Memory(sizes, called, program.narrowest("global"), Time(), ordered=program.name in ORDERED)
     for i, content in enumerate(raw):
         memory.bytes_of(i)[:] = content
     allocation = {pointer: i for i, pointer in enumerate(storages)}
@@ -176,7 +184,14 @@ def run_grid(
         elif memory.version == seen:
             raise Fault("deadlock: " + "; ".join(f"program {b.program_id}: {s}" for b in waiting for s in b.states()))
     reached = (range(line[2], block.lines[line].end + 1) for block in idle for line in block.lines)
-    return Launch(program.name, grid, sum(b.steps for b in idle), frozenset(itertools.chain(*reached)))
+    return Launch(
+        program.name,
+        grid,
+        sum(b.steps for b in idle),
+        frozenset(itertools.chain(*reached)),
+        sum((b.completed for b in idle), Counter()),
+        sum(b.unfinished for b in idle),
+    )
 
 
 def _run(block: Block) -> bool:

@@ -24,11 +24,12 @@ class Memory:
         sizes: bytes of each allocation.
         names: what to call them in faults.
         granule: bytes of the narrowest store; races are looked for at that width.
+        ordered: sums of floats must come in an order that is the same in every run.
     """
 
-    def __init__(self, sizes: list[int], names: list[str], granule: int, time: Time) -> None:
+    def __init__(self, sizes: list[int], names: list[str], granule: int, time: Time, *, ordered: bool = False) -> None:
         self.time, self.names, self.starts, top = time, names, [], GUARD
-        self.shift = granule.bit_length() - 1
+        self.shift, self.ordered = granule.bit_length() - 1, ordered
         for size in sizes:
             self.starts.append(top)
             top += (size + GUARD + 255) // 256 * 256

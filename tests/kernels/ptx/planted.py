@@ -42,12 +42,14 @@ class Planted:
     Attributes:
         noticed: how many of each kind were answered by a fault or by other bits.
         missed: kernel, kind and instruction of the others that the launch had reached.
+        drains: as missed, the waits whose every cp.async is of bytes that nobody touches after it.
     """
 
     def __init__(self, kernels: tuple[str, ...]) -> None:
         self.kernels, self.seen = kernels, set[str]()
         self.noticed: Counter[str] = Counter()
         self.missed: list[tuple[str, str, int, str]] = []
+        self.drains: list[tuple[str, str, int, str]] = []
 
     def __call__(
         self, program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...]
@@ -61,22 +63,27 @@ class Planted:
                 instruction = program.instructions[index]
                 if (kind := kind_of(instruction)) and (instruction.guard is None or instruction.acted):
                     _restore(arguments, before)
-                    if _differs(program.without(index), metadata, arguments, grid, after):
+                    lacking = _same(program.without(index), metadata, arguments, grid, after)
+                    if lacking is None:
                         self.noticed[kind] += 1
-                    else:
-                        self.missed.append((program.name, kind, index, instruction.text))
+                        continue
+                    # Whoever touches bytes of an unfinished copy is noticed.
+                    drains = 0 < launch.completed[index] == lacking.unfinished - launch.unfinished
+                    found = self.drains if drains else self.missed
+                    found.append((program.name, kind, index, instruction.text))
             _restore(arguments, after)
         return launch
 
 
-def _differs(
-    program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...], after: list[torch.Tensor]
-) -> bool:
+def _same(
+    program: Program, metadata: Any, arguments: list[tuple[str, Any]], grid: tuple[int, ...], after: list[np.ndarray]
+) -> Launch | None:
+    """The launch, if it ends without a fault and with the same bits."""
     try:
-        execute(program, metadata, arguments, grid)
+        launch = execute(program, metadata, arguments, grid)
     except Fault:
-        return True
-    return not all(np.array_equal(a, b) for a, b in zip(_contents(arguments), after, strict=True))
+        return None
+    return launch if all(np.array_equal(a, b) for a, b in zip(_contents(arguments), after, strict=True)) else None
 
 
 def _tensors(arguments: list[tuple[str, Any]]) -> list[torch.Tensor]:
@@ -107,6 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Kernel -> family and options of a case that enters its loops."""
 GLUON: dict[str, tuple[str, dict[str, Any]]] = {
     "_forward_kernel": ("attention", {"tokens": 256, "keys": 600, "backward": False}),
+    "_backward_kernel": ("attention", {"tokens": 260}),
 }
 """The same where the Gluon kernels serve."""
 
@@ -120,7 +128,7 @@ def main() -> None:
             with emulated(gluon=gluon, run=planted):
                 cases.CASES[family](**options)
             line = {"kernel": f"{kernel}{' in Gluon' if gluon else ''}", "noticed": planted.noticed}
-            print(json.dumps(line | {"missed": planted.missed}), flush=True)
+            print(json.dumps(line | {"missed": planted.missed, "drains": planted.drains}), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def test_planted_faults_are_noticed():
         noticed, missed = sum(line["noticed"].values()), len(line["missed"])
         assert noticed, line["kernel"]
         assert noticed > missed, line
-        # Behind its loop a kernel waits for copies that no iteration reads.
-        behind = "cp.async.wait_group 0;"
-        assert not [m for m in line["missed"] if m[1] == "cp.async wait" and m[3] != behind], line
+        kinds = {kind for _, kind, *_ in line["missed"]}
+        assert "cp.async wait" not in kinds, line
+        if line["kernel"] == "_backward_kernel in Gluon":
+            assert kinds <= {"barrier", "warp barrier", "wgmma fence"}, line
