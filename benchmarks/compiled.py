@@ -199,7 +199,7 @@ def jobs(architectures: Iterable[int], families: Iterable[str]) -> list[tuple[in
     return [
         (arch, "motif" if arch == 103 and family == "attention" else family)
         for arch, family in all_of_them
-        if family != "gluon" or (arch == 90 and availability.interface_is_present())
+        if family != "gluon" or (arch == 90 and availability.release_serves())
     ]
 
 
@@ -300,11 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     content = {"benchmark": "compiled", "format": 3, "environment": env, "configuration": NEEDS}
     rows = rows_of(kernels)
     content |= {"kernels": rows}
+    found_layers = layers.result() if layers else {}
+    report.write_json(path, content | found_layers)
     if layers:
-        found_layers = layers.result()
-        content |= {"layers": found_layers["layers"], "rows": found_layers["rows"]}
         path.with_suffix(".md").write_text(predicted.markdown(found_layers), encoding="utf-8")
-    report.write_json(path, content)
     for row in rows if options.every else ():
         for configuration in row["configurations"]:
             console.print(row["kernel"], row["for"], configuration, soft_wrap=True)

@@ -15,6 +15,8 @@ import torch
 from benchmarks.lib import lints
 from benchmarks.lib.sass import disassemble, structure
 
+SHARED_MEMORY = 227 * 1024  # bytes a block may use, on all of these
+TENSOR_MEMORY = 512  # columns, on Blackwell
 GPUS = {90: "NVIDIA H100 80GB HBM3", 100: "NVIDIA B200", 103: "NVIDIA B300 SXM6 AC"}
 
 
@@ -57,10 +59,12 @@ def compile_only(arch: int, *, gluon: bool = False, read: bool = True) -> Iterat
 
     Triton asks its driver which GPU to compile for; here the answer is made up. So the code under
     test chooses its own configuration, from CPU tensors, and what is compiled is what users run.
+    What needs more than the GPU has raises Triton's OutOfResources, as it would there.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
+    from triton.runtime.errors import OutOfResources
 
     from motif_kernels import tuning
     from motif_kernels.impl import gluon as gluon_kernels
@@ -92,6 +96,10 @@ def compile_only(arch: int, *, gluon: bool = False, read: bool = True) -> Iterat
 
     def warm_up(launch: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(*args, grid=grid, warmup=True, **kwargs)
+        if kernel.metadata.shared > SHARED_MEMORY:
+            raise OutOfResources(kernel.metadata.shared, SHARED_MEMORY, "shared memory")
+        if (kernel.metadata.tmem_size or 0) > TENSOR_MEMORY:
+            raise OutOfResources(kernel.metadata.tmem_size, TENSOR_MEMORY, "tensor memory")
         if not read:
             compiled.setdefault(kernel.hash, {})
         elif kernel.hash not in compiled:

@@ -270,11 +270,16 @@ class Tuner:
         Raises:
             UserError: the GPU cannot go on after this launch.
         """
+        from triton.runtime.errors import OutOfResources
+
         trial, exact, case = trials
         launched: list[Any] = []
 
         def note(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            launched.append(launch(*args, **kwargs))
+            try:
+                launched.append(launch(*args, **kwargs))
+            except OutOfResources as error:  # with a stage less it is another entry
+                raise RuntimeError(str(error)) from error
             return launched[-1]
 
         reason = None

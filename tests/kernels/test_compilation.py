@@ -19,8 +19,6 @@ from motif_kernels.tuning import tables
 
 triton = pytest.importorskip("triton", reason="compiling needs triton")
 
-SHARED_MEMORY = 227 * 1024  # bytes a block may use, on all
-TENSOR_MEMORY = 512  # columns, on Blackwell
 ALL = jobs(ARCHITECTURES, FAMILIES)
 # Whichever test comes first compiles all, some twelve minutes of two cores with an empty cache.
 WHILE_COMPILING = pytest.mark.timeout(2400)
@@ -52,9 +50,18 @@ def test_every_configuration_is_within_bounds_and_as_reported(
 
 @WHILE_COMPILING
 @pytest.mark.slow
+def test_nothing_is_reported_that_is_not_compiled(compiled: dict[tuple[int, str], Kernels]) -> None:
+    reported = json.loads((RESULTS / "compiled.json").read_text())
+    if reported["environment"]["versions"]["triton"] == triton.__version__:
+        found = {(k["kernel"], f"sm_{k['arch']}") for kernels in compiled.values() for k in kernels}
+        assert {(row["kernel"], row["for"]) for row in reported["kernels"]} == found
+
+
+@WHILE_COMPILING
+@pytest.mark.slow
 def test_defects_that_are_mended_are_not_listed_as_known(compiled: dict[tuple[int, str], Kernels]) -> None:
-    _, mended = lints.judge(kernel for kernels in compiled.values() for kernel in kernels)
-    assert not mended
+    _, gone = lints.judge(kernel for kernels in compiled.values() for kernel in kernels)
+    assert not gone
 
 
 @pytest.mark.parametrize("arch", [90, 100])
@@ -74,9 +81,6 @@ def assert_within_bounds(kernels: Kernels) -> None:
     decoding = [k for k in kernels if k["kernel"].startswith("triton.decoding")]
     assert not [k for k in decoding for loop in k["loops"] if loop["counts"].keys() & {"ldl", "stl"}]
     assert all(k["fp_fusion"] for k in kernels)  # asked for in every launch
-    assert not [k for k in kernels if k["shared"] > SHARED_MEMORY]
-    # More would still compile, but could not be launched.
-    assert not [k for k in kernels if k["tensor_memory"] > TENSOR_MEMORY]
 
 
 def test_every_table_lists_sizes_in_order_and_ends_with_the_rest() -> None:

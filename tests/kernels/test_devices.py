@@ -2,6 +2,7 @@
 tensors on the meta device give shapes.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,25 @@ def test_all_on_the_meta_device_ask_for_shapes(case: str) -> None:
     found = call(name, {n: on_meta(v) for n, v in arguments.items()})
     assert found.device.type == "meta"
     assert found.shape == call(name, arguments).shape
+
+
+@pytest.mark.parametrize(("room", "launched"), [(3, [3]), (1, [3, 2, 1]), (0, [3, 2, 1])])
+def test_a_gpu_with_less_room_gets_fewer_stages(room: int, launched: list[int]) -> None:
+    pytest.importorskip("triton", reason="the Triton kernels need triton")
+    from triton.runtime.errors import OutOfResources
+
+    from motif_kernels.impl.triton.launching import launch
+
+    tried = []
+
+    def run(*arguments: Any, num_stages: int, **options: Any) -> None:
+        tried.append(num_stages)
+        if num_stages > room:
+            raise OutOfResources(num_stages, room, "shared memory")
+
+    with contextlib.nullcontext() if room else pytest.raises(OutOfResources):
+        launch({(1,): run}, (1,), num_stages=3)
+    assert tried == launched
 
 
 @pytest.mark.parametrize(("hip", "served"), [(None, True), ("6.4", False)])

@@ -13,14 +13,17 @@ _ARCHITECTURE = (9, 0)
 _WIDTHS = ((64, 64), (64, 128), (128, 128), (128, 256))
 
 
-@functools.cache
-def interface_is_present() -> bool:
-    """Whether Triton is installed with the Gluon these kernels are written in, and compiles: Gluon
-    has no interpreter.
-    """
+def release_serves() -> bool:
+    """Whether Triton is installed with the Gluon these kernels are written in."""
     if importlib.util.find_spec("triton") is None:
         return False
-    if ".".join(metadata.version("triton").split(".")[:2]) not in _INTERFACES:
+    return ".".join(metadata.version("triton").split(".")[:2]) in _INTERFACES
+
+
+@functools.cache
+def interface_is_present() -> bool:
+    """:func:`release_serves`, and Triton compiles: Gluon has no interpreter."""
+    if not release_serves():
         return False
     import triton
 
