@@ -333,7 +333,9 @@ class KernelBenchmark(ABC):
     def plot(self, path: Path, content: Mapping[str, Any]) -> None:
         """Each group's share of the roofline, forward and backward together where both are."""
         groups = self.groups(content["results"])
-        colours = {self.labels[n]: c for n, c in zip(self.labels, (*report.COLOURS, report.GREY), strict=False)}
+        there = {r["provider"] for r in content["results"]}
+        labels = [label for name, label in self.labels.items() if name in there]
+        colours = dict(zip(labels, (*report.COLOURS, report.GREY), strict=False))
         figure, axes = report.figure(len(groups), 1, size=(9, 1.4 + 2.4 * len(groups)))
         for (title, sizes), (axis,) in zip(groups.items(), axes, strict=True):
             shares: dict[str, list[float]] = {}

@@ -33,6 +33,7 @@ _DOC = __doc__  # within the class it is another
 LABELS = {
     "triton": "ours, deterministic",
     "triton_fast": "ours, non-deterministic",
+    "cpu": "ours, cpu backend",
     "sdpa": "ours, sdpa backend",
     "flash": "ours, flash backend",
     "four": "four calls",
@@ -41,7 +42,7 @@ LABELS = {
     "flex": "FlexAttention",
     "naive": "naive formula",
 }
-OURS = ("triton", "triton_fast", "sdpa")  # flash-attn may not serve all widths
+OURS = ("triton", "triton_fast", "cpu", "sdpa")  # flash-attn may not serve all widths
 _CALLS = {"one": 1, "two": 2, "four": 4}
 ALL_LENGTHS = [512 << i for i in range(7)]
 CPU_LAYOUTS = ["v1_64", "gda4_128", "v2_64", "softmax_64", "v1_64_w128", "v1_64_packed"]
@@ -191,8 +192,9 @@ class Attention(KernelBenchmark):
         """Providers that cannot run here at all, with the reason."""
         if device.type != "cuda":
             return dict.fromkeys(("triton", "triton_fast", "flash"), "it needs a GPU")
+        elsewhere = {"cpu": "it needs a CPU"}
         installed = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
-        return {} if installed else {"flash": "flash-attn is not installed"}
+        return elsewhere if installed else elsewhere | {"flash": "flash-attn is not installed"}
 
     def unsupported(self, case: AttentionCase, name: str, arguments: argparse.Namespace) -> str | None:
         """Why a provider is not tried on a case, or None."""

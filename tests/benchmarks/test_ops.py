@@ -192,12 +192,12 @@ def test_attention_measures_what_runs_on_a_cpu_and_names_the_softmax_baseline(
         found.setdefault(r["layout"], set()).add(r["provider"])
         assert r["best"] is True  # a CPU has one kernel for each provider
         assert r["seconds"].keys() == ({"forward"} if r["provider"] == "flex" else set(DIRECTIONS))
-    compositions = {"sdpa", "two", "four", "naive"}
+    compositions = {"cpu", "sdpa", "two", "four", "naive"}
     assert found == {
         "v1_64": compositions | {"flex"},
         "gda4_128_w128": compositions,
         "v2_64": compositions - {"four"},
-        "softmax_64": {"sdpa", "one", "naive"},
+        "softmax_64": {"cpu", "sdpa", "one", "naive"},
         "v1_64_packed": compositions,
     }
     (baseline,) = content["softmax_baselines"]
@@ -257,7 +257,9 @@ def test_every_provider_of_a_cpu_is_right(name: str) -> None:
     case = small(name)
     arguments = SimpleNamespace(device="cpu", lengths=[150], layouts=[name], flex_everywhere=False)
     names = [
-        n for n in ("sdpa", "two", "four", "one", "naive") if not attention.BENCHMARK.unsupported(case, n, arguments)
+        n
+        for n in ("cpu", "sdpa", "two", "four", "one", "naive")
+        if not attention.BENCHMARK.unsupported(case, n, arguments)
     ]
     assert len(names) >= 3
     for provider in attention.providers(case, names, CPU):

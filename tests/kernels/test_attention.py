@@ -170,6 +170,16 @@ def test_no_rows_and_no_width_give_what_there_is(empty):
         assert all((g == 0).all() for g in grads)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_key_that_is_not_seen_may_be_nan(backend):
+    inputs = make_inputs(sq=70, sk=70, epilogue="none")
+    with torch.no_grad():
+        for name in ("k1", "k2"):
+            inputs[name][:, -1] = torch.nan
+        out, *_ = run(inputs, dtype=torch.float32, backend=backend, causal=True)
+    assert torch.isfinite(out[:, :-1]).all()
+
+
 def test_fully_masked_rows_are_zero_without_gradient():
     for backend in ("reference", *BY_MAP):
         inputs = make_inputs(sq=9, sk=4, epilogue="none")

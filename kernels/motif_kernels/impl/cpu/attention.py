@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from motif_kernels.impl.sdpa.segments import Segment
-from motif_kernels.reference import compute_dtype
+from motif_kernels.reference import attention_mask, compute_dtype
 
 # Queries of a block: enough for matrix products to run at full speed, few enough that causal blocks
 # waste little. Measured with 1 and 4 query heads a key head, at 512 and 2,048 tokens.
@@ -74,7 +74,7 @@ class _Blocks:
         # The largest first, so that its buffers serve all.
         self.blocks = sorted(blocks, key=self._logits, reverse=True)
         self.dtype, self.product_dtype = compute_dtype(q), _product_dtype(q)
-        self._masks: dict[tuple, tuple[int, Tensor]] = {}
+        self._masks: dict[tuple, Tensor] = {}
         self._room: dict[str, Tensor] = {}
         largest = self._logits(self.blocks[0]) if self.blocks else 0
         self.heads_at_once = max(1, min(heads, _CACHED_LOGITS * torch.get_num_threads() // max(1, largest)))
@@ -125,22 +125,22 @@ class _Blocks:
         """The softmax of q (N, rows, D) and k (N, keys, D)."""
         logits = self.product("logits", q, k, self.scale)
         if block.window != (-1, -1):
-            first, mask = self._mask(block)
-            logits.unflatten(1, (-1, self.group))[..., first:].add_(mask)
+            # Not added: a hidden key may be NaN.
+            first, hidden = self._hidden(block)
+            logits.unflatten(1, (-1, self.group))[..., first:].masked_fill_(hidden, -math.inf)
         return torch.softmax(logits, -1, out=logits)
 
-    def _mask(self, block: Segment) -> tuple[int, Tensor]:
-        """The first key that a query of a block does not see, and what is added to the logits
-        from there on.
+    def _hidden(self, block: Segment) -> tuple[int, Tensor]:
+        """The first key that a query of a block does not see, and which each (queries, 1, keys)
+        does not see from there on.
         """
-        kind = block.q_end - block.q_start, block.k_end - block.k_start, block.window, block.offset
+        left, right = block.window
+        first = max(0, block.offset + right + 1) if left < 0 else 0
+        kind = block.q_end - block.q_start, block.k_end - block.k_start - first, block.window, block.offset - first
         if kind not in self._masks:
-            left, right = block.window
-            first = max(0, block.offset + right + 1) if left < 0 else 0
-            mask = block.mask(torch.empty(0, dtype=self.dtype))
-            assert mask is not None
-            self._masks[kind] = first, mask[:, None, first:]
-        return self._masks[kind]
+            queries, keys, window, offset = kind
+            self._masks[kind] = ~attention_mask(queries, keys, window_size=window, offset=offset)[:, None]
+        return first, self._masks[kind]
 
     def rounded(self, name: str, x: Tensor) -> Tensor:
         """X as it is multiplied, in the buffer of that name if that is another dtype."""
