@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 
 # A file's tests share what they set up, so a file goes to one worker; tests/conftest.py says in
 # which order.
@@ -17,18 +18,23 @@ FAST := data layers optim $(addprefix kernels/,test_attention.py test_sdpa.py te
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-fast test-slow test-oldest lint format docs clean
+.PHONY: help train test test-fast test-slow test-oldest test-newest lint format docs dist clean
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
 	@echo "make test         all tests but the slow ones, in 10 minutes on two cores; ARGS='tests/optim -k muon' for some"
 	@echo "make test-fast    a quick subset of them, in 2 minutes"
 	@echo "make test-slow    the slow ones: kill loops, every compiled configuration, transformers' own; in 40 minutes"
-	@echo "make test-oldest  make test with the oldest supported transformers"
-	@echo "make lint         formats, types, import contracts, Markdown"
+	@echo "make test-oldest  make test with each dependency's lower bound, torch 2.11 too; see below"
+	@echo "make test-newest  make test with the newest release of everything; see below"
+	@echo "make lint         formats, types, import contracts, Markdown, schemas of workflows"
 	@echo "make format       mend what ruff and mdformat can"
 	@echo "make docs         build the site in build/site"
+	@echo "make dist         build the wheel and the source distribution in dist"
 	@echo "make clean        remove environments, runs and prepared data"
+	@echo
+	@echo "test-oldest and test-newest bring a torch of their own, by default the CUDA build of several gigabytes;"
+	@echo "UV_TORCH_BACKEND=cpu before make takes the CPU build, where the index of those can be reached."
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +68,8 @@ test-slow: $(VENV)/.installed-dev
 # All but the reports that `motifarch benchmark report` writes.
 MARKDOWN := git ls-files '*.md' ':!benchmarks/results/*/report.md' ':!benchmarks/results/compiled.md'
 
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor.
+
 # mdformat breaks no line of code and no row of a table.
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -69,6 +77,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q -k 'imports_itself or triton' tests/test_architecture.py
+	$(SCHEMA)github-workflows .github/workflows/*.yml
+	$(SCHEMA)github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(SCHEMA)citation-file-format CITATION.cff
 	$(MARKDOWN) | xargs $(BIN)/mdformat --check
 	! $(MARKDOWN) | LC_ALL=C.UTF-8 xargs grep -nE '^.{101,}' /dev/null
 
@@ -77,17 +88,32 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(MARKDOWN) | xargs $(BIN)/mdformat
 
+# Neither is pinned by constraints.txt. Each is made anew, for what it should hold changes without a
+# change here.
+UV := $(BIN)/uv pip install --quiet
+
 test-oldest: $(VENV)/.installed-dev
 	$(PYTHON) -m venv --clear $(OLDEST)
-	sed 's/^transformers==.*/transformers==5.17.0/' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
-	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --no-deps timm
+	$(UV) --python $(OLDEST) --resolution lowest-direct --editable .
+	$(UV) --python $(OLDEST) --editable '.[dev]'
+	$(UV) --python $(OLDEST) --no-deps timm
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
+
+test-newest: $(VENV)/.installed-dev
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(UV) --python $(NEWEST) --editable '.[dev]'
+	$(UV) --python $(NEWEST) --no-deps timm
+	$(NEWEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
 
 # The site, in build/site.
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The wheel is built from the source distribution, so that both hold what they need.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+
 clean:
-	rm -rf $(VENV) $(OLDEST) runs data build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) runs data build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,3 +1,3 @@
 """Layers, models and pretraining for efficient attention architectures."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

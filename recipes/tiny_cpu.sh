@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on two CPU processes: prepare data, train, export, sample. Run it again and it picks up where it was.
+# It works in the current folder.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -9,7 +9,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 
 motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
-torchrun --standalone --nproc-per-node 2 -m motifarch.train recipes/tiny_cpu.yaml "$@"
+torchrun --standalone --nproc-per-node 2 -m motifarch.train "$(dirname "$0")/tiny_cpu.yaml" "$@"
 motifarch export runs/tiny_cpu
 echo
 echo "--- sampled from runs/tiny_cpu/export ---"

@@ -1,20 +1,27 @@
-"""The wheel in an environment that has the dependencies and nothing of this checkout."""
+"""The source distribution, and the wheel in an environment that has the dependencies and nothing of
+this checkout.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import motifarch
 from motifarch.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is in the repository is asked of git: needs a clone"),
+]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -25,17 +32,28 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def tracked(*folders: str) -> list[str]:
+    listed = ["git", "ls-files", *folders]
+    return subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with both distributions, as `make dist` makes them: the wheel from the other."""
+    folder = tmp_path_factory.mktemp("dist")
     # Of a copy: what an older build left in the checkout would be packed too.
-    for name in ("motifarch", "kernels", "recipes"):
-        shutil.copytree(ROOT / name, folder / "source" / name, symlinks=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", folder, folder / "source", cwd=folder)
-    return next(folder.glob("*.whl"))
+    for name in tracked():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name, follow_symlinks=False)
+    # Without the package index, the tools are those of this environment.
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder)
+    run(*build, folder / "source", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    return next(built.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +73,23 @@ def installed(wheel: Path) -> Path:
 
 
 def test_it_holds_every_file_of_the_packages(wheel: Path) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "motifarch", "kernels/motif_kernels", "recipes"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
     expected = {
         name.removeprefix("kernels/").replace("recipes/", "motifarch/recipes/", 1 if name.startswith("recipes") else 0)
-        for name in listed
-        if Path(name).suffix not in (".md", ".sh") and name != "motifarch/recipes"
+        for name in tracked("motifarch", "kernels/motif_kernels", "recipes")
+        if Path(name).suffix != ".md" and name != "motifarch/recipes"
     }
     assert not expected - set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_source_distribution_is_the_repository(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not set(tracked()) - held
+
+
+def test_both_have_the_version(built: Path, wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == motifarch.__version__
+    assert next(built.glob("*.tar.gz")).name == f"motifarch-{motifarch.__version__}.tar.gz"
 
 
 def test_packages_import_from_it(installed: Path, tmp_path: Path) -> None:
@@ -76,6 +101,14 @@ def test_packages_import_from_it(installed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_commands_explain_themselves(installed: Path, tmp_path: Path, command: str) -> None:
     assert "usage: " in run(installed / "motifarch", *command.split(), "--help", cwd=tmp_path)
+
+
+def test_launch_scripts_come_with_it(installed: Path, tmp_path: Path) -> None:
+    code = "from motifarch import packaged_recipes; print(packaged_recipes.FOLDER)"
+    recipes = Path(run(installed / "python", "-c", code, cwd=tmp_path).strip())
+    assert os.access(recipes / "tiny_cpu.sh", os.X_OK)
+    command = ("env", "DRY_RUN=1", "GPUS=2", recipes / "launch" / "torchrun.sh", "tiny_cpu")
+    assert "-m motifarch.train tiny_cpu" in run(*command, cwd=tmp_path)
 
 
 def test_two_steps_of_a_recipe_that_comes_with_it(installed: Path, tmp_path: Path) -> None:
