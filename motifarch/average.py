@@ -1,7 +1,6 @@
-"""`motifarch average`: the mean of a run's last checkpoints, as a checkpoint."""
+"""The mean of a run's last checkpoints, as a checkpoint."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from motifarch.command_line import Parser, option, path
 from motifarch.errors import UserError
-from motifarch.field_types import PositiveCount
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.train.checkpoint import CheckpointWriter
-from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, read_manifest, step_of
+from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.record import RECORD, read_record
 from motifarch.train.trained_model import read_about
 
@@ -91,17 +88,3 @@ def average(run: Path, output: Path, last: int) -> Path:
                 raise error.failures[0][0] from None
         write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": str(run)})
     return checkpoints_folder(output) / target.name
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`average`."""
-    parser = Parser(prog="motifarch average", description=__doc__)
-    parser.add_argument("run", type=path, help="a run's output folder")
-    parser.add_argument("--last", type=option(PositiveCount), default=6, help="checkpoints to average (default: 6)")
-    parser.add_argument("--output", type=path, required=True, help="folder to write")
-    arguments = parser.parse_args(argv)
-    checkpoint = average(arguments.run, arguments.output, arguments.last)
-    steps = ", ".join(map(str, read_manifest(checkpoint)["about"][AVERAGE_OF]))
-    print(f"the mean of steps {steps} is in {checkpoint}")
-    print(f"  motifarch export {arguments.output}, or begin a run with --run.init_from {checkpoint}")
-    return 0

@@ -12,21 +12,25 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+import motifarch
 from motifarch.die_with_parent import die_with_launcher
 from motifarch.errors import DISK_ERRORS, PATH_ERRORS, UserError, one_line, tell_torchrun
 
 COMMANDS = {
-    "train": ("motifarch.train.main", "train a model as a recipe says"),
+    "recipes": ("motifarch.commands.recipes", "list the recipes that come with the package"),
+    "recipes copy": ("motifarch.commands.copy_recipe", "copy one, to change it"),
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
-    "average": ("motifarch.average", "average a run's last checkpoints"),
-    "export": ("motifarch.export", "turn a checkpoint into a Hugging Face folder"),
+    "plan": ("motifarch.commands.plan", "say what a recipe needs on a number of GPUs"),
+    "train": ("motifarch.train.main", "train a model as a recipe says"),
+    "average": ("motifarch.commands.average", "average a run's last checkpoints"),
+    "export": ("motifarch.commands.export", "turn a checkpoint into a Hugging Face folder"),
+    "generate": ("motifarch.commands.generate", "sample text from a folder"),
+    "eval": ("motifarch.commands.evaluate", "score a folder on lm-eval's tasks"),
+    "grow": ("motifarch.commands.grow", "make a larger model that starts as the same function"),
     "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),
-    "benchmark report": ("motifarch.study.report", "write the report of a head-ratio study's results again"),
-    "eval": ("motifarch.inference.evaluate", "score a folder on lm-eval's tasks"),
-    "grow": ("motifarch.growth.main", "make a larger model that starts as the same function"),
-    "plan": ("motifarch.plan.main", "say what a recipe needs on a number of GPUs"),
-    "generate": ("motifarch.inference.generate", "sample text from a folder"),
+    "benchmark report": ("motifarch.commands.report", "write the report of a head-ratio study's results again"),
 }
+"""In the order of use: the module whose `main` a command is, and what it does."""
 _MOVED = {"benchmark all": "python -m benchmarks.run --output DIR"}
 _LONGEST = 4000  # of a message, which may repeat what was given
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|remote process exited", re.IGNORECASE)
@@ -35,7 +39,18 @@ _LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|socket|r
 def usage() -> str:
     """The overview that `motifarch --help` prints."""
     lines = [f"  motifarch {name:<22}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: motifarch COMMAND ...", "", *lines, "", "Each command explains itself with --help."])
+    return "\n".join(
+        [
+            "usage: motifarch COMMAND ...\n\ncommands, in the order of use:",
+            *lines,
+            "\nexamples:",
+            "  motifarch data prepare --source stdlib --output data/stdlib",
+            "  motifarch train tiny_cpu",
+            "  motifarch export runs/tiny_cpu",
+            "  motifarch generate runs/tiny_cpu/export --prompt 'import os'",
+            "\nEach command explains itself with --help; motifarch --version says which this is.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -98,6 +113,9 @@ def run(argv: list[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"motifarch {motifarch.__version__}")
         return 0
     for words in (2, 1):
         name = " ".join(argv[:words])

@@ -1,22 +1,41 @@
 """What the commands' own options are read with; recipes and studies are read by `typed_yaml`."""
 
 import argparse
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from rich.console import Console
 
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath
 from motifarch.typed_yaml import accepted, shown
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of a library's own affairs when it is imported."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Fills text, but for what comes as lines: the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        prose, examples, lines = text.partition(_EXAMPLES)
+        return (super()._fill_text(prose, width, indent) + "\n\n" * bool(prose and examples) + examples + lines).strip()
+
 
 class Parser(argparse.ArgumentParser):
-    """Refuses as the rest of motifarch does, in one line; options are written in full."""
+    """Refuses as the rest of motifarch does, in one line; options are written in full.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+    Its help ends with `examples`, command lines of which a long one may go on in indented lines.
+    """
+
+    def __init__(self, *, examples: Sequence[str] = (), **options: Any) -> None:
+        if examples:
+            options["epilog"] = options.get("epilog", "") + shown_examples(examples)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raises a UserError."""
@@ -39,6 +58,25 @@ def option(kind: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"is {shown(text)}; accepted: {words}") from None
 
     return parse
+
+
+_EXAMPLES = "examples:\n"
+
+
+def shown_examples(lines: Sequence[str]) -> str:
+    """Command lines as a help text shows them."""
+    return _EXAMPLES + "\n".join(f"  {line}" for line in lines)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Imports libraries that take seconds, with a spinner on a terminal, and without what they say
+    as they are imported.
+    """
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with Console(stderr=True).status("loading libraries"):
+        yield
 
 
 _path = option(FilePath)

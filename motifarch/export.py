@@ -1,20 +1,16 @@
-"""`motifarch export`: a checkpoint becomes a Hugging Face folder."""
+"""A checkpoint becomes a Hugging Face folder."""
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from motifarch.command_line import Parser, option, path
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
-from motifarch.field_types import FilePath
 from motifarch.files import claim_folder, new_folder, sha256, write_json
-from motifarch.portable import CODE_FILE, add_code
+from motifarch.portable import add_code
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.record import RECORD, read_record
 from motifarch.train.trained_model import load_trained_model, read_about
@@ -99,55 +95,3 @@ def _load_tokenizer(given: str | None, about: dict[str, Any]) -> PreTrainedToken
     if len(tokenizer) > rows:
         raise UserError(f"the tokenizer {folder} has {len(tokenizer)} tokens but the model {rows}; give the run's own")
     return tokenizer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`export` and, with --with-code, :func:`add_code`."""
-    parser = Parser(prog="motifarch export", description=__doc__)
-    parser.add_argument(
-        "source",
-        type=path,
-        help="a run's output folder, or one checkpoint's folder; with --with-code also a Motif model's Hugging Face "
-        "folder, to which the code is added in place",
-    )
-    parser.add_argument("--output", type=path, help="folder to write (default: RUN/export)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
-    parser.add_argument(
-        "--tokenizer", type=option(FilePath), help="a tokenizer folder (default: that of the run's data)"
-    )
-    parser.add_argument(
-        "--with-code",
-        action="store_true",
-        help=f"write the model code too ({CODE_FILE}, plain PyTorch): the folder then loads without motifarch, by "
-        "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-    )
-    arguments = parser.parse_args(argv)
-    source: Path = arguments.source
-    if (source / "config.json").exists():
-        _add_code_to_model(arguments)
-        print(f"model code added to {source}: it loads without motifarch, with trust_remote_code=True")
-        return 0
-    folder = export(
-        source,
-        arguments.output,
-        dtype=arguments.dtype or "float32",
-        tokenizer=arguments.tokenizer,
-        with_code=arguments.with_code,
-    )
-    with_what = "with trust_remote_code=True" if arguments.with_code else "after `import motifarch.models`"
-    print(f"exported to {folder}: AutoModelForCausalLM.from_pretrained loads it {with_what}")
-    return 0
-
-
-def _add_code_to_model(arguments: argparse.Namespace) -> None:
-    if not arguments.with_code:
-        raise UserError(
-            f"{arguments.source} is a Hugging Face folder already; add --with-code to make it load without motifarch"
-        )
-    for name in ("output", "dtype", "tokenizer"):
-        if getattr(arguments, name) is not None:
-            raise UserError(
-                f"--{name} is for exporting a run; {arguments.source} is a Hugging Face folder, to which --with-code "
-                f"adds the code in place: leave --{name} out"
-            )
-    add_code(arguments.source)

@@ -5,7 +5,7 @@ of that size is made.
 """
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
 
@@ -97,3 +97,6 @@ FilePath = Annotated[
     str, PlainValidator(_path), WithJsonSchema({"type": "string", "accepted": "a non-empty path"}, mode="validation")
 ]
 """A file's or a folder's path, as text."""
+
+Matmul = Literal["compute", "fp8", "mxfp8"]
+"""`compute`: the compute dtype; `fp8`: E4M3, a scale a row; `mxfp8`: E4M3, a scale for 32."""

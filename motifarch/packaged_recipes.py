@@ -1,5 +1,7 @@
 """The recipes that come with the package, by their names: `tiny_cpu`, `motif_2.6b/b200_64`."""
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 from motifarch.errors import UserError
@@ -13,6 +15,25 @@ def names() -> list[str]:
     """What `motifarch train` and `motifarch plan` take; a `base` only holds what others share."""
     found = [file.relative_to(FOLDER).with_suffix("") for file in sorted(FOLDER.rglob("*.yaml"))]
     return [str(name) for name in found if name.name != "base" and name.parts[0] not in _OTHERS]
+
+
+def studies() -> list[str]:
+    """What `motifarch benchmark head-ratio` takes."""
+    return [f"study/{file.stem}" for file in sorted((FOLDER / "study").glob("*.yaml"))]
+
+
+def summary(name: str) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), (FOLDER / f"{name}.yaml").read_text("utf-8").splitlines())
+    paragraph = takewhile(bool, (line.removeprefix("#").strip() for line in lines))
+    sentence = re.split(r"\. (?=[A-Z])", " ".join(paragraph))[0].rstrip(".")
+    return re.sub(r" \[\w+\]", "", sentence)  # marks of sources
+
+
+def base_of(file: Path) -> Path | None:
+    """The recipe that a packaged one builds on."""
+    base = re.search(r"^base: *(\S+)", file.read_text("utf-8"), re.MULTILINE)
+    return file.parent / base[1] if base else None
 
 
 def locate(given: str) -> Path:

@@ -55,11 +55,15 @@ class TypedYaml(Generic[T]):
         noun: what the file is called in messages, such as "recipe".
         usage: how the command is called, for its help.
         description: what the command does.
+        examples: lines that show how it is called.
     """
 
-    def __init__(self, root: type[T], noun: str, *, usage: str = "", description: str = "") -> None:
+    def __init__(
+        self, root: type[T], noun: str, *, usage: str = "", description: str = "", examples: Sequence[str] = ()
+    ) -> None:
         self.noun = noun
-        self._help = f"usage: {usage}\n\n{textwrap.fill(description, 100)}\n"
+        shown_examples = "".join(["\n\nexamples:", *(f"\n  {line}" for line in examples)]) if examples else ""
+        self._help = f"usage: {usage}\n\n{textwrap.fill(description, 100)}{shown_examples}\n"
         self._adapter = TypeAdapter(root)
         schema = self._adapter.json_schema()
         self.fields = dict(_fields(schema, schema.get("$defs", {})))
@@ -76,11 +80,11 @@ class TypedYaml(Generic[T]):
             UserError: a missing or unreadable file, an unknown field, a value that is not accepted.
         """
         args = list(argv)
+        for flag in {"--help", "-h"} & set(args):
+            self.print_help(args[args.index(flag) + 1 :])
+            raise SystemExit(0)
         if args and not args[0].startswith("-"):
             args = ["--config", str(packaged_recipes.locate(args[0])), *args[1:]]
-        if "--help" in args or "-h" in args:
-            self.print_help()
-            raise SystemExit(0)
         sources: list[tuple[str, Any]] = []
         for name, text in _options(args):
             if name == "config":
@@ -104,18 +108,64 @@ class TypedYaml(Generic[T]):
         """
         self._validate(dataclasses.asdict(values), [])  # type: ignore[call-overload]
 
-    def print_help(self) -> None:
-        """Prints every field with what it accepts, its default and its meaning."""
-        print(self._help)
-        print(f"  --config FILE: the {self.noun}; also the first argument")
+    def print_help(self, names: Sequence[str] = ()) -> None:
+        """Prints how the command is called and the tree of fields; of those that are named, all.
+
+        Raises:
+            UserError: there is no field or section of that name.
+        """
+        if not names:
+            print(self._help)
+            print(f"  --config FILE: the {self.noun}; also the first argument\n")
+        self.print_fields(names)
+
+    def print_fields(self, names: Sequence[str] = ()) -> None:
+        """Prints the tree of fields, a line each; of fields and sections that are named, what they
+        accept, their defaults and the whole of their meaning.
+
+        Raises:
+            UserError: there is no field or section of that name.
+        """
+        for name in names:
+            bare = name.removeprefix("--")
+            if not bare or bare not in self.fields:
+                raise UserError(f"--help {shown(name)}: no field or section{self._meant(bare)}; --help alone lists all")
+            for field in self.fields:
+                if field == bare or field.startswith(f"{bare}."):
+                    self._print_whole(field)
+        if not names:
+            print(f"The {self.noun}'s fields and their defaults; --help SECTION or --help FIELD says all about them.")
+            for section, fields in self._tree().items():
+                node = self.fields[section]
+                print("\n" + textwrap.fill(f"{section or self.noun}: {node.get('description', '')}", 100))
+                for field in fields:
+                    print(_in_a_line(f"  {self._shown_name(field)}{_default(self.fields[field])}", self.fields[field]))
+
+    def _tree(self) -> dict[str, list[str]]:
+        """Names of fields by section; entries of lists are of the section that the list is in."""
+        sections: dict[str, list[str]] = {}
         for name, node in self.fields.items():
             if "properties" in node:
-                print(textwrap.fill(f"{name or 'everything'}: {node.get('description', '')}", 100))
+                sections[name] = []
                 continue
-            of_entries = "items" in self.fields.get(name.rpartition(".")[0], {})
-            default = f"; default {json.dumps(node['default'])}" if "default" in node else ""
-            print(f"  {'each ' if of_entries else '--'}{name}: {accepted(node)}{default}")
-            print(textwrap.fill(node.get("description", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            section = name.rpartition(".")[0]
+            while section not in sections:
+                section = section.rpartition(".")[0]
+            sections[section].append(name)
+        return sections
+
+    def _shown_name(self, name: str) -> str:
+        of_entries = "items" in self.fields.get(name.rpartition(".")[0], {})
+        return f"{'each ' if of_entries else '--'}{name}"
+
+    def _print_whole(self, name: str) -> None:
+        node = self.fields[name]
+        if "properties" in node:
+            print(textwrap.fill(f"{name}: {node.get('description', '')}", 100))
+            return
+        default = f"; default{_default(node)}" if "default" in node else ""
+        print(f"  {self._shown_name(name)}: {accepted(node)}{default}")
+        print(textwrap.fill(node.get("description", ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
     def _files(self, path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Any]]:
         """What a file holds, after what its base does, and where that is."""
@@ -190,6 +240,16 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         if text is None:
             raise UserError(f"--{name} has no value; write --{name} VALUE")
         yield name, text
+
+
+def _default(node: dict[str, Any]) -> str:
+    return f" {json.dumps(node['default'])}" if "default" in node else ""
+
+
+def _in_a_line(field: str, node: dict[str, Any]) -> str:
+    """A field beside the first sentence of its meaning, as far as a line goes."""
+    meaning = re.split(r"[.;] ", " ".join(node.get("description", "").split()))[0].removesuffix(".")
+    return f"{field:<42}  {textwrap.shorten(meaning, max(20, 98 - max(42, len(field))), placeholder=' ...')}"
 
 
 def _join(name: str, part: Any) -> str:

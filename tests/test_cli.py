@@ -3,12 +3,17 @@
 import errno
 import importlib
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import motifarch
+from helpers.python_process import run_python
 from motifarch import cli
 from motifarch.cli import COMMANDS, main
+from motifarch.growth.from_softmax_sources import FAMILIES
+from motifarch.growth.layouts import LAYOUTS
 
 
 def outcome(arguments: list[str]) -> int:
@@ -22,6 +27,42 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
     assert outcome(arguments) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(["--version"]) == 0
+    assert motifarch.__version__ in capsys.readouterr().out
+
+
+def test_help_is_quick() -> None:
+    """No help text imports what takes seconds, and each has an example of its command."""
+    code = """
+        import contextlib, io, sys
+        from motifarch.cli import COMMANDS, run
+        slow = {"torch", "transformers", "datasets", "numpy", "scipy", "pyarrow", "matplotlib", "tokenizers"}
+        for command in COMMANDS:
+            with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+                run([*command.split(), "--help"])
+            assert not slow & set(sys.modules), (command, slow & set(sys.modules))
+            assert f"\\n  motifarch {command}" in printed.getvalue(), command
+    """
+    run_python(textwrap.dedent(code))
+
+
+def test_a_section_and_a_field_are_explained_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(["train", "--help", "optim", "run.steps"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--optim.lr: a number from 0 to 10; default 0.0005 Peak learning rate." in printed
+    assert "--run.steps: " in printed
+    assert "--run.seed" not in printed
+    assert outcome(["train", "--help", "optm"]) == 2
+    assert "did you mean 'optim'?" in capsys.readouterr().err
+
+
+def test_grow_names_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(["grow", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*FAMILIES, *LAYOUTS))
 
 
 @pytest.mark.parametrize(

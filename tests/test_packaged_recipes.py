@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from motifarch import packaged_recipes
+from motifarch.commands.copy_recipe import main as copy_recipe
+from motifarch.commands.recipes import main as list_recipes
 from motifarch.errors import UserError
 from motifarch.train.read_recipe import read_recipe
 
@@ -14,6 +16,28 @@ def test_a_name_reads_the_file(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     file = Path(f"recipes/{name}.yaml").resolve()
     monkeypatch.chdir(tmp_path)
     assert read_recipe([name]) == read_recipe([str(file)])
+
+
+def test_the_list_names_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_recipes([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in [*packaged_recipes.names(), *packaged_recipes.studies()]:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line.split()) > 3
+
+
+@pytest.mark.parametrize("name", ["tiny_cpu", "motif_2.6b/b200_64_long_16k"])
+def test_a_copy_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    assert copy_recipe([name, str(tmp_path)]) == 0
+    assert read_recipe([f"{tmp_path}/{name}.yaml"]) == read_recipe([name])
+    assert copy_recipe([name, str(tmp_path)]) == 0  # nothing has changed
+
+
+def test_a_changed_copy_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "tiny_cpu.yaml").write_text("run: {steps: 7}\n")
+    with pytest.raises(UserError, match=r"tiny_cpu.yaml is there already and differs"):
+        copy_recipe(["tiny_cpu", str(tmp_path)])
+    assert (tmp_path / "tiny_cpu.yaml").read_text() == "run: {steps: 7}\n"
 
 
 def test_an_unknown_name_gets_the_known_ones() -> None:

@@ -125,6 +125,8 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
     results.write_text(json.dumps(made_up_results()))
     source = ["--source", f"files:{folder}/*.txt", "--vocab-size", "300", "--seq-len", "8"]
     lines: dict[str, Callable[[Path], list[Any]]] = {
+        "recipes": lambda out: [],
+        "recipes copy": lambda out: ["tiny_cpu", out / "recipes"],
         "data prepare": lambda out: [*source, "--num-proc", "1", "--output", out / "data"],
         "average": lambda out: [finished_run, "--last", "1", "--output", out / "mean"],
         "export": lambda out: [finished_run, "--output", out / "export"],

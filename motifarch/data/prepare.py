@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from motifarch.command_line import Parser, option, path
+from motifarch.command_line import Parser, loading, option, path
 from motifarch.data.documents import printable
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         # These libraries take seconds to import: options come first, and Ctrl-C is answered.
-        from motifarch.data.pipeline import prepare
+        with loading():
+            from motifarch.data.pipeline import prepare
 
         with _bars_only_on_a_terminal():
             made = prepare(settings, report)

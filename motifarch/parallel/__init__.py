@@ -1,11 +1,12 @@
 """Process groups, device meshes and sharding, applied to models from outside."""
 
+from motifarch.layout import Layout
 from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
 from motifarch.parallel.context import check_context_parallel, shard_sequence
 from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
-from motifarch.parallel.mesh import Layout, Mesh
+from motifarch.parallel.mesh import Mesh
 from motifarch.parallel.parallelize import parallelize, set_gradient_sync
 from motifarch.parallel.tensor import check_tensor_parallel
 from motifarch.parallel.watchdog import Watchdog

@@ -12,16 +12,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from motifarch.errors import UserError
+from motifarch.field_types import Matmul
 from motifarch.parallel.tensor import projection_styles
-
-Matmul = Literal["compute", "fp8", "mxfp8"]
-"""`compute`: the compute dtype; `fp8`: E4M3, a scale a row; `mxfp8`: E4M3, a scale for 32."""
 
 # What a product's dimensions must be multiples of: a scaled block, or a row of 16 bytes.
 MULTIPLE = {"fp8": 16, "mxfp8": 32}

@@ -11,9 +11,10 @@ from motifarch.errors import UserError
 from motifarch.hardware import Gpu
 from motifarch.models.motif import MotifConfig
 from motifarch.plan import memory
+from motifarch.plan.assumptions import Assumptions
 from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
-from motifarch.plan.timing import Assumptions, StepTime, step_time
+from motifarch.plan.timing import StepTime, step_time
 from motifarch.train.inputs import batch_schedule, model_config
 from motifarch.train.recipe import Recipe, check_recipe
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
-from motifarch.study.measure import MeasureOptions
+from motifarch.study.measure_options import MeasureOptions
 from motifarch.train.recipe import DatasetEntry, Recipe, check_recipe
 from motifarch.typed_yaml import Section, TypedYaml
 
@@ -205,8 +205,6 @@ class Grid(Section):
 GRIDS = TypedYaml(
     Grid,
     "study",
-    usage="motifarch benchmark head-ratio STUDY.yaml --output DIR [options] [--section.field VALUE ...]",
-    description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs.",
 )
 
 

@@ -5,7 +5,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from motifarch.command_line import Parser, option, path
+from rich.console import Console
+
+from motifarch.command_line import Parser, loading, option, path
 from motifarch.field_types import FilePath, Rows
 from motifarch.study.grid import GRIDS, read_grid
 
@@ -17,6 +19,10 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s STUDY.yaml --output DIR [options] [--field VALUE ...]",
         description="Train variants of attention made equal in cost, over sizes and seeds, and report what differs. "
         "Interrupted, the same command goes on where it was.",
+        examples=[
+            "motifarch benchmark head-ratio study/tiny_cpu --output studies/tiny_cpu --dry-run",
+            "motifarch benchmark head-ratio study/tiny_cpu --output studies/tiny_cpu --jobs 2 --threads 1",
+        ],
         add_help=False,
     )
     parser.add_argument(
@@ -54,20 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(args):
-        build_parser().print_help()
-        print("\nThe grid's fields, each of which can be overridden:\n")
-        GRIDS.print_help()
+        names = args[max(args.index(flag) for flag in ("-h", "--help") if flag in args) + 1 :]
+        if not names:
+            build_parser().print_help()
+            print()
+        GRIDS.print_fields(names)
         return 0
     options, fields = build_parser().parse_known_args(args)
     grid = read_grid([options.study, *fields])
 
     # Heavy imports only after the grid has been read, so that a slip in it is reported at once.
-    from rich.console import Console
-
-    from motifarch.study.analysis import read_results
-    from motifarch.study.data import describe, ensure_data
-    from motifarch.study.matching import match, print_matched
-    from motifarch.study.run import run_study
+    with loading():
+        from motifarch.study.analysis import read_results
+        from motifarch.study.data import describe, ensure_data
+        from motifarch.study.matching import match, print_matched
+        from motifarch.study.run import run_study
 
     console = Console(highlight=False)
     options.compare = read_results(options.compare) if options.compare else None

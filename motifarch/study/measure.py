@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +21,13 @@ from motifarch.errors import UserError, first_line
 from motifarch.files import write_json
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.study.attention_statistics import attention_statistics, gradient_norm_spikes
-from motifarch.study.probe import DEPTHS, find_lines, model_scorer, probe
+from motifarch.study.measure_options import MeasureOptions
+from motifarch.study.probe import find_lines, model_scorer, probe
 from motifarch.study.speed import decoding_speed, training_speed
 from motifarch.train.manifest import find_newest
 from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.step import spread_rows
 from motifarch.train.trained_model import load_trained_model, read_about
-
-
-@dataclass(frozen=True)
-class MeasureOptions:
-    """How much is measured: more takes longer and errs less."""
-
-    lengths: tuple[int, ...] = ()
-    """Tokens of the probe's contexts; empty for parts of the training length."""
-
-    depths: tuple[float, ...] = DEPTHS
-    """Where in them the lines lie, from 0 to 1, ascending."""
-
-    samples: int = 64
-    """Contexts of each length, an even number."""
-
-    probe_rows: int = 8
-    """Contexts that go through the model at once."""
-
-    attention_rows: int = 8
-    """Validation rows for the attention statistics, evenly spread."""
-
-    prefill_tokens: int | None = None
-    """Prompt in the cache when decoding is timed; null for the training sequences' length."""
-
-    new_tokens: int = 64
-    """Tokens decoded after it."""
-
-    repeats: int = 5
-    """Timed repeats of that, after one that is not counted."""
-
-    def __post_init__(self) -> None:
-        for name in ("probe_rows", "attention_rows", "prefill_tokens", "new_tokens", "repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
 
 
 def measure(

@@ -36,9 +36,8 @@ from transformers import PreTrainedTokenizerBase
 from motifarch.data import PackedDataset
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
+from motifarch.study.measure_options import DEPTHS
 from motifarch.study.speed import fill_cache
-
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """Contexts (N, C), questions (N, P, Q), int64 -> log-probabilities (N, P, V)."""

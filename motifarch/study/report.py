@@ -19,11 +19,9 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 
-from motifarch.command_line import Parser, path
-from motifarch.errors import UserError
 from motifarch.files import atomic_write
 from motifarch.study import plots
-from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference, read_results
+from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference
 
 HTML, MARKDOWN = "report.html", "report.md"
 PROBE = {"gain": ("Gain, nats", 1.0), "binding": ("Binding, nats", 1.0), "accuracy": ("Accuracy, %", 100.0)}
@@ -239,19 +237,3 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{name.removesuffix('_bytes')}", f"{value / 2**30:.1f} GiB"
         elif value not in (None, []) and name != "command":
             yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Renders the report of a study's results again; see the module."""
-    parser = Parser(prog="motifarch benchmark report", description="Write a study's report again.")
-    parser.add_argument("results", type=path, metavar="RESULTS.json", help="the results.json of a study")
-    parser.add_argument("--output", type=path, metavar="DIR", help="where to (default: beside the results)")
-    options = parser.parse_args(argv)
-    folder = options.output or options.results.parent
-    results = read_results(options.results)
-    try:
-        write_report(results, folder)
-    except OSError as error:
-        raise UserError(f"can't write into {folder}: {error.strerror}; give another --output") from None
-    print(f"written: {folder / HTML}, {folder / MARKDOWN}")
-    return 0

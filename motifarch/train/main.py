@@ -6,13 +6,17 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from motifarch.command_line import loading
 from motifarch.die_with_parent import GRACE_S
 from motifarch.errors import DISK_ERRORS, UserError, first_line
 from motifarch.locks import locked, share
-from motifarch.parallel import World, launched_world_size, open_world
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import check_recipe
+
+if TYPE_CHECKING:
+    from motifarch.parallel import World
 
 LOCK = ".lock"
 """The file in a run's folder that the run holds locked."""
@@ -32,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: something that the user can mend.
     """
     recipe = read_recipe(sys.argv[1:] if argv is None else argv)
-    check_recipe(recipe, launched_world_size())
     # Heavy imports only after the recipe has been read, so that a slip in it is reported at once.
-    from motifarch.train.inputs import open_inputs
-    from motifarch.train.loop import train
+    with loading():
+        from motifarch.parallel import launched_world_size, open_world
+    check_recipe(recipe, launched_world_size())
+    with loading():
+        from motifarch.train.inputs import open_inputs
+        from motifarch.train.loop import train
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     inputs = open_inputs(recipe)
@@ -61,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def only_writer(output: Path, world: World) -> Iterator[None]:
+def only_writer(output: Path, world: "World") -> Iterator[None]:
     """Makes a run's folder, and keeps every other start out of it until the last rank has ended.
 
     Raises:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from motifarch import packaged_recipes
 from motifarch.errors import UserError
 from motifarch.field_types import (
     Count,
@@ -18,6 +17,7 @@ from motifarch.field_types import (
     Fraction,
     Layers,
     LearningRate,
+    Matmul,
     Multiplier,
     PositiveCount,
     Rows,
@@ -25,9 +25,8 @@ from motifarch.field_types import (
     Seed,
     Weight,
 )
+from motifarch.layout import Layout
 from motifarch.model_section import ModelSection
-from motifarch.parallel import Layout
-from motifarch.parallel.low_precision import Matmul
 from motifarch.typed_yaml import Section, TypedYaml
 
 
@@ -300,10 +299,14 @@ RECIPES = TypedYaml(
     Recipe,
     "recipe",
     usage="motifarch train RECIPE [--section.field VALUE ...]",
-    description="Train a language model as a recipe says. "
-    "RECIPE is a file, or the name of one that comes with the package: "
-    f"{', '.join(packaged_recipes.names())}. "
-    "Several processes: torchrun --standalone --nproc-per-node N -m motifarch.train RECIPE.yaml [...]",
+    description="Train a language model as a recipe says. RECIPE is a file, or the name of one that comes with the "
+    "package (`motifarch recipes` lists them). The same command resumes a run that was stopped.",
+    examples=[
+        "motifarch train tiny_cpu",
+        "motifarch train my.yaml --optim.lr 3e-4 --run.output runs/lower_rate",
+        "torchrun --standalone --nproc-per-node 8 -m motifarch.train my.yaml",
+        "motifarch train --help optim",
+    ],
 )
 
 

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.agreement import assert_agrees, randomise
 from helpers.models import random_ids, tiny_model
+from motifarch.commands.grow import main
 from motifarch.errors import UserError
 from motifarch.growth import SourceFolder, describe, write
 from motifarch.growth.from_softmax import from_softmax
 from motifarch.growth.from_softmax_probe import closest, probe_ids
 from motifarch.growth.from_softmax_sources import as_motif
-from motifarch.growth.main import main
 from motifarch.models.motif import MotifForCausalLM
 
 SIZES: dict[str, Any] = {

@@ -14,11 +14,11 @@ from helpers.grown import largest_difference, loaded, saved
 from helpers.models import random_ids, tiny_model
 from helpers.python_process import run_python
 from helpers.released import MOTIF_2B
+from motifarch.commands.grow import main
 from motifarch.errors import UserError
 from motifarch.growth import Factors, SourceFolder, grow
 from motifarch.growth.grow import plan
 from motifarch.growth.layouts import read_layout
-from motifarch.growth.main import main
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 assert motifarch  # registers the model type

@@ -11,10 +11,10 @@ import yaml
 
 from helpers.planned import SEQ_LEN, config_of, small_recipe
 from helpers.tiny import prepare_text
+from motifarch.commands.plan import main
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import GPUS, find_gpu, make_plan
-from motifarch.plan.main import main
 from motifarch.plan.report import as_text
 from motifarch.plan.suggestions import changed, find_suggestions
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from motifarch.errors import UserError
-from motifarch.study.measure import MeasureOptions, main, measure
+from motifarch.study.measure import main, measure
+from motifarch.study.measure_options import MeasureOptions
 
 QUICK = MeasureOptions(lengths=(100, 140), samples=4, attention_rows=3, prefill_tokens=20, new_tokens=4, repeats=2)
 

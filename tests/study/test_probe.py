@@ -10,7 +10,8 @@ from helpers.tiny import prepare_text
 from motifarch.data import PackedDataset
 from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
-from motifarch.study.probe import DEPTHS, Answers, ask, find_lines, make_questions, model_scorer, probe
+from motifarch.study.measure_options import DEPTHS
+from motifarch.study.probe import Answers, ask, find_lines, make_questions, model_scorer, probe
 
 LENGTH = 160
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 from helpers.made_up_study import made_up_results
-from motifarch.study.report import main, to_html, to_markdown, write_report
+from motifarch.commands.report import main
+from motifarch.study.report import to_html, to_markdown, write_report
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 

@@ -10,9 +10,9 @@ import torch.distributed.checkpoint as dcp
 
 from helpers.distributed import train
 from helpers.tiny import write_recipe
-from motifarch.average import main as average
+from motifarch.commands.average import main as average
+from motifarch.commands.export import main as export
 from motifarch.errors import UserError
-from motifarch.export import main as export
 from motifarch.train.main import main
 from motifarch.train.manifest import damage
 from motifarch.train.metrics import read_metrics

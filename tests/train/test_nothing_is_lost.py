@@ -12,9 +12,9 @@ import torch
 
 from helpers.distributed import torchrun
 from helpers.tiny import SHORT_RUN
-from motifarch.average import main as average
+from motifarch.commands.average import main as average
+from motifarch.commands.export import main as export
 from motifarch.errors import UserError
-from motifarch.export import main as export
 from motifarch.train.checkpoint import Checkpointer, TrainState
 from motifarch.train.main import main
 from motifarch.train.manifest import (

@@ -14,12 +14,12 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
 from helpers.tiny import write_recipe
-from motifarch.average import main as average
 from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.cli import run as command
+from motifarch.commands.average import main as average
+from motifarch.commands.export import main as export
 from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
-from motifarch.export import main as export
 from motifarch.files import sha256
 from motifarch.study.measure import measure
 from motifarch.train.main import main as train

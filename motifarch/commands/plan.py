@@ -5,23 +5,22 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import Field
 from rich.console import Console
 
-from motifarch.command_line import Parser, option, path
+from motifarch.command_line import Parser, loading, option, path
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Length, Multiplier, Ranks
 from motifarch.files import atomic_write, write_json
 from motifarch.hardware import GPUS, find_gpu
-from motifarch.plan.planning import Plan, make_plan
-from motifarch.plan.plots import draw_memory
-from motifarch.plan.report import as_text, render, to_json
-from motifarch.plan.suggestions import find_suggestions
-from motifarch.plan.timing import ASSUMPTIONS, Assumptions
+from motifarch.plan.assumptions import ASSUMPTIONS, Assumptions
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from motifarch.plan.planning import Plan
 
 _TOKENS = Annotated[float, Field(ge=1, le=1e18)]
 
@@ -32,6 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="motifarch plan",
         usage="%(prog)s RECIPE.yaml --gpus N --gpu NAME [options] [--section.field VALUE ...]",
         description="Say what a recipe needs on a number of GPUs: memory, traffic, FLOPs, time. Needs no GPU.",
+        examples=[
+            "motifarch plan motif_2.6b/b200_64 --gpus 64 --gpu b200 --seq-len 4096",
+            "motifarch plan my.yaml --gpus 8 --gpu h100 --output plan --batch.micro_size 2",
+        ],
     )
     parser.add_argument("recipe", type=option(FilePath), metavar="RECIPE.yaml", help="the recipe")
     parser.add_argument("--gpus", type=option(Ranks), required=True, metavar="N", help="number of GPUs")
@@ -86,12 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.network_gbit is not None:
         gpu = dataclasses.replace(gpu, network=options.network_gbit * 1e9 / 8)
     recipe = read_recipe([options.recipe, *fields])
+    with loading():
+        from motifarch.plan.planning import make_plan
+        from motifarch.plan.report import render
+        from motifarch.plan.suggestions import find_suggestions
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     name = Path(options.recipe).name
     known: dict[str, Any] = {"seq_len": options.seq_len, "tokens": options.tokens, "assumptions": assumptions}
     tried: list[Plan] = []
 
-    def plan_it(other: Recipe) -> Plan:
+    def plan_it(other: Recipe) -> "Plan":
         tried.append(make_plan(other, gpu, options.gpus, **known))
         return tried[-1]
 
@@ -105,8 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if plan.fits else 1
 
 
-def _write(options: argparse.Namespace, name: str, plan: Plan, fitting: Plan | None) -> None:
+def _write(options: argparse.Namespace, name: str, plan: "Plan", fitting: "Plan | None") -> None:
     """Writes the files that were asked for."""
+    from motifarch.plan.plots import draw_memory
+    from motifarch.plan.report import as_text, to_json
+
     content = to_json(plan)
     try:
         if options.json is not None:

@@ -1,0 +1,72 @@
+"""How the ranks of a run are arranged."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from motifarch.errors import UserError
+from motifarch.field_types import Ranks
+from motifarch.typed_yaml import Section
+
+# A command line gives a text.
+Rest = Annotated[Literal[-1], BeforeValidator(lambda value: -1 if value == "-1" else value)]
+"""As many ranks as are left."""
+
+DIMENSIONS = ("replicate", "shard", "context", "tensor")
+
+
+@dataclass
+class Layout(Section):
+    """Ranks along each dimension of the mesh; neighbouring ranks differ in the last first."""
+
+    replicate: Ranks | Rest = 1
+    """Copies of the sharded parameters (HSDP), each kept by `shard` x `context` ranks: best one
+    within fast links. Gradients are averaged between them; parameters are gathered within one."""
+    shard: Ranks | Rest = -1
+    """Ranks that share a copy, with rows of their own (FSDP); -1 takes what is left."""
+    context: Ranks | Rest = 1
+    """Ranks that share a row's tokens and exchange them for heads around attention (Ulysses)."""
+    tensor: Ranks | Rest = 1
+    """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
+
+    @property
+    def ranks(self) -> int:
+        """Their number, all dimensions multiplied."""
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Parts that the rows of a batch are cut into."""
+        return self.replicate * self.shard
+
+    @property
+    def grad_reduce_size(self) -> int:
+        """Ranks over which gradients are averaged: all but those of `tensor`."""
+        return self.data_parallel_size * self.context
+
+    def resolve(self, ranks: int) -> "Layout":
+        """The layout with its -1 filled in for so many ranks.
+
+        Raises:
+            UserError: several -1, a number below 1, or a product that is not the number of ranks.
+        """
+        sizes = {name: getattr(self, name) for name in DIMENSIONS}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"parallel.{name} is {size}; it must be at least 1, or -1 to take what is left")
+        filled = [name for name, size in sizes.items() if size == -1]
+        if len(filled) > 1:
+            raise UserError(f"parallel.{' and parallel.'.join(filled)} are -1; only one can take what is left")
+        product = math.prod(size for size in sizes.values() if size != -1)
+        if product != ranks and not (filled and ranks % product == 0):
+            text = ", ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size not in (-1, 1)) or "1"
+            verb = "does not divide" if filled else "is not"
+            raise UserError(
+                f"{text}: the product is {product}, which {verb} the {ranks} ranks that there are; change one of them"
+                + ("" if filled else ", or set one to -1")
+            )
+        for name in filled:
+            sizes[name] = ranks // product
+        return Layout(**sizes)
