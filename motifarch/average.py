@@ -15,7 +15,7 @@ from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.train.checkpoint import CheckpointWriter
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
-from motifarch.train.record import RECORD, read_record
+from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import read_about
 
 AVERAGE_OF = "average_of"

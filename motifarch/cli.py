@@ -22,6 +22,7 @@ COMMANDS = {
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
     "plan": ("motifarch.commands.plan", "say what a recipe needs on a number of GPUs"),
     "train": ("motifarch.train.main", "train a model as a recipe says"),
+    "runs": ("motifarch.commands.runs", "compare runs, in a table and a plot"),
     "average": ("motifarch.commands.average", "average a run's last checkpoints"),
     "export": ("motifarch.commands.export", "turn a checkpoint into a Hugging Face folder"),
     "generate": ("motifarch.commands.generate", "sample text from a folder"),

@@ -12,7 +12,7 @@ from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.portable import add_code
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
-from motifarch.train.record import RECORD, read_record
+from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import load_trained_model, read_about
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -128,6 +128,7 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
         "recipes": lambda out: [],
         "recipes copy": lambda out: ["tiny_cpu", out / "recipes"],
         "data prepare": lambda out: [*source, "--num-proc", "1", "--output", out / "data"],
+        "runs": lambda out: [finished_run, "--output", out.with_name(f"{out.name}.png")],
         "average": lambda out: [finished_run, "--last", "1", "--output", out / "mean"],
         "export": lambda out: [finished_run, "--output", out / "export"],
         "benchmark head-ratio": lambda out: ["tiny_cpu", "--output", out / "study", "--dry-run"],

@@ -33,8 +33,7 @@ from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.growth import Factors, Noise, grow
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.train.metrics import METRICS, read_metrics
-from motifarch.train.record import RECORD
+from motifarch.train.run_folder import METRICS, RECORD, read_metrics
 
 RUNS = {"small": "small model", "grown": "grown from it", "scratch": "from scratch"}
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")

@@ -38,6 +38,13 @@ class SplitCounts:
     blocks: int
     dropped_tokens: int
     """Tokens of the last, partial block, which is left out."""
+    bytes: int | None = None
+    """UTF-8 bytes of the documents' text; None in data prepared before it was counted."""
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text for each token, the documents' own tokens of beginning and end included."""
+        return self.bytes / self.tokens if self.bytes and self.tokens else None
 
 
 @dataclass

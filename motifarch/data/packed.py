@@ -43,6 +43,7 @@ class PackedDataset:
         self.shape = manifest.shape(folder)
         self.fingerprint = manifest.fingerprint
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self.bytes_per_token = manifest.splits[split].bytes_per_token
         self._rows = rows
 
     @classmethod

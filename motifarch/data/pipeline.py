@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from motifarch.data import manifest as manifest_file
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
@@ -183,7 +185,16 @@ def _pack(
             f"{seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
     rows.save_to_disk(str(folder), max_shard_size="1GB")
-    return SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
+    return SplitCounts(
+        packer.documents, packer.tokens, packer.blocks, packer.leftover, _bytes_of(tokenised, corpus, split)
+    )
+
+
+def _bytes_of(tokenised: datasets.Dataset, corpus: Corpus, split: str) -> int:
+    table = tokenised.data.table
+    chosen = pc.less_equal(table.column("split_hash"), pa.scalar(corpus.last_validation_hash, pa.uint64()))
+    chosen = chosen if split == "validation" else pc.invert(chosen)
+    return int(pc.sum(pc.filter(table.column("bytes"), chosen)).as_py() or 0)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def tokenise(
     Returns:
         A row for each of the corpus, in their order, memory-mapped in ``scratch``: input_ids (int32
         list), split_hash, special (int32 list: special tokens spelled in the text), unknown (number
-        of unknown tokens), and changed (whether the tokens give another text).
+        of unknown tokens), changed (whether the tokens give another text), and bytes (of the text
+        in UTF-8).
 
     Raises:
         UserError: if the tokenizer makes an id outside its vocabulary.
@@ -80,6 +81,7 @@ def tokenise(
                 "special": np.array([] if is_chat else [spelled[token] for token in special.findall(text)], np.int64),
                 "unknown": ids.count(unknown),
                 "changed": back != text,
+                "bytes": len(text.encode()),
             }
 
     def encode(table: pa.Table) -> pa.Table:
@@ -92,11 +94,11 @@ def tokenise(
             for one in encode_some(some)
         ]
         lists = {name: list_column([one[name] for one in done]) for name in ("input_ids", "special")}
-        plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed")}
+        plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed", "bytes")}
         return pa.table({**lists, **plain, "split_hash": table.column("split_hash")})
 
     integers = datasets.List(datasets.Value("int32"))
-    kinds = {"unknown": "int64", "changed": "bool", "split_hash": "uint64"}
+    kinds = {"unknown": "int64", "changed": "bool", "bytes": "int64", "split_hash": "uint64"}
     features = {"input_ids": integers, "special": integers} | {n: datasets.Value(kind) for n, kind in kinds.items()}
     rows = corpus.rows
     work = partial(

@@ -25,7 +25,7 @@ from motifarch.study.measure_options import MeasureOptions
 from motifarch.study.probe import find_lines, model_scorer, probe
 from motifarch.study.speed import decoding_speed, training_speed
 from motifarch.train.manifest import find_newest
-from motifarch.train.metrics import METRICS, read_metrics
+from motifarch.train.run_folder import METRICS, read_metrics
 from motifarch.train.step import spread_rows
 from motifarch.train.trained_model import load_trained_model, read_about
 

@@ -14,8 +14,8 @@ from motifarch.errors import UserError
 from motifarch.files import write_json
 from motifarch.study.grid import Grid, SizeSpec
 from motifarch.study.matching import Matched
-from motifarch.train.metrics import METRICS, read_metrics
 from motifarch.train.recipe import DatasetEntry, Recipe
+from motifarch.train.run_folder import METRICS, read_metrics
 
 RESULT, FAILED, RECIPE, MEASURED = "result.json", "failed.json", "recipe.yaml", "measured.json"
 _CURVE_POINTS = 200

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ class Inputs:
             "data": [{"path": str(d.folder), "fingerprint": d.fingerprint} for d in self.training],
             "tokenizer": self.training[0].tokenizer_fingerprint,
         }
+
+
+def bytes_per_token(datasets: Sequence[PackedDataset], weights: Sequence[float] = ()) -> float | None:
+    """UTF-8 bytes of text for each token of a mixture; None where some data do not say.
+
+    Without weights, each dataset has the same share of the tokens.
+    """
+    shares = weights or [1.0] * len(datasets)
+    found = [dataset.bytes_per_token for dataset in datasets]
+    if not found or None in found or not sum(shares):
+        return None
+    return sum(share * (each or 0.0) for share, each in zip(shares, found, strict=True)) / sum(shares)
 
 
 def open_inputs(recipe: Recipe) -> Inputs:

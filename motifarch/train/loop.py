@@ -27,25 +27,26 @@ from motifarch.parallel import (
 )
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
-from motifarch.train.inputs import Inputs, find_parent
+from motifarch.train.inputs import Inputs, bytes_per_token, find_parent
 from motifarch.train.learning_rate import learning_rates
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
-from motifarch.train.metrics import METRICS, TENSORBOARD, MetricsLog, read_metrics
+from motifarch.train.metrics import MetricsLog, bits_per_byte
 from motifarch.train.plots import LOSS_PLOT, draw_loss
 from motifarch.train.precision import choose_compute
-from motifarch.train.progress import Progress
+from motifarch.train.progress import Progress, outcome
+from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import Recipe
 from motifarch.train.record import (
-    RECORD,
     about_checkpoint,
     check_parent,
-    set_damaged_record_aside,
     write_record,
 )
 from motifarch.train.restart_from_average import average_due, restart_from_average
+from motifarch.train.run_folder import METRICS, RECORD, TENSORBOARD, note_end, read_metrics, set_damaged_record_aside
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
+from motifarch.train.trackers import open_trackers
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         # A row of skipped steps that stopped the last start must not stop this one at once.
         state.nonfinite[1:] = 0
     if world.is_main:
-        write_record(recipe, inputs, world, start.compute, start.parent)
+        parameters = sum(p.numel() for p in state.model.parameters())
+        write_record(recipe, inputs, world, start.compute, start.parent, parameters=parameters)
     if start.place:
         inputs.mixture.go_on(state.step, start.place)
     learning_rate = learning_rates(recipe)
@@ -103,14 +105,18 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         about=partial(about_checkpoint, recipe, inputs, world.device, start.compute),
         saved_step=state.step if goes_on else None,
     )
+    trackers = []
+    if world.is_main:
+        trackers = open_trackers(recipe.log, output, start_step=state.step, recipe=to_dict(recipe))
     metrics = MetricsLog(
         output,
         start_step=state.step,
         flops_per_token=flops_per_token,
-        tensorboard=recipe.log.tensorboard,
         device=world.device,
         write=world.is_main,
         begun=goes_on,
+        trackers=trackers,
+        bytes_per_token=bytes_per_token(inputs.training, [entry.weight for entry in recipe.data.datasets]),
     )
     progress = Progress(recipe.run.steps, state.step, show=world.is_main)
     for line in [*start.warnings, *metrics.warnings]:
@@ -172,7 +178,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             save = last or state.step % recipe.checkpoint.every == 0
             if validate:
                 with watchdog.long_work(f"the validation after step {state.step}"), metrics.paused():
-                    metrics.update_last(validation_loss=_validate(state, inputs, recipe, world, mesh))
+                    metrics.update_last(**_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
                 _report(metrics, progress, state, recipe, checkpointer)
             if save:
@@ -289,8 +295,8 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
     return Start(parent, compute, warnings, place)
 
 
-def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> float:
-    return validation_loss(
+def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> dict[str, float]:
+    loss = validation_loss(
         state.model,
         inputs.validation,
         world=world,
@@ -298,6 +304,8 @@ def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, m
         micro_size=recipe.batch.micro_size,
         mesh=mesh,
     )
+    text = bytes_per_token(inputs.validation)
+    return {"validation_loss": loss} | ({"validation_bits_per_byte": bits_per_byte(loss, text)} if text else {})
 
 
 def _report(
@@ -313,7 +321,7 @@ def _report(
     metrics.update_pending(skipped_total=total + spikes)
     rows = metrics.flush()
     if rows:
-        progress.update(rows[-1])
+        progress.update(rows)
     limits: dict[str, tuple[int, int]] = {
         "run.max_nonfinite_in_row": (longest, recipe.run.max_nonfinite_in_row),
         "run.max_nonfinite_total": (total, recipe.run.max_nonfinite_total),
@@ -341,18 +349,22 @@ def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> 
 
 
 def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
-    """Draws the loss plot and names the files."""
+    """Says how well it went, draws the loss plot and names the files."""
     output = Path(recipe.run.output)
+    note_end(output, "stopped" if stopped_by else "complete")
     print(
         f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
     )
+    rows = read_metrics(output / METRICS)
+    for line in outcome(rows, recipe.log.every):
+        print(f"  {line}")
     files: dict[str, Any] = {
         "checkpoint": checkpoints_folder(output) / checkpoint_name(state.step),
         "metrics": output / METRICS,
         "record": output / RECORD,
     }
     try:
-        draw_loss(read_metrics(output / METRICS), output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
+        draw_loss(rows, output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
         files["curve"] = output / LOSS_PLOT
     except OSError as error:  # all that matters is saved
         print(f"warning: the loss can't be drawn into {output / LOSS_PLOT}: {error.strerror}")

@@ -14,12 +14,12 @@ from motifarch.errors import DISK_ERRORS, UserError, first_line
 from motifarch.locks import locked, share
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import check_recipe
+from motifarch.train.run_folder import LOCK
+from motifarch.train.trackers import check_tracker
 
 if TYPE_CHECKING:
     from motifarch.parallel import World
 
-LOCK = ".lock"
-"""The file in a run's folder that the run holds locked."""
 LOCK_PATIENCE_S = GRACE_S + 4.0
 """Seconds that the lock is waited for: longer than ranks without a launcher have to leave."""
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with loading():
         from motifarch.parallel import launched_world_size, open_world
     check_recipe(recipe, launched_world_size())
+    check_tracker(recipe.log)
     with loading():
         from motifarch.train.inputs import open_inputs
         from motifarch.train.loop import train

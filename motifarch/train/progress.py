@@ -1,6 +1,8 @@
 """The live line of a run, and plain lines where there is no terminal."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -27,11 +29,11 @@ class Progress:
         if self._show:
             self._console.print(Text(message))
 
-    def update(self, row: dict[str, Any]) -> None:
-        """Shows a row of metrics."""
+    def update(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Shows the metrics since the last time: means of losses, and the last of the rest."""
         if not self._show:
             return
-        line = Text(self._line(row))
+        line = Text(self._line(rows[-1] | means(rows)))
         if self._live:
             self._live.update(line)
         else:
@@ -48,6 +50,8 @@ class Progress:
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"{duration(seconds)} left",
         ]
+        if "bits_per_byte" in row:
+            parts[1] += f" ({row['bits_per_byte']:.3f} bits/byte)"
         if "validation_loss" in row:
             parts.insert(2, f"validation {row['validation_loss']:.4f}")
         if row["skipped_total"]:
@@ -59,6 +63,37 @@ class Progress:
         if self._live:
             self._live.stop()
             self._live = None
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of the rows' losses, of those that are finite; NaN where none is."""
+    found = {}
+    for name in ("loss", "bits_per_byte"):
+        values = [row[name] for row in rows if isinstance(row.get(name), float) and math.isfinite(row[name])]
+        if values or name in rows[-1]:
+            found[name] = math.fsum(values) / len(values) if values else math.nan
+    return found
+
+
+def outcome(rows: Sequence[dict[str, Any]], window: int) -> list[str]:
+    """What a run came to, in lines: the mean training loss of so many last steps, and the last
+    validation loss.
+    """
+    last = rows[-window:]
+    lines = []
+    if last and "loss" in (mean := means(last)):
+        steps = f"mean of the last {len(last)} steps" if len(last) > 1 else "of the last step"
+        lines.append(f"loss {_with_bits(mean['loss'], mean.get('bits_per_byte'))}, {steps}")
+    validated = [row for row in rows if row.get("validation_loss") is not None]
+    if validated:
+        row = validated[-1]
+        value = _with_bits(row["validation_loss"], row.get("validation_bits_per_byte"))
+        lines.append(f"validation loss {value}, after step {row['step']}")
+    return lines
+
+
+def _with_bits(loss: float, bits: float | None) -> str:
+    return f"{loss:.4f} nats/token" + (f" ({bits:.3f} bits per byte)" if bits is not None else "")
 
 
 def duration(seconds: float) -> str:

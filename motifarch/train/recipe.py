@@ -265,6 +265,14 @@ class LogSection(Section):
     tensorboard: bool = True
     """Write TensorBoard event files too."""
 
+    tracker: Literal["none", "wandb", "trackio"] = "none"
+    """Where the figures go besides: Weights & Biases or Trackio (`pip install 'motifarch[wandb]'`,
+    `'motifarch[trackio]'`). Their own environment variables hold, such as `WANDB_MODE=offline`.
+    """
+
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "motifarch"
+    """`wandb`, `trackio`: the project that the run, named as its folder, belongs to."""
+
 
 @dataclass
 class Recipe(Section):

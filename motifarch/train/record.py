@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import socket
 from pathlib import Path
@@ -14,16 +13,16 @@ import torch
 from motif_kernels.impl.cpu.row_formulas import VARIABLE, cpu_kernels
 from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
-from motifarch.files import free_name, read_json, sha256, write_json
+from motifarch.files import sha256, write_json
 from motifarch.parallel import World
 from motifarch.train.inputs import Inputs
 from motifarch.train.learning_rate import about_learning_rate, learning_rate_change
 from motifarch.train.manifest import MANIFEST, read_manifest
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import ModelSection, Recipe
+from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import read_about
 
-RECORD = "run.json"
 _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
@@ -132,30 +131,9 @@ def _short(fingerprint: str) -> str:
     return fingerprint[:12]
 
 
-def read_record(output: Path) -> dict[str, Any]:
-    """Reads a run's record; empty where there is none or it can't be read."""
-    try:
-        record = read_json(output / RECORD)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def set_damaged_record_aside(output: Path) -> list[str]:
-    """Keeps a record that can't be read under another name, for the run is about to write its own.
-
-    Returns:
-        A line that says so; empty where there is none, or it can be read.
-    """
-    path = output / RECORD
-    if not os.path.lexists(path) or isinstance(read_record(output).get("starts"), list):
-        return []
-    aside = free_name(path)
-    path.rename(aside)
-    return [f"{path} can't be read, and is kept as {aside.name}; the record begins anew"]
-
-
-def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None) -> None:
+def write_record(
+    recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None, *, parameters: int
+) -> None:
     """Writes `run.json`; earlier starts are kept under `starts`."""
     output = Path(recipe.run.output)
     previous = read_record(output)
@@ -184,6 +162,7 @@ def write_record(recipe: Recipe, inputs: Inputs, world: World, compute: str, par
             **start,
             "seed": recipe.run.seed,
             "compute": compute,
+            "parameters": parameters,
             **_kernels(world.device),
             **inputs.fingerprints(),
             "recipe": to_dict(recipe),

@@ -12,7 +12,7 @@ import pytest
 from helpers.distributed import TIMEOUT, wait_until
 from helpers.tiny import write_recipe
 from motifarch.train.manifest import find_newest
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"

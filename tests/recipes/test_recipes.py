@@ -10,9 +10,9 @@ from motifarch.data import BatchSchedule, DataShape
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.inputs import model_config
 from motifarch.train.main import main
-from motifarch.train.metrics import read_metrics
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe, check_recipe
+from motifarch.train.run_folder import read_metrics
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "study", "trainer"))

@@ -14,7 +14,7 @@ from helpers.tiny import prepare_text
 from helpers.tiny_study import command, write_grid
 from motifarch.study.main import main
 from motifarch.train.main import main as train
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 RUNS = Path("runs/tiny")
 

@@ -15,7 +15,7 @@ from motifarch.commands.export import main as export
 from motifarch.errors import UserError
 from motifarch.train.main import main
 from motifarch.train.manifest import damage
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 KEEP_ALL = ("--checkpoint.every", "2", "--checkpoint.keep_last", "0")
 EVERY_TWO = (*KEEP_ALL, "--validation.every", "0", "--optim.warmup_steps", "1")

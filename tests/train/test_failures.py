@@ -14,7 +14,7 @@ from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.main import main
 from motifarch.train.manifest import find_newest, list_checkpoints, read_manifest, write_manifest
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 FULL_DISK = Path(__file__).with_name("full_disk.py")
 

@@ -4,11 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 
-from motifarch.train.metrics import MetricsLog, cut_metrics, read_metrics
+from motifarch.train.metrics import MetricsLog
 from motifarch.train.plots import draw_loss
+from motifarch.train.run_folder import cut_metrics, read_metrics
 from motifarch.train.step import StepResult
+from motifarch.train.trackers import TensorBoard
 
 
 def result(loss: float) -> StepResult:
@@ -18,7 +21,14 @@ def result(loss: float) -> StepResult:
 
 
 def open_log(folder: Path, start_step: int = 0) -> MetricsLog:
-    return MetricsLog(folder, start_step=start_step, flops_per_token=1e9, tensorboard=True, device=torch.device("cpu"))
+    return MetricsLog(
+        folder,
+        start_step=start_step,
+        flops_per_token=1e9,
+        device=torch.device("cpu"),
+        trackers=[TensorBoard(folder, start_step)],
+        bytes_per_token=2.0,
+    )
 
 
 def test_rows_are_exact_and_each_step_is_there_once(tmp_path: Path) -> None:
@@ -38,6 +48,7 @@ def test_rows_are_exact_and_each_step_is_there_once(tmp_path: Path) -> None:
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in rows] == losses
+    assert [row["bits_per_byte"] * math.log(2) * 2 for row in rows] == pytest.approx(losses)
     assert rows[3]["validation_loss"] == 1.25
     assert rows[0]["lambda"] == [0.25, 0.75]
     assert rows[0]["model_tflops"] == rows[0]["tokens_per_second"] * 1e9 / 1e12

@@ -26,7 +26,7 @@ from motifarch.train.manifest import (
     read_manifest,
     write_manifest,
 )
-from motifarch.train.metrics import cut_metrics, read_metrics
+from motifarch.train.run_folder import cut_metrics, read_metrics
 
 
 @pytest.fixture

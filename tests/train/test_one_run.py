@@ -16,7 +16,7 @@ from motifarch.errors import UserError
 from motifarch.train import main as training
 from motifarch.train.main import main
 from motifarch.train.manifest import find_newest
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import LOCK, read_metrics
 from motifarch.train.stop import SIGNALS
 
 LONG = ("--run.steps", "100000", "--checkpoint.every", "100000", "--validation.every", "0")
@@ -70,14 +70,14 @@ def test_a_second_start_is_refused_by_name(recipe: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "LOCK_PATIENCE_S", 0.5)
     output = tmp_path / "run"
     output.mkdir()
-    command = [sys.executable, "-c", HOLDER, str(output / training.LOCK)]
+    command = [sys.executable, "-c", HOLDER, str(output / LOCK)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline()
         with pytest.raises(UserError, match=rf"run\.output is {output}, .*pid {other.pid} on \S+, since 20"):
             main([str(recipe)])
         other.kill()
-    assert [path.name for path in output.iterdir()] == [training.LOCK]
+    assert [path.name for path in output.iterdir()] == [LOCK]
     assert main([str(recipe), "--run.steps", "8", "--validation.every", "0"]) == 0
 
 

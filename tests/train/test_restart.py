@@ -7,7 +7,7 @@ import pytest
 
 from helpers.distributed import torchrun, train
 from helpers.tiny import write_recipe
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 TROUBLE = Path(__file__).with_name("trouble_once.py")
 LENGTH = ("--run.steps", "24", "--checkpoint.every", "8", "--log.every", "2")

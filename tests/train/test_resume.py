@@ -12,7 +12,7 @@ from helpers.distributed import kill_tree, started, train, wait_until
 from helpers.tiny import write_recipe
 from motifarch.files import sha256
 from motifarch.train.manifest import find_newest
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 STALLED = Path(__file__).with_name("stalled_save.py")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from motifarch.train.main import main
-from motifarch.train.metrics import read_metrics
+from motifarch.train.run_folder import read_metrics
 
 # A low bar and a high learning rate, so that there are spikes.
 GUARD = ("--optim.lr", "3e-2", "--run.spike_sigma", "0.5", "--run.spike_window", "4", "--run.spike_max_in_row", "3")

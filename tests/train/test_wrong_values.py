@@ -18,9 +18,9 @@ from helpers.tiny import RECIPE
 from helpers.wrong_values import WRONG, Kind, drawn_values, fields, right_values, time_limit
 from motifarch.errors import UserError
 from motifarch.train.main import main
-from motifarch.train.metrics import read_metrics
 from motifarch.train.read_recipe import read_recipe
 from motifarch.train.recipe import Recipe
+from motifarch.train.run_folder import read_metrics
 
 # torch's compiler takes longer than the limit.
 FIELDS = {name: (kind, default) for name, kind, default in fields(Recipe) if name != "compile"}

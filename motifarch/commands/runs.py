@@ -1,0 +1,50 @@
+"""`motifarch runs`: runs beside each other, in a table and a plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from motifarch.command_line import Parser, loading, option, path
+from motifarch.field_types import PositiveCount
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compares the runs in folders, as a command line says.
+
+    Raises:
+        UserError: there is no run, or the plot can't be written.
+    """
+    parser = Parser(
+        prog="motifarch runs",
+        description="Compare the runs in a folder: state, steps, tokens, loss, bits per byte, speed, the recipe fields "
+        "that differ, and a plot of their losses by tokens and by time.",
+        examples=["motifarch runs runs", "motifarch runs runs/lr_* --last 100 --output compared.png"],
+    )
+    parser.add_argument("folders", type=path, nargs="+", metavar="DIR", help="a run's folder, or one that holds runs")
+    parser.add_argument(
+        "--last", type=option(PositiveCount), metavar="N", help="steps that losses are means of (default: log.every)"
+    )
+    parser.add_argument(
+        "--output", type=path, metavar="FILE.png", help="the plot (default: runs.png in the first folder)"
+    )
+    arguments = parser.parse_args(argv)
+    with loading():
+        from motifarch import runs
+    found: dict[Path, str] = {}
+    for folder in arguments.folders:
+        for run in runs.find_runs(folder):
+            inside = run.relative_to(folder)
+            found.setdefault(run, str(inside) if str(inside) != "." and len(arguments.folders) == 1 else str(run))
+    summaries = [runs.summarise(run, name, arguments.last or 0) for run, name in found.items()]
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    console.print(runs.table(summaries))
+    if runs.differences(summaries):
+        console.print()
+        console.print(runs.table_of_differences(summaries))
+    target = arguments.output or arguments.folders[0] / "runs.png"
+    runs.draw(summaries, target)
+    console.print(f"\nplot: {target}", soft_wrap=True)
+    return 0
