@@ -27,7 +27,7 @@ with locked(Path(sys.argv[1]), str):
 
 @pytest.fixture
 def folder(tmp_path: Path, finished_run: Path) -> Path:
-    """A run that finished, one with another learning rate that was stopped, and one that crashed."""
+    """A run that finished, one of another learning rate that was stopped, one that crashed."""
     for name in ("whole", "sub/stopped", "crashed"):
         shutil.copytree(finished_run, tmp_path / name)
     change(tmp_path / "sub/stopped", ended="stopped", lr=0.5)

@@ -23,10 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="motifarch eval",
         description=__doc__,
         examples=[
+            "motifarch eval runs/tiny_cpu/export --data data/stdlib",
             "motifarch eval runs/tiny_cpu/export --tasks lambada_openai --limit 100",
             "motifarch eval model --tasks 'mmlu_*,my_task.yaml' --num-fewshot 5 --batch-size auto --output scores.json",
         ],
-        epilog="Needs lm-eval (pip install 'motifarch[eval]'). Most of its tasks fetch data from the Hugging Face Hub.",
+        epilog="Tasks need lm-eval (pip install 'motifarch[eval]'). Most of them fetch data from the Hub.",
     )
     parser.add_argument(
         "folder", type=path, help="a folder that motifarch export wrote, or any causal language model's"
@@ -34,16 +35,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks",
         type=_tasks,
-        required=True,
         metavar="TASK,...",
         help="names of lm-eval's tasks or groups (a * stands for anything), YAML files, or folders of YAML files",
+    )
+    parser.add_argument(
+        "--data",
+        type=path,
+        metavar="DIR",
+        help="instead of tasks: loss and bits per byte on the validation split of a folder that `motifarch data "
+        "prepare` made with the model's tokenizer",
     )
     parser.add_argument(
         "--limit",
         type=option(Weight),
         metavar="N",
-        help="only the first N examples of each task, or that share of them if N is below 1 (to try things out: such "
-        "scores compare with nothing)",
+        help="only the first N examples of each task (with --data, N sequences, evenly spread), or that share of them "
+        "if N is below 1 (to try things out: such scores compare with nothing)",
     )
     parser.add_argument(
         "--batch-size",
@@ -71,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: for anything that the user can mend.
     """
     arguments = build_parser().parse_args(argv)
+    if (arguments.tasks is None) == (arguments.data is None):
+        raise UserError("give either --tasks or --data: what to evaluate on")
+    if arguments.data is not None:
+        return _validate(arguments)
     tasks: list[str] = arguments.tasks
     _check(arguments, tasks)
     with loading():
@@ -91,6 +102,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(make_table(results, "groups"))
     if arguments.output is not None:
         write_json(arguments.output, json.loads(json.dumps(results, default=handle_non_serializable)))
+        print(f"written to {arguments.output}")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    for name, default in (("num_fewshot", None), ("batch_size", 1)):
+        if getattr(arguments, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} is for --tasks; leave it out with --data")
+    _check(arguments, ["--data"])
+    with loading():
+        from motifarch.inference.validation import validate
+    found = validate(
+        arguments.folder, arguments.data, limit=arguments.limit, dtype=arguments.dtype, device=arguments.device
+    )
+    bits = found["bits_per_byte"]
+    print(f"loss {found['loss']:.4f} nats/token, {'–' if bits is None else f'{bits:.4f}'} bits per byte")
+    print(f"  over {found['tokens']:,} tokens in {found['sequences']:,} sequences of {arguments.data}")
+    if arguments.output is not None:
+        write_json(arguments.output, found)
         print(f"written to {arguments.output}")
     return 0
 

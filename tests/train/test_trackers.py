@@ -86,5 +86,5 @@ def test_one_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     stand_in.init = refuse
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    with pytest.raises(UserError, match="log.tracker is wandb, which can't start: no account"):
+    with pytest.raises(UserError, match=r"log.tracker is wandb, which can't start: no account"):
         follow("wandb", tmp_path / "run")
