@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
 from motifarch.files import claim_folder, new_folder, sha256, write_json
+from motifarch.model_folder import without_bars
 from motifarch.portable import add_code
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.run_folder import RECORD, read_record
@@ -54,7 +55,8 @@ def export(
     eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
     with claim_folder(output, print), new_folder(output) as folder:
-        model.save_pretrained(folder)
+        with without_bars():
+            model.save_pretrained(folder)
         saved_tokenizer.save_pretrained(folder)
         if read_record(run):
             shutil.copyfile(run / RECORD, folder / RECORD)

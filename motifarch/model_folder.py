@@ -75,3 +75,17 @@ def _check_token_ids(fields: dict[str, Any], file: Path) -> None:
                 raise UserError(
                     f"{file} has {name} {value!r:.60}; accepted: a token's id, or null; mend or copy it anew"
                 )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within, transformers shows no bars: it has one for every file that it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

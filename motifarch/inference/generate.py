@@ -24,7 +24,7 @@ import motifarch.models  # noqa: F401  # both for the Auto classes to know motif
 from motifarch.errors import UserError, first_line
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import Prompt, Sampling, Speed, generate, set_aside_settings
-from motifarch.model_folder import CONFIG, GENERATION, check_json_files, explained
+from motifarch.model_folder import CONFIG, GENERATION, check_json_files, explained, without_bars
 from motifarch.weight_files import WeightFiles, file_names
 
 
@@ -63,7 +63,8 @@ def load(
     if (folder / GENERATION).exists():
         with explained(f"{folder / GENERATION}"):
             GenerationConfig.from_pretrained(folder)  # transformers would go on without it
-    with explained(f"the model of {folder}"):
+    waiting = Console(stderr=True).status(f"loading the model of {folder}")
+    with explained(f"the model of {folder}"), without_bars(), waiting:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
     if aside := set_aside_settings(model, tokenizer):
         print(f"[{folder}/generation_config.json: {', '.join(aside)} set aside; the options decide]", file=sys.stderr)

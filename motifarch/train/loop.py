@@ -122,6 +122,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     for line in [*start.warnings, *metrics.warnings]:
         progress.say(f"warning: {line}")
     progress.say(_greeting(recipe, state, world, start))
+    if recipe.compile:
+        progress.say("the first step compiles the decoder layers, which takes minutes for large ones")
 
     stopped_by = 0
     with (
