@@ -73,7 +73,7 @@ def summarise(run: Path, name: str, last: int = 0) -> RunSummary:
     steps = rows[-1]["step"] if rows else 0
     losses = means(rows[-(last or recipe.get("log.every") or 10) :]) if rows else {}
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
-    validated = next((row for row in reversed(rows) if row.get("validation_loss") is not None), {})
+    validated: dict[str, Any] = next((row for row in reversed(rows) if row.get("validation_loss") is not None), {})
     return RunSummary(
         name=name,
         state=_state(run, record, steps, total),

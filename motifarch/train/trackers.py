@@ -78,7 +78,8 @@ class ExperimentTracker:
             options |= {"id": name, "dir": str(output)}
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # trackio has no option to be silent
-                self._run = importlib.import_module(log.tracker).init(resume="allow", **options)
+                self._library = importlib.import_module(log.tracker)
+                self._run = self._library.init(resume="allow", **options)
         except Exception as error:  # the libraries raise many kinds, for accounts and networks
             raise UserError(
                 f"log.tracker is {log.tracker}, which can't start: {error}; mend that, work without a network "
@@ -92,7 +93,7 @@ class ExperimentTracker:
     def close(self) -> None:
         """Writes what is left."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._library.finish()
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
