@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the JSON there")
     parser.add_argument(
-        "--no-suggestions", "--no-advice", action="store_true", help="do not look for changes that would make it fit"
+        "--no-suggestions", "--no-advice", action="store_true", help="do not look for changes that fit or are faster"
     )
     hints = get_type_hints(Assumptions, include_extras=True)
     for f in dataclasses.fields(Assumptions):
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with loading():
         from motifarch.plan.planning import make_plan
         from motifarch.plan.report import render
-        from motifarch.plan.suggestions import find_suggestions
+        from motifarch.plan.suggestions import find_faster, find_suggestions
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     name = Path(options.recipe).name
     known: dict[str, Any] = {"seq_len": options.seq_len, "tokens": options.tokens, "assumptions": assumptions}
@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = plan_it(recipe)
         if not plan.fits and not options.no_suggestions:
             plan.suggestions = find_suggestions(plan, plan_it, say=status.update)
+        elif not options.no_suggestions:
+            plan.faster = find_faster(plan, plan_it, say=status.update)
     Console().print(render(plan, name))
     fitting = tried[-1] if plan.suggestions and plan.suggestions[-1].fits else None
     _write(options, name, plan, fitting)

@@ -33,6 +33,8 @@ class Plan:
     tokens: float
     """Of the whole run."""
     suggestions: list["Suggestion"] = field(default_factory=list)
+    faster: "Suggestion | None" = None
+    """Where much memory is free: a change that takes more of it and less time."""
 
     @property
     def usable(self) -> float:

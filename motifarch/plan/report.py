@@ -54,6 +54,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "gpu_hours": plan.days * 24 * plan.gpus,
         "assumptions": dataclasses.asdict(plan.assumptions),
         "advice": [dataclasses.asdict(s) for s in plan.suggestions],
+        "faster": dataclasses.asdict(plan.faster) if plan.faster else None,
         "recipe": to_dict(plan.recipe),
     }
 
@@ -181,6 +182,11 @@ def _tail(plan: Plan) -> list[Text]:
         lines.append(Text(f"precision.matmul is {matmul}, and the plan is for bf16 products: a longest time.\n"))
     if plan.fits:
         lines.append(Text(f"It fits: {(plan.usable - plan.peak) / _GIB:.1f} GiB are free.", style="bold green"))
+        if plan.faster:
+            change = " ".join(f"--{name} {value}" for name, value in plan.faster.changes.items())
+            speed = plan.faster.tokens_per_second / plan.tokens_per_second
+            text = f"  with {change}: {plan.faster.peak / _GIB:.1f} GiB, fits, {speed:.2f} times the tokens/s"
+            lines.append(Text(text, style="bold green"))
         return lines
     lines.append(Text(f"It does not fit: {(plan.peak - plan.usable) / _GIB:.1f} GiB are missing.", style="bold red"))
     for suggestion in plan.suggestions:

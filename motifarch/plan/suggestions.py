@@ -1,12 +1,16 @@
-"""What to change when a recipe does not fit: single fields first, each tried by planning it."""
+"""What to change when a recipe does not fit, or leaves much memory free: each change is planned."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from motifarch.errors import UserError
+from motifarch.plan.memory import LOSS
 from motifarch.plan.planning import Plan, Suggestion
 from motifarch.train.recipe import Recipe
+
+MUCH = 0.3
+"""The free part of a GPU's usable memory from which on a faster setting is looked for."""
 
 _STRONGER: dict[Any, list[Any]] = {"none": ["selective", "full"], "selective": ["full"], "full": []}
 
@@ -47,6 +51,53 @@ def candidates(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"optim.muon_chunk_mib": 32}
 
 
+def may_fit(plan: Plan, change: dict[str, Any]) -> bool:
+    """Whether a change can make a plan fit, as far as its memory says without planning it.
+
+    What lies there between steps does not shrink by recomputing more or by fewer rows at once.
+    """
+    trace = plan.trace
+    kept = trace.parameters + trace.gradients + trace.optimizer
+    return kept <= plan.usable or not change.keys() <= {"activation_checkpointing", "batch.micro_size"}
+
+
+def faster_candidates(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Single changes that take memory and may save time: less recomputation, no offloading, more
+    rows at once, where these have room for their activations and logits.
+    """
+    recipe, trace = plan.recipe, plan.trace
+    weaker: dict[Any, list[str]] = {"none": [], "selective": ["none"], "full": ["none", "selective"]}
+    for mode in weaker.get(recipe.activation_checkpointing, ["none"]):
+        yield {"activation_checkpointing": mode}
+    if recipe.optim.offload:
+        yield {"optim.offload": False}
+    more = trace.activations + trace.highest[LOSS]
+    if trace.micro_batches > 1 and plan.peak + more <= plan.usable:
+        yield {"batch.micro_size": 2 * trace.rows}
+
+
+def find_faster(
+    plan: Plan, replan: Callable[[Recipe], Plan], *, say: Callable[[str], None] = lambda text: None
+) -> Suggestion | None:
+    """The change by which a plan that leaves much memory free is fastest and still fits; None where
+    there is no such change, or it gains less than a hundredth.
+    """
+    if not plan.fits or plan.peak > (1 - MUCH) * plan.usable:
+        return None
+    found: list[Suggestion] = []
+    for change in faster_candidates(plan):
+        if any(change.keys() == other.changes.keys() for other in found):
+            continue  # a stronger one of the same field fits
+        say("trying " + ", ".join(f"{name} {value}" for name, value in change.items()))
+        try:
+            other = replan(changed(plan.recipe, change))
+        except UserError:
+            continue  # the batch can't be cut so
+        if other.fits and other.tokens_per_second > 1.01 * plan.tokens_per_second:
+            found.append(Suggestion(change, other.peak, True, other.tokens_per_second))
+    return max(found, key=lambda suggestion: suggestion.tokens_per_second, default=None)
+
+
 def find_suggestions(
     plan: Plan, replan: Callable[[Recipe], Plan], *, attempts: int = 10, say: Callable[[str], None] = lambda text: None
 ) -> list[Suggestion]:
@@ -63,6 +114,8 @@ def find_suggestions(
         for change in candidates(plan):
             if len(tried) >= attempts:
                 break
+            if not may_fit(plan, change):
+                continue
             changes = base | change
             say("trying " + ", ".join(f"{name} {value}" for name, value in changes.items()))
             try:

@@ -16,7 +16,7 @@ from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import GPUS, find_gpu, make_plan
 from motifarch.plan.report import as_text
-from motifarch.plan.suggestions import changed, find_suggestions
+from motifarch.plan.suggestions import changed, find_faster, find_suggestions
 
 LARGE: dict[str, Any] = {
     "run": {"steps": 1000},
@@ -109,6 +109,34 @@ def test_advice_fits_when_it_is_planned() -> None:
     taken = replan(changed(recipe, suggestions[-1].changes))
     assert taken.fits
     assert taken.peak == suggestions[-1].peak
+
+
+def test_free_memory_buys_speed() -> None:
+    recipe = small_recipe(activation_checkpointing="full", model__num_hidden_layers=4)
+    gpu = GPUS["h100"]
+
+    def replan(other: Any) -> Any:
+        return make_plan(other, gpu, 2, seq_len=SEQ_LEN)
+
+    plan = replan(recipe)
+    faster = find_faster(plan, replan)
+    assert faster is not None
+    taken = replan(changed(recipe, faster.changes))
+    assert taken.fits
+    assert taken.peak == faster.peak > plan.peak
+    assert taken.tokens_per_second == faster.tokens_per_second > plan.tokens_per_second
+    plan.faster = faster
+    assert f"--{next(iter(faster.changes))}" in as_text(plan, "it")
+    crowded = dataclasses.replace(plan, gpu=dataclasses.replace(gpu, memory=1.2 * plan.peak))
+    assert find_faster(crowded, replan) is None
+
+
+def test_no_change_is_tried_that_cannot_help() -> None:
+    """Weights that do not fit do not by recomputing more."""
+    recipe = small_recipe()
+    plan = make_plan(recipe, dataclasses.replace(GPUS["h100"], memory=1000.0), 2, seq_len=SEQ_LEN)
+    tried = find_suggestions(plan, lambda other: make_plan(other, plan.gpu, 2, seq_len=SEQ_LEN), attempts=2)
+    assert not any("activation_checkpointing" in suggestion.changes for suggestion in tried)
 
 
 def test_advice_gives_up_where_nothing_helps() -> None:
