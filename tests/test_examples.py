@@ -44,12 +44,12 @@ def test_a_layer_in_a_model_of_your_own_learns_to_copy():
     assert last < first / 4
 
 
-def test_a_patched_llama_starts_as_the_same_function_and_trains():
-    printed = run_example("patch_llama.py")
+def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
+    printed = run_example("patch_qwen3.py")
     assert float(re.findall(r"logits moved by (\S+)", printed)[0]) < 1e-5
     first, *_, last = losses(printed)
     assert last < first
-    assert "loaded: PatchedLlamaForCausalLM" in printed
+    assert "loaded: PatchedQwen3ForCausalLM" in printed
 
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")

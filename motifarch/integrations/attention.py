@@ -1,5 +1,6 @@
 """The attention function of patched models, and what calls the kernels for it."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,7 @@ def attend_heads(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **others: Any,
@@ -89,8 +91,10 @@ def attend_heads(
             mask.
         scaling: multiplies the logits.
         dropout: must be 0.
-        sliding_window: w, keys that a query sees, its own included; None for all.
+        sliding_window: w, keys that a query sees, its own included (on either side, where it sees
+            both); None for all.
         softcap: soft cap of the logits.
+        is_causal: as the module's ``is_causal``, which it goes before; a mask goes before both.
         cu_seq_lens_q: bounds of packed documents, where the caller gives them.
         max_length_q: the longest of those.
         **others: what :func:`motifarch.forward_arguments.check_arguments` accepts.
@@ -113,17 +117,22 @@ def attend_heads(
             f"the model's mask has a window of {attention_mask.window} tokens, but its attention was called with "
             f"sliding_window={sliding_window}; a model that keeps its window in the mask alone is not served"
         )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(attention_mask, VisibleKeys) and attention_mask.causal is not None:
+        causal = attention_mask.causal
+    beside = -1 if sliding_window is None else sliding_window - 1
     options = {
         "softmax_scale": scaling,
-        "causal": True,
-        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "causal": causal,
+        "window_size": (beside, 0 if causal and beside >= 0 else beside),
         "softcap": softcap or 0.0,
         "backend": module.backend,
     }
-    if attention_mask is None and cu_seq_lens_q is not None:
+    hidden = VisibleKeys() if attention_mask is None else attention_mask
+    if cu_seq_lens_q is not None and isinstance(hidden, VisibleKeys) and not hidden.tokens_are_hidden:
         if max_length_q is None:
             raise ValueError("cu_seq_lens_q was given without max_length_q; give both for packed documents")
-        attention_mask = VisibleKeys(documents=(cu_seq_lens_q, int(max_length_q)))
+        attention_mask = replace(hidden, documents=(cu_seq_lens_q, int(max_length_q)))
     return attend_normed(module.subln, module.out_scale, (*heads, lam), partial(_attend, attention_mask, options))
 
 
@@ -140,8 +149,8 @@ def _attend(visible: Any, options: dict[str, Any], inputs: Any, **epilogue: Any)
         return attend_by_maps(inputs, visible, AttentionOptions.of(q1.shape[-1], **numbers)).output
     if not isinstance(visible, VisibleKeys):
         raise ValueError(
-            "attention_mask is a mask of every query and key; a patched model's attention is causal "
-            "and takes masks of padding, (B, tokens)"
+            "attention_mask is a mask of every query and key; a patched model's attention takes masks of padding, "
+            "(B, tokens)"
         )
     places, padding = k1.shape[1], visible.padding
     if visible.lengths is not None:

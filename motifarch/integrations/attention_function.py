@@ -140,7 +140,8 @@ def paired_attention(
             f"attn_implementation {IMPLEMENTATION!r} needs lambdas on {type(module).__name__}: call "
             "motifarch.integrations.attention_function.add_lambdas(model) first"
         )
-    if is_causal is False or not getattr(module, "is_causal", True):
+    both_sides = isinstance(attention_mask, VisibleKeys) and attention_mask.causal is False
+    if is_causal is False or both_sides or not getattr(module, "is_causal", True):
         raise ValueError(f"attn_implementation {IMPLEMENTATION!r} is causal, but {type(module).__name__} is not")
     q, k, v = as_kernels_take(query, key, value)
     out = attend_heads(

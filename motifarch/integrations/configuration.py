@@ -27,6 +27,11 @@ _NOT_LOADABLE = (
 )
 
 
+def _with_layers(saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved config, or its part, that says how many layers the language model has."""
+    return saved.get("text_config", saved)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class PatchOptions:
     """What ``patch`` was asked for; a patched model's config records it."""
@@ -57,7 +62,8 @@ class PatchedConfigMixin(Derived):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config that a saved one describes."""
         config_dict = copy.deepcopy(config_dict)
-        config_dict[_LAYERS] = config_dict[PATCH].pop(_LAYERS, config_dict[_LAYERS])
+        named = _with_layers(config_dict)
+        named[_LAYERS] = config_dict[PATCH].pop(_LAYERS, named[_LAYERS])
         host: Any = super()
         return host.from_dict(config_dict, **kwargs)
 
@@ -66,7 +72,8 @@ class PatchedConfigMixin(Derived):
         host: Any = super()
         saved = json.loads(host.to_json_string(use_diff))
         if PATCH in saved:
-            saved[PATCH][_LAYERS], saved[_LAYERS] = getattr(self, _LAYERS), _NOT_LOADABLE
+            saved[PATCH][_LAYERS] = getattr(host.get_text_config(), _LAYERS)
+            _with_layers(saved)[_LAYERS] = _NOT_LOADABLE
         return json.dumps(saved, indent=2, sort_keys=True) + "\n"
 
 

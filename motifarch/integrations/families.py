@@ -1,46 +1,61 @@
-"""The transformers families that can be patched: what their modules are called and where they
-differ.
-
-A patched attention module keeps its own forward, and with it the family's projections, norms,
-rotary embeddings (or none in a layer that has none), scale, window and softcap. So little is left
-to say of a family here.
+"""The transformers families that tests patch, and what the shape of their attention modules does
+not tell.
 """
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Family:
-    """One transformers ``model_type``.
+class Forward:
+    """How an attention module's own forward goes about its queries: seen when it runs
+    (:mod:`motifarch.integrations.probe`).
 
     Args:
-        attention: class name of its attention modules. They have q_proj, k_proj, v_proj and o_proj,
-            cut heads by ``view(..., -1, head_dim)``, and hand all keyword arguments on to the
-            attention function.
-        feed_forward: class name of its gated feed-forward modules: ``down_proj(act_fn(gate_proj(x))
-            * up_proj(x))``.
-        experts: class name of its routed experts, whose activation is ``act_fn``; None if it has
-            none.
-        norm_heads_dim: the dimension that counts heads where the query norm sees them; None if it
-            has no such norm.
-        latent: its attention is multi-head latent attention, with none of those projections but
-            o_proj.
+        norm_heads_dim: the dimension that counts heads where ``q_norm`` sees them; -1 where it
+            sees them side by side, (B, S, H D); None if there is no such norm.
+        hands_on: it hands keyword arguments that it does not know on to the attention function.
     """
 
-    attention: str
-    feed_forward: str
-    experts: str | None = None
     norm_heads_dim: int | None = None
-    latent: bool = False
+    hands_on: bool = True
 
+
+PLAIN = Forward()
 
 FAMILIES = {
-    "llama": Family("LlamaAttention", "LlamaMLP"),
-    "qwen3": Family("Qwen3Attention", "Qwen3MLP", norm_heads_dim=2),
-    "gemma2": Family("Gemma2Attention", "Gemma2MLP"),
-    "exaone4": Family("Exaone4Attention", "Exaone4MLP", norm_heads_dim=1),
-    "exaone_moe": Family("ExaoneMoeAttention", "ExaoneMoeMLP", "ExaoneMoeExperts", norm_heads_dim=1),
-    "solar_open": Family("SolarOpenAttention", "SolarOpenMLP", "SolarOpenExperts"),
-    "axk1": Family("AXK1Attention", "AXK1MLP", "AXK1Experts", latent=True),
-    "hyperclovax": Family("HyperCLOVAXAttention", "HyperCLOVAXMLP"),
+    "arcee": PLAIN,
+    "axk1": PLAIN,
+    "axk2": PLAIN,
+    "bert": PLAIN,
+    "cohere2": PLAIN,
+    "deepseek_v3": PLAIN,
+    "dinov2": PLAIN,
+    "ernie4_5": PLAIN,
+    "exaone4": Forward(norm_heads_dim=1),
+    "exaone_moe": Forward(norm_heads_dim=1),
+    "gemma2": PLAIN,
+    "gemma3_text": Forward(norm_heads_dim=1),
+    "glm": PLAIN,
+    "glm4": PLAIN,
+    "granite": PLAIN,
+    "hyperclovax": PLAIN,
+    "llama": PLAIN,
+    "ministral": PLAIN,
+    "mistral": PLAIN,
+    "mixtral": PLAIN,
+    "modernbert": PLAIN,
+    "olmo2": Forward(norm_heads_dim=-1),
+    "phi3": PLAIN,
+    "qwen2": PLAIN,
+    "qwen3": Forward(norm_heads_dim=2),
+    "qwen3_moe": Forward(norm_heads_dim=2),
+    "seed_oss": PLAIN,
+    "siglip_vision_model": Forward(hands_on=False),
+    "smollm3": PLAIN,
+    "solar_open": PLAIN,
+    "vit": PLAIN,
+    "whisper": PLAIN,
 }
+"""By ``model_type``. Others are patched where a probe shows the same function; these can be on the
+meta device too, where nothing can be run.
+"""

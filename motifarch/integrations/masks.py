@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from motif_kernels.ops import is_exporting
 from motifarch.layers import PaddingMask
@@ -14,26 +14,33 @@ from motifarch.layers import PaddingMask
 
 @dataclass(frozen=True)
 class VisibleKeys:
-    """What hides keys besides the causal order and a layer's window: padding, documents or lengths,
-    or none of these.
+    """What hides keys besides a layer's order and window: padding, documents or lengths, or none of
+    these.
 
     Args:
+        causal: a token sees none after it; None where the layer says it.
         padding: which tokens of a padded batch are real.
         documents: (documents + 1,) int32 bounds of packed documents in the B * S tokens, and the
             longest one's length.
         lengths: (B,) int32, how many of a cache's places are filled, the new tokens included.
         leftpad: with lengths: (B,) int32, how many places at their start are padding.
         full: with lengths: every place of the cache is filled, as far as the host knows.
-        window: tokens that the mask lets a token see, itself included: what the layer's attention
-            must be told, too; None for all.
+        window: tokens that the mask lets a token see on one side, itself included: what the layer's
+            attention must be told, too; None for all.
     """
 
+    causal: bool | None = None
     padding: PaddingMask | None = None
     documents: tuple[Tensor, int] | None = None
     lengths: Tensor | None = None
     leftpad: Tensor | None = None
     full: bool = False
     window: int | None = None
+
+    @property
+    def tokens_are_hidden(self) -> bool:
+        """Besides order and window."""
+        return any(hidden is not None for hidden in (self.padding, self.documents, self.lengths))
 
 
 def visible_keys(
@@ -64,11 +71,9 @@ def visible_keys(
         query and key, (B, 1, S, keys) bool, window included.
 
     Raises:
-        ValueError: a mask that kernels with bounds cannot honour: not causal, of another shape, or
-            padding between real tokens.
+        ValueError: a mask that kernels with bounds cannot honour: neither causal nor of both sides,
+            of another shape, or padding between real tokens.
     """
-    if not getattr(config, "is_causal", True):
-        raise ValueError("config.is_causal is False, but a patched model's attention is causal: leave it True")
     if is_exporting():  # nothing may be read, and nothing that is plain need be fast
         if isinstance(q_offset, Tensor):
             raise ValueError("a program with a cache of fixed size is not exported; export with use_cache=False")
@@ -86,8 +91,10 @@ def visible_keys(
         raise ValueError("the model adds a mask function of its own to the causal mask, which is not served")
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         raise ValueError(f"the model's attention is in chunks of {local_size} tokens, which is not served")
-    if q_length > 1:
-        _check_causal(mask_function, batch_size, q_length, q_offset, device)
+    if not _is_causal(mask_function, batch_size, q_length, q_offset, device):
+        if not (isinstance(q_offset, int) and q_offset == 0):
+            raise ValueError("the model's mask lets tokens see later ones, which is not served with a cache")
+        return _both_sides(mask_function, q_length, kv_length, attention_mask, local_size)
     at_start = isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length
     if attention_mask is not None:
         attention_mask = _checked(attention_mask, q_offset, q_length)
@@ -133,15 +140,52 @@ def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | No
     return None if bool(mask.all()) else mask
 
 
-def _check_causal(
+def _is_causal(
     mask_function: Callable[..., Any], batch: int, length: int, q_offset: int | Tensor, device: torch.device | str
-) -> None:
-    """Raises for a mask in which a token sees the one after it, as the blocks of images do."""
-    if mask_function is causal_mask_function or torch.compiler.is_compiling():
-        return
+) -> bool:
+    """Whether no token sees the one after it, or all do; raises for what is between, as the blocks
+    of images are.
+    """
+    if mask_function is bidirectional_mask_function:
+        return False
+    if mask_function is causal_mask_function or length == 1:
+        return True
+    if torch.compiler.is_compiling():  # a window on both sides is named by what makes it
+        return "bidirectional" not in _makers(mask_function)
     rows, places = torch.arange(batch, device=device)[:, None], torch.arange(length - 1, device=device)[None] + q_offset
-    if bool(mask_function(rows, 0, places, places + 1).any()):
-        raise ValueError("the model's mask lets tokens see later ones, but this attention is causal")
+    seen = mask_function(rows, 0, places, places + 1)
+    if bool(seen.all()):
+        return False
+    if bool(seen.any()):
+        raise ValueError("the model's mask lets tokens see later ones, but not all, which this attention cannot")
+    return True
+
+
+def _makers(mask_function: Any) -> str:
+    """Names of the functions that made a mask function of others."""
+    parts = [c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()]
+    parts = [f for part in parts for f in (part if isinstance(part, tuple) else (part,)) if callable(f)]
+    return " ".join([mask_function.__qualname__, *(_makers(f) for f in parts)])
+
+
+def _both_sides(
+    mask_function: Callable[..., Any], queries: int, keys: int, attention_mask: Tensor | None, window: int | None
+) -> VisibleKeys:
+    """What a mask of both sides hides; ``window`` are tokens beside the own one, on either side."""
+    if attention_mask is not None:
+        attention_mask = _checked(attention_mask, 0, keys)
+    if attention_mask is not None and queries != keys:
+        raise ValueError(
+            "attention_mask hides keys of another sequence (cross-attention), which this attention cannot hide; leave "
+            "it out, or cut the padding off"
+        )
+    if window is not None and mask_function is not bidirectional_mask_function and not torch.compiler.is_compiling():
+        here, near, far = torch.tensor([0]), torch.tensor([window]), torch.tensor([window + 1])
+        pairs = ((here, near, True), (near, here, True), (here, far, False), (far, here, False))
+        if any(bool(mask_function(here, 0, q, k).all()) is not seen for q, k, seen in pairs):
+            raise ValueError(f"the model's mask is no window of {window} tokens on either side, which alone is served")
+    padding = None if attention_mask is None else PaddingMask(attention_mask, queries)
+    return VisibleKeys(causal=False, padding=padding, window=None if window is None else window + 1)
 
 
 def _documents(

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.integrations.configuration import PatchOptions
-from motifarch.integrations.derived import Derived, derive
-from motifarch.integrations.families import Family
-from motifarch.integrations.latent import GroupedQueryAttention
+from motifarch.integrations.derived import Derived, derive, linear_of
+from motifarch.integrations.families import Forward
+from motifarch.integrations.grouped_query import GroupedQueryAttention, plain_projections
+from motifarch.integrations.latent import FromLatentAttention
+from motifarch.integrations.layouts import attention_layout
 from motifarch.layers.grouped_differential_attention import scalar_lambda
 from motifarch.layers.head_norm import SubNorm
 
@@ -29,18 +31,25 @@ class QueryNorm(nn.Module):
 
     Args:
         signal: the host's.
-        heads_dim: the dimension that counts heads where the norm sees them.
+        heads_dim: the dimension that counts heads where the norm sees them; -1 where it sees them
+            side by side, and has a weight for each number of each.
         signal_heads: H.
+        group: signal heads a noise head.
     """
 
-    def __init__(self, signal: nn.Module, *, heads_dim: int, signal_heads: int) -> None:
+    def __init__(self, signal: nn.Module, *, heads_dim: int, signal_heads: int, group: int) -> None:
         super().__init__()
         self.signal, self.noise = signal, copy.deepcopy(signal)
-        self.heads_dim, self.signal_heads = heads_dim, signal_heads
+        self.heads_dim, self.signal_size = heads_dim, signal_heads
+        if heads_dim == -1:
+            for name, weight in signal.named_parameters():
+                self.signal_size = len(weight)
+                rows = weight.detach().unflatten(0, (signal_heads, -1))[::group].flatten()
+                setattr(self.noise, name, nn.Parameter(rows.clone(), requires_grad=weight.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
-        signal, noise = x.tensor_split([self.signal_heads], dim=self.heads_dim)
+        signal, noise = x.tensor_split([self.signal_size], dim=self.heads_dim)
         return torch.cat((self.signal(signal), self.noise(noise)), dim=self.heads_dim)
 
 
@@ -134,31 +143,56 @@ def differential_class(host: type) -> type:
 
 @_cache
 def grouped_query_class(host: type) -> type:
-    """That of a host's latent attention class, which becomes grouped-query attention."""
+    """The differential class of a host's attention class whose forward does not serve."""
     names = {"made_by": (grouped_query_class, host), "__module__": __name__}
     return type(f"Differential{host.__name__}", (DifferentialAttentionMixin, GroupedQueryAttention, host), names)
 
 
-def differential_module(module: nn.Module, family: Family) -> Any:
-    """A host's attention module as one of its differential class, still without noise heads."""
-    return derive(module, (grouped_query_class if family.latent else differential_class)(type(module)))
+@_cache
+def from_latent_class(host: type) -> type:
+    """That of a host's latent attention class, which becomes grouped-query attention."""
+    names = {"made_by": (from_latent_class, host), "__module__": __name__}
+    return type(f"Differential{host.__name__}", (DifferentialAttentionMixin, FromLatentAttention, host), names)
+
+
+def differential_module(module: nn.Module, forward: Forward) -> Any:
+    """A host's attention module as one of its differential class, still without noise heads; one of
+    latent attention still without projections.
+    """
+    layout = attention_layout(module)
+    assert layout is not None
+    if layout.latent:
+        return derive(module, from_latent_class(type(module)))
+    if forward.hands_on and not layout.fused:
+        return derive(module, differential_class(type(module)))
+    patched = derive(module, grouped_query_class(type(module)))
+    plain_projections(patched, layout)
+    return patched
 
 
 def add_noise_heads(
-    module: Any, options: PatchOptions, signal_heads: int, *, norm_heads_dim: int | None, backend: str
+    module: Any, options: PatchOptions, signal_heads: int, *, query: str, norm_heads_dim: int | None, backend: str
 ) -> None:
-    """Give a differential module, whose q_proj gives H = ``signal_heads`` heads, noise heads that
-    start as their groups' first signal heads, and lambda at lambda_init or 1/2.
+    """Give a differential module noise heads that start as their groups' first signal heads, and
+    lambda at lambda_init or 1/2.
 
-    For ``norm_heads_dim`` see :class:`motifarch.integrations.families.Family`.
+    Args:
+        module: its query projection gives H heads.
+        options: of the patch.
+        signal_heads: H.
+        query: name of the query projection.
+        norm_heads_dim: see :class:`motifarch.integrations.families.Forward`.
+        backend: of motif_kernels.
     """
     module.signal_heads, module.noise_heads = signal_heads, signal_heads // options.ratio
     module.backend, module.out_scale = backend, 1.0
-    new = {"device": module.q_proj.weight.device, "dtype": module.q_proj.weight.dtype}
-    hidden_size = module.q_proj.in_features
-    module.q_proj = _with_noise_rows(module.q_proj, signal_heads, options.ratio)
+    projection = getattr(module, query)
+    new = {"device": projection.weight.device, "dtype": projection.weight.dtype}
+    hidden_size, head_dim = projection.in_features, projection.out_features // signal_heads
+    setattr(module, query, _with_noise_rows(projection, signal_heads, options.ratio))
     if norm_heads_dim is not None:
-        module.q_norm = QueryNorm(module.q_norm, heads_dim=norm_heads_dim, signal_heads=signal_heads)
+        norm = {"heads_dim": norm_heads_dim, "signal_heads": signal_heads, "group": options.ratio}
+        module.q_norm = QueryNorm(module.q_norm, **norm)
     module.lambda_vectors = module.lambda_proj = None
     if options.attention == "diff_v2":
         module.lambda_proj = nn.Linear(hidden_size, signal_heads, bias=False, **new)
@@ -166,9 +200,9 @@ def add_noise_heads(
         # Lambda starts at 1/2, and A - A/2 would be half of what o_proj was trained on.
         module.out_scale = 1.0 if options.sub_norm else 2.0
     else:
-        module.lambda_vectors = ScalarLambda(module.head_dim, lambda_init=options.lambda_init, **new)
+        module.lambda_vectors = ScalarLambda(head_dim, lambda_init=options.lambda_init, **new)
         module.out_scale = 1.0 - options.lambda_init if options.sub_norm else 1.0
-    module.subln = SubNorm(module.head_dim, eps=1e-5, **new) if options.sub_norm else None
+    module.subln = SubNorm(head_dim, eps=1e-5, **new) if options.sub_norm else None
 
 
 def _with_noise_rows(query: nn.Linear, signal_heads: int, group: int) -> nn.Linear:
@@ -179,13 +213,3 @@ def _with_noise_rows(query: nn.Linear, signal_heads: int, group: int) -> nn.Line
         return torch.cat((heads, heads[::group])).flatten(0, 1)
 
     return linear_of(query, grown)
-
-
-def linear_of(source: nn.Linear, change: Any) -> nn.Linear:
-    """A linear layer whose weight and bias are another's, changed in their rows."""
-    weight = change(source.weight)
-    result = nn.Linear(source.in_features, len(weight), bias=source.bias is not None, device="meta")
-    result.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
-    if source.bias is not None:
-        result.bias = nn.Parameter(change(source.bias), requires_grad=source.bias.requires_grad)
-    return result.train(source.training)

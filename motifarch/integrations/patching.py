@@ -7,8 +7,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from motif_kernels.dispatch import BACKENDS
 from motifarch.integrations.configuration import PatchOptions
-from motifarch.integrations.families import FAMILIES
-from motifarch.integrations.modules import check_attention, check_feed_forward, find_modules, patch_modules
+from motifarch.integrations.modules import (
+    check_attention,
+    check_feed_forward,
+    check_forwards,
+    find_modules,
+    patch_modules,
+)
 from motifarch.integrations.report import PatchReport
 from motifarch.integrations.saving import PatchedModelMixin, as_patched
 
@@ -42,9 +47,13 @@ def patch(
     lambda starts at 1/2 and the difference is doubled: the same function for ratio 1, not
     otherwise.
 
+    Attention modules are known by their projections, whatever their family. One of each kind is run
+    on random tokens before anything changes, and must be the same function when it is patched:
+    what it does besides (sinks, a gate) is refused by name.
+
     Args:
-        model: of a family in :data:`motifarch.integrations.families.FAMILIES`; on any device, the
-            meta device too.
+        model: on any device; on the meta device, where nothing can be run, of a family in
+            :data:`motifarch.integrations.families.FAMILIES`.
         attention: "gda" (one lambda a layer, arXiv 2510.06949), "diff_v2" (a lambda for each token
             and head), or None to leave attention alone.
         ratio: signal heads a noise head. It divides H, and H / ratio must be a multiple of the
@@ -65,7 +74,7 @@ def patch(
 
     Raises:
         TypeError: model is no transformers model.
-        ValueError: a family, module, option or ratio that does not fit; the model is as it was.
+        ValueError: a module, option or ratio that does not fit; the model is as it was.
     """
     given = {"attention": attention, "feed_forward": feed_forward, "experts": experts, "backend": backend}
     for name, value in given.items():
@@ -84,14 +93,14 @@ def patch(
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is quantized; load it without quantization, patch it, then quantize")
     host = model.config.model_type
-    if host not in FAMILIES:
-        raise ValueError(f"models of type {host!r} cannot be patched; those of {', '.join(FAMILIES)} can")
     options = PatchOptions(attention, ratio, feed_forward, sub_norm, float(lambda_init), experts)
-    modules = find_modules(model, FAMILIES[host], options)
-    kv_heads = check_attention(modules["attention"], FAMILIES[host], ratio, merge_kv=merge_kv)
-    check_feed_forward(modules, options)
-    as_patched(model, {"host": host, **asdict(options)})
-    reports = patch_modules(model, FAMILIES[host], modules, options, kv_heads, backend)
+    modules = find_modules(model, options)
+    kv_heads = check_attention(modules["attention"], ratio, merge_kv=merge_kv)
+    check_feed_forward(model, modules, options)
+    forwards = check_forwards(model, modules["attention"], kv_heads) if attention else {}
+    record = {"host": host, **asdict(options), "forwards": {name: asdict(f) for name, f in forwards.items()}}
+    as_patched(model, record)
+    reports = patch_modules(model, modules, options, kv_heads, forwards, backend)
     done = [f"attention {attention} {ratio}:1"] if attention else []
     done += ["feed-forward polynorm"] if feed_forward else []
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}

@@ -99,8 +99,10 @@ def register(host: Any) -> type[PreTrainedConfig]:
     config = patched_config_class(host)
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None)
-        if isinstance(auto, type) and mapping is not None and host in mapping and isinstance(mapping[host], type):
-            auto.register(config, patched_model_class(mapping[host]), exist_ok=True)  # type: ignore[attr-defined]
+        found = mapping[host] if isinstance(auto, type) and mapping is not None and host in mapping else None
+        # A head may be of a model type of its own, such as Qwen2's for decisions.
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is host:
+            auto.register(config, patched_model_class(found), exist_ok=True)
     return config
 
 
@@ -134,12 +136,15 @@ def as_patched(model: PreTrainedModel, record: dict[str, Any]) -> None:
     other models may have been made from the one that it had.
     """
     given: Any = model.config
-    config = derive(copy.deepcopy(given), register(type(given)))
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(vars(m).get("config"), PreTrainedConfig)}
+    memo: dict[int, Any] = {}
+    own = {held: copy.deepcopy(config, memo) for held, config in configs.items()}
+    own[id(given)] = config = derive(own[id(given)], register(type(given)))
     vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
     setattr(config, PATCH, record)
     for module in model.modules():
-        if vars(module).get("config") is given:
-            module.config = config
+        if id(vars(module).get("config")) in own:
+            module.config = own[id(vars(module)["config"])]
     model.__class__ = patched_model_class(type(model))
     # The patched model saves the names that it has, not those of the host's checkpoint.
     model._weight_conversions = None  # type: ignore[assignment]

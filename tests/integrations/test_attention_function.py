@@ -229,7 +229,7 @@ def test_what_a_models_own_attention_computes_with_is_not_dropped() -> None:
             model(input_ids=ids, **{name: torch.zeros(8)})
     known = {"num_items_in_batch": 4, "s_aux": None, "output_attentions": False, "cu_seq_lens_k": None}
     torch.testing.assert_close(model(input_ids=ids, **known).logits, model(input_ids=ids).logits)
-    with pytest.raises(ValueError, match="is_causal is False"):
+    with pytest.raises(ValueError, match="is causal, but LlamaAttention is not"):
         model(input_ids=ids, is_causal=False)
     bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
     with pytest.raises(ValueError, match="cu_seq_lens_k is"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from helpers.host_models import EXPERTS, HEADS, RATIOS, host_model, moved, token_ids
+from helpers.host_models import EXPERTS, HEADS, QUICK, RATIOS, host_model, moved, token_ids
 from helpers.module_calls import Run, assert_hooks_take_effect, owners
 from motifarch.integrations import patch
 from motifarch.integrations.attention_function import add_lambdas
@@ -32,7 +32,10 @@ def everything(model: Any) -> Run:
 
 # Without routed experts: hosts read their routers' weights themselves.
 @pytest.mark.parametrize(
-    ("family", "attention"), [(f, "gda") for f in HEADS if f not in EXPERTS] + [("qwen3", "diff_v2")]
+    ("family", "attention"),
+    [(f, "gda") for f in QUICK if f not in EXPERTS]
+    + [pytest.param(f, "gda", marks=pytest.mark.slow) for f in HEADS if f not in {*QUICK, *EXPERTS}]
+    + [("qwen3", "diff_v2")],
 )
 def test_every_module_of_a_patched_model_is_called(family: str, attention: str) -> None:
     model = host_model(family)

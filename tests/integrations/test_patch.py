@@ -12,14 +12,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
     DynamicCache,
+    GPT2Config,
+    GPT2Model,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
     StaticCache,
+    T5Config,
+    T5EncoderModel,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from helpers.host_models import host_model, left_padded, moved, token_ids
 from helpers.plain_attention import plain_diff_attention, rms_norm
@@ -243,6 +251,39 @@ def test_merged_heads_are_the_means_of_neighbours() -> None:
     assert cache.layers[0].keys.shape == (2, 1, 12, 8)
 
 
+def test_a_family_that_no_table_names_is_patched_by_its_shape() -> None:
+    """Known by its projections; one line each, whatever the number of layers."""
+
+    class OwnAttention(LlamaAttention):
+        """Another class, of which nothing is written down."""
+
+    host, model = host_model("llama"), host_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    model.config.model_type = "of_our_own"
+    report = patch(model, ratio=4)
+    assert report.exact
+    assert str(report).count("self_attn") == 1
+    ids = token_ids(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, host(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_that_does_more_than_it_shows_is_refused() -> None:
+    class Doubling(LlamaAttention):
+        def forward(self, *arguments: Any, **options: Any) -> Any:
+            out, maps = super().forward(*arguments, **options)
+            return out * self.q_proj.out_features, maps
+
+    model = host_model("llama")
+    model.model.layers[1].self_attn.__class__ = Doubling
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_json_string()
+    with pytest.raises(ValueError, match=r"layers.1.self_attn \(Doubling\) would be another function: .* differs by"):
+        patch(model)
+    model.model.layers[1].self_attn.__class__ = LlamaAttention
+    _untouched(model, before, config)
+
+
 def test_merging_is_not_done_where_the_ratio_fits() -> None:
     report = patch(host_model("llama"), ratio=4, merge_kv=True)
     assert report.exact
@@ -264,7 +305,7 @@ def test_the_report_says_what_was_kept_added_and_lost() -> None:
     assert by_name["model.layers.1.mlp.experts"].added == []
     assert not report.exact
     text = str(report)
-    for words in ("does not start as the same function", "model.layers.1.self_attn", "kv_b_proj", "act_fn.weight"):
+    for words in ("does not start as the same function", "model.layers.*.self_attn x 2", "kv_b_proj", "act_fn.weight"):
         assert words in text
 
 
@@ -310,9 +351,19 @@ def test_options_that_do_not_fit_are_refused(family: str, options: dict[str, Any
 def test_models_that_cannot_be_patched_are_refused() -> None:
     with pytest.raises(TypeError, match="Linear is no transformers model"):
         patch(nn.Linear(2, 2))  # type: ignore[arg-type]
-    bert = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(ValueError, match=r"'bert' cannot be patched; those of llama, qwen3, .*hyperclovax can"):
-        patch(bert)
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="GPT2Model has no attention that can be patched"):
+        patch(GPT2Model(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2)))
+    with pytest.raises(ValueError, match=r"SelfAttention is a T5Attention, whose projections \(q, k, v, o\)"):
+        patch(T5EncoderModel(T5Config(vocab_size=9, d_model=8, d_kv=4, num_layers=1, num_heads=2)))
+    many = sizes | {"intermediate_size": 8, "num_key_value_heads": 1, "head_dim": 4}
+    with pytest.raises(ValueError, match=r"layers.0.self_attn, a GptOssAttention, attends with sinks"):
+        patch(GptOssForCausalLM(GptOssConfig(**many, num_local_experts=2, num_experts_per_tok=1)), ratio=2)
+    gated = many | {"layer_types": ["full_attention"], "num_experts": 2, "moe_intermediate_size": 8}
+    with pytest.raises(ValueError, match=r"layers.0.self_attn \(Qwen3NextAttention\)"):
+        patch(Qwen3NextForCausalLM(Qwen3NextConfig(**gated)), ratio=2)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"on the meta device, .*'stablelm'"):
+        patch(StableLmForCausalLM(StableLmConfig(**sizes, intermediate_size=8, num_key_value_heads=1)), ratio=1)
     model = host_model("llama")
     patch(model)
     with pytest.raises(ValueError, match="patched already"):
@@ -323,8 +374,6 @@ def test_modules_that_cannot_be_patched_are_refused() -> None:
     dropout = host_model("llama", attention_dropout=0.1)
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn has attention dropout 0.1"):
         patch(dropout)
-    with pytest.raises(ValueError, match="not causal"):
-        patch(host_model("gemma2", use_bidirectional_attention=True), ratio=2)
     wrapped = host_model("llama")
     wrapped.model.layers[1].self_attn.q_proj = nn.Sequential(wrapped.model.layers[1].self_attn.q_proj)
     wrapped.model.layers[1].self_attn.q_proj.out_features = 64

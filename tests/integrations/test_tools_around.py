@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
 from helpers.host_models import EXPERTS, HEADS, RATIOS, host_config, host_model, moved, token_ids
 from motifarch.integrations import load_patched, patch
 
-# One of each kind: plain, with norms of queries, latent with experts.
-FEW = ("llama", "qwen3", "axk1")
+# One of each kind: plain, with norms of queries, latent with experts, of one projection.
+FEW = ("llama", "qwen3", "axk1", "phi3")
 FAMILIES = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in HEADS]
 
 

@@ -1,15 +1,15 @@
-"""Grouped differential attention in a Llama: patch, train a few steps, save, load.
+"""Grouped differential attention in a Qwen3: patch, train a few steps, save, load.
 
-    python examples/patch_llama.py [FOLDER]
+    python examples/patch_qwen3.py [FOLDER]
 
-Without FOLDER, a small Llama with random weights stands in for a pretrained one.
+Without FOLDER, a small Qwen3 with random weights stands in for a pretrained one.
 """
 
 import sys
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from motifarch.integrations import patch
 
@@ -17,13 +17,14 @@ torch.manual_seed(0)
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
 else:
-    config = LlamaConfig(
+    config = Qwen3Config(
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
+        head_dim=16,
     )
     model = AutoModelForCausalLM.from_config(config)
 
