@@ -244,7 +244,8 @@ def patch_modules(
         reports.append(report)
     if modules["attention"]:
         for config in part_configs(model):
-            if hasattr(config, "num_key_value_heads"):
+            # Whisper's is another name for the number of all heads.
+            if hasattr(config, "num_key_value_heads") and "num_key_value_heads" not in config.attribute_map:
                 config.num_key_value_heads = next(iter(kv_heads.values()))[1]
             config._attn_implementation = IMPLEMENTATION
         others = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]

@@ -123,6 +123,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 0.8},
     "cohere2": {**_WINDOWS, "logit_scale": 1.0},
     "seed_oss": {"attention_bias": True},
+    "arcee": {"hidden_size": 60},
     "axk2": {**_LATENT, "index_topk": 64, "index_head_dim": 8, "index_n_heads": 2},
     "deepseek_v3": _LATENT,
 }
