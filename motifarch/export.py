@@ -16,6 +16,7 @@ from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_
 from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import load_trained_model, read_about
 
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,16 +27,19 @@ def export(
     dtype: str = "float32",
     tokenizer: str | None = None,
     with_code: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer, run's record.
 
     Args:
         source: a run's output folder (its newest complete checkpoint is taken) or a checkpoint's.
-        output: where to write; default ``export`` in the run's folder. An earlier export there is
-            replaced once the new one is whole.
+        output: where to write; default ``export`` (``adapter``) in the run's folder. An earlier one
+            there is replaced once the new one is whole.
         dtype: "float32", as trained, or "bfloat16".
         tokenizer: a tokenizer folder; default that of the run's data.
         with_code: write the model code too, so that the folder loads without motifarch.
+        adapter: write the adapters that the run trained alone, as peft does, for the model of
+            ``run.init_from``; otherwise they become part of the weights.
 
     Returns:
         The folder written.
@@ -46,11 +50,17 @@ def export(
     """
     run, checkpoint = _resolve(source)
     about = read_about(checkpoint)
-    output = output or run / "export"
-    if output.exists() and not (output / "config.json").is_file():
+    if adapter and with_code:
+        raise UserError("--adapter and --with-code: adapters come without a model's code; leave one of them out")
+    if adapter and not about.get("lora"):
+        raise UserError(f"--adapter: {checkpoint} holds no adapters, its run trained all weights; leave --adapter out")
+    output = output or run / ("adapter" if adapter else "export")
+    if output.exists() and not (output / (ADAPTER_CONFIG if adapter else "config.json")).is_file():
         raise UserError(f"{output} exists and is no exported model; give another --output")
     saved_tokenizer = _load_tokenizer(tokenizer, about)
-    model = load_trained_model(checkpoint)
+    model = load_trained_model(checkpoint, merge=not adapter)
+    if adapter:
+        model.peft_config["default"].base_model_name_or_path = about["init_from"]
     model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]  # transformers hides its signature
     eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)

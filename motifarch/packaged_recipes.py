@@ -44,11 +44,10 @@ def locate(given: str) -> Path:
     """
     path = Path(given)
     try:
-        if path.exists() or path.suffix:
+        if path.exists() or (path.suffix and given not in names()):
             return path
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise UserError(f"there is no file {given}: {error.strerror}; give the path of a YAML file") from None
-    packaged = FOLDER / f"{given}.yaml"
-    if not packaged.is_file():
-        raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(names())}")
-    return packaged
+    if given in names():
+        return FOLDER / f"{given}.yaml"
+    raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(names())}")

@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples=[
             "motifarch export runs/tiny_cpu",
             "motifarch export runs/tiny_cpu --output model --dtype bfloat16 --with-code",
+            "motifarch export runs/sft_tiny_cpu_lora --adapter",
         ],
     )
     parser.add_argument(
@@ -31,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
     parser.add_argument(
         "--tokenizer", type=option(FilePath), help="a tokenizer folder (default: that of the run's data)"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a LoRA run: write the adapters alone, as a folder of peft's (default: RUN/adapter); without it they "
+        "become part of the weights",
     )
     parser.add_argument(
         "--with-code",
@@ -52,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=arguments.dtype or "float32",
         tokenizer=arguments.tokenizer,
         with_code=arguments.with_code,
+        adapter=arguments.adapter,
     )
+    if arguments.adapter:
+        print(f"adapters exported to {folder}: peft.PeftModel.from_pretrained(model, FOLDER) adds them to their model")
+        return 0
     with_what = "with trust_remote_code=True" if arguments.with_code else "after `import motifarch.models`"
     print(f"exported to {folder}: AutoModelForCausalLM.from_pretrained loads it {with_what}")
     return 0

@@ -43,7 +43,7 @@ def block_tables(blocks: Iterable[Block], seq_len: int) -> Iterator[pa.Table]:
     for gathered in gather(blocks, lambda _: seq_len, _TOKENS_PER_TABLE):
         tokens = pa.array(np.concatenate([block.input_ids for block in gathered]))
         sums = [
-            block_checksum(row, *(np.ascontiguousarray(part, dtype="<i4").tobytes() for part in block))
+            block_checksum(row, *(np.ascontiguousarray(part, dtype="<i4").tobytes() for part in block[:2]))
             for row, block in enumerate(gathered, start=rows)
         ]
         rows += len(gathered)

@@ -24,7 +24,7 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
 
         - input_ids: int64 (1, T);
         - shift_labels: int64 (1, T), the target of each position; -100 at a document's last token,
-          which has none;
+          which has none, and where a loss mask says so;
         - position_ids: int64 (1, T), counted from 0 in each document;
         - cu_seq_lens_q, cu_seq_lens_k: int32 (documents + 1,), the documents' borders, from 0 to T;
         - max_length_q, max_length_k: int, the longest document.
@@ -35,6 +35,8 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
     for row, block in enumerate(blocks):
         ends = np.cumsum(block.doc_lengths[:-1])
         labels[row, ends - 1] = IGNORE_INDEX
+        if block.loss_mask is not None:
+            labels[row, ~block.loss_mask[1:]] = IGNORE_INDEX
         shortened = block.doc_lengths.astype(np.int64)
         shortened[-1] -= 1
         lengths.append(shortened if shortened[-1] else shortened[:-1])

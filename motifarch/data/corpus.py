@@ -33,8 +33,8 @@ _HASH_RANGE = 2**64
 # Conjoining letters of a Korean syllable: the first consonant, then the vowel.
 _JAMO = re.compile("[\u1100-\u115f\ua960-\ua97c][\u1160-\u11a7]")
 
-_Row = tuple[str, str, bool, int]
-"""name, text, is_chat, split_hash"""
+_Row = tuple[str, str, bool, str, int]
+"""name, text, is_chat, messages, split_hash"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Corpus:
     """The documents, read."""
 
     rows: datasets.Dataset
-    """name, text, is_chat, split_hash"""
+    """name, text, is_chat, messages (JSON; empty where no loss mask is made), split_hash"""
     content_hash: str
     last_validation_hash: int
     """Documents with a split_hash up to this one are for validation."""
@@ -88,7 +88,8 @@ def read_corpus(
         nonlocal low, high, longest
         for source in sources:
             accepted = 0
-            for found in _of_bounded_length(source.documents(options or ReadOptions(settings.text_field))):
+            documents = source.documents(options or ReadOptions(settings.field))
+            for found in _of_bounded_length(documents, settings.messages):
                 if isinstance(found, Noticed):
                     noticed.add(found.name, found.what)
                     continue
@@ -108,7 +109,8 @@ def read_corpus(
                 split_hash = int.from_bytes(digest, "little")
                 low, high = min(low, split_hash), max(high, split_hash)
                 longest = max(longest, len(found.text))
-                yield found.name, found.text, found.is_chat, split_hash
+                messages = found.messages if settings.messages else ""
+                yield found.name, found.text, found.is_chat, messages, split_hash
                 accepted += 1
                 if accepted == settings.max_documents:
                     break
@@ -125,6 +127,10 @@ def read_corpus(
         raise UserError(
             f"all {len(rows)} documents hold the same text, and training and validation need one each: give others"
         )
+    if settings.messages:
+        raise UserError(
+            f"there is one conversation, {rows[0]['name']}, and training and validation need one each: give more"
+        )
     name, text, is_chat = (rows[0][column] for column in ("name", "text", "is_chat"))
     begin, end = _divide(text, settings.validation_fraction)
     if not begin.strip() or not end.strip():
@@ -134,13 +140,20 @@ def read_corpus(
         )
     share = f"the last {len(end):,} of {len(text):,} characters"
     noticed.add(name, "only document, whose end is for validation", share)
-    divided: list[_Row] = [(name, begin, is_chat, 1), (name, end, is_chat, 0)]
+    divided: list[_Row] = [(name, begin, is_chat, "", 1), (name, end, is_chat, "", 0)]
     return Corpus(_write(scratch / "divided.arrow", divided), content.hexdigest(), 0, longest)
 
 
-def _of_bounded_length(found: Iterable[Found]) -> Iterator[Found]:
-    """Cut records that are too long, as readers cut files."""
+def _of_bounded_length(found: Iterable[Found], messages: bool) -> Iterator[Found]:
+    """Cut records that are too long, as readers cut files; of ``messages`` none can be cut, and all
+    else is left out.
+    """
     for one in found:
+        if messages and isinstance(one, Document):
+            if not one.is_chat:
+                one = Skipped(one.name, "no conversation", detail="give records with messages")
+            elif len(one.text) > LONGEST:
+                one = Skipped(one.name, f"longer than {LONGEST:,} characters")
         pieces: Iterable[Found] = [one]
         if isinstance(one, Document) and len(one.text) > LONGEST:
             pieces = parts(one.name, [one.text], is_chat=one.is_chat)
@@ -173,7 +186,8 @@ def _divide(text: str, fraction: float) -> tuple[str, str]:
 
 
 def _write(path: Path, documents: Iterable[_Row]) -> datasets.Dataset:
-    kinds = {"name": "string", "text": "large_string", "is_chat": "bool", "split_hash": "uint64"}
+    kinds = {"name": "string", "text": "large_string", "is_chat": "bool", "messages": "large_string"}
+    kinds |= {"split_hash": "uint64"}
     features = datasets.Features({column: datasets.Value(kind) for column, kind in kinds.items()})
     return write_tables(path, _document_tables(documents), features)
 
@@ -181,12 +195,13 @@ def _write(path: Path, documents: Iterable[_Row]) -> datasets.Dataset:
 def _document_tables(documents: Iterable[_Row]) -> Iterator[pa.Table]:
     # Each document counts for some characters more than it has: of small ones a table holds 1024.
     for gathered in gather(documents, lambda document: len(document[1]) + 2**14, 2**24):
-        names, texts, chats, hashes = zip(*gathered, strict=True)
+        names, texts, chats, messages, hashes = zip(*gathered, strict=True)
         yield pa.table(
             {
                 "name": pa.array(names),
                 "text": pa.array(texts, pa.large_string()),
                 "is_chat": pa.array(chats),
+                "messages": pa.array(messages, pa.large_string()),
                 "split_hash": pa.array(hashes, pa.uint64()),
             }
         )

@@ -1,5 +1,6 @@
 """A document, or the reason why there is none: what every source yields."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,8 @@ class Document:
     """Number of the part, from 1, of a document that was cut."""
     is_chat: bool = False
     """Whether a chat template wrote it, and with it the special tokens in it."""
+    messages: str = field(default="", compare=False)
+    """As JSON, what the chat template wrote it of."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,14 @@ def _conversation(name: str, messages: list[dict[str, Any]], options: ReadOption
         return Skipped(name, "messages without a chat template", detail="give a --tokenizer that has one")
     try:
         # Tables give every message all fields, and null where it has none.
-        text = options.chat_text([{k: v for k, v in message.items() if v is not None} for message in messages])
+        messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        text = options.chat_text(messages)
     except Exception as error:  # a template is a program of its own, and raises what it likes
         return Skipped(name, "not taken by the chat template", detail=first_line(error)[:80])
     found = document(name, text)
-    return Document(name, text, is_chat=True) if isinstance(found, Document) else found
+    if not isinstance(found, Document):
+        return found
+    return Document(name, text, is_chat=True, messages=json.dumps(messages, default=str))
 
 
 def parts(name: str, pieces: Iterable[str], *, is_chat: bool = False) -> Iterator[Document | Skipped]:

@@ -40,7 +40,7 @@ class HubSource:
         field = options.text_field
         if rows.column_names is not None:
             root = field if field in rows.column_names else field.partition(".")[0]
-            columns = [name for name in (root, "messages") if name in rows.column_names]
+            columns = [name for name in dict.fromkeys((root, "messages")) if name in rows.column_names]
             if not columns:
                 raise UserError(
                     f"--source {self.spec} has no field {field!r}: "

@@ -14,6 +14,8 @@ FILE_NAME = "data.json"
 FORMAT = "motifarch packed data"
 FORMAT_VERSION = 2
 """Of what is written. Version 1, whose rows and record had no checksums, is read too."""
+MASKED_VERSION = 3
+"""Of data with a loss mask, which a reader of version 2 must not take for tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,21 @@ class DataShape:
 
 @dataclass
 class SplitCounts:
-    """Sizes of one split. Tokens count each document's end-of-text token."""
+    """Sizes of one split. Tokens count each document's end-of-text token, but no padding."""
 
     documents: int
     tokens: int
     blocks: int
     dropped_tokens: int
-    """Tokens of the last, partial block, which is left out."""
+    """Tokens of the last, partial block, which is left out, or of conversations past its length."""
     bytes: int | None = None
-    """UTF-8 bytes of the documents' text; None in data prepared before it was counted."""
+    """UTF-8 bytes of the documents' text; None in data prepared before it was counted, or with a
+    loss mask.
+    """
+    trained_tokens: int | None = None
+    """Targets that the loss mask leaves; None without one."""
+    padding_tokens: int = 0
+    """What fills blocks of whole conversations up."""
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -72,6 +80,10 @@ class Manifest:
     """What else to know of the text and its tokens."""
     checksums: bool = True
     """Whether each row carries a checksum."""
+    loss_mask: bool = False
+    """Whether tokens are stored with one (see `motifarch.data.loss_mask`)."""
+    truncated: dict[str, Any] = field(default_factory=dict)
+    """How many conversations were cut to a block's length, with the names of the first ones."""
 
     def shape(self, folder: str | Path) -> DataShape:
         """What a model has to know of the data in a folder."""
@@ -94,13 +106,15 @@ class Manifest:
             version = _version(read_json(path))
             if version is None:
                 raise UserError(f"{path} is not a record of prepared data: {remedy}")
-            if version not in (1, FORMAT_VERSION):
+            if version not in (1, FORMAT_VERSION, MASKED_VERSION):
                 raise UserError(
-                    f"{path} has format version {version}, this motifarch reads version {FORMAT_VERSION}: "
+                    f"{path} has format version {version}, this motifarch reads versions 1 to {MASKED_VERSION}: "
                     "prepare the data again with this version"
                 )
             content = read_sealed_json(path, unsealed=("format_version", 1))
             manifest = _READER.validate_json(json.dumps({"checksums": version > 1} | content), strict=True)
+            if manifest.loss_mask != (version == MASKED_VERSION):
+                raise ValueError(f"loss_mask is {manifest.loss_mask} in version {version}")
             if manifest.seq_len < 1 or not 0 <= manifest.eos_token_id < manifest.vocab_size:
                 raise ValueError("seq_len, vocab_size or eos_token_id is out of range")
         except ValueError as error:
@@ -111,7 +125,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``data.json`` into ``folder``, with a hash of its own content."""
-        write_sealed_json(folder / FILE_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        version = MASKED_VERSION if self.loss_mask else FORMAT_VERSION
+        write_sealed_json(folder / FILE_NAME, {"format": FORMAT, "format_version": version, **asdict(self)})
 
 
 _READER = TypeAdapter(Manifest)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from motifarch.data.block_files import BlockFiles
+from motifarch.data.loss_mask import split_mask
 from motifarch.data.manifest import Manifest
 from motifarch.errors import UserError, first_line
 
@@ -20,6 +21,8 @@ class Block(NamedTuple):
     """int32 [seq_len + 1]; a block's last token is the next one's first."""
     doc_lengths: np.ndarray
     """int32 [documents], summing to seq_len + 1; a document cut by the border counts twice."""
+    loss_mask: np.ndarray | None = None
+    """bool [seq_len + 1], whether each token is trained where it is a target; None: all are."""
 
 
 def block_checksum(index: int, input_ids: bytes, doc_lengths: bytes) -> int:
@@ -41,6 +44,7 @@ class PackedDataset:
         self.vocab_size = manifest.vocab_size
         self.eos_token_id = manifest.eos_token_id
         self.shape = manifest.shape(folder)
+        self.has_loss_mask = manifest.loss_mask
         self.fingerprint = manifest.fingerprint
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
         self.bytes_per_token = manifest.splits[split].bytes_per_token
@@ -98,6 +102,9 @@ class PackedDataset:
                 f"{where} holds documents of {block.doc_lengths.sum()} tokens in all, expected {self.seq_len + 1}: "
                 f"{remedy}"
             )
+        if self.has_loss_mask:
+            input_ids, loss_mask = split_mask(block.input_ids)
+            block = Block(input_ids, block.doc_lengths, loss_mask)
         if block.input_ids.min() < 0 or block.input_ids.max() >= self.vocab_size:
             wrong = block.input_ids[(block.input_ids < 0) | (block.input_ids >= self.vocab_size)][0]
             raise UserError(f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: {remedy}")

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from motifarch.data import manifest as manifest_file
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
+from motifarch.data.conversations import Fitter, check_marks, set_chat_template
 from motifarch.data.corpus import Corpus, read_corpus, shuffled
 from motifarch.data.documents import ReadOptions, Tally
 from motifarch.data.find_files import file_state, files_below
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
-from motifarch.data.packing import BlockPacker
+from motifarch.data.packing import BlockPacker, DocumentPacker
 from motifarch.data.progress import bar
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, each_file_once, parse_source
@@ -64,6 +66,9 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
     inputs = [source.state() for source in sources]
     if settings.tokenizer is not None and (path := Path(settings.tokenizer)).exists():
         inputs.append({"name": f"--tokenizer {settings.tokenizer}", **file_state(files_below(path))})
+    if settings.chat_template is not None:
+        template = Path(settings.chat_template)
+        inputs.append({"name": f"--chat-template {template}", **file_state(files_below(template))})
     if found := _already_prepared(settings, inputs):
         return found
     with claim_folder(output, report):
@@ -108,14 +113,17 @@ def _make(
     scratch.mkdir()
     stage = partial(_stage, report)
     given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+    if given and settings.chat_template is not None:
+        set_chat_template(given, Path(settings.chat_template))
+    template = check_marks(given) if given and settings.messages else None
 
     with stage("reading") as note:
-        skipped, noticed = Tally(), Tally()
+        skipped, noticed, truncated = Tally(), Tally(), Tally()
         options = ReadOptions(
-            settings.text_field, settings.encoding, settings.document_separator, given and chat_text(given)
+            settings.field, settings.encoding, settings.document_separator, given and chat_text(given)
         )
         corpus = read_corpus(scratch, settings, sources, skipped=skipped, noticed=noticed, options=options)
-        note(f"{len(corpus.rows):,} documents")
+        note(f"{len(corpus.rows):,} {'conversations' if settings.messages else 'documents'}")
     if skipped.counts:
         report(f"skipped {skipped.counts.total():,} documents: {skipped.summary()}")
 
@@ -132,10 +140,17 @@ def _make(
         tokenised = tokenise(scratch, corpus, tokenizer, settings.num_proc)
         note(f"{settings.num_proc} processes" if settings.num_proc > 1 else "1 process")
     splits = {}
+    eos, said = (tokenizer.eos_token, tokenizer.eos_token_id), skipped.counts.total()
     for split in ("train", "validation"):
         with stage(f"packing {split}") as note:
-            splits[split] = _pack(scratch, folder / split, tokenised, corpus, settings)
+            fitter = Fitter(settings.seq_len, eos, skipped, truncated, noticed, settings.strict) if template else None
+            splits[split] = _pack(scratch, folder / split, tokenised, corpus, settings, fitter)
             note(f"{splits[split].tokens:,} tokens, {splits[split].blocks:,} blocks of {settings.seq_len}")
+    if skipped.counts.total() > said:
+        report(f"skipped {skipped.counts.total():,} documents in all: {skipped.summary()}")
+    if truncated.counts:
+        dropped = sum(counts.dropped_tokens for counts in splits.values())
+        report(f"truncated {truncated.counts.total():,} conversations: {truncated.summary()}; {dropped:,} tokens lost")
     notes = [*noticed.lines(), *describe_tokens(corpus.rows, tokenised, tokenizer)]
     shutil.rmtree(scratch)
 
@@ -149,6 +164,8 @@ def _make(
     )
     if (begin := begin_tokens(tokenizer)) or settings.special_tokens != "text":
         decides += (begin, settings.special_tokens)
+    if template is not None:
+        decides += ("messages", template)
     result = Manifest(
         seq_len=settings.seq_len,
         vocab_size=vocabulary_size(tokenizer),
@@ -161,22 +178,38 @@ def _make(
         skipped=skipped.as_dict(),
         versions={name: version(name) for name in ("motifarch", "datasets", "tokenizers", "transformers", "pyarrow")},
         notes=notes,
+        loss_mask=template is not None,
+        truncated=truncated.as_dict(),
     )
     result.write(folder)
     return result
 
 
 def _pack(
-    scratch: Path, folder: Path, tokenised: datasets.Dataset, corpus: Corpus, settings: PrepareSettings
+    scratch: Path,
+    folder: Path,
+    tokenised: datasets.Dataset,
+    corpus: Corpus,
+    settings: PrepareSettings,
+    fitter: Fitter | None,
 ) -> SplitCounts:
+    """Pack a split: a stream of documents, or with a fitter whole conversations."""
     split, seq_len = folder.name, settings.seq_len
-    packer = BlockPacker(seq_len)
+    packer: BlockPacker | DocumentPacker = BlockPacker(seq_len)
+    if fitter:
+        packer = DocumentPacker(seq_len, padding=~fitter.eos_token[1])
+
+    def documents() -> Iterator[tuple[str, np.ndarray]]:
+        columns = (shuffled(corpus.rows, settings.seed, "name"), shuffled(tokenised, settings.seed, "input_ids"))
+        rows = zip(*columns, strict=True)
+        for (name, _), (tokens, split_hash) in bar(rows, f"packing {split}", total=len(tokenised)):
+            if corpus.split_of(split_hash) == split:
+                yield name.as_py(), tokens.values.to_numpy()
 
     def blocks() -> Iterator[Block]:
-        documents = shuffled(tokenised, settings.seed, "input_ids")
-        for tokens, split_hash in bar(documents, f"packing {split}", total=len(tokenised)):
-            if corpus.split_of(split_hash) == split:
-                yield from packer.add(tokens.values.to_numpy())
+        for tokens in fitter.fit(documents()) if fitter else (tokens for _, tokens in documents()):
+            yield from packer.add(tokens)
+        yield from packer.finish()
 
     rows = write_tables(scratch / f"{split}.arrow", block_tables(blocks(), seq_len), block_features(seq_len))
     if not packer.blocks:
@@ -185,9 +218,13 @@ def _pack(
             f"{seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
     rows.save_to_disk(str(folder), max_shard_size="1GB")
-    return SplitCounts(
-        packer.documents, packer.tokens, packer.blocks, packer.leftover, _bytes_of(tokenised, corpus, split)
-    )
+    counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
+    if fitter:
+        counts.dropped_tokens, counts.trained_tokens = fitter.dropped_tokens, fitter.trained_tokens
+        counts.padding_tokens = packer.padding_tokens
+    else:  # a part of the tokens has no bytes of its own
+        counts.bytes = _bytes_of(tokenised, corpus, split)
+    return counts
 
 
 def _bytes_of(tokenised: datasets.Dataset, corpus: Corpus, split: str) -> int:

@@ -26,7 +26,8 @@ examples:
   motifarch data prepare --source stdlib --output data/stdlib
   motifarch data prepare --source 'files:corpus/**/*.{txt,md}' --source files:more.jsonl.gz --output data/mine
   motifarch data prepare --source hf:roneneldan/TinyStories --streaming --max-documents 100000 \\
-      --tokenizer openai-community/gpt2 --seq-len 1024 --output data/stories"""
+      --tokenizer openai-community/gpt2 --seq-len 1024 --output data/stories
+  motifarch data prepare --messages --source files:chats.jsonl --tokenizer MODEL --seq-len 4096 --output data/chats"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +56,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="field that holds a record's text (%(default)s), or a conversation for the tokenizer's chat template, "
         "which a record without that field may have in `messages`",
+    )
+    inputs.add_argument(
+        "--messages",
+        action="store_true",
+        help="fine-tuning: read conversations only (records with `messages`, or --text-field), write them by the "
+        "tokenizer's chat template, and train on the tokens within its {%% generation %%} marks alone, the "
+        "assistant's; conversations stay whole, and one that is longer than a block is cut and named",
+    )
+    inputs.add_argument(
+        "--chat-template",
+        type=option(FilePath),
+        metavar="FILE",
+        help="a Jinja file in place of the tokenizer's chat template, saved with the tokenizer in the output",
     )
     inputs.add_argument("--hf-split", metavar="NAME", help="split of a Hugging Face dataset (%(default)s)")
     inputs.add_argument(
@@ -156,8 +170,13 @@ def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
     verb = "already prepared with these settings" if found else "prepared"
     print(f"{printable(output)}: {verb}, fingerprint {made.fingerprint[:12]}")
     for split, n in made.splits.items():
-        print(f"  {split}: {n.documents:,} documents, {n.tokens:,} tokens, {n.blocks:,} blocks of {made.seq_len}")
+        line = f"  {split}: {n.documents:,} documents, {n.tokens:,} tokens, {n.blocks:,} blocks of {made.seq_len}"
+        if n.trained_tokens is not None:
+            line += f"; {n.trained_tokens:,} tokens are trained, {n.padding_tokens:,} more are padding"
+        print(line)
     print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
+    if made.truncated.get("count"):
+        print(f"  truncated: {made.truncated['count']:,} conversations (see data.json)")
     for note in made.notes:
         print(f"  {note}")
 

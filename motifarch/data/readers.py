@@ -141,7 +141,7 @@ def _read_arrow(path: Path, name: str, options: ReadOptions) -> Iterator[Documen
 
 def _columns(names: list[str], options: ReadOptions) -> list[str]:
     root = options.text_field if options.text_field in names else options.text_field.partition(".")[0]
-    return [column for column in (root, "messages") if column in names]
+    return [column for column in dict.fromkeys((root, "messages")) if column in names]
 
 
 def _no_field(name: str, names: list[str], options: ReadOptions) -> Skipped:

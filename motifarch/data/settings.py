@@ -23,6 +23,8 @@ class PrepareSettings:
     encoding: str = "utf-8"
     document_separator: str | None = None
     special_tokens: Literal["text", "tokens"] = "text"
+    messages: bool = False
+    chat_template: str | None = None
     hf_split: str = "train"
     max_documents: int | None = None
     streaming: bool = False
@@ -42,6 +44,12 @@ class PrepareSettings:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
         if self.document_separator == "":
             raise UserError("--document-separator '': it must hold a character at least, such as \\n")
+        for option in ("messages", "chat_template"):
+            if getattr(self, option) and self.tokenizer is None:
+                raise UserError(
+                    f"--{option.replace('_', '-')} without --tokenizer: conversations are for a model that is there; "
+                    "give its tokenizer, such as --tokenizer runs/tiny_cpu/export"
+                )
         if self.special_tokens not in ("text", "tokens"):
             raise UserError(f"--special-tokens {self.special_tokens}: it must be text or tokens")
         try:
@@ -58,6 +66,11 @@ class PrepareSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+
+    @property
+    def field(self) -> str:
+        """The field of a record that holds its text or conversation."""
+        return "messages" if self.messages and self.text_field == "text" else self.text_field
 
     def deciding(self) -> dict[str, Any]:
         """The options that decide what the prepared data hold."""

@@ -20,7 +20,9 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from motifarch.data.arrow_files import gather, list_column
+from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
+from motifarch.data.loss_mask import with_mask
 from motifarch.data.tokenizer import (
     begin_tokens,
     encode_texts,
@@ -42,7 +44,8 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     num_proc: int,
 ) -> datasets.Dataset:
-    """Turn text into token ids, each document ended by the end-of-text token.
+    """Turn text into token ids, each document ended by the end-of-text token, and messages into
+    those of the chat template with their loss mask (see `motifarch.data.loss_mask`).
 
     The result does not depend on the number of processes.
 
@@ -61,23 +64,28 @@ def tokenise(
     spelled = spelled_special_tokens(tokenizer)
     special = re.compile("|".join(map(re.escape, sorted(spelled, key=len, reverse=True))))
 
-    def encode_some(rows: list[tuple[str, bool]]) -> Iterator[dict[str, Any]]:
+    def encode_some(rows: list[tuple[str, bool, str]]) -> Iterator[dict[str, Any]]:
         """Texts that are all a chat template's, or none of them."""
-        texts, is_chat = [text for text, _ in rows], rows[0][1]
-        takes = is_chat or takes_special_tokens(tokenizer)
-        encoded = encode_texts(tokenizer, texts, special_tokens=takes, begin=[] if is_chat else begin)
+        texts, is_chat = [text for text, *_ in rows], rows[0][1]
+        masks: list[np.ndarray] = []
+        if rows[0][2]:
+            conversations = list(encode_conversations(tokenizer, [messages for *_, messages in rows]))
+            encoded, masks = [ids for ids, _ in conversations], [mask for _, mask in conversations]
+        else:
+            takes = is_chat or takes_special_tokens(tokenizer)
+            encoded = encode_texts(tokenizer, texts, special_tokens=takes, begin=[] if is_chat else begin)
         # What begins a document is no part of its text.
         bare = [ids[len(begin) :] if ids[: len(begin)] == begin and not is_chat else ids for ids in encoded]
         decoded = tokenizer.batch_decode(bare, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for text, ids, back in zip(texts, encoded, decoded, strict=True):
-            document = np.array(ids if ids[-1:] == [end] else [*ids, end], dtype=np.int64)
+        for number, (text, ids, back) in enumerate(zip(texts, encoded, decoded, strict=True)):
+            document = np.array(ids if masks or ids[-1:] == [end] else [*ids, end], dtype=np.int64)
             largest = int(document.max())
             if largest >= vocab_size:
                 raise UserError(
                     f"the tokenizer made token id {largest}, outside its vocabulary of {vocab_size}: mend it"
                 )
             yield {
-                "input_ids": document,
+                "input_ids": with_mask(document, masks[number]) if masks else document,
                 "special": np.array([] if is_chat else [spelled[token] for token in special.findall(text)], np.int64),
                 "unknown": ids.count(unknown),
                 "changed": back != text,
@@ -85,8 +93,8 @@ def tokenise(
             }
 
     def encode(table: pa.Table) -> pa.Table:
-        columns = (table.column(name) for name in ("text", "is_chat"))
-        texts = ((text.as_py(), is_chat.as_py()) for text, is_chat in zip(*columns, strict=True))
+        columns = (table.column(name) for name in ("text", "is_chat", "messages"))
+        texts = ((text.as_py(), chat.as_py(), messages.as_py()) for text, chat, messages in zip(*columns, strict=True))
         done = [
             one
             for _, alike in groupby(texts, key=lambda row: row[1])
@@ -121,8 +129,10 @@ def describe_tokens(
     rows: datasets.Dataset, tokenised: datasets.Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """What the tokenizer makes of the documents' text, a line for each thing to know."""
-    begin = "".join(f"{token} " for token in tokenizer.convert_ids_to_tokens(begin_tokens(tokenizer)))
-    notes = [f"a document's tokens: {begin}its text {tokenizer.eos_token}"]
+    notes = []
+    if not rows[0]["messages"]:
+        begin = "".join(f"{token} " for token in tokenizer.convert_ids_to_tokens(begin_tokens(tokenizer)))
+        notes = [f"a document's tokens: {begin}its text {tokenizer.eos_token}"]
     table = tokenised.data.table
     specials, unknown, changed = (table.column(name) for name in ("special", "unknown", "changed"))
 

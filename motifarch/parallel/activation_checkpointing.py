@@ -56,7 +56,9 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
     for i, layer in enumerate(layers):
         if i % every:
             continue
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        # Only what drops at random must drop the same again.
+        drops = any(isinstance(module, nn.Dropout) for module in layer.modules())
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops}
         if recompute == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept()))
         # transformers' own switch of its GradientCheckpointingLayer, one layer at a time.

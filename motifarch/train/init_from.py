@@ -13,7 +13,8 @@ from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.shards import local_shard, to_local
 from motifarch.train.finite import first_nonfinite
-from motifarch.train.manifest import damage
+from motifarch.train.lora import base_weights
+from motifarch.train.manifest import damage, read_manifest
 from motifarch.weight_files import WeightFiles
 
 
@@ -22,18 +23,24 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
     Args:
         folder: a complete checkpoint's, or a Hugging Face folder with safetensors files.
-        model: on its device already; its parameters' names are the folder's.
+        model: on its device already; its parameters' names are the folder's, adapters apart, which
+            stay as they are.
 
     Raises:
         UserError: the folder is missing, damaged or not finite, or does not fit the model.
     """
     if not folder.is_dir():
         raise UserError(f"run.init_from is {folder}, which is no folder; give a checkpoint's or a Hugging Face folder")
-    weights: dict[str, Any] = get_model_state_dict(model)
+    weights = base_weights(get_model_state_dict(model))
     if (folder / "config.json").exists():
         _load_files(folder, model, weights)
     elif reason := damage(folder):
         raise UserError(f"run.init_from is {folder}, which can't be used: {reason}")
+    elif read_manifest(folder)["about"].get("lora"):
+        raise UserError(
+            f"run.init_from is {folder}, a checkpoint with adapters; make them part of the weights with `motifarch "
+            "export`, and begin with the folder that it writes"
+        )
     else:
         CheckpointReader(folder).load({"model": weights})
     if bad := first_nonfinite(weights, dist.group.WORLD):

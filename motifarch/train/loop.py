@@ -29,6 +29,7 @@ from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, bytes_per_token, find_parent
 from motifarch.train.learning_rate import learning_rates
+from motifarch.train.lora import add_adapters, init_adapters, seed_dropout
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
 from motifarch.train.metrics import MetricsLog, bits_per_byte
@@ -75,7 +76,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     output = Path(recipe.run.output)
     start = world.run_on_main_and_broadcast(lambda: _decide(recipe, inputs, world))
     mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
-    check_memory(inputs.model_config, mesh.layout, world)
+    check_memory(inputs.model_config, mesh.layout, world, frozen=bool(recipe.lora.rank))
     state, flops_per_token = build_state(
         recipe, inputs.model_config, world, mesh, seq_len=inputs.seq_len, compute=start.compute
     )
@@ -156,6 +157,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
             targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = learning_rate(step)
+            if recipe.lora.dropout:
+                seed_dropout(recipe.run.seed, step, world.rank)
             result = train_step(
                 state,
                 micro_batches,
@@ -199,6 +202,11 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     return 128 + stopped_by if stopped_by else 0
 
 
+def _first_weights(model: nn.Module, device: torch.device, seed: int) -> None:
+    initialize(model, device, seed)
+    init_adapters(model, seed)
+
+
 def build_state(
     recipe: Recipe,
     config: MotifConfig,
@@ -207,7 +215,7 @@ def build_state(
     *,
     seq_len: int,
     compute: str,
-    initialize: Callable[[nn.Module, torch.device, int], None] = initialize,
+    initialize: Callable[[nn.Module, torch.device, int], None] = _first_weights,
 ) -> tuple[TrainState, float]:
     """Builds model and optimizer, sharded from the start; first weights do not depend on the ranks.
 
@@ -226,7 +234,9 @@ def build_state(
     check_context_parallel(config, seq_len, layout.context, layout.tensor)
     with torch.device("meta"):
         model = MotifForCausalLM(config).train()
-    flops_per_token = model.flops_per_token(seq_len)
+        flops_per_token = model.flops_per_token(seq_len)
+        if recipe.lora.rank:
+            add_adapters(model, recipe.lora)
     check_low_precision(
         recipe.precision.matmul,
         device=world.device,
@@ -343,11 +353,13 @@ def _report(
 
 def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> str:
     parameters = sum(p.numel() for p in state.model.parameters())
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    count = f"{parameters:,} parameters" + (f", {trained:,} of them trained" if trained < parameters else "")
     where = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}, {start.compute}"
     begin = f"with the weights of {recipe.run.init_from}" if recipe.run.init_from else "from scratch"
     if start.parent:
         begin = f"resuming after step {state.step} from {start.parent}"
-    return f"{parameters:,} parameters, {where}, {begin}, into {recipe.run.output}"
+    return f"{count}, {where}, {begin}, into {recipe.run.output}"
 
 
 def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:

@@ -192,6 +192,25 @@ class OptimSection(Section):
 
 
 @dataclass
+class LoraSection(Section):
+    """Low-rank adapters (LoRA) that are trained in place of the model's weights, by peft."""
+
+    rank: Annotated[int, Field(ge=0, le=2**14)] = 0
+    """Rank of the adapters; 0 has none and trains all weights."""
+
+    alpha: Annotated[int, Field(ge=1, le=2**20)] = 16
+    """Adapters are multiplied by alpha / rank."""
+
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Linear layers of each decoder layer that get an adapter."""
+
+    dropout: Decay = 0.0
+    """Part of an adapter's inputs that a step leaves out, chosen by seed, step and rank."""
+
+
+@dataclass
 class PrecisionSection(Section):
     """What the matrices are multiplied in; weights, moments and reductions are float32 always."""
 
@@ -286,6 +305,7 @@ class Recipe(Section):
     data: DataSection = field(default_factory=DataSection)
     batch: BatchSection = field(default_factory=BatchSection)
     optim: OptimSection = field(default_factory=OptimSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     parallel: Layout = field(default_factory=Layout)
     distributed: DistributedSection = field(default_factory=DistributedSection)
@@ -330,6 +350,7 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
     decay = optim.decay_steps or 0 if optim.schedule == "wsd" else 0
     shrinking = optim.weight_decay * optim.lr * max(1.0, optim.muon_lr_ratio if optim.name == "muon" else 1.0)
     rules = [
+        *_lora_rules(recipe),
         (
             wait.timeout_first_s < wait.timeout_s,
             f"distributed.timeout_first_s is {wait.timeout_first_s}, below distributed.timeout_s ({wait.timeout_s}); "
@@ -390,3 +411,33 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
         raise UserError(
             f"batch.size is {batch.size}, which {ranks} ranks can't share evenly; use a multiple of {ranks}"
         )
+
+
+def _lora_rules(recipe: Recipe) -> list[tuple[object, str]]:
+    """What does not go with adapters, and the message for each."""
+    lora, run = recipe.lora, recipe.run
+    if not lora.rank:
+        return []
+    has, or_none = f"lora.rank is {lora.rank}", "or set lora.rank to 0 to train all weights"
+    return [
+        (not lora.targets, f"{has} and lora.targets is empty; name linear layers such as q_proj, {or_none}"),
+        (
+            not run.init_from and run.resume in ("auto", "none"),
+            f"{has} and run.init_from is empty, but adapters are for a trained model; name its folder, {or_none}",
+        ),
+        (
+            recipe.parallel.tensor > 1,
+            f"{has} and parallel.tensor is {recipe.parallel.tensor}: adapters are not cut over ranks of tensor "
+            f"parallelism; use parallel.shard (or context) with parallel.tensor 1, {or_none}",
+        ),
+        (
+            recipe.precision.matmul != "compute",
+            f"{has} and precision.matmul is {recipe.precision.matmul}, whose layers take no adapters; use compute, "
+            f"{or_none}",
+        ),
+        (
+            recipe.optim.qk_clip is not None,
+            f"{has} and optim.qk_clip is {recipe.optim.qk_clip}, which would scale weights that are not trained; set "
+            f"it to null, {or_none}",
+        ),
+    ]

@@ -37,6 +37,8 @@ def about_checkpoint(recipe: Recipe, inputs: Inputs, device: torch.device, compu
         **_kernels(device),
         **inputs.fingerprints(),
         "model_config": inputs.model_config.to_dict(),
+        "lora": _lora(recipe),
+        "init_from": recipe.run.init_from,
     }
 
 
@@ -74,6 +76,12 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
                 f"the model's {name} is {config[name]!r}, but {about['model_config'].get(name)!r} in the checkpoint "
                 f"{parent}; use the same model section, or {fresh}"
             )
+    before, after = about.get("lora"), _lora(recipe)
+    if {**(before or {}), "dropout": None} != {**(after or {}), "dropout": None}:
+        raise UserError(
+            f"the recipe's lora section is {_shown(after)}, but {_shown(before)} in the checkpoint {parent}; use the "
+            f"same one, or {fresh}"
+        )
     warnings = _changes(about, recipe, inputs, step=read_manifest(parent)["step"])
     if about["seed"] != recipe.run.seed:
         warnings.append(f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch")
@@ -125,6 +133,15 @@ def _changes(about: dict[str, Any], recipe: Recipe, inputs: Inputs, step: int) -
     if "learning_rate" in about and (line := learning_rate_change(about["learning_rate"], recipe, step)):
         lines.append(line)
     return lines
+
+
+def _lora(recipe: Recipe) -> dict[str, Any] | None:
+    """The adapters that a run trains, if it does."""
+    return dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
+
+
+def _shown(lora: dict[str, Any] | None) -> str:
+    return "without adapters" if lora is None else str(lora)
 
 
 def _short(fingerprint: str) -> str:

@@ -81,6 +81,8 @@ def build_trainer(recipe: Recipe, **arguments: Any) -> Trainer:
     optim, batch, world = recipe.optim, recipe.batch, launched_world_size()
     if optim.name != "adamw":
         raise UserError(f"optim.name is {optim.name}; with Trainer it must be adamw (motifarch train has muon)")
+    if recipe.lora.rank:
+        raise UserError(f"lora.rank is {recipe.lora.rank}; with Trainer it must be 0 (motifarch train has adapters)")
     if batch.size % (batch.micro_size * world):
         raise UserError(
             f"batch.size is {batch.size}, which {world} processes with batch.micro_size {batch.micro_size} can't make "

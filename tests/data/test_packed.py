@@ -67,7 +67,7 @@ def test_folders_that_are_not_prepared(tmp_path: Path, prepared: Path) -> None:
 
 def test_other_format_versions(copy: Path) -> None:
     edit(copy, format_version=99)
-    with pytest.raises(UserError, match="format version 99, this motifarch reads version 2"):
+    with pytest.raises(UserError, match="format version 99, this motifarch reads versions 1 to 3"):
         PackedDataset.open(copy)
 
 
@@ -121,7 +121,7 @@ def test_a_changed_record_is_told(copy: Path) -> None:
 
 def read_all(folder: Path) -> list[list[list[int]]]:
     data = PackedDataset.open(folder)
-    return [[part.tolist() for part in data[index]] for index in range(len(data))]
+    return [[part.tolist() for part in data[index][:2]] for index in range(len(data))]
 
 
 def test_a_changed_bit_is_never_read(copy: Path) -> None:

@@ -1,7 +1,9 @@
 """A recipe and prepared data small enough to train in seconds."""
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,6 +45,36 @@ def prepare_text(folder: Path, seed: int = 0, seq_len: int = 32) -> Path:
     options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     assert prepare([*options, "--validation-fraction", "0.2", "--num-proc", "1"]) in (0, None)
     return output
+
+
+CHAT = (Path(__file__).parents[2] / "recipes/sft/chat.jinja").read_text()
+"""A chat template with generation marks."""
+
+
+def write_conversations(path: Path, count: int = 60, seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Writes conversations of one to three turns and very different lengths as JSON lines."""
+    draw = random.Random(seed)
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "한글", "(", ")", "="]
+
+    def say(role: str, most: int) -> dict[str, Any]:
+        return {"role": role, "content": " ".join(draw.choice(words) for _ in range(draw.randint(1, most)))}
+
+    conversations = [
+        [say(role, 6) for _ in range(draw.randint(1, 3)) for role in ("user", "assistant")] for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": c}, ensure_ascii=False) + "\n" for c in conversations))
+    return conversations
+
+
+def prepare_conversations(folder: Path, tokenizer: Path, seq_len: int = 64) -> Path:
+    """Prepares conversations with a loss mask, by a tokenizer that is there."""
+    write_conversations(folder / "chats.jsonl", count=200)
+    (folder / "chat.jinja").write_text(CHAT)
+    arguments = {"source": f"files:{folder}/chats.jsonl", "tokenizer": tokenizer, "seq-len": seq_len}
+    arguments |= {"chat-template": folder / "chat.jinja", "output": folder / "chats"}
+    options = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    assert prepare(["--messages", *options, "--validation-fraction", "0.2", "--num-proc", "1"]) == 0
+    return folder / "chats"
 
 
 def write_recipe(folder: Path, data: Path) -> Path:

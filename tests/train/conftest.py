@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny import SHORT_RUN, write_recipe
+from helpers.fine_tuning import SEQ_LEN
+from helpers.tiny import SHORT_RUN, prepare_conversations, write_recipe
+from motifarch.export import export
 from motifarch.train.main import main
 
 
@@ -22,3 +24,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path
 def run(finished: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy of the finished run, to be spoilt."""
     return shutil.copytree(finished[1], tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """Conversations, prepared with the tokenizer that the model was trained with."""
+    return prepare_conversations(tmp_path_factory.mktemp("chats"), data / "tokenizer", seq_len=SEQ_LEN)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    """An exported model to fine-tune."""
+    return export(finished_run, tmp_path_factory.mktemp("base") / "base")

@@ -31,12 +31,14 @@ MAY_BE_NEGATIVE = re.compile(r"model\.lambda_init|parallel\.")
 MAY_BE_ZERO = re.compile(
     r"run\.seed|model\.(num_noise_heads|lambda_init)|data\.(ramp|datasets\[0\]\.weight)|batch\.warmup_steps|"
     r"optim\.(lr$|momentum|weight_decay|z_loss|warmup_steps|decay_steps|min_lr_ratio)|"
-    r"checkpoint\.keep_last|(average|validation)\.every"
+    r"checkpoint\.keep_last|(average|validation)\.every|lora\.(rank|dropout)"
 )
 # A seed may be any number of 63 bits.
 MAY_BE_HUGE = re.compile(r"run\.seed")
 # A path may be any text but none, and a dict is open as far as the model's own check goes.
 OPEN = {"model.rope_scaling"}
+# What they list may be wrong, or not asked for.
+LISTS = {"data.datasets", "lora.targets"}
 
 
 def must_be_refused(name: str, kind: Kind, value: Any) -> bool:
@@ -44,7 +46,7 @@ def must_be_refused(name: str, kind: Kind, value: Any) -> bool:
     if value is None:
         return type(None) not in kind.types
     if isinstance(value, list | dict) or value == "" or (isinstance(value, str) and "\0" in value):
-        return not (name in OPEN and value == {}) and name != "data.datasets"
+        return not (name in OPEN and value == {}) and name not in LISTS
     if isinstance(value, str):
         return str not in kind.types and value not in kind.choices
     if isinstance(value, bool):  # to Python, false is 0
