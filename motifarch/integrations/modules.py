@@ -287,7 +287,7 @@ def _differential(
         _merge(patched, layout.split[1:], before, after, heads)
         merged = f"{before} key/value heads merged to {after} (means)"
     if layout.fused:
-        split = [f"{layout.projections[0]}, split into {', '.join(layout.split)}"]
+        split = [f"{layout.projections[0]} (as {' and '.join(layout.split)})"]
     query, *others = layout.split
     add_noise_heads(patched, options, heads, query=query, norm_heads_dim=forward.norm_heads_dim, backend=backend)
     now = dict(patched.named_parameters())

@@ -122,7 +122,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 0.8},
     "cohere2": {**_WINDOWS, "logit_scale": 1.0},
-    "seed_oss": {"attention_bias": True},
+    "seed_oss": {"attention_bias": True, "residual_dropout": 0.0},
     "arcee": {"hidden_size": 60},
     "axk2": {**_LATENT, "index_topk": 64, "index_head_dim": 8, "index_n_heads": 2},
     "deepseek_v3": _LATENT,

@@ -75,27 +75,15 @@ def test_the_rows_of_a_batch_and_their_padding_do_not_matter(family: str) -> Non
 
 
 def test_attention_is_the_formula_on_both_sides() -> None:
-    model = moved(encoder_with_lambda()).double()
-    layer = model.vit.layers[1].attention if hasattr(model, "vit") else None
-    assert layer is not None
+    model = encoder("siglip_vision_model")
+    patch(model, ratio=2, merge_kv=True, lambda_init=0.4)
+    layer = [m for m in moved(model).double().modules() if hasattr(m, "lambda_vectors")][1]
     x = torch.randn(2, 9, 32, dtype=torch.float64)
     with torch.no_grad():
-        q, noise, k, v = (
-            (x @ w.T + b).unflatten(-1, (-1, 8))
-            for w, b in zip(
-                (*layer.q_proj.weight.split([32, 32]), layer.k_proj.weight, layer.v_proj.weight),
-                (*layer.q_proj.bias.split([32, 32]), layer.k_proj.bias, layer.v_proj.bias),
-                strict=True,
-            )
-        )
+        heads = [p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
+        (q, noise), k, v = heads[0].split([4, 2], dim=2), *heads[1:]
         expected = plain_diff_attention(q, k, noise, k, v, layer.compute_lambda(x), causal=False).flatten(2)
-        torch.testing.assert_close(layer(x)[0], layer.o_proj(expected), atol=1e-10, rtol=1e-10)
-
-
-def encoder_with_lambda() -> Any:
-    model = encoder("vit")
-    patch(model, ratio=1, lambda_init=0.4)
-    return model
+        torch.testing.assert_close(layer(x)[0], layer.out_proj(expected), atol=1e-10, rtol=1e-10)
 
 
 @PER_FAMILY
