@@ -11,6 +11,7 @@ from motif_kernels.checks import may_read
 READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
     "return_dict",
+    "seq_idx",
     "shift_labels",
     "token_type_ids",
     "use_cache",

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.chats import CHATS
 from helpers.python_process import run_python
 from motifarch.cli import COMMANDS, run
+from motifarch.export import export
 
 ROOT = Path(__file__).parent.parent
+FINE_TUNING = ROOT / "docs" / "fine_tuning_trl.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/results/README.md")]
 
@@ -57,10 +60,23 @@ COMMANDS_OF_PAGES = [
 
 def test_python_blocks_run_and_print_what_they_say(tmp_path):
     """In one process: each would otherwise spend most of its time on imports."""
-    code = [(f"{page.name}, block {i}", text) for page in PAGES for i, text in enumerate(blocks(page, "python"), 1)]
+    pages = [page for page in PAGES if page != FINE_TUNING]
+    code = [(f"{page.name}, block {i}", text) for page in pages for i, text in enumerate(blocks(page, "python"), 1)]
     if find_spec("timm") is None:
         code = [(name, text) for name, text in code if "timm" not in text]
     run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
+
+
+@pytest.mark.slow
+def test_the_recipes_for_trl_run_one_after_another(finished_run, tmp_path):
+    export(finished_run, tmp_path / "runs" / "tiny_cpu" / "export")
+    pairs = [{"prompt": chat[:1], "chosen": chat[1:2], "rejected": CHATS[0][1:]} for chat in CHATS]
+    for name, rows in (("chats", [{"messages": chat} for chat in CHATS]), ("preferences", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = [(FINE_TUNING.name, "\n".join(blocks(FINE_TUNING, "python")))]
+    run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
+    for name in ("chat", "merged", "preferred"):
+        assert (tmp_path / "runs" / name / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

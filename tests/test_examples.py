@@ -1,5 +1,6 @@
 """The scripts of examples/ run, and what they train learns."""
 
+import json
 import re
 import sysconfig
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.chats import CHATS
 from helpers.python_process import run_python
 from motifarch.export import export
 
@@ -64,3 +66,23 @@ def test_an_exported_model_trains_on_under_trainer(finished_run, tmp_path):
     first, *_, last = losses(run_example("continue_with_trainer.py", folder, text, tmp_path / "out"))
     assert last < first
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_an_exported_model_learns_from_conversations(finished_run, tmp_path):
+    folder, chats = export(finished_run, tmp_path / "export"), tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
+    first, *_, last = losses(run_example("sft_trl.py", folder, chats, tmp_path / "out"))
+    assert last < first
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_an_exported_model_learns_and_is_merged(finished_run, tmp_path):
+    folder = export(finished_run, tmp_path / "export")
+    text = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
+    first, *_, last = losses(run_example("lora_peft.py", folder, text, tmp_path / "out"))
+    assert last < first
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()

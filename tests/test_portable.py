@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, StaticCache
 
 from helpers.models import VARIANTS, packed, random_ids, tiny_model
 from helpers.python_process import run_python
@@ -178,6 +179,35 @@ def test_packed_documents_and_padding_are_motifarchs(tmp_path):
     torch.testing.assert_close(other(ids, shift_labels=shifted).loss, model(ids, shift_labels=shifted).loss)
 
 
+def test_packed_batches_train_as_their_documents_apart(tmp_path):
+    """As transformers' collator packs them, with gradient checkpointing."""
+    other = portable(trained_like("gda window"), tmp_path).train()
+    documents = [random_ids(n, seed=n) for n in (9, 2, 3, 11)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": document.tolist()} for document in documents])
+    apart = [other(d[None], labels=d[None]).loss * (len(d) - 1) for d in documents]
+    expected = torch.stack(apart).sum() / sum(len(d) - 1 for d in documents)
+    expected.backward()
+    gradients = [p.grad.clone() for p in other.parameters()]
+    other.zero_grad()
+    other.gradient_checkpointing_enable()
+    loss = other(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_an_adapter_trains_and_merges(tmp_path):
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model, ids = get_peft_model(portable(trained_like("diff_v2 gated"), tmp_path), lora), random_ids(2, 13)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_arguments_that_nothing_reads_are_refused(tmp_path):
     other, ids = portable(trained_like("gda"), tmp_path), random_ids(1, 5)
     for name, value in (("s_aux", torch.zeros(6)), ("z_loss_weight", 0.1), ("output_attentions", True)):
@@ -257,6 +287,23 @@ def test_motifarchs_own_classes_come_first_where_it_is_imported(tmp_path):
     add_code(tmp_path)
     for trust in (None, True):
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)) is MotifForCausalLM
+
+
+def test_the_code_goes_along_where_a_folder_is_saved_again(tmp_path):
+    first, second, third = (tmp_path / name for name in "abc")
+    trained_like("gda").save_pretrained(first)
+    assert "auto_map" not in json.loads((first / "config.json").read_text())
+    assert AutoConfig.from_pretrained(first).auto_map == {}  # which TRL reads
+    code = add_code(first)
+    model = AutoModelForCausalLM.from_pretrained(first)
+    model.save_pretrained(second)
+    assert (second / CODE_FILE).read_text() == code.read_text()
+    saved = [json.loads((folder / "config.json").read_text()) for folder in (first, second)]
+    assert saved[0]["auto_map"] == saved[1]["auto_map"]
+    code.unlink()
+    with pytest.warns(UserWarning, match="--with-code"):
+        model.save_pretrained(third)
+    assert "auto_map" not in json.loads((third / "config.json").read_text())
 
 
 def test_a_released_folder_gets_the_code_and_keeps_all_else(tmp_path, capsys):

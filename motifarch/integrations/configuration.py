@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from motifarch.auto_map import AutoMapMixin
 from motifarch.integrations.derived import Derived
 
 MODEL_TYPE = "motifarch_patched"
@@ -51,7 +52,7 @@ class PatchOptions:
         return not self.sub_norm and self.ratio == 1
 
 
-class PatchedConfigMixin(Derived):
+class PatchedConfigMixin(AutoMapMixin, Derived):
     """Mixed into a host's config class."""
 
     # The host's plan would cut signal from noise heads.
@@ -80,5 +81,9 @@ class PatchedConfigMixin(Derived):
 @functools.cache
 def patched_config_class(host: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The patched class of a host's config class."""
-    names = {"model_type": MODEL_TYPE, "made_by": (patched_config_class, host), "__module__": __name__}
+    names: dict[str, Any] = {"model_type": MODEL_TYPE, "made_by": (patched_config_class, host), "__module__": __name__}
+    if host.model_type == "hyperclovax":
+        # TRL knows by this type that logits_scaling multiplies logits (Granite's divides them); a
+        # logit_scale multiplies them whatever the type.
+        names["logit_scale"] = property(lambda config: config.logits_scaling)
     return type(f"Patched{host.__name__}", (PatchedConfigMixin, host), names)

@@ -140,7 +140,9 @@ def as_patched(model: PreTrainedModel, record: dict[str, Any]) -> None:
     memo: dict[int, Any] = {}
     own = {held: copy.deepcopy(config, memo) for held, config in configs.items()}
     own[id(given)] = config = derive(own[id(given)], register(type(given)))
-    vars(config).pop("model_type", None)  # a config that was loaded has its class's name as its own, too
+    # What a config that was loaded has as its own: its class's type, and code without the patch.
+    for name in ("model_type", "auto_map"):
+        vars(config).pop(name, None)
     setattr(config, PATCH, record)
     for module in model.modules():
         if id(vars(module).get("config")) in own:

@@ -338,6 +338,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | 
 _READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
     "return_dict",
+    "seq_idx",
     "shift_labels",
     "token_type_ids",
 }

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from motifarch.auto_map import AutoMapMixin
 from motifarch.layers.base_attention import check_heads
 from motifarch.models.motif.rope_fields import with_standard_names
 from motifarch.models.motif.unsupported import check_one_window, check_ranges, check_rope_agrees, check_supported
@@ -33,7 +34,7 @@ def tensor_parallel_plan(config: "MotifConfig") -> dict[str, str]:
 
 
 @strict
-class MotifConfig(PreTrainedConfig):
+class MotifConfig(AutoMapMixin, PreTrainedConfig):
     """Configuration of a Motif model. The defaults are Motif-2-12.7B's.
 
     Args:
