@@ -23,10 +23,13 @@ def copy(name: str, folder: Path) -> list[Path]:
     for target, text in texts.items():
         if target.exists() and not (target.is_file() and target.read_bytes() == text.encode()):
             raise UserError(f"{target} is there already and differs from the recipe; move it away, or give another DIR")
-    for target, text in texts.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as file:
-            file.write(text)
+    try:
+        for target, text in texts.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as file:
+                file.write(text)
+    except OSError as error:
+        raise UserError(f"can't write {error.filename or folder}: {error.strerror}; give another DIR") from None
     return list(texts)
 
 

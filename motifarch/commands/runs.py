@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from motifarch.command_line import Parser, loading, option, path
+from motifarch.errors import UserError
 from motifarch.field_types import PositiveCount
 
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print()
         console.print(runs.table_of_differences(summaries))
     target = arguments.output or arguments.folders[0] / "runs.png"
-    runs.draw(summaries, target)
+    try:
+        runs.draw(summaries, target)
+    except OSError as error:
+        raise UserError(f"can't write {target}: {error.strerror}; give another --output") from None
     console.print(f"\nplot: {target}", soft_wrap=True)
     return 0
