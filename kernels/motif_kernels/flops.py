@@ -1,8 +1,9 @@
 """Floating-point operations of attention, by the mathematics, for torch's flop counter.
 
-``torch.utils.flop_counter`` knows neither this package's operators nor torch's own attention on a
-CPU. Importing this module registers them; it must be imported before a ``FlopCounterMode`` is made,
-for the mode copies the registry.
+``torch.utils.flop_counter`` knows this package's operators not at all, and torch's own attention on
+a CPU not before 2.15, where it counts the pairs that a causal mask hides. Importing this module
+registers them; it must be imported before a ``FlopCounterMode`` is made, for the mode copies the
+registry.
 
 What is counted: a multiply-add is two operations; (query, key) pairs that the mask hides are not
 counted, nor is what an implementation wastes (masked tiles, recomputation across kernels, padding
@@ -131,13 +132,13 @@ def document_lengths(cu_seqlens: Tensor) -> list[int]:
 def register(operator: torch._ops.OpOverloadPacket) -> Callable[[_Formula], _Formula]:
     """Register a formula that gets the operator's own arguments and ``out_val``.
 
-    A formula that is there already stays: torch may learn its CPU attention, and a module may be
-    imported again.
+    It takes the place of one that is there: since torch 2.15 its CPU attention has one, which
+    counts what the causal mask hides, and a module may be imported again.
     """
 
     def decorate(formula: _Formula) -> _Formula:
-        if operator not in flop_registry:
-            register_flop_formula(operator, get_raw=True)(formula)
+        flop_registry.pop(operator, None)
+        register_flop_formula(operator, get_raw=True)(formula)
         return formula
 
     return decorate
