@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
@@ -66,9 +66,18 @@ class PatchedModelMixin(Derived):
         return loaded
 
     @staticmethod
-    def create_masks_for_generate(*, attention_mask: Any = None, **_: Any) -> Any:
-        """For the mask over a static cache: the model reads the mask of padding itself."""
-        return attention_mask
+    def create_masks_for_generate(
+        *, attention_mask: Tensor | None = None, past_key_values: Any = None, **_: Any
+    ) -> Tensor | None:
+        """For the mask over a static cache: that of padding, which the model reads itself.
+
+        It is (B, tokens), and after a cache as long as this: one size for all steps, which are
+        compiled once. What it says of places behind the tokens is not looked at.
+        """
+        if attention_mask is None or not isinstance(past_key_values.get_seq_length(), Tensor):
+            return attention_mask
+        places = max(layer.max_cache_len for layer in past_key_values.layers)
+        return nn.functional.pad(attention_mask, (0, max(0, places - attention_mask.shape[1])), value=1)
 
     def _init_weights(self, module: nn.Module) -> None:
         host: Any = super()

@@ -287,16 +287,23 @@ class BaseAttention(nn.Module):
             raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
         in_place = bool(getattr(past_key_values, "is_compileable", False))
-        if in_place and torch.is_grad_enabled() and key.requires_grad:
+        with_gradient = torch.is_grad_enabled() and not is_exporting()
+        if in_place and with_gradient and key.requires_grad:
             raise ValueError(
                 f"a {type(past_key_values).__name__} gives no gradients, for it is written in place; call under "
                 "torch.no_grad(), or take a DynamicCache"
             )
-        keys, values = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), self.layer_idx)
+        new: tuple[Tensor, ...] = (key, value)
+        if in_place and self.paired_kv:
+            width = _held_width(past_key_values, self.layer_idx, key.shape[-1])
+            new = tuple(t.reshape(*t.shape[:2], -1, width) for t in new)
+        keys, values = past_key_values.update(*(t.transpose(1, 2) for t in new), self.layer_idx)
         if position.is_start and not from_cache:
             return key, value, None
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        if needs_full_cache or (torch.is_grad_enabled() and keys.requires_grad):
+        if new[0].shape != key.shape:
+            keys, values = (t.reshape(*t.shape[:2], *key.shape[2:]) for t in (keys, values))
+        if needs_full_cache or (with_gradient and keys.requires_grad):
             return keys, values, None
         return keys, values, Cache(*position.within(keys.shape[1]))
 
@@ -385,6 +392,16 @@ class BaseAttention(nn.Module):
         inputs.map(send)
         arrived = iter(scatter_heads(sent, group))
         return inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
+
+
+def _held_width(past_key_values: Any, layer_idx: int, width: int) -> int:
+    """Width of the heads that a cache of fixed size has room for.
+
+    One that was made ahead of its first call has the config's heads, each of a pair by itself; one
+    that a call makes has that call's, of ``width``.
+    """
+    layer = past_key_values.layers[layer_idx]
+    return int(layer.keys.shape[-1]) if layer.is_initialized else width
 
 
 def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from helpers.host_models import EXPERTS, HEADS, RATIOS, host_config, host_model, moved, token_ids
 from motifarch.integrations import load_patched, patch
@@ -125,12 +125,11 @@ def test_offloading_changes_nothing(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(disk_offload(patched(family), tmp_path)), expected)
 
 
-@pytest.mark.parametrize("part", ["cpu", "disk"])
-def test_a_folder_loads_in_parts(part: str, tmp_path: Path) -> None:
+def test_a_folder_loads_in_parts(tmp_path: Path) -> None:
     model = patched()
     model.save_pretrained(tmp_path / "saved")
     parts = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    parts |= {"model.layers.0": "cpu", "model.layers.1": part}
+    parts |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     loaded = load_patched(tmp_path / "saved", device_map=parts, offload_folder=tmp_path / "off")
     torch.testing.assert_close(logits(loaded), logits(model))
 
@@ -143,13 +142,6 @@ def test_quantized_weights_are_as_close_as_a_hosts(family: str) -> None:
         quantize_(model, Int8WeightOnlyConfig(version=2))
         errors.append(float((logits(model) - expected).norm() / expected.norm()))
     assert 0 < errors[1] < max(3 * errors[0], 0.05)
-
-
-def test_a_folder_loads_quantized(tmp_path: Path) -> None:
-    model = patched()
-    model.save_pretrained(tmp_path)
-    loaded = load_patched(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)))
-    assert 0 < float((logits(loaded) - logits(model)).norm() / logits(model).norm()) < 0.1
 
 
 def test_what_is_sharded_or_quantized_already_is_refused(one_rank: None) -> None:

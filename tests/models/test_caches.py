@@ -147,6 +147,15 @@ def test_generate_compiles_decoding_with_a_static_cache(variant, padding):
     assert torch.equal(out, model.generate(batch, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("variant", ["gda", "gda window", "diff_v2"])
+def test_a_prompt_in_chunks_with_a_static_cache(variant):
+    """Transformers then makes the cache ahead, with heads as the config has them."""
+    model, ids = tiny_model(variant, dtype=torch.float64), random_ids(2, 9)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "disable_compile": True} | GREEDY
+    out = model.generate(ids, cache_implementation="static", prefill_chunk_size=4, **options)
+    assert torch.equal(out, model.generate(ids, use_cache=False, **options))
+
+
 def test_a_static_cache_can_be_reset_and_used_again():
     model = tiny_model()
     cache = cache_of("static", model, 48)

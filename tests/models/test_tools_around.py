@@ -1,4 +1,4 @@
-"""Adapters, sharding units, offloading, quantisation and label smoothing around a Motif model."""
+"""Adapters, sharding units, offloading and label smoothing around a Motif model."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from helpers.models import VARIANTS, random_ids, tiny_model
 from motifarch.layers import cross_entropy
@@ -91,7 +91,7 @@ def test_a_module_is_trained_whole_beside_an_adapter(name: str) -> None:
         torch.testing.assert_close(parameter.grad, whole[own].grad, rtol=1e-4, atol=1e-6)
 
 
-# Sharding units, offloading, quantisation
+# Sharding units, offloading
 
 
 @pytest.fixture
@@ -132,36 +132,11 @@ def test_offloading_changes_nothing(variant: str, tmp_path: Path) -> None:
     assert_same_outputs(disk_offload(copy.deepcopy(model), tmp_path), model)
 
 
-@pytest.mark.parametrize("variant", LAYOUTS)
-def test_a_folder_loads_in_parts(variant: str, tmp_path: Path) -> None:
-    model = tiny_model(variant, **LAYOUTS[variant])
-    model.save_pretrained(tmp_path / "saved")
-    ends = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    maps: list[dict[str, str]] = [{"": "disk"}, ends | layers]
-    if not model.config.tie_word_embeddings:
-        maps.append(ends | layers | {"model.norm": "disk", "lm_head": "disk"})
-    for parts in maps:
-        options = {"device_map": parts, "offload_folder": str(tmp_path / "off")}
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
-        assert type(loaded) is MotifForCausalLM
-        assert_same_outputs(loaded, model)
-        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        assert torch.equal(loaded.eval().generate(IDS, **options), model.generate(IDS, **options))
-
-
-@pytest.mark.parametrize("variant", ["gda", "diff_v2 gated", "softmax"])
-def test_quantised_weights_count_in_logits_and_loss(variant: str) -> None:
-    model = tiny_model(variant, initializer_range=0.1)
-    with torch.no_grad():
-        before = model(input_ids=IDS).logits
-        flops = model.flops_per_token(12)
-        quantize_(model, Int8WeightOnlyConfig(version=2))
-        assert model.flops_per_token(12) == flops
-        logits = model(input_ids=IDS).logits
-        loss = model.train()(input_ids=IDS, labels=IDS).loss
-    assert 0 < (logits - before).norm() / before.norm() < 0.1
-    torch.testing.assert_close(loss, loss_of(logits))
+def test_quantised_weights_change_no_count_of_operations() -> None:
+    model = tiny_model("gda")
+    flops = model.flops_per_token(12)
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    assert model.flops_per_token(12) == flops
 
 
 # transformers.Trainer

@@ -16,14 +16,14 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
 
     Raises:
         ValueError: a cache of fixed size has no room for ``num_new`` more (where the count may be
-            read), or is exported.
+            read), or a program is traced that would not count its tokens.
     """
     if past_key_values is None:
         return 0
-    if is_exporting() and past_key_values.is_compileable:
+    if is_exporting() and past_key_values.is_compileable and not torch.compiler.is_dynamo_compiling():
         raise ValueError(
-            f"a program with a {type(past_key_values).__name__} is not exported, for it would not count its tokens; "
-            "export the model with use_cache=False, or with a DynamicCache"
+            f"a {type(past_key_values).__name__} would be a constant of the exported program, which would forget its "
+            "tokens: export with strict=True, with a DynamicCache, or with use_cache=False"
         )
     seen: Any = past_key_values.get_seq_length()
     if isinstance(seen, Tensor):

@@ -3,6 +3,7 @@ operators.
 """
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import StaticCache
+from transformers.integrations.executorch import (
+    TorchExportableModuleForDecoderOnlyLM,
+    convert_and_export_with_cache,
+)
 
+from helpers import compatibility
+from helpers.compatibility import cells
 from helpers.host_models import EXPERTS, HEADS, RATIOS, host_model, left_padded, moved, token_ids
 from helpers.models import VARIANTS, tiny_model
 from motifarch.integrations import patch
@@ -23,7 +29,9 @@ slow = pytest.mark.slow
 
 
 def build(name: str) -> Any:
-    """A Motif model of a variant, or a patched model of a family."""
+    """A column's model, a Motif model of another variant, or a patched model of another family."""
+    if name in compatibility.COLUMNS:
+        return compatibility.build(name)
     torch.manual_seed(0)
     if name in VARIANTS:
         return tiny_model(name, **({"rope_parameters": YARN} if name == "gda window" else {})).eval()
@@ -51,12 +59,12 @@ def exported(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 FEW = ["gda window", "gemma2"]
-EVERY = [*FEW, *(pytest.param(n, marks=slow) for n in (*VARIANTS, *HEADS) if n not in FEW)]
+EVERY = dict.fromkeys((*compatibility.COLUMNS, *VARIANTS, *HEADS))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=slow) for n in EVERY])
 @torch.no_grad()
-def test_an_exported_program_computes_what_the_model_does(name: str) -> None:
+def test_torch_export(name: str) -> None:
     model = build(name)
     first, second = batches()
     expected = [model(**batch, use_cache=False).logits for batch in (first, second)]
@@ -81,23 +89,36 @@ def test_packed_documents_of_an_exported_program_do_not_see_each_other(name: str
     assert_agrees(program.module()(**inputs).logits, model(**inputs).logits, torch.ones(2, 12))
 
 
+@cells("gda")
+def test_export_static_cache(name: str) -> None:
+    """The two recipes of transformers: a token at a time, and prompts of any length."""
+    model, ids, places = build(name), token_ids(1, 19), 24
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.cache_config = {"batch_size": 1, "max_cache_len": places}
+    length = Dim("length", max=places - 1)
+    shapes = {"input_ids": {1: length}, "cache_position": {0: length}}
+    recipe = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=places)
+    by_token = convert_and_export_with_cache(model).module()
+    by_chunk = recipe.export(ids[:, :3], cache_position=torch.arange(3), dynamic_shapes=shapes).module()
+    for program, bounds in ((by_token, range(20)), (by_chunk, (0, 7, 11, 19))):
+        for tokens in (ids, ids.flip(1)):  # the second overwrites what the first left
+            with torch.no_grad():
+                found = [
+                    program(input_ids=tokens[:, start:end], cache_position=torch.arange(start, end))
+                    for start, end in pairwise(bounds)
+                ]
+                assert_agrees(torch.cat(found, dim=1), model(tokens).logits, torch.ones(1, 19))
+
+
 @pytest.mark.parametrize("name", ["gda", "llama"])
 @torch.no_grad()
-def test_a_cache_of_fixed_size_is_refused(name: str) -> None:
+def test_a_static_cache_that_a_program_would_forget_is_refused(name: str) -> None:
+    """With strict=False it is a constant to torch.export, and logits are wrong without a word."""
     model, ids = build(name), token_ids(1, 4)
-    cache = StaticCache(config=model.config, max_cache_len=8)
-    model(ids, past_key_values=cache)
-
-    class Step(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, new: Tensor) -> Tensor:
-            return self.model(input_ids=new, past_key_values=cache).logits
-
-    with pytest.raises(ValueError, match="is not exported"):
-        torch.export.export(Step(), (ids[:, :1],), strict=False)
+    model.generation_config.cache_implementation = "static"
+    recipe = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=8)
+    with pytest.raises(ValueError, match="export with strict=True"):
+        recipe.export(ids[:, :1], strict=False)
 
 
 class Plain(nn.Module):
