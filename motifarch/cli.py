@@ -26,6 +26,7 @@ COMMANDS = {
     "average": ("motifarch.commands.average", "average a run's last checkpoints"),
     "export": ("motifarch.commands.export", "turn a checkpoint into a Hugging Face folder"),
     "generate": ("motifarch.commands.generate", "sample text from a folder"),
+    "serve": ("motifarch.commands.serve", "answer chats over HTTP, as OpenAI's interface has them"),
     "eval": ("motifarch.commands.evaluate", "score a folder on lm-eval's tasks"),
     "grow": ("motifarch.commands.grow", "make a larger model that starts as the same function"),
     "benchmark head-ratio": ("motifarch.study.main", "compare head ratios at equal cost, over seeds"),

@@ -239,6 +239,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         with _explain_disk(output, within=working):
             yield working
+            _share(working)
         with _explain_disk(output):
             if target.exists():
                 os.rename(target, replaced)
@@ -252,6 +253,16 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(working, ignore_errors=True)
     with suppress(OSError):  # `claim_folder` tries again
         remove(replaced)
+
+
+def _share(folder: Path) -> None:
+    """Gives a new folder's files the permissions that the umask leaves, as the folder itself has
+    them: safetensors writes its files for their owner alone.
+    """
+    wanted = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | wanted)
 
 
 def _beside(target: Path, purpose: str) -> Path:

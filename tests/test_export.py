@@ -1,13 +1,18 @@
 """Export: the folder computes what the trained model computes, and carries its record."""
 
 import json
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.hub import stand_in_hub
+from helpers.python_process import run_python
 from motifarch.cli import run
 from motifarch.errors import UserError
 from motifarch.export import export
@@ -111,3 +116,115 @@ def test_a_damaged_checkpoint_is_refused(finished_run, tmp_path):
 def test_command_line(finished_run, tmp_path, capsys):
     assert run(["export", str(finished_run), "--output", str(tmp_path / "cli"), "--dtype", "bfloat16"]) == 0
     assert f"exported to {tmp_path / 'cli'}" in capsys.readouterr().out
+
+
+def test_the_card_says_what_the_run_recorded(finished_run, exported):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"motifarch", "gda"} <= set(card.data.tags)
+    model = trained_model(finished_run)
+    record = json.loads((finished_run / "run.json").read_text())
+    origin = json.loads((exported / "export.json").read_text())
+    for fact in (
+        f"{model.num_parameters():,} parameters",
+        record["data"][0]["fingerprint"],
+        origin["manifest_sha256"],
+        f"torch {torch.__version__}",
+        "6 steps of 8 sequences",
+        "has\nnot been trained on it",
+        "None was recorded",  # the run had no validation
+    ):
+        assert fact in card.text
+    assert str(finished_run.parent) not in card.content, "a path of this machine"
+
+
+def test_the_card_gives_the_validation_loss_of_the_exported_step(finished_run, tmp_path):
+    run_folder = shutil.copytree(finished_run, tmp_path / "copy")
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["validation_loss"] = 3.25
+    later = rows[-1] | {"step": 7, "validation_loss": 9.75}
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, later]))
+    text = (export(run_folder) / "README.md").read_text()
+    assert "3.2500 nats" in text
+    assert "9.75" not in text
+
+
+def test_a_tokenizer_without_a_chat_template_gets_one(finished_run, exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    messages = [
+        {"role": "user", "content": "alpha"},
+        {"role": "assistant", "content": "beta"},
+        {"role": "user", "content": "gamma"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "User:\nalpha\nAssistant:\nbeta<|endoftext|>\nUser:\ngamma\nAssistant:\n"
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    answered = [i for i, of_answer in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if of_answer]
+    assert tokenizer.decode(answered) == "beta<|endoftext|>"
+
+
+def test_a_chat_template_of_the_tokenizers_own_stays(finished_run, exported, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = export(finished_run, tmp_path / "own", tokenizer=str(tmp_path / "tokenizer"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    assert "The tokenizer's own" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_permissions_that_the_umask_leaves(finished_run, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = export(finished_run, tmp_path / "model", with_code=True)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in folder.iterdir()} == dict.fromkeys(
+        (file.name for file in folder.iterdir()), oct(mode)
+    )
+
+
+PUSH = """
+    import sys
+    from motifarch.cli import main
+    main(["export", *sys.argv[1:]])
+"""
+
+
+def test_push_to_hub(finished_run, exported, tmp_path, monkeypatch):
+    with stand_in_hub() as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_made_up", "HF_HOME": str(tmp_path / "hf")}
+        for name, value in (settings | {"HF_HUB_DISABLE_XET": "1"}).items():  # files in the commit itself
+            monkeypatch.setenv(name, value)
+        output = ["--output", tmp_path / "pushed", "--with-code", "--push-to-hub", "someone/tiny", "--private"]
+        said = run_python(PUSH, finished_run, *output, offline=False)
+        assert f"pushed to {hub.url}/someone/tiny" in said
+        assert hub.repositories["someone/tiny"] == {p.name: p.read_bytes() for p in (tmp_path / "pushed").iterdir()}
+        assert hub.visibility["someone/tiny"]
+        assert hub.tokens == {"Bearer hf_made_up"}
+
+        code = """
+            import sys
+            from motifarch.errors import UserError
+            from motifarch.export.hub import push_folder
+            from pathlib import Path
+            try:
+                push_folder(Path(sys.argv[1]), "refused/tiny")
+            except UserError as error:
+                print(error)
+            from motifarch.models.motif import MotifForCausalLM
+            MotifForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("someone/object")
+        """
+        said = run_python(code, exported, offline=False)
+        assert "refused/tiny" in said
+        assert "hf auth login" in said
+        assert hub.repositories["someone/object"]["config.json"] == (exported / "config.json").read_bytes()
+
+
+def test_a_name_that_is_no_repositorys_is_refused_before_any_work(finished_run, tmp_path):
+    with pytest.raises(UserError, match="USER/MODEL"):
+        run(["export", str(finished_run), "--output", str(tmp_path / "out"), "--push-to-hub", "a/b/c"])
+    with pytest.raises(UserError, match="--push-to-hub"):
+        run(["export", str(finished_run), "--output", str(tmp_path / "out"), "--private"])
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "motifarch export runs/tiny_cpu",
             "motifarch export runs/tiny_cpu --output model --dtype bfloat16 --with-code",
             "motifarch export runs/sft_tiny_cpu_lora --adapter",
+            "motifarch export runs/tiny_cpu --with-code --push-to-hub USER/MODEL --private",
         ],
     )
     parser.add_argument(
@@ -45,11 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the model code too (modeling_motif.py, plain PyTorch): the folder then loads without motifarch, by "
         "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload the folder to the Hugging Face Hub as USER/MODEL, or MODEL"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     arguments = parser.parse_args(argv)
     source: Path = arguments.source
+    if arguments.push_to_hub is not None:
+        from motifarch.export.hub import check_repository_name
+
+        check_repository_name(arguments.push_to_hub)
+    elif arguments.private:
+        raise UserError("--private is given without --push-to-hub NAME; give both, or leave --private out")
     if (source / "config.json").exists():
         _add_code_to_model(arguments)
         print(f"model code added to {source}: it loads without motifarch, with trust_remote_code=True")
+        _push(source, arguments)
         return 0
     with loading():
         from motifarch.export import export
@@ -63,10 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if arguments.adapter:
         print(f"adapters exported to {folder}: peft.PeftModel.from_pretrained(model, FOLDER) adds them to their model")
+        _push(folder, arguments)
         return 0
     with_what = "with trust_remote_code=True" if arguments.with_code else "after `import motifarch.models`"
     print(f"exported to {folder}: AutoModelForCausalLM.from_pretrained loads it {with_what}")
+    _push(folder, arguments)
     return 0
+
+
+def _push(folder: Path, arguments: argparse.Namespace) -> None:
+    if arguments.push_to_hub is not None:
+        from motifarch.export.hub import push_folder
+
+        print(f"pushed to {push_folder(folder, arguments.push_to_hub, private=arguments.private)}")
 
 
 def _add_code_to_model(arguments: argparse.Namespace) -> None:

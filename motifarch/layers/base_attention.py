@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from motif_kernels import diff_decoding, dispatch
+from motif_kernels import diff_combine, diff_decoding, dispatch
 from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, visible_keys
@@ -138,6 +139,7 @@ class BaseAttention(nn.Module):
         cache_position: CachePosition | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
+        attend: "Callable[[BaseAttention, Tensor, Tensor, Tensor], Tensor] | None" = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention over a batch, packed documents, or new tokens after a cache.
 
@@ -159,6 +161,11 @@ class BaseAttention(nn.Module):
                 that past_key_values gives, a static cache's empty places included. Maps are then
                 materialised, as they are where the call is exported.
             output_attentions: return the maps too; they are materialised.
+            attend: softmax attention to take in place of motif_kernels': called with the layer,
+                queries (B, S, H, width) of all heads as q_proj has them, and keys and values (B,
+                keys, heads, width), those of past_key_values included; gives (B, S, H, Dv). What
+                each token sees is its own affair. With paired_kv, width is 2 D: keys are k1 and k2
+                side by side, and queries have zeros beside them.
 
         Returns:
             Tensor (B, S, E); with output_attentions also the softmax probabilities (B, num_heads,
@@ -174,10 +181,15 @@ class BaseAttention(nn.Module):
                 f"padding is a {type(padding).__name__}; give PaddingMask(mask, num_queries), or attention_mask for "
                 "what each token sees"
             )
-        by_maps = output_attentions or attention_mask is not None or is_exporting()
+        by_maps = attend is None and (output_attentions or attention_mask is not None or is_exporting())
         q, key, value = self._project(hidden_states, position_embeddings)
         key, value, cache = self._append(
-            key, value, past_key_values, cache_position, needs_full_cache=padding is not None, from_cache=by_maps
+            key,
+            value,
+            past_key_values,
+            cache_position,
+            needs_full_cache=padding is not None or attend is not None,
+            from_cache=by_maps or attend is not None,
         )
         batch: Batch = cache if cache is not None else padding
         if cu_seqlens is not None and batch is None:
@@ -187,8 +199,13 @@ class BaseAttention(nn.Module):
         inputs = self._inputs(q, key, value, hidden_states)
         out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
         maps: list[Tensor] = []
-        attend = partial(self._attend_by_maps, batch, attention_mask, maps) if by_maps else partial(self._attend, batch)
-        out = self.o_proj(attend_normed(self.subln, out_scale, inputs, attend).flatten(2))
+        if attend is not None:
+            run: Callable[..., Tensor] = partial(self._attend_with, attend)
+        elif by_maps:
+            run = partial(self._attend_by_maps, batch, attention_mask, maps)
+        else:
+            run = partial(self._attend, batch)
+        out = self.o_proj(attend_normed(self.subln, out_scale, inputs, run).flatten(2))
         return (out, maps[0]) if output_attentions else out
 
     def share_heads(self, group: ProcessGroup) -> None:
@@ -369,6 +386,42 @@ class BaseAttention(nn.Module):
         if options.return_max_logits:
             self._record(attended.max_logits)
         return attended.output
+
+    def _attend_with(
+        self,
+        attend: "Callable[[BaseAttention, Tensor, Tensor, Tensor], Tensor]",
+        inputs: AttentionInputs,
+        *,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        out_scale: float,
+    ) -> Tensor:
+        """The same by another softmax attention, in one call of all heads."""
+        if self.attention_hook is not None:
+            self.attention_hook(inputs, None)
+        if self.context_group is not None or (self.record_max_logits and self.training):
+            raise ValueError(
+                "context parallelism and QK-clip need motif_kernels' attention, not another one: "
+                "set attn_implementation to 'auto'"
+            )
+        if inputs.noise is None:
+            return attend(self, inputs.q1, inputs.k1, inputs.v)
+        signal, noise = inputs.q1.unflatten(2, (inputs.noise_heads, -1)), inputs.noise.q.unsqueeze(3)
+        key = inputs.k1
+        if self.paired_kv:
+            key, width = torch.cat((inputs.k1, inputs.noise.k), dim=-1), self.head_dim
+            signal, noise = F.pad(signal, (0, width)), F.pad(noise, (width, 0))
+        out = attend(self, torch.cat((signal, noise), dim=3).flatten(2, 3), key, inputs.v)
+        blocks = out.unflatten(2, (inputs.noise_heads, -1))
+        return diff_combine(
+            blocks[:, :, :, :-1].flatten(2, 3),
+            blocks[:, :, :, -1],
+            inputs.noise.lam,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+            out_scale=out_scale,
+            gate=inputs.gate,
+        )
 
     def _record(self, found: list[Tensor]) -> None:
         """Leaves the largest logits, or those of the calls before, in :attr:`max_logits`."""

@@ -3,6 +3,7 @@
 Importing this package makes transformers' Auto classes know the Motif models.
 """
 
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -30,3 +31,8 @@ AutoModelForCausalLM.register(MotifConfig, MotifForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MotifConfig, MotifForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(MotifConfig, MotifForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(MotifConfig, MotifForQuestionAnswering, exist_ok=True)
+
+# `transformers serve` looks an architecture's class up among transformers' own. That module exists
+# twice, for transformers imports itself anew to make docstrings; both are of one class.
+if type(transformers).__module__.startswith("transformers."):
+    type(transformers).MotifForCausalLM = MotifForCausalLM  # type: ignore[attr-defined]

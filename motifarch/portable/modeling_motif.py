@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,7 +27,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
@@ -214,18 +215,25 @@ class MotifAttention(nn.Module):
     """``softmax(Q1 K1^T) V - lambda softmax(Q2 K2^T) V``, then sub-norm or gate; or plain softmax
     attention.
 
-    Query heads lie as Hn blocks of [Hs / Hn signal heads, 1 noise head].
+    Query heads lie as Hn blocks of [Hs / Hn signal heads, 1 noise head]. All of them go through one
+    call of transformers' attention interface, and the difference is taken of what it gives.
     """
+
+    is_causal = True
 
     def __init__(self, config: MotifConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx, self.kind, self.paired = layer_idx, config.attention_type, config.paired_kv
+        self.config, self.layer_idx = config, layer_idx
+        self.kind, self.paired = config.attention_type, config.paired_kv
         heads, kv_heads, noise_heads = config.num_attention_heads, config.num_key_value_heads, config.num_noise_heads
         width = config.head_dim
         assert width is not None  # these three are filled in by the config
         assert kv_heads is not None
         assert noise_heads is not None
         self.head_dim, self.v_head_dim = width, 2 * width if self.paired else width
+        self.scaling = width**-0.5
+        self.num_key_value_groups = heads * self.v_head_dim // (kv_heads * width)
+        self.sliding_window = config.sliding_window if config.use_sliding_window else None
         self.block = 1 if self.kind == "softmax" else heads // noise_heads
         signal_heads = heads if self.kind == "softmax" else heads - noise_heads
         size, bias = config.hidden_size, config.use_bias
@@ -255,47 +263,81 @@ class MotifAttention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: PositionEmbeddings,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **options: Any,
     ) -> Tensor:
-        """hidden_states (B, S, E), attention_mask (B, 1, S, keys) or None for plain causal ->
-        (B, S, E).
+        """hidden_states (B, S, E), attention_mask as the attention interface takes it, and further
+        options for it -> (B, S, E).
         """
         query = self.q_norm(self._heads(self.q_proj(hidden_states), self.head_dim))
         key = self.k_norm(self._heads(self.k_proj(hidden_states), self.head_dim))
         query, key = _rotate(query, position_embeddings), _rotate(key, position_embeddings)
         key = self._heads(key.transpose(1, 2).flatten(2), self.v_head_dim)  # of a pair, k1 and k2 side by side
         value = self._heads(self.v_proj(hidden_states), self.v_head_dim)
+        if self.paired:
+            query = self._beside_zeros(query)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.kind == "softmax":
-            out = _attend(query, key, value, attention_mask)
-        else:
-            out = self._difference(hidden_states, query, key, value, attention_mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2).to(hidden_states.dtype))
+        elif (cache := options.pop("cache", None)) is not None:
+            key, value = self._update_paged(cache, key, value, options)
+        implementation = str(self.config._attn_implementation).removeprefix("paged|")  # the cache is up to date
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention)
+        out, _ = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **options,
+        )
+        out = out.reshape(*hidden_states.shape[:-1], -1, self.v_head_dim)
+        if self.kind != "softmax":
+            out = self._difference(hidden_states, out)
+        return self.o_proj(out.flatten(2).to(hidden_states.dtype))
 
-    def _difference(
-        self, hidden_states: Tensor, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        """Signal minus noise and what follows, (B, Hs, S, Dv), in float32."""
-        query = query.unflatten(1, (-1, self.block))
-        signal, noise = query[:, :, :-1].flatten(1, 2), query[:, :, -1]
-        key1, key2 = key.chunk(2, dim=-1) if self.paired else (key, key)
-        out = _wide(_attend(signal, key1, value, attention_mask))
-        noise_out = _wide(_attend(noise, key2, value, attention_mask))
-        out = out - self._lambda(hidden_states) * noise_out.repeat_interleave(self.block - 1, dim=1)
+    def _beside_zeros(self, query: Tensor) -> Tensor:
+        """Queries (B, H, S, D) of width 2D, for keys that are k1 and k2 side by side: signal heads
+        have zeros for k2, noise heads for k1.
+        """
+        signal, noise = query.unflatten(1, (-1, self.block)).split((self.block - 1, 1), dim=2)
+        width = self.head_dim
+        return torch.cat((F.pad(signal, (0, width)), F.pad(noise, (width, 0))), dim=2).flatten(1, 2)
+
+    def _update_paged(self, cache: Any, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Keys and values, with those that continuous batching's cache holds: heads of head_dim, as
+        it reads in the config.
+        """
+        key, value = (self._heads(x.transpose(1, 2).flatten(2), self.head_dim) for x in (key, value))
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=options)
+        for name in ("k_cache", "v_cache"):  # of a kernel that writes into it: a view, never a copy
+            if options.get(name) is not None:
+                options[name] = options[name].view(*options[name].shape[:-2], -1, self.v_head_dim)
+        key, value = (self._heads(x.transpose(1, 2).flatten(2), self.v_head_dim) for x in (key, value))
+        return key, value
+
+    def _difference(self, hidden_states: Tensor, out: Tensor) -> Tensor:
+        """Of all heads' outputs (B, S, H, Dv), signal minus noise and what follows, (B, S, Hs, Dv),
+        in float32.
+        """
+        signal, noise = _wide(out).unflatten(2, (-1, self.block)).split((self.block - 1, 1), dim=3)
+        out = (signal - self._lambda(hidden_states) * noise).flatten(2, 3)
         if self.subln is not None:
             out = self.subln(out) * (1.0 - self.lambda_init)
         if self.gate_proj is not None:
-            out = out * torch.sigmoid(_wide(self._heads(self.gate_proj(hidden_states), self.v_head_dim)))
+            out = out * torch.sigmoid(_wide(self.gate_proj(hidden_states).unflatten(-1, (-1, self.v_head_dim))))
         return out
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
         """A scalar of the layer, or with "diff_v2" one for each token and signal head,
-        (B, Hs, S, 1).
+        (B, S, Hn, Hs / Hn, 1).
         """
         if self.kind == "diff_v2":
-            return torch.sigmoid(_wide(self.lambda_proj(hidden_states))).transpose(1, 2)[..., None]
+            lam = torch.sigmoid(_wide(self.lambda_proj(hidden_states)))
+            return lam.unflatten(-1, (-1, self.block - 1))[..., None]
         first = (_wide(self.lambda_q1) * _wide(self.lambda_k1)).sum()
         second = (_wide(self.lambda_q2) * _wide(self.lambda_k2)).sum()
         return first.exp() - second.exp() + self.lambda_init
@@ -326,12 +368,26 @@ def _rotate(x: Tensor, position_embeddings: PositionEmbeddings) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Attention of (B, H, S, D) to keys and values with fewer heads; without a mask, causal."""
+def _eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention of (B, H, S, D) by maps (B, H, S, keys), with a mask that is added: what it gives
+    is (B, S, H, Dv), and the maps.
+    """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    causal = attention_mask is None and query.shape[2] > 1
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal)
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    maps = F.softmax(_wide(logits), dim=-1).to(query.dtype)
+    return (maps @ value).transpose(1, 2), maps
 
 
 # What transformers, its losses and tokenizers hand on, and no attention need read.
@@ -394,10 +450,13 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: PositionEmbeddings,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        **options: Any,
     ) -> Tensor:
-        """hidden_states (B, S, E) -> (B, S, E)."""
+        """hidden_states (B, S, E) -> (B, S, E); options are the attention interface's."""
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, position_embeddings, attention_mask, past_key_values)
+        hidden_states = hidden_states + self.self_attn(
+            normed, position_embeddings, attention_mask, past_key_values, **options
+        )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -411,6 +470,9 @@ class MotifPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MotifDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -460,14 +522,16 @@ class MotifModel(MotifPreTrainedModel):
             ValueError: neither or both of input_ids and inputs_embeds, padding together with packed
                 documents, or an argument that nothing here reads.
         """
-        _check_arguments(kwargs)
+        served = self._is_served(kwargs)
+        if not served:
+            _check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         packed = None
-        if past_key_values is None:
+        if past_key_values is None and not served:
             packed = _packed_positions(hidden_states.shape[:2], attention_mask, position_ids, cu_seq_lens_q)
         if packed is not None:
             attention_mask, position_ids = None, packed
@@ -476,11 +540,16 @@ class MotifModel(MotifPreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen)[None]
-        mask = self._mask(hidden_states, attention_mask, position_ids, past_key_values)
+        mask: Any = attention_mask
+        options = {"position_ids": position_ids}
+        if served:
+            options |= kwargs | {"cu_seq_lens_q": cu_seq_lens_q}
+        else:
+            mask = self._mask(hidden_states, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         every = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings, mask, past_key_values)
+            hidden_states = layer(hidden_states, position_embeddings, mask, past_key_values, **options)
             every.append(hidden_states)
         hidden_states = self.norm(hidden_states)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -489,6 +558,12 @@ class MotifModel(MotifPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*every[:-1], hidden_states) if wanted else None,
         )
+
+    def _is_served(self, options: dict[str, Any]) -> bool:
+        """Whether a server's own cache and batch are behind the attention interface: transformers'
+        continuous batching, or vLLM.
+        """
+        return options.get("cache") is not None or self.config._attn_implementation == "vllm"
 
     def _mask(
         self,
@@ -575,3 +650,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 
 # Trainer's label smoothing shifts labels for the class names in this table alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["MotifForCausalLM"] = "MotifForCausalLM"
+
+# `transformers serve` looks an architecture's class up among transformers' own. That module exists
+# twice, for transformers imports itself anew to make docstrings; both are of one class.
+if type(transformers).__module__.startswith("transformers."):
+    type(transformers).MotifForCausalLM = MotifForCausalLM  # type: ignore[attr-defined]

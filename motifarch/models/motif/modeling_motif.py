@@ -35,6 +35,12 @@ from motifarch.layers import (
 )
 from motifarch.layers.base_attention import BaseAttention
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
+from motifarch.models.motif.attention_interface import (
+    InterfaceAttention,
+    is_registered,
+    is_served,
+    positions_in_documents,
+)
 from motifarch.models.motif.caches import (
     AttentionMask,
     left_only,
@@ -49,7 +55,8 @@ from motifarch.models.motif.loading import WholeOrNothing
 from motifarch.models.motif.rotary import build_rotary
 
 # attn_implementation -> motif_kernels' backend. "auto", the default, "triton" and "cpu" are ours;
-# the rest are transformers' names. Any "flash_..." is whichever flash-attn is installed.
+# the rest are transformers' names. Any "flash_..." is whichever flash-attn is installed. Others go
+# through transformers' attention interface, and so do these under continuous batching.
 _OURS = ("auto", "triton", "cpu")
 _BACKENDS = {**{name: name for name in _OURS}, "eager": "reference", "sdpa": "sdpa"}
 _FLASH = "flash_"
@@ -104,7 +111,12 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MotifConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = build_attention(config, layer_idx)
+        attention: Any = build_attention(config, layer_idx)
+        # What functions of transformers' attention interface read of a module.
+        attention.config, attention.is_causal = config, True
+        kv_width = attention.num_kv_heads * attention.head_dim
+        attention.num_key_value_groups = attention.num_heads * attention.v_head_dim // kv_width
+        self.self_attn: nn.Module = attention
         size, width, bias = config.hidden_size, config.intermediate_size, config.use_bias
         if config.hidden_act == "poly_norm":
             self.mlp: nn.Module = PolyNormMLP(size, intermediate_size=width, eps=config.poly_norm_eps, bias=bias)
@@ -164,14 +176,20 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
     def _set_backend(self) -> None:
         """Gives all attention layers the backend that the config's attn_implementation means."""
         name = self.config._attn_implementation
-        if not name.startswith(_FLASH) and name not in _BACKENDS:
+        if not (name.startswith(_FLASH) or name in _BACKENDS or is_registered(name)):
             raise ValueError(
-                f"attn_implementation {name!r} is not supported; "
-                f"choose one of {', '.join(_BACKENDS)}, flash_attention_2"
+                f"attn_implementation {name!r} is not supported; choose one of {', '.join(_BACKENDS)}, "
+                "flash_attention_2, or one that is registered in transformers' AttentionInterface"
             )
         for module in self.modules():
             if isinstance(module, BaseAttention):
-                module.backend = _BACKENDS.get(name, "flash")
+                module.backend = _BACKENDS.get(name, "flash" if name.startswith(_FLASH) else "auto")
+
+    @property
+    def _uses_interface(self) -> bool:
+        """Whether attention is one of transformers' interface and not motif_kernels'."""
+        name = self.config._attn_implementation
+        return name not in _BACKENDS and not name.startswith(_FLASH)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -245,7 +263,9 @@ class MotifModel(MotifPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_attentions is None:
             output_attentions = bool(self.config.output_attentions)
-        check_arguments(kwargs, cu_seq_lens_q, max_length_q)
+        served = is_served(kwargs)
+        if not served:
+            check_arguments(kwargs, cu_seq_lens_q, max_length_q)
         may_restart = cu_seq_lens_q is None and attention_mask is None and past_key_values is None
         if may_restart and position_ids is not None and is_exporting():
             attention_mask = visible_documents(position_ids, self.config.window_size)
@@ -257,12 +277,25 @@ class MotifModel(MotifPreTrainedModel):
         if position_ids is None:
             position_ids = (torch.arange(seqlen, device=hidden_states.device) + seen)[None]
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
-        mask = AttentionMask(leftpad=cache_leftpad)
+        mask, attend = AttentionMask(leftpad=cache_leftpad), None
+        if served or self._uses_interface:
+            if output_attentions or cache_leftpad is not None:
+                raise ValueError(
+                    f"output_attentions and cache_leftpad work with attn_implementation {', '.join(_BACKENDS)}, not "
+                    f"through transformers' attention interface ({self.config._attn_implementation!r}); leave them out"
+                )
+            kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "max_length_q": max_length_q} if served else {}
+            if cu_seq_lens_q is not None and not served:
+                position_ids = positions_in_documents(cu_seq_lens_q, batch, seqlen)
+            attend = InterfaceAttention(
+                self.config, hidden_states, attention_mask, position_ids, past_key_values, kwargs
+            )
+            attention_mask = cu_seq_lens_q = max_length_q = None
         if attention_mask is not None:
             window = self.config.window_size
             mask = read_attention_mask(attention_mask, batch, seqlen, seen, past_key_values, window)
         cache_position = None
-        if past_key_values is not None:
+        if past_key_values is not None and attend is None:
             cache_position = CachePosition(seen, batch, seqlen, leftpad=mask.leftpad, device=hidden_states.device)
         if cu_seq_lens_q is not None and not (mask.padding is None and mask.visible is None):
             raise ValueError(
@@ -281,6 +314,7 @@ class MotifModel(MotifPreTrainedModel):
                 cache_position=cache_position,
                 attention_mask=mask.visible,
                 output_attentions=output_attentions,
+                attend=attend,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -420,6 +454,13 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             z_loss=z_loss,
         )
 
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> Any:
+        """As transformers does; where the attention is ours to choose, it is "sdpa"."""
+        if self.config._attn_implementation in _OURS:
+            self.set_attn_implementation("sdpa")
+        mixin: Any = super()
+        return mixin.init_continuous_batching(*arguments, **options)
+
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """For the mask over a static cache: none of B x S x capacity is made."""
@@ -452,7 +493,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         mask = inputs.get("attention_mask")
-        if past_key_values is None or not past_key_values.is_compileable or is_first_iteration:
+        if past_key_values is None or not past_key_values.is_compileable or is_first_iteration or self._uses_interface:
             return inputs
         if mask is None or mask.ndim != 2:
             return inputs

@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
+from motifarch.export.chat_template import plain_chat_template
+from motifarch.export.model_card import write_card
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.model_folder import without_bars
 from motifarch.portable import add_code
@@ -29,7 +31,10 @@ def export(
     with_code: bool = False,
     adapter: bool = False,
 ) -> Path:
-    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer, run's record.
+    """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer, model card, the
+    run's record.
+
+    A tokenizer without a chat template gets a plain one, which the card names.
 
     Args:
         source: a run's output folder (its newest complete checkpoint is taken) or a checkpoint's.
@@ -64,18 +69,39 @@ def export(
     model.to(dtype=DTYPES[dtype])  # type: ignore[call-arg]  # transformers hides its signature
     eos, pad = saved_tokenizer.eos_token_id, saved_tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos if pad is None else pad)
+    own_chat_template = saved_tokenizer.chat_template is not None
+    if not own_chat_template:
+        saved_tokenizer.chat_template = plain_chat_template(saved_tokenizer)
+    record = read_record(run)
     with claim_folder(output, print), new_folder(output) as folder:
         with without_bars():
             model.save_pretrained(folder)
         saved_tokenizer.save_pretrained(folder)
-        if read_record(run):
+        if record:
             shutil.copyfile(run / RECORD, folder / RECORD)
         else:
             print(f"warning: {run / RECORD} is missing or damaged, so the export lacks it")
-        origin = {"checkpoint": str(checkpoint), "manifest_sha256": sha256(checkpoint / MANIFEST)}
-        write_json(folder / "export.json", {**origin, "step": read_manifest(checkpoint)["step"], "dtype": dtype})
+        origin = {
+            "checkpoint": str(checkpoint),
+            "manifest_sha256": sha256(checkpoint / MANIFEST),
+            "step": read_manifest(checkpoint)["step"],
+            "dtype": dtype,
+        }
+        write_json(folder / "export.json", origin)
         if with_code:
             add_code(folder)
+        if not adapter:  # peft writes a card of its own
+            write_card(
+                folder,
+                model,
+                name=output.name if output.name != "export" else run.resolve().name,
+                run=run,
+                record=record,
+                about=about,
+                origin=origin,
+                with_code=with_code,
+                own_chat_template=own_chat_template,
+            )
     return output
 
 

@@ -1,0 +1,137 @@
+"""Servers over HTTP, asked by the openai client, and pipelines: the tokens are generate()'s."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.python_process import run_python
+from motifarch.cli import run
+from motifarch.errors import UserError
+from motifarch.export import export
+
+MESSAGES = [{"role": "user", "content": "alpha beta = gamma ( one"}]
+TOKENS = 12
+
+WITHOUT_MOTIFARCH = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("motifarch", "motif_kernels"):
+            raise ModuleNotFoundError(f"no {name} here")
+
+sys.meta_path.insert(0, Nothing())
+from transformers.cli.transformers import app
+app(sys.argv[1:], prog_name="transformers")
+"""
+COMMANDS = {
+    "motifarch": [sys.executable, "-m", "motifarch.cli"],
+    "transformers": [sys.executable, "-c", WITHOUT_MOTIFARCH],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(finished_run, tmp_path_factory) -> Path:
+    return export(finished_run, tmp_path_factory.mktemp("served") / "model", with_code=True)
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> str:
+    """What the model answers, greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len(text) > 4
+    return text
+
+
+@contextmanager
+def serving(who: str, *arguments: object, log: Path) -> Iterator[OpenAI]:
+    """A server in a process of its own, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(log.parent / "modules")}
+    with log.open("w") as out:
+        command = [*COMMANDS[who], "serve", *map(str, arguments), *options]
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            with socket.socket() as asked:
+                if asked.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "options"),
+    [
+        ("motifarch", []),
+        ("motifarch", ["--continuous-batching"]),
+        ("transformers", ["--trust-remote-code"]),
+        ("transformers", ["--trust-remote-code", "--continuous-batching"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "plain",
+)
+def test_a_chat_over_http_is_generates(folder, expected, tmp_path, who, options):
+    with serving(who, folder, *options, log=tmp_path / "log.txt") as client:
+        options = {"model": str(folder), "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
+        pieces = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**options, stream=True)]
+        assert "".join(piece or "" for piece in pieces) == expected, (tmp_path / "log.txt").read_text()
+        assert len([piece for piece in pieces if piece]) > 1, "not streamed"
+        whole = client.chat.completions.create(**options)
+        assert whole.choices[0].message.content == expected
+        assert whole.usage.completion_tokens <= TOKENS
+
+
+def test_serving_refuses_what_is_no_models_folder(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        run(["serve", str(tmp_path)])
+
+
+PIPELINE = """
+    import sys
+    if sys.argv[2] == "with":
+        import motifarch.models
+    else:
+        class Nothing:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("motifarch", "motif_kernels"):
+                    raise ModuleNotFoundError(f"no {name} here")
+        sys.meta_path.insert(0, Nothing())
+    from transformers import pipeline
+    generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=sys.argv[2] != "with", device="cpu")
+    messages = [{"role": "user", "content": sys.argv[3]}]
+    answer = generate(messages, max_new_tokens=int(sys.argv[4]), do_sample=False)
+    print(answer[0]["generated_text"][-1]["content"], end="")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("motifarch", ["with", "without"])
+def test_a_pipeline_chats(folder, expected, motifarch):
+    assert run_python(PIPELINE, folder, motifarch, MESSAGES[0]["content"], TOKENS).strip() == expected.strip()
