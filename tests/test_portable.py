@@ -145,13 +145,14 @@ def test_a_static_cache_gives_the_same_tokens(tmp_path, variant):
 
 @pytest.mark.parametrize("variant", ALL)
 def test_loss_and_gradients_are_motifarchs(tmp_path, variant):
-    model = trained_like(variant)
-    other = portable(model, tmp_path)
+    # In float64: PolyNorm's bias has one number for a gradient, a sum that cancels.
+    model = trained_like(variant).double()
+    other = portable(model, tmp_path).double()
     ids = random_ids(2, 19)
     labels = ids.clone()
     labels[0, :5] = -100
     losses = [m.train()(ids, labels=labels).loss for m in (other, model)]
-    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*losses, check_dtype=False)  # one is in float32 always
     for loss in losses:
         loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}

@@ -131,6 +131,7 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
         "runs": lambda out: [finished_run, "--output", out.with_name(f"{out.name}.png")],
         "average": lambda out: [finished_run, "--last", "1", "--output", out / "mean"],
         "export": lambda out: [finished_run, "--output", out / "export"],
+        "serve": lambda out: [model],  # its one option is the folder, which is always a wrong one here
         "benchmark head-ratio": lambda out: ["tiny_cpu", "--output", out / "study", "--dry-run"],
         "benchmark report": lambda out: [results, "--output", out / "report"],
         "eval": lambda out: [model, "--tasks", "no_such.yaml", "--output", out / "scores.json"],

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -347,8 +348,10 @@ def test_conversations_in_a_file(chat_folder, tmp_path, capsys):
 
 
 def test_conversations_that_cannot_be(folder, chat_folder, tmp_path):
-    with pytest.raises(UserError, match=f"{folder} has no chat template.*without --chat"):
-        run(["generate", str(folder), "--prompt", "alpha", "--chat"])
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=f"{bare} has no chat template.*without --chat"):
+        run(["generate", str(bare), "--prompt", "alpha", "--chat"])
     bad = [{"role": "robot", "content": "x"}]
     path = prompt_file(tmp_path, {"prompt": "alpha"}, {"messages": bad})
     with pytest.raises(UserError, match=r"prompts\.jsonl, line 2.*no robots here"):
