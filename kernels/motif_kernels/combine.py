@@ -71,7 +71,7 @@ def combine(
     Outputs may be in pieces, along their width. Two equal ones are read where they are.
     """
     signals, noises = ([t] if isinstance(t, Tensor) else list(t or ()) for t in (o_signal, o_noise))
-    fused = bool(noises) and lam is not None and ops.has_implementation(signals[0].device)
+    fused = len(noises) > 0 and lam is not None and ops.has_implementation(signals[0].device)
     if not (fused and _are_halves(signals, noises)):
         signals, noises = ([torch.cat(t, dim=-1)] if len(t) > 1 else t for t in (signals, noises))
     first = signals[0]

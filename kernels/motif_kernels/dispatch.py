@@ -191,7 +191,9 @@ def as_given(device: torch.device) -> AbstractContextManager[Any]:
     """Within, autocast is off: on every backend attention computes in the dtype of its inputs and
     gives it, the sub-norm included.
     """
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # torch 2.11's compiler cannot ask whether there is an autocast for the device.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    if known and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
