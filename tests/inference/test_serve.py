@@ -86,6 +86,8 @@ def serving(who: str, *arguments: object, log: Path) -> Iterator[OpenAI]:
             server.wait()
 
 
+# The model loads, but its streamed answer is an error, or empty with continuous batching.
+@pytest.mark.xfail(strict=True, reason="chat completions do not work yet")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "options"),
