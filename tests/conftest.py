@@ -17,8 +17,11 @@ if not torch.cuda.is_available():
 # What inductor compiled for other instructions, as under ATEN_CPU_CAPABILITY, is found again in its
 # shared cache and corrupts memory. Workers inherit this process's folder, which goes with it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
+    _session = tempfile.TemporaryDirectory(prefix="motifarch-tests-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_session.name}/inductor"
+    os.environ["TRACKIO_DIR"] = f"{_session.name}/trackio"  # read once, when trackio is imported
+
+os.environ["WANDB_MODE"] = "offline"
 
 
 # Files that take minutes. They come first, so that no worker is left alone with one at the end.

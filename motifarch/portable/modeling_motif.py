@@ -652,6 +652,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["MotifForCausalLM"] = "MotifForCausalLM"
 
 # `transformers serve` looks an architecture's class up among transformers' own. That module exists
-# twice, for transformers imports itself anew to make docstrings; both are of one class.
-if type(transformers).__module__.startswith("transformers."):
+# twice, for transformers imports itself anew to make docstrings; both are of one class. motifarch's
+# own class, where it is imported, stays.
+if type(transformers).__module__.startswith("transformers.") and not hasattr(transformers, "MotifForCausalLM"):
     type(transformers).MotifForCausalLM = MotifForCausalLM  # type: ignore[attr-defined]

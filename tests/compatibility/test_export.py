@@ -19,7 +19,7 @@ from transformers.integrations.executorch import (
 
 from helpers import compatibility
 from helpers.compatibility import cells
-from helpers.host_models import EXPERTS, HEADS, RATIOS, host_model, left_padded, moved, token_ids
+from helpers.host_models import EXPERTS, HEADS, ONLY_EXPERTS, RATIOS, host_model, left_padded, moved, token_ids
 from helpers.models import VARIANTS, tiny_model
 from motifarch.integrations import patch
 
@@ -36,7 +36,7 @@ def build(name: str) -> Any:
     if name in VARIANTS:
         return tiny_model(name, **({"rope_parameters": YARN} if name == "gda window" else {})).eval()
     model = host_model(name)
-    experts = {"experts": "keep"} if name in EXPERTS else {}
+    experts = {"experts": "swap" if name in ONLY_EXPERTS else "keep"} if name in EXPERTS else {}
     patch(model, ratio=RATIOS[name], feed_forward="polynorm", sub_norm=True, **experts)
     return moved(model)
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import sqlite3
 import sys
 from pathlib import Path
@@ -22,9 +23,8 @@ ROWS = [{"step": step, "loss": 1.0 / step, "lambda": [0.25, 0.5]} for step in (1
 
 def follow(tracker: Any, output: Path) -> None:
     output.mkdir()
-    (opened,) = open_trackers(
-        LogSection(tensorboard=False, tracker=tracker), output, start_step=0, recipe={"run": {"steps": 3}}
-    )
+    log = LogSection(tensorboard=False, tracker=tracker, project="followed")
+    (opened,) = open_trackers(log, output, start_step=0, recipe={"run": {"steps": 3}})
     for row in ROWS:
         opened.log(row)
     opened.close()
@@ -43,23 +43,21 @@ def test_one_that_is_missing_is_one_message(
     assert not (recipe.parent / "run").exists()
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
     follow("wandb", tmp_path / "run")
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
     assert b"lambda/1" in content
-    assert b"motifarch" in content
+    assert b"followed" in content
     assert capsys.readouterr().out == ""
 
 
-def test_trackio_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_local(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trackio")
     follow("trackio", tmp_path / "run")
     assert capsys.readouterr().out == ""
-    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "motifarch.db")) as database:
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "followed.db")) as database:
         rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
     assert [(name, step) for name, step, _ in rows] == [("run", 1), ("run", 2), ("run", 3)]
     assert json.loads(rows[1][2]) == {"loss": 0.5, "lambda/0": 0.25, "lambda/1": 0.5}

@@ -145,6 +145,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = False
+    _supports_flex_attn = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MotifDecoderLayer, "attentions": BaseAttention}
 
