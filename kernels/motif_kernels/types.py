@@ -64,7 +64,7 @@ class AttentionInputs(NamedTuple):
             per_query: of q1, q2, the gate, and lambda if it has one number for each token and head.
             per_key: of k1, k2 and v; default per_query.
         """
-        per_key = per_key or per_query
+        per_key = per_query if per_key is None else per_key
         k1 = per_key(self.k1)
         shared = self.k2 is self.k1
         return self._replace(

@@ -41,8 +41,8 @@ def attend_by_maps(inputs: AttentionInputs, mask: Tensor, options: AttentionOpti
     of_signal = of_noise = mask
     if inputs.noise is not None and mask.shape[1] > 1:
         of_signal, of_noise = _signal_and_noise(mask, inputs.noise_heads)
-    signal, *max_logits = attention_map(inputs.q1, inputs.k1, mask=of_signal, **scale)
-    maps, noise = signal, None
+    signal, largest = attention_map(inputs.q1, inputs.k1, mask=of_signal, **scale)
+    maps, noise, max_logits = signal, None, [largest]
     if inputs.noise is not None:
         noise, largest = attention_map(inputs.noise.q, inputs.noise.k, mask=of_noise, **scale)
         max_logits.append(largest)

@@ -190,19 +190,27 @@ def test_backward_saves_only_its_inputs(path):
 
 @pytest.mark.parametrize("epilogue", ["norm", "gate", "none"])
 def test_heads_in_two_pieces_are_as_good_as_whole(epilogue, path):
-    """Bit for bit: what attention libraries give that take narrow values alone."""
-    signal, noise, lam, weight, gate = make_inputs((B, S, HEADS), epilogue, device=path.device)
-    inputs = leaves(signal, noise, lam, weight, gate)
-    grad = torch.randn(signal.shape, generator=torch.Generator().manual_seed(5)).to(path.device)
+    """What attention libraries give that take narrow values alone. Bit for bit, but for what comes
+    of a sum over a head: a GPU's compiler orders that by how the pieces lie in registers.
+    """
+    inputs = make_inputs((B, S, HEADS), epilogue, device=path.device)
+    options = {"norm_eps": 1e-5, "out_scale": 0.7}
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(5)).to(path.device)
 
-    def run(signal, noise):
-        *_, lam, weight, gate = inputs
-        out = combine(signal, noise, lam, norm_weight=weight, norm_eps=1e-5, out_scale=0.7, gate=gate)
-        return [out, *gradients(out, inputs, grad)]
+    def in_pieces(signal, noise, lam, *, norm_weight, gate, **options):
+        pieces = (t.split(WIDTH // 2, dim=-1) for t in (signal, noise))
+        return combine(*pieces, lam, norm_weight=norm_weight, gate=gate, **options)
 
-    whole, halves = run(*inputs[:2]), run(*(t.split(WIDTH // 2, dim=-1) for t in inputs[:2]))
-    for a, b in zip(halves, whole, strict=True):
-        assert torch.equal(a, b)
+    whole, halves = (run(function, inputs, grad, **options) for function in (diff_combine, in_pieces))
+    plain = run(reference.diff_combine, inputs, grad, **options)
+    exact = run(reference.diff_combine, inputs, grad, precision=torch.float64, **options)
+    given = zip(("signal", "noise", "lam", "weight", "gate"), inputs, strict=True)
+    names = ["out", *(name for name, t in given if t is not None)]
+    for name, half, one, p, e in zip(names, halves, whole, plain, exact, strict=True):
+        if path.name == "cuda" and (epilogue == "norm" or name == "lam"):
+            assert_error_rule(half, p, e)
+        else:
+            assert torch.equal(half, one), name
 
 
 def test_operator_contract_with_two_pieces(path):

@@ -42,7 +42,8 @@ def is_exporting() -> bool:
     """Whether a call is recorded for programs that do not have the operators: by torch.export (and
     with it ONNX) or torch.jit.trace.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # Not torch.compiler.is_exporting(): torch 2.11 calls that true in all that it compiles.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def has_implementation(device: torch.device) -> bool:

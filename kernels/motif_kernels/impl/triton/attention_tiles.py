@@ -158,8 +158,17 @@ def pieces(tile, PIECES: tl.constexpr):
 
 @triton.jit
 def product(a, b, accumulator=None):
-    """Matrix product in float32; float32 operands are not rounded on the way."""
-    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=tl.float32)
+    """Matrix product in float32; float32 operands are not rounded on the way.
+
+    Of float32 operands a product is summed apart and then added: one chain of all its terms, as a
+    GPU without tensor cores for them has it, is several times less exact. Tensor cores sum so
+    themselves. The compiler would make one of both, but for a limit on what is summed apart.
+    """
+    if a.dtype == tl.float32 and accumulator is not None:
+        of_tile = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32, max_num_imprecise_acc=a.shape[1])
+        return accumulator + of_tile
+    else:  # without it, Triton would compile both
+        return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit
