@@ -1,8 +1,8 @@
 """Time and memory of calls that take turns on one machine, and the roofline of that machine.
 
-A GPU's times are those of ``triton.testing.do_bench`` (the device's own clock, a cold L2 cache), a
-CPU's those of ``torch.utils.benchmark``. Speed is a ratio between calls of one run: they are timed
-in rounds, in an order that rotates.
+A GPU's times are its own (its clock, a cold L2 cache), without what a call costs on the host, which
+is measured apart; a CPU's are those of ``torch.utils.benchmark``. Speed is a ratio between calls of
+one run: they are timed in rounds, in an order that rotates.
 
 The *roofline* of a piece of work is the least time in which the device could do it, by what it was
 measured to do in the same run: bytes over the bandwidth of a copy, or FLOPs over the rate of a
@@ -38,12 +38,49 @@ class Work:
     prepare: Callable[[], Any] = lambda: None
 
 
-def gpu_clock(function: Callable[[], object], seconds: float) -> list[float]:
-    """The GPU's time of each repetition."""
-    from triton.testing import do_bench
+# A GPU's cycles a second, at most: for waiting.
+_CYCLES = 2e9
 
-    found: list[float] = do_bench(function, warmup=1, rep=1e3 * seconds, return_mode="all")
-    return [1e-3 * milliseconds for milliseconds in found]
+
+def gpu_clock(function: Callable[[], object], seconds: float) -> list[float]:
+    """The GPU's time of each repetition.
+
+    As ``triton.testing.do_bench`` does it, but the GPU waits until a repetition is queued whole:
+    otherwise a short one would be timed with the host's way to its kernels.
+    """
+    from triton.runtime import driver
+
+    cache = driver.active.get_empty_cache_for_benchmark()
+    wait = int(_CYCLES * (2 * host_seconds(function, 3) + 2e-5))
+
+    def repeat() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        driver.active.clear_cache(cache)
+        torch.cuda._sleep(wait)
+        start.record()
+        function()
+        end.record()
+        return start, end
+
+    began = time.perf_counter()
+    pairs = [repeat()]
+    torch.cuda.synchronize()
+    pairs += [repeat() for _ in range(int(seconds / (time.perf_counter() - began)) - 1)]
+    torch.cuda.synchronize()
+    return [1e-3 * start.elapsed_time(end) for start, end in pairs]
+
+
+def host_seconds(function: Callable[[], object], calls: int = 20) -> float:
+    """The median time after which a call returns, its kernels queued on a GPU that does nothing
+    else.
+    """
+    taken = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
 
 
 def cpu_clock(function: Callable[[], object], seconds: float) -> list[float]:

@@ -12,6 +12,7 @@ from benchmarks.lib.bench import (
     Clock,
     Roofline,
     Work,
+    host_seconds,
     is_out_of_memory,
     peak_bytes,
     reason_of,
@@ -161,6 +162,13 @@ def measure(
     for i, reason in timed.failed.items():
         fail({name: rows[int(i)][name] for name in (*case.cell(), "provider", "variant", "form")}, reason)
     results = [rows[int(i)] | rates(case, of_direction, roofline) for i, of_direction in timed.seconds.items()]
+    if device.type == "cuda":
+        for i, result in zip(timed.seconds, results, strict=True):
+            prepared = {d: (work, work.prepare()) for d, work in works[i].items()}
+            result["host_seconds"] = {
+                d: host_seconds(lambda work=work, given=given: work.call(given))  # type: ignore[misc]
+                for d, (work, given) in prepared.items()
+            }
     for r in results:
         r["best"] = seconds_of(r) == min(seconds_of(other) for other in results if other["provider"] == r["provider"])
     return results, failed

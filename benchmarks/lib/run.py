@@ -304,15 +304,17 @@ class KernelBenchmark(ABC):
                         texts += [time_, f"{100 * r['share_of_roofline'][d]:.0f}%"]
                     rate = r[self.rate].get(directions[-1])
                     peak = None if r["peak_bytes"] is None else r["peak_bytes"] / MEBIBYTE
-                    figures = ("-" if n is None else _number(n) for n in (rate, peak))
+                    host = [scale * s for d, s in r.get("host_seconds", {}).items() if d == directions[-1]] or [None]
+                    figures = ("-" if n is None else _number(n) for n in (rate, peak, *host))
                     rows.append((*texts, *figures))
                 bounds = max((r["roofline_seconds"] for r in cell), key=len)
                 by = sorted({"bytes" if b["bound"] == b["bytes"] else "FLOPs" for b in bounds.values()})
                 times = [text for d in directions for text in (_number(scale * bounds[d]["bound"]), "")]
-                rows.append(("", f"roofline, by {' or '.join(by)}", *times, "", ""))
+                rows.append(("", f"roofline, by {' or '.join(by)}", *times, "", "", ""))
             short = {"forward": "fwd", "backward": "bwd", "both": "both"}
             headings = [text for d in directions for text in (f"{short[d]}\n{unit}", "of\nroof")]
-            headings += [f"{'TFLOP/s' if self.rate == 'tflops' else 'GB/s'}\n{short[directions[-1]]}", "peak\nMiB"]
+            headings += [f"{'TFLOP/s' if self.rate == 'tflops' else 'GB/s'}\n{short[directions[-1]]}"]
+            headings += ["peak\nMiB", f"host\n{unit}"]
             console.print(report.table(title, [self.size, "", *headings], rows, text_columns=2))
         for r in content["failed"]:
             where = f"{self.describe_group(r)}, {self.size} {r[self.size]:,}"

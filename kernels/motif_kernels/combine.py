@@ -95,8 +95,8 @@ def combine(
         norm_eps,
         out_scale,
         out_dtype,
-        *signal_rest,
-        *noise_rest,
+        signal_rest[0] if signal_rest else None,
+        noise_rest[0] if noise_rest else None,
     )
     return out.view(*first.shape[:-1], out.shape[-1])
 

@@ -13,7 +13,7 @@ from motif_kernels import dispatch
 from motif_kernels.checks import check_attention, may_read
 from motif_kernels.diff_attention import lam_tensor
 from motif_kernels.ops import decoding as operator
-from motif_kernels.ops import needs_no_operator
+from motif_kernels.ops.shortcut import is_unwatched
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
 NewTokens = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -135,7 +135,7 @@ def attend(
     tokens = _new_tokens(inputs, new)
     reader = dispatch.choose_decoding(backend, inputs)
     with torch.no_grad(), dispatch.as_given(q1.device):
-        plain = needs_no_operator(q1)
+        plain = is_unwatched(*inputs, *cache)
         if tokens:
             append = operator.append if plain else operator.append_to_cache
             for added, held in tokens:

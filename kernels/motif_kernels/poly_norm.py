@@ -151,10 +151,8 @@ def _apply(
             x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x), group.group_name
         )[0]
     if ops.has_implementation(x.device):
-        arguments = (x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x))
-        if ops.needs_no_operator(x):
-            return operator.forward(*arguments)
-        return operator.poly_norm(*arguments, ops.needs_grad(x, up, weight, bias))[0]
+        keep = ops.needs_grad(x, up, weight, bias)
+        return operator.poly_norm(x, up, weight, bias, eps, hidden_clamp, ops.result_dtype(x), keep)[0]
     if hidden_clamp is not None:
         x, up = x.clamp(-hidden_clamp, hidden_clamp), None if up is None else up.clamp(-hidden_clamp, hidden_clamp)
     out = reference.poly_norm(x, weight, bias, eps=eps)

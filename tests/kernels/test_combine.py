@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import diff_combine, reference
 from motif_kernels.combine import combine
-from motif_kernels.ops.combine import diff_combine as operator
 
 B, S, HEADS, NOISE, WIDTH = 2, 9, 6, 2, 8
 
@@ -84,7 +83,9 @@ def test_blocks_of_tokens_join_up():
 @pytest.mark.parametrize("epilogue", ["none", "norm", "gate"])
 def test_operator_contract(epilogue, path):
     signal, noise, lam, weight, gate = leaves(*make_inputs((4, HEADS), epilogue, leading=(4,), device=path.device))
-    torch.library.opcheck(operator, (signal, noise, lam, weight, gate, 1e-5, 0.7, torch.float32))
+    torch.library.opcheck(
+        torch.ops.motif.diff_combine.default, (signal, noise, lam, weight, gate, 1e-5, 0.7, torch.float32, None, None)
+    )
 
 
 @pytest.mark.parametrize("kind", ["large", "tiny", "constant", "zero"])
@@ -218,7 +219,7 @@ def test_operator_contract_with_two_pieces(path):
     (s1, s2), (n1, n2) = (t.flatten(0, 1).split(WIDTH // 2, dim=-1) for t in (signal, noise))
     tensors = leaves(*(t.clone() for t in (s1, n1, lam, weight, s2, n2)))
     arguments = (*tensors[:4], None, 1e-5, 0.7, torch.float32, *tensors[4:])
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(torch.ops.motif.diff_combine.default, arguments)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from helpers.memory import largest_allocation
 from motif_kernels import diff_attn_func, diff_attn_varlen_func, flops, reference
 from motif_kernels.impl.sdpa.segments import plan_blocks, plan_segments
-from motif_kernels.ops import blocked_attention, sdpa
 
 LENGTH = 2048
 
@@ -78,5 +77,5 @@ def test_segments_cover_exactly_the_mask(sq, sk, window, causal, plan):
 def test_operator_contract(packed):
     bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32) if packed else None
     q, k, v = (torch.randn(1, 9, 2, w, requires_grad=True) for w in (4, 4, 8))
-    for operator in (sdpa.segmented_attention, blocked_attention.blocked_attention):
-        torch.library.opcheck(operator, (q, k, v, bounds, bounds, 0.5, 3, 0))
+    for operator in (torch.ops.motif.segmented_attention, torch.ops.motif.blocked_attention):
+        torch.library.opcheck(operator.default, (q, k, v, bounds, bounds, 0.5, 3, 0))

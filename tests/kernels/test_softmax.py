@@ -16,7 +16,6 @@ from motif_kernels import (
     softmax_attn_varlen_func,
     softmax_attn_with_kvcache,
 )
-from motif_kernels.ops import diff_attention as operator
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 OPTIONS = AttentionOptions(softmax_scale=0.25, left=-1, right=0, norm_eps=1e-5, out_scale=0.8, deterministic=True)
@@ -236,7 +235,9 @@ def test_operator_contract(packed, place):
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=device) if packed else None
     tensors = leaves(*([t[0] for t in (q, k, v)] if packed else (q, k, v)))
     inputs = AttentionInputs(tensors[0], tensors[1], None, None, tensors[2], None)
-    torch.library.opcheck(operator.diff_attention, (*inputs, *Sequences(9, 9, bounds, bounds), *OPTIONS, True))
+    torch.library.opcheck(
+        torch.ops.motif.diff_attention.default, (*inputs, *Sequences(9, 9, bounds, bounds), *OPTIONS, True)
+    )
 
 
 def test_compiles_without_a_graph_break(place):

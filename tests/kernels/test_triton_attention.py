@@ -436,7 +436,7 @@ def test_operator_contract(epilogue, device):
     if epilogue == "shared keys":
         inputs[3] = None
     options = OPTIONS._replace(out_scale=0.8)
-    torch.library.opcheck(operator.diff_attention, (*inputs, *Sequences(9, 9), *options, True))
+    torch.library.opcheck(torch.ops.motif.diff_attention.default, (*inputs, *Sequences(9, 9), *options, True))
 
 
 def test_compiles_and_checkpoints(device):

@@ -60,21 +60,6 @@ def has_implementation(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-def needs_no_operator(x: Tensor) -> bool:
-    """Whether a call may go straight to its implementation: nobody traces, differentiates or
-    transforms it (torch.func), and x is no subclass.
-
-    An operator's way through the dispatcher costs as much as the arithmetic of a token that is
-    decoded.
-    """
-    return (
-        type(x) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

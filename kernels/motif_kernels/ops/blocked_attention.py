@@ -7,6 +7,7 @@ from torch import Tensor
 
 from motif_kernels.impl.cpu import attention as impl
 from motif_kernels.impl.sdpa.segments import Segment, plan_blocks, plan_packed
+from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.types import AttentionOptions, Sequences
 
 
@@ -25,8 +26,7 @@ def _plan(
     return [block.moved(row * seqlen_q, row * seqlen_k) for row in range(len(q)) for block in blocks]
 
 
-@torch.library.custom_op("motif::blocked_attention", mutates_args=())
-def blocked_attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -42,13 +42,15 @@ def blocked_attention(
     return impl.forward(q, k, v, _plan(q, k, cu_seqlens_q, cu_seqlens_k, (left, right)), scale)
 
 
-@blocked_attention.register_fake
+_operator = torch.library.custom_op("motif::blocked_attention", _forward, mutates_args=())
+
+
+@_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.custom_op("motif::blocked_attention_backward", mutates_args=())
-def _blocked_attention_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -62,7 +64,11 @@ def _blocked_attention_backward(
     return impl.backward(grad, q, k, v, _plan(q, k, cu_seqlens_q, cu_seqlens_k, (left, right)), scale)
 
 
-@_blocked_attention_backward.register_fake
+_backward_operator = torch.library.custom_op("motif::blocked_attention_backward", _backward, mutates_args=())
+_run_backward = with_shortcut(_backward_operator, _backward)
+
+
+@_backward_operator.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -73,11 +79,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _blocked_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.left, ctx.right)
+    grads = _run_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.left, ctx.right)
     return *grads, None, None, None, None, None
 
 
-blocked_attention.register_autograd(_differentiate, setup_context=_save)
+blocked_attention = differentiable(_operator, _forward, _save, _differentiate)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: AttentionOptions) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from motif_kernels.ops import implementation
+from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.reference import compute_dtype
 
 FAMILY = "combine"
@@ -16,8 +17,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@torch.library.custom_op("motif::diff_combine", mutates_args=())
-def diff_combine(
+def _forward(
     signal: Tensor,
     noise: Tensor,
     lam: Tensor,
@@ -26,8 +26,8 @@ def diff_combine(
     norm_eps: float,
     out_scale: float,
     out_dtype: torch.dtype,
-    signal_rest: Tensor | None = None,
-    noise_rest: Tensor | None = None,
+    signal_rest: Tensor | None,
+    noise_rest: Tensor | None,
 ) -> Tensor:
     """Epilogue of (T, Hs, Dv), (T, Hn, Dv); lam () | (Hs,) | (T, Hs), gate (T, Hs, Dv).
 
@@ -51,6 +51,9 @@ def diff_combine(
         )
 
 
+_operator = torch.library.custom_op("motif::diff_combine", _forward, mutates_args=())
+
+
 def _dense_pieces(
     signal: Tensor, noise: Tensor, signal_rest: Tensor | None, noise_rest: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -65,7 +68,7 @@ def _empty_output(signal: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Te
     return torch.empty(*signal.shape[:-1], columns, dtype=dtype, device=signal.device)
 
 
-@diff_combine.register_fake
+@_operator.register_fake
 def _(
     signal: Tensor,
     noise: Tensor,
@@ -75,14 +78,13 @@ def _(
     norm_eps: float,
     out_scale: float,
     out_dtype: torch.dtype,
-    signal_rest: Tensor | None = None,
-    noise_rest: Tensor | None = None,
+    signal_rest: Tensor | None,
+    noise_rest: Tensor | None,
 ) -> Tensor:
     return _empty_output(signal, signal_rest, out_dtype)
 
 
-@torch.library.custom_op("motif::diff_combine_backward", mutates_args=())
-def _diff_combine_backward(
+def _backward(
     grad: Tensor,
     signal: Tensor,
     noise: Tensor,
@@ -91,8 +93,8 @@ def _diff_combine_backward(
     gate: Tensor | None,
     norm_eps: float,
     out_scale: float,
-    signal_rest: Tensor | None = None,
-    noise_rest: Tensor | None = None,
+    signal_rest: Tensor | None,
+    noise_rest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of signal, noise, lam (T, Hs), norm_weight, gate and rests; of None, empty ones."""
     if signal.numel() == 0:
@@ -122,7 +124,11 @@ def _diff_combine_backward(
     return d_signal, d_noise, d_lam, d_weight, d_gate, d_signal_rest, d_noise_rest
 
 
-@_diff_combine_backward.register_fake
+_backward_operator = torch.library.custom_op("motif::diff_combine_backward", _backward, mutates_args=())
+_run_backward = with_shortcut(_backward_operator, _backward)
+
+
+@_backward_operator.register_fake
 def _(
     grad: Tensor,
     signal: Tensor,
@@ -132,8 +138,8 @@ def _(
     gate: Tensor | None,
     norm_eps: float,
     out_scale: float,
-    signal_rest: Tensor | None = None,
-    noise_rest: Tensor | None = None,
+    signal_rest: Tensor | None,
+    noise_rest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None) -> Tensor:
         return signal.new_empty(0) if t is None else t.new_empty(t.shape)
@@ -151,7 +157,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signal, noise, lam, norm_weight, gate, *rests = ctx.saved_tensors
-    d_signal, d_noise, d_lam, d_weight, d_gate, *d_rests = _diff_combine_backward(
+    d_signal, d_noise, d_lam, d_weight, d_gate, *d_rests = _run_backward(
         grad, signal, noise, lam, norm_weight, gate, ctx.norm_eps, ctx.out_scale, *rests
     )
     return (
@@ -167,4 +173,4 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-diff_combine.register_autograd(_differentiate, setup_context=_save)
+diff_combine = differentiable(_operator, _forward, _save, _differentiate)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from motif_kernels.ops import schema, take
+from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
 MAX_WIDTH = 256
@@ -106,7 +107,7 @@ def _returns(values: type[Results] | type[Gradients]) -> str:
     return "(" + ", ".join(["Tensor"] * len(values._fields)) + ")"
 
 
-diff_attention = torch.library.custom_op(
+_operator = torch.library.custom_op(
     "motif::diff_attention",
     _forward,
     mutates_args=(),
@@ -114,7 +115,7 @@ diff_attention = torch.library.custom_op(
 )
 
 
-@diff_attention.register_fake
+@_operator.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, _, options, (save,) = take(arguments, *_CALL)
     return tuple(empty_results(inputs, options, save))
@@ -160,7 +161,7 @@ def empty_gradients(inputs: AttentionInputs) -> Gradients:
 
 
 _SAVED = "Tensor difference, Tensor noise, Tensor lse_signal, Tensor lse_noise, Tensor inverse_rms"
-_diff_attention_backward = torch.library.custom_op(
+_backward_operator = torch.library.custom_op(
     "motif::diff_attention_backward",
     _backward,
     mutates_args=(),
@@ -168,7 +169,10 @@ _diff_attention_backward = torch.library.custom_op(
 )
 
 
-@_diff_attention_backward.register_fake
+_run_backward = with_shortcut(_backward_operator, _backward)
+
+
+@_backward_operator.register_fake
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(empty_gradients(take(arguments, *_CALL)[0]))
 
@@ -176,18 +180,17 @@ def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call, ctx.sequences, ctx.options, _ = take(inputs, *_CALL)
     results = Results(*output)
-    ctx.mark_non_differentiable(*results[1:])
     difference = results.difference if has_epilogue(call, ctx.options) else results.out
     bounds = ctx.sequences.cu_seqlens_q, ctx.sequences.cu_seqlens_k
     ctx.sequences = ctx.sequences._replace(cu_seqlens_q=None, cu_seqlens_k=None)
     ctx.save_for_backward(*call, *bounds, difference, *results[2:6])
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     # Read once: under activation checkpointing, a second look would recompute.
     inputs, (bounds_q, bounds_k, *saved) = take(ctx.saved_tensors, AttentionInputs)
     sequences = ctx.sequences._replace(cu_seqlens_q=bounds_q, cu_seqlens_k=bounds_k)
-    gradients = Gradients(*_diff_attention_backward(grad, *inputs, *sequences, *ctx.options, *saved))
+    gradients = Gradients(*_run_backward(grad, *inputs, *sequences, *ctx.options, *saved))
     lam, weight = inputs.lam, inputs.norm_weight
     if lam is not None:
         gradients = gradients._replace(lam=gradients.lam.view(*grad.shape[:-1]).sum_to_size(lam.shape).to(lam.dtype))
@@ -197,4 +200,4 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     return *of_inputs, *(None for _ in (*sequences, *ctx.options)), None
 
 
-diff_attention.register_autograd(_differentiate, setup_context=_save)
+diff_attention = differentiable(_operator, _forward, _save, _differentiate)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.ops import implementation
+from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.reference import compute_dtype
 
 FAMILY = "poly_norm"
@@ -30,19 +31,6 @@ def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
     return gradient.view(x.shape)
 
 
-def forward(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """PolyNorm of x (..., N), times up if given, with weight (3,) and bias (1,)."""
-    return _forward(x, up, weight, bias, eps, hidden_clamp, out_dtype, keep_inverse_rms=False)[0]
-
-
 def _forward(
     x: Tensor,
     up: Tensor | None,
@@ -53,6 +41,11 @@ def _forward(
     out_dtype: torch.dtype,
     keep_inverse_rms: bool,
 ) -> tuple[Tensor, Tensor]:
+    """PolyNorm of x (..., N), times up if given, with weight (3,) and bias (1,).
+
+    For the backward pass, the inverse root mean squares (3, R) of the three powers; without
+    ``keep_inverse_rms`` they are empty, and there is no backward pass.
+    """
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
     with torch.cuda.device_of(x):
@@ -75,31 +68,16 @@ def _empty_inverse_rms(x: Tensor, kept: bool) -> Tensor:
     return x.new_empty((3, x.numel() // x.shape[-1]) if kept else 0, dtype=compute_dtype(x))
 
 
-@torch.library.custom_op("motif::poly_norm", mutates_args=())
-def poly_norm(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    out_dtype: torch.dtype,
-    keep_inverse_rms: bool,
-) -> tuple[Tensor, Tensor]:
-    """:func:`forward`, and for the backward pass the inverse root mean squares (3, R) of the three
-    powers; without ``keep_inverse_rms`` they are empty, and there is no backward pass.
-    """
-    return _forward(x, up, weight, bias, eps, hidden_clamp, out_dtype, keep_inverse_rms)
+_operator = torch.library.custom_op("motif::poly_norm", _forward, mutates_args=())
 
 
-@poly_norm.register_fake
+@_operator.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, out_dtype, keep_inverse_rms = arguments
     return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
 
 
-@torch.library.custom_op("motif::poly_norm_backward", mutates_args=())
-def _poly_norm_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     up: Tensor | None,
@@ -131,6 +109,10 @@ def _poly_norm_backward(
     )
 
 
+_backward_operator = torch.library.custom_op("motif::poly_norm_backward", _backward, mutates_args=())
+_run_backward = with_shortcut(_backward_operator, _backward)
+
+
 def _fake_gradients(
     grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,22 +120,21 @@ def _fake_gradients(
     return x.new_empty(x.shape), dup, weight.new_empty(3), bias.new_empty(1)
 
 
-_poly_norm_backward.register_fake(_fake_gradients)
+_backward_operator.register_fake(_fake_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, up, weight, bias, _, ctx.hidden_clamp, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, up, weight, bias, output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, up, weight, bias, inverse_rms = ctx.saved_tensors
-    dx, dup, dw, db = _poly_norm_backward(grad, x, up, weight, bias, inverse_rms, ctx.hidden_clamp)
+    dx, dup, dw, db = _run_backward(grad, x, up, weight, bias, inverse_rms, ctx.hidden_clamp)
     return dx, (dup if up is not None else None), dw, db, None, None, None, None
 
 
-poly_norm.register_autograd(_differentiate, setup_context=_save)
+poly_norm = differentiable(_operator, _forward, _save, _differentiate)
 
 
 # Rows sharded over a process group. Each way, every rank adds up its own columns, the sums are

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from motif_kernels.impl.sdpa import attention as impl
 from motif_kernels.impl.sdpa.segments import Segment, plan_packed, plan_segments
+from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.types import AttentionOptions, Sequences
 
 
@@ -27,8 +28,7 @@ def _plan(
     return plan_packed(cu_seqlens_q, cu_seqlens_k, partial(plan_segments, window_size=window_size))
 
 
-@torch.library.custom_op("motif::segmented_attention", mutates_args=())
-def segmented_attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,14 +44,16 @@ def segmented_attention(
     return impl.forward(q, k, v, _plan(q, k, cu_seqlens_q, cu_seqlens_k, (left, right)), scale)
 
 
-@segmented_attention.register_fake
+_operator = torch.library.custom_op("motif::segmented_attention", _forward, mutates_args=())
+
+
+@_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     logsumexp = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=impl.logsumexp_dtype(q))
     return q.new_empty(*q.shape[:-1], v.shape[-1]), logsumexp
 
 
-@torch.library.custom_op("motif::segmented_attention_backward", mutates_args=())
-def _segmented_attention_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -68,7 +70,11 @@ def _segmented_attention_backward(
     return impl.backward(grad, q, k, v, out, logsumexp, segments, scale)
 
 
-@_segmented_attention_backward.register_fake
+_backward_operator = torch.library.custom_op("motif::segmented_attention_backward", _backward, mutates_args=())
+_run_backward = with_shortcut(_backward_operator, _backward)
+
+
+@_backward_operator.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -76,15 +82,14 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _segmented_attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    grads = _run_backward(grad, *ctx.saved_tensors, *ctx.numbers)
     return *grads, None, None, *(None for _ in ctx.numbers)
 
 
-segmented_attention.register_autograd(_differentiate, setup_context=_save)
+segmented_attention = differentiable(_operator, _forward, _save, _differentiate)
 
 
 def _repeat_heads(t: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Launching the Gluon backward kernel on plain tensors that ``availability.can_serve`` accepts."""
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -15,7 +14,7 @@ from motif_kernels.impl.gluon.attention_backward import (
 )
 from motif_kernels.impl.gluon.tiles import descriptor
 from motif_kernels.impl.triton.diff_attention import _dense, _grid, _lengths, _mask, backward_prepare
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import cdiv, launch
 from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Sequences
 
 _COLUMNS = 128  # of values that are summed in one sweep
@@ -141,7 +140,7 @@ def _backward_of_a_map(
         HEADS_PER_K=per_k,
         HEADS_PER_V=per_v,
         STAGES=_STAGES,
-        PIECES=triton.cdiv(v.shape[-1], columns),
+        PIECES=cdiv(v.shape[-1], columns),
         num_warps=4,
         **_mask(options),
     )

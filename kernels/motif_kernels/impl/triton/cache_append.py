@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["added", "capacity", "pages", "page_size"])
@@ -70,6 +70,6 @@ def append(cache: Tensor, tokens: Tensor, lengths: Tensor, block_table: Tensor |
         page_size,
         HEADS=heads,
         WIDTH=width,
-        BLOCK=min(1024, triton.next_power_of_2(heads * width)),
+        BLOCK=min(1024, next_power_of_2(heads * width)),
         num_warps=4,
     )

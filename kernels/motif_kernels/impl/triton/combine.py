@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import cdiv, launch, next_power_of_2
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
@@ -234,12 +234,12 @@ def _tile(kernel: str, signal: Tensor, noise: Tensor, columns: int) -> tuple[int
     """Programs, tiles of each, and the constants of a launch over heads so wide."""
     tokens, noise_heads, piece = noise.shape
     choice = launch_choice(kernel, columns * signal.element_size(), signal.device)
-    width = triton.next_power_of_2(columns)
+    width = next_power_of_2(columns)
     pairs = max(1, choice["tile_bytes"] // (width * signal.element_size()))
-    pairs = min(pairs, triton.next_power_of_2(tokens * noise_heads))
+    pairs = min(pairs, next_power_of_2(tokens * noise_heads))
     tiles = choice.get("tiles", 1)
     return (
-        triton.cdiv(tokens * noise_heads, pairs * tiles),
+        cdiv(tokens * noise_heads, pairs * tiles),
         tiles,
         {
             "GROUP": signal.shape[1] // noise_heads,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motif_kernels.impl.triton.attention_tiles import product, to_logits
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import launch, next_power_of_2
 from motif_kernels.tuning import attention_size, launch_choice
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
@@ -298,7 +298,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         wanted = math.ceil(2 * _processors(q1.device) / max(1, batch * kv_heads))
         num_splits = max(1, min(wanted, capacity // (4 * choice["block_n"])))
     noises = groups // kv_heads
-    widths = {"DV": dv, "BLOCK_DV": max(16, triton.next_power_of_2(dv))}
+    widths = {"DV": dv, "BLOCK_DV": max(16, next_power_of_2(dv))}
 
     def parts(count: int, *last: int) -> Tensor | None:
         if not count:
@@ -343,11 +343,11 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         HAS_NOISE=lam is not None,
         GROUP=heads // groups,
         NOISES=noises,
-        ROWS1=max(16, triton.next_power_of_2(seqlen_q * heads // kv_heads)),
-        ROWS2=max(16, triton.next_power_of_2(seqlen_q * noises)),
+        ROWS1=max(16, next_power_of_2(seqlen_q * heads // kv_heads)),
+        ROWS2=max(16, next_power_of_2(seqlen_q * noises)),
         D=d,
         BLOCK_N=choice["block_n"],
-        BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK_D=max(16, next_power_of_2(d)),
         **widths,
         num_warps=choice["num_warps"],
         num_stages=choice["num_stages"],
@@ -372,7 +372,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         options.out_scale,
         NORM_EPS=options.norm_eps,
         GROUP=heads // groups,
-        PARTS=min(triton.next_power_of_2(num_splits), max(1, _MERGED_NUMBERS // widths["BLOCK_DV"])),
+        PARTS=min(next_power_of_2(num_splits), max(1, _MERGED_NUMBERS // widths["BLOCK_DV"])),
         **widths,
         num_warps=8,
     )

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from motif_kernels.impl.triton.attention_backward import _keys_kernel, _queries_kernel
 from motif_kernels.impl.triton.attention_backward_prepare import _prepare_kernel
 from motif_kernels.impl.triton.attention_forward import _forward_kernel
 from motif_kernels.impl.triton.descriptors import describable, describe
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import cdiv, launch, next_power_of_2
 from motif_kernels.tuning import Entry, attention_size, find_choice, launch_choice
 from motif_kernels.types import AttentionInputs, AttentionOptions, Gradients, Results, Sequences
 
@@ -25,7 +24,7 @@ LN_2 = 0.6931471805599453
 
 
 def _power_of_two(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def _widths(q: Tensor, v: Tensor) -> dict[str, int]:
@@ -103,7 +102,7 @@ def _grid(block: int, max_seqlen: int, cu_seqlens: Tensor | None, heads: int, of
     have theirs one after the other (``document_tile``).
     """
     if cu_seqlens is None:
-        return triton.cdiv(max_seqlen, block), heads, len(of)
+        return cdiv(max_seqlen, block), heads, len(of)
     return len(of) // block + len(cu_seqlens), heads, 1
 
 
@@ -283,7 +282,7 @@ def backward_prepare(
     choice = launch_choice("attention_prepare", dv * size, device)
     width = _power_of_two(dv)
     pairs = max(1, choice["tile_bytes"] // (width * size))
-    programs = triton.cdiv(tokens * groups, pairs * choice["tiles"])
+    programs = cdiv(tokens * groups, pairs * choice["tiles"])
     partial = torch.empty(programs, dv, dtype=torch.float32, device=device) if weight is not None else None
     flat = grad.flatten(0, -3)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()

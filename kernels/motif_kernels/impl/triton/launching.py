@@ -9,6 +9,16 @@ from triton.runtime.errors import OutOfResources
 _OPTIONS = {"enable_fp_fusion": True}
 
 
+def cdiv(a: int, b: int) -> int:
+    """A / b, rounded up: triton.cdiv, which serves kernels too, takes 2 µs here."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least n: likewise."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a kernel on the current device's current stream.
 

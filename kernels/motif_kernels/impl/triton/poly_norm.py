@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
-from motif_kernels.impl.triton.launching import launch
+from motif_kernels.impl.triton.launching import cdiv, launch, next_power_of_2
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
@@ -336,9 +336,9 @@ def _tile(kernel: str, x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     rows, columns = x.shape
     choice = launch_choice(kernel, columns * x.element_size(), x.device)
     elements = max(1, choice["tile_bytes"] // x.element_size())
-    block = min(triton.next_power_of_2(columns), elements)
-    height = min(elements // block, triton.next_power_of_2(rows))
-    return (triton.cdiv(rows, height),), {
+    block = min(next_power_of_2(columns), elements)
+    height = min(elements // block, next_power_of_2(rows))
+    return (cdiv(rows, height),), {
         "ROWS": height,
         "BLOCK": block,
         "DTYPE": tl.float64 if compute_dtype(x) == torch.float64 else tl.float32,
