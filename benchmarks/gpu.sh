@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with a GPU: one command, nothing to install, no network.
 #
-#     benchmarks/gpu.sh OUT              # sanitizers, tests, tuning and attention, in ten minutes at most
+#     benchmarks/gpu.sh OUT              # compiling, sanitizers, tests, tuning and attention, in ten minutes at most
 #     benchmarks/gpu.sh OUT attention    # only that part; several may be named
 #
 # The first ten minutes on a GPU leave launch tables that were measured: OUT/tune.json, which is put in force in this
-# checkout, so that attention is timed with it. Compiling takes most of such time. It can be done before, where there
-# is no GPU: python -m benchmarks.precompile fills build/triton_cache, which is used here if it came along.
+# checkout, so that attention is timed with it. Compiling takes most of such time. So the first part compiles on all
+# cores what the next ones launch, into build/triton_cache; it can be done before, where there is no GPU: python -m
+# benchmarks.precompile fills the same cache, and what came along of it is used.
 #
 # These run only when they are named; each line fits in ten minutes:
 #
 #     benchmarks/gpu.sh OUT poly_norm combine decode train_2.6b    # the other benchmarks
 #     benchmarks/gpu.sh OUT consan train_300m                      # Triton's own sanitizer; a longer compilation
 #     benchmarks/gpu.sh OUT all_memcheck                           # every kernel once under compute-sanitizer
+#     benchmarks/gpu.sh OUT tune_200                               # a launch table in 200 seconds
+#     benchmarks/gpu.sh OUT attention_all                          # attention at more layouts and lengths
 #     benchmarks/gpu.sh OUT tune_all                               # all of a launch table, going on from what there is
 #     benchmarks/gpu.sh OUT study                                  # a head-ratio study: again goes on with it
 #
@@ -29,14 +32,16 @@ set -uo pipefail
 
 # Name, limit in seconds, arguments of python; most important first. The limits add up to less than ten minutes.
 # A benchmark is also told where its JSON file goes and, without a GPU, --quick. A new part is one more line.
+main_layouts="v1_64 gda4_128 v1_64_w512 gda4_128_w512 gda4_64"
 every_kernel="-m pytest -m gpu -q tests/kernels/test_on_gpu.py"
 # A stray access or a race is looked for before anything is believed: each kernel on some rows.
 parts=(
-  "memcheck    70 $every_kernel -k the_same_bits"
-  "racecheck   70 $every_kernel -k the_same_bits"
-  "tests      120 -m pytest -m gpu -q tests/kernels"
-  "tune       190 -m benchmarks.tuning.tune --limit 170"
-  "attention  120 -m benchmarks.ops.attention --limit 100"
+  "compile     60 -m benchmarks.precompile --parts tests attention --limit 50"
+  "memcheck    45 $every_kernel -k the_same_bits"
+  "racecheck   80 $every_kernel -k the_same_bits"
+  "tests      125 -m pytest -m gpu -q tests/kernels/test_on_gpu.py tests/kernels"
+  "tune       170 -m benchmarks.tuning.tune --limit 155"
+  "attention   80 -m benchmarks.ops.attention --layouts $main_layouts --lengths 4096 16384 --limit 60"
 )
 # The same for parts that run only when they are named, each in less than ten minutes.
 on_request=(
@@ -48,7 +53,9 @@ on_request=(
   "consan     250 $every_kernel -k the_same_bits"
   "all_memcheck 590 $every_kernel --deselect tests/kernels/test_on_gpu.py::test_a_compiled_model_is_as_near_to_float64_as_an_eager_one"
   "study      450 -m motifarch.cli benchmark head-ratio recipes/study/gpu_short.yaml --output runs/study_gpu"
-  "tune_all   590 -m benchmarks.tuning.tune --limit 500"
+  "tune_200   215 -m benchmarks.tuning.tune --limit 200"
+  "attention_all 500 -m benchmarks.ops.attention --limit 480"
+  "tune_all   590 -m benchmarks.tuning.tune --limit 560"
 )
 
 usage() {
@@ -76,11 +83,32 @@ export COLUMNS=${COLUMNS:-110}
   exit 2
 }
 
-# Kernels that were compiled beforehand.
+# What is compiled here stands beside what was compiled beforehand.
 cache=$PWD/build/triton_cache
-if [[ -z ${TRITON_CACHE_DIR:-} && -d $cache ]]; then
-  "$python" -m benchmarks.precompile --moved && export TRITON_CACHE_DIR=$cache
-fi
+[[ -d $cache ]] && moved=$("$python" -m benchmarks.precompile --moved)
+export TRITON_CACHE_DIR=$cache
+
+# Which files these are. Their tree says so also where the history that came along is older than they are.
+files() {
+  local scratch tree commit own=()
+  git rev-parse --git-dir >/dev/null 2>&1 || { echo "commit unknown: there is no git repository here"; return; }
+  [[ $out == "$PWD"/* ]] && own=(":(exclude)${out#"$PWD"/}")
+  scratch=$(mktemp -d)
+  cp "$(git rev-parse --git-path index)" "$scratch/index"
+  tree=$(
+    objects=$(cd "$(git rev-parse --git-path objects)" && pwd)
+    export GIT_INDEX_FILE=$scratch/index GIT_OBJECT_DIRECTORY=$scratch GIT_ALTERNATE_OBJECT_DIRECTORIES=$objects
+    git add -A -- . ${own[@]+"${own[@]}"} && git write-tree
+  )
+  rm -rf "$scratch"
+  commit=$(git log --all --format='%T %H' | sed -n "s/^${tree:-none} //p" | head -n 1)
+  if [[ -n $commit ]]; then
+    echo "commit $commit"
+  else # git log --all --format='%T %H' finds it where the whole history is
+    echo "tree ${tree:-unknown}, of no commit here; near $(git describe --always --dirty --abbrev=40)"
+    git diff HEAD --shortstat
+  fi
+}
 
 pack() {
   # By name: the folder itself changes while the archive grows in it. A status of 1 is a log that grew meanwhile.
@@ -101,9 +129,10 @@ trap stop INT TERM HUP
 
 {
   date -u
-  git log -1 --format='commit %H' 2>/dev/null
+  files
   "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)'
   "$python" -c 'import triton; print("triton", triton.__version__)' 2>/dev/null
+  echo "${moved:-nothing was compiled beforehand}"
   nvidia-smi 2>/dev/null
 } >"$out/gpu.log" 2>&1
 cat "$out/gpu.log"
@@ -128,8 +157,16 @@ for part in "${parts[@]}"; do
   read -r name limit arguments <<<"$part"
   [[ $chosen == "  " || $chosen == *" $name "* ]] || continue
   read -ra command <<<"$arguments"
-  [[ $name == tests ]] && command+=(${workers[@]+"${workers[@]}"})
-  run=("$python") grace=20
+  run=("$python") grace=20 signal=()
+  if [[ $name == tests ]]; then
+    command+=(${workers[@]+"${workers[@]}"})
+    # Pytest alone is interrupted: it then says what failed before.
+    signal=(--foreground --signal=INT) run=(env --default-signal=INT "$python")
+  fi
+  if [[ $name == compile && ${#quick[@]} -gt 0 ]]; then
+    skip compile "there is no GPU to compile for"
+    continue
+  fi
   if [[ $name == *memcheck || $name == racecheck ]]; then
     sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
     [[ -n $sanitizer ]] || { skip "$name" "compute-sanitizer is not installed"; continue; }
@@ -151,12 +188,12 @@ for part in "${parts[@]}"; do
     [[ ${#quick[@]} -gt 0 ]] && command+=(--dry-run)
     grace=130 # its runs save first
   fi
-  [[ ${command[1]} == benchmarks.* ]] && command+=(--output "$out/$name.json" ${quick[@]+"${quick[@]}"})
+  [[ ${command[1]} == benchmarks.* && $name != compile ]] && command+=(--output "$out/$name.json" ${quick[@]+"${quick[@]}"})
   log="$out/$name.log"
   echo "== $name, at most $limit s: python ${command[*]}" | tee -a "$out/gpu.log"
   began=$SECONDS
   : >"$log"
-  timeout --kill-after="$grace" "$limit" "${run[@]}" "${command[@]}" >"$log" 2>&1 &
+  timeout ${signal[@]+"${signal[@]}"} --kill-after="$grace" "$limit" "${run[@]}" "${command[@]}" >"$log" 2>&1 &
   child=$!
   tail -n +1 -s 0.2 -f --pid="$child" "$log" &
   viewer=$!

@@ -83,6 +83,31 @@ def host_seconds(function: Callable[[], object], calls: int = 20) -> float:
     return statistics.median(taken)
 
 
+def clock_of_kernels(function: Callable[[], object], seconds: float) -> list[float]:
+    """The GPU's time of each repetition without the host's: the GPU is held up until a repetition
+    is queued. Launches of a short kernel else take longer than the kernel.
+    """
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    function()
+    host = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - begun
+    held = min(2 * host + 1e-4, 0.01)
+    flushed = torch.empty(256 << 20, dtype=torch.int8, device="cuda")  # more than any cache holds
+    pairs = []
+    for _ in range(max(5, min(50, int(seconds / (whole + held))))):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        torch.cuda._sleep(int(2e9 * held))  # cycles of a clock that is no faster
+        start.record()
+        function()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [1e-3 * start.elapsed_time(end) for start, end in pairs]
+
+
 def cpu_clock(function: Callable[[], object], seconds: float) -> list[float]:
     """Wall time of one repetition, whatever ``seconds`` is: rounds give more."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())

@@ -48,7 +48,9 @@ def labelled(**labels: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compile_only(arch: int, *, gluon: bool = False, read: bool = True) -> Iterator[list[dict[str, Any]]]:
+def compile_only(
+    arch: int, *, gluon: bool = False, read: bool = True, gpu: str | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """Within, launching a kernel only compiles it for sm_<arch>; what each needs is in the list
     afterwards.
 
@@ -56,6 +58,7 @@ def compile_only(arch: int, *, gluon: bool = False, read: bool = True) -> Iterat
         arch: 90, 100 or 103.
         gluon: the Gluon kernels serve what they can on this GPU, else the Triton kernels do.
         read: read what each needs; if not, only that it is there.
+        gpu: the name whose launch tables serve; default one of :data:`GPUS`.
 
     Triton asks its driver which GPU to compile for; here the answer is made up. So the code under
     test chooses its own configuration, from CPU tensors, and what is compiled is what users run.
@@ -92,7 +95,7 @@ def compile_only(arch: int, *, gluon: bool = False, read: bool = True) -> Iterat
     compiled: dict[str, dict[str, Any]] = {}
     table, runs_on = tuning._table, availability.runs_on
     availability.runs_on = lambda device: gluon and arch == 90  # type: ignore[assignment]  # a stand-in without its cache
-    tuning._table = lambda device: tuning.merged_table(GPUS[arch])  # type: ignore[assignment]  # a stand-in without its cache
+    tuning._table = lambda device: tuning.merged_table(gpu or GPUS[arch])  # type: ignore[assignment]  # a stand-in without its cache
 
     def warm_up(launch: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(*args, grid=grid, warmup=True, **kwargs)

@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.lib import predict
 from benchmarks.lib.compiling import executed_spills, usage
 from benchmarks.lib.shapes import AttentionCase, Case
+from benchmarks.tuning.kernels import Entry
 
-Entry = Mapping[str, Any]
 Launched = tuple[str, Any, Mapping[str, Any]]
 """A kernel's name, what compiling it gave, and the keyword arguments of its launch."""
 
@@ -17,7 +17,9 @@ TILED = {
     "attention_forward": "_forward_kernel",
     "attention_forward_tma": "_forward_kernel",
     "attention_backward_keys": "_keys_kernel",
+    "attention_backward_keys_tma": "_keys_kernel",
     "attention_backward_queries": "_queries_kernel",
+    "attention_backward_queries_tma": "_queries_kernel",
 }
 
 
@@ -70,33 +72,31 @@ def candidates(kernel: str, present: Entry) -> list[Entry]:
     return [e for i, e in enumerate(found) if e not in found[:i]]
 
 
-def by_predicted_time(kernel: str, launched: Mapping[str, Sequence[Launched]], case: Case) -> list[str]:
-    """The candidates that compile and do not spill where it costs, the fastest first; empty where
-    the static model has no say: on another GPU than Hopper, and for other kernels.
+def predicted_seconds(kernel: str, launched: Sequence[Launched], case: Case) -> float | None:
+    """What a pass spends in the kernel by the static model; None where that has no say: on another
+    GPU than Hopper, and for other kernels than attention's.
 
     Args:
         kernel: as launch tables name it.
-        launched: candidate -> the kernels of a pass with it.
-        case: what they are for.
+        launched: the kernels of the pass.
+        case: what it is for.
     """
-    if kernel not in TILED or not isinstance(case, AttentionCase):
-        return []
+    own = [needs for needs in launched if needs[0] == TILED.get(kernel)]
+    if not own or not isinstance(case, AttentionCase) or own[0][1].metadata.target.arch != 90:
+        return None
     layout = case.layout
     groups = layout.noise_heads or layout.signal_heads
     shape = predict.Shape(
         layout.head_dim, layout.v_head_dim, layout.signal_heads // groups, groups, case.length, case.batch,
         layout.window, noise=layout.noise_heads > 0,
     )  # fmt: skip
-    seconds = {}
-    for name, kernels in launched.items():
-        for function, compiled, constants in kernels:
-            if function != TILED[kernel]:
-                continue
-            try:
-                if compiled.metadata.target.arch != 90 or executed_spills(compiled):
-                    continue
-                needs = {"kernel": function, "constants": constants, **usage(compiled)}
-            except Exception:  # what does not compile has no rank
-                continue
-            seconds[name] = predict.attention_kernel(predict.Compiled.of(needs), shape).seconds
-    return sorted(seconds, key=lambda name: seconds[name])
+    needs = ({"kernel": function, "constants": constants, **usage(compiled)} for function, compiled, constants in own)
+    return sum(predict.attention_kernel(predict.Compiled.of(each), shape).seconds for each in needs)
+
+
+def spills(kernel: str, launched: Sequence[Launched]) -> bool:
+    """Whether the kernel spills registers where it costs; in a pass of attention, that kernel
+    alone.
+    """
+    of_kernel = TILED.get(kernel)
+    return any(executed_spills(compiled) for name, compiled, _ in launched if of_kernel in (None, name))

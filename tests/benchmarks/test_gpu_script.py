@@ -1,6 +1,7 @@
 """benchmarks/gpu.sh runs through on a machine without a GPU, with a stand-in for python."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def test_every_part_runs_and_what_failed_or_was_skipped_is_named(tmp_path: Path)
     assert first.returncode == 0, first.stdout + first.stderr
     # What is wrong is found before anything is tuned or timed.
     assert parts_run(out) == ["memcheck", "racecheck", "tests", "tune", "attention"]
+    assert "skipped: compile" in first.stdout  # there is nothing to compile for
+    assert re.search(r"^(commit|tree) [0-9a-f]{40}", (out / "gpu.log").read_text(), re.MULTILINE)
     for tool in ("memcheck", "racecheck"):
         assert f"looks for: --tool {tool} " in (out / f"{tool}.log").read_text()
 
