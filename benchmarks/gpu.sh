@@ -36,7 +36,7 @@ main_layouts="v1_64 gda4_128 v1_64_w512 gda4_128_w512 gda4_64"
 every_kernel="-m pytest -m gpu -q tests/kernels/test_on_gpu.py"
 # A stray access or a race is looked for before anything is believed: each kernel on some rows.
 parts=(
-  "compile     60 -m benchmarks.precompile --parts tests attention --limit 50"
+  "compile     60 -m benchmarks.precompile --parts tests racecheck attention --limit 50"
   "memcheck    45 $every_kernel -k the_same_bits"
   "racecheck   80 $every_kernel -k the_same_bits"
   "tests      125 -m pytest -m gpu -q tests/kernels/test_on_gpu.py tests/kernels"
