@@ -45,8 +45,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# timm, an independent implementation in tests, may not bring torchvision along: beside torch's CPU
-# build that breaks transformers.
+# timm, whose attention tests compare with and replace, may not bring torchvision along: beside
+# torch's CPU build that breaks transformers.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
