@@ -1,8 +1,6 @@
 """A small GPT of your own with grouped differential attention, trained on a text's bytes.
 
-    python examples/nanogpt.py [TEXT ...]
-
-Ten heads are eight signal heads in two groups, each with a noise head.
+    python examples/nanogpt.py [TEXT ...]    # ten heads: two groups of four signal and a noise head
 """
 
 import sys
