@@ -1,10 +1,11 @@
 """A small GPT of your own with grouped differential attention, trained on a text's bytes.
 
-    python examples/nanogpt.py [TEXT ...]    # ten heads: two groups of four signal and a noise head
+    python examples/nanogpt.py [TEXT ...]
+
+Ten heads are eight signal heads in two groups, each with a noise head.
 """
 
 import sys
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class GPT(nn.Module):
 
 
 torch.manual_seed(0)
-files = sys.argv[1:] or [f"{sysconfig.get_path('stdlib')}/argparse.py"]
+files = sys.argv[1:] or [torch.__file__]
 text = torch.tensor(list(b"".join(Path(file).read_bytes() for file in files)))
 optimizer = torch.optim.AdamW((model := GPT()).parameters(), lr=3e-3)
 for step in range(81):

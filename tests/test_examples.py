@@ -35,10 +35,12 @@ def losses(printed: str) -> list[float]:
     return [float(x) for x in re.findall(r"loss'?:? '?([\d.]+)", printed)]
 
 
-def test_every_example_is_run_by_a_test_below():
-    names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names
-    assert all(f'"{name}"' in Path(__file__).read_text(encoding="utf-8") for name in names)
+def test_every_example_is_short_and_run_by_a_test_below():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert lines
+    assert all(f'"{name}"' in tests for name in lines)
+    assert max(lines.values()) <= 60, lines
 
 
 def test_a_gpt_of_your_own_learns_text():
