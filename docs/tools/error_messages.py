@@ -82,8 +82,9 @@ def collect() -> tuple[Message, ...]:
 
 
 def _functions(tree: ast.Module) -> dict[str, list[ast.AST]]:
-    """A module's functions and methods by their names."""
-    found: dict[str, list[ast.AST]] = {}
+    """A module's functions and methods by their names, and what it does when it is imported."""
+    statements = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    found: dict[str, list[ast.AST]] = {"<module>": [ast.Module(statements, [])]}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             found.setdefault(node.name, []).append(node)
