@@ -18,7 +18,7 @@ FAST := data layers optim $(addprefix kernels/,test_attention.py test_sdpa.py te
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-fast test-slow test-oldest test-newest lint format docs dist clean
+.PHONY: help train test test-fast test-slow test-oldest test-newest lint format docs docs-look dist clean
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint         formats, types, import contracts, Markdown, schemas of workflows"
 	@echo "make format       mend what ruff and mdformat can"
 	@echo "make docs         build the site in build/site"
+	@echo "make docs-look    open all of its pages in a browser: errors, broken links, pages that scroll sideways"
 	@echo "make dist         build the wheel and the source distribution in dist"
 	@echo "make clean        remove environments, runs and prepared data"
 	@echo
@@ -44,8 +45,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-# timm, an independent implementation in tests, may not bring torchvision along: beside torch's CPU
-# build that breaks transformers.
+# timm, whose attention tests compare with and replace, may not bring torchvision along: beside
+# torch's CPU build that breaks transformers.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
@@ -109,6 +110,11 @@ test-newest: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# It needs a browser: an installed one, or playwright's (docs/tools/look.py).
+docs-look: docs
+	$(BIN)/pip install --quiet --constraint constraints.txt playwright
+	$(BIN)/python docs/tools/look.py
 
 # The wheel is built from the source distribution, so that both hold what they need.
 dist: $(VENV)/.installed-dev

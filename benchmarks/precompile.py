@@ -50,14 +50,27 @@ _CPU = torch.device("cpu")
 Call = Callable[[], Any]
 
 
-def _tests() -> Iterator[Call]:
-    """The cases that compute-sanitizer and tests run, at the rows of each."""
+def _kernel_cases() -> Any:
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
-    cases = importlib.import_module("helpers.kernel_cases").CASES
+    return importlib.import_module("helpers.kernel_cases")
+
+
+def _run(make: Any, rows: int) -> None:
+    make(draw_nothing, "bf16", _CPU, rows)()
+
+
+def _tests() -> Iterator[Call]:
+    """The cases that compute-sanitizer and tests run, at the rows of each."""
     for rows in (150, 1024):
-        for make in cases.values():
-            yield functools.partial(lambda make, rows: make(draw_nothing, "bf16", _CPU, rows)(), make, rows)
+        for make in _kernel_cases().CASES.values():
+            yield functools.partial(_run, make, rows)
+
+
+def _racecheck() -> Iterator[Call]:
+    """Attention's cases, which racecheck runs without Gluon."""
+    for make in _kernel_cases().FAMILIES["attention"].values():
+        yield functools.partial(_run, make, 150)
 
 
 def _attention() -> Iterator[Call]:
@@ -94,6 +107,7 @@ def _decode() -> Iterator[Call]:
 
 PARTS: dict[str, Callable[[], Iterator[Call]]] = {
     "tests": _tests,
+    "racecheck": _racecheck,
     "attention": _attention,
     "rows": _rows,
     "decode": _decode,
@@ -108,7 +122,8 @@ def compile_call(part: str, i: int, architecture: int, wheel: Path | None) -> tu
         take_build_of(wheel)
     kernels: list[Any] = []
     try:
-        with at_most(LONGEST), compile_only(architecture, gluon=architecture == 90, read=False) as kernels:
+        gluon = architecture == 90 and part != "racecheck"
+        with at_most(LONGEST), compile_only(architecture, gluon=gluon, read=False) as kernels:
             next(call for j, call in enumerate(PARTS[part]()) if j == i)()
     except Exception as error:  # whatever a compiler raises, the other calls' kernels are compiled
         return part, len(kernels), reason_of(error)

@@ -14,9 +14,12 @@ READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
     "seq_idx",
     "shift_labels",
     "token_type_ids",
+    "tokenizer",
     "use_cache",
 }
-"""What other parts of a model read, or none: transformers' own, losses' and tokenizers'."""
+"""What other parts of a model read, or none: transformers' own, losses', tokenizers' and
+generate's, which hands the tokenizer of its stop strings on.
+"""
 
 
 def check_arguments(

@@ -19,6 +19,7 @@ from helpers.chats import CHATS
 from helpers.python_process import run_python
 from motifarch.cli import COMMANDS, run
 from motifarch.export import export
+from motifarch.train.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 FINE_TUNING = ROOT / "docs" / "fine_tuning_trl.md"
@@ -62,9 +63,22 @@ def test_python_blocks_run_and_print_what_they_say(tmp_path):
     """In one process: each would otherwise spend most of its time on imports."""
     pages = [page for page in PAGES if page != FINE_TUNING]
     code = [(f"{page.name}, block {i}", text) for page in pages for i, text in enumerate(blocks(page, "python"), 1)]
-    if find_spec("timm") is None:
-        code = [(name, text) for name, text in code if "timm" not in text]
+    for library in ("timm", "diffusers"):
+        if find_spec(library) is None:
+            code = [(name, text) for name, text in code if library not in text]
     run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
+
+
+def test_recipe_fields_that_pages_name_exist():
+    """In code; of another stack's table the column that is ours."""
+    sections = {name.partition(".")[0] for name in RECIPES.fields if "." in name}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if page.name == "come_from.md":
+            text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+        for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text):
+            is_field = name.partition(".")[0] in sections and not name.endswith((".json", ".safetensors", "_hub"))
+            assert not is_field or name in RECIPES.fields, (page.name, name)
 
 
 @pytest.mark.slow

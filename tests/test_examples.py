@@ -35,15 +35,17 @@ def losses(printed: str) -> list[float]:
     return [float(x) for x in re.findall(r"loss'?:? '?([\d.]+)", printed)]
 
 
-def test_every_example_is_run_by_a_test_below():
-    names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names
-    assert all(f'"{name}"' in Path(__file__).read_text(encoding="utf-8") for name in names)
+def test_every_example_is_short_and_run_by_a_test_below():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert lines
+    assert all(f'"{name}"' in tests for name in lines)
+    assert max(lines.values()) <= 60, lines
 
 
-def test_a_layer_in_a_model_of_your_own_learns_to_copy():
-    first, *_, last = losses(run_example("layer_in_your_model.py"))
-    assert last < first / 4
+def test_a_gpt_of_your_own_learns_text():
+    first, *_, last = losses(run_example("nanogpt.py"))
+    assert last < first / 2
 
 
 def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
@@ -56,8 +58,19 @@ def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
 
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_a_vision_transformer_learns():
-    first, *_, last = losses(run_example("vision_transformer.py"))
+    printed = run_example("vision_transformer.py")
+    assert "signal_heads=8, noise_heads=2" in printed
+    first, *_, last = losses(printed)
     assert last < first / 2
+
+
+@pytest.mark.slow
+def test_a_diffusion_transformer_starts_as_the_same_function_trains_and_loads(tmp_path):
+    printed = run_example("dit_block.py", tmp_path)
+    assert float(re.findall(r"outputs moved by (\S+)", printed)[0]) < 1e-5
+    first, *_, last = losses(printed)
+    assert last < first
+    assert "loaded: differs by 0.0e+00" in printed
 
 
 def test_an_exported_model_trains_on_under_trainer(finished_run, tmp_path):

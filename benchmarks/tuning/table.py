@@ -16,6 +16,7 @@ class LaunchTable:
         found = next((p for p in (path, shipped) if p.exists()), None)
         old = json.loads(found.read_text(encoding="utf-8")) if found else {"kernels": {}}
         self.path, self.kernels = path, old["kernels"]
+        self.measured: dict[str, list[int | None]] = old.get("measured", {})
         self.sources = {name: old.get("sources", {}).get(name, old["source"]) for name in self.kernels}
         # Without its memory: "NVIDIA H100" serves all of them.
         self.gpu = old.get("gpu", re.sub(r"[ -]+(\d+GB|HBM\d\w*)\b.*", "", gpu))
@@ -25,12 +26,18 @@ class LaunchTable:
     def entry(self, kernel: str, size: int | None) -> Entry:
         """The entry that serves a size, without its bound; None is beyond every bound."""
         present = self.present[kernel]
-        found = next(e for e in present if e["up_to"] is None or (size is not None and size <= e["up_to"]))
+        fitting = (e for e in present if e["up_to"] is None or (size is not None and size <= e["up_to"]))
+        found = next(fitting, {"backend": "triton"})  # a backend's table may end below
         return {name: value for name, value in found.items() if name != "up_to"}
 
     def choose(self, kernel: Kernel, up_to: int | None, chosen: Entry, source: str) -> None:
-        """Replace a class's entry and write the table, an entry a line; the others stay."""
-        entries = {bound: self.entry(kernel.name, bound) for bound in kernel.classes} | {up_to: chosen}
+        """Replace a class's entry and write the table, an entry a line; the others stay, but
+        backends that were not measured: without an entry, ``auto`` knows better.
+        """
+        measured = [*self.measured.get(kernel.name, []), up_to]
+        self.measured[kernel.name] = [bound for bound in kernel.classes if bound in measured]
+        bounds = self.measured[kernel.name] if kernel.name == BACKEND else list(kernel.classes)
+        entries = {bound: self.entry(kernel.name, bound) for bound in bounds} | {up_to: chosen}
         self.present[kernel.name] = [{"up_to": bound, **entry} for bound, entry in entries.items()]
         self.kernels[kernel.name], self.sources[kernel.name] = self.present[kernel.name], source
         parts = [
@@ -39,6 +46,7 @@ class LaunchTable:
         ]
         others = {name: old for name, old in self.sources.items() if old != source}
         head = json.dumps({"gpu": self.gpu, "source": source, "sources": others}, indent=2).removesuffix("\n}")
+        head += f',\n  "measured": {json.dumps(self.measured)}'
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as file:
             file.write(head + ',\n  "kernels": {\n' + ",\n".join(parts) + "\n  }\n}\n")

@@ -14,8 +14,8 @@ meanwhile what is compiled, where the static model (benchmarks.lib.predict) rank
 Each candidate's results are first held to the plain formula, in memory that held NaN; one that is
 wrong, does not launch, spills in an inner loop or is predicted to be far slower is left out, with
 the reason, and the one taken must serve further cases too. The table is written whenever another
-entry is taken, and keeps what was not reached. All figures, measured and predicted, go to
-benchmarks/results/GPU/tune.json or, with --output, beside that file.
+entry is taken, keeps what was not reached, and names what was ("measured"). All figures, measured
+and predicted, go to benchmarks/results/GPU/tune.json or, with --output, beside that file.
 """
 
 import argparse

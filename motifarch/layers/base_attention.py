@@ -1,5 +1,5 @@
-"""What every attention layer shares: one forward pass, head shapes, positions, the cache, and
-packed or padded batches.
+"""What every attention layer shares: one forward pass, head shapes, positions, the cache, a
+context, masks, and packed or padded batches.
 
 Shapes: B batch, S tokens, E hidden size, D head_dim of queries and keys, Dv of values.
 """
@@ -9,24 +9,36 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from motif_kernels import diff_combine, diff_decoding, dispatch
+from motif_kernels import diff_decoding, dispatch
 from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
-from motifarch.layers.attention_maps import attend_by_maps, visible_keys
-from motifarch.layers.cache import CachePosition
+from motifarch.layers.attention_maps import attend_by_maps, read_mask, visible_keys
+from motifarch.layers.cache import CachePosition, held_width
 from motifarch.layers.head_norm import HeadNorm, SubNorm, attend_normed
-from motifarch.layers.padding import PaddingMask
+from motifarch.layers.masked_attention import attend_masked, is_plain
+from motifarch.layers.other_attention import attend_with
+from motifarch.layers.padding import PaddingMask, read_padding
 from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
 from motifarch.layers.ulysses import gather_heads, scatter_heads
 
 Batch = Sequences | PaddingMask | Cache | None
 """What a call's tokens are: packed, padded, new ones after a cache, or neither."""
 
+_NOT_WITH_CONTEXT = {
+    "position_embeddings": "they are those of tokens that are queries and keys alike",
+    "past_key_values": "a context is given whole in each call",
+    "cu_seqlens": "contexts lie in a batch; say with padding which of their tokens are real",
+    "context parallelism": "its ranks hold parts of one sequence",
+    "window_size": "a context has no positions",
+}
+
 AttentionHook = Callable[[AttentionInputs, Batch], None]
+
+Attend = Callable[["BaseAttention", Tensor, Tensor, Tensor], Tensor]
+"""Softmax attention of a layer's queries, keys and values."""
 
 
 class AttentionLayerOptions(TypedDict, total=False):
@@ -38,6 +50,8 @@ class AttentionLayerOptions(TypedDict, total=False):
     causal: bool
     softmax_scale: float | None
     bias: bool
+    dropout: float
+    context_dim: int | None
     backend: str
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -56,7 +70,7 @@ class BaseAttention(nn.Module):
         num_noise_heads: noise heads, 0 for softmax attention.
         num_kv_heads: key/value heads, before pairing.
         head_dim: D.
-        layer_idx: position in the model from 0: the cache's key.
+        layer_idx: position in the model from 0: the cache's key, without which it takes none.
         paired_kv: key heads come in pairs, one for signal and one for noise, with values of double
             width.
         lambda_init: a constant in lambda; with the sub-norm the output is scaled by
@@ -64,10 +78,16 @@ class BaseAttention(nn.Module):
         qk_norm: RMS-normalise each query and key head before the rotation.
         qk_norm_eps: its epsilon.
         window_size: inclusive (left, right) attention window, -1 for unbounded.
-        causal: a token sees none after it; False is for encoders, and takes no cache.
+        causal: a token sees none after it; False is for encoders, and takes no cache. A context's
+            tokens are all seen.
         softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
         bias: biases in the four projections.
-        backend: motif_kernels' backend.
+        dropout: in training mode, the share of each softmax map's probabilities, signal and noise,
+            that are left out (the rest are scaled up); they are dropped before the maps are
+            subtracted.
+        context_dim: width of the context's tokens; default hidden_size.
+        backend: motif_kernels' backend. No kernel knows masks of one's own and dropout: torch's
+            attention serves them, or "reference".
         device: where the parameters are made.
         dtype: their dtype.
     """
@@ -80,7 +100,7 @@ class BaseAttention(nn.Module):
         num_noise_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        layer_idx: int,
+        layer_idx: int | None,
         paired_kv: bool = False,
         lambda_init: float = 0.0,
         qk_norm: bool = False,
@@ -89,21 +109,26 @@ class BaseAttention(nn.Module):
         causal: bool = True,
         softmax_scale: float | None = None,
         bias: bool = False,
+        dropout: float = 0.0,
+        context_dim: int | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout}; it must be at least 0 and less than 1")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_noise_heads, self.num_kv_heads = num_heads, num_noise_heads, num_kv_heads
         self.head_dim, self.paired_kv = head_dim, paired_kv
         self.v_head_dim = 2 * head_dim if paired_kv else head_dim
         self.layer_idx, self.lambda_init = layer_idx, lambda_init
         self.window_size, self.causal = (window_size[0], window_size[1]), causal
-        self.softmax_scale, self.backend = softmax_scale, backend
+        self.softmax_scale, self.dropout, self.backend = softmax_scale, dropout, backend
+        context_dim = hidden_size if context_dim is None else context_dim
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias, **factory)
         out_features = (num_heads - num_noise_heads) * self.v_head_dim
         self.o_proj = nn.Linear(out_features, hidden_size, bias=bias, **factory)
         self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
@@ -132,81 +157,118 @@ class BaseAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: PositionEmbeddings | None = None,
         *,
+        context: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         past_key_values: Any | None = None,
-        padding: PaddingMask | None = None,
+        padding: Tensor | PaddingMask | None = None,
         cache_position: CachePosition | None = None,
-        attention_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         output_attentions: bool = False,
-        attend: "Callable[[BaseAttention, Tensor, Tensor, Tensor], Tensor] | None" = None,
+        attend: Attend | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention over a batch, packed documents, or new tokens after a cache.
+        """Attention over a batch, packed documents, new tokens after a cache, or a context.
 
         Args:
             hidden_states: (B, S, E); packed documents are one row (1, total, E).
             position_embeddings: cosines and sines (B or 1, S, head_dim) from RotaryEmbedding; None
                 leaves positions out.
+            context: (B, Sk, context_dim), tokens that keys and values are made of in place of
+                hidden_states (cross-attention); all are seen, but padding. With it there are no
+                position_embeddings, windows, cache or packed documents.
             cu_seqlens: (documents + 1,) int32 bounds of packed documents, which never attend to
                 each other.
             max_seqlen: the longest document (or more); with cu_seqlens.
             past_key_values: a transformers Cache of num_kv_heads heads of width head_dim; with
                 paired key heads of half as many heads of 2 * head_dim, k1 and k2 side by side.
-            padding: which tokens of a padded batch are real, cached ones included.
+            padding: (B, keys) bool or integers, true for a token that is real, cached ones
+                included; with a context, its tokens. Or that as a PaddingMask, which layers share.
             cache_position: where past_key_values stands before this call; by default it is asked.
                 With tokens padded on the left in the cache, it says how many.
-            attention_mask: what broadcasts to (B, num_heads, S, keys), in place of the layer's
-                causality and window and of all that is said of documents and padding: bool, True
-                where a token sees a key, or floats that are added to the logits. Keys are those
-                that past_key_values gives, a static cache's empty places included. Maps are then
-                materialised, as they are where the call is exported.
-            output_attentions: return the maps too; they are materialised.
+            attn_mask: (S, keys), or what broadcasts to (B, num_heads, S, keys): bool, True where a
+                token sees a key, or floats that are added to the logits, as in torch's
+                scaled_dot_product_attention. It stands in place of the layer's causality and
+                window. Heads, signal and noise, are in q_proj's order. Keys are those that
+                past_key_values gives, a static cache's empty places included.
+            output_attentions: return the maps too; they are materialised, as they are where the
+                call is exported.
             attend: softmax attention to take in place of motif_kernels': called with the layer,
                 queries (B, S, H, width) of all heads as q_proj has them, and keys and values (B,
                 keys, heads, width), those of past_key_values included; gives (B, S, H, Dv). What
                 each token sees is its own affair. With paired_kv, width is 2 D: keys are k1 and k2
-                side by side, and queries have zeros beside them.
+                side by side, and queries have zeros beside them. It serves neither a context nor
+                masks, maps or dropout.
 
         Returns:
             Tensor (B, S, E); with output_attentions also the softmax probabilities (B, num_heads,
-            S, keys), float32, of signal and noise heads as q_proj has them. With A1 a signal head's
-            and A2 its noise head's, the layer weighs values by ``A1 - lambda A2``.
+            S, keys), float32, of signal and noise heads as q_proj has them, and as dropout leaves
+            them. With A1 a signal head's and A2 its noise head's, the layer weighs values by
+            ``A1 - lambda A2``.
 
         Raises:
             ValueError: gradients are wanted through a cache that is written in place, or arguments
                 do not fit.
         """
-        if not isinstance(padding, PaddingMask | None):
-            raise ValueError(
-                f"padding is a {type(padding).__name__}; give PaddingMask(mask, num_queries), or attention_mask for "
-                "what each token sees"
-            )
-        by_maps = attend is None and (output_attentions or attention_mask is not None or is_exporting())
-        q, key, value = self._project(hidden_states, position_embeddings)
+        dropout = self.dropout if self.training else 0.0
+        if context is not None:
+            given = {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
+            self._check_context(**given, cu_seqlens=cu_seqlens)
+        if attend is not None:
+            unserved = {"padding": padding, "cu_seqlens": cu_seqlens, "attn_mask": attn_mask, "context": context}
+            self._check_attend(**unserved, output_attentions=output_attentions, dropout=dropout > 0)
+        if attn_mask is not None and (padding is not None or cu_seqlens is not None):
+            name = "cu_seqlens" if padding is None else "padding"
+            raise ValueError(f"attn_mask and {name} were both given; let attn_mask alone say what each token sees")
+        by_maps = output_attentions or (attend is None and is_exporting())
+        free = by_maps or attn_mask is not None or dropout > 0
+        q, key, value = self._project(hidden_states, position_embeddings, context)
         key, value, cache = self._append(
             key,
             value,
             past_key_values,
             cache_position,
             needs_full_cache=padding is not None or attend is not None,
-            from_cache=by_maps or attend is not None,
+            from_cache=free or attend is not None,
         )
-        batch: Batch = cache if cache is not None else padding
+        batch: Batch = cache
+        if padding is not None and batch is None:
+            num_keys = key.shape[1] if past_key_values is None else None
+            rows, tokens = hidden_states.shape[:2]
+            batch = read_padding(padding, rows, tokens, num_keys, of_context=context is not None)
         if cu_seqlens is not None and batch is None:
             if max_seqlen is None:
                 raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
             batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
         inputs = self._inputs(q, key, value, hidden_states)
         out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
-        maps: list[Tensor] = []
+        causal = self.causal and context is None
+        maps: list[Tensor] | None = [] if by_maps or self.backend == "reference" else None
+        run: Callable[..., Tensor]
         if attend is not None:
-            run: Callable[..., Tensor] = partial(self._attend_with, attend)
-        elif by_maps:
-            run = partial(self._attend_by_maps, batch, attention_mask, maps)
+            run = partial(self._attend_with, attend)
+        elif free:
+            run = partial(self._attend_freely, batch, causal, attn_mask, dropout, maps)
         else:
-            run = partial(self._attend, batch)
+            run = partial(self._attend, batch, causal)
         out = self.o_proj(attend_normed(self.subln, out_scale, inputs, run).flatten(2))
-        return (out, maps[0]) if output_attentions else out
+        return (out, maps[0]) if output_attentions and maps else out
+
+    def _check_context(self, **given: Any) -> None:
+        """Raise ValueError for what does not go with a context."""
+        given |= {"context parallelism": self.context_group}
+        given |= {"window_size": None if self.window_size == (-1, -1) else self.window_size}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} and context do not go together: {_NOT_WITH_CONTEXT[name]}")
+
+    def _check_attend(self, **given: Any) -> None:
+        """Raise ValueError for what another attention than motif_kernels' does not serve."""
+        given |= {"context parallelism": self.context_group, "QK-clip": self.record_max_logits and self.training}
+        if names := [name for name, value in given.items() if value is not None and value is not False]:
+            raise ValueError(
+                f"{', '.join(names)}: not served by an attention that is given with attend; leave it out, or let "
+                "motif_kernels attend (a model's attn_implementation 'auto')"
+            )
 
     def share_heads(self, group: ProcessGroup) -> None:
         """Tells the layer that the ranks of a group each have a part of its heads (tensor
@@ -228,20 +290,21 @@ class BaseAttention(nn.Module):
         return None
 
     def _project(
-        self, hidden_states: Tensor, position_embeddings: PositionEmbeddings | None
+        self, hidden_states: Tensor, position_embeddings: PositionEmbeddings | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, S, H, D), normalised and rotated, and keys and values as the cache holds
         them: heads of a pair's k1 and k2 side by side.
         """
         # A view takes a fifth of unflatten's time, which counts where one token is decoded.
-        heads = (*hidden_states.shape[:-1], -1)
-        q = self.q_proj(hidden_states).view(*heads, self.head_dim)
-        k = self.k_proj(hidden_states).view(*heads, self.head_dim)
+        context = hidden_states if context is None else context
+        heads = (*context.shape[:-1], -1)
+        q = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
+        k = self.k_proj(context).view(*heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             q, k = rotate_heads(q, k, position_embeddings)
-        value = self.v_proj(hidden_states).view(*heads, self.v_head_dim)
+        value = self.v_proj(context).view(*heads, self.v_head_dim)
         return q, k.reshape(*heads, self.v_head_dim) if self.paired_kv else k, value
 
     def _inputs(self, q: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> AttentionInputs:
@@ -259,11 +322,11 @@ class BaseAttention(nn.Module):
             signal.flatten(2, 3), k1, noise.squeeze(3), k2, value, lam, gate=self._gate(hidden_states)
         )
 
-    def _options(self, norm_eps: float, out_scale: float) -> AttentionOptions:
+    def _options(self, norm_eps: float, out_scale: float, causal: bool) -> AttentionOptions:
         return AttentionOptions.of(
             self.head_dim,
             softmax_scale=self.softmax_scale,
-            causal=self.causal,
+            causal=causal,
             window_size=self.window_size,
             norm_eps=norm_eps,
             out_scale=out_scale,
@@ -302,6 +365,8 @@ class BaseAttention(nn.Module):
             return key, value, None
         if not self.causal:
             raise ValueError("a layer with causal=False takes no past_key_values: its tokens see those that follow")
+        if self.layer_idx is None:
+            raise ValueError("past_key_values keeps keys by layer, and layer_idx is None; give the layer its position")
         position = CachePosition.of(past_key_values, self.layer_idx, key) if position is None else position
         in_place = bool(getattr(past_key_values, "is_compileable", False))
         with_gradient = torch.is_grad_enabled() and not is_exporting()
@@ -312,7 +377,7 @@ class BaseAttention(nn.Module):
             )
         new: tuple[Tensor, ...] = (key, value)
         if in_place and self.paired_kv:
-            width = _held_width(past_key_values, self.layer_idx, key.shape[-1])
+            width = held_width(past_key_values, self.layer_idx, key.shape[-1])
             new = tuple(t.reshape(*t.shape[:2], -1, width) for t in new)
         keys, values = past_key_values.update(*(t.transpose(1, 2) for t in new), self.layer_idx)
         if position.is_start and not from_cache:
@@ -325,12 +390,19 @@ class BaseAttention(nn.Module):
         return keys, values, Cache(*position.within(keys.shape[1]))
 
     def _attend(
-        self, batch: Batch, inputs: AttentionInputs, *, norm_weight: Tensor | None, norm_eps: float, out_scale: float
+        self,
+        batch: Batch,
+        causal: bool,
+        inputs: AttentionInputs,
+        *,
+        norm_weight: Tensor | None,
+        norm_eps: float,
+        out_scale: float,
     ) -> Tensor:
         """Attention of (B, S, heads, width) tensors and what follows it: (B, S, Hs, Dv), 0 in rows
         of padding.
         """
-        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale)
+        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale, causal)
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
         if self.context_group is not None:
@@ -356,72 +428,55 @@ class BaseAttention(nn.Module):
             out = out.unflatten(0, shape)
         return out if self.context_group is None else gather_heads(out, self.context_group)
 
-    def _attend_by_maps(
+    def _attend_freely(
         self,
         batch: Batch,
+        causal: bool,
         mask: Tensor | None,
-        maps: list[Tensor],
+        dropout: float,
+        maps: list[Tensor] | None,
         inputs: AttentionInputs,
         *,
         norm_weight: Tensor | None,
         norm_eps: float,
         out_scale: float,
     ) -> Tensor:
-        """The same by maps (B, heads, S, keys), which are appended to ``maps``."""
-        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale)
+        """The same with what no kernel knows, a mask or dropout, by torch's attention; or by maps
+        (B, heads, S, keys), which are appended to ``maps``.
+        """
+        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale, causal)
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
         if self.context_group is not None:
-            raise ValueError("context parallelism keeps no attention maps, and takes no mask but that of documents")
-        heads, tokens, keys = inputs.q1.shape[2] + inputs.noise_heads, inputs.q1.shape[1], inputs.k1.shape[1]
-        if mask is None:
-            mask = visible_keys(inputs, batch, (options.left, options.right))
-        elif mask.ndim != 4 or mask.shape[1] not in (1, heads) or mask.shape[2:] != (tokens, keys):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; it must be (B, 1 or {heads} heads, {tokens} tokens, "
-                f"{keys} keys)"
-            )
-        attended = attend_by_maps(inputs, mask, options)
-        maps.append(attended.maps)
+            raise ValueError("context parallelism has no attention maps, no dropout, and no mask but that of documents")
+        by_maps = maps is not None or options.return_max_logits
+        if mask is not None:
+            mask = read_mask(mask, inputs)
+        elif by_maps or batch is not None or not is_plain(inputs, options):
+            mask = visible_keys(inputs, batch, options.window_size)
+        if mask is None or not by_maps:
+            return attend_masked(inputs, mask, options, dropout)
+        attended = attend_by_maps(inputs, mask, options, dropout)
+        if maps is not None:
+            maps.append(attended.maps)
         if options.return_max_logits:
             self._record(attended.max_logits)
         return attended.output
 
     def _attend_with(
         self,
-        attend: "Callable[[BaseAttention, Tensor, Tensor, Tensor], Tensor]",
+        attend: Attend,
         inputs: AttentionInputs,
         *,
         norm_weight: Tensor | None,
         norm_eps: float,
         out_scale: float,
     ) -> Tensor:
-        """The same by another softmax attention, in one call of all heads."""
+        """The same by another softmax attention."""
+        inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale, self.causal)
         if self.attention_hook is not None:
             self.attention_hook(inputs, None)
-        if self.context_group is not None or (self.record_max_logits and self.training):
-            raise ValueError(
-                "context parallelism and QK-clip need motif_kernels' attention, not another one: "
-                "set attn_implementation to 'auto'"
-            )
-        if inputs.noise is None:
-            return attend(self, inputs.q1, inputs.k1, inputs.v)
-        signal, noise = inputs.q1.unflatten(2, (inputs.noise_heads, -1)), inputs.noise.q.unsqueeze(3)
-        key = inputs.k1
-        if self.paired_kv:
-            key, width = torch.cat((inputs.k1, inputs.noise.k), dim=-1), self.head_dim
-            signal, noise = F.pad(signal, (0, width)), F.pad(noise, (width, 0))
-        out = attend(self, torch.cat((signal, noise), dim=3).flatten(2, 3), key, inputs.v)
-        blocks = out.unflatten(2, (inputs.noise_heads, -1))
-        return diff_combine(
-            blocks[:, :, :, :-1].flatten(2, 3),
-            blocks[:, :, :, -1],
-            inputs.noise.lam,
-            norm_weight=norm_weight,
-            norm_eps=norm_eps,
-            out_scale=out_scale,
-            gate=inputs.gate,
-        )
+        return attend_with(partial(attend, self), inputs, options, paired_kv=self.paired_kv)
 
     def _record(self, found: list[Tensor]) -> None:
         """Leaves the largest logits, or those of the calls before, in :attr:`max_logits`."""
@@ -445,41 +500,3 @@ class BaseAttention(nn.Module):
         inputs.map(send)
         arrived = iter(scatter_heads(sent, group))
         return inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
-
-
-def _held_width(past_key_values: Any, layer_idx: int, width: int) -> int:
-    """Width of the heads that a cache of fixed size has room for.
-
-    One that was made ahead of its first call has the config's heads, each of a pair by itself; one
-    that a call makes has that call's, of ``width``.
-    """
-    layer = past_key_values.layers[layer_idx]
-    return int(layer.keys.shape[-1]) if layer.is_initialized else width
-
-
-def check_heads(num_heads: int, num_noise_heads: int, num_kv_heads: int, *, paired_keys: bool) -> None:
-    """Raise ValueError unless the heads divide: signal heads by noise heads, noise heads by
-    key/value heads.
-
-    Args:
-        num_heads: signal and noise heads together.
-        num_noise_heads: noise heads.
-        num_kv_heads: key/value heads; with ``paired_keys`` they come in pairs (k1, k2).
-        paired_keys: whether signal and noise have keys of their own.
-    """
-    if num_noise_heads < 1 or num_heads <= num_noise_heads or num_heads % num_noise_heads:
-        raise ValueError(
-            f"num_heads={num_heads} (signal and noise) cannot be cut into num_noise_heads={num_noise_heads} "
-            "equal groups of signal heads and a noise head; it must be a multiple of num_noise_heads, at least twice it"
-        )
-    if paired_keys and num_kv_heads % 2:
-        raise ValueError(
-            f"num_kv_heads={num_kv_heads} must be even: key heads come in pairs, one for signal and one for noise"
-        )
-    key_heads = num_kv_heads // 2 if paired_keys else num_kv_heads
-    if key_heads < 1 or num_noise_heads % key_heads:
-        raise ValueError(
-            f"num_noise_heads={num_noise_heads} is not a multiple of the {key_heads} key/value "
-            f"{'pairs' if paired_keys else 'heads'} that num_kv_heads={num_kv_heads} gives; "
-            "choose num_kv_heads so that it is"
-        )

@@ -60,3 +60,13 @@ class CachePosition:
             leftpad = None if self.leftpad is None else (self.leftpad - dropped).clamp(min=0)
             self._within[places] = lengths, leftpad
         return self._within[places]
+
+
+def held_width(past_key_values: Any, layer_idx: int, width: int) -> int:
+    """Width of the heads that a cache of fixed size has room for.
+
+    One that was made ahead of its first call has the config's heads, each of a pair by itself; one
+    that a call makes has that call's, of ``width``.
+    """
+    layer = past_key_values.layers[layer_idx]
+    return int(layer.keys.shape[-1]) if layer.is_initialized else width

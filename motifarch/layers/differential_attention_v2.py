@@ -5,7 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention, check_heads
+from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
+from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
 
 
@@ -20,10 +21,12 @@ class DifferentialAttentionV2(BaseAttention):
     Args:
         hidden_size: E.
         num_heads: signal and noise heads together.
-        num_kv_heads: key/value heads; must divide num_noise_heads.
-        head_dim: D, of query, key and value heads.
-        layer_idx: position in the model from 0: the cache's key.
-        num_noise_heads: default half of num_heads.
+        ratio: signal heads a noise head, default 1; num_heads is a multiple of ratio + 1.
+        num_noise_heads: noise heads, in place of ratio.
+        num_kv_heads: key/value heads; must divide num_noise_heads. Default: one for each.
+        head_dim: D, of query, key and value heads; default hidden_size divided by the signal heads.
+        layer_idx: position in the model from 0: the key in a cache, which a layer without one does
+            not take.
         gate: multiply the difference by ``sigmoid(x W_gate)``, elementwise.
         sub_norm: normalise each head's output (not together with gate).
         lambda_init: a constant added to lambda; with the sub-norm the output is scaled by
@@ -31,8 +34,9 @@ class DifferentialAttentionV2(BaseAttention):
         norm_eps: the sub-norm's epsilon.
         **options: of every attention layer
             (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``backend``, ``device`` and
-            ``dtype``. Lambda's and the gate's projections never have biases.
+            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
+            ``backend``, ``device`` and ``dtype``. Lambda's and the gate's projections never have
+            biases.
 
     Raises:
         ValueError: heads that do not divide, or gate together with sub_norm.
@@ -43,18 +47,23 @@ class DifferentialAttentionV2(BaseAttention):
         hidden_size: int,
         *,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layer_idx: int,
+        ratio: int | None = None,
         num_noise_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layer_idx: int | None = None,
         gate: bool = False,
         sub_norm: bool = False,
         lambda_init: float = 0.0,
         norm_eps: float = 1e-5,
         **options: Unpack[AttentionLayerOptions],
     ) -> None:
-        noise_heads = num_heads // 2 if num_noise_heads is None else num_noise_heads
+        if ratio is None and num_noise_heads is None:
+            ratio = 1
+        noise_heads = noise_heads_of(num_heads, ratio, num_noise_heads)
+        num_kv_heads = noise_heads if num_kv_heads is None else num_kv_heads
         check_heads(num_heads, noise_heads, num_kv_heads, paired_keys=False)
+        head_dim = default_head_dim(hidden_size, num_heads - noise_heads) if head_dim is None else head_dim
         if gate and sub_norm:
             raise ValueError("gate and sub_norm are both on; choose one epilogue")
         super().__init__(

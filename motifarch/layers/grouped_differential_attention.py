@@ -6,7 +6,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention, check_heads
+from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
+from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
 from motifarch.layers.ulysses import sum_gradient
 
@@ -45,17 +46,26 @@ class GroupedDifferentialAttention(BaseAttention):
     for signal and noise alike: the key/value heads, the cache and o_proj's inputs are then those of
     softmax attention with the signal heads.
 
+    ``GroupedDifferentialAttention(dim, num_heads=10, ratio=4)`` has eight signal heads in two
+    groups, each with its noise head and its key/value pair. The four projections then have ``(3 + 5
+    / ratio) dim ** 2`` weights, 4.25 ``dim ** 2`` at 4:1, and ``4 dim ** 2`` at 1:1 (DIFF V1's
+    widths); softmax attention has ``4 dim ** 2``.
+
     The output is ``(1 - lambda_init) * RMSNorm(A1 V - lambda A2 V)`` with one scalar
     ``lambda = exp(lambda_q1 . lambda_k1) - exp(lambda_q2 . lambda_k2) + lambda_init`` a layer.
 
     Args:
         hidden_size: e.
-        num_heads: signal and noise heads together: 40 in Motif-2-12.7B.
-        num_noise_heads: noise heads: 8 there, for groups of 4 signal heads.
+        num_heads: signal and noise heads together: 40 in Motif-2-12.7B, a multiple of ratio + 1.
+        ratio: signal heads a noise head: 4 there.
+        num_noise_heads: noise heads, in place of ratio: 8 there.
         num_kv_heads: key/value heads before pairing, even; half of it must divide num_noise_heads.
-            Without pairs: key/value heads, which must divide num_noise_heads.
-        head_dim: D, width of a query/key head.
-        layer_idx: position in the model from 0: the cache's key, and lambda_init's depth.
+            Without pairs: key/value heads, which must divide num_noise_heads. Default: a pair, or a
+            head, for each noise head.
+        head_dim: D, width of a query/key head; default hidden_size divided by the signal heads, as
+            in Motif-2-12.7B; at 1:1 by num_heads, as in DIFF V1.
+        layer_idx: position in the model from 0: lambda_init's depth (0 if it is not given), and the
+            key in a cache, which a layer without one does not take.
         paired_kv: keys in pairs (signal, noise) and values of double width, or ordinary key/value
             heads.
         lambda_init: the constant; default :func:`default_lambda_init` of layer_idx. (The released
@@ -65,11 +75,11 @@ class GroupedDifferentialAttention(BaseAttention):
         norm_eps: the sub-norm's epsilon.
         **options: of every attention layer
             (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``backend``, ``device`` and
-            ``dtype``.
+            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
+            ``backend``, ``device`` and ``dtype``.
 
     Raises:
-        ValueError: heads that do not divide.
+        ValueError: heads that do not divide, or neither or both of ratio and num_noise_heads.
     """
 
     def __init__(
@@ -77,26 +87,33 @@ class GroupedDifferentialAttention(BaseAttention):
         hidden_size: int,
         *,
         num_heads: int,
-        num_noise_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layer_idx: int,
+        ratio: int | None = None,
+        num_noise_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layer_idx: int | None = None,
         paired_kv: bool = True,
         lambda_init: float | None = None,
         sub_norm: bool = True,
         norm_eps: float = 1e-5,
         **options: Unpack[AttentionLayerOptions],
     ) -> None:
-        check_heads(num_heads, num_noise_heads, num_kv_heads, paired_keys=paired_kv)
+        noise_heads = noise_heads_of(num_heads, ratio, num_noise_heads)
+        if num_kv_heads is None:
+            num_kv_heads = 2 * noise_heads if paired_kv else noise_heads
+        check_heads(num_heads, noise_heads, num_kv_heads, paired_keys=paired_kv)
+        if head_dim is None:
+            signal_heads = num_heads - noise_heads
+            head_dim = default_head_dim(hidden_size, num_heads if signal_heads == noise_heads else signal_heads)
         super().__init__(
             hidden_size,
             num_heads=num_heads,
-            num_noise_heads=num_noise_heads,
+            num_noise_heads=noise_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             layer_idx=layer_idx,
             paired_kv=paired_kv,
-            lambda_init=default_lambda_init(layer_idx) if lambda_init is None else lambda_init,
+            lambda_init=default_lambda_init(layer_idx or 0) if lambda_init is None else lambda_init,
             **options,
         )
         device, dtype = options.get("device"), options.get("dtype")
@@ -137,28 +154,16 @@ class DifferentialAttention(GroupedDifferentialAttention):
     Args:
         hidden_size: e.
         num_heads: signal and noise heads together, even.
-        num_kv_heads: key/value heads before pairing, even.
-        head_dim: D; values have 2D.
-        layer_idx: position in the model, from 0.
-        **options: those of GroupedDifferentialAttention, but num_noise_heads.
+        **options: those of GroupedDifferentialAttention, but ratio and num_noise_heads. By default
+            there are num_heads key heads, and head_dim is hidden_size / num_heads, as in the paper.
 
     Raises:
         ValueError: heads that do not divide.
     """
 
-    def __init__(
-        self, hidden_size: int, *, num_heads: int, num_kv_heads: int, head_dim: int, layer_idx: int, **options: Any
-    ) -> None:
+    def __init__(self, hidden_size: int, *, num_heads: int, **options: Any) -> None:
         if num_heads % 2:
             raise ValueError(
                 f"num_heads={num_heads} must be even: heads come in pairs, one for signal and one for noise"
             )
-        super().__init__(
-            hidden_size,
-            num_heads=num_heads,
-            num_noise_heads=num_heads // 2,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            layer_idx=layer_idx,
-            **options,
-        )
+        super().__init__(hidden_size, num_heads=num_heads, num_noise_heads=num_heads // 2, **options)

@@ -3,6 +3,7 @@
 from typing import Unpack
 
 from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
+from motifarch.layers.head_counts import default_head_dim
 
 
 class SoftmaxAttention(BaseAttention):
@@ -12,13 +13,14 @@ class SoftmaxAttention(BaseAttention):
     Args:
         hidden_size: E.
         num_heads: query heads, a multiple of num_kv_heads.
-        num_kv_heads: key/value heads.
-        head_dim: D.
-        layer_idx: position in the model from 0: the cache's key.
+        num_kv_heads: key/value heads; default num_heads.
+        head_dim: D; default hidden_size divided by num_heads.
+        layer_idx: position in the model from 0: the key in a cache, which a layer without one does
+            not take.
         **options: of every attention layer
             (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``backend``, ``device`` and
-            ``dtype``.
+            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
+            ``backend``, ``device`` and ``dtype``.
 
     Raises:
         ValueError: num_heads is not a multiple of num_kv_heads.
@@ -29,11 +31,12 @@ class SoftmaxAttention(BaseAttention):
         hidden_size: int,
         *,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layer_idx: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layer_idx: int | None = None,
         **options: Unpack[AttentionLayerOptions],
     ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
         super().__init__(
@@ -41,7 +44,7 @@ class SoftmaxAttention(BaseAttention):
             num_heads=num_heads,
             num_noise_heads=0,
             num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            head_dim=default_head_dim(hidden_size, num_heads) if head_dim is None else head_dim,
             layer_idx=layer_idx,
             **options,
         )

@@ -397,6 +397,7 @@ _READ_ELSEWHERE = frozenset(TransformersKwargs.__annotations__) | {
     "seq_idx",
     "shift_labels",
     "token_type_ids",
+    "tokenizer",
 }
 
 

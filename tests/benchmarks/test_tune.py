@@ -19,6 +19,7 @@ from benchmarks.tuning import kernels, trial, tune
 from benchmarks.tuning.candidates import candidates
 from benchmarks.tuning.kernels import Entry, Kernel, Shape, all_kernels
 from benchmarks.tuning.schedule import Size, Verdict, explore
+from benchmarks.tuning.table import LaunchTable
 from motif_kernels import tuning
 
 pytest.importorskip("triton", reason="Triton's autotuner needs triton")
@@ -116,6 +117,16 @@ def test_a_run_writes_a_table_that_the_package_reads_and_keeps_what_it_does_not_
     assert tune.run(arguments, kernels, CPU, Console()) == 0
     assert path.read_text() == before
     assert "not reached, as before: poly_norm_forward, up to 2048 bytes" in capsys.readouterr().out
+
+
+def test_backends_that_were_not_measured_are_left_to_auto(tmp_path: Path) -> None:
+    path, backend = tmp_path / "gpu.json", all_kernels()[kernels.BACKEND]
+    for bound in (768, 384):  # by two runs
+        LaunchTable(path, path, "Fake").choose(backend, bound, {"backend": "sdpa"}, "measured")
+    content = json.loads(path.read_text())
+    assert content["kernels"][kernels.BACKEND] == [{"up_to": n, "backend": "sdpa"} for n in (384, 768)]
+    assert content["measured"] == {kernels.BACKEND: [384, 768]}
+    assert LaunchTable(path, path, "Fake").entry(kernels.BACKEND, None) == {"backend": "triton"}
 
 
 class FakeBench:

@@ -1,11 +1,13 @@
 """Decoding that guesses several tokens ahead, and decoding that is compiled."""
 
 import shutil
+import string
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CompileConfig, PreTrainedTokenizerFast
 
 from helpers.compatibility import build, cells
 from helpers.host_models import left_padded, token_ids
@@ -37,6 +39,21 @@ def test_prompt_lookup(name: str) -> None:
     model, ids = in_float64(name), token_ids(1, 9).repeat(1, 3)
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=4, **GREEDY), expected)
+
+
+@cells("gda")
+def test_stop_strings(name: str) -> None:
+    """Transformers hands the tokenizer, which finds them, on to the model."""
+    signs = ["<pad>", *string.ascii_letters, *string.digits[:8]]
+    letters = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<pad>"))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    model, ids = in_float64(name), token_ids(1, 9)
+    options = GREEDY | {"suppress_tokens": [0, *range(len(signs), 97)]}
+    text = tokenizer.decode(model.generate(ids, **options)[0, 9:])
+    stop = text[4:7]
+    stopped = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)
+    assert tokenizer.decode(stopped[0, 9:]) == text[: text.index(stop) + 3]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, which inductor compiles with; none is installed")

@@ -1,7 +1,7 @@
-"""timm's DiffAttention, an independent DIFF V1, without the rest of timm.
+"""timm's DiffAttention, an independent DIFF V1, and its Attention, without the rest of timm.
 
-``import timm`` imports torchvision, which does not import beside a CPU build of torch. The layer
-needs three sibling modules of pure PyTorch: the packages above it are bare names meanwhile.
+``import timm`` imports torchvision, which does not import beside a CPU build of torch. The layers
+need some sibling modules of pure PyTorch: the packages above them are bare names meanwhile.
 """
 
 import importlib
@@ -19,19 +19,29 @@ def is_installed() -> bool:
 
 
 def import_diff_attention() -> type[nn.Module]:
-    """timm.layers.diff_attention.DiffAttention, leaving no half-imported timm behind."""
+    """timm.layers.diff_attention.DiffAttention."""
+    return _import("diff_attention").DiffAttention
+
+
+def import_attention() -> type[nn.Module]:
+    """timm.layers.attention.Attention."""
+    return _import("attention").Attention
+
+
+def _import(name: str) -> ModuleType:
+    """A module of timm.layers, leaving no half-imported timm behind."""
     spec = importlib.util.find_spec("timm")
     assert spec is not None
     assert spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "timm"}
     try:
-        for name, folder in (("timm", root), ("timm.layers", root / "layers")):
-            package = ModuleType(name)
+        for package_name, folder in (("timm", root), ("timm.layers", root / "layers")):
+            package = ModuleType(package_name)
             package.__path__ = [str(folder)]
-            sys.modules[name] = package
-        return importlib.import_module("timm.layers.diff_attention").DiffAttention
+            sys.modules[package_name] = package
+        return importlib.import_module(f"timm.layers.{name}")
     finally:
-        for name in [n for n in sys.modules if n.split(".")[0] == "timm"]:
-            del sys.modules[name]
+        for imported in [n for n in sys.modules if n.split(".")[0] == "timm"]:
+            del sys.modules[imported]
         sys.modules.update(before)

@@ -11,6 +11,7 @@ from helpers import kernel_cases
 from helpers.interpreter import require_interpreter
 from helpers.models import random_ids, tiny_config
 from helpers.numerics import assert_error_rule
+from motif_kernels.impl.gluon import availability
 from motifarch.models.motif import MotifForCausalLM
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
@@ -21,6 +22,13 @@ ROWS = {"cuda": 1024 if RUNS["cuda"] > 1 else 150, "cpu": 20}
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ONE_PASS = kernel_cases.FAMILIES["one-pass attention"]  # adds up with atomics, in any order
 PAIRED = [case.removesuffix(" in one pass") for case in ONE_PASS]
+
+
+@pytest.fixture(autouse=True)
+def without_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MOTIF_GPU_GLUON=0 the Triton kernels serve what Gluon's would."""
+    if os.environ.get("MOTIF_GPU_GLUON") == "0":
+        monkeypatch.setattr(availability, "can_serve", lambda inputs: False)
 
 
 def bits(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from helpers.agreement import assert_agrees
 from motifarch.layers import PaddingMask, SoftmaxAttention, cu_seqlens_from_position_ids
 
 
@@ -50,8 +51,28 @@ def test_every_row_starts_a_document():
     assert longest == 4
 
 
-def test_a_plain_mask_is_no_padding():
-    layer = SoftmaxAttention(32, num_heads=4, num_kv_heads=2, head_dim=8, layer_idx=0)
-    x, mask = torch.zeros(1, 4, 32), torch.ones(1, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="give PaddingMask"):
-        layer(x, None, padding=mask)
+@pytest.mark.parametrize("kind", [torch.bool, torch.long])
+def test_a_plain_mask_is_padding(kind):
+    layer = SoftmaxAttention(32, num_heads=4, num_kv_heads=2, head_dim=8)
+    x = torch.randn(2, 5, 32)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=kind)
+    together = layer(x, padding=mask)
+    assert_agrees(together, layer(x, padding=PaddingMask(mask, num_queries=5)), 1e-7)
+    assert_agrees(together[0, 2:], layer(x[:1, 2:])[0])
+    assert_agrees(together[1], layer(x[1:])[0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 4), "padding is of torch.float32.*attn_mask"),
+        (torch.ones(1, 5, dtype=torch.bool), r"padding has shape \(1, 5\).*1 rows, 4 tokens"),
+        (torch.ones(2, 4, dtype=torch.bool), r"padding has shape \(2, 4\)"),
+        (torch.ones(1, 4, 4, dtype=torch.bool), "each token sees is attn_mask"),
+    ],
+    ids=["floats", "longer", "more rows", "a map"],
+)
+def test_other_masks_are_no_padding(mask, message):
+    layer = SoftmaxAttention(32, num_heads=4)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(1, 4, 32), padding=mask)

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.auto_map import AutoMapMixin
-from motifarch.layers.base_attention import check_heads
+from motifarch.layers.head_counts import check_heads
 from motifarch.models.motif.rope_fields import with_standard_names
 from motifarch.models.motif.unsupported import check_one_window, check_ranges, check_rope_agrees, check_supported
 

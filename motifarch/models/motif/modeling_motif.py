@@ -313,7 +313,7 @@ class MotifModel(MotifPreTrainedModel):
                 past_key_values=past_key_values,
                 padding=mask.padding,
                 cache_position=cache_position,
-                attention_mask=mask.visible,
+                attn_mask=mask.visible,
                 output_attentions=output_attentions,
                 attend=attend,
             )

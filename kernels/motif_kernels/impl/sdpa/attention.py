@@ -24,7 +24,14 @@ def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """One call of torch's attention.
 
@@ -34,7 +41,8 @@ def attend(
         v: (B, Sk, Hk, Dv).
         scale: multiplies the logits.
         causal: torch's causal mask, aligned to the top left.
-        mask: additive, (Sq, Sk).
+        mask: additive or bool, (Sq, Sk) or what broadcasts to (B, H, Sq, Sk).
+        dropout: the share of probabilities that are left out.
 
     Returns:
         Tensor (B, Sq, H, Dv).
@@ -46,6 +54,7 @@ def attend(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
+        dropout_p=dropout,
         is_causal=causal,
         scale=scale,
         enable_gqa=k.shape[2] != q.shape[2],
