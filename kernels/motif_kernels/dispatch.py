@@ -145,7 +145,8 @@ def is_gpu(device: torch.device) -> bool:
 
 def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOptions) -> tuple[str, ...]:
     """What "auto" tries: on a GPU what its table (``tuning/``, "attention_backend") found fastest
-    for the head dimensions; without a table what is known to be fast for such a call.
+    for differential attention in 16 bits with such heads; else what is known to be fast for such a
+    call.
     """
     q1, packed = inputs.q1, sequences.is_packed
     if not is_gpu(q1.device):
@@ -154,17 +155,19 @@ def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpti
         alone = q1.shape[-2] == inputs.k1.shape[-2] and q1.shape[-1] == inputs.v.shape[-1]
         long = sequences.max_seqlen_k > MAX_BLOCKED_KEYS and options.left < 0
         return ("sdpa", "cpu", "reference") if alone and long else ("cpu", "sdpa", "reference")
+    if q1.dtype not in (torch.float16, torch.bfloat16):
+        return ("sdpa", "triton", "reference")
+    if packed or options.left >= 0 or options.right > 0:
+        order: tuple[str, ...] = ("flash", "triton", "sdpa", "reference")
+    else:
+        order = ("flash", "sdpa", "triton", "reference")
+    if inputs.noise is None:
+        return order
     from motif_kernels import machine
 
     size = tuning.attention_size(q1.shape[-1], inputs.v.shape[-1], q1.element_size())
     measured = machine.measured_backend(size, q1.device)
-    if q1.dtype not in (torch.float16, torch.bfloat16):
-        order: tuple[str, ...] = ("sdpa", "triton")
-    elif packed or options.left >= 0 or options.right > 0:
-        order = ("flash", "triton", "sdpa")
-    else:
-        order = ("flash", "sdpa", "triton")
-    return (*([] if measured is None else [measured]), *order, "reference")
+    return order if measured is None else (measured, *order)
 
 
 def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
