@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from error_messages import PLACE, as_markdown, collect
+from error_messages import PLACE, as_html, collect
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -39,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The error messages, where a page has a place for them."""
-    return markdown.replace(PLACE, as_markdown(collect())) if PLACE in markdown else markdown
+    return markdown.replace(PLACE, as_html(collect())) if PLACE in markdown else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
