@@ -17,8 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "motifarch", ROOT / "kernels" / "motif_kernels")
 
-PLACE = "<!-- All messages are put here when the site is built. -->"
-
 SUBJECTS = {
     "Recipes and options": (
         *("cli", "command_line", "commands", "field_types", "layout", "model_section", "packaged_recipes"),
