@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import tilings
 
 from helpers.chats import CHATS
 from helpers.python_process import run_python
@@ -79,6 +80,23 @@ def test_recipe_fields_that_pages_name_exist():
         for name in re.findall(r"`([a-z]+\.[a-z_]+)`", text):
             is_field = name.partition(".")[0] in sections and not name.endswith((".json", ".safetensors", "_hub"))
             assert not is_field or name in RECIPES.fields, (page.name, name)
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, id=f"{page.stem}{i}") for page in PAGES for i, text in enumerate(blocks(page, "yaml"))]
+)
+def test_recipes_that_pages_show_are_read(text, tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "shown.yaml").write_text(text, encoding="utf-8")
+    assert RECIPES.read([str(tmp_path / "shown.yaml")])
+
+
+def test_pictures_are_what_their_script_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(tilings, "PICTURES", tmp_path)
+    for draw in (tilings.forward, tilings.backward, tilings.packed):
+        draw()
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == committed
 
 
 @pytest.mark.slow

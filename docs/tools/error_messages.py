@@ -6,6 +6,8 @@ of that function are taken. What stands in braces is filled in where the error i
 
 import ast
 import functools
+import hashlib
+import html
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (ROOT / "motifarch", ROOT / "kernels" / "motif_kernels")
-
-PLACE = "<!-- All messages are put here when the site is built. -->"
 
 SUBJECTS = {
     "Recipes and options": (
@@ -128,7 +128,7 @@ def _placeholder(node: ast.expr) -> str:
     if isinstance(value, ast.Name):
         return f"{{{value.id}}}"
     if isinstance(value, ast.Attribute):
-        return f"{{{value.attr}}}"
+        return "{type}" if value.attr == "__name__" else f"{{{value.attr}}}"
     return "{...}"
 
 
@@ -160,23 +160,22 @@ def _names_called(node: ast.AST) -> Iterator[str]:
             yield function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def as_markdown(messages: Sequence[Message]) -> str:
-    """Headings by subject, below them each file's messages."""
+def as_html(messages: Sequence[Message]) -> str:
+    """Headings by subject, below them each file's messages; each is a heading too, so that the
+    search finds it by itself and an address leads to it.
+    """
     lines = []
     for subject in SUBJECTS:
         own = [message for message in messages if message.subject == subject]
-        if not own:
-            continue
         lines.append(f"### {subject}\n")
         for path in dict.fromkeys(message.path for message in own):
             lines.append(f"`{path}`\n")
-            lines.extend(f"- {_escaped(message.text)}" for message in own if message.path == path)
-            lines.append("")
+            lines.extend(_heading(message) for message in own if message.path == path)
     return "\n".join(lines)
 
 
-def _escaped(text: str) -> str:
-    """A message as plain Markdown text: what is filled in slanted, nothing else marked up."""
-    pieces = re.split(r"\{([^{}]*)\}", text)
-    plain = [re.sub(r"([\\`*_\[\]<>#|!&{}])", r"\\\1", piece) for piece in pieces]
-    return "".join(f"<em>{piece.replace('...', '…')}</em>" if i % 2 else piece for i, piece in enumerate(plain))
+def _heading(message: Message) -> str:
+    """A message with what is filled in slanted."""
+    name = hashlib.sha256(f"{message.path} {message.text}".encode()).hexdigest()[:8]
+    text = re.sub(r"\{([^{}]*)\}", r"<em>\1</em>", html.escape(message.text)).replace("<em>...", "<em>…")
+    return f'<h4 class="message" id="m-{name}">{text}</h4>\n'

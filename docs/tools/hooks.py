@@ -1,18 +1,18 @@
-"""What the site's build adds: formulas, pictures that follow the theme, error messages, results.
+"""What the site's build adds: formulas, pictures that follow the theme, and what lies elsewhere.
 
 On a repository's host the same pages are read without it: formulas are ``math`` blocks there,
-pictures are images, and the list of messages is missing.
+pictures are images, and messages, examples and results are missing.
 """
 
+import ast
 import re
-from pathlib import Path
 from typing import Any
 
-from error_messages import PLACE, as_markdown, collect
+from error_messages import ROOT, as_html, collect
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File, Files
 
-DOCS = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PLACE = re.compile(r"<!-- site: (\w+) -->")
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod|obj):<code>(~?)([\w.]+)</code>")
 PICTURE = re.compile(r'<img alt="[^"]*" src="[^"]*(pictures/[\w-]+\.svg)" ?/?>')
 
@@ -29,17 +29,34 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """The committed results' page, which lies beside them. Links out of the site become text."""
-    text = (DOCS.parent / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
-    files.append(File.generated(config, "results.md", content=text))
-    return files
-
-
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The error messages, where a page has a place for them."""
-    return markdown.replace(PLACE, as_markdown(collect())) if PLACE in markdown else markdown
+    """``<!-- site: NAME -->`` is replaced by what lies elsewhere."""
+    return PLACE.sub(lambda found: PARTS[found[1]](), markdown)
+
+
+def messages() -> str:
+    """All error messages."""
+    return as_html(collect())
+
+
+def examples() -> str:
+    """Each script of examples/ under the first sentence of its docstring."""
+    parts = []
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        sentence = (ast.get_docstring(ast.parse(source)) or path.stem).split("\n\n")[0]
+        parts.append(f"## {' '.join(sentence.split()).rstrip('.')}")
+        parts.append(f'```python title="examples/{path.name}"\n{source}```')
+    return "\n\n".join(parts)
+
+
+def results() -> str:
+    """benchmarks/results/README.md below its heading. Links out of the site become text."""
+    text = (ROOT / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8").partition("\n")[2]
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
+PARTS = {"messages": messages, "examples": examples, "results": results}
 
 
 def on_page_content(html: str, **_: Any) -> str:

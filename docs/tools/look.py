@@ -88,7 +88,7 @@ def main() -> int:
                 found = listen(page, home)
                 for address, parts in zip(addresses, folders, strict=True):
                     found.clear()
-                    page.goto(address, wait_until="networkidle")
+                    page.goto(address)
                     beyond = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
                     if beyond > 0:
                         found.append(f"scrolls sideways, by {beyond} pixels")

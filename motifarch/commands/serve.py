@@ -5,6 +5,7 @@ from pathlib import Path
 
 from motifarch.command_line import Parser, loading, path
 from motifarch.errors import UserError
+from motifarch.model_folder import read_object
 
 _EPILOG = """\
 Options are those of `transformers serve`, after the folder; `transformers serve --help` lists them.
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line: imports motifarch's models and hands over to ``transformers serve``.
 
     Raises:
-        UserError: the folder is none, or transformers' serving extra is not installed.
+        UserError: the folder is none, or of a patched model for continuous batching; or
+            transformers' serving extra is not installed.
     """
     parser = Parser(
         prog="motifarch serve",
@@ -39,12 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with loading():
         from transformers.utils.import_utils import is_serve_available
 
-        import motifarch.integrations
-        import motifarch.models  # noqa: F401  # both make their models known to the Auto classes
+        import motifarch.models  # noqa: F401  # it and the next make their models known to the Auto classes
         from motifarch.inference.generate import check_folder
+        from motifarch.integrations.configuration import MODEL_TYPE as PATCHED
     check_folder(folder)
     if "@" in str(folder):
         raise UserError(f"{folder} has an @ in its name, which the server takes for a revision; rename it")
+    if "--continuous-batching" in options and read_object(folder / "config.json").get("model_type") == PATCHED:
+        raise UserError(
+            f"{folder} is of a patched model, whose attention continuous batching does not serve; "
+            "leave --continuous-batching out"
+        )
     if not is_serve_available():
         raise UserError("serving needs fastapi, uvicorn and openai: pip install 'motifarch[serve]'")
     from transformers.cli.transformers import app  # it imports what the extra brings

@@ -26,6 +26,7 @@ from motifarch.integrations.modules import rebuild
 from motifarch.integrations.noise_heads import ScalarLambda
 from motifarch.integrations.older import read_older
 from motifarch.layers import PolyNorm
+from motifarch.transformers_names import add_to_transformers
 from motifarch.weight_files import WeightFiles, file_names
 
 _cache: Any = functools.cache  # which mypy thinks has no use for these classes
@@ -99,7 +100,9 @@ def patched_model_class(host: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "made_by": (patched_model_class, host),
         "__module__": __name__,
     }
-    return type(f"Patched{host.__name__}", (PatchedModelMixin, host), names)
+    made = type(f"Patched{host.__name__}", (PatchedModelMixin, host), names)
+    add_to_transformers(made)
+    return made
 
 
 @_cache

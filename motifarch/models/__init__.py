@@ -3,7 +3,6 @@
 Importing this package makes transformers' Auto classes know the Motif models.
 """
 
-import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -22,6 +21,7 @@ from motifarch.models.motif import (
     MotifForTokenClassification,
     MotifModel,
 )
+from motifarch.transformers_names import add_to_transformers
 
 # Not AutoConfig.register, which takes a config class under its own model_type alone.
 for _model_type in MODEL_TYPES:
@@ -32,7 +32,4 @@ AutoModelForSequenceClassification.register(MotifConfig, MotifForSequenceClassif
 AutoModelForTokenClassification.register(MotifConfig, MotifForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(MotifConfig, MotifForQuestionAnswering, exist_ok=True)
 
-# `transformers serve` looks an architecture's class up among transformers' own. That module exists
-# twice, for transformers imports itself anew to make docstrings; both are of one class.
-if type(transformers).__module__.startswith("transformers."):
-    type(transformers).MotifForCausalLM = MotifForCausalLM  # type: ignore[attr-defined]
+add_to_transformers(MotifForCausalLM)

@@ -1,14 +1,13 @@
 """Decoding that guesses several tokens ahead, and decoding that is compiled."""
 
 import shutil
-import string
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CompileConfig, PreTrainedTokenizerFast
+from transformers import CompileConfig
 
+from helpers.chats import letter_tokenizer
 from helpers.compatibility import build, cells
 from helpers.host_models import left_padded, token_ids
 
@@ -44,12 +43,8 @@ def test_prompt_lookup(name: str) -> None:
 @cells("gda")
 def test_stop_strings(name: str) -> None:
     """Transformers hands the tokenizer, which finds them, on to the model."""
-    signs = ["<pad>", *string.ascii_letters, *string.digits[:8]]
-    letters = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<pad>"))
-    letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
-    model, ids = in_float64(name), token_ids(1, 9)
-    options = GREEDY | {"suppress_tokens": [0, *range(len(signs), 97)]}
+    model, ids, tokenizer = in_float64(name), token_ids(1, 9), letter_tokenizer()
+    options = GREEDY | {"suppress_tokens": [0, *range(len(tokenizer), 97)]}
     text = tokenizer.decode(model.generate(ids, **options)[0, 9:])
     stop = text[4:7]
     stopped = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)

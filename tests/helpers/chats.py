@@ -1,10 +1,11 @@
 """Conversations of different lengths, a tokenizer with a chat template, and their loss by hand."""
 
+import string
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +26,16 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
     tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a letter: ids below 61, 0 for padding; every other token is text."""
+    signs = ["<pad>", *string.ascii_letters, *string.digits[:8]]
+    letters = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<pad>"))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     return tokenizer
 
 

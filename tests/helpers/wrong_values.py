@@ -108,9 +108,14 @@ def right_values(kind: Kind, default: Any) -> list[Any]:
 
 
 def drawn_values(kind: Kind) -> st.SearchStrategy[Any]:
-    """Numbers and texts of all sizes, and what the kind may choose from."""
+    """Numbers, and what the kind may choose from.
+
+    Whole numbers are small, or larger than any that is right: a million columns are accepted, and
+    take the machine's memory.
+    """
     choices = [st.sampled_from(kind.choices)] if kind.choices else []
-    return st.one_of(*choices, st.integers(), st.integers(-3, 40), st.floats(), st.booleans(), st.none())
+    whole = (st.integers(-3, 40), st.integers(min_value=10**12), st.integers(max_value=-4))
+    return st.one_of(*choices, *whole, st.floats(), st.booleans(), st.none())
 
 
 def _within(value: Any, bound: Any) -> bool:

@@ -14,11 +14,14 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.chats import letter_tokenizer
+from helpers.host_models import RATIOS, host_model, moved
 from helpers.python_process import run_python
 from helpers.tiny import write_recipe
 from motifarch.cli import run
 from motifarch.errors import UserError
 from motifarch.export import export
+from motifarch.integrations import patch
 
 MESSAGES = [{"role": "user", "content": "alpha beta = gamma ( one"}]
 TOKENS = 12
@@ -52,6 +55,10 @@ def folder(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder) -> str:
+    return answer(folder)
+
+
+def answer(folder: Path) -> str:
     """What the model answers, greedily."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -90,6 +97,7 @@ def serving(who: str, *arguments: object, log: Path) -> Iterator[OpenAI]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        print(log.read_text())  # pytest shows it with a failure
 
 
 @pytest.mark.slow
@@ -99,13 +107,31 @@ def test_a_chat_over_http_is_generates(folder, expected, tmp_path, who, batching
     options = ["--trust-remote-code"] if who == "transformers" else []
     options += ["--continuous-batching", "--cb-num-blocks", 64] if batching == "continuous" else []
     with serving(who, folder, *options, log=tmp_path / "log.txt") as client:
-        options = {"model": str(folder), "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
-        pieces = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**options, stream=True)]
-        assert "".join(piece or "" for piece in pieces) == expected, (tmp_path / "log.txt").read_text()
-        assert len([piece for piece in pieces if piece]) > 1, "not streamed"
-        whole = client.chat.completions.create(**options)
-        assert whole.choices[0].message.content == expected
-        assert whole.usage.completion_tokens <= TOKENS
+        assert_answers(client, folder, expected)
+
+
+def assert_answers(client: OpenAI, folder: Path, expected: str) -> None:
+    """Streamed and whole."""
+    options = {"model": str(folder), "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
+    pieces = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**options, stream=True)]
+    assert "".join(piece or "" for piece in pieces) == expected
+    assert len([piece for piece in pieces if piece]) > 1, "not streamed"
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.content == expected
+    assert whole.usage.completion_tokens <= TOKENS
+
+
+@pytest.mark.slow
+def test_a_patched_models_folder_is_served(tmp_path):
+    model = host_model("llama")
+    patch(model, ratio=RATIOS["llama"], sub_norm=True)
+    moved(model).save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="--continuous-batching"):
+        run(["serve", str(tmp_path / "model"), "--continuous-batching"])
+    expected = answer(tmp_path / "model")
+    with serving("motifarch", tmp_path / "model", log=tmp_path / "log.txt") as client:
+        assert_answers(client, tmp_path / "model", expected)
 
 
 def test_serving_refuses_what_is_no_models_folder(tmp_path):

@@ -37,6 +37,8 @@ def masks() -> Iterator[Case]:
     yield "attention", {"shared_keys": True, "lam": "token", "epilogue": "gate", "d": 64, "dv": 64, "batch": 2}
     yield "attention", {"tokens": 33, "keys": 97, "lam": "one", "noise": 2, "key_heads": 1}
     yield "attention", {"tokens": 97, "keys": 33, "dtype": F16}
+    # Gradients of keys and values that are sums of 1,200 products in float32.
+    yield "attention", {"d": 16, "dv": 16, "group": 8, "tokens": 150, "epilogue": "none", "dtype": torch.float32}
 
 
 def decoding() -> Iterator[Case]:
