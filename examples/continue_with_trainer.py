@@ -1,7 +1,9 @@
-"""Continue training an exported model on a text file, with transformers.Trainer.
+"""Continue training a Motif model on a text file, with transformers.Trainer.
 
-    motifarch export runs/tiny_cpu
+    python examples/continue_with_trainer.py models/Motif-2.6B TEXT.txt OUTPUT
     python examples/continue_with_trainer.py runs/tiny_cpu/export TEXT.txt OUTPUT
+
+The first folder is a released model's, the second what `motifarch export runs/tiny_cpu` writes.
 
 `recipes/trainer/train.py` trains a whole recipe under Trainer, with packed documents.
 """

@@ -7,9 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from helpers.chats import CHATS
 from helpers.python_process import run_python
+from helpers.released import SMALL, random_tensors, write_folder
 from motifarch.export import export
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -56,6 +59,18 @@ def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
     assert "loaded: PatchedQwen3ForCausalLM" in printed
 
 
+@pytest.mark.slow
+def test_a_study_of_a_layer_of_your_own_compares_equal_models():
+    printed = run_example("head_ratio_study.py")
+    sizes = [int(n) for n in re.findall(r"(\d+) parameters", printed)]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.01 * min(sizes)
+    baseline, *others = losses(printed)
+    assert all(loss < 3.5 for loss in (baseline, *others))  # 5.5 before training
+    for loss, difference in zip(others, re.findall(r"\(([+-][\d.]+), p = [01]\.", printed), strict=True):
+        assert loss - baseline == pytest.approx(float(difference), abs=2e-3)
+
+
 @pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
 def test_a_vision_transformer_learns():
     printed = run_example("vision_transformer.py")
@@ -79,6 +94,20 @@ def test_an_exported_model_trains_on_under_trainer(finished_run, tmp_path):
     first, *_, last = losses(run_example("continue_with_trainer.py", folder, text, tmp_path / "out"))
     assert last < first
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_laid_out_like_motif_2_6b_trains_on(finished_run, tmp_path):
+    exported = export(finished_run, tmp_path / "export")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    config = SMALL["2.6B"] | {"vocab_size": len(tokenizer)}
+    tensors = {name: t if t.ndim < 2 else t / 10 for name, t in random_tensors(config).items()}
+    folder = write_folder(tmp_path / "Motif-2.6B", config, tensors, shards=2)
+    tokenizer.save_pretrained(folder)
+    text = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
+    first, *_, last = losses(run_example("continue_with_trainer.py", folder, text, tmp_path / "out"))
+    assert last < first
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
 @pytest.mark.slow

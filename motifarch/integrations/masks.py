@@ -94,6 +94,25 @@ def visible_keys(
         raise ValueError("the model adds a mask function of its own to the causal mask, which is not served")
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         raise ValueError(f"the model's attention is in chunks of {local_size} tokens, which is not served")
+    plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
+    at_start = isinstance(q_offset, int) and q_offset == 0
+    by_values = (q_length > 1 and not plain) or (at_start and attention_mask is not None)
+    read = _read_between_graphs if by_values and torch.compiler.is_compiling() else _read
+    return read(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device, local_size)
+
+
+def _read(
+    mask_function: Callable[..., Any],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    local_size: int | None,
+) -> VisibleKeys | None:
+    """What :func:`visible_keys` gives, of its arguments."""
     if not _is_causal(mask_function, batch_size, q_length, q_offset, device):
         if not (isinstance(q_offset, int) and q_offset == 0):
             raise ValueError("the model's mask lets tokens see later ones, which is not served with a cache")
@@ -117,6 +136,19 @@ def visible_keys(
         leftpad = (before - kv_offset).clamp(min=0)
     full = isinstance(q_offset, int) and q_offset + added == kv_length
     return VisibleKeys(lengths=lengths, leftpad=leftpad, full=full, window=local_size)
+
+
+@torch.compiler.disable
+def _read_between_graphs(
+    mask_function: Callable[..., Any], batch_size: int, q_length: int, kv_length: int, *others: Any
+) -> VisibleKeys | None:
+    """The same where the mask's values decide: the compiler's graph ends here, and the layers are
+    one graph, for which padding is packed now.
+    """
+    visible = _read(mask_function, batch_size, q_length, kv_length, *others)
+    if visible is not None and visible.padding is not None:
+        visible.padding.pack(kv_length)
+    return visible
 
 
 def _checked(mask: Tensor, q_offset: int | Tensor, q_length: int) -> Tensor | None:
@@ -153,8 +185,6 @@ def _is_causal(
         return False
     if mask_function is causal_mask_function or length == 1:
         return True
-    if torch.compiler.is_compiling():  # a window on both sides is named by what makes it
-        return "bidirectional" not in _makers(mask_function)
     rows, places = torch.arange(batch, device=device)[:, None], torch.arange(length - 1, device=device)[None] + q_offset
     seen = mask_function(rows, 0, places, places + 1)
     if bool(seen.all()):
@@ -162,13 +192,6 @@ def _is_causal(
     if bool(seen.any()):
         raise ValueError("the model's mask lets tokens see later ones, but not all, which this attention cannot")
     return True
-
-
-def _makers(mask_function: Any) -> str:
-    """Names of the functions that made a mask function of others."""
-    parts = [c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()]
-    parts = [f for part in parts for f in (part if isinstance(part, tuple) else (part,)) if callable(f)]
-    return " ".join([mask_function.__qualname__, *(_makers(f) for f in parts)])
 
 
 def _both_sides(
@@ -182,7 +205,7 @@ def _both_sides(
             "attention_mask hides keys of another sequence (cross-attention), which this attention cannot hide; leave "
             "it out, or cut the padding off"
         )
-    if window is not None and mask_function is not bidirectional_mask_function and not torch.compiler.is_compiling():
+    if window is not None and mask_function is not bidirectional_mask_function:
         here, near, far = torch.tensor([0]), torch.tensor([window]), torch.tensor([window + 1])
         pairs = ((here, near, True), (near, here, True), (here, far, False), (far, here, False))
         if any(bool(mask_function(here, 0, q, k).all()) is not seen for q, k, seen in pairs):

@@ -450,14 +450,35 @@ def test_a_patched_layer_compiles_in_one_piece(attention: str) -> None:
     assert layer.self_attn.q_proj.weight.grad[64:].abs().max() > 0
 
 
-def test_padding_is_honoured_when_a_model_is_compiled() -> None:
-    model = patched(ratio=2)
-    batch = left_padded([token_ids(9, seed=1), token_ids(6, seed=2)])
-    real = batch["attention_mask"].bool()
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        ("mistral", "padded"),  # a window in each layer
+        *(
+            pytest.param(family, batch, marks=pytest.mark.slow)
+            for family in ("llama", "gemma2")  # none, and one in every other layer
+            for batch in ("padded", "packed", "plain")
+        ),
+    ],
+)
+def test_a_compiled_model_sees_what_it_should_with_its_layers_in_one_graph(family: str, batch: str) -> None:
+    model = patched(family, ratio=2)
+    first, second = token_ids(9, seed=1), token_ids(6, seed=2)
+    inputs = left_padded([first, second]) if batch == "padded" else {"input_ids": torch.cat((first, second))[None]}
+    if batch == "packed":
+        inputs["position_ids"] = torch.cat((torch.arange(9), torch.arange(6)))[None]
+    real = inputs["input_ids"] > 0
+    products: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        products.append(sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes))
+        return graph.forward
+
     torch._dynamo.reset()
     with torch.no_grad():
-        logits = torch.compile(model, backend="eager")(**batch, use_cache=False).logits
-        torch.testing.assert_close(logits[real], model(**batch, use_cache=False).logits[real], atol=1e-5, rtol=1e-5)
+        logits = torch.compile(model, backend=count)(**inputs, use_cache=False).logits
+        torch.testing.assert_close(logits[real], model(**inputs, use_cache=False).logits[real], atol=1e-5, rtol=1e-5)
+    assert sum(n > 1 for n in products) == 1, products
 
 
 def test_low_precision() -> None:
