@@ -36,18 +36,18 @@ def base_of(file: Path) -> Path | None:
     return file.parent / base[1] if base else None
 
 
-def locate(given: str) -> Path:
+def locate(given: str, known: list[str]) -> Path:
     """The file that a command line gives by its path or by its name.
 
     Raises:
-        UserError: no file and no recipe of that name.
+        UserError: no file, and no name of the known ones.
     """
     path = Path(given)
     try:
-        if path.exists() or (path.suffix and given not in names()):
+        if path.exists() or (path.suffix and given not in known):
             return path
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise UserError(f"there is no file {given}: {error.strerror}; give the path of a YAML file") from None
-    if given in names():
+    if given in known:
         return FOLDER / f"{given}.yaml"
-    raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(names())}")
+    raise UserError(f"there is no file {given}; give the path of a YAML file, or one of {', '.join(known)}")

@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -56,12 +56,21 @@ class TypedYaml(Generic[T]):
         usage: how the command is called, for its help.
         description: what the command does.
         examples: lines that show how it is called.
+        packaged: the files that come with the package, by the names that stand for them.
     """
 
     def __init__(
-        self, root: type[T], noun: str, *, usage: str = "", description: str = "", examples: Sequence[str] = ()
+        self,
+        root: type[T],
+        noun: str,
+        *,
+        usage: str = "",
+        description: str = "",
+        examples: Sequence[str] = (),
+        packaged: Callable[[], list[str]] = packaged_recipes.names,
     ) -> None:
         self.noun = noun
+        self._packaged = packaged
         shown_examples = "".join(["\n\nexamples:", *(f"\n  {line}" for line in examples)]) if examples else ""
         self._help = f"usage: {usage}\n\n{textwrap.fill(description, 100)}{shown_examples}\n"
         self._adapter = TypeAdapter(root)
@@ -84,7 +93,7 @@ class TypedYaml(Generic[T]):
             self.print_help(args[args.index(flag) + 1 :])
             raise SystemExit(0)
         if args and not args[0].startswith("-"):
-            args = ["--config", str(packaged_recipes.locate(args[0])), *args[1:]]
+            args = ["--config", str(packaged_recipes.locate(args[0], self._packaged())), *args[1:]]
         sources: list[tuple[str, Any]] = []
         for name, text in _options(args):
             if name == "config":

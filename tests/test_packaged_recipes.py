@@ -8,6 +8,7 @@ from motifarch import packaged_recipes
 from motifarch.commands.copy_recipe import main as copy_recipe
 from motifarch.commands.recipes import main as list_recipes
 from motifarch.errors import UserError
+from motifarch.study.grid import read_grid
 from motifarch.train.read_recipe import read_recipe
 
 
@@ -16,6 +17,13 @@ def test_a_name_reads_the_file(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     file = Path(f"recipes/{name}.yaml").resolve()
     monkeypatch.chdir(tmp_path)
     assert read_recipe([name]) == read_recipe([str(file)])
+
+
+@pytest.mark.parametrize("name", packaged_recipes.studies())
+def test_a_name_reads_the_study(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(f"recipes/{name}.yaml").resolve()
+    monkeypatch.chdir(tmp_path)
+    assert read_grid([name]) == read_grid([str(file)])
 
 
 def test_the_list_names_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +51,5 @@ def test_a_changed_copy_is_kept(tmp_path: Path) -> None:
 def test_an_unknown_name_gets_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no file tiny; give the path .* one of .*, motif_2.6b/b200_64, .*tiny_cpu"):
         read_recipe(["tiny"])
+    with pytest.raises(UserError, match=r"no file tiny; give the path .* one of study/.*study/tiny_cpu$"):
+        read_grid(["tiny"])

@@ -24,7 +24,7 @@ from motifarch.data.find_files import file_state, files_below
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
-from motifarch.data.progress import bar
+from motifarch.data.progress import bar, spinner
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, each_file_once, parse_source
 from motifarch.data.tokenise import describe_tokens, tokenise
@@ -130,7 +130,8 @@ def _make(
     if given is None:
         with stage("training the tokenizer") as note:
             texts = capped(corpus.training_texts(settings.seed), _TRAINING_CHARACTERS)
-            given = train_tokenizer(texts, settings.vocab_size)
+            with spinner("training the tokenizer"):
+                given = train_tokenizer(texts, settings.vocab_size)
             note(f"{len(given):,} tokens")
     set_special_tokens(given, settings.special_tokens)
     given.save_pretrained(folder / "tokenizer")
@@ -217,7 +218,8 @@ def _pack(
             f"the {split} part has {packer.tokens:,} tokens in {packer.documents:,} documents, a block needs "
             f"{seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
-    rows.save_to_disk(str(folder), max_shard_size="1GB")
+    with spinner(f"writing {split}"):
+        rows.save_to_disk(str(folder), max_shard_size="1GB")
     counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
     if fitter:
         counts.dropped_tokens, counts.trained_tokens = fitter.dropped_tokens, fitter.trained_tokens

@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with loading():
             from motifarch.data.pipeline import prepare
 
-        with _bars_only_on_a_terminal():
+        with _only_own_bars():
             made = prepare(settings, report)
     except KeyboardInterrupt:
         state = "is as it was" if before else "was not made"
@@ -182,10 +182,7 @@ def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
 
 
 @contextmanager
-def _bars_only_on_a_terminal() -> Iterator[None]:
-    if sys.stderr.isatty():
-        yield
-        return
+def _only_own_bars() -> Iterator[None]:
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

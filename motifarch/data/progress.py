@@ -1,16 +1,49 @@
-"""A progress bar on a terminal, and nothing elsewhere."""
+"""Progress on a terminal, and nothing elsewhere."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import track
+import multiprocess  # type: ignore[import-untyped]  # what datasets forks with
+from rich.console import Console, RenderableType
+from rich.progress import Progress, track
 
 T = TypeVar("T")
+
+_counted = multiprocess.Value("q", 0)  # inherited by forked processes, and so one for all
 
 
 def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """Pass items on, showing their number (of ``total``) in a line that vanishes at the end."""
     console = Console(file=sys.stderr)
     return track(items, description, total=total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def spinner(description: str) -> AbstractContextManager[object]:
+    """Shown within, where it is not known how much there is to do."""
+    return Console(file=sys.stderr).status(description)
+
+
+@contextmanager
+def counted_bar(description: str, total: int) -> Iterator[None]:
+    """Within, a bar shows what `count` was given, in this process and in those that it forks."""
+    console = Console(file=sys.stderr)
+    _counted.value = 0
+
+    class Counted(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            for task in self.task_ids:
+                self.update(task, completed=_counted.value)
+            return super().get_renderables()
+
+    progress = Counted(console=console, transient=True, disable=not console.is_terminal)
+    progress.add_task(description, total=total)
+    with progress:
+        yield
+
+
+def count(items: int) -> None:
+    """Moves the bar of `counted_bar` on."""
+    with _counted.get_lock():
+        _counted.value += items

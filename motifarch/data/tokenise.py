@@ -23,6 +23,7 @@ from motifarch.data.arrow_files import gather, list_column
 from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
 from motifarch.data.loss_mask import with_mask
+from motifarch.data.progress import count, counted_bar
 from motifarch.data.tokenizer import (
     begin_tokens,
     encode_texts,
@@ -103,6 +104,7 @@ def tokenise(
         ]
         lists = {name: list_column([one[name] for one in done]) for name in ("input_ids", "special")}
         plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed", "bytes")}
+        count(len(table))
         return pa.table({**lists, **plain, "split_hash": table.column("split_hash")})
 
     integers = datasets.List(datasets.Value("int32"))
@@ -120,9 +122,9 @@ def tokenise(
         num_proc=min(num_proc, len(rows)) if num_proc > 1 else None,
         cache_file_name=str(scratch / "tokens.arrow"),
         new_fingerprint="tokenised",
-        desc="tokenising",
     )
-    return _run_pool(work) if num_proc > 1 else work()
+    with counted_bar("tokenising", len(rows)):
+        return _run_pool(work) if num_proc > 1 else work()
 
 
 def describe_tokens(

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from motifarch.errors import UserError
 
@@ -27,7 +32,10 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if path.is_file():  # a folder's tokenizer.json; what lies beside it counts too
         path = path.parent
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path if path.exists() else name_or_path), trust_remote_code=False)
+        config = _config(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path if path.exists() else name_or_path), config=config, trust_remote_code=False
+        )
     except Exception as error:  # the library raises many kinds, from network errors to bad files
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(
@@ -40,6 +48,17 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             "eos_token (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and pass --tokenizer folder"
         )
     return tokenizer
+
+
+def _config(folder: Path) -> PreTrainedConfig | None:
+    """For a model that transformers does not know, as an exported one here: asked for its tokenizer
+    transformers would take the model for another one, and warn.
+    """
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not fields or fields.get("model_type") in CONFIG_MAPPING:
+        return None
+    return PreTrainedConfig(tokenizer_class=fields.get("tokenizer_class"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -59,7 +78,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

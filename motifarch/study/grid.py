@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from motifarch import packaged_recipes
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
 from motifarch.study.measure_options import MeasureOptions
@@ -202,10 +203,7 @@ class Grid(Section):
         return -(-tokens // (self.recipe.batch.size * self.data.seq_len))
 
 
-GRIDS = TypedYaml(
-    Grid,
-    "study",
-)
+GRIDS = TypedYaml(Grid, "study", packaged=packaged_recipes.studies)
 
 
 def read_grid(argv: Sequence[str]) -> Grid:

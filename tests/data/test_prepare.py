@@ -1,5 +1,6 @@
 """The command as a user meets it: what it makes, says, refuses and survives."""
 
+import io
 import json
 import os
 import re
@@ -55,6 +56,16 @@ def test_the_documents_come_back_from_the_blocks(corpus: Path, tmp_path: Path) -
         seen += counts["documents"]
         texts -= set(whole)
     assert seen == 30
+
+
+def test_on_a_terminal_bars_are_motifarchs_own(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    prepare(tmp_path / "data", f"files:{corpus}/*.txt", options=["--num-proc", "2"])
+    shown = terminal.getvalue()
+    assert re.search(r"tokenising.*100%", shown)  # what two forked processes counted
+    assert not re.search("examples/s|Saving the dataset", shown)  # datasets' own
 
 
 def test_the_record(corpus: Path, tmp_path: Path) -> None:

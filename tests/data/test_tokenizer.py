@@ -1,3 +1,5 @@
+import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +77,17 @@ def test_a_tokenizers_file_means_its_folder(tokenizer_folder: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_beside_a_model_that_transformers_does_not_know_it_loads_without_warnings(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "of_somebody", "rope_scaling": None, "rope_theta": 10_000.0}  # an export's, in short
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(tokenizer)
 
 
 def test_capped() -> None:
