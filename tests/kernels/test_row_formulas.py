@@ -123,7 +123,7 @@ def test_rms_norm_is_torchs(weight):
         results.append([out, *gradients(out, inputs, x)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-    torch.library.opcheck(operator, (x.requires_grad_(), weight, 1e-3))
+    torch.library.opcheck(torch.ops.motif.rms_norm.default, (x.requires_grad_(), weight, 1e-3))
 
 
 @pytest.mark.parametrize("rows", [3, 600])  # 600 are enough to be compiled

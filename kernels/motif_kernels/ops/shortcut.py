@@ -18,13 +18,13 @@ Function = Callable[..., Any]
 
 def is_unwatched(*arguments: Any) -> bool:
     """Whether no one traces, transforms (torch.func) or watches (a dispatch mode, as
-    FlopCounterMode) a call, and none of its tensors is of a subclass, which would see it too.
+    FlopCounterMode) a call, and its tensors have data and no subclass, which would see it too.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(t) in (Tensor, Parameter) for t in arguments if isinstance(t, Tensor))
+        and all(type(t) in (Tensor, Parameter) and not t.is_meta for t in arguments if isinstance(t, Tensor))
     )
 
 
