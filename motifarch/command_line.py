@@ -14,7 +14,7 @@ from motifarch.errors import UserError
 from motifarch.field_types import FilePath
 from motifarch.typed_yaml import accepted, shown
 
-_TALKATIVE = ("torchao", "torch.utils._pytree")
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 """Loggers that warn of a library's own affairs when it is imported."""
 
 

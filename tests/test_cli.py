@@ -120,3 +120,15 @@ def test_a_full_disk_under_any_command(
     error = capsys.readouterr().err
     assert error.startswith("error: /some/file: No space left")
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_libraries_say_nothing_as_they_are_loaded() -> None:
+    code = """
+    import os
+    os.dup2(1, 2)  # what goes to standard error is seen too
+    from motifarch.command_line import loading
+    with loading():
+        import bitsandbytes, datasets, peft, torchao.quantization, transformers
+    """
+    assert run_python(code) == ""
