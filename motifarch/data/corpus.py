@@ -115,7 +115,8 @@ def read_corpus(
                 if accepted == settings.max_documents:
                     break
 
-    rows = _write(scratch / "documents.arrow", bar(accept(), "reading"))
+    with bar(accept(), "reading") as accepted_rows:
+        rows = _write(scratch / "documents.arrow", accepted_rows)
     if not len(rows):
         reasons = f"; skipped: {skipped.summary()}" if skipped.counts else ""
         names = ", ".join(map(printable, settings.sources))

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -200,19 +200,21 @@ def _pack(
     if fitter:
         packer = DocumentPacker(seq_len, padding=~fitter.eos_token[1])
 
-    def documents() -> Iterator[tuple[str, np.ndarray]]:
-        columns = (shuffled(corpus.rows, settings.seed, "name"), shuffled(tokenised, settings.seed, "input_ids"))
-        rows = zip(*columns, strict=True)
-        for (name, _), (tokens, split_hash) in bar(rows, f"packing {split}", total=len(tokenised)):
-            if corpus.split_of(split_hash) == split:
-                yield name.as_py(), tokens.values.to_numpy()
+    columns = (shuffled(corpus.rows, settings.seed, "name"), shuffled(tokenised, settings.seed, "input_ids"))
 
-    def blocks() -> Iterator[Block]:
-        for tokens in fitter.fit(documents()) if fitter else (tokens for _, tokens in documents()):
+    def blocks(documents: Iterable[tuple[str, np.ndarray]]) -> Iterator[Block]:
+        for tokens in fitter.fit(documents) if fitter else (tokens for _, tokens in documents):
             yield from packer.add(tokens)
         yield from packer.finish()
 
-    rows = write_tables(scratch / f"{split}.arrow", block_tables(blocks(), seq_len), block_features(seq_len))
+    with bar(zip(*columns, strict=True), f"packing {split}", total=len(tokenised)) as shown:
+        documents = (
+            (name.as_py(), tokens.values.to_numpy())
+            for (name, _), (tokens, split_hash) in shown
+            if corpus.split_of(split_hash) == split
+        )
+        tables = block_tables(blocks(documents), seq_len)
+        rows = write_tables(scratch / f"{split}.arrow", tables, block_features(seq_len))
     if not packer.blocks:
         raise UserError(
             f"the {split} part has {packer.tokens:,} tokens in {packer.documents:,} documents, a block needs "

@@ -1,9 +1,9 @@
 """Progress on a terminal, and nothing elsewhere."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from typing import TypeVar, cast
 
 import multiprocess  # type: ignore[import-untyped]  # what datasets forks with
 from rich.console import Console, RenderableType
@@ -14,10 +14,20 @@ T = TypeVar("T")
 _counted = multiprocess.Value("q", 0)  # inherited by forked processes, and so one for all
 
 
-def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Pass items on, showing their number (of ``total``) in a line that vanishes at the end."""
+@contextmanager
+def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterator[Iterable[T]]:
+    """The items again, whose number (of ``total``) a line shows that vanishes at the end.
+
+    A thread draws the bar. It ends with this context, also when items are left over after an
+    error: from Python 3.13 on, an interpreter that ends with it waits forever.
+    """
     console = Console(file=sys.stderr)
-    return track(items, description, total=total, console=console, transient=True, disable=not console.is_terminal)
+    if not console.is_terminal:
+        yield items
+        return
+    tracked = track(items, description, total=total, console=console, transient=True)
+    with closing(cast(Generator[T, None, None], tracked)):
+        yield tracked
 
 
 def spinner(description: str) -> AbstractContextManager[object]:

@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn import functional as F
 
 import motifarch
 from motifarch.data import PackedDataset
+from motifarch.data.progress import bar
 from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError
 from motifarch.inference.generate import load
@@ -50,14 +49,15 @@ def validate(
     count = len(dataset) if limit is None else round(limit * len(dataset)) if limit < 1 else int(limit)
     rows = spread_rows([dataset], max(1, count))
     total, tokens = 0.0, 0
-    for _, row in track(rows, "validating", console=Console(stderr=True), transient=True):
-        block = dataset[row]
-        for document in torch.from_numpy(block.input_ids.astype("int64")).split(block.doc_lengths.tolist()):
-            if len(document) > 1:
-                ids = document.to(model.device)
-                logits = model(ids[None, :-1], use_cache=False).logits[0]
-                total += float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
-                tokens += len(ids) - 1
+    with bar(rows, "validating") as shown:
+        for _, row in shown:
+            block = dataset[row]
+            for document in torch.from_numpy(block.input_ids.astype("int64")).split(block.doc_lengths.tolist()):
+                if len(document) > 1:
+                    ids = document.to(model.device)
+                    logits = model(ids[None, :-1], use_cache=False).logits[0]
+                    total += float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
+                    tokens += len(ids) - 1
     loss, text = total / tokens, dataset.bytes_per_token
     return {
         "motifarch": motifarch.__version__,
