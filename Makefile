@@ -90,13 +90,13 @@ format: $(VENV)/.installed-dev
 	$(MARKDOWN) | xargs $(BIN)/mdformat
 
 # Neither is pinned by constraints.txt. Each is made anew, for what it should hold changes without a
-# change here.
+# change here. All of a set is resolved at once: a second step would bring newer releases of what the
+# first chose, and they may not go together.
 UV := $(BIN)/uv pip install --quiet
 
 test-oldest: $(VENV)/.installed-dev
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(UV) --python $(OLDEST) --resolution lowest-direct --editable .
-	$(UV) --python $(OLDEST) --editable '.[dev]'
+	$(UV) --python $(OLDEST) --resolution lowest-direct --editable '.[dev]'
 	$(UV) --python $(OLDEST) --no-deps timm
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not slow" $(ARGS)
 

@@ -32,8 +32,35 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^make ([\w-]+)$", text, re.MULTILINE)) | included
 
 
-def test_a_citation_names_the_version() -> None:
-    assert read_yaml(ROOT / "CITATION.cff")["version"] == motifarch.__version__
+def test_the_citation_and_the_changelog_name_the_version_and_its_date() -> None:
+    citation = read_yaml(ROOT / "CITATION.cff")
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert citation["version"] == motifarch.__version__
+    assert headings[:2] == ["Unreleased", f"{citation['version']} - {citation['date-released']}"]
+
+
+def tools() -> list[tuple[str, str, str]]:
+    """The rows of CONTRIBUTING.md's table: a tool, the tests that run it, who installs it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return [
+        (row[0], row[1], row[2])
+        for row in re.findall(r"^\| (\S+) +\| `(tests/\S+)` +\| (.+?) +\|$", page, re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize(("tool", "test", "installed_by"), tools())
+def test_a_tool_we_say_works_is_pinned_and_run_by_a_test(tool: str, test: str, installed_by: str) -> None:
+    text = (ROOT / test).read_text(encoding="utf-8")
+    assert re.search(rf"\b{tool.replace('-', '_')}\b", text)
+    pins = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
+    assert tool in [pin.replace("_", "-") for pin in pins]
+    extra = [re.split(r"[^\w-]", needed)[0] for needed in PROJECT["optional-dependencies"]["dev"]]
+    required = [re.split(r"[^\w-]", needed)[0] for needed in PROJECT["dependencies"]]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert (
+        tool
+        in {"extra dev": extra, "motifarch": required, "make": re.findall(r"--no-deps (\S+)", makefile)}[installed_by]
+    )
 
 
 @pytest.mark.parametrize("target", sorted(make_targets()))
