@@ -19,7 +19,7 @@ def bar(items: Iterable[T], description: str, total: int | None = None) -> Itera
     """The items again, whose number (of ``total``) a line shows that vanishes at the end.
 
     A thread draws the bar. It ends with this context, also when items are left over after an
-    error: from Python 3.13 on, an interpreter that ends with it waits forever.
+    error: Python 3.13, ending with it alive, would wait for it forever.
     """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
