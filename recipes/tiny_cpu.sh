@@ -13,7 +13,8 @@ torchrun --standalone --nproc-per-node 2 -m motifarch.train "$(dirname "$0")/tin
 motifarch export runs/tiny_cpu
 echo
 echo "--- sampled from runs/tiny_cpu/export ---"
-motifarch generate runs/tiny_cpu/export --prompt $'import os\n\n\ndef' --temperature 0.7 --max-new-tokens 150
+motifarch generate runs/tiny_cpu/export --prompt $'import os\n\n\ndef' --temperature 0.9 --top-p 0.95 \
+  --max-new-tokens 150
 echo
 echo "Made: data/stdlib (tokenizer, packed blocks), runs/tiny_cpu/checkpoints, runs/tiny_cpu/export (Hugging Face folder),"
 echo "      runs/tiny_cpu/metrics.jsonl, runs/tiny_cpu/run.json, and the loss curve runs/tiny_cpu/loss.png"
