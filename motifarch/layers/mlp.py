@@ -30,6 +30,9 @@ class PolyNormMLP(_GatedMLP):
         hidden_size: e.
         intermediate_size: width of the gate and up branches.
         eps: PolyNorm's epsilon.
+        sigmoid_weight: PolyNorm's weights are ``sigmoid(weight)``.
+        output_scale: multiplies the activation, before the one rounding.
+        hidden_clamp: clamp gate and up to ``[-hidden_clamp, hidden_clamp]``.
         bias: biases in the projections.
         device: where the parameters are made.
         dtype: their dtype.
@@ -41,12 +44,22 @@ class PolyNormMLP(_GatedMLP):
         *,
         intermediate_size: int,
         eps: float = 1e-6,
+        sigmoid_weight: bool = False,
+        output_scale: float = 1.0,
+        hidden_clamp: float | None = None,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, intermediate_size=intermediate_size, bias=bias, device=device, dtype=dtype)
-        self.act_fn = PolyNorm(eps=eps, device=device, dtype=dtype)
+        self.act_fn = PolyNorm(
+            eps=eps,
+            sigmoid_weight=sigmoid_weight,
+            output_scale=output_scale,
+            hidden_clamp=hidden_clamp,
+            device=device,
+            dtype=dtype,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., E) -> (..., E)."""

@@ -27,6 +27,15 @@ def test_poly_norm_block_is_the_formula(eps):
         assert_agrees(a, b, 1e-10)
 
 
+def test_the_activations_options_reach_it():
+    block = PolyNormMLP(8, intermediate_size=24, sigmoid_weight=True, output_scale=0.5, dtype=torch.float64)
+    randomise(block, std=0.5)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    gate, up = x @ block.gate_proj.weight.T, x @ block.up_proj.weight.T
+    act = poly_norm(gate, torch.sigmoid(block.act_fn.weight), block.act_fn.bias, 1e-6)
+    assert_agrees(block(x), (0.5 * act * up) @ block.down_proj.weight.T, 1e-12)
+
+
 def test_swiglu_block_is_the_formula():
     block = SwiGLUMLP(8, intermediate_size=24, dtype=torch.float64, bias=True)
     randomise(block, std=0.5)
