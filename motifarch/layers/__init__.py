@@ -12,6 +12,7 @@ from motifarch.layers.grouped_differential_attention import (
     GroupedDifferentialAttention,
     default_lambda_init,
 )
+from motifarch.layers.grouped_differential_latent_attention import GroupedDifferentialLatentAttention
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.padding import PaddingMask, cu_seqlens_from_position_ids
 from motifarch.layers.poly_norm import PolyNorm
@@ -26,6 +27,7 @@ __all__ = [
     "DifferentialAttention",
     "DifferentialAttentionV2",
     "GroupedDifferentialAttention",
+    "GroupedDifferentialLatentAttention",
     "PaddingMask",
     "PolyNorm",
     "PolyNormMLP",

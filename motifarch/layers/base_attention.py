@@ -6,7 +6,7 @@ Shapes: B batch, S tokens, E hidden size, D head_dim of queries and keys, Dv of 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, read_mask, visible_keys
 from motifarch.layers.cache import CachePosition, held_width
-from motifarch.layers.head_norm import HeadNorm, SubNorm, attend_normed
+from motifarch.layers.head_norm import SubNorm, attend_normed
 from motifarch.layers.masked_attention import attend_masked, is_plain
 from motifarch.layers.other_attention import attend_with
 from motifarch.layers.padding import PaddingMask, read_padding
-from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
+from motifarch.layers.rotary import PositionEmbeddings
 from motifarch.layers.ulysses import gather_heads, scatter_heads
 
 Batch = Sequences | PaddingMask | Cache | None
@@ -41,98 +41,86 @@ Attend = Callable[["BaseAttention", Tensor, Tensor, Tensor], Tensor]
 """Softmax attention of a layer's queries, keys and values."""
 
 
-class AttentionLayerOptions(TypedDict, total=False):
+class CoreOptions(TypedDict, total=False):
     """Keyword arguments of every attention layer, which :class:`BaseAttention` describes."""
 
-    qk_norm: bool
-    qk_norm_eps: float
     window_size: tuple[int, int]
     causal: bool
     softmax_scale: float | None
-    bias: bool
     dropout: float
-    context_dim: int | None
     backend: str
-    device: torch.device | str | None
-    dtype: torch.dtype | None
+
+
+class Heads(NamedTuple):
+    """What a layer makes of its tokens, for attention."""
+
+    query: Tensor
+    """(B, S, H, D), signal and noise, normalised and rotated."""
+    key: Tensor
+    """(B, keys, heads, width); of this call's tokens, before :meth:`BaseAttention._read`."""
+    value: Tensor
+    """(B, keys, heads, Dv)."""
+    gate: Tensor | None = None
+    """What the output is gated with, (B, S, Hs, Dv)."""
+    is_latent: bool = False
+    """Whether attention gives latents, for which :meth:`BaseAttention._output` has the gate."""
 
 
 class BaseAttention(nn.Module):
-    """Base of the attention layers: everything but what the noise is.
+    """Base of the attention layers: everything but where queries, keys and values come from, and
+    what the noise is.
 
     Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; without noise
-    heads it is softmax attention. A subclass gives the widths, lambda (:meth:`_lambda`) and a gate
-    (:meth:`_gate`), and sets ``subln`` for a sub-norm.
+    heads it is softmax attention. A subclass gives heads (:meth:`_project`), lambda
+    (:meth:`_lambda`) and the output's projection (:meth:`_output`), and sets ``subln`` for a
+    sub-norm.
 
     Args:
-        hidden_size: E.
         num_heads: signal and noise heads together.
         num_noise_heads: noise heads, 0 for softmax attention.
         num_kv_heads: key/value heads, before pairing.
         head_dim: D.
+        v_head_dim: Dv, width of a value.
         layer_idx: position in the model from 0: the cache's key, without which it takes none.
-        paired_kv: key heads come in pairs, one for signal and one for noise, with values of double
-            width.
+        paired_kv: key heads come in pairs, one for signal and one for noise.
         lambda_init: a constant in lambda; with the sub-norm the output is scaled by
             ``1 - lambda_init``.
-        qk_norm: RMS-normalise each query and key head before the rotation.
-        qk_norm_eps: its epsilon.
         window_size: inclusive (left, right) attention window, -1 for unbounded.
         causal: a token sees none after it; False is for encoders, and takes no cache. A context's
             tokens are all seen.
         softmax_scale: multiplies the logits; default ``head_dim ** -0.5``.
-        bias: biases in the four projections.
         dropout: in training mode, the share of each softmax map's probabilities, signal and noise,
             that are left out (the rest are scaled up); they are dropped before the maps are
             subtracted.
-        context_dim: width of the context's tokens; default hidden_size.
         backend: motif_kernels' backend. No kernel knows masks of one's own and dropout: torch's
             attention serves them, or "reference".
-        device: where the parameters are made.
-        dtype: their dtype.
     """
 
     def __init__(
         self,
-        hidden_size: int,
         *,
         num_heads: int,
         num_noise_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        v_head_dim: int,
         layer_idx: int | None,
         paired_kv: bool = False,
         lambda_init: float = 0.0,
-        qk_norm: bool = False,
-        qk_norm_eps: float = 1e-6,
         window_size: tuple[int, int] = (-1, -1),
         causal: bool = True,
         softmax_scale: float | None = None,
-        bias: bool = False,
         dropout: float = 0.0,
-        context_dim: int | None = None,
         backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}; it must be at least 0 and less than 1")
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads, self.num_noise_heads, self.num_kv_heads = num_heads, num_noise_heads, num_kv_heads
-        self.head_dim, self.paired_kv = head_dim, paired_kv
-        self.v_head_dim = 2 * head_dim if paired_kv else head_dim
+        self.head_dim, self.v_head_dim, self.paired_kv = head_dim, v_head_dim, paired_kv
         self.layer_idx, self.lambda_init = layer_idx, lambda_init
         self.window_size, self.causal = (window_size[0], window_size[1]), causal
         self.softmax_scale, self.dropout, self.backend = softmax_scale, dropout, backend
-        context_dim = hidden_size if context_dim is None else context_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory)
-        self.k_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(context_dim, num_kv_heads * head_dim, bias=bias, **factory)
-        out_features = (num_heads - num_noise_heads) * self.v_head_dim
-        self.o_proj = nn.Linear(out_features, hidden_size, bias=bias, **factory)
-        self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
-        self.k_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
         self.subln: SubNorm | None = None
         """The sub-norm, which a subclass may set."""
         self.tensor_group: ProcessGroup | None = None
@@ -221,10 +209,10 @@ class BaseAttention(nn.Module):
             raise ValueError(f"attn_mask and {name} were both given; let attn_mask alone say what each token sees")
         by_maps = output_attentions or (attend is None and is_exporting())
         free = by_maps or attn_mask is not None or dropout > 0
-        q, key, value = self._project(hidden_states, position_embeddings, context)
+        heads = self._project(hidden_states, position_embeddings, context)
         key, value, cache = self._append(
-            key,
-            value,
+            heads.key,
+            heads.value,
             past_key_values,
             cache_position,
             needs_full_cache=padding is not None or attend is not None,
@@ -239,7 +227,8 @@ class BaseAttention(nn.Module):
             if max_seqlen is None:
                 raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
             batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
-        inputs = self._inputs(q, key, value, hidden_states)
+        heads = self._read(heads._replace(key=key, value=value), from_cache=cache is not None)
+        inputs = self._inputs(heads, hidden_states)
         out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
         causal = self.causal and context is None
         maps: list[Tensor] | None = [] if by_maps or self.backend == "reference" else None
@@ -250,7 +239,7 @@ class BaseAttention(nn.Module):
             run = partial(self._attend_freely, batch, causal, attn_mask, dropout, maps)
         else:
             run = partial(self._attend, batch, causal)
-        out = self.o_proj(attend_normed(self.subln, out_scale, inputs, run).flatten(2))
+        out = self._output(attend_normed(self.subln, out_scale, inputs, run), heads)
         return (out, maps[0]) if output_attentions and maps else out
 
     def _check_context(self, **given: Any) -> None:
@@ -270,57 +259,45 @@ class BaseAttention(nn.Module):
                 "motif_kernels attend (a model's attn_implementation 'auto')"
             )
 
-    def share_heads(self, group: ProcessGroup) -> None:
-        """Tells the layer that the ranks of a group each have a part of its heads (tensor
-        parallelism), in its projections' outputs.
-
-        The gradients of what all heads share are then summed over them.
-        """
-        self.tensor_group = group
-        for norm in (self.q_norm, self.k_norm, self.subln):
-            if norm is not None:
-                norm.group = group
-
     def _lambda(self, hidden_states: Tensor) -> Tensor:
         """Lambda, a scalar or (B, S, Hs); asked where there are noise heads."""
         raise NotImplementedError
 
-    def _gate(self, hidden_states: Tensor) -> Tensor | None:
-        """What the output is gated with, (B, S, Hs, Dv), or None."""
-        return None
-
     def _project(
         self, hidden_states: Tensor, position_embeddings: PositionEmbeddings | None, context: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, S, H, D), normalised and rotated, and keys and values as the cache holds
-        them: heads of a pair's k1 and k2 side by side.
+    ) -> Heads:
+        """Heads of this call's tokens; keys and values (B, S, heads, width) as the cache holds
+        them.
         """
-        # A view takes a fifth of unflatten's time, which counts where one token is decoded.
-        context = hidden_states if context is None else context
-        heads = (*context.shape[:-1], -1)
-        q = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
-        k = self.k_proj(context).view(*heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if position_embeddings is not None:
-            q, k = rotate_heads(q, k, position_embeddings)
-        value = self.v_proj(context).view(*heads, self.v_head_dim)
-        return q, k.reshape(*heads, self.v_head_dim) if self.paired_kv else k, value
+        raise NotImplementedError
 
-    def _inputs(self, q: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> AttentionInputs:
+    def _read(self, heads: Heads, *, from_cache: bool) -> Heads:
+        """Keys and values to attend to, of what the cache holds, this call's tokens included.
+
+        Args:
+            heads: with keys and values as the cache holds them.
+            from_cache: whether they are a cache that held tokens before.
+        """
+        return heads
+
+    def _output(self, attended: Tensor, heads: Heads) -> Tensor:
+        """(B, S, Hs, Dv) -> (B, S, E)."""
+        raise NotImplementedError
+
+    def _inputs(self, heads: Heads, hidden_states: Tensor) -> AttentionInputs:
         """Heads as signal and noise, lambda and the gate."""
+        q, key, value = heads[:3]
+        gate = None if heads.is_latent else heads.gate
         if not self.num_noise_heads:
-            return AttentionInputs(q, key, None, None, value, None, gate=self._gate(hidden_states))
+            return AttentionInputs(q, key, None, None, value, None, gate=gate)
         group = self.num_heads // self.num_noise_heads - 1
         # All noise heads, or those of this rank. A split, whose gradient is one copy.
-        signal, noise = q.view(*q.shape[:2], -1, group + 1, self.head_dim).split((group, 1), dim=3)
+        signal, noise = q.view(*q.shape[:2], -1, group + 1, q.shape[-1]).split((group, 1), dim=3)
         k1, k2 = key.chunk(2, dim=-1) if self.paired_kv else (key, key)
         lam = self._lambda(hidden_states)
         if not is_exporting():
             self.last_lambda = lam.detach().mean() if lam.ndim else lam.detach()
-        return AttentionInputs(
-            signal.flatten(2, 3), k1, noise.squeeze(3), k2, value, lam, gate=self._gate(hidden_states)
-        )
+        return AttentionInputs(signal.flatten(2, 3), k1, noise.squeeze(3), k2, value, lam, gate=gate)
 
     def _options(self, norm_eps: float, out_scale: float, causal: bool) -> AttentionOptions:
         return AttentionOptions.of(

@@ -5,12 +5,12 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
 from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
+from motifarch.layers.projected_attention import AttentionLayerOptions, ProjectedAttention
 
 
-class DifferentialAttentionV2(BaseAttention):
+class DifferentialAttentionV2(ProjectedAttention):
     """Twice the query heads over unchanged keys and values; ``lambda = sigmoid(x W)`` for each
     token and signal head.
 
@@ -33,9 +33,9 @@ class DifferentialAttentionV2(BaseAttention):
             ``1 - lambda_init``.
         norm_eps: the sub-norm's epsilon.
         **options: of every attention layer
-            (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
-            ``backend``, ``device`` and ``dtype``. Lambda's and the gate's projections never have
+            (:class:`~motifarch.layers.projected_attention.ProjectedAttention`): ``qk_norm``,
+            ``qk_norm_eps``, ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``,
+            ``context_dim``, ``backend``, ``device`` and ``dtype``. Lambda and the gate have no
             biases.
 
     Raises:

@@ -6,9 +6,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
 from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
+from motifarch.layers.projected_attention import AttentionLayerOptions, ProjectedAttention
 from motifarch.layers.ulysses import sum_gradient
 
 
@@ -34,7 +34,7 @@ def scalar_lambda(layer: Any) -> Tensor:
     return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + layer.lambda_init
 
 
-class GroupedDifferentialAttention(BaseAttention):
+class GroupedDifferentialAttention(ProjectedAttention):
     """Differential attention in which a group of signal heads shares one noise head.
 
     Query heads lie as ``num_noise_heads`` blocks of [g signal heads, 1 noise head]; key heads as
@@ -74,9 +74,9 @@ class GroupedDifferentialAttention(BaseAttention):
             difference is used as it is.
         norm_eps: the sub-norm's epsilon.
         **options: of every attention layer
-            (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
-            ``backend``, ``device`` and ``dtype``.
+            (:class:`~motifarch.layers.projected_attention.ProjectedAttention`): ``qk_norm``,
+            ``qk_norm_eps``, ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``,
+            ``context_dim``, ``backend``, ``device`` and ``dtype``.
 
     Raises:
         ValueError: heads that do not divide, or neither or both of ratio and num_noise_heads.

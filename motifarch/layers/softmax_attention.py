@@ -2,11 +2,11 @@
 
 from typing import Unpack
 
-from motifarch.layers.base_attention import AttentionLayerOptions, BaseAttention
 from motifarch.layers.head_counts import default_head_dim
+from motifarch.layers.projected_attention import AttentionLayerOptions, ProjectedAttention
 
 
-class SoftmaxAttention(BaseAttention):
+class SoftmaxAttention(ProjectedAttention):
     """Causal multi-head attention with num_heads queries over num_kv_heads keys and values of the
     same width.
 
@@ -18,9 +18,9 @@ class SoftmaxAttention(BaseAttention):
         layer_idx: position in the model from 0: the key in a cache, which a layer without one does
             not take.
         **options: of every attention layer
-            (:class:`~motifarch.layers.base_attention.BaseAttention`): ``qk_norm``, ``qk_norm_eps``,
-            ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``, ``context_dim``,
-            ``backend``, ``device`` and ``dtype``.
+            (:class:`~motifarch.layers.projected_attention.ProjectedAttention`): ``qk_norm``,
+            ``qk_norm_eps``, ``window_size``, ``causal``, ``softmax_scale``, ``bias``, ``dropout``,
+            ``context_dim``, ``backend``, ``device`` and ``dtype``.
 
     Raises:
         ValueError: num_heads is not a multiple of num_kv_heads.

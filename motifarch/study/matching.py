@@ -137,7 +137,7 @@ def _costs(grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpe
     except UserError as error:
         raise UserError(f"{variant.name} at size {size.name}: {error}") from None
     layers: Any = model.model.layers
-    cached = sum(layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in layers)
+    cached = sum(layer.self_attn.cache_width for layer in layers)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": model.flops_per_token(sequences.seq_len),
