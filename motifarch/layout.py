@@ -64,7 +64,7 @@ class Layout(Section):
             text = ", ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size not in (-1, 1)) or "1"
             verb = "does not divide" if filled else "is not"
             raise UserError(
-                f"{text}: the product is {product}, which {verb} the {ranks} ranks that there are; change one of them"
+                f"{text}: the product is {product}, which {verb} the number of ranks, {ranks}; change one of them"
                 + ("" if filled else ", or set one to -1")
             )
         for name in filled:

@@ -23,6 +23,7 @@ from benchmarks.faults.damages import Damaging
 from benchmarks.faults.kills import Killing
 from benchmarks.faults.pickles import try_pickles
 from benchmarks.lib import cli, report
+from motifarch.counted import counted
 from motifarch.errors import UserError
 
 PARTS = ("pickles", "kills", "damages")
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         for fault in found[name]["faults"]:
             console.print(f"{name:<10} fault  {fault}")
         faults += len(found[name]["faults"])
-    console.print(f"{faults} faults; {f'the files are in {folder}' if faults else f'written: {arguments.output}'}")
+    where = f"the files are in {folder}" if faults else f"written: {arguments.output}"
+    console.print(f"{counted(faults, 'fault')}; {where}")
     if not faults:
         shutil.rmtree(folder, ignore_errors=True)
     return int(faults > 0)

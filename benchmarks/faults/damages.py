@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.starts import alive, computed_rows, kill, prepare_inputs, quick_train
+from motifarch.counted import counted
 from motifarch.files import sha256
 from motifarch.train.manifest import checkpoint_name
 
@@ -56,7 +57,7 @@ class Damaging:
         with ThreadPoolExecutor(jobs) as pool:
             for done, _ in enumerate(pool.map(lambda trial: self._try(*trial), trials), 1):
                 if done % 50 == 0 and self.counts["damages"] >= done:
-                    say(f"{done} of {len(trials)} damages, {len(self.faults)} faults")
+                    say(f"{done} of {len(trials)} damages, {counted(len(self.faults), 'fault')}")
         return {"files": len(files), "counts": dict(sorted(self.counts.items())), "faults": sorted(self.faults)}
 
     def _start(self, folder: Path, steps: int, expect: int | None = None) -> int | None:

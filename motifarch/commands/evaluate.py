@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from motifarch.command_line import Parser, loading, option, path
+from motifarch.counted import counted
 from motifarch.errors import UserError
 from motifarch.field_types import Count, FilePath, Rows, Weight
 from motifarch.files import write_json
@@ -118,7 +119,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     )
     bits = found["bits_per_byte"]
     print(f"loss {found['loss']:.4f} nats/token, {'–' if bits is None else f'{bits:.4f}'} bits per byte")
-    print(f"  over {found['tokens']:,} tokens in {found['sequences']:,} sequences of {arguments.data}")
+    print(f"  over {found['tokens']:,} tokens in {counted(found['sequences'], 'sequence')} of {arguments.data}")
     if arguments.output is not None:
         write_json(arguments.output, found)
         print(f"written to {arguments.output}")

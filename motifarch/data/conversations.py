@@ -107,7 +107,7 @@ class Fitter:
                 self.truncated.add(name, f"cut to {self.seq_len + 1:,} tokens (--seq-len)")
             eos, number = self.eos_token
             if number not in stored:
-                self.noticed.add(name, f"conversations that train no {eos}, with which generation ends")
+                self.noticed.add(name, f"conversation without a trained {eos}, with which generation ends")
             self.dropped_tokens += len(stored) - len(kept)
             self.trained_tokens += trained.size
             yield kept

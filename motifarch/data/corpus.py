@@ -160,7 +160,7 @@ def _of_bounded_length(found: Iterable[Found], messages: bool) -> Iterator[Found
             pieces = parts(one.name, [one.text], is_chat=one.is_chat)
         for piece in pieces:
             if isinstance(piece, Document) and piece.part == 1:
-                yield Noticed(piece.name, f"documents longer than {LONGEST:,} characters, cut into several")
+                yield Noticed(piece.name, f"document longer than {LONGEST:,} characters, cut into several")
             yield piece
 
 
@@ -168,14 +168,14 @@ def _oddities(found: Document) -> Iterator[str]:
     """What a text may have got on its way here."""
     text = found.text
     if "\r\n" in text:
-        yield "documents with Windows line ends, kept"
+        yield "document with Windows line ends, kept"
     if text.isascii():
         return
     if "\ufffd" in text:
-        yield "documents with replacement characters (U+FFFD), left by a wrong decoding"
+        yield "document with replacement characters (U+FFFD), left by a wrong decoding"
     if not unicodedata.is_normalized("NFC", text):
         what = "decomposed Hangul (NFD, as of macOS)" if _JAMO.search(text) else "decomposed characters (not NFC)"
-        yield f"documents with {what}, kept: their tokens are not those of composed text, which prompts usually are"
+        yield f"document with {what}, kept: such tokens are not those of composed text, which prompts usually are"
 
 
 def _divide(text: str, fraction: float) -> tuple[str, str]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from motifarch.counted import counted
 from motifarch.errors import first_line
 
 LONGEST = 2**22
 """Characters of the longest document; what is longer is cut, so that memory stays bounded."""
 
 _NAMES_KEPT = 100
+_NAMES_SHOWN = 3
 _ABSENT = object()
 
 
@@ -171,17 +173,21 @@ class Tally:
         if detail:
             self.details.setdefault(reason, detail)
 
-    def summary(self, shown: int = 3) -> str:
-        """One line for people: counts by reason, each with its first names."""
-        return "; ".join(self.lines(shown))
+    def summary(self) -> str:
+        """One line for people, such as "2 empty (a.txt, b.txt); 1 binary (c.txt)"."""
+        return "; ".join(self._lines("{:,} {}".format))
 
-    def lines(self, shown: int = 3) -> list[str]:
-        """The same, a line for each reason."""
+    def lines(self) -> list[str]:
+        """A line for each reason, which is a noun in the singular with what follows it."""
+        return self._lines(counted)
+
+    def _lines(self, with_number: Callable[[int, str], str]) -> list[str]:
+        """Counts by reason, each with its first names."""
         lines = []
         for reason, count in self.counts.most_common():
-            more = ", ..." if count > shown else ""
+            more = ", ..." if count > _NAMES_SHOWN else ""
             detail = f": {self.details[reason]}" if reason in self.details else ""
-            lines.append(f"{count:,} {reason} ({', '.join(self.names[reason][:shown])}{more}{detail})")
+            lines.append(f"{with_number(count, reason)} ({', '.join(self.names[reason][:_NAMES_SHOWN])}{more}{detail})")
         return lines
 
     def as_dict(self) -> dict[str, Any]:

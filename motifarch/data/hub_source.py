@@ -49,7 +49,7 @@ class HubSource:
             rows = rows.select_columns(columns)
         name = printable(self.path)
         for split in sorted(others - set(re.findall(r"[\w.-]+", self.split))):
-            yield Noticed(f"{name}, {split}", "splits not asked for with --hf-split")
+            yield Noticed(f"{name}, {split}", "split not asked for with --hf-split")
         iterator = enumerate(rows, start=1)
         while True:
             try:

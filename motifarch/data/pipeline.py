@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from motifarch.counted import counted
 from motifarch.data import manifest as manifest_file
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
 from motifarch.data.conversations import Fitter, check_marks, set_chat_template
@@ -99,8 +100,9 @@ def _already_prepared(settings: PrepareSettings, inputs: list[dict[str, Any]]) -
         )
     if settings.strict and existing.skipped["count"]:
         reasons = "; ".join(f"{reason} ({found['names'][0]})" for reason, found in existing.skipped["reasons"].items())
+        skipped = counted(existing.skipped["count"], "document")
         raise UserError(
-            f"--strict: {existing.skipped['count']} documents were skipped when {output} was prepared: {reasons}; "
+            f"--strict: {output} was prepared with {skipped} skipped: {reasons}; "
             "remove them from the sources, or leave --strict out"
         )
     return existing
@@ -123,9 +125,9 @@ def _make(
             settings.field, settings.encoding, settings.document_separator, given and chat_text(given)
         )
         corpus = read_corpus(scratch, settings, sources, skipped=skipped, noticed=noticed, options=options)
-        note(f"{len(corpus.rows):,} {'conversations' if settings.messages else 'documents'}")
+        note(counted(len(corpus.rows), "conversation" if settings.messages else "document"))
     if skipped.counts:
-        report(f"skipped {skipped.counts.total():,} documents: {skipped.summary()}")
+        report(f"skipped {counted(skipped.counts.total(), 'document')}: {skipped.summary()}")
 
     if given is None:
         with stage("training the tokenizer") as note:
@@ -139,19 +141,21 @@ def _make(
 
     with stage("tokenising") as note:
         tokenised = tokenise(scratch, corpus, tokenizer, settings.num_proc)
-        note(f"{settings.num_proc} processes" if settings.num_proc > 1 else "1 process")
+        note(counted(settings.num_proc, "process"))
     splits = {}
     eos, said = (tokenizer.eos_token, tokenizer.eos_token_id), skipped.counts.total()
     for split in ("train", "validation"):
         with stage(f"packing {split}") as note:
             fitter = Fitter(settings.seq_len, eos, skipped, truncated, noticed, settings.strict) if template else None
             splits[split] = _pack(scratch, folder / split, tokenised, corpus, settings, fitter)
-            note(f"{splits[split].tokens:,} tokens, {splits[split].blocks:,} blocks of {settings.seq_len}")
+            blocks = counted(splits[split].blocks, f"block of {settings.seq_len}")
+            note(f"{counted(splits[split].tokens, 'token')}, {blocks}")
     if skipped.counts.total() > said:
-        report(f"skipped {skipped.counts.total():,} documents in all: {skipped.summary()}")
+        report(f"skipped {counted(skipped.counts.total(), 'document')} in all: {skipped.summary()}")
     if truncated.counts:
         dropped = sum(counts.dropped_tokens for counts in splits.values())
-        report(f"truncated {truncated.counts.total():,} conversations: {truncated.summary()}; {dropped:,} tokens lost")
+        conversations = counted(truncated.counts.total(), "conversation")
+        report(f"truncated {conversations}: {truncated.summary()}; {counted(dropped, 'token')} lost")
     notes = [*noticed.lines(), *describe_tokens(corpus.rows, tokenised, tokenizer)]
     shutil.rmtree(scratch)
 
@@ -217,8 +221,8 @@ def _pack(
         rows = write_tables(scratch / f"{split}.arrow", tables, block_features(seq_len))
     if not packer.blocks:
         raise UserError(
-            f"the {split} part has {packer.tokens:,} tokens in {packer.documents:,} documents, a block needs "
-            f"{seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
+            f"the {split} part has {counted(packer.tokens, 'token')} in {counted(packer.documents, 'document')}, a "
+            f"block needs {seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
     with spinner(f"writing {split}"):
         rows.save_to_disk(str(folder), max_shard_size="1GB")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from motifarch.command_line import Parser, loading, option, path
+from motifarch.counted import counted
 from motifarch.data.documents import printable
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
@@ -170,13 +171,15 @@ def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
     verb = "already prepared with these settings" if found else "prepared"
     print(f"{printable(output)}: {verb}, fingerprint {made.fingerprint[:12]}")
     for split, n in made.splits.items():
-        line = f"  {split}: {n.documents:,} documents, {n.tokens:,} tokens, {n.blocks:,} blocks of {made.seq_len}"
+        blocks = counted(n.blocks, f"block of {made.seq_len}")
+        line = f"  {split}: {counted(n.documents, 'document')}, {counted(n.tokens, 'token')}, {blocks}"
         if n.trained_tokens is not None:
-            line += f"; {n.trained_tokens:,} tokens are trained, {n.padding_tokens:,} more are padding"
+            line += f"; trained: {counted(n.trained_tokens, 'token')}, padding: {n.padding_tokens:,} more"
         print(line)
-    print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {made.skipped['count']:,} documents (see data.json)")
+    skipped = counted(made.skipped["count"], "document")
+    print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {skipped} (see data.json)")
     if made.truncated.get("count"):
-        print(f"  truncated: {made.truncated['count']:,} conversations (see data.json)")
+        print(f"  truncated: {counted(made.truncated['count'], 'conversation')} (see data.json)")
     for note in made.notes:
         print(f"  {note}")
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
+from motifarch.counted import counted
 from motifarch.data.arrow_files import gather, list_column
 from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
@@ -154,8 +155,8 @@ def describe_tokens(
     if total := pc.sum(unknown).as_py():
         first = _first(rows, pc.greater(unknown, 0))
         notes.append(
-            f"unknown: {total:,} tokens are {tokenizer.unk_token}, text that the tokenizer has no token for (first in "
-            f"{first}): take a tokenizer of all bytes, or train one"
+            f"unknown: {counted(total, 'token')} {tokenizer.unk_token}, for text that the tokenizer has no token for "
+            f"(first in {first}): take a tokenizer of all bytes, or train one"
         )
     if number := pc.sum(changed).as_py():
         notes.append(

@@ -28,6 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from motifarch.counted import counted
 from motifarch.data.tokenizer import begin_tokens, encode_texts, takes_special_tokens
 from motifarch.errors import UserError, first_line
 from motifarch.inference.time_limit import OutOfTimeError, time_limit
@@ -117,7 +118,8 @@ class Speed:
     def __str__(self) -> str:
         prompts = "prompt" if self.prompts == 1 else f"{self.prompts:,} prompts,"
         rate = "" if self.rate is None else f" at {self.rate:,.1f} tokens/s"
-        return f"{prompts} {_count(self.prompt_tokens)} in {self.prompt_seconds:.2f} s, {_count(self.tokens)}{rate}"
+        read, made = counted(self.prompt_tokens, "token"), counted(self.tokens, "token")
+        return f"{prompts} {read} in {self.prompt_seconds:.2f} s, {made}{rate}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
@@ -342,8 +344,8 @@ def _continue(
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{len(rows)} prompts of up to {ids.shape[1]} tokens, and {int(limit)} new ones, do not fit into the GPU's "
-            "memory; lower --batch-size or --max-new-tokens"
+            f"out of GPU memory with {counted(len(rows), 'prompt')} of up to {ids.shape[1]} tokens, and {int(limit)} "
+            "new ones; lower --batch-size or --max-new-tokens"
         ) from None
     except ValueError as error:
         if sampling.cache == "static":
@@ -420,7 +422,3 @@ def _text(tokenizer: PreTrainedTokenizerBase, context: list[int], new: list[int]
         str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (context, context + new, new)
     )
     return whole[len(before) :] if whole.startswith(before) else alone
-
-
-def _count(tokens: int) -> str:
-    return f"{tokens:,} token{'' if tokens == 1 else 's'}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from motifarch.counted import counted
 from motifarch.integrations.attention import IMPLEMENTATION
 from motifarch.integrations.configuration import PATCH, PatchOptions
 from motifarch.integrations.derived import linear_of
@@ -179,7 +180,7 @@ def _fitting_kv_heads(name: str, heads: int, kv_heads: int, ratio: int, *, merge
         raise ValueError(
             f"ratio={ratio} gives {name} {noise_heads} noise heads for {heads} query heads, not a multiple of its "
             f"{kv_heads} key/value heads; ratio={fitting.replace(', ', ' or ')} would fit, or merge_kv=True, which "
-            f"makes {merged} key/value head{'s' if merged > 1 else ''} of them (not the same function)"
+            f"makes {counted(merged, 'key/value head')} of them (not the same function)"
         )
     return merged
 

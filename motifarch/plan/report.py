@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from motifarch.counted import counted
 from motifarch.plan import memory
 from motifarch.plan.planning import Plan
 from motifarch.plan.timing import Assumptions
@@ -92,12 +93,13 @@ def _table(title: str, *columns: str) -> Table:
 def _head(plan: Plan, name: str) -> Text:
     r = plan.trace
     sizes = dataclasses.asdict(r.layout)
-    micro = f"{r.micro_batches} micro-batch{'es' if r.micro_batches > 1 else ''} of {r.rows}"
+    micro = counted(r.micro_batches, f"micro-batch of {r.rows}")
+    sequences = counted(plan.recipe.batch.size, f"sequence of {plan.seq_len:,} tokens")
     return Text(
         f"{name} on {plan.gpus} x {plan.gpu.name}, {plan.gpu.domain} to an NVLink domain\n"
         f"{r.parameter_count:,} parameters; "
         + " x ".join(f"{k} {v}" for k, v in sizes.items())
-        + f"\n{plan.recipe.batch.size:,} sequences of {plan.seq_len:,} tokens a step ({plan.step_tokens:,} tokens), "
+        + f"\n{sequences} a step ({plan.step_tokens:,} tokens), "
         f"{micro} on each rank; activation checkpointing {plan.recipe.activation_checkpointing}\n"
     )
 

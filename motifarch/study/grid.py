@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from motifarch import packaged_recipes
+from motifarch.counted import counted
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
 from motifarch.study.measure_options import MeasureOptions
@@ -287,7 +288,9 @@ def _check_recipe(grid: Grid) -> None:
         try:
             check_recipe(sample, size.ranks)
         except UserError as error:
-            raise UserError(f"the study's recipe at size {size.name} ({grid.steps(size)} steps): {error}") from None
+            raise UserError(
+                f"the study's recipe at size {size.name} ({counted(grid.steps(size), 'step')}): {error}"
+            ) from None
 
 
 def _unique(name: str, values: Sequence[Any]) -> None:

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from motifarch.counted import counted
 from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
@@ -187,8 +188,9 @@ def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> N
     for size in grid.sizes:
         table = Table(
             title=f"{size.name}: equal {UNITS[grid.match]}, to {TOLERANCE:.0%} of {grid.reference_variant.name}; "
-            f"hidden size {size.hidden_size}, {size.num_hidden_layers} layers, {grid.steps(size):,} steps of "
-            f"{grid.recipe.batch.size} x {grid.data.seq_len} tokens, {len(grid.seeds)} seeds",
+            f"hidden size {size.hidden_size}, {counted(size.num_hidden_layers, 'layer')}, "
+            f"{counted(grid.steps(size), 'step')} of {grid.recipe.batch.size} x {grid.data.seq_len} tokens, "
+            f"{counted(len(grid.seeds), 'seed')}",
             title_justify="left",
             box=box.SIMPLE,
             collapse_padding=True,

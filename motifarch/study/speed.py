@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from motifarch.counted import counted
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 
@@ -33,7 +34,9 @@ def training_speed(rows: Sequence[Mapping[str, Any]], *, warmup: float = 0.1) ->
         UserError: there are fewer than two steps.
     """
     if len(rows) < 2:
-        raise UserError(f"the run's metrics hold {len(rows)} steps; its speed takes at least 2: train it for longer")
+        raise UserError(
+            f"the run's metrics hold {counted(len(rows), 'step')}; its speed takes at least 2: train it for longer"
+        )
     warm = rows[max(1, int(warmup * len(rows))) :]
     return {
         "train_tokens_per_s": statistics.median(row["tokens_per_second"] for row in warm),

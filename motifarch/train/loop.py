@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motifarch.counted import counted
 from motifarch.data import BatchLoader
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
@@ -343,8 +344,9 @@ def _report(
             checkpointer.save(state)
             checkpointer.wait()
             in_row, higher = (" in a row", "") if name.endswith("row") else ("", f", with a higher --{name}")
+            skipped = counted(count, f"step{in_row}")
             raise UserError(
-                f"{count} steps{in_row} had a non-finite loss or gradient and were skipped ({name} is {limit}); "
+                f"skipped {skipped}, with a non-finite loss or gradient ({name} is {limit}); "
                 f"the weights before them are saved as step {state.step} in {recipe.run.output}. "
                 f"Lower optim.lr or look into the data, then start the same command again to resume{higher}"
             )
@@ -355,7 +357,7 @@ def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> 
     parameters = sum(p.numel() for p in state.model.parameters())
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     count = f"{parameters:,} parameters" + (f", {trained:,} of them trained" if trained < parameters else "")
-    where = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}, {start.compute}"
+    where = f"{counted(world.size, 'rank')} on {world.device.type}, {start.compute}"
     begin = f"with the weights of {recipe.run.init_from}" if recipe.run.init_from else "from scratch"
     if start.parent:
         begin = f"resuming after step {state.step} from {start.parent}"
@@ -367,7 +369,9 @@ def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
     output = Path(recipe.run.output)
     note_end(output, "stopped" if stopped_by else "complete")
     print(
-        f"stopped after step {state.step}; the same command resumes" if stopped_by else f"finished {state.step} steps"
+        f"stopped after step {state.step}; the same command resumes"
+        if stopped_by
+        else f"finished {counted(state.step, 'step')}"
     )
     rows = read_metrics(output / METRICS)
     for line in outcome(rows, recipe.log.every):

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from motifarch.counted import counted
+
 
 class Progress:
     """Shows how a run goes; on ranks other than 0, nothing."""
@@ -55,7 +57,7 @@ class Progress:
         if "validation_loss" in row:
             parts.insert(2, f"validation {row['validation_loss']:.4f}")
         if row["skipped_total"]:
-            parts.append(f"{row['skipped_total']} steps skipped")
+            parts.append(f"{counted(row['skipped_total'], 'step')} skipped")
         return " · ".join(parts)
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ def test_another_template_is_other_data(tmp_path: Path, tokenizer_folder: Path, 
         prepare(tmp_path / "one", tmp_path / "chats.jsonl", tokenizer_folder, *options)
     two = prepare(tmp_path / "two", tmp_path / "chats.jsonl", tokenizer_folder, *options)
     assert one["fingerprint"] != two["fingerprint"]
-    assert any("train no <|endoftext|>" in note for note in two["notes"])
+    assert any("without a trained <|endoftext|>" in note for note in two["notes"])
     assert not any("train no" in note for note in one["notes"])
 
 

@@ -89,4 +89,4 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
         found = read(tmp_path / folder, streaming=False)
         assert [one.text for one in found if isinstance(one, Document)] == ["one", "two"]
     noticed = next(iter(parse(tmp_path / "splits", streaming=False).documents(ReadOptions())))
-    assert noticed == Noticed(f"{tmp_path}/splits, test", "splits not asked for with --hf-split")
+    assert noticed == Noticed(f"{tmp_path}/splits, test", "split not asked for with --hf-split")

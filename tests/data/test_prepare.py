@@ -149,7 +149,7 @@ def test_bad_files_are_skipped_counted_and_named(corpus: Path, tmp_path: Path, c
     with pytest.raises(UserError, match=r"--strict: blank\.txt is skipped \(empty\)"):
         prepare(tmp_path / "strict", *sources, options=["--strict"])
     assert not (tmp_path / "strict").exists()
-    with pytest.raises(UserError, match="--strict: 4 documents were skipped"):
+    with pytest.raises(UserError, match=r"--strict: .* 4 documents skipped"):
         prepare(tmp_path / "data", *sources, options=["--strict"])
 
 

@@ -118,7 +118,7 @@ def test_what_a_tokenizer_cannot_write_is_counted(tmp_path: Path) -> None:
         records([" ".join([text] * 9) for text in ("the fox", "fox the", "The dog and the fox")]),
         tmp_path / "given",
     )
-    assert "unknown: 18 tokens are <unk>" in prepared.notes
+    assert "unknown: 18 tokens <unk>" in prepared.notes
     assert "first in t.jsonl:3, where 'The dog" in prepared.notes
     assert "became 'the" in prepared.notes
 
@@ -137,7 +137,7 @@ def test_odd_text_is_kept_and_named(tmp_path: Path) -> None:
     decomposed = "".join(chr(0x1112) + chr(0x1161) + chr(0x11AB) for _ in range(9))
     made = Prepared(tmp_path, records([*TEXTS, *odd, decomposed]), None)
     assert made.record["skipped"]["count"] == 0
-    for line in ("1 documents with Windows line ends", "1 documents with decomposed Hangul", "1 documents with replac"):
+    for line in ("1 document with Windows line ends", "1 document with decomposed Hangul", "1 document with replac"):
         assert line in made.notes
     assert "changed" not in made.notes
 

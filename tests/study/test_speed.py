@@ -15,7 +15,7 @@ def test_training_speed_is_the_median_after_the_start():
     found = training_speed(rows)
     assert found == {"train_tokens_per_s": 12.5, "model_tflops": 1.25, "peak_memory_bytes": 3 * 2**30}
     assert training_speed(rows[:2])["train_tokens_per_s"] == 2.0  # of few steps, the first is still left out
-    with pytest.raises(UserError, match="1 steps"):
+    with pytest.raises(UserError, match="1 step;"):
         training_speed(rows[:1])
 
 

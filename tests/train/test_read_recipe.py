@@ -149,7 +149,7 @@ def test_a_missing_recipe(tmp_path: Path) -> None:
         ("distributed.timeout_first_s", 9.0, r"timeout_first_s is 9\.0, below distributed\.timeout_s \(600\.0\)"),
         ("data.ramp_start", 5, r"data\.ramp_end is 0, before data\.ramp_start \(5\)"),
         ("data.datasets", [], r"data\.datasets is empty"),
-        ("parallel.shard", 3, r"parallel\.shard 3: the product is 3, which is not the 2 ranks that there are"),
+        ("parallel.shard", 3, r"parallel\.shard 3: the product is 3, which is not the number of ranks, 2"),
     ],
 )
 def test_impossible_combinations(tmp_path: Path, field: str, value: Any, message: str) -> None:
