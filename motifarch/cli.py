@@ -1,6 +1,8 @@
 """The `motifarch` command: finds the subcommand, and prints users' errors as one line."""
 
+import atexit
 import difflib
+import gc
 import importlib
 import io
 import os
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     that nobody foresaw, of which a file then has the whole trace.
     """
     die_with_launcher()
+    atexit.register(gc.freeze)  # the interpreter's end would search all that was imported for cycles, for seconds
     if isinstance(sys.stdout, io.TextIOWrapper):  # text that the terminal's encoding lacks ends no command
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
