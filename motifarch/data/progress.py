@@ -39,6 +39,9 @@ def spinner(description: str) -> AbstractContextManager[object]:
 def counted_bar(description: str, total: int) -> Iterator[None]:
     """Within, a bar shows what `count` was given, in this process and in those that it forks."""
     console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
     _counted.value = 0
 
     class Counted(Progress):
@@ -47,7 +50,7 @@ def counted_bar(description: str, total: int) -> Iterator[None]:
                 self.update(task, completed=_counted.value)
             return super().get_renderables()
 
-    progress = Counted(console=console, transient=True, disable=not console.is_terminal)
+    progress = Counted(console=console, transient=True)
     progress.add_task(description, total=total)
     with progress:
         yield

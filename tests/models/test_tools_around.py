@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import cpu_offload, disk_offload
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -105,6 +106,8 @@ def one_rank() -> Iterator[None]:
 def test_each_module_can_be_a_sharding_unit(variant: str, one_rank: None) -> None:
     """Parameters are whole only while their module is called."""
     model = tiny_model(variant, **LAYOUTS[variant]).train()
+    if model.config.tie_word_embeddings and Version(torch.__version__) < Version("2.12"):
+        pytest.skip("torch 2.11 gathers a unit of two modules once where one of them is recomputed in pieces")
     sharded = copy.deepcopy(model)
     ends = [sharded.model.embed_tokens, sharded.lm_head]
     for module in reversed(list(sharded.modules())):
