@@ -111,21 +111,54 @@ def test_the_recipes_for_trl_run_one_after_another(finished_run, tmp_path):
         assert (tmp_path / "runs" / name / "model.safetensors").is_file()
 
 
+def run_with_few_steps(page, folder):
+    """Runs a page's shell block: the commands count here, not the model's text. Returns what it
+    printed.
+    """
+    (code,) = blocks(ROOT / "docs" / page, "bash")
+    code, changed = re.subn(r"--run.steps \d+", "--run.steps 10 --optim.warmup_steps 2 --optim.decay_steps 3", code)
+    assert changed == 1
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-euc", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_a_run_on_your_own_text(tmp_path):
-    """Training's shell block, with fewer steps: the commands count here, not the model's text."""
-    (code,) = blocks(ROOT / "docs" / "training.md", "bash")
-    assert "--run.steps 300" in code
-    code = code.replace("--run.steps 300", "--run.steps 10 --optim.warmup_steps 2 --optim.decay_steps 3")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "text" / "notes").mkdir(parents=True)
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:12]:
         shutil.copyfile(source, tmp_path / "text" / "notes" / f"{source.stem}.txt")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-euc", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_with_few_steps("training.md", tmp_path)
     assert len((tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_model_of_korean_text(tmp_path):
+    (tmp_path / "text").mkdir()
+    words = [
+        "옛날",
+        "어느",
+        "마을에",
+        "나무꾼이",
+        "산에서",
+        "샘물을",
+        "마시고",
+        "노래를",
+        "불렀다.",
+        "아이들은",
+        "바닷가로",
+        "갔다.",
+    ]
+    for i in range(20):
+        lines = (" ".join(words[(i + j * k) % len(words)] for k in range(12)) for j in range(200))
+        (tmp_path / "text" / f"{i}.txt").write_text("\n".join(lines), encoding="utf-8")
+    printed = run_with_few_steps("korean.md", tmp_path)
+    assert "decomposed" not in printed
+    assert "bits per byte" in printed
+    assert "옛날 어느 마을에" in printed
 
 
 @pytest.mark.parametrize("words", COMMANDS_OF_PAGES)

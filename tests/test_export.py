@@ -142,11 +142,11 @@ def test_the_card_says_what_the_run_recorded(finished_run, exported):
 def test_the_card_gives_the_validation_loss_of_the_exported_step(finished_run, tmp_path):
     run_folder = shutil.copytree(finished_run, tmp_path / "copy")
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    rows[-1]["validation_loss"] = 3.25
+    rows[-1] |= {"validation_loss": 3.25, "validation_bits_per_byte": 1.5}
     later = rows[-1] | {"step": 7, "validation_loss": 9.75}
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, later]))
     text = (export(run_folder) / "README.md").read_text()
-    assert "3.2500 nats" in text
+    assert "3.2500 nats a token, 1.5000 bits per byte" in text
     assert "9.75" not in text
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import motifarch
+from motifarch.counted import counted
 from motifarch.data.manifest import FILE_NAME as DATA_MANIFEST
 from motifarch.data.manifest import Manifest
 from motifarch.errors import UserError
@@ -74,6 +75,7 @@ def write_card(
         record=record,
         about=about,
         origin=origin,
+        counted=counted,
         evaluation=_evaluation(run, origin["step"]),
         with_code=with_code,
         own_chat_template=own_chat_template,
