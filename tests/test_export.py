@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_the_card_says_what_the_run_recorded(finished_run, exported):
         f"{model.num_parameters():,} parameters",
         record["data"][0]["fingerprint"],
         origin["manifest_sha256"],
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         "6 steps of 8 sequences",
         "has\nnot been trained on it",
         "None was recorded",  # the run had no validation

@@ -45,9 +45,14 @@ def serve() -> str:
 def listen(page: Page, home: str) -> list[str]:
     """A list to which errors of a page's scripts and requests are added as they come."""
     found: list[str] = []
+
+    def failed(url: str, why: str) -> None:
+        if "ERR_ABORTED" not in why:  # what a slow machine still loads when the next page is opened
+            found.append(f"request failed, {why}: {url}")
+
     page.on("console", lambda said: found.append(f"console: {said.text}") if said.type == "error" else None)
     page.on("pageerror", lambda error: found.append(f"script: {error}"))
-    page.on("requestfailed", lambda request: found.append(f"request failed: {request.url}"))
+    page.on("requestfailed", lambda request: failed(request.url, request.failure or ""))
     page.on("response", lambda answer: found.append(f"{answer.status}: {answer.url}") if answer.status >= 400 else None)
     page.on("request", lambda r: None if r.url.startswith((home, "data:")) else found.append(f"leaves: {r.url}"))
     return found

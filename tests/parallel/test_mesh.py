@@ -26,8 +26,11 @@ def test_fills_in(layout: Layout, ranks: int, filled: Layout) -> None:
     [
         (Layout(replicate=-1), r"parallel\.replicate and parallel\.shard are -1; only one"),
         (Layout(tensor=0), r"parallel\.tensor is 0; it must be at least 1, or -1"),
-        (Layout(tensor=3), r"parallel\.tensor 3: the product is 3, which does not divide the 8 ranks"),
-        (Layout(shard=2, context=2), r"parallel\.shard 2, parallel\.context 2: the product is 4, which is not the 8"),
+        (Layout(tensor=3), r"parallel\.tensor 3: the product is 3, which does not divide the number of ranks, 8"),
+        (
+            Layout(shard=2, context=2),
+            r"parallel\.shard 2, parallel\.context 2: the product is 4, which is not the number",
+        ),
     ],
 )
 def test_refuses_layouts(layout: Layout, message: str) -> None:

@@ -165,7 +165,7 @@ def test_more_time_for_less_hardware() -> None:
         (["--gpus", "0", "--gpu", "b200"], "--gpus is '0'; accepted: a whole number from 1"),
         (["--gpu", "b200"], "--gpus"),
         (["--gpus", "8", "--gpu", "b200", "--parallel.tensor", "3"], "parallel.tensor 3: the product is 3"),
-        (["--gpus", "8", "--gpu", "b200", "--parallel.shard", "4"], "which is not the 8 ranks"),
+        (["--gpus", "8", "--gpu", "b200", "--parallel.shard", "4"], "which is not the number of ranks, 8"),
         (["--gpus", "8", "--gpu", "b200", "--parallel.context", "8", "--seq-len", "100"], "does not divide sequences"),
         (["--gpus", "8", "--gpu", "b200", "--seq-len", "40000"], "model.max_position_embeddings is 32768"),
         (["--gpus", "8", "--gpu", "b200", "--seq-len", "0"], "--seq-len is '0'"),
