@@ -4,6 +4,7 @@ from motifarch.optim.adamw import build_adamw, parameter_groups
 from motifarch.optim.averaging import CheckpointMean
 from motifarch.optim.build import build_muon, build_optimizer
 from motifarch.optim.clip import clip_gradients
+from motifarch.optim.expert_balance import update_expert_biases
 from motifarch.optim.muon import Muon
 from motifarch.optim.newton_schulz import NS_COEFFICIENTS, newton_schulz
 from motifarch.optim.offload import offload_state
@@ -29,5 +30,6 @@ __all__ = [
     "offload_state",
     "parameter_groups",
     "step_if_finite",
+    "update_expert_biases",
     "wsd",
 ]

@@ -5,20 +5,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from motifarch.optim.adamw import build_adamw, parameter_groups
+from motifarch.optim.adamw import build_adamw, is_matrix, parameter_groups
 from motifarch.optim.muon import Muon
 from motifarch.optim.newton_schulz import NS_COEFFICIENTS
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable matrices inside `model.model.layers`, in the model's order: what Muon is for.
+    """The trainable matrices inside `model.model.layers` and, where there are any, `mtp_layers`
+    (multi-token prediction), in the model's order: what Muon is for.
+
+    Experts' matrices (experts, rows, columns) are among them, and so are routers and the
+    projections of hyper-connections, though these have few rows: each is a linear map inside the
+    network, whose update gets the size of AdamW's whatever its shape, and DeepSeek-V4 (2026,
+    section 2.4) trains both so; the biases and factors of hyper-connections it leaves to AdamW.
 
     Embedding and output projection are left out, for their rows are words, each with a gradient of
     its own scale (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and
     is a lambda.
     """
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
-    return [p for name, p in layers.named_parameters() if p.ndim == 2 and p.requires_grad and "lambda" not in name]
+    stacks = (model.model.layers, getattr(model.model, "mtp_layers", None))
+    named = (parameter for stack in stacks if stack is not None for parameter in stack.named_parameters())
+    return [p for name, p in named if p.requires_grad and is_matrix(name, p) and "lambda" not in name]
 
 
 def build_muon(
@@ -48,11 +55,10 @@ def build_muon(
         others = [p for p in group["params"] if id(p) not in matrices]
         if others:
             groups.append(group | {"params": others, "muon": False})
-    if hidden:
-        groups.insert(
-            0, {"params": hidden, "muon": True, "lr_ratio": muon_lr_ratio, "weight_decay": weight_decay}
-        )  # fmt: skip
-    return Muon(groups, lr, **options)
+    muon = {"muon": True, "lr_ratio": muon_lr_ratio, "weight_decay": weight_decay}
+    # Experts' matrices apart: ranks exchange none of them, so they can be taken piece by piece.
+    kinds = [[p for p in hidden if p.ndim == dimensions] for dimensions in (2, 3)]
+    return Muon([{"params": params, **muon} for params in kinds if params] + groups, lr, **options)
 
 
 def build_optimizer(

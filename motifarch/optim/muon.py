@@ -28,6 +28,11 @@ class Muon(torch.optim.Optimizer):
     query heads of signal and noise are one matrix). Sharded matrices go through Parallel Muon: see
     `motifarch.optim.parallel_muon`; every rank must then have gradients for the same ones.
 
+    A parameter (experts, rows, columns) is a matrix for each expert, orthogonalised and scaled by
+    itself: an expert's gate and up projections, where they are rows of one tensor, are one matrix.
+    Ranks share such a parameter by its experts, however unevenly, and each updates those that it
+    holds: nothing is sent.
+
     A group's learning rate is `lr * lr_ratio`, so a schedule may set one `lr` everywhere. State,
     all made at once so that a checkpoint never needs a step to make it: `momentum_buffer`, or
     AdamW's `step`, `exp_avg`, `exp_avg_sq`.
@@ -47,12 +52,13 @@ class Muon(torch.optim.Optimizer):
         ns_coefficients: Newton-Schulz's quintics.
         ns_dtype: what it computes in and ranks send. float32 is for comparisons: bfloat16's
             rounding differs with the order of sums.
-        chunk_bytes: bytes of whole matrices that a rank gathers at once.
+        chunk_bytes: bytes of whole matrices that a rank gathers, or takes of its experts, at once.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
 
     Raises:
-        ValueError: a value out of its range, or a parameter in a Muon group that is no matrix.
+        ValueError: a value out of its range, or a parameter in a Muon group that is neither a
+            matrix nor one for each expert, with whole matrices on each rank.
     """
 
     def __init__(
@@ -150,10 +156,18 @@ class Muon(torch.optim.Optimizer):
 
     def _muon(self, group: dict[str, Any], parameters: list[nn.Parameter], skip: torch.Tensor | None) -> None:
         orthogonalize = partial(newton_schulz, coefficients=group["ns_coefficients"], dtype=group["ns_dtype"])
-        for matrices, exchange in self._groups_of(group, parameters):
+        for matrices, exchange in self._groups_of(group, [p for p in parameters if p.ndim == 2]):
             exchange.run(
                 partial(self._read, group, matrices, skip), orthogonalize, partial(_write, group, matrices, skip)
             )  # fmt: skip
+        for experts in (p for p in parameters if p.ndim == 3):
+            shard = to_local(experts)
+            if not shard.numel():
+                continue
+            count = max(1, group["chunk_bytes"] // (shard[0].numel() * group["ns_dtype"].itemsize))
+            tensors = (shard, _local_gradient(experts), to_local(self.state[experts]["momentum_buffer"]))
+            for some, gradient, momentum in zip(*(t.split(count) for t in tensors), strict=True):
+                _move(group, some, orthogonalize(_look_ahead(group, gradient, momentum, skip)), experts.shape, skip)
 
     def _groups_of(
         self, group: dict[str, Any], parameters: list[nn.Parameter]
@@ -172,17 +186,21 @@ class Muon(torch.optim.Optimizer):
         self, group: dict[str, Any], matrices: list[nn.Parameter], skip: torch.Tensor | None, numbers: list[int]
     ) -> list[torch.Tensor]:
         """Takes gradients into the momenta; returns the shards of what is to be orthogonalised."""
-        read = []
-        for matrix in (matrices[number] for number in numbers):
-            gradient = _local_gradient(matrix)
-            kept = to_local(self.state[matrix]["momentum_buffer"])
-            mean = torch.lerp(kept, gradient, 1 - group["momentum"])
-            if skip is not None:
-                mean = torch.where(skip, kept, mean)
-            kept.copy_(mean)
-            ahead = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
-            read.append(ahead.to(group["ns_dtype"]))
-        return read
+        chosen = [matrices[number] for number in numbers]
+        momenta = [to_local(self.state[matrix]["momentum_buffer"]) for matrix in chosen]
+        return [_look_ahead(group, _local_gradient(m), kept, skip) for m, kept in zip(chosen, momenta, strict=True)]
+
+
+def _look_ahead(
+    group: dict[str, Any], gradient: torch.Tensor, kept: torch.Tensor, skip: torch.Tensor | None
+) -> torch.Tensor:
+    """Takes a gradient into its momentum; returns what is to be orthogonalised."""
+    mean = torch.lerp(kept, gradient, 1 - group["momentum"])
+    if skip is not None:
+        mean = torch.where(skip, kept, mean)
+    kept.copy_(mean)
+    ahead = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+    return ahead.to(group["ns_dtype"])
 
 
 def _write(
@@ -192,13 +210,19 @@ def _write(
     numbers: list[int],
     updates: list[torch.Tensor],
 ) -> None:
-    """Decays the matrices' shards and moves them along their updates."""
-    lr = group["lr"] * group["lr_ratio"]
+    """Moves the matrices' shards along their updates."""
     for matrix, update in zip((matrices[number] for number in numbers), updates, strict=True):
-        shard = to_local(matrix)
-        moved = shard * (1 - lr * group["weight_decay"])
-        moved.add_(update, alpha=-lr * 0.2 * math.sqrt(max(matrix.shape)))
-        shard.copy_(moved if skip is None else torch.where(skip, shard, moved))
+        _move(group, to_local(matrix), update, matrix.shape, skip)
+
+
+def _move(
+    group: dict[str, Any], shard: torch.Tensor, update: torch.Tensor, whole: torch.Size, skip: torch.Tensor | None
+) -> None:
+    """Decays a shard of matrices of a whole shape (..., rows, columns) and adds its update."""
+    lr = group["lr"] * group["lr_ratio"]
+    moved = shard * (1 - lr * group["weight_decay"])
+    moved.add_(update, alpha=-lr * 0.2 * math.sqrt(max(whole[-2:])))
+    shard.copy_(moved if skip is None else torch.where(skip, shard, moved))
 
 
 def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -230,8 +254,16 @@ def _check(group: dict[str, Any]) -> None:
     if not all(len(triple) == 3 for triple in group["ns_coefficients"]):
         raise ValueError(f"ns_coefficients is {group['ns_coefficients']}; give a triple (a, b, c) for each step")
     for parameter in group["params"] if group["muon"] else ():
-        if parameter.ndim != 2:
+        if parameter.ndim not in (2, 3):
             raise ValueError(
-                f"a Muon group has a parameter of the shape {tuple(parameter.shape)}; it takes matrices only, so put "
-                "others into a group with muon=False"
+                f"a Muon group has a parameter of the shape {tuple(parameter.shape)}; it takes matrices only, or "
+                "(experts, rows, columns), so put others into a group with muon=False"
+            )
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        # A partial sum has no dimension either, and no whole matrix.
+        if parameter.ndim == 3 and not all(p.is_replicate() or getattr(p, "dim", None) == 0 for p in placements):
+            raise ValueError(
+                f"a Muon group has experts' matrices of the shape {tuple(parameter.shape)} placed as {placements}, "
+                "which cuts the matrices; shard the first dimension alone, as fully_shard does by default, or put "
+                "them into a group with muon=False"
             )

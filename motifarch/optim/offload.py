@@ -24,7 +24,8 @@ def offload_state(optimizer: torch.optim.Optimizer, *, piece_bytes: int = 512 <<
     device, are updated, and go back, all in the order of the device's current stream. 8 bytes a
     parameter of AdamW (4 of Muon) cross the bus each way: at 50 GB/s about a third of a second for
     a thousand million parameters on a rank. The device holds the moments of one piece at a time; a
-    group of Muon's matrices is one piece, for its exchange between ranks is planned as a whole.
+    group of Muon's matrices is one piece, for its exchange between ranks is planned as a whole
+    (experts' matrices are exchanged by no one, and go in pieces).
     Loading a checkpoint passes through the device.
 
     The optimizer's step must leave parameters alone that are in none of its groups. State of a
@@ -97,10 +98,11 @@ class OffloadedState:
         for number, group in enumerate(self._optimizer.param_groups):
             piece: list[nn.Parameter] = []
             size = 0
+            exchanged = group.get("muon") and any(p.ndim == 2 for p in group["params"])
             for parameter in [p for p in group["params"] if p.grad is not None]:
-                # Two moments; Muon has one, but it is taken whole.
+                # Two moments; Muon has one.
                 bytes_ = 2 * to_local(parameter).nbytes
-                if piece and size + bytes_ > self._piece_bytes and not group.get("muon"):
+                if piece and size + bytes_ > self._piece_bytes and not exchanged:
                     yield number, piece
                     piece, size = [], 0
                 piece.append(parameter)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -98,6 +99,7 @@ def check_steps(chunk_sizes: list[int]) -> None:
         for chunk_bytes in chunk_sizes:
             compare_with_whole(world, chunk_bytes)
             count_messages(world, chunk_bytes)
+        compare_experts(world)
 
 
 def compare_with_whole(world: World, chunk_bytes: int) -> None:
@@ -137,3 +139,50 @@ def count_messages(world: World, chunk_bytes: int) -> None:
         # comes first.
         total = world.all_reduce_sum([sum(calls), calls[0] if len(calls) == 2 else 0])
         assert total == [2 * bytes_, bytes_ if len(calls) == 2 else 0]
+
+
+def expert_layouts(ranks: int) -> Iterator[tuple[DeviceMesh, tuple[Placement, ...]]]:
+    """Meshes of all ranks with ways to place experts on them."""
+    line = init_device_mesh("cpu", (ranks,))
+    yield from ((line, (p,)) for p in (Shard(0), Replicate()))
+    if ranks == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        yield from ((square, pair) for pair in ((Replicate(), Shard(0)), (Shard(0), Shard(0)), (Shard(0), Replicate())))
+
+
+def compare_experts(world: World) -> None:
+    """Whole matrices of experts, on ranks that have more or fewer of them, or none."""
+    torch.manual_seed(0)
+    layouts = list(expert_layouts(world.size))
+    # No number of ranks divides five; four ranks share two; one is whole somewhere.
+    values = [torch.randn(experts, rows, columns) for experts, rows, columns in ((5, 8, 6), (2, 4, 9), (1, 5, 5))]
+    sharded, whole = [], []
+    for mesh, placed in layouts:
+        sharded += [nn.Parameter(distribute_tensor(value.clone(), mesh, placed)) for value in values]
+        whole += [nn.Parameter(value.clone()) for value in values]
+    meshes = (
+        init_device_mesh("cpu", (world.size,)),
+        init_device_mesh("cpu", (world.size // 2, 2), mesh_dim_names=("replicate", "shard")),
+    )
+    for mesh in meshes:  # FSDP, HSDP
+        for value in values:
+            layer = nn.ParameterList([value.clone()])
+            fully_shard(layer, mesh=mesh)
+            sharded += layer.parameters()
+            whole.append(nn.Parameter(value.clone()))
+    parts = Muon(sharded, 1e-2, ns_dtype=torch.float32, chunk_bytes=8 * 6 * 4)
+    plain = Muon(whole, 1e-2, ns_dtype=torch.float32)
+    with counted() as calls:
+        for _ in range(STEPS):
+            give_gradients(sharded, whole)
+            parts.step()
+            plain.step()
+    assert not calls
+    for part, full in zip(sharded, whole, strict=True):
+        momenta = parts.state[part]["momentum_buffer"], plain.state[full]["momentum_buffer"]
+        for found, expected in ((part, full), momenta):
+            torch.testing.assert_close(found.to_local(), local_shard(expected, part), rtol=0, atol=1e-6)
+    for dimension in (1, 2):
+        cut = nn.Parameter(distribute_tensor(values[0], layouts[0][0], [Shard(dimension)]))
+        with pytest.raises(ValueError, match="which cuts the matrices; shard the first dimension alone"):
+            Muon([cut])
