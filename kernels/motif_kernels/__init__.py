@@ -7,6 +7,7 @@ package needs torch alone.
 from motif_kernels.combine import diff_combine
 from motif_kernels.diff_attention import diff_attn_func, diff_attn_varlen_func
 from motif_kernels.diff_decoding import diff_attn_with_kvcache
+from motif_kernels.moe import grouped_linear, grouped_mul_poly_norm
 from motif_kernels.poly_norm import mul_poly_norm, poly_norm
 from motif_kernels.rms_norm import rms_norm
 from motif_kernels.softmax import softmax_attn_func, softmax_attn_varlen_func, softmax_attn_with_kvcache
@@ -16,6 +17,8 @@ __all__ = [
     "diff_attn_varlen_func",
     "diff_attn_with_kvcache",
     "diff_combine",
+    "grouped_linear",
+    "grouped_mul_poly_norm",
     "mul_poly_norm",
     "poly_norm",
     "rms_norm",

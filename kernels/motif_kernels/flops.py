@@ -1,4 +1,4 @@
-"""Floating-point operations of attention, by the mathematics, for torch's flop counter.
+"""Floating-point operations of attention and experts, by the mathematics, for torch's counter.
 
 ``torch.utils.flop_counter`` knows this package's operators not at all, and torch's own attention on
 a CPU not before 2.15, where it counts the pairs that a causal mask hides. Importing this module
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from motif_kernels.ops import diff_attention, sdpa, take  # noqa: F401  (define what is registered here)
+from motif_kernels.ops import diff_attention, moe, sdpa, take  # noqa: F401  (define what is registered here)
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 _Formula = TypeVar("_Formula", bound=Callable[..., int])
@@ -258,3 +258,14 @@ def _(*arguments: Any, **_: Any) -> int:
 @register(torch.ops.motif.diff_attention_backward)
 def _(grad: Tensor, *arguments: Any, **_: Any) -> int:
     return diff_attention_backward_flops(*_call(arguments))
+
+
+@register(torch.ops.motif.grouped_product)
+def _(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, **_: Any) -> int:
+    # Rows of no expert are counted too: offsets may lie on a device, which nobody should wait for.
+    return 2 * x.shape[0] * weight.shape[1] * weight.shape[2]
+
+
+@register(torch.ops.motif.grouped_weight_gradient)
+def _(grad: Tensor, x: Tensor, offsets: Tensor, **_: Any) -> int:
+    return 2 * grad.shape[0] * grad.shape[1] * x.shape[1]

@@ -9,7 +9,14 @@ from motif_kernels.checks import check_devices
 from motif_kernels.ops import poly_norm as operator
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, bounds: dict[str, float | None]) -> None:
+def check_clamps(function: str, **bounds: float | None) -> None:
+    """Raise ValueError unless all bounds are positive, or None."""
+    for name, bound in bounds.items():
+        if bound is not None and bound <= 0:
+            raise ValueError(f"{function}: {name} is {bound}; it must be positive, or None for no clamp")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"poly_norm: the input has dtype {x.dtype}; it must be a floating-point tensor")
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -20,9 +27,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, bounds: dict[str, float | No
         raise ValueError(f"poly_norm: weight has shape {tuple(weight.shape)}; it must be (3,), for x^3, x^2 and x")
     if tuple(bias.shape) != (1,):
         raise ValueError(f"poly_norm: bias has shape {tuple(bias.shape)}; it must be (1,)")
-    for name, bound in bounds.items():
-        if bound is not None and bound <= 0:
-            raise ValueError(f"poly_norm: {name} is {bound}; it must be positive, or None for no clamp")
 
 
 def poly_norm(
@@ -67,8 +71,9 @@ def poly_norm(
         ValueError: x, weight or bias has another shape or device, or a clamp is not positive.
     """
     check_devices(x=x, weight=weight, bias=bias)
-    _check(x, weight, bias, {"bias_clamp": bias_clamp, "hidden_clamp": hidden_clamp})
-    weight, bias = _squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(x))
+    _check(x, weight, bias)
+    check_clamps("poly_norm", bias_clamp=bias_clamp, hidden_clamp=hidden_clamp)
+    weight, bias = squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(x))
     return _apply(x, None, weight, bias, eps, group, hidden_clamp)
 
 
@@ -108,18 +113,19 @@ def mul_poly_norm(
         ValueError: a tensor has another shape or device, or a clamp is not positive.
     """
     check_devices(gate=gate, up=up, weight=weight, bias=bias)
-    _check(gate, weight, bias, {"bias_clamp": bias_clamp, "hidden_clamp": hidden_clamp})
+    _check(gate, weight, bias)
+    check_clamps("mul_poly_norm", bias_clamp=bias_clamp, hidden_clamp=hidden_clamp)
     if up.shape != gate.shape:
         raise ValueError(
             f"mul_poly_norm: up has shape {tuple(up.shape)} but gate has shape {tuple(gate.shape)}; they must be equal"
         )
     if up.dtype != gate.dtype:
         raise TypeError(f"mul_poly_norm: up is {up.dtype} but gate is {gate.dtype}; they must be equal")
-    weight, bias = _squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(gate))
+    weight, bias = squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(gate))
     return _apply(gate, up, weight, bias, eps, group, hidden_clamp)
 
 
-def _squash(
+def squash(
     weight: Tensor,
     bias: Tensor,
     sigmoid_weight: bool,

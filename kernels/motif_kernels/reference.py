@@ -264,20 +264,59 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> 
 
     Args:
         x: (..., N).
-        weight: (3,), in the order of x^3, x^2, x.
-        bias: (1,).
+        weight: (3,), or (..., 3) for rows of their own; in the order of x^3, x^2, x.
+        bias: (1,), or (..., 1).
         eps: added to each mean square.
     """
     dtype = compute_dtype(x, weight, bias)
-    x, weight = x.to(dtype), weight.to(dtype)
+    x, (w3, w2, w1) = x.to(dtype), weight.to(dtype).split(1, dim=-1)
 
     def normalise(z: Tensor) -> Tensor:
         mean_square = (z.square() / z.shape[-1]).sum(dim=-1, keepdim=True)
         return z * torch.rsqrt(mean_square + eps)
 
-    return weight[0] * normalise(x**3) + weight[1] * normalise(x**2) + weight[2] * normalise(x) + bias.to(dtype)
+    return w3 * normalise(x**3) + w2 * normalise(x**2) + w1 * normalise(x) + bias.to(dtype)
 
 
 def mul_poly_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """``poly_norm(gate) * up`` in the compute dtype, not rounded."""
     return poly_norm(gate, weight, bias, eps=eps) * up.to(compute_dtype(gate, up, weight))
+
+
+def rows_of_groups(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which group each row is of, and which are of none, past the last offset.
+
+    Args:
+        offsets: (E,) int32, where each group's rows end; they begin where those before end.
+        rows: how many there are.
+
+    Returns:
+        Groups (rows,) int64, a valid one for every row; and bool (rows,).
+    """
+    index = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    group = torch.searchsorted(offsets, index, right=True)
+    return group.clamp(max=len(offsets) - 1), group == len(offsets)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``x @ weight[e].T`` for the rows of each group e, in x's dtype; 0 for rows of none.
+
+    Arguments are those of :func:`motif_kernels.grouped_linear`. Every matrix meets every row.
+    """
+    group, none = rows_of_groups(offsets, len(x))
+    x = x.masked_fill(none[:, None], 0)
+    out = x.new_zeros(len(x), weight.shape[1])
+    for e, matrix in enumerate(weight.unbind(0)):
+        out = torch.where((group == e)[:, None], x @ matrix.T, out)
+    return out
+
+
+def grouped_mul_poly_norm(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, *, eps: float = 1e-6
+) -> Tensor:
+    """:func:`mul_poly_norm` of rows that are sorted by group, with weight (E, 3) and bias (E, 1) of
+    their groups, in the compute dtype; 0 for rows of none.
+    """
+    group, none = rows_of_groups(offsets, len(gate))
+    gate, up = gate.masked_fill(none[:, None], 0), up.masked_fill(none[:, None], 0)
+    return mul_poly_norm(gate, up, weight[group], bias[group], eps=eps)

@@ -1,4 +1,4 @@
-"""PolyNorm as a module (arXiv 2411.03884)."""
+"""PolyNorm as a module (arXiv 2411.03884), for all rows or for those of each expert."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from motif_kernels import mul_poly_norm, poly_norm
+from motif_kernels import grouped_mul_poly_norm, mul_poly_norm, poly_norm
 
 
 class _Coefficients(nn.Module):
-    """Coefficients and options."""
+    """The coefficients of one PolyNorm or of several, and its options."""
 
     def __init__(
         self,
@@ -100,6 +100,51 @@ class PolyNorm(_Coefficients):
         if up is None:
             return poly_norm(x, self.weight, self.bias, group=self.group, **self._options)
         return mul_poly_norm(x, up, self.weight, self.bias, group=self.group, **self._options)
+
+
+class GroupedPolyNorm(_Coefficients):
+    """``PolyNorm(gate) * up`` of rows sorted by expert, each with its expert's coefficients.
+
+    The weight (num_experts, 3) starts at 1/3 each and the bias (num_experts, 1) at 0.
+
+    Args:
+        num_experts: how many there are.
+        eps: added to each mean square.
+        sigmoid_weight: use ``sigmoid(weight)``, taken in float32.
+        output_scale: multiplies the result, before the one rounding.
+        bias_clamp: use ``clamp(bias, -bias_clamp, bias_clamp)``; None for the bias as it is.
+        hidden_clamp: clamp gate, up and, before it is scaled, their product to ``[-hidden_clamp,
+            hidden_clamp]``.
+        device: where the parameters are made.
+        dtype: their dtype.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        eps: float = 1e-6,
+        sigmoid_weight: bool = False,
+        output_scale: float = 1.0,
+        bias_clamp: float | None = None,
+        hidden_clamp: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            eps=eps,
+            sigmoid_weight=sigmoid_weight,
+            output_scale=output_scale,
+            bias_clamp=bias_clamp,
+            hidden_clamp=hidden_clamp,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, gate: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
+        """Gate and up (T, N), expert e's rows ending before ``offsets[e]`` (int32) -> (T, N)."""
+        return grouped_mul_poly_norm(gate, up, self.weight, self.bias, offsets, **self._options)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated combine": ("diff_combine", tensors(o_signal=(B, S, HS, DV), o_noise=(B, S, HN, DV)) | _LAM | _GATE),
     "poly_norm": ("poly_norm", tensors(x=(B, S, D), weight=(3,), bias=(1,))),
     "mul_poly_norm": ("mul_poly_norm", tensors(gate=(B, S, D), up=(B, S, D), weight=(3,), bias=(1,))),
+    "grouped_linear": ("grouped_linear", tensors(x=(B * S, D), weight=(HN, DV, D)) | {"offsets": lengths(3, B * S)}),
+    "grouped_mul_poly_norm": (
+        "grouped_mul_poly_norm",
+        tensors(gate=(B * S, D), up=(B * S, D), weight=(HN, 3), bias=(HN, 1)) | {"offsets": lengths(3, B * S)},
+    ),
     "rms_norm": ("rms_norm", tensors(x=(B, S, D), weight=(D,))),
 }
 

@@ -14,14 +14,14 @@ from motif_kernels.reference import compute_dtype
 FAMILY = "poly_norm"
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """X (..., N) as (R, N) with contiguous columns, without a copy where its strides allow."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _optional_rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _rows(x)
+    return None if x is None else as_rows(x)
 
 
 def _like(gradient: Tensor | None, x: Tensor | None, other: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ def _forward(
     ``keep_inverse_rms`` they are empty, and there is no backward pass.
     """
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
+        return torch.empty(x.shape, dtype=out_dtype, device=x.device), empty_inverse_rms(x, keep_inverse_rms)
     with torch.cuda.device_of(x):
         out, inverse_rms = implementation(FAMILY, x.device).forward(
-            _rows(x),
+            as_rows(x),
             _optional_rows(up),
             weight,
             bias,
@@ -60,10 +60,10 @@ def _forward(
             hidden_clamp=hidden_clamp,
             out_dtype=out_dtype,
         )
-    return out.view(x.shape), inverse_rms if inverse_rms is not None else _empty_inverse_rms(x, keep_inverse_rms)
+    return out.view(x.shape), inverse_rms if inverse_rms is not None else empty_inverse_rms(x, keep_inverse_rms)
 
 
-def _empty_inverse_rms(x: Tensor, kept: bool) -> Tensor:
+def empty_inverse_rms(x: Tensor, kept: bool) -> Tensor:
     """Room for the inverse root mean squares of x's rows, (3, R); empty unless they are kept."""
     return x.new_empty((3, x.numel() // x.shape[-1]) if kept else 0, dtype=compute_dtype(x))
 
@@ -74,7 +74,7 @@ _operator = torch.library.custom_op("motif::poly_norm", _forward, mutates_args=(
 @_operator.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *_, out_dtype, keep_inverse_rms = arguments
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device), _empty_inverse_rms(x, keep_inverse_rms)
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device), empty_inverse_rms(x, keep_inverse_rms)
 
 
 def _backward(
@@ -91,8 +91,8 @@ def _backward(
         return torch.empty_like(x), _like(up, up, x).clone(), torch.zeros_like(weight), torch.zeros_like(bias)
     with torch.cuda.device_of(x):
         dx, dup, sums = implementation(FAMILY, x.device).backward(
-            _rows(grad),
-            _rows(x),
+            as_rows(grad),
+            as_rows(x),
             _optional_rows(up),
             weight,
             bias,
@@ -166,7 +166,7 @@ def forward_sharded(
         This rank's columns of the result, and for the backward pass the inverse root mean squares
         (3, R) and the number of columns on all ranks (1,).
     """
-    rows = _rows(x)
+    rows = as_rows(x)
     run = implementation(FAMILY, x.device)
     with torch.cuda.device_of(x):
         local = run.power_sums(rows, hidden_clamp=hidden_clamp)
@@ -194,7 +194,7 @@ poly_norm_sharded = torch.library.custom_op("motif::poly_norm_sharded", forward_
 @poly_norm_sharded.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, out_dtype, _ = arguments
-    inverse_rms = _empty_inverse_rms(x, True)
+    inverse_rms = empty_inverse_rms(x, True)
     return torch.empty(x.shape, dtype=out_dtype, device=x.device), inverse_rms, inverse_rms.new_empty(1)
 
 
@@ -210,7 +210,7 @@ def backward_sharded(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of this rank's columns of x and up, and the full ones of weight and bias."""
-    rows, grads, ups = _rows(x), _rows(grad), _optional_rows(up)
+    rows, grads, ups = as_rows(x), as_rows(grad), _optional_rows(up)
     run = implementation(FAMILY, x.device)
     with torch.cuda.device_of(x):
         local = run.product_sums(grads, rows, ups, hidden_clamp=hidden_clamp)

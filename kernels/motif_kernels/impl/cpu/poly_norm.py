@@ -6,7 +6,8 @@ gradient g:
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
 
 Formulas have a row in the first dimension. Arrays of one number a row are (3, R) outside, or (4, R)
-with the plain sum last, in the order of the weight: x^3, x^2, x.
+with the plain sum last, in the order of the weight: x^3, x^2, x. Weight and bias are (3,) and (1,)
+for all rows, or (R, 3) and (R, 1), each row's own.
 """
 
 import torch
@@ -61,6 +62,12 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.cat([torch.rsqrt(mean) for mean in means], dim=-1)
 
 
+def _coefficients(weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w_k r_k, each (R, 1), in r's dtype."""
+    c3, c2, c1 = (weight.to(inverse_rms.dtype) * inverse_rms).split(1, dim=-1)
+    return c3, c2, c1
+
+
 def _polynomial(x: Tensor, c3: Tensor, c2: Tensor, c1: Tensor, c0: Tensor) -> Tensor:
     return ((c3 * x + c2) * x + c1) * x + c0
 
@@ -70,17 +77,19 @@ def _forward(
     x: Tensor,
     up: Tensor | None,
     inverse_rms: Tensor | None,
+    row_weight: Tensor | None,
+    row_bias: Tensor | None,
     *,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     hidden_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     x = _clamped(x, hidden_clamp) * POWER_SCALE
     r = _inverse_rms(x, eps) if inverse_rms is None else inverse_rms
-    w, b = weight.to(x.dtype), bias.to(x.dtype)
-    y = _polynomial(x, w[0] * r[:, :1], w[1] * r[:, 1:2], w[2] * r[:, 2:], b)
+    w, b = _one_of(weight, row_weight), _one_of(bias, row_bias)
+    y = _polynomial(x, *_coefficients(w, r), b.to(x.dtype))
     return (y if up is None else y * _clamped(up, hidden_clamp)).to(out_dtype), r
 
 
@@ -91,15 +100,17 @@ def _backward(
     up: Tensor | None,
     inverse_rms: Tensor,
     mean_products: Tensor | None,
+    row_weight: Tensor | None,
+    row_bias: Tensor | None,
     *,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     hidden_clamp: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     raw, x = x, _clamped(x, hidden_clamp) * POWER_SCALE
     r3, r2, r1 = inverse_rms.split(1, dim=-1)
-    w, b = weight.to(x.dtype), bias.to(x.dtype)
-    c3, c2, c1 = w[0] * r3, w[1] * r2, w[2] * r1
+    c3, c2, c1 = _coefficients(_one_of(weight, row_weight), inverse_rms)
+    b = _one_of(bias, row_bias).to(x.dtype)
     g, dup = grad.to(x.dtype), None
     if up is not None:
         dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), up, hidden_clamp)
@@ -130,6 +141,19 @@ def _sums_of_products(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clam
     x = _clamped(x, hidden_clamp) * POWER_SCALE
     g = grad.to(x.dtype)
     return (torch.cat(_product_sums(g if up is None else g * _clamped(up, hidden_clamp), x), dim=-1),)
+
+
+def _one_of(whole: Tensor | None, of_rows: Tensor | None) -> Tensor:
+    tensor = whole if of_rows is None else of_rows
+    assert tensor is not None
+    return tensor
+
+
+def _placed(weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor | None]]:
+    """Weight and bias as a formula takes them: rows' own by position, those of all by name."""
+    if weight.ndim == 2:
+        return (weight, bias), {"weight": None, "bias": None}
+    return (None, None), {"weight": weight, "bias": bias}
 
 
 def _of_rows(numbers: Tensor | None) -> Tensor | None:
@@ -176,7 +200,8 @@ def forward(
         y, found = _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp)
         return y.to(out_dtype), found if keep_inverse_rms else None
     numbers = {"eps": eps, "hidden_clamp": hidden_clamp, "out_dtype": out_dtype}
-    out, r = _forward(x, up, _of_rows(inverse_rms), weight=weight, bias=bias, **numbers)
+    of_rows, of_all = _placed(weight, bias)
+    out, r = _forward(x, up, _of_rows(inverse_rms), *of_rows, **of_all, **numbers)
     if inverse_rms is not None or not keep_inverse_rms:
         return out, inverse_rms
     return out, r.T.contiguous()
@@ -198,8 +223,9 @@ def backward(
     inverse_rms (3, R) is the forward pass's. With mean_products (3, R), the means of g n_k, given,
     the sums are None.
     """
-    of_rows = inverse_rms.T, _of_rows(mean_products)
-    dx, dup, sums = _backward(grad, x, up, *of_rows, weight=weight, bias=bias, hidden_clamp=hidden_clamp)
+    of_rows, of_all = _placed(weight, bias)
+    moments = inverse_rms.T, _of_rows(mean_products)
+    dx, dup, sums = _backward(grad, x, up, *moments, *of_rows, **of_all, hidden_clamp=hidden_clamp)
     return dx, dup, None if sums is None else sums.T
 
 

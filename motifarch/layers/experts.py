@@ -1,0 +1,150 @@
+"""Feed-forward blocks side by side, each with rows of its own."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from motif_kernels import grouped_linear
+from motifarch.layers.poly_norm import GroupedPolyNorm
+
+ACTIVATIONS = ("poly_norm", "silu")
+
+
+class Experts(nn.Module):
+    """``down_e(act_e(gate_e(x)) * up_e(x))`` for the rows x of each expert e.
+
+    Parameters: ``gate_up_proj`` (experts, 2 I, E), gate above up; ``down_proj`` (experts, E, I);
+    with PolyNorm ``act_fn.weight`` (experts, 3) and ``act_fn.bias`` (experts, 1).
+
+    Args:
+        hidden_size: E.
+        num_experts: how many there are.
+        intermediate_size: I, the width of an expert's gate and up branches.
+        activation: "poly_norm", each expert with its own coefficients, or "silu" (SwiGLU).
+        eps: PolyNorm's epsilon; so are the next three its options (see
+            :class:`~motifarch.layers.PolyNorm`), and without effect on SwiGLU.
+        sigmoid_weight: its weights are ``sigmoid(weight)``.
+        output_scale: multiplies it.
+        bias_clamp: its bias is used within these bounds.
+        hidden_clamp: clamp gate, up and activated product to ``[-hidden_clamp, hidden_clamp]``.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: an activation that is not known.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        intermediate_size: int,
+        activation: str = "poly_norm",
+        eps: float = 1e-6,
+        sigmoid_weight: bool = False,
+        output_scale: float = 1.0,
+        bias_clamp: float | None = None,
+        hidden_clamp: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}")
+        self.activation, self.hidden_clamp = activation, hidden_clamp
+        shape = num_experts, 2 * intermediate_size, hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.down_proj = nn.Parameter(
+            torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype)
+        )
+        self.act_fn: GroupedPolyNorm | None = None
+        if activation == "poly_norm":
+            self.act_fn = GroupedPolyNorm(
+                num_experts,
+                eps=eps,
+                sigmoid_weight=sigmoid_weight,
+                output_scale=output_scale,
+                bias_clamp=bias_clamp,
+                hidden_clamp=hidden_clamp,
+                device=device,
+                dtype=dtype,
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert's matrices as torch.nn.Linear's."""
+        for matrices in (self.gate_up_proj, self.down_proj):
+            bound = 1 / math.sqrt(matrices.shape[2])
+            nn.init.uniform_(matrices, -bound, bound)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows x (T, E) of all experts, one expert after the other -> (T, E).
+
+        Args:
+            x: sorted by expert.
+            offsets: (experts,) int32, where each expert's rows end. Rows past the last are of no
+                expert: what they hold is not used, and gives 0.
+        """
+        gate, up = grouped_linear(x, self.gate_up_proj, offsets).chunk(2, dim=-1)
+        if self.act_fn is not None:
+            return grouped_linear(self.act_fn(gate, up, offsets), self.down_proj, offsets)
+        return grouped_linear(self._clamped(F.silu(self._clamped(gate)) * self._clamped(up)), self.down_proj, offsets)
+
+    def _clamped(self, t: Tensor) -> Tensor:
+        return t if self.hidden_clamp is None else t.clamp(-self.hidden_clamp, self.hidden_clamp)
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        experts, twice, size = self.gate_up_proj.shape
+        return f"{size}, num_experts={experts}, intermediate_size={twice // 2}, activation={self.activation!r}"
+
+
+class _Permute(torch.autograd.Function):
+    """``x[order]`` for a permutation, whose gradient is that by the inverse: both are gathers."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _Permute.apply(grad, inverse, order), None, None  # type: ignore[no-untyped-call]
+
+
+class SortedTokens:
+    """Which row of an expert's is which token's.
+
+    A token has a slot for each of its experts; the rows are the (token, slot) pairs sorted by
+    expert, tokens in their order.
+
+    Args:
+        selected: (T, k) int64, each token's experts; ``num_experts`` for none.
+        num_experts: how many there are.
+    """
+
+    def __init__(self, selected: Tensor, num_experts: int) -> None:
+        self.slots = selected.shape[1]
+        experts, self._order = selected.flatten().sort(stable=True)
+        self._inverse = self._order.argsort()
+        self.expert_of_row = experts
+        """(T k) int64, ``num_experts`` for rows of none."""
+        index = torch.arange(num_experts, device=selected.device)
+        self.offsets = torch.searchsorted(experts, index, right=True, out_int32=True)
+        """(num_experts,) int32, where each expert's rows end."""
+        self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))
+        """(num_experts,) int32, rows of each expert."""
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Tokens (T, E) to rows (T k, E)."""
+        pairs = x.repeat_interleave(self.slots, dim=0)
+        return _Permute.apply(pairs, self._order, self._inverse)  # type: ignore[no-any-return, no-untyped-call]
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sums of tokens' rows: (T k, E) and weights (T, k) to (T, E)."""
+        pairs: Tensor = _Permute.apply(rows, self._inverse, self._order)  # type: ignore[no-untyped-call]
+        return (weights[..., None] * pairs.unflatten(0, (-1, self.slots))).sum(dim=1)

@@ -1,0 +1,133 @@
+"""Which experts each token goes to, with what weights."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCORE_FUNCTIONS = ("sigmoid", "softmax")
+
+
+class Routing(NamedTuple):
+    """A token's experts; weights and scores are float32 (float64 for float64 inputs)."""
+
+    selected: Tensor  # (T, k) int64
+    weights: Tensor  # (T, k)
+    scores: Tensor  # (T, num_experts), without the selection bias
+
+
+class _Float32Linear(nn.Linear):
+    """A linear layer in float32 whatever the dtypes, under autocast too: rounding its logits would
+    send tokens elsewhere.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, kind = torch.promote_types(x.dtype, torch.float32), x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class Router(nn.Module):
+    """Scores every expert for each token and takes the best.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16.
+
+    Args:
+        hidden_size: E.
+        num_experts: how many there are.
+        top_k: how many a token goes to.
+        route_norm: divide a token's weights by their sum.
+        route_scale: multiplies the weights, after that.
+        score_func: "sigmoid" or "softmax" of the logits.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Raises:
+        ValueError: top_k is not 1 to num_experts, or a score_func that is not known.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_experts: int,
+        top_k: int,
+        route_norm: bool = True,
+        route_scale: float = 1.0,
+        score_func: str = "sigmoid",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"top_k is {top_k} with num_experts {num_experts}; it must be 1 to {num_experts}, for a token goes to "
+                "an expert once: lower top_k, or add experts"
+            )
+        if score_func not in SCORE_FUNCTIONS:
+            raise ValueError(f"score_func is {score_func!r}; it must be one of {', '.join(map(repr, SCORE_FUNCTIONS))}")
+        self.top_k, self.route_norm, self.route_scale, self.score_func = top_k, route_norm, route_scale, score_func
+        self.gate = _Float32Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, noise: float = 0.0) -> Routing:
+        """Route tokens x (T, E).
+
+        Args:
+            x: the tokens.
+            bias: (num_experts,), added to scores for the selection only; no gradient.
+            noise: standard deviation of Gaussian noise that is added to the logits, drawn from
+                torch's global generator of the device.
+        """
+        logits: Tensor = self.gate(x)
+        if noise:
+            logits = logits + noise * torch.randn_like(logits)
+        scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
+        preference = scores.detach()
+        if bias is not None:
+            preference = preference + bias.to(scores.dtype)
+        selected = preference.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, selected)
+        if self.route_norm:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(selected, weights * self.route_scale, scores)
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return (
+            f"top_k={self.top_k}, route_norm={self.route_norm}, route_scale={self.route_scale}, "
+            f"score_func={self.score_func!r}"
+        )
+
+
+def shares(scores: Tensor) -> Tensor:
+    """Scores (..., num_experts) divided by their sum."""
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def balance_loss(scores: Tensor, selected: Tensor, real: Tensor | None) -> Tensor:
+    """The balance loss of each sequence: 1 where its tokens are spread evenly over the experts.
+
+    ``sum_i f_i P_i``, with f_i the share of the sequence's slots that chose expert i, times the
+    number of experts, and P_i the mean of the share that i has of a token's scores. Source:
+    DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with the choices as they were made.
+
+    Args:
+        scores: (B, S, num_experts).
+        selected: (B, S, k).
+        real: (B, S) bool, tokens that count; None for all.
+
+    Returns:
+        (B,), of scores' dtype. A sequence without a token that counts has 0.
+    """
+    experts, slots = scores.shape[-1], selected.shape[-1]
+    probability = shares(scores)
+    chosen = torch.zeros_like(scores).scatter_(-1, selected, 1.0)
+    if real is None:
+        tokens: Tensor | int = scores.shape[1]
+    else:
+        probability, chosen = (t.masked_fill(~real[..., None], 0) for t in (probability, chosen))
+        tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
+    frequency = chosen.sum(dim=1) * (experts / slots) / tokens
+    return (frequency * (probability.sum(dim=1) / tokens)).sum(dim=-1)
