@@ -23,7 +23,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     its own scale (Jordan et al., 2024); so is `lambda_proj`, which gives every head one number and
     is a lambda.
     """
-    stacks = (model.model.layers, getattr(model.model, "mtp_layers", None))
+    decoder: Any = model.model
+    stacks = (decoder.layers, getattr(decoder, "mtp_layers", None))
     named = (parameter for stack in stacks if stack is not None for parameter in stack.named_parameters())
     return [p for name, p in named if p.requires_grad and is_matrix(name, p) and "lambda" not in name]
 

@@ -7,24 +7,29 @@ is done in their projections' rows (and biases):
 
 - a key head that one query head alone uses: both take sqrt(gamma);
 - a key head that several query heads use (grouped queries; a group's signal heads on k1; DIFF V2
-  and GDA without paired_kv, where signal and noise share one key head): it stays as it is and the
-  query head takes gamma, as Kimi K2 does with the rotary key that all of its heads share. Scaling
-  such a key would change heads that are below the bound.
+  and GDA without paired_kv, where signal and noise share one key head) stays as it is and the query
+  head takes gamma; or both take a part, and queries of the group's other heads make up for what the
+  key lost (`split`: see `motifarch.optim.qk_clip_split`);
+- in latent attention, the rotary key that all heads share stays as it is and the rotated part of a
+  query takes gamma; the rest of both is as above. Latents and values are left alone.
 
 So on the same data no head's largest logit is above tau afterwards, a head that was above is
-exactly at tau, and every other head computes what it did before. Momenta are left alone.
+exactly at tau, and every other head computes what it did before: to the bit, unless a key that it
+shares was scaled. Momenta are left alone.
 
 Source: Kimi Team, Kimi K2, arXiv 2507.20534, section 2.1 (MuonClip).
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from motifarch.layers import SoftmaxAttention
+from motifarch.layers import GroupedDifferentialLatentAttention
 from motifarch.layers.base_attention import BaseAttention
+from motifarch.optim.qk_clip_split import Split, split_gamma
 from motifarch.shards import local_ranges, to_local
 
 MaxLogits = tuple[torch.Tensor, torch.Tensor | None]
@@ -39,6 +44,7 @@ def clip_heads(
     *,
     tau: float = 100.0,
     skip: torch.Tensor | None = None,
+    split: Split | None = None,
 ) -> None:
     """Rescales query and key projections of a layer's heads whose logits were above tau, in place
     and on the device.
@@ -51,37 +57,46 @@ def clip_heads(
         max_noise: (Hn,) the same for noise heads; None for softmax attention.
         tau: the bound.
         skip: a scalar on the device; where it is not 0, nothing is changed.
+        split: what a key head that several query heads share takes of their factors: "query" for
+            nothing, "asymmetric" for 1 / (1 + sqrt(heads)) of the exponent; by default the latter
+            in latent attention, as Motif-3 was trained, and nothing elsewhere.
 
     Raises:
-        ValueError: tau not above 0, a number of heads that is not the layer's, projections with
-            more parameters than a linear layer's (adapters), or a layer that normalises queries and
-            keys: there the rows' scale cancels, and the norms bound the logits already.
+        ValueError: tau not above 0, an unknown split, a number of heads that is not the layer's,
+            projections with more parameters than a linear layer's (adapters), or a layer that
+            normalises queries and keys: there the rows' scale cancels, and the norms bound the
+            logits already.
     """
-    _check(layer, max_signal, max_noise, tau)
+    rows = _rows_of(layer)
+    query_proj, key_proj = _projection(layer, rows.query), _projection(layer, rows.key)
+    _check(layer, query_proj.weight.shape[0] // layer.head_dim, max_signal, max_noise, tau)
+    key_heads = key_proj.weight.shape[0] // (rows.plain + rows.value)
+    split = split or ("asymmetric" if rows.rotated else "query")
     signal = _gamma(max_signal, tau, skip)
-    key_heads = layer.k_proj.weight.shape[0] // layer.head_dim
-    if max_noise is None:
-        query, key = _split(signal, key_heads)
+    noise = None if max_noise is None else _gamma(max_noise, tau, skip)
+    gamma = _in_blocks(signal, noise)
+    if noise is not None and layer.paired_kv:
+        signal, signal_key = split_gamma(signal, key_heads // 2, split)
+        noise, noise_key = split_gamma(noise, key_heads // 2, split)
+        query, key = _in_blocks(signal, noise), torch.stack([signal_key, noise_key], dim=1).flatten()
     else:
-        noise = _gamma(max_noise, tau, skip)
-        if layer.paired_kv:
-            signal, signal_key = _split(signal, key_heads // 2)
-            noise, noise_key = _split(noise, key_heads // 2)
-            key = torch.stack([signal_key, noise_key], dim=1).flatten()
-        else:
-            key = torch.ones(key_heads, device=signal.device)
-        # Query heads lie in blocks of a noise head's signal heads and itself.
-        query = torch.cat([signal.view(len(noise), -1), noise[:, None]], dim=1).flatten()
-    _scale_heads(layer.q_proj, query, layer.head_dim)
-    _scale_heads(layer.k_proj, key, layer.head_dim)
+        query, key = split_gamma(gamma, key_heads, split)
+    _scale_rows(query_proj, (query, rows.plain), (gamma, rows.rotated))
+    _scale_rows(key_proj, (key, rows.plain), (torch.ones_like(key), rows.value))
 
 
-def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: torch.Tensor | None = None) -> None:
+def clip_layers(
+    layers: Iterable[BaseAttention],
+    *,
+    tau: float = 100.0,
+    skip: torch.Tensor | None = None,
+    split: Split | None = None,
+) -> None:
     """Clips every layer by what it recorded in `max_logits` since the last call, and clears that.
 
     All ranks call this together, with their layers in the same order; one all-reduce serves all
     layers. What each rank recorded are the heads that it computes, which tensor and context
-    parallelism cut into consecutive parts. `tau` and `skip` are those of `clip_heads`.
+    parallelism cut into consecutive parts. `tau`, `skip` and `split` are those of `clip_heads`.
 
     Raises:
         ValueError: a layer has recorded nothing, and what `clip_heads` raises.
@@ -99,7 +114,7 @@ def clip_layers(layers: Iterable[BaseAttention], *, tau: float = 100.0, skip: to
         return
     part, parts = head_share(layers[0])
     for layer, maxima in zip(layers, gather_max_logits(recorded, part=part, parts=parts), strict=True):
-        clip_heads(layer, *maxima, tau=tau, skip=skip)
+        clip_heads(layer, *maxima, tau=tau, skip=skip, split=split)
         layer.max_logits = None  # type: ignore[assignment]
 
 
@@ -137,16 +152,16 @@ def _gamma(maxima: torch.Tensor, tau: float, skip: torch.Tensor | None) -> torch
     return torch.where(high, tau / maxima, 1.0)
 
 
-def _split(gamma: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of query heads and of the key heads that they use."""
-    if len(gamma) == key_heads:
-        return gamma.sqrt(), gamma.sqrt()
-    return gamma, torch.ones(key_heads, device=gamma.device)
+def _in_blocks(signal: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Signal and noise heads in blocks of a noise head's signal heads and itself."""
+    return signal if noise is None else torch.cat([signal.view(len(noise), -1), noise[:, None]], dim=1).flatten()
 
 
-def _scale_heads(projection: nn.Linear, factors: torch.Tensor, head_dim: int) -> None:
-    """Multiplies each head's rows of weight and bias, where this rank has them."""
-    rows = factors.repeat_interleave(head_dim)
+def _scale_rows(projection: nn.Linear, *parts: tuple[torch.Tensor, int]) -> None:
+    """Multiplies each head's rows of weight and bias, where this rank has them: those of each part
+    by a factor for each head and the part's number of rows.
+    """
+    rows = torch.cat([factors[:, None].expand(-1, count) for factors, count in parts], dim=1).flatten()
     for parameter in projection.parameters():
         local = to_local(parameter)
         if local.numel():
@@ -154,31 +169,55 @@ def _scale_heads(projection: nn.Linear, factors: torch.Tensor, head_dim: int) ->
             local.mul_(own.view(-1, *[1] * (local.ndim - 1)))
 
 
-def _check(layer: BaseAttention, max_signal: torch.Tensor, max_noise: torch.Tensor | None, tau: float) -> None:
-    if not tau > 0:
-        raise ValueError(f"tau is {tau}; it must be above 0")
-    if layer.q_norm is not None:
+class _Rows(NamedTuple):
+    """Which projections make a layer's queries and keys, and what rows they have for each head."""
+
+    query: str
+    key: str
+    plain: int
+    """Of a query and of its key: those that are scaled in both."""
+    rotated: int = 0
+    """Of a query, below: their keys are all heads' in common."""
+    value: int = 0
+    """Of a value, below the key's."""
+
+
+def _rows_of(layer: BaseAttention) -> _Rows:
+    if isinstance(layer, GroupedDifferentialLatentAttention):
+        rotated = layer.qk_rope_head_dim
+        return _Rows("wq_b", "wkv_b", layer.head_dim - rotated, rotated, layer.v_head_dim)
+    if getattr(layer, "q_norm", None) is not None:
         raise ValueError(
             f"layer {layer.layer_idx} normalises queries and keys, so that scaling their projections changes nothing; "
             "qk_norm bounds the logits already: use one or the other"
         )
-    for name in ("q_proj", "k_proj"):
-        projection = layer.get_submodule(name)
-        others = sorted({n for n, _ in projection.named_parameters()} - {"weight", "bias"})
-        if others or not isinstance(projection, nn.Linear):
-            raise ValueError(
-                f"layer {layer.layer_idx}'s {name} is a {type(projection).__name__}"
-                f"{' with ' + ', '.join(others) if others else ''}; heads are rescaled in the weight and bias of a "
-                "linear layer: merge adapters first"
-            )
-    softmax = isinstance(layer, SoftmaxAttention)
+    return _Rows("q_proj", "k_proj", layer.head_dim)
+
+
+def _projection(layer: BaseAttention, name: str) -> nn.Linear:
+    projection = layer.get_submodule(name)
+    others = sorted({n for n, _ in projection.named_parameters()} - {"weight", "bias"})
+    if others or not isinstance(projection, nn.Linear):
+        raise ValueError(
+            f"layer {layer.layer_idx}'s {name} is a {type(projection).__name__}"
+            f"{' with ' + ', '.join(others) if others else ''}; heads are rescaled in the weight and bias of a "
+            "linear layer: merge adapters first"
+        )
+    return projection
+
+
+def _check(
+    layer: BaseAttention, heads: int, max_signal: torch.Tensor, max_noise: torch.Tensor | None, tau: float
+) -> None:
+    if not tau > 0:
+        raise ValueError(f"tau is {tau}; it must be above 0")
+    softmax = layer.num_noise_heads == 0
     if softmax != (max_noise is None):
         raise ValueError(
             f"max_noise is {'given' if softmax else 'missing'} for a {type(layer).__name__}; "
             "it belongs to differential attention alone"
         )
     found = len(max_signal) + (0 if max_noise is None else len(max_noise))
-    heads = layer.q_proj.weight.shape[0] // layer.head_dim
     if found != heads:
         raise ValueError(
             f"there are maxima of {found} heads, and layer {layer.layer_idx} has {heads}; gather those of all ranks "

@@ -10,13 +10,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from motifarch.layers import DifferentialAttentionV2, GroupedDifferentialAttention
+from motifarch.layers import (
+    DifferentialAttentionV2,
+    GroupedDifferentialAttention,
+    GroupedDifferentialLatentAttention,
+)
 from motifarch.layers.base_attention import BaseAttention
 from motifarch.optim import clip_heads, clip_layers
 from motifarch.parallel import open_world
 from motifarch.shards import local_ranges
 
 _SIZES: dict[str, Any] = {"num_noise_heads": 4, "num_kv_heads": 8, "head_dim": 6, "layer_idx": 0, "bias": True}
+
+_LATENT: dict[str, Any] = {"head_dim": 7, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 6, "kv_lora_rank": 5}
 
 
 def clip_on_ranks() -> None:
@@ -28,8 +34,11 @@ def clip_on_ranks() -> None:
                 GroupedDifferentialAttention(10, num_heads=12, **_SIZES),
                 DifferentialAttentionV2(10, num_heads=8, **(_SIZES | {"num_kv_heads": 2, "head_dim": 5})),
             ]
-            whole = copy.deepcopy(layers)
             heads = [(8, 4), (4, 4)]
+            if tensor == 1:  # latents have no tensor parallelism
+                layers.append(GroupedDifferentialLatentAttention(10, num_heads=10, ratio=4, **_LATENT))
+                heads.append((8, 2))
+            whole = copy.deepcopy(layers)
             # What each rank has seen: different data, of which the largest counts.
             seen = [[tuple(torch.rand(n) * 20 for n in counts) for counts in heads] for _ in range(world.size)]
             mesh = init_device_mesh("cpu", (world.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
@@ -53,16 +62,17 @@ def clip_on_ranks() -> None:
                         for p in range(tensor)
                     ]
                     largest.append(torch.cat(by_rank))
-                start = full.q_proj.weight.detach().clone()
+                names = ("wq_b", "wkv_b") if number == 2 else ("q_proj", "k_proj")
+                start = full.get_parameter(f"{names[0]}.weight").detach().clone()
                 clip_heads(full, *largest, tau=7.0)
-                assert not torch.equal(full.q_proj.weight, start)
-                for name in ("q_proj", "k_proj"):
-                    _same(getattr(layer, name), getattr(full, name))
+                assert not torch.equal(full.get_parameter(f"{names[0]}.weight"), start)
+                for name in names:
+                    _same(layer.get_submodule(name), full.get_submodule(name))
         dist.barrier()
 
 
-def _same(sharded: nn.Linear, whole: nn.Linear) -> None:
-    for found, expected in ((sharded.weight, whole.weight), (sharded.bias, whole.bias)):
+def _same(sharded: nn.Module, whole: nn.Module) -> None:
+    for found, expected in zip(sharded.parameters(), whole.parameters(), strict=True):
         rows = local_ranges(found)[0]
         local = torch.cat([expected[a:b] for a, b in rows] or [expected[:0]])
         assert torch.equal(found.to_local(), local)  # type: ignore[operator]

@@ -14,7 +14,7 @@ class Experts(nn.Module):
 
     def __init__(self, counts: list[float], biases: list[float] | None = None) -> None:
         super().__init__()
-        self.register_buffer("tokens_per_expert", torch.tensor(counts))
+        self.register_buffer("tokens_per_expert", torch.tensor(counts, dtype=torch.float32))
         self.register_buffer("expert_bias", torch.tensor(biases or [0.0] * len(counts)))
 
 
@@ -50,16 +50,15 @@ def test_a_skipped_step_zeroes_counts_alone() -> None:
 def test_biases_do_not_drift_and_a_router_that_feels_them_is_balanced() -> None:
     torch.manual_seed(0)
     layer = Experts([0.0] * 16)
-    scores = torch.rand(4096, 16) + torch.linspace(0, 0.5, 16)
+    scores = torch.rand(2048, 16) + torch.linspace(0, 0.5, 16)
 
     def count() -> torch.Tensor:
         return torch.bincount((scores + layer.expert_bias).topk(4).indices.flatten(), minlength=16).float()
 
-    first = count()
-    assert first.max() > 2 * first.mean()
-    for _ in range(1000):
+    assert count().max() > 1.9 * count().mean()
+    for _ in range(400):
         layer.tokens_per_expert += count()
-        update_expert_biases([layer], rate=1e-3)
+        update_expert_biases([layer], rate=2e-3)
     assert count().max() < 1.1 * count().mean()
     assert count().min() > 0.9 * count().mean()
     assert abs(layer.expert_bias.double().sum()) < 1e-5
