@@ -168,7 +168,7 @@ def test_the_run_stops_after_too_many_nonfinite_steps(
         return torch.tensor(next(norms, math.inf))
 
     monkeypatch.setattr("motifarch.train.step.clip_gradients", overflow_later)
-    with pytest.raises(UserError, match=r"3 steps in a row had a non-finite.*run\.max_nonfinite_in_row is 3"):
+    with pytest.raises(UserError, match=r"skipped 3 steps in a row, with a non-finite.*run\.max_nonfinite_in_row is 3"):
         main([str(recipe), "--run.max_nonfinite_in_row", "3", "--log.every", "1"])
     newest = find_newest(tmp_path / "run")
     assert newest is not None
