@@ -1,13 +1,18 @@
 """How recipes/tiny_cpu.yaml was chosen: bits per byte after equal CPU time.
 
-    python -m benchmarks.models.tiny_recipe --seconds 60        # to screen
-    python -m benchmarks.models.tiny_recipe --seconds 300 --only before recipe
+    python -m benchmarks.models.tiny_recipe --seconds 60 --output screen.json
+    python -m benchmarks.models.tiny_recipe --seconds 300 --share 1 --only before narrow_128
 
 A short run measures a candidate's tokens a CPU-second, which with `--seconds` gives its steps;
 warm-up and decay are shares of them. All compute in float32, for a CPU without bfloat16
 instructions, on one thread. Time is the process's own (`time.process_time`), without start,
 validation and saving: other work on the machine takes little of it. `make train` has two
 processes, which wait for each other besides.
+
+Whatever their tokenizer and length of sequences, candidates have the same documents for
+validation, which a hash of their text chooses, and a byte is a byte of that text. `--share 1`
+takes all of it, a smaller share blocks from the same places. Shorter sequences give their tokens
+less to go by.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,11 @@ PROBE_STEPS = 8
 """Steps that measure the speed; the first three are for warming up."""
 
 
+def data(vocab: int, seq_len: int, batch: int) -> dict[str, Any]:
+    """What a step reads: the tokenizer's size, a sequence's tokens, sequences."""
+    return {"vocab_size": vocab, "seq_len": seq_len, "batch.size": batch, "batch.micro_size": batch}
+
+
 def model(hidden: int, layers: int, head_dim: int) -> dict[str, Any]:
     """A GDA 4:1 model with one noise head."""
     fields = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
@@ -38,29 +49,42 @@ def model(hidden: int, layers: int, head_dim: int) -> dict[str, Any]:
     return {f"model.{name}": value for name, value in fields.items()}
 
 
-def optim(name: str, lr: float, batch: int, *, warmup: float = 1 / 30, decay: float = 1 / 3) -> dict[str, Any]:
+def optim(name: str, lr: float, *, warmup: float = 0.04, decay: float = 0.5) -> dict[str, Any]:
     """An optimizer; warm-up and decay are shares of the steps."""
-    sizes = {"batch.size": batch, "batch.micro_size": min(batch, 4), "warmup": warmup, "decay": decay}
-    return {"optim.name": name, "optim.lr": lr} | sizes
+    return {"optim.name": name, "optim.lr": lr, "warmup": warmup, "decay": decay}
 
 
-BEFORE = model(256, 4, 64) | optim("adamw", 4e-3, 4) | {"model.initializer_range": 0.06, "batch.micro_size": 2}
-SMALL = model(128, 4, 32)
+BEFORE = data(4096, 512, 4) | model(256, 4, 64) | optim("adamw", 4e-3, warmup=1 / 30, decay=1 / 3)
+BEFORE |= {"model.initializer_range": 0.06, "batch.micro_size": 2}
+SMALL_512 = data(4096, 512, 4) | model(128, 4, 32) | optim("muon", 1.2e-2)
+SMALL_256 = data(4096, 256, 8) | model(128, 4, 32) | optim("muon", 1.2e-2, decay=0.7)
+SMALL_128 = SMALL_256 | data(4096, 128, 16)
+NARROW = {"model.intermediate_size": 256}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "before": BEFORE,
     "before_muon": BEFORE | {"optim.name": "muon", "optim.lr": 8e-3},
-    "small_adamw": SMALL | optim("adamw", 8e-3, 8),
-    "small_muon": SMALL | optim("muon", 8e-3, 8),
-    "small_muon_lr_16e-3": SMALL | optim("muon", 1.6e-2, 8),
-    "small_muon_batch_4": SMALL | optim("muon", 8e-3, 4),
-    "recipe": {"warmup": 0.04, "decay": 0.5},
+    "small_512_adamw": SMALL_512 | {"optim.name": "adamw", "optim.lr": 8e-3},
+    "small_512": SMALL_512,
+    "small_512_vocabulary_2048": SMALL_512 | {"vocab_size": 2048},
+    "small_512_vocabulary_8192": SMALL_512 | {"vocab_size": 8192},
+    "small_256": SMALL_256,
+    "small_256_lr_20e-3": SMALL_256 | {"optim.lr": 2e-2},
+    "small_256_batch_4": SMALL_256 | data(4096, 256, 4),
+    "narrow_256": SMALL_256 | NARROW,
+    "small_128": SMALL_128,
+    "narrow_128": SMALL_128 | NARROW,
 }
-"""What each changes in the recipe."""
+"""What each changes in the recipe, which was made of the best of them."""
 
 
-def prepare(source: str, folder: Path) -> None:
+def tokens_of(name: str) -> tuple[int, int]:
+    """A candidate's vocabulary and length of sequences."""
+    return CANDIDATES[name]["vocab_size"], CANDIDATES[name]["seq_len"]
+
+
+def prepare(source: str, vocab: int, seq_len: int, folder: Path) -> None:
     """Prepares the data, where that is not done yet."""
-    words = ["--source", source, "--seq-len", "512", "--output", str(folder)]
+    words = ["--source", source, "--vocab-size", str(vocab), "--seq-len", str(seq_len), "--output", str(folder)]
     execute([sys.executable, "-m", "motifarch.data.prepare", *words])
 
 
@@ -78,13 +102,14 @@ def measure(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any
     """Trains a candidate for so many CPU-seconds."""
     changes = dict(CANDIDATES[name])
     warmup, decay = changes.pop("warmup"), changes.pop("decay")
-    prepare(options.source, work / "data")
+    vocab, seq_len = changes.pop("vocab_size"), changes.pop("seq_len")
+    folder = work / f"data_{vocab}_{seq_len}"
 
     def run(output: Path, steps: int, sequences: int) -> list[dict[str, Any]]:
         fields = changes | {
             "run.output": output,
             "run.steps": steps,
-            "data.datasets": f"[{{path: {work / 'data'}}}]",
+            "data.datasets": f"[{{path: {folder}}}]",
             "optim.warmup_steps": max(1, round(warmup * steps)),
             "optim.decay_steps": round(decay * steps),
             "precision.compute": "float32",
@@ -101,9 +126,10 @@ def measure(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any
 
     probe = run(work / f"{name}_probe", PROBE_STEPS, 1)
     speed = statistics.median(row["tokens_per_second"] for row in probe[3:])
-    batch = 512 * int(changes.get("batch.size", 4))
+    batch = seq_len * changes["batch.size"]
     steps = max(PROBE_STEPS, int(options.seconds * speed / batch))
-    rows = run(work / name, steps, options.sequences)
+    blocks = json.loads((folder / "data.json").read_text(encoding="utf-8"))["splits"]["validation"]["blocks"]
+    rows = run(work / name, steps, max(1, round(options.share * blocks)))
     record = json.loads((work / name / "run.json").read_text(encoding="utf-8"))
     return {
         "model": name,
@@ -145,7 +171,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=60, help="CPU-seconds of training for each; default: %(default)g")
     add("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME", help=", ".join(CANDIDATES))
     add("--source", default="stdlib", help="as `motifarch data prepare` takes it; default: %(default)s")
-    add("--sequences", type=int, default=160, help="validation sequences; default: %(default)s")
+    add("--share", type=float, default=0.25, help="of the validation blocks, evenly spread; default: %(default)g")
+    add("--jobs", type=int, default=1, help="candidates trained at once; default: %(default)s")
     add("--work", type=Path, help="keep data and runs in this folder; default: a temporary one")
     add("--output", type=Path, default=report.RESULTS / "tiny_recipe_cpu.json", help="JSON file; default: %(default)s")
     return made
@@ -160,10 +187,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     content: dict[str, Any] = {"benchmark": "tiny_recipe", "models": []}
     packages = ("torch", "transformers", "motifarch")
     content["environment"] = report.environment("benchmarks.models.tiny_recipe", torch.device("cpu"), packages)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in options.only:
-            console.rule(name)
-            content["models"].append(measure(name, options, options.work or Path(temporary)))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        work = options.work or Path(temporary)
+        for vocab, seq_len in dict.fromkeys(tokens_of(name) for name in options.only):
+            prepare(options.source, vocab, seq_len, work / f"data_{vocab}_{seq_len}")
+        for model in pool.map(lambda name: measure(name, options, work), options.only):
+            content["models"].append(model)
             report.write_json(options.output, content)
     print_table(content["models"], console)
     return 0
