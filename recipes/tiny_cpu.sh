@@ -8,7 +8,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The progress bars of the libraries underneath would only come between our own lines.
 export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 
-motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
+motifarch data prepare --source stdlib --output data/stdlib --seq-len 128
 torchrun --standalone --nproc-per-node 2 -m motifarch.train "$(dirname "$0")/tiny_cpu.yaml" "$@"
 motifarch export runs/tiny_cpu
 echo

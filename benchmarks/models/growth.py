@@ -1,6 +1,6 @@
 """A grown model against one from scratch: the same layout, the same data, equal tokens.
 
-    motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
+    motifarch data prepare --source stdlib --output data/stdlib_512 --seq-len 512
     python -m benchmarks.models.growth               # about ten minutes on two cores
     python -m benchmarks.models.growth --small-steps 20 --steps 20 --every 10
 
@@ -177,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = cli.bare_parser("benchmarks.models.growth", __doc__)
     add = made.add_argument
-    add("--data", default="data/stdlib", help="prepared data; default: %(default)s")
+    add("--data", default="data/stdlib_512", help="prepared data; default: %(default)s")
     add("--small-steps", type=int, default=400, help="of the small model; default: %(default)s")
     add("--steps", type=int, default=200, help="of the grown model; default: %(default)s")
     add("--every", type=int, default=25, help="steps between validations; default: %(default)s")

@@ -1,7 +1,7 @@
 """A recipe's model and data under transformers.Trainer and accelerate's FSDP2, for those whose
 tools live there.
 
-    motifarch data prepare --source stdlib --output data/stdlib --seq-len 512
+    motifarch data prepare --source stdlib --output data/stdlib --seq-len 128
     accelerate launch --config_file recipes/trainer/fsdp2.yaml \\
         recipes/trainer/train.py recipes/tiny_cpu.yaml
 
