@@ -7,6 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from motifarch.layers import (
+    GroupedDifferentialLatentAttention,
+    HyperConnections,
+    MixtureOfExperts,
+    MultiTokenPrediction,
+    PolyNormMLP,
+)
 from motifarch.optim import Muon, build_muon, offload_state, parameter_groups, step_if_finite
 from motifarch.optim.build import hidden_matrices
 
@@ -92,68 +99,62 @@ def test_moments_in_cpu_memory_come_in_pieces_and_change_nothing() -> None:
     assert all(map(torch.equal, *runs))
 
 
-class Layer(nn.Module):
-    """The names and numbers of dimensions that a layer with experts and hyper-connections has."""
-
-    def __init__(self, hidden: int = 8, streams: int = 2) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(hidden)
-        self.self_attn = nn.ModuleDict(
-            {"wq_b": nn.Linear(hidden, 6, bias=False), "lambda_proj": nn.Linear(hidden, 2, bias=False)}
-        )
-        experts = nn.Module()
-        experts.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 6, hidden))
-        experts.down_proj = nn.Parameter(torch.randn(EXPERTS, hidden, 3))
-        experts.act_fn = nn.Module()
-        experts.act_fn.weight = nn.Parameter(torch.ones(EXPERTS, 3))
-        experts.act_fn.bias = nn.Parameter(torch.ones(EXPERTS, 1))
-        gate = nn.Linear(hidden, EXPERTS, bias=False)
-        self.moe = nn.ModuleDict({"router": nn.ModuleDict({"gate": gate}), "experts": experts})
-        self.mhc_ffn = nn.ModuleDict(
-            {"proj_res": nn.Linear(streams * hidden, streams**2, bias=False), "rms_norm": nn.RMSNorm(streams * hidden)}
-        )
-        self.mhc_ffn.bias_res = nn.Parameter(torch.ones(streams, streams))
-        self.mhc_ffn.alpha_res = nn.Parameter(torch.ones(1))
+def latent_attention() -> GroupedDifferentialLatentAttention:
+    return GroupedDifferentialLatentAttention(
+        8, num_heads=4, ratio=1, head_dim=6, qk_rope_head_dim=2, q_lora_rank=4, kv_lora_rank=4
+    )
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(11, 8)
-        self.model.layers = nn.ModuleList([Layer()])
-        self.model.mtp_layers = nn.ModuleList([nn.ModuleDict({"input_proj": nn.Linear(16, 8, bias=False)})])
-        self.lm_head = nn.Linear(8, 11, bias=False)
+def stand_in_model() -> nn.Module:
+    """Motif-3's layers, under the names that they have in a model."""
+    layer = nn.ModuleDict(
+        {
+            "input_layernorm": nn.RMSNorm(8),
+            "self_attn": latent_attention(),
+            "mhc_attn": HyperConnections(8, num_streams=2),
+            "moe": MixtureOfExperts(8, num_experts=EXPERTS, top_k=2, intermediate_size=6),
+        }
+    )
+    ahead = MultiTokenPrediction(8, attention=latent_attention(), mlp=PolyNormMLP(8, intermediate_size=6))
+    layers = {"layers": nn.ModuleList([layer]), "mtp_layers": nn.ModuleList([ahead])}
+    decoder = nn.ModuleDict({"embed_tokens": nn.Embedding(11, 8), **layers, "norm": nn.RMSNorm(8)})
+    return nn.ModuleDict({"model": decoder, "lm_head": nn.Linear(8, 11, bias=False)})
 
 
 def test_who_gets_which() -> None:
-    model = Model()
+    model = stand_in_model()
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = build_muon(model, lr=1e-3)
-    muon = [names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]]
-    assert len(muon) == len(hidden_matrices(model))
-    assert {name.removeprefix("model.") for name in muon} == {
-        "layers.0.self_attn.wq_b.weight",
-        "layers.0.moe.router.gate.weight",
-        "layers.0.moe.experts.gate_up_proj",
-        "layers.0.moe.experts.down_proj",
-        "layers.0.mhc_ffn.proj_res.weight",
-        "mtp_layers.0.input_proj.weight",
-    }
-    undecayed = {
-        names[id(p)].split("layers.0.")[-1]
-        for group in parameter_groups(model, weight_decay=0.1)
-        for p in group["params"]
-        if group["weight_decay"] == 0
-    }
-    assert undecayed == {
-        "input_layernorm.weight",
-        "moe.experts.act_fn.weight",
-        "moe.experts.act_fn.bias",
-        "mhc_ffn.rms_norm.weight",
-        "mhc_ffn.bias_res",
-        "mhc_ffn.alpha_res",
-    }
+    muon = {names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    assert muon == {names[id(p)] for p in hidden_matrices(model)}
+    attention = {f"self_attn.{name}" for name in ("wq_a", "wq_b", "wq_b_gate", "wkv_a", "wkv_b", "wo")}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    first = attention | {f"mhc_attn.proj_{name}" for name in ("pre", "post", "res")} | {"moe.router.gate"}
+    first |= {f"moe.shared_experts.{name}" for name in mlp}
+    ahead = attention | {f"mlp.{name}" for name in mlp} | {"input_proj"}
+    expected = {f"model.layers.0.{name}.weight" for name in first}
+    expected |= {f"model.mtp_layers.0.{name}.weight" for name in ahead}
+    assert muon == expected | {f"model.layers.0.moe.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    # Decayed are these, and the matrices that AdamW has.
+    groups = parameter_groups(model, weight_decay=0.1)
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    lambdas = {name for name in names.values() if "lambda_proj" in name}
+    assert decayed == muon | lambdas | {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_experts_learn_with_it() -> None:
+    torch.manual_seed(0)
+    layer = MixtureOfExperts(8, num_experts=EXPERTS, top_k=2, intermediate_size=6)
+    optimizer = Muon([layer.experts.gate_up_proj, layer.experts.down_proj], 0.02, weight_decay=0.0)
+    given, wanted = torch.randn(4, 16, 8), torch.randn(4, 16, 8)
+    losses = []
+    for _ in range(30):
+        loss = (layer(given).hidden_states - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 4, 5)])
