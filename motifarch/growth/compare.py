@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.model_spec import ModelSpec
 from motifarch.models.motif import MotifConfig
-from motifarch.models.motif.modeling_motif import MotifDecoderLayer
+from motifarch.models.motif.decoder_layer import MotifDecoderLayer
 from motifarch.models.motif.rotary import build_rotary
 
 _TOKENS = 32

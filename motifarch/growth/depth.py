@@ -20,7 +20,7 @@ from motifarch.growth.lambdas import shift_lambda
 from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
 from motifarch.growth.width import coarsest, dtype_name, rounding
 from motifarch.models.motif import MotifConfig
-from motifarch.models.motif.modeling_motif import lambda_init_of
+from motifarch.models.motif.decoder_layer import lambda_init_of
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _SILENT = ("self_attn.o_proj.", "mlp.down_proj.")

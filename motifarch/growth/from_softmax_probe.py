@@ -84,6 +84,7 @@ class _Gains:
     """Each head's best multiple of its normalised output; a sub-norm sees ``shrink`` of a head."""
 
     def __init__(self, config: MotifConfig, shrink: float) -> None:
+        assert config.v_head_dim is not None  # filled in by the config
         self.width, self.eps, self.shrink = config.v_head_dim, config.attn_rms_norm_eps, shrink
         self.measured: list[Tensor] = []
         """(heads,) for each layer that has run."""

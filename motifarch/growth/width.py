@@ -94,6 +94,7 @@ def head_copies(config: MotifConfig, *, heads: int, signal_heads: int) -> dict[s
         index = torch.arange(blocks * group * width).view(blocks, group, width)
         return Copies(index.repeat(heads, signal_heads, 1).flatten(), heads * signal_heads)
 
+    assert config.v_head_dim is not None  # filled in by the config
     queries = torch.arange(config.num_attention_heads * config.head_dim).view(blocks, -1, config.head_dim)
     queries = torch.cat([queries[:, :group].repeat(1, signal_heads, 1), queries[:, group:]], dim=1)
     return {

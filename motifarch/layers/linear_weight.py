@@ -10,8 +10,8 @@ def linear_weight(layer: nn.Module) -> Tensor:
     A plain nn.Linear has it. What wraps one, offloads it, quantises it or adds an adapter is called
     with the identity, so that the matrix is the one that its calls use.
     """
-    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    if plain and "forward" not in vars(layer) and not layer.weight.is_meta:
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    if type(layer) is nn.Linear and not hooked and not layer.weight.is_meta:
         return layer.weight
     first = next(layer.parameters())
     dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()

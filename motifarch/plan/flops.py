@@ -21,8 +21,9 @@ DIRECTIONS = ("forward", "backward", "recompute")
 
 
 def visible_share(config: MotifConfig, seq_len: int) -> float:
-    """The part of a sequence's (query, key) pairs that its causal mask and window show."""
-    return visible_pairs(seq_len, seq_len, True, config.window_size) / seq_len**2
+    """The part of a sequence's (query, key) pairs that causal masks and windows show."""
+    pairs = [visible_pairs(seq_len, seq_len, True, window) for window in config.windows]
+    return sum(pairs) / len(pairs) / seq_len**2
 
 
 def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

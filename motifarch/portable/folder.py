@@ -8,6 +8,7 @@ from motifarch.errors import UserError
 from motifarch.files import atomic_write, write_json
 from motifarch.model_folder import explained, read_object
 from motifarch.models.motif import MODEL_TYPES, MotifConfig
+from motifarch.portable.modeling_motif import check_generation
 
 CODE_FILE = "modeling_motif.py"
 _MARK = "# Written by motifarch"
@@ -53,6 +54,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has model_type {kind!r}; code is written for {' and '.join(MODEL_TYPES)} models only")
     with explained(f"{path} is of no model that motifarch can compute"):
         MotifConfig.from_dict(config)
+        check_generation(config)
     return config
 
 

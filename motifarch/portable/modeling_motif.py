@@ -13,6 +13,7 @@ Hn noise heads.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 PositionEmbeddings = tuple[Tensor, Tensor]
+
+_LATER = (
+    *("attention_cls", "kv_lora_rank", "num_experts", "mhc_enabled", "num_nextn_predict_layers"),
+    *("sliding_window_period", "swa_rope_theta", "polynorm_sigmoid_weight", "polynorm_output_scale"),
+)
+
+
+def check_generation(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a config's fields that Motif-3 has, which this code does not compute."""
+    later = [name for name in _LATER if fields.get(name)]
+    if later:
+        raise ValueError(
+            f"the config has {', '.join(f'{name}={fields[name]!r}' for name in later)}, and this code is of the models "
+            "before Motif-3; install motifarch, which has them (import motifarch.models)"
+        )
 
 
 class MotifConfig(PreTrainedConfig):
@@ -90,7 +106,12 @@ class MotifConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what follows from other fields."""
+        """Fill in what follows from other fields.
+
+        Raises:
+            ValueError: a field of a later generation.
+        """
+        check_generation(kwargs)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_noise_heads is None or self.attention_type == "diff_v1":

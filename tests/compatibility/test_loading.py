@@ -64,7 +64,7 @@ def test_device_map_auto(name: str, tmp_path: Path) -> None:
 @cells()
 def test_device_map_dict(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path / "saved")
-    ends = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    ends = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_embs", "lm_head"), "cpu")
     layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
     maps: list[dict[str, str]] = [{"": "cpu"}, {"": "disk"}, ends | layers]
     if not model.config.tie_word_embeddings:

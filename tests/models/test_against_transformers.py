@@ -97,9 +97,9 @@ def test_yarn_given_as_the_released_files_do():
     position_ids = torch.arange(60)[None]
     scaling = {k: v for k, v in YARN.items() if k != "rope_theta"}
     config = MotifConfig(**SIZES, num_key_value_heads=2, attention_type="softmax", rope_theta=5e5, rope_scaling=scaling)
-    ours = MotifForCausalLM(config).model.rotary_emb(position_ids)
+    ours = MotifForCausalLM(config).model.rotary_embs["full_attention"](position_ids)
     llama = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=dict(YARN)))
     for a, b in zip(ours, llama.model.rotary_emb(torch.zeros(1), position_ids), strict=True):
         assert_agrees(a, b)
     plain = MotifForCausalLM(MotifConfig(**SIZES, num_key_value_heads=2, attention_type="softmax", rope_theta=5e5))
-    assert (plain.model.rotary_emb(position_ids)[0] - ours[0]).abs().max() > 0.1
+    assert (plain.model.rotary_embs["full_attention"](position_ids)[0] - ours[0]).abs().max() > 0.1

@@ -43,7 +43,7 @@ def test_half_of_the_heads_are_noise_in_files_that_do_not_say(given):
         ({"attention_type": "diff_v2"}, "num_noise_heads=2 is not a multiple of the 4 key/value heads"),
         ({"attention_type": "softmax"}, "num_attention_heads=6 must be a multiple of num_key_value_heads=4"),
         ({"attention_type": "diff_v1"}, "'diff_v1' has one noise head for each signal head, but num_noise_heads=2 of"),
-        ({"attention_gate": True}, "attention_gate works with attention_type 'diff_v2' without sub_norm"),
+        ({"attention_gate": True}, "attention_gate works with"),
         ({"paired_kv": False, "num_key_value_heads": 4}, "noise_heads=2 is not a multiple of the 4 key/value heads"),
         ({"paired_kv": True, "attention_type": "diff_v2", "num_key_value_heads": 2}, "paired_kv is on, but"),
         ({"lambda_init": 0.2, "attention_type": "softmax", "num_key_value_heads": 2}, "lambda_init=0.2 works with"),
@@ -78,15 +78,21 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers
         ({"pruned_heads": {"3": [0, 1]}}, r"pruned_heads=\{.*\} is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported; leave it out"),
         ({"kv_lora_rank": 512}, "kv_lora_rank=512 is not supported"),
-        ({"num_experts": 384}, "num_experts=384 is not supported; choose one of 0, 1"),
+        ({"num_experts": 384}, "num_experts=384 needs experts_top_k"),
         ({"quantization_config": {"quant_method": "odd"}}, "quantization_config has quant_method='odd'"),
         ({"num_noise_heads": 5}, "num_heads=16 .* cannot be cut into num_noise_heads=5"),
         ({"num_key_value_heads": 6}, "num_noise_heads=8 is not a multiple of the 3 key/value pairs"),
         (WINDOW | {"max_window_layers": 28}, "max_window_layers=28 is not supported with use_sliding_window on"),
-        (WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 16}, "layer_types has 'full"),
-        ({"layer_types": ["sliding_attention"] * 32}, "layer_types has 'sliding_attention' but use"),
-        ({"layer_types": ["full_attention", "chunked_attention"] * 16}, "layer_types has 'chunked_attention' but"),
-        ({"sliding_window_pattern": 6}, "sliding_window_pattern=6 is not supported; only 1 is"),
+        (
+            WINDOW | {"layer_types": ["sliding_attention", "full_attention"] * 16},
+            "layer_types has 'full_attention' for layer 1",
+        ),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types has 'sliding_attention' for layer 0"),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"] * 16},
+            "layer_types has 'chunked_attention' for layer 1",
+        ),
+        ({"sliding_window_pattern": 6}, "sliding_window_pattern=6 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; only 1 is"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported; choose one of"),
         (
@@ -215,8 +221,8 @@ def test_a_k_ratio_of_one_is_accepted(value):
 
 
 def test_windows_count_the_token_itself():
-    assert tiny_config(sliding_window=7, use_sliding_window=True).window_size == (6, 0)
-    assert tiny_config(sliding_window=7).window_size == (-1, -1)
+    assert tiny_config(sliding_window=7, use_sliding_window=True).windows == [(6, 0)] * 2
+    assert tiny_config(sliding_window=7).windows == [(-1, -1)] * 2
     assert tiny_config(sliding_window=7).layer_types == ["full_attention"] * 2
 
 

@@ -74,7 +74,9 @@ def test_hidden_states(by_config):
     assert len(out.hidden_states) == 3
     assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-    first = model.model.layers[0](out.hidden_states[0], model.model.rotary_emb(torch.arange(9)[None]))
+    first = model.model.layers[0](
+        out.hidden_states[0], model.model.rotary_embs["full_attention"](torch.arange(9)[None])
+    )
     assert torch.equal(first, out.hidden_states[1])
     model.config.output_hidden_states = False
     assert model(input_ids=ids).hidden_states is None

@@ -321,7 +321,7 @@ def test_scaled_rotary_tables_are_transformers_own(tmp_path, scaling):
     for read in (config, MotifConfig.from_pretrained(tmp_path / "again")):
         with torch.device("meta"):
             model = MotifModel(MotifConfig.from_dict(read.to_dict() | {"num_hidden_layers": 1}))
-        for ours, expected in zip(model.rotary_emb(positions), theirs, strict=True):
+        for ours, expected in zip(model.rotary_embs["full_attention"](positions), theirs, strict=True):
             assert_agrees(ours, expected, 5e-4)  # a frequency's rounding to float32, times 2047 positions
 
 
@@ -331,7 +331,7 @@ def test_yarn_s_original_length_may_stand_outside(tmp_path):
     positions = torch.tensor([[0, 1, 7, 63, 511, 2047]])
     theirs = llama_tables(1e6, YARN | {"original_max_position_embeddings": 8192}, positions)
     with torch.device("meta"):
-        ours = MotifModel(MotifConfig.from_pretrained(tmp_path)).rotary_emb(positions)
+        ours = MotifModel(MotifConfig.from_pretrained(tmp_path)).rotary_embs["full_attention"](positions)
     for a, b in zip(ours, theirs, strict=True):
         assert_agrees(a, b, 5e-4)
 
@@ -341,7 +341,9 @@ def test_windows_and_the_long_context_theta_come_from_the_config():
         long = MotifModel(MotifConfig.from_dict(MOTIF_2B | {"num_hidden_layers": 1}))
     assert long.config.max_position_embeddings == 16_384
     positions = torch.tensor([[0, 1, 100, 16_383]])
-    for ours, theirs in zip(long.rotary_emb(positions), llama_tables(5e5, None, positions), strict=True):
+    for ours, theirs in zip(
+        long.rotary_embs["full_attention"](positions), llama_tables(5e5, None, positions), strict=True
+    ):
         assert_agrees(ours, theirs, 2e-3)
     assert long.layers[0].self_attn.window_size == (-1, -1)
     with torch.device("meta"):

@@ -68,16 +68,18 @@ def test_rotary_tables_stay_in_float32(tmp_path, rope):
     source.save_pretrained(tmp_path)
     loaded = MotifForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     positions = torch.arange(200)[None]
-    exact = source.model.rotary_emb(positions)
+    exact = source.model.rotary_embs["full_attention"](positions)
     for model in (loaded, source.bfloat16()):
         assert model.lm_head.weight.dtype == torch.bfloat16
-        for ours, theirs in zip(model.model.rotary_emb(positions, torch.bfloat16), exact, strict=True):
+        for ours, theirs in zip(
+            model.model.rotary_embs["full_attention"](positions, torch.bfloat16), exact, strict=True
+        ):
             assert ours.dtype == torch.float32
             assert torch.equal(ours, theirs)
 
 
 def test_a_pass_on_the_meta_device_leaves_scaled_rotary_tables_whole():
-    rotary, positions = tiny_model(rope_scaling=dict(YARN)).model.rotary_emb, torch.arange(9)[None]
+    rotary, positions = tiny_model(rope_scaling=dict(YARN)).model.rotary_embs["full_attention"], torch.arange(9)[None]
     before = rotary(positions)
     assert rotary(positions.to("meta"))[0].is_meta
     for ours, expected in zip(rotary(positions), before, strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.models.motif.released_fields import LATER
 from motifarch.models.motif.unsupported import ACTIVATIONS, ATTENTION_TYPES
 from motifarch.portable.modeling_motif import MotifConfig as PortableConfig
 from motifarch.train.init_from import config_differences
@@ -18,6 +19,7 @@ from motifarch.train.recipe import ModelSection
 
 # Fields of generation, of tokenizers, or with a single value: nothing to choose in a recipe.
 NOT_TRAINED = {"k_ratio", "attention_dropout", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+NOT_TRAINED |= {"score_func"}
 TRANSFORMERS_OWN = {"rope_theta", "rope_scaling", "attn_implementation"}
 
 
@@ -43,7 +45,7 @@ def test_the_docstring_explains_the_configs_fields() -> None:
 def test_the_portable_config_has_the_same_fields() -> None:
     ours, portable = own(MotifConfig), own(PortableConfig)
     # Of one value there; what a released file says of its layers, here checked and dropped.
-    assert ours.keys() - portable.keys() == {"k_ratio", "attention_dropout"}
+    assert ours.keys() - portable.keys() == {"k_ratio", "attention_dropout", "v_head_dim", *LATER}
     assert portable.keys() - ours.keys() == {"layer_types"}
     assert all(str(ours[name].type) == str(portable[name].type) for name in ours.keys() & portable.keys())
 
@@ -78,17 +80,51 @@ OTHERS: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     "sliding_window": 5,
     "use_sliding_window": True,
+    "sliding_window_period": 2,
+    "swa_rope_theta": 7.0,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 6,
+    "num_experts": 8,
+    "experts_top_k": 1,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "n_dense_first_layers": 1,
+    "interleave_moe_layer_step": 2,
+    "route_norm": False,
+    "route_scale": 2.0,
+    "polynorm_sigmoid_weight": True,
+    "polynorm_output_scale": 0.5,
+    "polynorm_bias_clamp": 0.5,
+    "hidden_clamp": 1.0,
+    "mhc_enabled": True,
+    "mhc_expansion_rate": 2,
+    "mhc_sinkhorn_iters": 3,
+    "mhc_h_post_alpha_end": 1.0,
+    "num_nextn_predict_layers": 1,
     "use_bias": True,
     "tie_word_embeddings": True,
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
+LATENT = {"attention_type": "gdla", "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4}
+STREAMS = {"mhc_enabled": True}
+EXPERTS = {"num_experts": 4, "experts_top_k": 2, "moe_intermediate_size": 16}
 # What a field needs to have an effect.
 NEEDS: dict[str, dict[str, Any]] = {
     "attention_gate": {"attention_type": "diff_v2"},
     "sliding_window": {"use_sliding_window": True, "sliding_window": 4},
     "use_sliding_window": {"sliding_window": 4},
+    "sliding_window_period": WINDOW,
+    "swa_rope_theta": WINDOW,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), LATENT),
+    **dict.fromkeys(("num_experts", "experts_top_k", "num_shared_experts", "moe_intermediate_size"), EXPERTS),
+    **dict.fromkeys(("n_dense_first_layers", "interleave_moe_layer_step", "route_norm", "route_scale"), EXPERTS),
+    **dict.fromkeys(("polynorm_bias_clamp", "hidden_clamp"), EXPERTS),
+    **dict.fromkeys(("mhc_expansion_rate", "mhc_sinkhorn_iters", "mhc_h_post_alpha_end"), STREAMS),
 }
 # They change first weights, or what a length is checked against, but not what weights compute.
-NO_EFFECT = {"initializer_range", "max_position_embeddings"}
+NO_EFFECT = {"initializer_range", "max_position_embeddings", "mhc_identity_init"}
 BASE = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -30,7 +30,8 @@ FIELDS = {name: (kind, default) for name, kind, default in fields(Recipe) if nam
 MAY_BE_NEGATIVE = re.compile(r"model\.lambda_init|parallel\.")
 # With 0 these mean "none" or "from the start".
 MAY_BE_ZERO = re.compile(
-    r"run\.seed|model\.(num_noise_heads|lambda_init)|data\.(ramp|datasets\[0\]\.weight)|batch\.warmup_steps|"
+    r"run\.seed|model\.(num_noise_heads|lambda_init|num_shared_experts|n_dense_first_layers|mhc_h_post_alpha_end|"
+    r"num_nextn_predict_layers)|data\.(ramp|datasets\[0\]\.weight)|batch\.warmup_steps|"
     r"optim\.(lr$|momentum|weight_decay|z_loss|warmup_steps|decay_steps|min_lr_ratio)|"
     r"checkpoint\.keep_last|(average|validation)\.every|lora\.(rank|dropout)"
 )
@@ -147,7 +148,8 @@ RIGHT = {name: right_values(*about) for name, about in FIELDS.items()} | {"run.s
 # Right by themselves, but not with the rest of this recipe, on one CPU, or without an extra.
 REFUSED_HERE = re.compile(
     r"model\.(num_(attention|noise|key_value)_heads|head_dim|attention_type|paired_kv|attention_gate)|parallel\.|"
-    r"model\.(use_sliding_window|attn_implementation)|data\.datasets$|optim\.warmup_steps|precision\.matmul"
+    r"model\.(use_sliding_window|attn_implementation|q_lora_rank|kv_lora_rank|qk_rope_head_dim|num_experts|mhc_enabled|"
+    r"sliding_window_period|polynorm_bias_clamp|hidden_clamp)|data\.datasets$|optim\.warmup_steps|precision\.matmul"
 )
 
 

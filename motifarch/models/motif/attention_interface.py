@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from motifarch.layers.base_attention import BaseAttention
-from motifarch.models.motif.configuration_motif import MotifConfig
+from motifarch.models.motif.configuration_motif import FULL, WINDOW, MotifConfig
 
 _PAGED = "paged|"  # what transformers puts before the name of an attention that takes continuous batching's cache
 
@@ -46,7 +46,7 @@ class InterfaceAttention:
         self,
         config: MotifConfig,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor] | None,
         position_ids: Tensor,
         past_key_values: Cache | None,
         served: dict[str, Any],
@@ -55,9 +55,13 @@ class InterfaceAttention:
         self._mask: Any = attention_mask
         self._options = {"position_ids": position_ids, **{name: served[name] for name in _SERVED if name in served}}
         if not is_served(served):
-            windowed = config.window_size != (-1, -1)
-            make = create_sliding_window_causal_mask if windowed else create_causal_mask
-            self._mask = make(config, hidden_states, attention_mask, past_key_values, position_ids=position_ids)
+            makers: dict[str, Any] = {FULL: create_causal_mask, WINDOW: create_sliding_window_causal_mask}
+            self._mask = {
+                config.window_of(kind): makers[kind](
+                    config, hidden_states, attention_mask, past_key_values, position_ids=position_ids
+                )
+                for kind in set(config.layer_types)
+            }
 
     def __call__(self, layer: BaseAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries (B, S, H, D), keys and values (B, keys, Hk, D) -> (B, S, H, Dv)."""
@@ -70,10 +74,9 @@ class InterfaceAttention:
         name = str(config._attn_implementation).removeprefix(_PAGED)  # its cache is up to date
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, _plain_attention)
         scale = layer.head_dim**-0.5 if layer.softmax_scale is None else layer.softmax_scale
-        window = config.sliding_window if config.use_sliding_window else None
-        out, _ = attend(
-            layer, query, key, value, self._mask, dropout=0.0, scaling=scale, sliding_window=window, **options
-        )
+        window = None if layer.window_size[0] < 0 else layer.window_size[0] + 1
+        mask = self._mask[layer.window_size] if isinstance(self._mask, dict) else self._mask
+        out, _ = attend(layer, query, key, value, mask, dropout=0.0, scaling=scale, sliding_window=window, **options)
         return out.reshape(query.shape[0], query.shape[2], -1, value.shape[-1])
 
 

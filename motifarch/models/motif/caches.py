@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from motif_kernels.ops import is_exporting
 from motifarch.layers import PaddingMask
+from motifarch.models.motif.configuration_motif import MotifConfig
 
 
 def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
@@ -42,6 +43,22 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
     return int(seen)
 
 
+def fit_windows(past_key_values: Cache | None, config: MotifConfig) -> None:
+    """Gives a new cache room for the window of latent attention: transformers counts sliding_window
+    with the query's own token, and Motif-3 has one more.
+    """
+    if past_key_values is None or not config.is_latent:
+        return
+    layers: list[Any] = past_key_values.layers
+    for layer in layers:
+        if not layer.is_sliding or layer.is_initialized:
+            continue
+        if getattr(layer, "sliding_window", None) == config.sliding_window:
+            layer.sliding_window += 1
+        elif getattr(layer, "max_cache_len", None) == config.sliding_window:
+            layer.max_cache_len += 1
+
+
 class AttentionMask(NamedTuple):
     """What a mask over all tokens asks for, in the words of the attention layers; at most one."""
 
@@ -59,9 +76,12 @@ def read_attention_mask(
     seen: int | Tensor,
     past_key_values: Cache | None,
     window_size: tuple[int, int],
+    layer_idx: int = 0,
 ) -> AttentionMask:
     """What a mask asks for: one over all tokens, (B, seen + num_new), 0 for padding; or one that
     says itself what each token sees, (B or 1, 1 or heads, num_new, places).
+
+    The window is that of layer ``layer_idx`` and those like it.
 
     Raises:
         ValueError: a mask of another shape, or padding for which a window's cache dropped tokens.
@@ -85,8 +105,8 @@ def read_attention_mask(
     if left_only(real) and not torch.is_grad_enabled():
         return AttentionMask(leftpad=padding_on_the_left(real))
     if past_key_values.is_compileable:
-        return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size))
-    _places(real, num_new, past_key_values, window_size)
+        return AttentionMask(visible=visible_places(real, num_new, past_key_values, window_size, layer_idx))
+    _places(real, num_new, past_key_values, window_size, layer_idx)
     return AttentionMask(padding=PaddingMask(real, num_new))
 
 
@@ -101,7 +121,9 @@ def padding_on_the_left(mask: Tensor) -> Tensor:
     return (mask == 0).sum(dim=1, dtype=torch.int32)
 
 
-def visible_places(mask: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int]) -> Tensor:
+def visible_places(
+    mask: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int], layer_idx: int = 0
+) -> Tensor:
     """Which places of a static cache each new token sees, (B, 1, num_new, places): one shape for
     all lengths.
 
@@ -109,10 +131,11 @@ def visible_places(mask: Tensor, num_new: int, past_key_values: Cache, window_si
         mask: (B, total), 0 for padding, wherever it is.
         num_new: the last of its columns.
         past_key_values: the cache.
-        window_size: of the model.
+        window_size: of the layers that it is for.
+        layer_idx: one of them.
     """
     real, total = mask.bool(), mask.shape[1]
-    places, dropped = _places(real, num_new, past_key_values, window_size)
+    places, dropped = _places(real, num_new, past_key_values, window_size, layer_idx)
     keys = real.cumsum(dim=1)  # real tokens are neighbours
     queries, keys, real = keys[:, -num_new:, None], keys[:, None, dropped:], real[:, None, dropped:]
     visible = real & (keys <= queries)
@@ -121,14 +144,16 @@ def visible_places(mask: Tensor, num_new: int, past_key_values: Cache, window_si
     return nn.functional.pad(visible, (0, places - (total - dropped)))[:, None]
 
 
-def _places(real: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int]) -> tuple[int, int]:
+def _places(
+    real: Tensor, num_new: int, past_key_values: Cache, window_size: tuple[int, int], layer_idx: int
+) -> tuple[int, int]:
     """How many places a cache will show to the last ``num_new`` of a mask's tokens (B, total), and
     how many tokens it dropped before these: a window's cache keeps the last ones, padding too.
 
     Raises:
         ValueError: a token that was dropped is in the window of a new one.
     """
-    places, dropped = past_key_values.get_mask_sizes(num_new, 0)
+    places, dropped = past_key_values.get_mask_sizes(num_new, layer_idx)
     kept = real[:, dropped:-num_new].sum(dim=1)
     if dropped and bool((real[:, :dropped].any(dim=1) & (kept < window_size[0])).any()):
         raise ValueError(

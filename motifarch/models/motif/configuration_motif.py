@@ -7,8 +7,17 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.auto_map import AutoMapMixin
 from motifarch.layers.head_counts import check_heads
-from motifarch.models.motif.rope_fields import with_standard_names
-from motifarch.models.motif.unsupported import check_one_window, check_ranges, check_rope_agrees, check_supported
+from motifarch.models.motif.released_fields import read_released, write_released
+from motifarch.models.motif.rope_fields import latent_parameters, with_standard_names
+from motifarch.models.motif.unsupported import (
+    check_latent,
+    check_layer_types,
+    check_not_latent,
+    check_ranges,
+    check_rope_agrees,
+    check_sparse,
+    check_supported,
+)
 
 MODEL_TYPES = ("Motif", "motif")
 """A folder's ``model_type``: the released ones say "Motif", and "motif" is accepted as well."""
@@ -16,12 +25,20 @@ MODEL_TYPES = ("Motif", "motif")
 PAIRED_TYPES = ("gda", "diff_v1")
 """Attention types whose lambda is a parameter of the layer, and whose keys may come in pairs."""
 
+LATENT_TYPES = ("gdla", "mla")
+"""Attention types whose queries, keys and values come from low-rank latents."""
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+"""transformers' names of layers that see all tokens, and of those with a window."""
+
 SHARED_STYLE = "motif_shared"
 """Name of the style of tensor parallelism that is ours: see `tensor_parallel.py`."""
 
 
 def tensor_parallel_plan(config: "MotifConfig") -> dict[str, str]:
     """Styles of transformers: heads, feed-forward columns and the vocabulary are shared."""
+    if config.attention_type in LATENT_TYPES or config.num_experts or config.mhc_enabled:
+        return {}
     plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn": SHARED_STYLE}
     columns = ["q_proj", "k_proj", "v_proj"]
     if config.attention_type == "diff_v2":
@@ -47,12 +64,13 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
             num_attention_heads.
         head_dim: width D of a query/key head; default hidden_size // num_attention_heads.
         num_noise_heads: noise heads; None means half of the heads.
-        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2" or
-            "softmax".
+        attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2",
+            "softmax"; with latents "gdla" (Motif-3) or "mla" (softmax).
         paired_kv: whether keys come in pairs, one for signal and one for noise, with values of
             twice head_dim; false leaves ordinary key/value heads and their cache. None means yes
             for "gda" and "diff_v1"; no other type has pairs.
-        attention_gate: with "diff_v2", an elementwise sigmoid gate on the difference.
+        attention_gate: with "diff_v2", "gdla" and "mla", an elementwise sigmoid gate on the
+            difference. The released files' ``elementwise_attn_output_gate`` is accepted.
         sub_norm: RMS-normalise each head's output; None means yes for "gda" and "diff_v1", no for
             "diff_v2".
         qk_norm: RMS-normalise query and key heads.
@@ -68,8 +86,39 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         max_position_embeddings: positions the model was made for.
         rope_parameters: transformers' rotary parameters; the released files' ``rope_theta`` and
             ``rope_scaling`` are accepted.
-        sliding_window: tokens a query sees, itself included; used if use_sliding_window.
-        use_sliding_window: switch for sliding_window, in all layers.
+        sliding_window: tokens a query sees, itself included; with latent attention it is one more,
+            as Motif-3 counts. Used if use_sliding_window.
+        use_sliding_window: switch for sliding_window, in all layers or those that the period
+            leaves.
+        sliding_window_period: every so many layers, from the first, one sees all tokens; None for
+            none.
+        swa_rope_theta: theta of layers with a window, which then have no other rotary scaling; None
+            means those of all layers.
+        q_lora_rank: rank of the queries' latent, with "gdla" and "mla".
+        kv_lora_rank: rank of the keys' and values' latent.
+        qk_rope_head_dim: columns of a query/key head that are rotated: its last ones.
+        v_head_dim: width of a value head; default the columns that are not rotated. Of other types
+            it follows from head_dim.
+        num_experts: experts of a layer; None for dense feed-forward blocks alone.
+        experts_top_k: of which each token takes so many.
+        num_shared_experts: and all tokens these, as one feed-forward block of so many times the
+            width.
+        moe_intermediate_size: width of an expert.
+        n_dense_first_layers: layers at the start without experts.
+        interleave_moe_layer_step: of the others, each so manyth has experts.
+        score_func: what makes scores of the router's logits: "sigmoid".
+        route_norm: divide a token's weights by their sum.
+        route_scale: multiplies them.
+        polynorm_sigmoid_weight: PolyNorm's weights are the sigmoid of its parameters.
+        polynorm_output_scale: multiplies PolyNorm's product, before the down projection.
+        polynorm_bias_clamp: bound of the routed experts' PolyNorm bias.
+        hidden_clamp: bound of the routed experts' hidden values.
+        mhc_enabled: hyper-connections around each sublayer in place of a residual stream.
+        mhc_expansion_rate: streams.
+        mhc_sinkhorn_iters: normalisations of the matrix that mixes them.
+        mhc_identity_init: start as a plain pre-norm model.
+        mhc_h_post_alpha_end: a sublayer's output is multiplied by up to 1 + this.
+        num_nextn_predict_layers: 1 for a layer that predicts the token after the next one.
         use_bias: biases in the linear layers.
         tie_word_embeddings: share the embedding with the output projection.
         initializer_range: standard deviation of the initial weights.
@@ -109,6 +158,31 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = False
+    sliding_window_period: int | None = None
+    swa_rope_theta: float | int | None = None
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    num_experts: int | None = None
+    experts_top_k: int | None = None
+    num_shared_experts: int = 1
+    moe_intermediate_size: int | None = None
+    n_dense_first_layers: int = 0
+    interleave_moe_layer_step: int = 1
+    score_func: str = "sigmoid"
+    route_norm: bool = True
+    route_scale: float | int = 1.0
+    polynorm_sigmoid_weight: bool = False
+    polynorm_output_scale: float | int = 1.0
+    polynorm_bias_clamp: float | int | None = None
+    hidden_clamp: float | int | None = None
+    mhc_enabled: bool = False
+    mhc_expansion_rate: int = 4
+    mhc_sinkhorn_iters: int = 20
+    mhc_identity_init: bool = False
+    mhc_h_post_alpha_end: float | int = 0.0
+    num_nextn_predict_layers: int = 0
     use_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -121,25 +195,27 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what follows from other fields."""
+        for name, value in read_released(kwargs).items():
+            setattr(self, name, value)
         check_ranges(vars(self))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self._fill_v_head_dim()
         layer_types = kwargs.pop("layer_types", None)
         check_rope_agrees(self.rope_parameters, kwargs)
         # Copies, for transformers fills them in. It takes the older field alone, if it is there.
         if kwargs.get("rope_scaling"):
-            fields = (self.rope_parameters or {}) | kwargs["rope_scaling"]
-            kwargs["rope_scaling"] = with_standard_names(fields, self.max_position_embeddings)
+            kwargs["rope_scaling"] = self._standard_rope((self.rope_parameters or {}) | kwargs["rope_scaling"])
         if self.rope_parameters is not None:
-            self.rope_parameters = with_standard_names(self.rope_parameters, self.max_position_embeddings)
+            self.rope_parameters = self._standard_rope(self.rope_parameters)
         # Of the instance, for it depends on the fields; transformers does not save it.
         self.base_model_tp_plan = tensor_parallel_plan(self)  # type: ignore[misc]
         super().__post_init__(**kwargs)
         # transformers validates as well, but wraps the ValueError in an error of another kind.
         self.validate_architecture()
-        check_one_window(vars(self), layer_types, self.layer_type)
+        check_layer_types(vars(self), layer_types, self.layer_types)
 
     @classmethod
     def get_config_dict(cls, *arguments: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -168,12 +244,32 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         output["rope_theta"] = parameters.pop("rope_theta", self.default_theta)
         output["rope_scaling"] = parameters if parameters.get("rope_type", "default") != "default" else None
         output["layer_types"] = self.layer_types
-        return output
+        return write_released(output, self)
+
+    def _standard_rope(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Rotary parameters in transformers' words."""
+        if self.is_latent:
+            parameters = latent_parameters(parameters)
+        return with_standard_names(parameters, self.max_position_embeddings)
+
+    def _fill_v_head_dim(self) -> None:
+        """Set the width of a value head where it follows from others."""
+        assert self.head_dim is not None
+        if self.is_latent:
+            if self.v_head_dim is None and self.qk_rope_head_dim is not None:
+                self.v_head_dim = self.head_dim - self.qk_rope_head_dim
+        else:
+            self.v_head_dim = 2 * self.head_dim if self.has_paired_kv else self.head_dim
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is over latents."""
+        return self.attention_type in LATENT_TYPES
 
     @property
     def noise_heads(self) -> int:
         """Noise heads, with the default filled in; 0 for softmax attention."""
-        if self.attention_type == "softmax":
+        if self.attention_type in ("softmax", "mla"):
             return 0
         if self.num_noise_heads is None or self.attention_type == "diff_v1":
             return self.num_attention_heads // 2
@@ -187,44 +283,61 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         return self.paired_kv
 
     @property
-    def v_head_dim(self) -> int:
-        """Width Dv of a value head as attention sees it."""
-        assert self.head_dim is not None  # filled in by __post_init__
-        return 2 * self.head_dim if self.has_paired_kv else self.head_dim
-
-    @property
-    def value_width(self) -> int:
-        """The name of :attr:`v_head_dim` in 0.1.0, deprecated."""
+    def value_width(self) -> int | None:
+        """The name of ``v_head_dim`` in 0.1.0, deprecated."""
         return self.v_head_dim
 
     @property
+    def rotary_dim(self) -> int:
+        """Columns of a query/key head that are rotated."""
+        width = self.qk_rope_head_dim if self.is_latent else self.head_dim
+        assert width is not None  # filled in by __post_init__
+        return width
+
+    @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches read; without it they would take sliding_window as used."""
-        return [self.layer_type] * self.num_hidden_layers
+        """Of each layer, in transformers' words, what its caches read; without it they would take
+        sliding_window as used.
+        """
+        if not self.use_sliding_window or self.sliding_window is None:
+            return [FULL] * self.num_hidden_layers
+        period = self.sliding_window_period
+        return [WINDOW if period is None or i % period else FULL for i in range(self.num_hidden_layers)]
+
+    def window_of(self, layer_type: str) -> tuple[int, int]:
+        """The inclusive (left, right) window of the attention functions, in layers of a type."""
+        if layer_type == FULL:
+            return (-1, -1)
+        assert self.sliding_window is not None
+        return (self.sliding_window if self.is_latent else self.sliding_window - 1, 0)
 
     @property
-    def layer_type(self) -> str:
-        """Of every layer, in transformers' words."""
-        return "full_attention" if self.window_size == (-1, -1) else "sliding_attention"
+    def windows(self) -> list[tuple[int, int]]:
+        """The window of each layer."""
+        return [self.window_of(kind) for kind in self.layer_types]
 
-    @property
-    def window_size(self) -> tuple[int, int]:
-        """The inclusive (left, right) window of the attention functions."""
-        if self.use_sliding_window and self.sliding_window is not None:
-            return (self.sliding_window - 1, 0)
-        return (-1, -1)
+    def has_experts(self, layer_idx: int) -> bool:
+        """Whether a layer's feed-forward block is a mixture of experts."""
+        after = layer_idx - self.n_dense_first_layers
+        return bool(self.num_experts) and after >= 0 and after % self.interleave_moe_layer_step == 0
 
     def validate_architecture(self) -> None:
         """Check that the layers can compute it; transformers calls this when a config is made."""
         check_ranges(vars(self))
         check_supported(vars(self))
+        self._fill_v_head_dim()
+        check_sparse(self)
         if self.use_sliding_window and (self.sliding_window or 0) < 1:
             raise ValueError(
                 f"use_sliding_window is on but sliding_window={self.sliding_window}; give at least 1 token"
             )
         assert self.num_key_value_heads is not None  # filled in by __post_init__
         assert self.head_dim is not None
-        if self.head_dim % 2:
+        if self.is_latent:
+            check_latent(self)
+        else:
+            check_not_latent(self)
+        if not self.is_latent and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs")
         if self.attention_type not in PAIRED_TYPES:
             only = f"with attention_type {' and '.join(PAIRED_TYPES)} only, not {self.attention_type!r}; leave it null"
@@ -237,7 +350,9 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
                 f"lambda_init={self.lambda_init} and lambda_init_depth_offset={self.lambda_init_depth_offset} are both "
                 "given; give the constant or where its depth is counted from"
             )
-        if self.attention_type == "softmax":
+        if self.attention_type in ("softmax", "mla"):
+            if self.attention_gate and self.attention_type == "softmax":
+                raise ValueError("attention_gate works with attention_type 'diff_v2', 'gdla' and 'mla' only")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
                     f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -250,8 +365,8 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
                 f"num_noise_heads={self.num_noise_heads} of "
                 f"num_attention_heads={self.num_attention_heads}; leave it null, or choose attention_type 'gda'"
             )
-        if self.attention_gate and (self.attention_type != "diff_v2" or self.sub_norm):
-            raise ValueError("attention_gate works with attention_type 'diff_v2' without sub_norm only")
+        if self.attention_gate and (self.attention_type in PAIRED_TYPES or self.sub_norm):
+            raise ValueError("attention_gate works with attention_type 'diff_v2', 'gdla' and 'mla' without sub_norm")
         check_heads(
             self.num_attention_heads, self.noise_heads, self.num_key_value_heads, paired_keys=self.has_paired_kv
         )

@@ -10,7 +10,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from motifarch.models.motif.modeling_motif import MotifPreTrainedModel
+from motifarch.models.motif.base_model import MotifPreTrainedModel
 
 
 class MotifWithHead(MotifPreTrainedModel):

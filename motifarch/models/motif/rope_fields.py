@@ -42,3 +42,20 @@ def with_standard_names(parameters: Mapping[str, Any], max_position_embeddings: 
         usual = 1.0 if scaled is False or factor <= 1 else 0.1 * math.log(factor) + 1.0
         result["attention_factor"] = usual * (1.0 if share is None else share)
     return result
+
+
+def latent_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters of latent attention, whose ``mscale`` is the logits' and leaves cosines and
+    sines as they are: Motif-3 says so with ``apply_yarn_scaling`` false.
+
+    Raises:
+        ValueError: naming a value that no computation here honours.
+    """
+    result = dict(parameters)
+    scaled = result.pop("apply_yarn_scaling", None)
+    if scaled not in (None, False):
+        raise ValueError(
+            f"apply_yarn_scaling={scaled!r} is not supported with latent attention, whose mscale scales the logits; "
+            "set it to false"
+        )
+    return result

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from motifarch.layers import PolyNorm
-from motifarch.layers.base_attention import BaseAttention
+from motifarch.layers.projected_attention import ProjectedAttention
 from motifarch.models.motif.configuration_motif import SHARED_STYLE
 
 
@@ -26,7 +26,7 @@ class SharedParallel(TensorParallelLayer):
             ValueError: heads that the ranks cannot share.
         """
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        if isinstance(module, BaseAttention):
+        if isinstance(module, ProjectedAttention):
             check_shared_heads(module, dist.get_world_size(group))
             module.share_heads(group)
         elif isinstance(module, PolyNorm):
@@ -36,7 +36,7 @@ class SharedParallel(TensorParallelLayer):
         return module
 
 
-def check_shared_heads(attention: BaseAttention, ranks: int) -> None:
+def check_shared_heads(attention: ProjectedAttention, ranks: int) -> None:
     """Checks that each rank can have whole groups of an attention layer's heads.
 
     Raises:

@@ -11,10 +11,11 @@ from dataclasses import fields as fields_of
 from typing import Any
 
 from motifarch.errors import UserError
+from motifarch.layers.grouped_differential_latent_attention import check_rotary_part
 from motifarch.model_section import ModelSection
 from motifarch.typed_yaml import TypedYaml
 
-ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax")
+ATTENTION_TYPES = ("gda", "diff_v1", "diff_v2", "softmax", "gdla", "mla")
 ACTIVATIONS = ("poly_norm", "silu")
 
 ACCEPTED: dict[str, tuple[Any, ...]] = {
@@ -26,13 +27,12 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
-    "sliding_window_pattern": (1,),
+    "sliding_window_pattern": (1, "interleave"),
+    "score_func": ("sigmoid",),
+    "num_nextn_predict_layers": (0, 1),
+    "rope_interleave": (False,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
-    # The family's later models: their attention is latent, their feed-forward routed.
-    "num_experts": (0, 1),
-    "q_lora_rank": (),
-    "kv_lora_rank": (),
 }
 """A field's values; null, like a field that is not there, is always accepted."""
 
@@ -91,28 +91,97 @@ def check_ranges(fields: Mapping[str, Any]) -> None:
         raise ValueError(str(error)) from None
 
 
-def check_one_window(fields: Mapping[str, Any], layer_types: list[str] | None, computed: str) -> None:
-    """Checks that no field, nor a folder's layer_types, asks for a window in some layers only,
-    where every layer has the type ``computed``.
+def check_layer_types(fields: Mapping[str, Any], layer_types: list[str] | None, computed: list[str]) -> None:
+    """Checks that a folder's layer_types are those that follow from the other fields.
 
     Raises:
         ValueError: naming the field and its value.
     """
     if not isinstance(layer_types, list | tuple | None) or not all(isinstance(t, str) for t in layer_types or ()):
         raise ValueError(f"layer_types={layer_types!r} is not supported; give a list of texts, or leave it out")
-    others = sorted(set(layer_types or ()) - {computed})
-    if others:
-        raise ValueError(
-            f"layer_types has {', '.join(map(repr, others))} but use_sliding_window={fields['use_sliding_window']} "
-            f"with sliding_window={fields['sliding_window']} makes every layer {computed!r}; all layers have one "
-            "window or none: change these fields, or leave layer_types out"
-        )
+    # Whoever changes the number of layers may leave the list as it was.
+    for i, (said, kind) in enumerate(zip(layer_types or (), computed, strict=False)):
+        if said != kind:
+            raise ValueError(
+                f"layer_types has {said!r} for layer {i} but use_sliding_window={fields['use_sliding_window']}, "
+                f"sliding_window={fields['sliding_window']} and a period of {fields['sliding_window_period']} "
+                f"make it {kind!r}: change these fields, or leave layer_types out"
+            )
     full = fields.get("max_window_layers")
-    if full and fields["use_sliding_window"]:
+    if full and fields["use_sliding_window"] and fields["sliding_window_period"] is None:
         raise ValueError(
             f"max_window_layers={full} is not supported with use_sliding_window on: it leaves the first {full} layers "
-            "without the window, and all layers have one window here; set it to 0, or use_sliding_window to false"
+            "without the window, which sliding_window_period alone does here; set it to 0, or use_sliding_window to "
+            "false"
         )
+
+
+def check_latent(config: Any) -> None:
+    """Checks the widths and ranks of latent attention.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
+        if getattr(config, name) is None:
+            raise ValueError(f"attention_type {config.attention_type!r} needs {name}, which is not given")
+    check_rotary_part(config.head_dim, config.qk_rope_head_dim)
+    for name in ("sub_norm", "qk_norm", "use_bias"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is on, which attention_type {config.attention_type!r} does not have")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") not in ("default", "yarn"):
+        raise ValueError(f"rope_type={rope['rope_type']!r} is not supported with latent attention; 'yarn' is")
+    for name, inner in (("rope_factor", "factor"), ("original_seq_len", "original_max_position_embeddings")):
+        outer = getattr(config, name, None)
+        if rope.get("rope_type") == "yarn" and outer is not None and outer != rope.get(inner):
+            raise ValueError(f"{name}={outer} but rope_scaling has {inner}={rope.get(inner)}; make them equal")
+
+
+def check_not_latent(config: Any) -> None:
+    """Checks that no field is of latent attention, where another type is asked for.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(config, name)} is not supported with attention_type {config.attention_type!r}; it is "
+                "of 'gdla' and 'mla': change attention_type, or leave it out"
+            )
+
+
+def check_sparse(config: Any) -> None:
+    """Checks experts, hyper-connections, the window's period and multi-token prediction.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    if config.num_experts:
+        for name in ("experts_top_k", "moe_intermediate_size"):
+            if getattr(config, name) is None:
+                raise ValueError(f"num_experts={config.num_experts} needs {name}, which is not given")
+        if config.experts_top_k > config.num_experts:
+            raise ValueError(
+                f"experts_top_k={config.experts_top_k} is more than num_experts={config.num_experts}; each token takes "
+                f"1 to {config.num_experts} experts"
+            )
+        if config.use_bias:
+            raise ValueError("use_bias is on, which experts do not have; set it to false")
+    elif config.polynorm_bias_clamp is not None or config.hidden_clamp is not None:
+        name = "hidden_clamp" if config.polynorm_bias_clamp is None else "polynorm_bias_clamp"
+        raise ValueError(f"{name} is of routed experts, and num_experts is {config.num_experts}; leave it null")
+    if config.mhc_enabled and config.mhc_expansion_rate < 2:
+        raise ValueError(
+            f"mhc_expansion_rate={config.mhc_expansion_rate} with mhc_enabled; hyper-connections mix two streams or "
+            "more: a single one is mhc_enabled false"
+        )
+    period = config.sliding_window_period
+    if period is not None and not config.use_sliding_window:
+        raise ValueError(f"sliding_window_period={period} without use_sliding_window; leave it null")
+    if getattr(config, "sliding_window_pattern", None) == "interleave" and config.use_sliding_window and period is None:
+        raise ValueError("sliding_window_pattern is 'interleave' without sliding_window_period; give the period")
 
 
 def check_rope_agrees(parameters: Mapping[str, Any] | None, older: Mapping[str, Any]) -> None:
