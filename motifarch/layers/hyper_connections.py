@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from motifarch.layers.autocast import without_autocast
 from motifarch.layers.rms_norm import RMSNorm
 
 _GATE_BOUND, _MIX_BOUND = 10.0, 20.0
@@ -32,11 +33,12 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
 
     Each iteration divides rows by their sums and then columns by theirs (Sinkhorn and Knopp, 1967).
     """
-    matrix = logits.exp()
+    # With the n x n in front, each operator runs through long rows.
+    matrix = logits.movedim((-2, -1), (0, 1)).contiguous().exp()
     for _ in range(iterations):
-        matrix = matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=_LEAST_SUM)
-        matrix = matrix / matrix.sum(dim=-2, keepdim=True).clamp(min=_LEAST_SUM)
-    return matrix
+        matrix = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=_LEAST_SUM)
+        matrix = matrix / matrix.sum(dim=0, keepdim=True).clamp(min=_LEAST_SUM)
+    return matrix.movedim((0, 1), (-2, -1)).contiguous()  # for products
 
 
 class XavierLinear(nn.Linear):
@@ -173,9 +175,10 @@ class HyperConnections(nn.Module):
             )
         pre, post, mix = self.maps(streams)
         wide = streams.to(mix.dtype)
-        out = sublayer((pre[..., None] * wide).sum(dim=-2).to(streams.dtype))
+        with without_autocast(streams):
+            read, mixed = (pre.unsqueeze(-2) @ wide).squeeze(-2), mix @ wide
+        out = sublayer(read.to(streams.dtype))
         out, *extra = out if isinstance(out, tuple) else (out,)
-        mixed = (mix[..., None] * wide.unsqueeze(-3)).sum(dim=-2)
         result = (mixed + post[..., None] * out.to(mix.dtype).unsqueeze(-2)).to(streams.dtype)
         return (result, *extra) if extra else result
 

@@ -1,11 +1,12 @@
 """Which experts each token goes to, with what weights."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from motifarch.layers.autocast import without_autocast
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
@@ -24,8 +25,8 @@ class _Float32Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype, kind = torch.promote_types(x.dtype, torch.float32), x.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 

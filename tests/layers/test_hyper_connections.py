@@ -144,6 +144,17 @@ def test_bfloat16_rounds_once():
     assert (out.double() - exact).abs().max() < 0.03 * exact.abs().max()
 
 
+def test_autocast_does_not_round_the_streams():
+    m = connections().float()
+    streams = torch.randn(9, STREAMS, SIZE)
+    with torch.no_grad():
+        for projection in (m.proj_pre, m.proj_post, m.proj_res):
+            projection.weight.zero_()  # their products may be rounded
+    plain = m(streams, torch.tanh)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_agrees(m(streams, torch.tanh), plain, 1e-6)
+
+
 def test_parameters_are_the_released_models_():
     module = HyperConnections(SIZE, num_streams=4)
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
