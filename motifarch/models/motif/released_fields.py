@@ -46,10 +46,10 @@ def read_released(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_released(output: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A config's dict with the released names, and without what its generation does not have."""
+    """A config's dict with the released names; one that asks for nothing of Motif-3 is Motif-2's."""
     defaults = type(config).__dataclass_fields__
-    for name in LATER:
-        if output.get(name) == defaults[name].default:
+    if all(output.get(name) == defaults[name].default for name in LATER):
+        for name in LATER:
             output.pop(name, None)
     if not config.is_latent:
         output.pop("v_head_dim", None)

@@ -172,6 +172,13 @@ def check_sparse(config: Any) -> None:
     elif config.polynorm_bias_clamp is not None or config.hidden_clamp is not None:
         name = "hidden_clamp" if config.polynorm_bias_clamp is None else "polynorm_bias_clamp"
         raise ValueError(f"{name} is of routed experts, and num_experts is {config.num_experts}; leave it null")
+    of_poly_norm = {"polynorm_sigmoid_weight": False, "polynorm_output_scale": 1, "polynorm_bias_clamp": None}
+    for name, plain in of_poly_norm.items():
+        if config.hidden_act != "poly_norm" and getattr(config, name) != plain:
+            raise ValueError(
+                f"{name}={getattr(config, name)} is of PolyNorm, and hidden_act is {config.hidden_act!r}; set it to "
+                f"{plain!r}, or hidden_act to 'poly_norm'"
+            )
     if config.mhc_enabled and config.mhc_expansion_rate < 2:
         raise ValueError(
             f"mhc_expansion_rate={config.mhc_expansion_rate} with mhc_enabled; hyper-connections mix two streams or "
