@@ -94,4 +94,6 @@ def test_a_folder_keeps_the_released_fields(tmp_path: Path) -> None:
     assert ROPE.items() <= written["rope_scaling"].items()
     again = MotifForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(1, 15)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    # A file's tensors lie elsewhere in memory, where products of odd widths sum in another order.
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())

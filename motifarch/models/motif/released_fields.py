@@ -46,7 +46,7 @@ def read_released(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_released(output: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A config's dict with the released names; one that asks for nothing of Motif-3 is Motif-2's."""
+    """A config's dict with the released names; one without anything of Motif-3 is Motif-2's."""
     defaults = type(config).__dataclass_fields__
     if all(output.get(name) == defaults[name].default for name in LATER):
         for name in LATER:
