@@ -98,5 +98,11 @@ FilePath = Annotated[
 ]
 """A file's or a folder's path, as text."""
 
+LossByLayer = Annotated[
+    dict[Annotated[int, Field(ge=0, lt=2048)], Weight],
+    WithJsonSchema({"type": "object", "accepted": "layers' indices with a weight each, such as {2: 2.4e-4}"}),
+]
+"""A loss's weights by the index of a layer."""
+
 Matmul = Literal["compute", "fp8", "mxfp8"]
 """`compute`: the compute dtype; `fp8`: E4M3, a scale a row; `mxfp8`: E4M3, a scale for 32."""

@@ -13,7 +13,8 @@ from motifarch.integrations.unilm import attention_from_unilm
 from motifarch.layers import GroupedDifferentialAttention
 from motifarch.layout import Layout
 from motifarch.models.motif import MotifConfig
-from motifarch.train.recipe import RECIPES, check_recipe
+from motifarch.train.recipe import RECIPES
+from motifarch.train.recipe_rules import check_recipe
 
 COLLECTED = collect()
 

@@ -21,6 +21,8 @@ _ATTENTION = {
     "diff_v1": "differential attention (arXiv 2410.05258)",
     "diff_v2": "DIFF V2 attention",
     "softmax": "softmax attention",
+    "gdla": "grouped differential attention from latents (arXiv 2608.09119)",
+    "mla": "softmax attention from latents (arXiv 2405.04434)",
 }
 _HUB = "hf:"
 

@@ -72,7 +72,7 @@ class Router(nn.Module):
         self.top_k, self.route_norm, self.route_scale, self.score_func = top_k, route_norm, route_scale, score_func
         self.gate = _Float32Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, *, bias: Tensor | None = None, noise: float = 0.0) -> Routing:
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, noise: float | Tensor = 0.0) -> Routing:
         """Route tokens x (T, E).
 
         Args:
@@ -82,7 +82,7 @@ class Router(nn.Module):
                 torch's global generator of the device.
         """
         logits: Tensor = self.gate(x)
-        if noise:
+        if isinstance(noise, Tensor) or noise:  # a tensor is not asked for its value
             logits = logits + noise * torch.randn_like(logits)
         scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
         preference = scores.detach()

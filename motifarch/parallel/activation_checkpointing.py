@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 
 Recompute = Literal["none", "full", "selective"] | int
@@ -25,7 +26,7 @@ def check_activation_checkpointing(recompute: Recompute) -> None:
 def _kept() -> set[Any]:
     """Operators whose results are dear to compute again for the memory they take."""
     names = [("aten", "mm"), ("aten", "addmm"), ("aten", "bmm"), ("aten", "_scaled_mm"), ("motif", "diff_attention")]
-    names += [("motif", "blocked_attention"), ("motif", "segmented_attention")]
+    names += [("motif", "grouped_product"), ("motif", "blocked_attention"), ("motif", "segmented_attention")]
     names += [("aten", "_scaled_dot_product_flash_attention_for_cpu"), ("aten", "_scaled_dot_product_flash_attention")]
     names += [("aten", "_scaled_dot_product_efficient_attention"), ("aten", "_scaled_dot_product_cudnn_attention")]
     kept = set()
@@ -43,7 +44,7 @@ def _policy(kept: set[Any], context: Any, operator: Any, *_: Any, **__: Any) -> 
 def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> None:
     """Lets decoder layers be computed again in the backward pass, in place.
 
-    `model.model.layers` must be transformers' GradientCheckpointingLayers.
+    They must be transformers' GradientCheckpointingLayers.
 
     Raises:
         UserError: `recompute` is no choice.
@@ -51,14 +52,13 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
     check_activation_checkpointing(recompute)
     if recompute == "none":
         return
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     every = recompute if isinstance(recompute, int) else 1
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(decoder_layers(model)):
         if i % every:
             continue
-        # Only what drops at random must drop the same again.
-        drops = any(isinstance(module, nn.Dropout) for module in layer.modules())
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops}
+        # Only what draws at random must draw the same again.
+        draws = any(isinstance(module, nn.Dropout) or hasattr(module, "router_noise") for module in layer.modules())
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
         if recompute == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept()))
         # transformers' own switch of its GradientCheckpointingLayer, one layer at a time.

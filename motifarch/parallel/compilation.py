@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
+from motifarch.decoder_layers import decoder_layers
+
 # Calls to compile for: with and without gradients, packed or not, lengths that vary.
 _CALLS = 8
 
 
 def apply_compile(model: nn.Module) -> None:
-    """Lets each of `model.model.layers` be compiled when it is first called, in place.
+    """Lets each decoder layer be compiled when it is first called, in place.
 
     Settings of torch.compile are changed for this process. The layers are one piece of code to it,
     and differ in numbers such as lambda_init: taken for variables, these reach inductor's code
@@ -17,7 +19,7 @@ def apply_compile(model: nn.Module) -> None:
     layer notes of its forward pass (lambda, largest logits) need not be noted again when activation
     checkpointing repeats it: where it must, a checkpointed layer is not compiled at all.
     """
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
+    layers = decoder_layers(model)
     config = torch._dynamo.config
     config.specialize_float = True
     config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

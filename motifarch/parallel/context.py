@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from motifarch.errors import UserError
-from motifarch.parallel.tensor import head_counts
+from motifarch.parallel.tensor import check_cuts_model, head_counts
 
 _TOKENS = ("input_ids", "position_ids", "shift_labels")
 
@@ -17,8 +17,10 @@ def check_context_parallel(config: Any, seq_len: int, ranks: int, tensor: int = 
     of tensor parallelism sharing the heads before these do.
 
     Raises:
-        UserError: naming the number that does not divide, and those that would.
+        UserError: naming the number that does not divide, and those that would, or a part that is
+            not cut.
     """
+    check_cuts_model(config, "context", ranks)
     if seq_len % ranks:
         raise UserError(f"parallel.context is {ranks}, which does not divide sequences of {seq_len} tokens")
     for name, count in head_counts(config).items():

@@ -3,9 +3,10 @@ each 32 numbers.
 
 What is cut to 8 bits is only what a product reads, forward and backward: weights, moments,
 reductions and everything between the products stay as they are. The first and the last decoder
-layer, embedding, output projection and lambda keep the compute dtype: they are a small part of the
-work and the most sensitive one (Micikevicius et al., FP8 Formats for Deep Learning, arXiv
-2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027).
+layer, embedding, output projection, lambda, routers and hyper-connections keep the compute dtype:
+they are a small part of the work and the most sensitive one (Micikevicius et al., FP8 Formats for
+Deep Learning, arXiv 2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv
+2506.08027). So do routed experts, whose matrices are no linear layers.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ from motifarch.parallel.tensor import projection_styles
 
 # What a product's dimensions must be multiples of: a scaled block, or a row of 16 bytes.
 MULTIPLE = {"fp8": 16, "mxfp8": 32}
+# What is kept: a head's lambda, the choice of experts, hyper-connections' gates; a few rows each.
+_KEPT = ("lambda", "router", "mhc_")
 _CAPABILITY = {"fp8": ((9, 0), "Hopper"), "mxfp8": ((10, 0), "Blackwell")}
 _NEWEST_NEEDED = {"fp8": "0.10", "mxfp8": "0.18"}
 
@@ -89,12 +92,12 @@ def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, em
 
 
 def _inner_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of all decoder layers but the first and last; not lambda's."""
+    """The linear layers of all decoder layers but the first and last; not those of _KEPT."""
     layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
     for i, layer in enumerate(layers):
         if 0 < i < len(layers) - 1:
             for name, module in layer.named_modules():
-                if isinstance(module, nn.Linear) and "lambda" not in name:
+                if isinstance(module, nn.Linear) and not any(part in name for part in _KEPT):
                     yield f"model.layers.{i}.{name}", module
 
 
@@ -110,7 +113,7 @@ def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
     for name, linear in linears:
         *_, block, projection = name.split(".")
         sizes = linear.in_features, linear.out_features
-        cut, whole = sizes if projection_styles(model.config, block)[projection] == "rowwise" else reversed(sizes)
+        cut, whole = sizes if projection_styles(model.config, block).get(projection) == "rowwise" else reversed(sizes)
         if cut % (multiple * tensor) or whole % multiple:
             each = f" on each of parallel.tensor {tensor} ranks" if tensor > 1 else ""
             raise UserError(

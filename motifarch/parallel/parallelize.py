@@ -3,13 +3,14 @@
 In this order: 8-bit products, tensor and context parallelism, checkpointing, compile, FSDP2.
 
 The model knows nothing of it. Expected of a model is `model.model.layers`, a ModuleList of decoder
-layers.
+layers; one of `mtp_layers` beside it is taken for more of them.
 """
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from motifarch.decoder_layers import decoder_layers
 from motifarch.parallel.activation_checkpointing import Recompute, apply_activation_checkpointing
 from motifarch.parallel.compilation import apply_compile
 from motifarch.parallel.context import apply_context_parallel
@@ -64,8 +65,7 @@ def parallelize(
         # Hidden states are in compute_dtype; casting would only round the float32 rotary tables.
         cast_forward_inputs=False,
     )
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh.parameters, mp_policy=policy)
     # Embedding, last norm and output projection: the root keeps tied matrices in one group.
     fully_shard(model, mesh=mesh.parameters, mp_policy=policy)

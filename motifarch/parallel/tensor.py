@@ -22,8 +22,10 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
     """Refuses a MotifConfig's model that so many ranks cannot share.
 
     Raises:
-        UserError: naming the number that does not divide, and those that would.
+        UserError: naming the number that does not divide, and those that would, or a part that is
+            not cut.
     """
+    check_cuts_model(config, "tensor", ranks)
     # Whole groups of noise heads, key/value heads and columns are shared. Words need not divide:
     # the last ranks have fewer.
     width = {"columns of model.intermediate_size": config.intermediate_size}
@@ -32,6 +34,26 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             raise UserError(
                 f"parallel.tensor is {ranks}, which does not divide the {count} {name}; it may be {fitting}"
+            )
+
+
+def check_cuts_model(config: Any, dimension: str, ranks: int) -> None:
+    """Refuses a MotifConfig's model with parts that "tensor" and "context" parallelism can't cut.
+
+    Raises:
+        UserError: naming the part's field and what goes instead.
+    """
+    parts = {
+        "attention_type": (config.is_latent, "attention from latents"),
+        "num_experts": (config.num_experts, "a mixture of experts"),
+        "mhc_enabled": (config.mhc_enabled, "hyper-connections"),
+        "num_nextn_predict_layers": (config.num_nextn_predict_layers, "multi-token prediction"),
+    }
+    for field, (has, part) in parts.items():
+        if ranks > 1 and has:
+            raise UserError(
+                f"parallel.{dimension} is {ranks} and model.{field} {getattr(config, field)}: {part} is not cut over "
+                f"these ranks yet; set parallel.{dimension} to 1 and use parallel.shard and parallel.replicate"
             )
 
 

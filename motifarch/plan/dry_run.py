@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from motif_kernels.machine import assume_kernels_run
+from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Layout, Mesh, World
@@ -167,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         optimizer.register_step_post_hook(after_optimizer)
         # Blocks are followed also where a recomputation stops early. The layers' own hooks stay
         # outside of what is recomputed.
-        for block in (block for layer in model.model.layers for block in layer.children()):  # type: ignore[union-attr]
+        for block in (block for layer in decoder_layers(model) for block in layer.children()):
             block.register_forward_pre_hook(enter_block)
             block.register_forward_hook(leave_block, always_call=True)
 
@@ -301,6 +302,8 @@ def trace_step(
                         lr=recipe.optim.lr,
                         clip=recipe.optim.clip,
                         z_loss_weight=recipe.optim.z_loss,
+                        mtp_loss_weight=recipe.optim.mtp_loss,
+                        expert_bias_rate=recipe.experts.bias_rate,
                         layout=layout,
                         qk_clip=recipe.optim.qk_clip,
                     )

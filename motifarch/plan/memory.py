@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from motifarch.decoder_layers import decoder_layers
 from motifarch.shards import to_local
 
 PARAMETERS = "parameters"
@@ -161,8 +162,8 @@ def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, i
     def whole(parameters: Iterable[nn.Parameter]) -> int:
         return sum(_without_fsdp(p) for p in parameters) * compute_dtype.itemsize
 
-    layers: nn.ModuleList = model.model.layers  # type: ignore[union-attr, assignment]
-    inside = {id(p) for p in layers.parameters()}
+    layers = decoder_layers(model)
+    inside = {id(p) for layer in layers for p in layer.parameters()}
     return max(whole(layer.parameters()) for layer in layers), whole(
         p for p in model.parameters() if id(p) not in inside
     )

@@ -16,7 +16,8 @@ from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
 from motifarch.plan.timing import StepTime, step_time
 from motifarch.train.inputs import batch_schedule, model_config
-from motifarch.train.recipe import Recipe, check_recipe
+from motifarch.train.recipe import Recipe
+from motifarch.train.recipe_rules import check_recipe
 
 
 @dataclass

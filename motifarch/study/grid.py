@@ -14,7 +14,8 @@ from motifarch.counted import counted
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
 from motifarch.study.measure_options import MeasureOptions
-from motifarch.train.recipe import DatasetEntry, Recipe, check_recipe
+from motifarch.train.recipe import DatasetEntry, Recipe
+from motifarch.train.recipe_rules import check_recipe
 from motifarch.typed_yaml import Section, TypedYaml
 
 Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from motifarch.counted import counted
 from motifarch.data import BatchLoader
+from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import SpikeGuard, build_optimizer, offload_state
@@ -26,17 +27,19 @@ from motifarch.parallel import (
     parallelize,
     shard_sequence,
 )
+from motifarch.train.annealing import Annealing, set_expert_losses
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, bytes_per_token, find_parent
 from motifarch.train.learning_rate import learning_rates
-from motifarch.train.lora import add_adapters, init_adapters, seed_dropout
+from motifarch.train.lora import add_adapters, init_adapters
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
 from motifarch.train.metrics import MetricsLog, bits_per_byte
 from motifarch.train.plots import LOSS_PLOT, draw_loss
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress, outcome
+from motifarch.train.random_draws import seed_draws
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import Recipe
 from motifarch.train.record import (
@@ -91,6 +94,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     if start.place:
         inputs.mixture.go_on(state.step, start.place)
     learning_rate = learning_rates(recipe)
+    annealing = Annealing(state.model, recipe, world.device)
+    annealing.set(state.step)
     loader = BatchLoader(
         inputs.mixture,
         rank=mesh.data_rank,
@@ -158,8 +163,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
             targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = learning_rate(step)
-            if recipe.lora.dropout:
-                seed_dropout(recipe.run.seed, step, world.rank)
+            seed_draws(recipe.run.seed, step, world.rank)
             result = train_step(
                 state,
                 micro_batches,
@@ -168,9 +172,12 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 lr=lr,
                 clip=recipe.optim.clip,
                 z_loss_weight=recipe.optim.z_loss,
+                mtp_loss_weight=recipe.optim.mtp_loss,
+                expert_bias_rate=recipe.experts.bias_rate,
                 layout=mesh.layout,
                 qk_clip=recipe.optim.qk_clip,
             )
+            annealing.set(state.step)
             metrics.add(
                 result,
                 tokens=inputs.mixture.batch_schedule.batch_size(step) * inputs.seq_len,
@@ -255,7 +262,8 @@ def build_state(
         compile=recipe.compile,
     )
     initialize(model, world.device, recipe.run.seed)
-    for layer in model.model.layers:
+    set_expert_losses(model, recipe)
+    for layer in decoder_layers(model):
         layer.self_attn.record_max_logits = recipe.optim.qk_clip is not None  # type: ignore[union-attr]
     if recipe.run.init_from:
         load_weights(Path(recipe.run.init_from), model)

@@ -83,12 +83,6 @@ def base_weights(weights: dict[str, Any]) -> dict[str, Any]:
     return {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
 
 
-def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Makes what the adapters drop in a step the same whenever it is trained, resumed or not."""
-    digest = hashlib.sha256(f"{seed} {step} {rank} dropout".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers with adapters, found without importing peft for a model that has none."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))

@@ -13,7 +13,7 @@ from motifarch.die_with_parent import GRACE_S
 from motifarch.errors import DISK_ERRORS, UserError, first_line
 from motifarch.locks import locked, share
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import check_recipe
+from motifarch.train.recipe_rules import check_recipe
 from motifarch.train.run_folder import LOCK
 from motifarch.train.trackers import check_tracker
 

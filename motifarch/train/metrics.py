@@ -50,6 +50,7 @@ class MetricsLog:
             self.warnings = cut_metrics(self.path, start_step, begun=begun)
             self._file = self.path.open("a", encoding="utf-8")
         self._rows: list[dict[str, Any]] = []
+        self._names: list[str] = []  # of the first scalars of a row
         self._scalars: list[torch.Tensor] = []
         self._tokens = 0
         self._since = time.perf_counter()
@@ -58,9 +59,19 @@ class MetricsLog:
         """Notes a step; `tokens` went through the model over all ranks."""
         self._rows.append(row)
         spike = torch.zeros_like(result.skipped) if result.spike is None else result.spike
-        values = [result.loss, result.z_loss, result.grad_norm, result.skipped, spike]
+        values = {
+            "loss": result.loss,
+            "z_loss": result.z_loss,
+            "mtp_loss": result.mtp_loss,
+            "expert_loss": result.expert_loss,
+            "grad_norm": result.grad_norm,
+            "skipped": result.skipped,
+            "spike": spike,
+        }
+        there = {name: value.float() for name, value in values.items() if value is not None}
+        self._names = list(there)
         lambdas = result.lambdas.float() if result.lambdas is not None else result.loss.new_zeros(0)
-        self._scalars.append(torch.cat([torch.stack([v.float() for v in values]), lambdas]))
+        self._scalars.append(torch.cat([torch.stack(list(there.values())), lambdas]))
         self._tokens += tokens
 
     def update_last(self, **values: Any) -> None:
@@ -92,11 +103,12 @@ class MetricsLog:
             "memory_gib": peak_memory(self._device) / 2**30,
         }
         rows = []
-        for row, (loss, z_loss, grad_norm, skipped, spike, *lambdas) in zip(self._rows, measured, strict=True):
-            read = {"loss": loss, "z_loss": z_loss, "grad_norm": grad_norm}
+        for row, values in zip(self._rows, measured, strict=True):
+            read = dict(zip(self._names, values, strict=False))
+            lambdas = values[len(self._names) :]
             if self._bytes_per_token:
-                read["bits_per_byte"] = bits_per_byte(loss, self._bytes_per_token)
-            read |= {"skipped": int(skipped), "spike": int(spike)}
+                read["bits_per_byte"] = bits_per_byte(read["loss"], self._bytes_per_token)
+            read |= {name: int(read[name]) for name in ("skipped", "spike")}
             rows.append(row | read | ({"lambda": lambdas} if lambdas else {}) | shared)
         if self._write:
             self._file.writelines(json.dumps(_finite(row)) + "\n" for row in rows)

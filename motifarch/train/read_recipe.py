@@ -14,7 +14,8 @@ def read_recipe(argv: Sequence[str]) -> Recipe:
         argv: ``RECIPE.yaml --section.field value --section.field=value ...``, the file being
             optional. A file's `base` is read before it.
 
-    Each value is checked; `motifarch.train.recipe.check_recipe` checks what holds between fields.
+    Each value is checked; `motifarch.train.recipe_rules.check_recipe` checks what holds between
+    fields.
 
     Raises:
         UserError: a missing or unreadable file, an unknown field, a value that is not accepted.

@@ -1,7 +1,7 @@
-"""The recipe of a run: one typed dataclass a section, and the rules that hold between fields.
+"""The recipe of a run: one typed dataclass a section.
 
 Every field can be overridden by its dotted name, for example ``--optim.lr 3e-4``. A field's type
-says what it accepts; `check_recipe` has what holds between fields.
+says what it accepts; `motifarch.train.recipe_rules` has what holds between fields.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from motifarch.errors import UserError
 from motifarch.field_types import (
     Count,
     Decay,
@@ -17,6 +16,7 @@ from motifarch.field_types import (
     Fraction,
     Layers,
     LearningRate,
+    LossByLayer,
     Matmul,
     Multiplier,
     PositiveCount,
@@ -175,6 +175,18 @@ class OptimSection(Section):
     z_loss: Fraction = 0.0
     """Weight of mean(logsumexp(logits)^2), which keeps logits from drifting."""
 
+    mtp_loss: Multiplier = 0.2
+    """`model.num_nextn_predict_layers`: weight of the cross-entropy of the token after the next
+    one (nats/token); Motif-3's.
+    """
+
+    mhc_post_alpha_steps: Count = 0
+    """`model.mhc_enabled`: steps in which alpha goes linearly from 1, where a sublayer's output is
+    multiplied by up to 2, to `model.mhc_h_post_alpha_end`; 0 has that from the start, as a run that
+    begins with a trained model's weights wants. Motif-3 went from 1 to 0 in pretraining; over how
+    many steps and in which shape is not published: the line is ours.
+    """
+
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Warm-up, stable, decay; one half cosine; or constant after the warm-up."""
 
@@ -189,6 +201,48 @@ class OptimSection(Section):
 
     min_lr_ratio: Fraction = 0.1
     """The last learning rate as a fraction of `lr`."""
+
+
+@dataclass
+class ExpertsSection(Section):
+    """How routed experts are kept equally busy and their outputs small. Without
+    `model.num_experts` there is nothing to set; defaults are Motif-3's.
+    """
+
+    bias_rate: Fraction = 1e-3
+    """After each step, the bias that an expert is chosen by rises by this where it got fewer tokens
+    than the mean over all ranks, else falls (DeepSeek-V3, arXiv 2412.19437); 0 keeps biases.
+    Motif-3 took 1e-3 in pretraining and 1e-4 in fine-tuning.
+    """
+
+    balance_loss: Weight = 1e-4
+    """Weight of the loss that balances loads within each sequence, which is 1 for a layer in
+    balance; 0 for none.
+    """
+
+    balance_loss_by_layer: LossByLayer = field(default_factory=dict)
+    """Other weights of it by a layer's index, from 0. Motif-3 has {2: 2.4e-4, 3: 2.0e-4, 4: 2.0e-4,
+    5: 2.0e-4}.
+    """
+
+    magnitude_loss: Weight = 2e-4
+    """Weight of mean(relu(|y| - threshold)^2) of the outputs y of layers with experts; 0 for none.
+    """
+
+    magnitude_threshold: Weight = 128.0
+    """The threshold: what an output's magnitude may be for nothing."""
+
+    magnitude_threshold_last: Weight = 1024.0
+    """The threshold in the model's last layer."""
+
+    router_noise: Weight = 0.0
+    """Standard deviation of Gaussian noise on the logits that experts are chosen by, at the first
+    step; then half a cosine down to 0. That Motif-3 has such noise is published, but not how much.
+    Drawn by `run.seed`, step and rank.
+    """
+
+    router_noise_steps: PositiveCount | None = None
+    """Steps after which that noise is 0; null means all of the run's."""
 
 
 @dataclass
@@ -305,6 +359,7 @@ class Recipe(Section):
     data: DataSection = field(default_factory=DataSection)
     batch: BatchSection = field(default_factory=BatchSection)
     optim: OptimSection = field(default_factory=OptimSection)
+    experts: ExpertsSection = field(default_factory=ExpertsSection)
     lora: LoraSection = field(default_factory=LoraSection)
     precision: PrecisionSection = field(default_factory=PrecisionSection)
     parallel: Layout = field(default_factory=Layout)
@@ -336,108 +391,3 @@ RECIPES = TypedYaml(
         "motifarch train --help optim",
     ],
 )
-
-
-def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
-    """Refuses impossible values and combinations, of which one depends on the number of ranks.
-
-    Raises:
-        UserError: naming the field, its value and what is accepted.
-    """
-    RECIPES.check(recipe)
-    run, batch, optim, data = recipe.run, recipe.batch, recipe.optim, recipe.data
-    wait, checkpoint, average = recipe.distributed, recipe.checkpoint, recipe.average
-    decay = optim.decay_steps or 0 if optim.schedule == "wsd" else 0
-    shrinking = optim.weight_decay * optim.lr * max(1.0, optim.muon_lr_ratio if optim.name == "muon" else 1.0)
-    rules = [
-        *_lora_rules(recipe),
-        (
-            wait.timeout_first_s < wait.timeout_s,
-            f"distributed.timeout_first_s is {wait.timeout_first_s}, below distributed.timeout_s ({wait.timeout_s}); "
-            "the first step takes longest, so give it at least as much",
-        ),
-        (
-            average.every % checkpoint.every,
-            f"average.every is {average.every}, which is no multiple of checkpoint.every ({checkpoint.every}): a mean "
-            "is taken where a checkpoint has just been written",
-        ),
-        (
-            average.every and 0 < checkpoint.keep_last < average.last,
-            f"checkpoint.keep_last is {checkpoint.keep_last}, but average.last needs {average.last} checkpoints; keep "
-            "at least as many, or 0 for all",
-        ),
-        (not data.datasets, "data.datasets is empty; give at least one entry, for example {path: data/stdlib}"),
-        (
-            not any(entry.weight for entry in data.datasets),
-            "data.datasets: every weight is 0; at least one must be above 0",
-        ),
-        (
-            data.ramp_end < data.ramp_start,
-            f"data.ramp_end is {data.ramp_end}, before data.ramp_start ({data.ramp_start}); let it be at least that",
-        ),
-        (
-            optim.qk_clip is not None and recipe.model.qk_norm,
-            f"optim.qk_clip is {optim.qk_clip} and model.qk_norm is on: normalised queries and keys have bounded "
-            "logits, and their projections' scale changes nothing; use one or the other",
-        ),
-        (
-            optim.schedule == "wsd" and optim.decay_shape == "inverse_sqrt" and not optim.min_lr_ratio,
-            "optim.min_lr_ratio is 0, which optim.decay_shape inverse_sqrt never reaches; use a ratio above 0",
-        ),
-        (
-            shrinking >= 1,
-            f"optim.weight_decay is {optim.weight_decay}, which with optim.lr ({optim.lr}) takes {shrinking:g} of a "
-            "weight in a step; let their product, with Muon's ratio too, be far below 1",
-        ),
-        (
-            optim.warmup_steps + decay > run.steps,
-            f"optim.warmup_steps ({optim.warmup_steps}) and optim.decay_steps ({decay}) together exceed "
-            f"run.steps ({run.steps}); shorten them or lengthen the run",
-        ),
-        (
-            (batch.warmup_start or 0) > batch.size,
-            f"batch.warmup_start is {batch.warmup_start}, more than batch.size ({batch.size}); start with at most that",
-        ),
-        (
-            run.resume not in ("auto", "none") and run.init_from,
-            "run.resume names a checkpoint and run.init_from is set too; choose one of them",
-        ),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise UserError(message)
-    ranks = recipe.parallel.resolve(world_size).data_parallel_size
-    if batch.size % ranks:
-        raise UserError(
-            f"batch.size is {batch.size}, which {ranks} ranks can't share evenly; use a multiple of {ranks}"
-        )
-
-
-def _lora_rules(recipe: Recipe) -> list[tuple[object, str]]:
-    """What does not go with adapters, and the message for each."""
-    lora, run = recipe.lora, recipe.run
-    if not lora.rank:
-        return []
-    has, or_none = f"lora.rank is {lora.rank}", "or set lora.rank to 0 to train all weights"
-    return [
-        (not lora.targets, f"{has} and lora.targets is empty; name linear layers such as q_proj, {or_none}"),
-        (
-            not run.init_from and run.resume in ("auto", "none"),
-            f"{has} and run.init_from is empty, but adapters are for a trained model; name its folder, {or_none}",
-        ),
-        (
-            recipe.parallel.tensor > 1,
-            f"{has} and parallel.tensor is {recipe.parallel.tensor}: adapters are not cut over ranks of tensor "
-            f"parallelism; use parallel.shard (or context) with parallel.tensor 1, {or_none}",
-        ),
-        (
-            recipe.precision.matmul != "compute",
-            f"{has} and precision.matmul is {recipe.precision.matmul}, whose layers take no adapters; use compute, "
-            f"{or_none}",
-        ),
-        (
-            recipe.optim.qk_clip is not None,
-            f"{has} and optim.qk_clip is {recipe.optim.qk_clip}, which would scale weights that are not trained; set "
-            f"it to null, {or_none}",
-        ),
-    ]

@@ -15,6 +15,7 @@ from motifarch.environment import git_state, installed_version
 from motifarch.errors import UserError
 from motifarch.files import sha256, write_json
 from motifarch.parallel import World
+from motifarch.train.annealing import post_alpha
 from motifarch.train.inputs import Inputs
 from motifarch.train.learning_rate import about_learning_rate, learning_rate_change
 from motifarch.train.manifest import MANIFEST, read_manifest
@@ -37,6 +38,7 @@ def about_checkpoint(recipe: Recipe, inputs: Inputs, device: torch.device, compu
         **_kernels(device),
         **inputs.fingerprints(),
         "model_config": inputs.model_config.to_dict(),
+        **_post_alpha(recipe, step),
         "lora": _lora(recipe),
         "init_from": recipe.run.init_from,
     }
@@ -132,7 +134,18 @@ def _changes(about: dict[str, Any], recipe: Recipe, inputs: Inputs, step: int) -
         lines.append(f"{'; '.join(changes)}: the data goes on after the {drawn:,} samples that were trained on")
     if "learning_rate" in about and (line := learning_rate_change(about["learning_rate"], recipe, step)):
         lines.append(line)
+    was, alpha = about.get("mhc_h_post_alpha"), post_alpha(recipe, step)
+    if was is not None and was != alpha:
+        lines.append(
+            f"hyper-connections' alpha was {was:.3g} after step {step} and is {alpha:.3g} now: "
+            f"optim.mhc_post_alpha_steps is {recipe.optim.mhc_post_alpha_steps}"
+        )
     return lines
+
+
+def _post_alpha(recipe: Recipe, step: int) -> dict[str, float]:
+    """The alpha of hyper-connections, which may be on its way to the model's config's."""
+    return {"mhc_h_post_alpha": post_alpha(recipe, step)} if recipe.model.mhc_enabled else {}
 
 
 def _lora(recipe: Recipe) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from motifarch.data import PackedDataset, collate
+from motifarch.decoder_layers import decoder_layers
 from motifarch.layers import IGNORE_INDEX
-from motifarch.optim import clip_gradients, clip_layers, step_if_finite
+from motifarch.optim import clip_gradients, clip_layers, step_if_finite, update_expert_biases
 from motifarch.parallel import Layout, Mesh, World, set_gradient_sync, shard_sequence
 from motifarch.train.checkpoint import TrainState
 
@@ -31,6 +32,10 @@ class StepResult:
     """Mean lambda of each layer, (layers,), or None for softmax attention."""
     spike: torch.Tensor | None = None
     """1 where the step was skipped as a spike, else 0; None without a spike guard."""
+    mtp_loss: torch.Tensor | None = None
+    """Multi-token prediction's part of what was minimised; None of a model without."""
+    expert_loss: torch.Tensor | None = None
+    """The experts' balance and magnitude losses' part; None of a model without experts."""
 
 
 def count_targets(micro_batches: Sequence[dict[str, Any]]) -> int:
@@ -52,6 +57,8 @@ def train_step(
     lr: float,
     clip: float | None,
     z_loss_weight: float = 0.0,
+    mtp_loss_weight: float = 0.2,
+    expert_bias_rate: float = 0.0,
     layout: Layout | None = None,
     qk_clip: float | None = None,
 ) -> StepResult:
@@ -65,6 +72,8 @@ def train_step(
         lr: learning rate of this step.
         clip: largest global gradient norm; None never clips.
         z_loss_weight: weight of the z-loss.
+        mtp_loss_weight: weight of the cross-entropy of the token after the next one.
+        expert_bias_rate: what the biases that experts are chosen by move by, towards equal loads.
         layout: how the ranks are arranged; by default each has rows of its own.
         qk_clip: bound of attention logits (MuonClip), for layers that record theirs; None for none.
 
@@ -76,13 +85,16 @@ def train_step(
     # all targets, however unevenly the ranks hold them.
     gradients = world.size if layout is None else layout.grad_reduce_size
     share = torch.tensor(max(targets, 1) / gradients, device=world.device)
-    losses = torch.zeros(2, device=world.device)
+    weights = {"z_loss_weight": z_loss_weight, "mtp_loss_weight": mtp_loss_weight}
+    experts = list(state.model.model.expert_layers().values())  # type: ignore[union-attr, operator]
+    losses = torch.zeros(4, device=world.device)
     for i, batch in enumerate(micro_batches):
         set_gradient_sync(state.model, i == len(micro_batches) - 1)
-        out = state.model(**to_device(batch, world.device), num_items_in_batch=share, z_loss_weight=z_loss_weight)
+        out = state.model(**to_device(batch, world.device), num_items_in_batch=share, **weights)
         out.loss.backward()
-        z = out.z_loss if out.z_loss is not None else torch.zeros_like(out.loss)
-        losses += torch.stack([out.loss.detach() - z.detach(), z.detach()]).float()
+        total, parts = out.loss.detach(), (out.z_loss, out.mtp_loss, out.expert_loss)
+        added = [torch.zeros_like(total) if part is None else part.detach() for part in parts]
+        losses += torch.stack([total - sum(added), *added]).float()
     dist.all_reduce(losses)
     losses /= world.size
 
@@ -96,15 +108,26 @@ def train_step(
         dist.broadcast(measured, src=0)
         spike = state.spike_guard.check(*measured.unbind())
     skipped = step_if_finite(state.optimizer, measured, skip=spike)
+    # The step has not read them, so what the biases were in it does not depend on the order.
+    update_expert_biases(experts, rate=expert_bias_rate, skip=skipped)
     if qk_clip is not None:
-        layers: nn.ModuleList = state.model.model.layers  # type: ignore[union-attr, assignment]
-        clip_layers([layer.self_attn for layer in layers], tau=qk_clip, skip=skipped)  # type: ignore[misc]
+        clip_layers([layer.self_attn for layer in decoder_layers(state.model)], tau=qk_clip, skip=skipped)  # type: ignore[misc]
     state.optimizer.zero_grad()
     state.count_skipped(skipped if spike is None else skipped - spike)
     state.step += 1
     state.tokens += targets
     lambdas = state.model.last_lambdas()  # type: ignore[operator]
-    return StepResult(losses[0], losses[1], grad_norm, skipped, lambdas, spike)
+    loss, z_loss, mtp_loss, expert_loss = losses
+    return StepResult(
+        loss,
+        z_loss,
+        grad_norm,
+        skipped,
+        lambdas,
+        spike,
+        mtp_loss if state.model.model.mtp_layers else None,  # type: ignore[union-attr]
+        expert_loss if experts else None,
+    )
 
 
 def spread_rows(datasets: Sequence[PackedDataset], sequences: int) -> list[tuple[PackedDataset, int]]:

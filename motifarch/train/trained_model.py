@@ -38,6 +38,8 @@ def load_trained_model(checkpoint: Path, *, merge: bool = True) -> MotifForCausa
     """
     about = read_about(checkpoint)
     fields, lora = about["model_config"], about.get("lora")
+    if "mhc_h_post_alpha" in about:  # what the weights were trained with up to there
+        fields = fields | {"mhc_h_post_alpha_end": about["mhc_h_post_alpha"]}
     try:
         model = MotifForCausalLM(MotifConfig(**fields))
     except (ValueError, TypeError, StrictDataclassError) as error:

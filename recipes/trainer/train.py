@@ -26,7 +26,8 @@ from motifarch.parallel import launched_world_size
 from motifarch.train.inputs import open_inputs
 from motifarch.train.learning_rate import decay_steps
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import Recipe, check_recipe
+from motifarch.train.recipe import Recipe
+from motifarch.train.recipe_rules import check_recipe
 
 
 class PackedTrainer(Trainer):

@@ -9,11 +9,14 @@ from torch.distributed.tensor import DTensor
 
 from helpers.models import tiny_config
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
+from motifarch.decoder_layers import decoder_layers
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import build_optimizer, offload_state
 from motifarch.parallel import Layout, Mesh, initialize, open_world, parallelize, shard_sequence
+from motifarch.train.annealing import set_expert_losses
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
 from motifarch.train.init_from import load_weights
+from motifarch.train.recipe import ExpertsSection, Recipe
 from motifarch.train.step import count_targets, train_step, validation_loss
 
 # Where a gradient is no more than rounding, Adam's step would be as large as any: epsilon is above
@@ -37,6 +40,10 @@ def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if name == "muon":
         options |= {"ns_dtype": torch.float32, "muon_chunk_mib": 1}
     return build_optimizer(model, name=name, **options)  # type: ignore[arg-type]
+
+
+# Losses that weigh something beside the cross-entropy.
+EXPERTS = ExpertsSection(bias_rate=0.01, balance_loss=0.01, magnitude_loss=0.01, magnitude_threshold=0.1)
 
 
 @dataclass
@@ -70,8 +77,9 @@ def build(case: Case, mesh: Mesh) -> TrainState:
     initialize(model, torch.device("cpu"), seed=0)
     if case.init_from:
         load_weights(case.init_from, model)
-    for layer in model.model.layers:
-        layer.self_attn.record_max_logits = case.qk_clip is not None
+    set_expert_losses(model, Recipe(experts=EXPERTS))
+    for layer in decoder_layers(model):
+        layer.self_attn.record_max_logits = case.qk_clip is not None  # type: ignore[union-attr]
     optimizer = optimizer_of(case.optimizer, model)
     if case.offload:
         offload_state(optimizer, piece_bytes=8192)
@@ -97,7 +105,15 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
                 (targets,) = world.all_reduce_sum([count_targets(batches)])
                 options: dict[str, Any] = {"lr": LR, "clip": CLIP, "z_loss_weight": Z_LOSS, "layout": mesh.layout}
                 targets //= mesh.layout.tensor
-                result = train_step(state, batches, world=world, targets=targets, qk_clip=case.qk_clip, **options)
+                result = train_step(
+                    state,
+                    batches,
+                    world=world,
+                    targets=targets,
+                    qk_clip=case.qk_clip,
+                    expert_bias_rate=EXPERTS.bias_rate,
+                    **options,
+                )
                 history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
                 if case.save and state.step == case.steps // 2:
                     saver = Checkpointer(case.save, asynchronous=True)

@@ -27,6 +27,38 @@ RECIPE = {
     "log": {"every": 5, "tensorboard": False},
 }
 
+MOTIF_3 = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "attention_type": "gdla",
+    "attention_gate": True,
+    "num_attention_heads": 6,
+    "num_noise_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "sliding_window": 8,
+    "use_sliding_window": True,
+    "sliding_window_period": 2,
+    "num_experts": 6,
+    "experts_top_k": 2,
+    "moe_intermediate_size": 16,
+    "n_dense_first_layers": 1,
+    "route_scale": 2.0,
+    "polynorm_sigmoid_weight": True,
+    "polynorm_output_scale": 0.5,
+    "polynorm_bias_clamp": 0.5,
+    "mhc_enabled": True,
+    "mhc_expansion_rate": 2,
+    "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
+}
+"""The model section of a recipe with all that Motif-3 has."""
+
 SHORT_RUN = ("--run.steps", "4", "--checkpoint.every", "2", "--optim.warmup_steps", "1", "--validation.every", "0")
 """Options of a run of 4 steps with two checkpoints."""
 
@@ -77,9 +109,11 @@ def prepare_conversations(folder: Path, tokenizer: Path, seq_len: int = 64) -> P
     return folder / "chats"
 
 
-def write_recipe(folder: Path, data: Path) -> Path:
-    """Writes a recipe of 40 steps on prepared data, whose run goes into `folder / "run"`."""
+def write_recipe(folder: Path, data: Path, **sections: Any) -> Path:
+    """Writes a recipe of 40 steps on prepared data, whose run goes into `folder / "run"`; sections
+    take the place of RECIPE's.
+    """
     path = folder / "tiny.yaml"
     own = {"run": {"steps": 40, "output": str(folder / "run")}, "data": {"datasets": [{"path": str(data)}]}}
-    path.write_text(yaml.safe_dump(own | RECIPE))
+    path.write_text(yaml.safe_dump(own | RECIPE | sections))
     return path

@@ -11,7 +11,8 @@ from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.inputs import model_config
 from motifarch.train.main import main
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import Recipe, check_recipe
+from motifarch.train.recipe import Recipe
+from motifarch.train.recipe_rules import check_recipe
 from motifarch.train.run_folder import read_metrics
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -8,7 +8,8 @@ import yaml
 
 from motifarch.errors import UserError
 from motifarch.train.read_recipe import read_recipe
-from motifarch.train.recipe import Recipe, check_recipe
+from motifarch.train.recipe import Recipe
+from motifarch.train.recipe_rules import check_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {"data": {"datasets": [{"path": "somewhere"}]}}

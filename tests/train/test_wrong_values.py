@@ -32,13 +32,13 @@ MAY_BE_NEGATIVE = re.compile(r"model\.lambda_init|parallel\.")
 MAY_BE_ZERO = re.compile(
     r"run\.seed|model\.(num_noise_heads|lambda_init|num_shared_experts|n_dense_first_layers|mhc_h_post_alpha_end|"
     r"num_nextn_predict_layers)|data\.(ramp|datasets\[0\]\.weight)|batch\.warmup_steps|"
-    r"optim\.(lr$|momentum|weight_decay|z_loss|warmup_steps|decay_steps|min_lr_ratio)|"
+    r"experts\.|optim\.(lr$|momentum|weight_decay|z_loss|mhc_post_alpha_steps|warmup_steps|decay_steps|min_lr_ratio)|"
     r"checkpoint\.keep_last|(average|validation)\.every|lora\.(rank|dropout)"
 )
 # A seed may be any number of 63 bits.
 MAY_BE_HUGE = re.compile(r"run\.seed")
-# A path may be any text but none, and a dict is open as far as the model's own check goes.
-OPEN = {"model.rope_scaling"}
+# A path may be any text but none, and a dict is open as far as its own check goes.
+OPEN = {"model.rope_scaling", "experts.balance_loss_by_layer"}
 # What they list may be wrong, or not asked for.
 LISTS = {"data.datasets", "lora.targets"}
 

@@ -149,6 +149,7 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
         elif isinstance(module, MixtureOfExperts):
             init.zeros_(module.expert_bias)
             init.zeros_(module.tokens_per_expert)
+            init.zeros_(module.statistic_sums)
             module.reset_statistics()
         elif isinstance(module, HyperConnections):
             self._init_hyper_connections(module)

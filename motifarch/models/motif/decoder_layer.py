@@ -116,10 +116,14 @@ def _poly_norm_options(config: MotifConfig) -> dict[str, Any]:
     }
 
 
+class MotifMultiTokenPrediction(GradientCheckpointingLayer, MultiTokenPrediction):
+    """As motifarch.layers', with transformers' gradient checkpointing."""
+
+
 def build_mtp(config: MotifConfig) -> MultiTokenPrediction:
     """What predicts the token after the next one: a plain layer with a dense feed-forward block."""
     attention = build_attention(config, config.num_hidden_layers)
-    return MultiTokenPrediction(
+    return MotifMultiTokenPrediction(
         config.hidden_size, attention=attention, mlp=build_mlp(config), norm_eps=config.rms_norm_eps
     )
 
