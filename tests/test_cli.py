@@ -12,7 +12,7 @@ import motifarch
 from helpers.python_process import run_python
 from motifarch import cli
 from motifarch.cli import COMMANDS, main
-from motifarch.growth.from_softmax_sources import FAMILIES
+from motifarch.growth import from_mla_sources, from_softmax_sources
 from motifarch.growth.layouts import LAYOUTS
 
 
@@ -62,7 +62,7 @@ def test_a_section_and_a_field_are_explained_in_full(capsys: pytest.CaptureFixtu
 def test_grow_names_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(["grow", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*FAMILIES, *LAYOUTS))
+    assert all(name in printed for name in (*from_softmax_sources.FAMILIES, *from_mla_sources.FAMILIES, *LAYOUTS))
 
 
 @pytest.mark.parametrize(

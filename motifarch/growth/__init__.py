@@ -12,8 +12,10 @@ anything is written. :func:`write` then makes the tensors one at a time.
 """
 
 from motifarch.growth.depth import deepen
+from motifarch.growth.experts import Experts, upcycle
 from motifarch.growth.folders import FolderWriter, SourceFolder
 from motifarch.growth.grow import grow, write
+from motifarch.growth.hyper_connections import add_hyper_connections
 from motifarch.growth.layouts import Factors, factors_to
 from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step, describe
 from motifarch.growth.width import Noise, widen
@@ -23,6 +25,7 @@ Description, Origin = ModelSpec, LazyTensor
 
 __all__ = [
     "Description",
+    "Experts",
     "Factors",
     "FolderWriter",
     "LazyTensor",
@@ -31,10 +34,12 @@ __all__ = [
     "Origin",
     "SourceFolder",
     "Step",
+    "add_hyper_connections",
     "deepen",
     "describe",
     "factors_to",
     "grow",
+    "upcycle",
     "widen",
     "write",
 ]

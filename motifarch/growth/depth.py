@@ -23,7 +23,7 @@ from motifarch.models.motif import MotifConfig
 from motifarch.models.motif.decoder_layer import lambda_init_of
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_SILENT = ("self_attn.o_proj.", "mlp.down_proj.")
+_SILENT = ("self_attn.o_proj.", "self_attn.wo.", "mlp.down_proj.")
 _LAMBDAS = tuple(f"self_attn.lambda_{name}" for name in ("q1", "k1", "q2", "k2"))
 _SUB_NORM = "self_attn.subln.weight"
 
@@ -41,7 +41,8 @@ def deepen(spec: ModelSpec, layers: int) -> ModelSpec:
     same function.
 
     Raises:
-        UserError: fewer layers than there are.
+        UserError: fewer layers than there are, or a model with experts, hyper-connections or
+            windows in some of its layers.
     """
     config = MotifConfig.from_dict(spec.config)
     old = config.num_hidden_layers
@@ -49,6 +50,16 @@ def deepen(spec: ModelSpec, layers: int) -> ModelSpec:
         raise UserError(f"--layers is {layers}, but the model has {old}; a model can only grow")
     if layers == old:
         return spec
+    kinds = {
+        "experts": config.num_experts,
+        "hyper-connections": config.mhc_enabled,
+        "windows in some layers": config.sliding_window_period,
+    }
+    if found := [kind for kind, there in kinds.items() if there]:
+        raise UserError(
+            f"a model with {' and '.join(found)} does not grow in depth: its layers are not alike, or a new one would "
+            "not be the identity; grow a plain one, and give it experts and hyper-connections after that"
+        )
     parts: list[dict[str, LazyTensor]] = [{} for _ in range(old)]
     tensors = {}
     for name, lazy in spec.tensors.items():
@@ -94,7 +105,7 @@ def _shifted(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, *, place: int, shif
 
 
 def _loss(spec: ModelSpec, config: MotifConfig) -> str | None:
-    coarse = coarsest(spec)
+    coarse = coarsest(spec.tensors)
     scaled = any(name.endswith(_SUB_NORM) for name in spec.tensors) and config.lambda_init is None
     if coarse is None or not scaled:
         return None

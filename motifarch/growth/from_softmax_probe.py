@@ -64,8 +64,10 @@ def closest(
     found = from_softmax(spec, to, **options)
     if found.steps[-1].loss is None:
         return found
-    gains = _Gains(MotifConfig.from_dict(found.config), shrink=0.5 if to == "diff_v2" else 1.0)
-    before = logits(Described(as_motif(spec), source), ids, before_layer=gains.watch)
+    gains = _Gains(MotifConfig.from_dict(found.config), shrink=1.0 if to == "gda" else 0.5)
+    before = logits(
+        Described(as_motif(spec), source), ids, before_layer=gains.watch if sub_norm else lambda layer: None
+    )
     if sub_norm:
         found = from_softmax(spec, to, **options, gains=torch.stack(gains.measured))
     after = logits(Described(found, source), ids)

@@ -10,9 +10,11 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from motifarch.errors import UserError
 from motifarch.files import sha256, write_json
-from motifarch.growth.compare import Described, Difference, difference
+from motifarch.growth.compare import Described, Difference, config_of, difference
 from motifarch.growth.depth import deepen
+from motifarch.growth.experts import Experts, upcycle
 from motifarch.growth.folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, SourceFolder, bytes_of
+from motifarch.growth.hyper_connections import add_hyper_connections
 from motifarch.growth.layouts import Factors, factors_to, motif_config
 from motifarch.growth.model_spec import ModelSpec, describe
 from motifarch.growth.width import Noise, untie, widen
@@ -26,6 +28,8 @@ def plan(
     factors: Factors | MotifConfig,
     *,
     noise: Noise | None = None,
+    experts: Experts | None = None,
+    streams: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> ModelSpec:
     """Describes the grown model, and makes sure that its folder will load; arguments as
@@ -56,10 +60,14 @@ def plan(
     )
     if factors.layers is not None:
         spec = deepen(spec, factors.layers)
+    if experts is not None:
+        spec = upcycle(spec, experts)
+    if streams is not None:
+        spec = add_hyper_connections(spec, streams)
     if not spec.steps:
         raise UserError(
             "nothing grows: give a factor above 1 (--hidden, --feed-forward, --signal-heads, --heads), more --layers, "
-            "or a larger layout with --like"
+            "a larger layout with --like, --experts or --streams"
         )
     for derived in ("layer_types", "auto_map"):  # of the old depth; code that came with the old layout
         spec.config.pop(derived, None)
@@ -91,7 +99,7 @@ def write(
         output: the folder to make.
         record: more fields for `growth.json`.
         check: whether to run both models, a layer at a time, and compare their logits.
-        base: the Motif model that the source is, for the check; default: what the folder says.
+        base: the model that the source is, for the check; default: what the folder says.
         max_shard_bytes: of a file.
         console: where progress is shown; by default standard error.
 
@@ -121,7 +129,7 @@ def write(
         if check:
             grown = SourceFolder(writer.folder)
             first = source if base is None else Described(base, source)
-            layers = [MotifConfig.from_dict(folder.config).num_hidden_layers for folder in (first, grown)]
+            layers = [config_of(folder).num_hidden_layers for folder in (first, grown)]
             task = bar.add_task("comparing", total=sum(layers))
             measured = difference(first, grown, lambda: bar.advance(task))
         task = bar.add_task("recording", total=None)
@@ -144,6 +152,8 @@ def grow(
     factors: Factors | MotifConfig,
     *,
     noise: Noise | None = None,
+    experts: Experts | None = None,
+    streams: int | None = None,
     dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> Difference | None:
@@ -156,6 +166,8 @@ def grow(
         factors: how the model grows, or the layout that it is to have.
         noise: makes copies differ, so that training can tell them apart; it cancels in what they
             compute.
+        experts: what dense feed-forward blocks become, after they have grown.
+        streams: of hyper-connections in place of the residual stream.
         dtype: of the grown weights; None keeps the source's.
         check: whether to compare the logits of both models.
 
@@ -167,7 +179,8 @@ def grow(
             fix.
     """
     folder = SourceFolder(source)
-    return write(plan(folder, factors, noise=noise, dtype=dtype), folder, output, check=check)
+    spec = plan(folder, factors, noise=noise, experts=experts, streams=streams, dtype=dtype)
+    return write(spec, folder, output, check=check)
 
 
 def _check_tensors(spec: ModelSpec, message: str) -> None:

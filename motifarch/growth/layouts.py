@@ -11,7 +11,10 @@ from motifarch.models.motif import MotifConfig
 LAYOUTS = {"motif-2-12.7b": MotifConfig}
 """Layouts known by name; MotifConfig's defaults are Motif-2-12.7B's."""
 
-_EQUAL = ("vocab_size", "head_dim", "hidden_act", "qk_norm", "use_bias", "attention_gate", "has_paired_kv")
+_EQUAL = (
+    *("vocab_size", "head_dim", "hidden_act", "qk_norm", "use_bias", "attention_gate", "has_paired_kv", "is_latent"),
+    *("num_experts", "mhc_enabled", "num_nextn_predict_layers"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import torch
 from rich.console import Console
 
 from motifarch.errors import UserError
+from motifarch.growth.experts import Experts
 from motifarch.growth.folders import SourceFolder
 from motifarch.growth.from_softmax import from_softmax
 from motifarch.growth.from_softmax_probe import closest, probe_ids
-from motifarch.growth.from_softmax_sources import as_motif
+from motifarch.growth.from_softmax_sources import as_compared
 from motifarch.growth.grow import plan, write
 from motifarch.growth.layouts import Factors, read_layout
 from motifarch.growth.model_spec import ModelSpec, describe
@@ -19,6 +20,10 @@ from motifarch.models.motif import MotifConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WITH_TO = ("ratio", "sub_norm", "approximate", "probe")
+# Options that are fields of Experts, in other words.
+_EXPERTS = {"experts": "num_experts", "shared_experts": "shared", "expert_noise": "noise"} | {
+    name: name for name in ("top_k", "granularity", "dense_first", "every", "route_scale")
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,19 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     noise = None if arguments.noise is None else Noise(arguments.noise, arguments.seed)
     source, dtype, factors = SourceFolder(arguments.source), DTYPES.get(arguments.dtype), _factors(arguments)
+    experts = _experts(arguments)
     if arguments.to is None:
         given = [f"--{n.replace('_', '-')}" for n in _WITH_TO if vars(arguments)[n]]
         if given:
             raise UserError(
-                f"{', '.join(given)} works with --to diff_v2 or --to gda only; give that too, or leave it out"
+                f"{', '.join(given)} works with --to diff_v2, gda or gdla only; give that too, or leave it out"
             )
-        base, spec = None, plan(source, factors, noise=noise, dtype=dtype)
-    elif factors != Factors() or noise is not None:
+        base, spec = None, plan(source, factors, noise=noise, experts=experts, streams=arguments.streams, dtype=dtype)
+    elif factors != Factors() or any(given is not None for given in (noise, experts, arguments.streams)):
         raise UserError("--to changes the attention and grows nothing; convert first, then grow the folder it makes")
     else:
         base, spec = _converted(source, arguments, dtype)
     _announce(spec, console)
-    check = arguments.check and not (base and spec.steps[-1].loss)  # that loss has been measured
+    check = arguments.check and not (arguments.approximate and spec.steps[-1].loss)  # that has been measured
     measured = write(spec, source, arguments.output, check=check, base=base, console=console)
     if measured is not None:
         console.print(
@@ -57,15 +63,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _converted(
     source: SourceFolder, arguments: argparse.Namespace, dtype: torch.dtype | None
 ) -> tuple[ModelSpec, ModelSpec]:
-    """The source as a Motif model, and the differential model that --to asks for."""
+    """What the source is compared as, and the differential model that --to asks for."""
     spec = describe(source, dtype)
     options = {"ratio": arguments.ratio, "sub_norm": arguments.sub_norm, "seed": arguments.seed}
     if arguments.approximate:
         ids = probe_ids(source, arguments.probe, arguments.seed)
-        return as_motif(spec), closest(source, spec, arguments.to, ids, **options)
+        return as_compared(spec), closest(source, spec, arguments.to, ids, **options)
     if arguments.probe is not None:
         raise UserError("--probe is measured on with --approximate only; an exact conversion needs none")
-    return as_motif(spec), from_softmax(spec, arguments.to, **options)
+    return as_compared(spec), from_softmax(spec, arguments.to, **options)
 
 
 def _announce(spec: ModelSpec, console: Console) -> None:
@@ -75,6 +81,15 @@ def _announce(spec: ModelSpec, console: Console) -> None:
             console.print(f"  not exact: {step.loss}", soft_wrap=True, style="yellow")
     parameters = sum(torch.Size(lazy.shape).numel() for lazy in spec.tensors.values())
     console.print(f"{parameters:,} parameters in {len(spec.tensors):,} tensors", soft_wrap=True)
+
+
+def _experts(arguments: argparse.Namespace) -> Experts | None:
+    given = {field: getattr(arguments, name) for name, field in _EXPERTS.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    missing = [f"--{name}" for name, field in (("experts", "num_experts"), ("top-k", "top_k")) if field not in given]
+    if given and missing:
+        raise UserError(f"experts need {' and '.join(missing)} too; give it, or leave their options out")
+    return Experts(**given, seed=arguments.seed) if given else None
 
 
 def _factors(arguments: argparse.Namespace) -> Factors | MotifConfig:

@@ -7,6 +7,7 @@ and what could not be kept, and hands the spec to :func:`motifarch.growth.grow.w
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,9 @@ from torch import Tensor
 from motifarch.growth.folders import SourceFolder
 
 Shape = tuple[int, ...]
+
+_FLOAT32 = ("expert_bias", "e_score_correction_bias")
+"""Biases by which experts are selected keep their dtype: rounded, they would select others."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,23 @@ class ModelSpec:
         return dataclasses.replace(self, config=self.config | config, tensors=tensors, steps=(*self.steps, step))
 
 
+def draw_for(name: str, seed: int) -> torch.Generator:
+    """Random numbers of a tensor's own, whatever else is made."""
+    drawn = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+    return torch.Generator().manual_seed(drawn % 2**63)
+
+
 def describe(source: SourceFolder, dtype: torch.dtype | None = None) -> ModelSpec:
     """A folder's own spec, its weights turned into ``dtype`` before any step computes with them;
-    None keeps each tensor's own.
+    None keeps each tensor's own, as biases that select experts always do.
     """
     config = dict(source.config)
     if dtype is not None:
         # transformers 5 reads "dtype", older ones "torch_dtype".
         fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(fields, str(dtype).removeprefix("torch."))
-    return ModelSpec(config, {name: LazyTensor.from_checkpoint(source, name, dtype) for name in source.names})
+    tensors = {
+        name: LazyTensor.from_checkpoint(source, name, None if name.endswith(_FLOAT32) else dtype)
+        for name in source.names
+    }
+    return ModelSpec(config, tensors)

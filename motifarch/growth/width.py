@@ -11,9 +11,9 @@ reads from it repeats its columns and divides by the copies. RMS norms and PolyN
 space in which every place has as many copies as any other: they don't change.
 """
 
-import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from motifarch.errors import UserError
-from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step
+from motifarch.growth.model_spec import LazyTensor, ModelSpec, Step, draw_for
 from motifarch.models.motif import MotifConfig
 
 HIDDEN, FEED_FORWARD = "hidden", "feed_forward"
@@ -131,8 +131,9 @@ def widen(
             output projection gets none.
 
     Raises:
-        UserError: a factor below 1, signal heads of a model that has no noise heads, or noise where
-            nothing is copied.
+        UserError: a factor below 1, signal heads of a model that has no noise heads, noise where
+            nothing is copied, or a model with latent attention, experts, hyper-connections or
+            multi-token prediction.
     """
     factors = {"hidden": hidden, "feed_forward": feed_forward, "heads": heads, "signal_heads": signal_heads}
     for name, factor in factors.items():
@@ -145,6 +146,17 @@ def widen(
             raise UserError("--noise has nothing to tell apart: give a factor that copies units, or leave it out")
         return spec
     config = MotifConfig.from_dict(spec.config)
+    parts = {
+        f"attention_type {config.attention_type!r}": config.is_latent,
+        "experts": config.num_experts,
+        "hyper-connections": config.mhc_enabled,
+        "multi-token prediction": config.num_nextn_predict_layers,
+    }
+    if found := [part for part, there in parts.items() if there]:
+        raise UserError(
+            f"a model with {' and '.join(found)} does not grow in width; grow a plain one, and give it experts and "
+            "hyper-connections after that"
+        )
     if signal_heads > 1 and not config.noise_heads:
         raise UserError(
             f"--signal-heads {signal_heads}: this model's attention_type is {config.attention_type!r}, which has no "
@@ -192,8 +204,8 @@ def _grown(name: str, lazy: LazyTensor, copies: dict[str, Copies], noise: Noise 
     grown = lazy.then(shape, partial(_copy, chosen=chosen, read=read))
     if noise is None or read not in chosen or chosen[read].times == 1:
         return grown
-    seed = int.from_bytes(hashlib.sha256(f"{noise.seed} {name}".encode()).digest()[:8])
-    return grown.then(shape, partial(_add_noise, copies=chosen[read], scale=noise.scale, seed=seed))
+    draw = partial(draw_for, name, noise.seed)
+    return grown.then(shape, partial(_add_noise, copies=chosen[read], scale=noise.scale, draw=draw))
 
 
 def _copy(tensor: Tensor, *, chosen: dict[int, Copies], read: int | None) -> Tensor:
@@ -204,9 +216,9 @@ def _copy(tensor: Tensor, *, chosen: dict[int, Copies], read: int | None) -> Ten
     return tensor
 
 
-def _add_noise(weight: Tensor, *, copies: Copies, scale: float, seed: int) -> Tensor:
+def _add_noise(weight: Tensor, *, copies: Copies, scale: float, draw: Callable[[], torch.Generator]) -> Tensor:
     """Adds noise in place that sums to 0 over a column's copies; weight is (rows, columns)."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    generator = draw()
     # Without its mean over the copies, noise is smaller by this much.
     std = float(weight.std()) * scale * math.sqrt(copies.times / (copies.times - 1))
     old, dtype = weight.shape[1] // copies.times, torch.promote_types(weight.dtype, torch.float32)
@@ -253,7 +265,7 @@ def _step(
 
 
 def _loss(spec: ModelSpec, factors: dict[str, int], noise: Noise | None) -> str | None:
-    coarse = coarsest(spec)
+    coarse = coarsest(spec.tensors)
     if coarse is None:
         return None
     divisors = {factors["hidden"], factors["feed_forward"], factors["heads"] * factors["signal_heads"]}
@@ -269,9 +281,9 @@ def _loss(spec: ModelSpec, factors: dict[str, int], noise: Noise | None) -> str 
     )
 
 
-def coarsest(spec: ModelSpec) -> torch.dtype | None:
+def coarsest(tensors: dict[str, LazyTensor]) -> torch.dtype | None:
     """The dtype with the fewest digits among the weights, if it has fewer than float32."""
-    dtypes = {lazy.dtype for lazy in spec.tensors.values()}
+    dtypes = {lazy.dtype for lazy in tensors.values()}
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps)
     return dtype if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps else None
 

@@ -5,6 +5,7 @@ import torch
 
 from helpers.grown import loaded, saved
 from helpers.models import VARIANTS, random_ids
+from helpers.motif_3 import tiny_motif_3
 from motifarch.growth import SourceFolder
 from motifarch.growth.compare import difference, logits
 
@@ -22,6 +23,14 @@ def test_logits_are_the_model_s(tmp_path, case):
     torch.testing.assert_close(
         logits(SourceFolder(folder), ids), loaded(folder)(input_ids=ids).logits, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_logits_of_motif_3_are_the_model_s(tmp_path):
+    model, ids = tiny_motif_3(dtype=torch.float32), random_ids(2, 19, vocab_size=61)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(SourceFolder(tmp_path), ids), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_differences_are_measured(tmp_path):

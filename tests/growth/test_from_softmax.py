@@ -337,7 +337,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--to", "gda", "--sub-norm"], "--approximate takes"),
         (["--to", "gda", "--layers", "4"], "--to changes the attention and grows nothing"),
         (["--to", "gda", "--probe", "text"], "--probe is measured on with --approximate only"),
-        (["--ratio", "2", "--sub-norm", "--layers", "4"], "--ratio, --sub-norm works with --to diff_v2 or --to gda"),
+        (["--ratio", "2", "--sub-norm", "--layers", "4"], "--ratio, --sub-norm works with --to diff_v2, gda or gdla"),
     ):
         with pytest.raises(UserError, match=message):
             main([source, str(tmp_path / "none"), *arguments])
