@@ -25,6 +25,7 @@ class MoEStatistics(NamedTuple):
     routed_rms: Tensor  # () of the routed experts' weighted sum
     shared_rms: Tensor  # () of the shared expert's output, 0 without one
     expert_outputs: Tensor | None  # (num_experts, E), each expert's mean output, if recorded
+    peak: Tensor | None  # () of an output's largest magnitude over its RMS, if recorded
 
 
 class MixtureOfExperts(nn.Module):
@@ -42,7 +43,8 @@ class MixtureOfExperts(nn.Module):
             activations are recomputed, tokens are counted twice: compare loads among experts.
         router_noise: standard deviation of the noise on the router's logits in training mode, 0
             when made; set it from outside.
-        record_expert_outputs: in training mode, also sum up each expert's outputs; False when made.
+        record_expert_outputs: in training mode, also sum up each expert's outputs, and the peaks of
+            the block's; False when made.
 
     Buffers stay float32 where the module is cast.
 
@@ -80,6 +82,7 @@ class MixtureOfExperts(nn.Module):
     tokens_per_expert: Tensor
     statistic_sums: Tensor
     expert_output_sums: Tensor | None
+    output_peak_sums: Tensor | None
 
     def __init__(
         self,
@@ -146,6 +149,8 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("statistic_sums", torch.zeros(4, **numbers), persistent=False)
         # (num_experts, E + 1): sums of outputs and, last, how many. Made when first recorded.
         self.register_buffer("expert_output_sums", None, persistent=False)
+        # Sum of tokens' peaks and, last, how many.
+        self.register_buffer("output_peak_sums", None, persistent=False)
 
     def reset_buffers(self) -> None:
         """No bias, no counts, no statistics: needed after ``to_empty``."""
@@ -187,7 +192,9 @@ class MixtureOfExperts(nn.Module):
             length = hidden_states.shape[-2] if hidden_states.ndim > 1 else 1
             losses = self._losses(routing, out, real, length)
             with torch.no_grad():
-                self._count(routing, rows, outputs, routed, shared, real)
+                self._count(routing, rows, routed, shared, real)
+                if self.record_expert_outputs:
+                    self._record(rows, outputs, out)
         return MoEOutput(out.to(hidden_states.dtype).view(hidden_states.shape), losses)
 
     def _losses(self, routing: Routing, out: Tensor, real: Tensor | None, length: int) -> Tensor:
@@ -209,7 +216,6 @@ class MixtureOfExperts(nn.Module):
         self,
         routing: Routing,
         rows: SortedTokens,
-        outputs: Tensor,
         routed: Tensor,
         shared: Tensor | None,
         real: Tensor | None,
@@ -227,32 +233,41 @@ class MixtureOfExperts(nn.Module):
         )
         sums = [t.sum() for t in (entropy, *squares)]
         self.statistic_sums += torch.stack([tokens.to(entropy.dtype), *sums])
-        if self.record_expert_outputs:
-            if self.expert_output_sums is None:
-                self.expert_output_sums = self.statistic_sums.new_zeros(self.num_experts, outputs.shape[-1] + 1)
-            values = torch.cat((outputs.float(), outputs.new_ones(len(outputs), 1).float()), dim=1)
-            kept = rows.expert_of_row < self.num_experts
-            self.expert_output_sums.index_add_(
-                0, rows.expert_of_row.clamp(max=self.num_experts - 1), values * kept[:, None]
-            )
+
+    def _record(self, rows: SortedTokens, outputs: Tensor, out: Tensor) -> None:
+        """Adds to what is read at times."""
+        if self.expert_output_sums is None or self.output_peak_sums is None:
+            self.expert_output_sums = self.statistic_sums.new_zeros(self.num_experts, out.shape[-1] + 1)
+            self.output_peak_sums = self.statistic_sums.new_zeros(2)
+        values = torch.cat((outputs.float(), outputs.new_ones(len(outputs), 1).float()), dim=1)
+        kept = rows.expert_of_row < self.num_experts
+        self.expert_output_sums.index_add_(
+            0, rows.expert_of_row.clamp(max=self.num_experts - 1), values * kept[:, None]
+        )
+        rms = out.square().mean(dim=-1).sqrt()
+        counted = rms > 0  # the output of padding is 0
+        peaks = out.abs().amax(dim=-1) / rms.where(counted, 1)
+        self.output_peak_sums += torch.stack((peaks.sum(), counted.sum()))
 
     def statistics(self) -> MoEStatistics:
         """Means over all tokens since :meth:`reset_statistics`, on the device.
 
-        ``statistic_sums`` and, if recorded, ``expert_output_sums`` are sums: those of several ranks
-        may be added up first.
+        ``statistic_sums`` and, if recorded, ``expert_output_sums`` and ``output_peak_sums`` are
+        sums: those of several ranks may be added up first.
         """
         tokens, entropy, routed, shared = self.statistic_sums
         tokens = tokens.clamp(min=1)
-        outputs = None
-        if self.expert_output_sums is not None:
+        outputs = peak = None
+        if self.expert_output_sums is not None and self.output_peak_sums is not None:
             outputs = self.expert_output_sums[:, :-1] / self.expert_output_sums[:, -1:].clamp(min=1)
-        return MoEStatistics(entropy / tokens, (routed / tokens).sqrt(), (shared / tokens).sqrt(), outputs)
+            peak = self.output_peak_sums[0] / self.output_peak_sums[1].clamp(min=1)
+        rms = (routed / tokens).sqrt(), (shared / tokens).sqrt()
+        return MoEStatistics(entropy / tokens, *rms, outputs, peak)
 
     def reset_statistics(self) -> None:
         """Forgets them; ``tokens_per_expert`` is not among them."""
         self.statistic_sums.zero_()
-        self.expert_output_sums = None
+        self.expert_output_sums = self.output_peak_sums = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A bias rounded to bfloat16 would not move by a step of 1e-3, and counts end at 256.

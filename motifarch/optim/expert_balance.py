@@ -20,7 +20,7 @@ def update_expert_biases(
     rate: float,
     skip: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> list[torch.Tensor]:
     """Moves each layer's biases by ``rate`` towards equal loads and zeroes its counts, in place and
     on the device.
 
@@ -40,6 +40,9 @@ def update_expert_biases(
             bitwise as they were. Counts are zeroed all the same.
         group: the ranks whose tokens count together; by default all.
 
+    Returns:
+        Each layer's load, (E,) float64.
+
     Raises:
         ValueError: rate is negative or not finite.
     """
@@ -47,15 +50,17 @@ def update_expert_biases(
         raise ValueError(f"rate is {rate}; it must be at least 0 and finite")
     layers: list[nn.Module] = list(experts)
     if not layers:
-        return
+        return []
     counts: list[torch.Tensor] = [layer.get_buffer("tokens_per_expert") for layer in layers]
     # Sums that float32 would round could make equal loads differ from their mean.
     total = torch.cat(counts).double()
     if dist.is_initialized():
         dist.all_reduce(total, group=group)
-    for layer, load, count in zip(layers, total.split([len(c) for c in counts]), counts, strict=True):
+    loads = total.split([len(c) for c in counts])
+    for layer, load, count in zip(layers, loads, counts, strict=True):
         bias = layer.get_buffer("expert_bias")
         step = rate * torch.sign(load.mean() - load)
         moved = bias + (step - step.mean()).to(bias.dtype)
         bias.copy_(moved if skip is None else torch.where(skip != 0, bias, moved))
         count.zero_()
+    return list(loads)

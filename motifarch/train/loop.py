@@ -36,7 +36,7 @@ from motifarch.train.lora import add_adapters, init_adapters
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
 from motifarch.train.metrics import MetricsLog, bits_per_byte
-from motifarch.train.plots import LOSS_PLOT, draw_loss
+from motifarch.train.plots import LOSS_PLOT, ROUTER_PLOT, draw_loss, draw_router
 from motifarch.train.precision import choose_compute
 from motifarch.train.progress import Progress, outcome
 from motifarch.train.random_draws import seed_draws
@@ -48,6 +48,7 @@ from motifarch.train.record import (
     write_record,
 )
 from motifarch.train.restart_from_average import average_due, restart_from_average
+from motifarch.train.router_health import RouterHealth
 from motifarch.train.run_folder import METRICS, RECORD, TENSORBOARD, note_end, read_metrics, set_damaged_record_aside
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
@@ -96,6 +97,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     learning_rate = learning_rates(recipe)
     annealing = Annealing(state.model, recipe, world.device)
     annealing.set(state.step)
+    decoder: Any = state.model.model
+    health = RouterHealth(decoder.expert_layers(), len(decoder.layers))
     loader = BatchLoader(
         inputs.mixture,
         rank=mesh.data_rank,
@@ -164,6 +167,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = learning_rate(step)
             seed_draws(recipe.run.seed, step, world.rank)
+            health.record_outputs((step + 1) % recipe.log.every == 0)
             result = train_step(
                 state,
                 micro_batches,
@@ -178,6 +182,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 qk_clip=recipe.optim.qk_clip,
             )
             annealing.set(state.step)
+            health.add(result.expert_loads)
             metrics.add(
                 result,
                 tokens=inputs.mixture.batch_schedule.batch_size(step) * inputs.seq_len,
@@ -193,14 +198,14 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 with watchdog.long_work(f"the validation after step {state.step}"), metrics.paused():
                     metrics.update_last(**_validate(state, inputs, recipe, world, mesh))
             if validate or save or state.step % recipe.log.every == 0:
-                _report(metrics, progress, state, recipe, checkpointer)
+                _report(metrics, progress, state, recipe, checkpointer, health)
             if save:
                 with watchdog.long_work(f"the checkpoint of step {state.step}"), metrics.paused():
                     checkpointer.save(state)
             watchdog.first_step_done(keep=[checkpointer.group])
             watchdog.heartbeat(f"the data of step {state.step + 1}")
         with watchdog.long_work("the last checkpoint"):
-            _report(metrics, progress, state, recipe, checkpointer)
+            _report(metrics, progress, state, recipe, checkpointer, health)
             checkpointer.save(state)
             checkpointer.wait()
             # The others wait: torchrun ends all ranks once one has left with a signal's status.
@@ -330,7 +335,12 @@ def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, m
 
 
 def _report(
-    metrics: MetricsLog, progress: Progress, state: TrainState, recipe: Recipe, checkpointer: Checkpointer
+    metrics: MetricsLog,
+    progress: Progress,
+    state: TrainState,
+    recipe: Recipe,
+    checkpointer: Checkpointer,
+    health: RouterHealth,
 ) -> None:
     """Reads the device and shows the last step; stops a run whose steps are skipped too often.
 
@@ -340,6 +350,11 @@ def _report(
     total, _, longest = state.nonfinite.tolist()
     spikes = int(state.spike_guard.counts[2]) if state.spike_guard else 0
     metrics.update_pending(skipped_total=total + spikes)
+    if figures := health.read():
+        metrics.update_last(**figures)
+        if state.step > recipe.optim.warmup_steps:  # first weights know no balance
+            for line in health.warnings(figures):
+                progress.say(f"warning: after step {state.step}, {line}")
     rows = metrics.flush()
     if rows:
         progress.update(rows)
@@ -392,6 +407,8 @@ def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
     try:
         draw_loss(rows, output / LOSS_PLOT, f"{output.name}: {state.tokens:,} tokens")
         files["curve"] = output / LOSS_PLOT
+        if draw_router(rows, output / ROUTER_PLOT, f"{output.name}: experts"):
+            files["experts"] = output / ROUTER_PLOT
     except OSError as error:  # all that matters is saved
         print(f"warning: the loss can't be drawn into {output / LOSS_PLOT}: {error.strerror}")
     if recipe.log.tensorboard:

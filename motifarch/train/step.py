@@ -32,6 +32,8 @@ class StepResult:
     """Mean lambda of each layer, (layers,), or None for softmax attention."""
     spike: torch.Tensor | None = None
     """1 where the step was skipped as a spike, else 0; None without a spike guard."""
+    expert_loads: Sequence[torch.Tensor] = ()
+    """Of each layer with experts, (experts,): tokens that each got, over all ranks."""
     mtp_loss: torch.Tensor | None = None
     """Multi-token prediction's part of what was minimised; None of a model without."""
     expert_loss: torch.Tensor | None = None
@@ -109,7 +111,7 @@ def train_step(
         spike = state.spike_guard.check(*measured.unbind())
     skipped = step_if_finite(state.optimizer, measured, skip=spike)
     # The step has not read them, so what the biases were in it does not depend on the order.
-    update_expert_biases(experts, rate=expert_bias_rate, skip=skipped)
+    loads = update_expert_biases(experts, rate=expert_bias_rate, skip=skipped)
     if qk_clip is not None:
         clip_layers([layer.self_attn for layer in decoder_layers(state.model)], tau=qk_clip, skip=skipped)  # type: ignore[misc]
     state.optimizer.zero_grad()
@@ -125,6 +127,7 @@ def train_step(
         skipped,
         lambdas,
         spike,
+        loads,
         mtp_loss if state.model.model.mtp_layers else None,  # type: ignore[union-attr]
         expert_loss if experts else None,
     )

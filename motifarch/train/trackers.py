@@ -99,6 +99,6 @@ class ExperimentTracker:
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if isinstance(value, list):
-            yield from ((f"{name}/{i}", v) for i, v in enumerate(value))
+            yield from ((f"{name}/{i}", v) for i, v in enumerate(value) if v is not None)
         elif name != "step":
             yield name, value

@@ -212,7 +212,7 @@ def test_statistics():
     moe.record_expert_outputs = True
     moe(x)
     moe(x)  # as where activations are recomputed: no mean changes
-    entropy, routed, shared, outputs = moe.statistics()
+    entropy, routed, shared, outputs, peak = moe.statistics()
     share = torch.sigmoid(x @ moe.router.gate.weight.T)
     share = share / share.sum(-1, keepdim=True)
     assert math.isclose(entropy, -(share * share.log()).sum(-1).mean().item(), rel_tol=1e-5)
@@ -222,7 +222,9 @@ def test_statistics():
     mean = torch.stack([plain_expert(moe, 0, t, {}) for t in x]).mean(0)
     assert_agrees(outputs[0].double(), mean, 1e-5)
     assert outputs[2].tolist() == [0] * SIZE
-    assert moe.tokens_per_expert.tolist() == [24, 24, 0, 0]
+    y = moe(x).hidden_states
+    assert math.isclose(peak, (y.abs().amax(-1) / y.square().mean(-1).sqrt()).mean().item(), rel_tol=1e-5)
+    assert moe.tokens_per_expert.tolist() == [32, 32, 0, 0]
     moe.reset_statistics()
     assert moe.statistics().expert_outputs is None
 

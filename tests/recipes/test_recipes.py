@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.distributed import torchrun
+from motifarch.commands.generate import main as generate
 from motifarch.data import BatchSchedule, DataShape
+from motifarch.export import export
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.inputs import model_config
 from motifarch.train.main import main
@@ -18,7 +21,7 @@ from motifarch.train.run_folder import read_metrics
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in ("launch", "study", "trainer"))
 SFT = [path for path in FILES if path.parent.name == "sft"]
-LARGE = [path for path in FILES if path.parent.name.startswith("motif_") and path.stem != "base"]
+LARGE = [path for path in FILES if path.parent.name.startswith("motif_") and path.stem not in ("base", "tiny_cpu")]
 PUBLISHED = {"motif_2.6b": 2_597_218_432, "motif_2_12.7b": 12_703_860_896}
 BUDGET = {"motif_2.6b": 2.4e12, "motif_2_12.7b": 5.5e12}
 NODE = 8
@@ -137,7 +140,10 @@ def shrunken(path: Path, data: Path, output: Path) -> list[str]:
     return [str(path), *(f"--{field}={value}" for field, value in fields.items())]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in ("base", "b200_256") and p not in SFT], ids=name)
+SHRUNKEN = [p for p in FILES if p.stem not in ("base", "b200_256", "tiny_cpu") and p not in SFT]
+
+
+@pytest.mark.parametrize("path", SHRUNKEN, ids=name)
 def test_two_steps_of_a_shrunken_copy(
     path: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,3 +154,29 @@ def test_two_steps_of_a_shrunken_copy(
     assert second["loss"] != first["loss"]
     averaged = "the mean of the checkpoints of steps 1" in capfd.readouterr().out
     assert averaged == bool(read_recipe([str(path)]).average.every)
+
+
+@pytest.mark.slow
+def test_motif_3_is_the_published_model() -> None:
+    biases = 51 * 384  # of experts, which are buffers here and counted among the published
+    assert parameters(read_recipe([str(RECIPES / "motif_3" / "base.yaml")])) + biases == 314_841_775_750
+
+
+@pytest.mark.slow
+def test_the_small_motif_3_trains_on_two_processes_and_writes(data: Path, tmp_path: Path) -> None:
+    """A few steps of the recipe as it is, on little text; then export and a sample."""
+    short = ("--run.steps", 6, "--optim.warmup_steps", 1, "--optim.decay_steps", 2, "--log.every", 3)
+    output = tmp_path / "run"
+    options = (*short, "--run.output", output, "--data.datasets", f"[{{path: {data}}}]", "--validation.sequences", 4)
+    done = torchrun(2, "-m", "motifarch.train", RECIPES / "motif_3" / "tiny_cpu.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(output / "metrics.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(loss > 0 for row in rows for loss in (row["mtp_loss"], row["expert_loss"]))
+    reported = [row["step"] for row in rows if "router_load_max_mean" in row]
+    assert reported == [3, 6]
+    assert rows[-1]["router_load_max_mean"][0] is None
+    assert all(1 <= value <= 4 for value in rows[-1]["router_load_max_mean"][1:])
+    assert (output / "router.png").is_file()
+    folder = export(output)
+    assert generate([str(folder), "--prompt", "alpha", "--max-new-tokens", "5"]) == 0
