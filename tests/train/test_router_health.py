@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from helpers.distributed import train
+from helpers.tiny import MOTIF_3, SHORT_RUN, write_recipe
 from motifarch.layers import MixtureOfExperts
 from motifarch.optim import update_expert_biases
 from motifarch.train.plots import draw_router
 from motifarch.train.router_health import RouterHealth
+from motifarch.train.run_folder import read_metrics
 
 EXPERTS, SIZE = 5, 8
 
@@ -113,3 +116,24 @@ def test_the_plot_is_drawn_of_runs_with_experts_alone(tmp_path: Path) -> None:
     rows = [{"step": step} | {f"router_{name}": values for name in names} for step in range(5, 10)]
     assert draw_router(dense + rows, path, "a run")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_ranks_and_one_process_report_the_same(data: Path, tmp_path: Path) -> None:
+    """Experts are sharded over the ranks, and so are rows; figures are of all."""
+    recipe = write_recipe(tmp_path, data, model=MOTIF_3 | {"initializer_range": 0.1})
+    figures = []
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}"
+        said = train(ranks, tmp_path, recipe, *SHORT_RUN, "--log.every", "2", "--run.output", output)
+        assert str(output / "router.png") in said
+        assert (output / "router.png").is_file()
+        rows = read_metrics(output / "metrics.jsonl")
+        assert not any(name.startswith("router") for name in (*rows[0], *rows[2]))
+        figures.append([{k: v for k, v in row.items() if k.startswith("router")} for row in (rows[1], rows[3])])
+    for alone, both in zip(*figures, strict=True):
+        assert len(alone) == 8
+        assert alone.keys() == both.keys()
+        for name, values in alone.items():
+            assert values[0] is None
+            assert both[name][1:] == pytest.approx(values[1:], rel=1e-4), name
