@@ -3,8 +3,9 @@
 
 What is computed otherwise is made up for in the weights. DeepSeek rotates neighbouring columns and
 Motif the halves of the rotary part: its rows move. The norms of DeepSeek's latents have an epsilon
-of their own: where it is not rms_norm_eps, the latents change their size. Where YaRN's factor on
-cosines and sines is not 1, queries have it.
+of their own: where it is not rms_norm_eps, the latents change their size (by a power of two in
+bfloat16, which rounds no weight). Where YaRN's factor on cosines and sines is not 1, queries have
+it.
 """
 
 import math
@@ -90,6 +91,8 @@ def motif_tensors(
     """The tensors of :func:`transformers_tensors` under Motif's names, as its layers read them."""
     rotary, sharper = config.rotary_dim, _rope(source)[1] ** 2
     larger = math.sqrt(config.rms_norm_eps / _LATENT_EPS)
+    if coarsest(given) is not None:
+        larger = 2.0 ** round(math.log2(larger))
     order = torch.arange(rotary)
     if source.rope_interleave:
         order = torch.cat((order[::2], order[1::2]))
@@ -112,7 +115,10 @@ def motif_tensors(
         name = _PREFIX.sub(lambda match: _NAMES[match[0]], theirs)
         change = changes.get(_LAYER.sub("", name))
         tensors[name] = lazy.then(lazy.shape, change) if change else lazy
-    return tensors, Step(f"{source.model_type} -> Motif with latent attention (mla)", _loss(given, larger, sharper))
+    return tensors, Step(
+        f"{source.model_type} -> Motif with latent attention (mla)",
+        _loss(given, config.rms_norm_eps / larger**2, sharper),
+    )
 
 
 def transformers_tensors(
@@ -199,12 +205,16 @@ def _expert_fields(source: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _loss(tensors: dict[str, LazyTensor], larger: float, sharper: float) -> str | None:
+def _loss(tensors: dict[str, LazyTensor], eps: float, sharper: float) -> str | None:
+    """What is lost, with this epsilon of the latents' norms and this factor of queries."""
     coarse = coarsest(tensors)
-    what = [name for name, factor in (("the latents' epsilon", larger), ("YaRN's factor", sharper)) if factor != 1]
-    if coarse is None or not what:
+    if coarse is None:
         return None
-    return (
-        f"weights make up for {' and '.join(what)}: in {dtype_name(coarse)} they are rounded, by up to "
-        f"{rounding(coarse):.2%} of themselves; --dtype float32 keeps the function"
-    )
+    reasons = []
+    if not math.isclose(eps, _LATENT_EPS):
+        reasons.append(f"the latents' norms have an epsilon of {eps:.3g}, not {_LATENT_EPS:g}")
+    if sharper != 1:
+        reasons.append(f"YaRN's factor on queries is rounded, by up to {rounding(coarse):.2%} of each weight")
+    if not reasons:
+        return None
+    return f"in {dtype_name(coarse)} {' and '.join(reasons)}; --dtype float32 keeps the function"
