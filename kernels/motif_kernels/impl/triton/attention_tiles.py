@@ -56,7 +56,8 @@ def described_rows(z, start, length, PACKED: tl.constexpr):
     """
     outer, inner, row = 0, z.to(tl.int32), 0
     if PACKED:
-        outer, inner, row = FAR, (start + length).to(tl.int32), FAR - length
+        # Triton's interpreter would make FAR - length a constant whose value is a tensor.
+        outer, inner, row = FAR, (start + length).to(tl.int32), tl.sub(FAR, length)
     return outer, inner, row
 
 
