@@ -147,10 +147,6 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 if bits is not None and base is not None
             ]
             ways.plot(*zip(*points, strict=True), color=colours[name], linewidth=1, marker=".", markersize=4)
-    for name, colour in colours.items():
-        ways.plot([], [], color=colour, label=labels[name])
-    if colours:
-        ways.legend(frameon=False)
     ways.set(xlabel="million tokens", ylabel="bits per byte less the base's, a line a seed")
     losses = by_seed(content["runs"])
     for at, row in enumerate(reversed(content["differences"])):
@@ -162,9 +158,10 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         seeds = [losses[name][seed] - losses[BASE][seed] for seed in losses[name] if seed in losses[BASE]]
         ends.plot(seeds, [at - 0.2] * len(seeds), ".", color=report.GREY)
     ends.set_yticks(range(len(names)), [labels[name] for name in reversed(names)])
+    for words, name in zip(ends.get_yticklabels(), reversed(names), strict=True):
+        words.set_color(colours[name])
     ends.set_xlabel(
-        "bits per byte less the base's at the end (right of 0: worse)\n"
-        "thin: 95% by its own seeds; thick: by the noise of all; grey: seeds"
+        "the same at the end (right of 0: worse); grey: seeds\nthin: 95% by its own seeds; thick: noise of all"
     )
     ends.set_ylim(-0.6, len(names) - 0.4)
     ends.locator_params(axis="x", nbins=6)
