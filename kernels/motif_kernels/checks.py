@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from motif_kernels.types import AttentionInputs, Sequences
 
@@ -116,7 +117,7 @@ def check_attention(inputs: AttentionInputs, *, packed: bool, paged: bool = Fals
 
 def may_read(values: Tensor) -> bool:
     """Whether values may be read: not where that would stall a GPU, nor while tracing."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(values, FakeTensor):
         return False
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
 

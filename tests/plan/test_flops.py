@@ -7,9 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.planned import VARIANTS, config_of, small_recipe
+from helpers.tiny import MOTIF_3
 from motif_kernels.flops import diff_attention_backward_flops, diff_attention_flops, visible_pairs
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import find_gpu, make_plan
+from motifarch.train.recipe import ModelSection
 
 SEQ_LEN, ROWS = 48, 2
 
@@ -52,6 +54,14 @@ def test_attention_is_counted_as_the_kernels_compute_it() -> None:
     assert found["forward attention"] == pytest.approx(layers * diff_attention_flops(pairs, *shape) / SEQ_LEN)
     assert found["backward attention"] == pytest.approx(layers * diff_attention_backward_flops(pairs, *shape) / SEQ_LEN)
     assert found["forward"] == pytest.approx(MotifForCausalLM(config_of(recipe)).flops_per_token(SEQ_LEN) / 3, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_experts_and_the_other_parts_of_motif_3_are_counted() -> None:
+    recipe = small_recipe()
+    recipe.model = ModelSection(**MOTIF_3, vocab_size=320)
+    found, model = planned(recipe), MotifForCausalLM(config_of(recipe))
+    assert found["forward"] == pytest.approx(model.flops_per_token(SEQ_LEN) / 3, rel=1e-2)
 
 
 @pytest.mark.parametrize(

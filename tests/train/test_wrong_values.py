@@ -149,7 +149,8 @@ RIGHT = {name: right_values(*about) for name, about in FIELDS.items()} | {"run.s
 REFUSED_HERE = re.compile(
     r"model\.(num_(attention|noise|key_value)_heads|head_dim|attention_type|paired_kv|attention_gate)|parallel\.|"
     r"model\.(use_sliding_window|attn_implementation|q_lora_rank|kv_lora_rank|qk_rope_head_dim|num_experts|mhc_enabled|"
-    r"sliding_window_period|polynorm_bias_clamp|hidden_clamp)|data\.datasets$|optim\.warmup_steps|precision\.matmul"
+    r"sliding_window_period|polynorm_bias_clamp|hidden_clamp)|data\.datasets$|experts\.|"
+    r"optim\.(warmup_steps|mtp_loss)|precision\.matmul"
 )
 
 
