@@ -59,10 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size",
         type=option(Rows),
-        default=8,
         metavar="N",
-        help="how many of --prompts to continue at once (default: 8); those that leave less room in the model than "
-        "--max-new-tokens only with others that leave as much",
+        help="how many of --prompts to continue at once (default: 8, with --speculative 1); those that leave less room "
+        "in the model than --max-new-tokens only with others that leave as much",
     )
     parser.add_argument("--chat", action="store_true", help="make the prompt a user message, and print the reply alone")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
@@ -78,6 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="dynamic",
         help="dynamic grows with the text; static has its final size at once, and lets transformers compile a GPU's "
         "passes, which takes time at the start (default: dynamic)",
+    )
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft tokens with the model's layer for multi-token prediction, as Motif-3 has: the same text, faster if "
+        "many are accepted (the share is told at the end); one prompt at a time",
     )
     return parser
 

@@ -78,7 +78,12 @@ def run(arguments: argparse.Namespace) -> Speed:
         UserError: for anything that the user can mend.
     """
     sampling = Sampling(
-        arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, arguments.cache
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_p,
+        arguments.seed,
+        arguments.cache,
+        arguments.speculative,
     )
     return _one(arguments, sampling) if arguments.prompts is None else _many(arguments, sampling)
 

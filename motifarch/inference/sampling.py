@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import (
 from motifarch.counted import counted
 from motifarch.data.tokenizer import begin_tokens, encode_texts, takes_special_tokens
 from motifarch.errors import UserError, first_line
+from motifarch.inference.speculative import SpeculativeDecoding, has_draft
 from motifarch.inference.time_limit import OutOfTimeError, time_limit
 
 Prompt = str | list[dict[str, str]]
@@ -56,6 +57,8 @@ class Sampling:
         seed: with the prompt's number (counted from 0), decides the prompt's random draws.
         cache: "dynamic" grows with the text; "static" has its final size at once, which lets a
             GPU's passes be compiled.
+        speculative: draft tokens with the model's layer for multi-token prediction, which changes
+            how fast they come.
 
     Raises:
         UserError: a value outside what is accepted.
@@ -66,6 +69,7 @@ class Sampling:
     top_p: float = 0.95
     seed: int = 0
     cache: str = "dynamic"
+    speculative: bool = False
 
     def __post_init__(self) -> None:
         hot_enough = self.temperature == 0 or 1e-6 <= self.temperature <= 1000
@@ -77,6 +81,8 @@ class Sampling:
         ):
             if not holds:
                 raise UserError(f"{option} is {value}; it must be {accepted}")
+        if self.speculative and self.cache == "static":
+            raise UserError("--speculative takes drafts back, and --cache static cannot; leave one of the two out")
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Speed:
         prompt_seconds: until each batch had its first new tokens, by the prompts' own pass.
         tokens: made by the model, first ones and end-of-sequence tokens included.
         decode_seconds: from each batch's first new tokens to its last.
+        speculation: counts drafts, where tokens are drafted.
     """
 
     prompts: int = 0
@@ -108,6 +115,7 @@ class Speed:
     prompt_seconds: float = 0.0
     tokens: int = 0
     decode_seconds: float = 0.0
+    speculation: SpeculativeDecoding = field(default_factory=SpeculativeDecoding)
 
     @property
     def rate(self) -> float | None:
@@ -119,7 +127,9 @@ class Speed:
         prompts = "prompt" if self.prompts == 1 else f"{self.prompts:,} prompts,"
         rate = "" if self.rate is None else f" at {self.rate:,.1f} tokens/s"
         read, made = counted(self.prompt_tokens, "token"), counted(self.tokens, "token")
-        return f"{prompts} {read} in {self.prompt_seconds:.2f} s, {made}{rate}"
+        share, drafts = self.speculation.accepted_share, counted(self.speculation.drafted, "draft")
+        taken = "" if share is None else f", {share:.0%} of {drafts} accepted"
+        return f"{prompts} {read} in {self.prompt_seconds:.2f} s, {made}{rate}{taken}"
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, name: str = "the prompt") -> list[int]:
@@ -178,7 +188,7 @@ def generate(
     prompts: Sequence[Prompt],
     sampling: Sampling | None = None,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     stream: bool = False,
     names: Sequence[str] | None = None,
     speed: Speed | None = None,
@@ -200,7 +210,8 @@ def generate(
         tokenizer: its tokenizer.
         prompts: texts and conversations.
         sampling: how; default ``Sampling()``.
-        batch_size: how many prompts to continue at once.
+        batch_size: how many prompts to continue at once; default 8, or 1 with speculation, which
+            continues no more.
         stream: print the text as it comes, after the prompt unless that is a conversation; for one
             prompt only.
         names: what errors call the prompts; default their numbers.
@@ -213,13 +224,17 @@ def generate(
     Raises:
         UserError: what :func:`encode` raises, a prompt without room in the model's positions or
             with tokens that the model does not have, a batch too large for the GPU's memory, or a
-            cache that the model does not take.
+            cache or speculation that the model does not take.
     """
+    sampling, speed = sampling or Sampling(), speed or Speed()
+    if batch_size is None:
+        batch_size = 1 if sampling.speculative else 8
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
+    if sampling.speculative:
+        _check_speculative(model, batch_size)
     if stream and len(prompts) != 1:
         raise UserError(f"{len(prompts)} prompts cannot be streamed; stream one, or leave stream=True out")
-    sampling, speed = sampling or Sampling(), speed or Speed()
     if names is None:
         names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     rows = [encode(tokenizer, prompt, name) for prompt, name in zip(prompts, names, strict=True)]
@@ -241,6 +256,16 @@ def generate(
         while following in finished:
             yield finished.pop(following)
             following += 1
+
+
+def _check_speculative(model: PreTrainedModel, batch_size: int) -> None:
+    if batch_size > 1:
+        raise UserError(f"--batch-size is {batch_size}, but --speculative continues one prompt at a time; set it to 1")
+    if not has_draft(model):
+        raise UserError(
+            f"--speculative: {type(model).__name__} has no layer for multi-token prediction (num_nextn_predict_layers "
+            "in its config.json), which drafts; leave --speculative out"
+        )
 
 
 def set_aside_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -320,6 +345,7 @@ def _continue(
         top_p = [TopPLogitsWarper(float(sampling.top_p))] if sampling.top_p < 1 else []
         processors += [TemperatureLogitsWarper(float(sampling.temperature)), *top_p, _Draw(sampling.seed, numbers)]
     first_tokens = _FirstTokens(model.device)
+    speed.speculation.streamer = streamer
     started = time.perf_counter()
     model.generation_config = GenerationConfig()  # the model's own would fill in what the options leave open
     try:
@@ -336,6 +362,7 @@ def _continue(
             ),
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([first_tokens]),
+            custom_generate=speed.speculation if sampling.speculative else None,
             streamer=streamer,
         )[:, ids.shape[1] :].tolist()
     except KeyboardInterrupt:
