@@ -117,9 +117,10 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             output_attentions: return each layer's softmax probabilities (B, num_heads, S, keys) of
                 signal and noise heads as q_proj has them, computed as with "eager".
             **kwargs: shift_labels, (B, S) the target of each position, which win over labels;
-                output_hidden_states, every layer's input and the final hidden states (or those of
-                some indices); return_dict; and transformers' other arguments (cu_seq_lens_k and
-                max_length_k are those of q).
+                output_hidden_states, every layer's input (of streams (B, S, streams, E) with
+                hyper-connections) and the final hidden states (or those of some indices);
+                return_dict; and transformers' other arguments (cu_seq_lens_k and max_length_k are
+                those of q).
 
         Returns:
             loss, logits, past_key_values, hidden_states, attentions and z_loss.
