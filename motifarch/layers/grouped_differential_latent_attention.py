@@ -180,18 +180,19 @@ class GroupedDifferentialLatentAttention(BaseAttention):
         """Queries of the latents themselves: ``q W k`` is ``(q W) k``."""
         plain, rotated = heads.query.split((self._plain, self.qk_rope_head_dim), dim=-1)
         by_key = plain.unflatten(2, (self.num_kv_heads, -1))
-        absorbed = torch.einsum("bsghn,gnr->bsghr", by_key, self._up()[:, : self._plain])
+        absorbed = torch.einsum("bsghn,gnr->bsghr", by_key, self._up(heads)[:, : self._plain])
         query = torch.cat((absorbed.flatten(2, 3), rotated), dim=-1)
         return heads._replace(query=query, value=heads.key[..., : self.kv_lora_rank], is_latent=True)
 
-    def _up(self) -> Tensor:
+    def _up(self, heads: Heads) -> Tensor:
         """wkv_b's matrix by key/value head, (Hk, plain + Dv, R)."""
-        return linear_weight(self.wkv_b).unflatten(0, (self.num_kv_heads, -1))
+        latents = heads.key[..., : self.kv_lora_rank]
+        return linear_weight(self.wkv_b, latents).unflatten(0, (self.num_kv_heads, -1))
 
     def _output(self, attended: Tensor, heads: Heads) -> Tensor:
         if heads.is_latent:
             by_value = attended.unflatten(2, (self.num_kv_heads, -1))
-            attended = torch.einsum("bsghr,gvr->bsghv", by_value, self._up()[:, self._plain :]).flatten(2, 3)
+            attended = torch.einsum("bsghr,gvr->bsghv", by_value, self._up(heads)[:, self._plain :]).flatten(2, 3)
             if heads.gate is not None:
                 attended = attended * torch.sigmoid(heads.gate)
         out: Tensor = self.wo(attended.flatten(2))

@@ -53,10 +53,12 @@ def hidden(model: nn.Module, name: str) -> Iterator[None]:
     setattr(holder, attribute, inner)
 
 
-def assert_hooks_take_effect(model: nn.Module, run: Run) -> None:
-    """What any module gives, as a hook changes it, is what is gone on with, in all that is run."""
+def assert_hooks_take_effect(model: nn.Module, run: Run, names: list[str] | None = None) -> None:
+    """What any module, or any of these, gives, as a hook changes it, is what is gone on with, in
+    all that is run.
+    """
     expected = run()
-    for name in owners(model):
+    for name in owners(model) if names is None else names:
         with tilted(model.get_submodule(name)):
             for i, (found, before) in enumerate(zip(run(), expected, strict=True)):
                 assert not torch.equal(found, before), f"a hook on {name} changes nothing in result {i}"

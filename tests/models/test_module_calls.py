@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.models import VARIANTS, packed, random_ids, tiny_model
-from helpers.module_calls import Run, assert_calls_are_enough, assert_hooks_take_effect
+from helpers.module_calls import Run, assert_calls_are_enough, assert_hooks_take_effect, owners
+from helpers.motif_3 import tiny_motif_3
 from motifarch.layers import cross_entropy
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,11 +29,15 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def everything(model: Any) -> Run:
+def everything(model: Any, **words: int) -> Run:
     """Logits of a batch, of a padded one, of packed documents and of a token after a cache; the
     loss in evaluation and in training, and the embedding's gradient.
     """
-    ids, mask, embedding = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long), model.model.embed_tokens.weight
+    ids, mask, embedding = (
+        random_ids(2, 12, **words),
+        torch.ones(2, 12, dtype=torch.long),
+        model.model.embed_tokens.weight,
+    )
     mask[1, :3] = 0
 
     def run() -> list[Tensor]:
@@ -42,8 +47,9 @@ def everything(model: Any) -> Run:
             documents = model(**packed([ids[0], ids[1, :5]])).logits
             next_token = model(input_ids=ids[:, :1], past_key_values=whole.past_key_values).logits
         embedding.grad = None
-        loss = model.train()(input_ids=ids, labels=ids).loss
-        loss.backward()
+        trained = model.train()(input_ids=ids, labels=ids)
+        trained.loss.backward()
+        loss = trained.loss - sum(t for t in (trained.mtp_loss, trained.expert_loss) if t is not None)
         for value in (loss, whole.loss):
             torch.testing.assert_close(value, loss_of(whole.logits, ids))
         return [whole.logits, padded, documents, next_token, loss.detach(), embedding.grad]
@@ -57,6 +63,25 @@ def test_every_module_is_called_and_none_is_read(variant: str, options: str) -> 
     model = tiny_model(variant, num_hidden_layers=1, initializer_range=0.2, **OPTIONS[options])
     assert_hooks_take_effect(model, everything(model))
     assert_calls_are_enough(model, everything(model))
+
+
+@pytest.mark.slow
+def test_every_module_of_motif_3_is_called_and_none_is_read() -> None:
+    """Latent attention, experts and hyper-connections; what is predicted after the next token."""
+    model = tiny_motif_3(dtype=torch.float32, num_hidden_layers=2)
+    ids, run = random_ids(2, 12, vocab_size=61), everything(model, vocab_size=61)
+
+    def run_mtp() -> list[Tensor]:
+        with torch.no_grad():
+            return [model.eval()(ids, return_mtp_logits=True).mtp_logits, model.train()(ids, labels=ids).loss]
+
+    of_mtp = [name for name in owners(model) if ".mtp_layers." in name]
+    # The first mixes streams that are equal, and mixing changes no mean, which follows the last.
+    mixes = ["model.layers.0.mhc_attn.proj_res", "model.layers.1.mhc_ffn.proj_res"]
+    without = {*of_mtp, *mixes}
+    assert_hooks_take_effect(model, run, [name for name in owners(model) if name not in without])
+    assert_hooks_take_effect(model, run_mtp, of_mtp)
+    assert_calls_are_enough(model, lambda: run() + run_mtp())
 
 
 class TwoLayerHead(nn.Module):
