@@ -35,6 +35,8 @@ ROPE = TINY["rope_scaling"]
         ({"sliding_window_period": None}, "sliding_window_pattern is 'interleave' without sliding_window_period"),
         ({"rope_scaling": ROPE | {"apply_yarn_scaling": True}}, "apply_yarn_scaling=True"),
         ({"rope_scaling": ROPE | {"rope_type": "linear"}}, "rope_type='linear'"),
+        ({"rope_scaling": ROPE | {"mscale_all_dim": 1}}, "mscale_all_dim=1"),
+        ({"rope_scaling": ROPE | {"attention_factor": 1.2}}, "attention_factor=1.2"),
         ({"rope_factor": 32}, "rope_factor=32 but rope_scaling has factor=64"),
         ({"layer_types": ["full_attention"] * 5}, "layer_types has 'full_attention' for layer 1"),
         ({"num_noise_heads": 3}, "num_heads=10 .* num_noise_heads=3"),

@@ -132,6 +132,12 @@ def check_latent(config: Any) -> None:
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") not in ("default", "yarn"):
         raise ValueError(f"rope_type={rope['rope_type']!r} is not supported with latent attention; 'yarn' is")
+    for name in ("attention_factor", "mscale_all_dim"):
+        if rope.get(name) is not None:
+            raise ValueError(
+                f"rope_scaling has {name}={rope[name]!r}, which latent attention does not have: its "
+                "cosines and sines are not scaled, and mscale scales the logits; leave it out"
+            )
     for name, inner in (("rope_factor", "factor"), ("original_seq_len", "original_max_position_embeddings")):
         outer = getattr(config, name, None)
         if rope.get("rope_type") == "yarn" and outer is not None and outer != rope.get(inner):
