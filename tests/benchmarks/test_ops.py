@@ -179,6 +179,7 @@ def test_ours_that_is_wrong_fails_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 # --- Attention ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attention_measures_what_runs_on_a_cpu_and_names_the_softmax_baseline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_motif_2_12_7b_on_768_b200(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [str(write(tmp_path, LARGE)), "--gpus", "768", "--gpu", "b200", "--seq-len", "4096"]
     assert main([*command, "--tokens", "5.5e12", "--output", str(tmp_path / "plan")]) == 0
