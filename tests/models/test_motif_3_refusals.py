@@ -87,6 +87,12 @@ def test_tensors_of_another_layout_are_named(tmp_path: Path, change: Any, messag
         MotifForCausalLM.from_pretrained(tmp_path)
 
 
+def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="tp_plan='auto' can't cut this model"):
+        MotifForCausalLM.from_pretrained(tmp_path, tp_plan="auto")
+
+
 def test_a_folder_keeps_the_released_fields(tmp_path: Path) -> None:
     model = tiny_motif_3(dtype=torch.float32)
     model.save_pretrained(tmp_path)

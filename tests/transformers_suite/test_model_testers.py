@@ -182,4 +182,8 @@ class TestMotif3(MotifTests, unittest.TestCase):
         super().test_hidden_states_output()
 
 
+for name in [name for name in dir(TestMotif3) if name.startswith("test_tp_")]:
+    reason = "tensor parallelism is refused: latent attention, experts and hyper-connections are not cut"
+    setattr(TestMotif3, name, unittest.skip(reason)(lambda _: None))
+
 del Tester, Tests, MotifTests  # pytest would take them for tests

@@ -29,6 +29,7 @@ class WholeOrNothing:
         the caller looks. A name may be None with ``state_dict`` and ``config``.
 
         Raises:
+            ValueError: tp_plan for a model that is not cut.
             ModelFolderError: a tensor is missing, unexpected or of another shape; a local folder's
                 file is missing or damaged, or its index names what is not there. Nothing is
                 written.
@@ -48,6 +49,11 @@ class WholeOrNothing:
             output_loading_info=True,
             **kwargs,
         )
+        if kwargs.get("tp_plan") is not None and not model.config.base_model_tp_plan:
+            raise ValueError(
+                f"tp_plan={kwargs['tp_plan']!r} can't cut this model: latent attention, experts and hyper-connections "
+                "are not cut over ranks of tensor parallelism; leave it out, or shard with FSDP"
+            )
         if output_loading_info:
             return model, report
         optional = None if cls.__name__ in (model.config.architectures or ()) else cls.new_head
