@@ -125,6 +125,20 @@ def test_full_layers_hold_latents_and_the_others_a_window() -> None:
     assert held(static) == [(64, full), *[(WINDOW, heads)] * 3, (64, full)]
 
 
+def test_a_cache_that_is_taken_apart_and_made_again_keeps_the_window() -> None:
+    model, ids = tiny_motif_3(dtype=torch.float32), torch.arange(1, 25)[None]
+    with torch.no_grad():
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        again = DynamicCache(ddp_cache_data=list(cache))
+        after = model(ids[:, 20:21], past_key_values=again, position_ids=torch.tensor([[20]])).logits
+        torch.testing.assert_close(after, model(ids[:, :21]).logits[:, -1:], atol=1e-4, rtol=0)
+        short = DynamicCache(config=model.config)
+        heads = torch.ones(1, 2, 9, 12), torch.ones(1, 2, 9, 6)
+        short.update(*heads, 1)
+        with pytest.raises(ValueError, match="keeps a window of 5 tokens"):
+            model(ids, past_key_values=short)
+
+
 @pytest.mark.slow
 def test_the_released_cache_has_576_numbers_a_token_and_rings_of_128() -> None:
     attention: dict[str, Any] = {"num_attention_heads": 80, "num_noise_heads": 16, "num_key_value_heads": 16}

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from motif_kernels.ops import is_exporting
 from motifarch.layers import PaddingMask
@@ -46,16 +46,26 @@ def seen_tokens(past_key_values: Cache | None, num_new: int) -> int | Tensor:
 def fit_windows(past_key_values: Cache | None, config: MotifConfig) -> None:
     """Gives a new cache room for the window of latent attention: transformers counts sliding_window
     with the query's own token, and Motif-3 has one more.
+
+    Raises:
+        ValueError: a window's cache that holds tokens already, and has dropped one too many.
     """
-    if past_key_values is None or not config.is_latent:
+    if past_key_values is None or not config.is_latent or config.sliding_window is None:
         return
     layers: list[Any] = past_key_values.layers
-    for layer in layers:
-        if not layer.is_sliding or layer.is_initialized:
+    for i, layer in enumerate(layers):
+        size = getattr(layer, "sliding_window", getattr(layer, "max_cache_len", None))
+        if not layer.is_sliding or size != config.sliding_window:
             continue
-        if getattr(layer, "sliding_window", None) == config.sliding_window:
-            layer.sliding_window += 1
-        elif getattr(layer, "max_cache_len", None) == config.sliding_window:
+        if layer.is_initialized:
+            raise ValueError(
+                f"layer {i} of the {type(past_key_values).__name__} keeps a window of {size} tokens, with the query's "
+                f"own; this model's is {size + 1}: let the model make its cache, or give it an empty one"
+            )
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layers[i] = DynamicSlidingWindowLayer(sliding_window=size + 1)
+            layers[i].record_past = layer.record_past
+        else:
             layer.max_cache_len += 1
 
 
