@@ -449,6 +449,7 @@ def test_operator_contract(epilogue, device):
     torch.library.opcheck(torch.ops.motif.diff_attention.default, (*inputs, *Sequences(9, 9), *options, True))
 
 
+@pytest.mark.slow
 def test_compiles_and_checkpoints(device):
     inputs = leaves(*tensors(device, hs=4, lam="token"))
     packed_inputs, bounds = packed(device, [20, 30], [20, 30])

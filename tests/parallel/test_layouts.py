@@ -45,7 +45,7 @@ def truth(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return torch.load(output)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of a number of ranks, in one process group."""
     output = tmp_path_factory.mktemp("layouts") / "several.pt"

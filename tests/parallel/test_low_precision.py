@@ -70,6 +70,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return torch.load(folder / "trained.pt")  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "fp8 tensor", "mxfp8 tensor"])
 def test_training_is_near_bfloat16_and_rounds(trained: dict[str, Any], name: str) -> None:
     (exact, _, exact_weights), (rounded, _, weights) = trained["bf16"], trained[name]
@@ -83,6 +84,7 @@ def test_training_is_near_bfloat16_and_rounds(trained: dict[str, Any], name: str
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_another_precision(trained: dict[str, Any]) -> None:
     exact, switched = trained["bf16"][0][STEPS // 2 :], trained["bf16, then fp8"][0]
     assert len(switched) == STEPS - STEPS // 2
