@@ -6,8 +6,9 @@ tools live there.
         recipes/trainer/train.py recipes/tiny_cpu.yaml
 
 It takes what Trainer has a place for: model, data, batch sizes, AdamW and its schedule, clipping,
-steps, checkpoints. Trainer draws the samples in an order of its own, from all datasets alike. Muon,
-guards, mixtures, meshes, batch growth and resuming at the exact sample are `motifarch train`'s.
+weights of losses, balance of experts, steps, checkpoints. Trainer draws the samples in an order of
+its own, from all datasets alike. Muon, guards, mixtures, meshes, batch growth and resuming at the
+exact sample are `motifarch train`'s.
 """
 
 import sys
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from motifarch.data import collate
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
+from motifarch.optim import update_expert_biases
 from motifarch.parallel import launched_world_size
+from motifarch.train.annealing import Annealing, set_expert_losses
 from motifarch.train.inputs import open_inputs
 from motifarch.train.learning_rate import decay_steps
 from motifarch.train.read_recipe import read_recipe
@@ -33,13 +36,43 @@ from motifarch.train.recipe_rules import check_recipe
 class PackedTrainer(Trainer):
     """Counts a step's targets by `labels`, while the model takes the same tensor as
     `shift_labels`.
+
+    Attributes:
+        loss_weights: arguments of the model: weights of what its loss has besides the
+            cross-entropy.
     """
+
+    loss_weights: dict[str, float]
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a packed micro-batch; a sum over its targets divided by those of the whole
         step.
         """
-        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "labels"}, *args, **kwargs)
+        inputs = {k: v for k, v in inputs.items() if k != "labels"} | self.loss_weights
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class AroundSteps(TrainerCallback):
+    """What a step of `motifarch train` sets besides weights: the biases that experts are chosen by,
+    noise on their scores, the factor of hyper-connections' outputs.
+    """
+
+    def __init__(self, model: MotifForCausalLM, recipe: Recipe, device: torch.device) -> None:
+        self._experts = list(model.model.expert_layers().values())
+        self._rate = recipe.experts.bias_rate
+        self._annealing = Annealing(model, recipe, device)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first micro-batch."""
+        self._annealing.set(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last micro-batch's backward."""
+        update_expert_biases(self._experts, rate=self._rate)
 
 
 def with_labels(blocks: Sequence[Any]) -> dict[str, Any]:
@@ -92,6 +125,7 @@ def build_trainer(recipe: Recipe, **arguments: Any) -> Trainer:
     inputs = open_inputs(recipe)
     set_seed(recipe.run.seed)
     model = MotifForCausalLM(inputs.model_config)
+    set_expert_losses(model, recipe)
     options: dict[str, Any] = {
         "output_dir": recipe.run.output,
         "max_steps": recipe.run.steps,
@@ -112,12 +146,16 @@ def build_trainer(recipe: Recipe, **arguments: Any) -> Trainer:
         "remove_unused_columns": False,
         **schedule(recipe),
     }
-    return PackedTrainer(
+    args = TrainingArguments(**(options | arguments))
+    trainer = PackedTrainer(
         model=model,
-        args=TrainingArguments(**(options | arguments)),
+        args=args,
         train_dataset=ConcatDataset(inputs.training),  # type: ignore[arg-type]
         data_collator=with_labels,
+        callbacks=[AroundSteps(model, recipe, args.device)],
     )
+    trainer.loss_weights = {"z_loss_weight": optim.z_loss, "mtp_loss_weight": optim.mtp_loss}
+    return trainer
 
 
 def main(argv: Sequence[str]) -> None:

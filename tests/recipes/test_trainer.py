@@ -9,6 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from helpers.distributed import torchrun
+from helpers.tiny import MOTIF_3, RECIPE, write_recipe
 
 DRIVER = Path(__file__).with_name("trainer_on_cpu.py")
 CONFIG = Path(__file__).parents[2] / "recipes" / "trainer" / "fsdp2.yaml"
@@ -30,7 +31,11 @@ def train(ranks: int, recipe: Path, result: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_shard_and_agree_with_one(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [RECIPE["model"], MOTIF_3], ids=["motif_2", "motif_3"])
+def test_two_processes_shard_and_agree_with_one(
+    model: dict[str, Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, data, model=model)
     alone = train(0, recipe, tmp_path / "alone.json")
     assert not any(alone["sharded"])
     environment = accelerate_environment()
@@ -41,7 +46,10 @@ def test_two_processes_shard_and_agree_with_one(recipe: Path, tmp_path: Path, mo
     both = train(2, recipe, tmp_path / "both.json")
     assert both["sharded"]
     assert all(both["sharded"])
-    assert both["layers"] == [True, True]
+    assert all(both["layers"])
     assert len(both["losses"]) == 6
     assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     assert both["losses"][-1] < both["losses"][0] - 0.01
+    assert both["biases"] == alone["biases"]
+    assert all(any(biases) for biases in both["biases"])
+    assert len(both["biases"]) == (2 if "num_experts" in model else 0)

@@ -43,13 +43,12 @@ def main(result: Path, argv: list[str]) -> None:
         isinstance(p, DTensor) and (p.shape[0] == 1 or p.to_local().numel() < p.numel())
         for p in trainer.model.parameters()
     ]
+    biases = [layer.expert_bias.tolist() for layer in trainer.model.model.expert_layers().values()]
+    layers = [isinstance(layer, FSDPModule) for layer in trainer.model.model.layers]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        result.write_text(json.dumps({"losses": losses, "sharded": sharded, "layers": layers, "biases": biases}))
     if dist.is_initialized():
-        layers = [isinstance(layer, FSDPModule) for layer in trainer.model.model.layers]
-        if dist.get_rank() == 0:
-            result.write_text(json.dumps({"losses": losses, "sharded": sharded, "layers": layers}))
         dist.destroy_process_group()
-    else:
-        result.write_text(json.dumps({"losses": losses, "sharded": sharded, "layers": []}))
 
 
 if __name__ == "__main__":
