@@ -393,8 +393,8 @@ def parser() -> argparse.ArgumentParser:
         "--sweep",
         nargs="+",
         type=float,
-        default=[6e-3, 1.2e-2, 2.4e-2],
-        help="learning rates; default: 6e-3 1.2e-2 2.4e-2",
+        default=[6e-3, 1.2e-2, 2.4e-2, 4.8e-2],
+        help="learning rates; default: 6e-3 1.2e-2 2.4e-2 4.8e-2",
     )
     add("--sequences", type=int, default=512, help="for validation; default: %(default)s")
     add("--jobs", type=int, default=1, help="runs at a time; default: %(default)s")
