@@ -244,8 +244,8 @@ for prefix, change in {
     "test_eager_matches_sdpa_inference": with_all_experts,
 }.items():
     for name in [name for name in dir(TestMotif3) if name.startswith(prefix)]:
-        if test := getattr(TestMotif3, name):
-            setattr(TestMotif3, name, change(test))
+        if inherited := getattr(TestMotif3, name):
+            setattr(TestMotif3, name, change(inherited))
 for name in [name for name in dir(TestMotif3) if name.startswith("test_tp_")]:
     reason = "tensor parallelism is refused: latent attention, experts and hyper-connections are not cut"
     setattr(TestMotif3, name, unittest.skip(reason)(lambda _: None))
