@@ -30,6 +30,9 @@ class Layout(Section):
     """Ranks that share a row's tokens and exchange them for heads around attention (Ulysses)."""
     tensor: Ranks | Rest = 1
     """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
+    expert: Ranks = 1
+    """Ranks out of `shard` x `context`, neighbours, that share the routed experts, each with whole
+    ones: tokens go to them and come back (expert parallelism). No factor of the number of ranks."""
 
     @property
     def ranks(self) -> int:
@@ -46,11 +49,17 @@ class Layout(Section):
         """Ranks over which gradients are averaged: all but those of `tensor`."""
         return self.data_parallel_size * self.context
 
+    @property
+    def expert_shard(self) -> int:
+        """Ranks of a copy that share the same experts' parameters (FSDP)."""
+        return self.shard * self.context // self.expert
+
     def resolve(self, ranks: int) -> "Layout":
         """The layout with its -1 filled in for so many ranks.
 
         Raises:
-            UserError: several -1, a number below 1, or a product that is not the number of ranks.
+            UserError: several -1, a number below 1, a product that is not the number of ranks, or
+                an `expert` that does not divide shard x context.
         """
         sizes = {name: getattr(self, name) for name in DIMENSIONS}
         for name, size in sizes.items():
@@ -69,4 +78,12 @@ class Layout(Section):
             )
         for name in filled:
             sizes[name] = ranks // product
-        return Layout(**sizes)
+        layout = Layout(**sizes, expert=self.expert)
+        if (sharing := layout.shard * layout.context) % self.expert:
+            fitting = ", ".join(str(n) for n in range(1, sharing + 1) if sharing % n == 0)
+            raise UserError(
+                f"parallel.expert is {self.expert}, which does not divide the {sharing} ranks of parallel.shard "
+                f"{layout.shard} x parallel.context {layout.context} that share a copy of the parameters; it may be "
+                f"{fitting}"
+            )
+        return layout

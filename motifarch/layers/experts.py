@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motif_kernels import grouped_linear
+from motifarch.layers.local_part import local_part
 from motifarch.layers.poly_norm import GroupedPolyNorm
 
 ACTIVATIONS = ("poly_norm", "silu")
@@ -85,13 +86,16 @@ class Experts(nn.Module):
 
         Args:
             x: sorted by expert.
-            offsets: (experts,) int32, where each expert's rows end. Rows past the last are of no
+            offsets: (experts,) int32, where each expert's rows end; of this rank's experts alone,
+                where ranks share them. Rows past the last are of no
                 expert: what they hold is not used, and gives 0.
         """
-        gate, up = grouped_linear(x, self.gate_up_proj, offsets).chunk(2, dim=-1)
+        gate, up = grouped_linear(x, local_part(self.gate_up_proj), offsets).chunk(2, dim=-1)
         if self.act_fn is not None:
-            return grouped_linear(self.act_fn(gate, up, offsets), self.down_proj, offsets)
-        return grouped_linear(self._clamped(F.silu(self._clamped(gate)) * self._clamped(up)), self.down_proj, offsets)
+            hidden = self.act_fn(gate, up, offsets)
+        else:
+            hidden = self._clamped(F.silu(self._clamped(gate)) * self._clamped(up))
+        return grouped_linear(hidden, local_part(self.down_proj), offsets)
 
     def _clamped(self, t: Tensor) -> Tensor:
         return t if self.hidden_clamp is None else t.clamp(-self.hidden_clamp, self.hidden_clamp)
@@ -100,51 +104,3 @@ class Experts(nn.Module):
         """Shown by print(module)."""
         experts, twice, size = self.gate_up_proj.shape
         return f"{size}, num_experts={experts}, intermediate_size={twice // 2}, activation={self.activation!r}"
-
-
-class _Permute(torch.autograd.Function):
-    """``x[order]`` for a permutation, whose gradient is that by the inverse: both are gathers."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        order, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _Permute.apply(grad, inverse, order), None, None  # type: ignore[no-untyped-call]
-
-
-class SortedTokens:
-    """Which row of an expert's is which token's.
-
-    A token has a slot for each of its experts; the rows are the (token, slot) pairs sorted by
-    expert, tokens in their order.
-
-    Args:
-        selected: (T, k) int64, each token's experts; ``num_experts`` for none.
-        num_experts: how many there are.
-    """
-
-    def __init__(self, selected: Tensor, num_experts: int) -> None:
-        self.slots = selected.shape[1]
-        experts, self._order = selected.flatten().sort(stable=True)
-        self._inverse = self._order.argsort()
-        self.expert_of_row = experts
-        """(T k) int64, ``num_experts`` for rows of none."""
-        index = torch.arange(num_experts, device=selected.device)
-        self.offsets = torch.searchsorted(experts, index, right=True, out_int32=True)
-        """(num_experts,) int32, where each expert's rows end."""
-        self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))
-        """(num_experts,) int32, rows of each expert."""
-
-    def dispatch(self, x: Tensor) -> Tensor:
-        """Tokens (T, E) to rows (T k, E)."""
-        pairs = x.repeat_interleave(self.slots, dim=0)
-        return _Permute.apply(pairs, self._order, self._inverse)  # type: ignore[no-any-return, no-untyped-call]
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sums of tokens' rows: (T k, E) and weights (T, k) to (T, E)."""
-        pairs: Tensor = _Permute.apply(rows, self._inverse, self._order)  # type: ignore[no-untyped-call]
-        return (weights[..., None] * pairs.unflatten(0, (-1, self.slots))).sum(dim=1)

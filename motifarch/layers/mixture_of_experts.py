@@ -5,10 +5,13 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from motifarch.layers.experts import Experts, SortedTokens
+from motifarch.layers.experts import Experts
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.router import Router, Routing, balance_loss, shares
+from motifarch.layers.sorted_tokens import SortedTokens
+from motifarch.layers.token_exchange import TokenExchange
 
 
 class MoEOutput(NamedTuple):
@@ -43,6 +46,9 @@ class MixtureOfExperts(nn.Module):
             activations are recomputed, tokens are counted twice: compare loads among experts.
         router_noise: standard deviation of the noise on the router's logits in training mode, 0
             when made; set it from outside.
+        expert_group: ranks that share the experts, each with consecutive ones, and send each other
+            tokens; None when made; set it from outside. Then ``experts`` has this rank's alone,
+            and all ranks call the layer together.
         record_expert_outputs: in training mode, also sum up each expert's outputs, and the peaks of
             the block's; False when made.
 
@@ -115,6 +121,7 @@ class MixtureOfExperts(nn.Module):
         self.balance_loss_coeff, self.magnitude_loss_coeff = balance_loss_coeff, magnitude_loss_coeff
         self.magnitude_threshold = magnitude_threshold
         self.router_noise, self.record_expert_outputs = 0.0, False
+        self.expert_group: ProcessGroup | None = None
         self.router = Router(
             hidden_size,
             num_experts=num_experts,
@@ -182,10 +189,15 @@ class MixtureOfExperts(nn.Module):
         selected = routing.selected
         if real is not None:
             selected = selected.masked_fill(~real[:, None], self.num_experts)
-        rows = SortedTokens(selected, self.num_experts)
-        outputs = self.experts(rows.dispatch(tokens), rows.offsets)
-        routed = rows.combine(outputs, routing.weights)
+        rows: SortedTokens | TokenExchange
+        if self.expert_group is None:
+            rows = SortedTokens(selected, routing.weights, self.num_experts)
+        else:
+            rows = TokenExchange(selected, routing.weights, self.num_experts, self.expert_group)
+        dispatched = rows.dispatch(tokens)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)
+        outputs = self.experts(rows.receive(dispatched), rows.offsets)
+        routed = rows.combine(outputs)
         out = routed if shared is None else routed + shared
         losses = None
         if self.training:
@@ -215,7 +227,7 @@ class MixtureOfExperts(nn.Module):
     def _count(
         self,
         routing: Routing,
-        rows: SortedTokens,
+        rows: SortedTokens | TokenExchange,
         routed: Tensor,
         shared: Tensor | None,
         real: Tensor | None,
@@ -234,7 +246,7 @@ class MixtureOfExperts(nn.Module):
         sums = [t.sum() for t in (entropy, *squares)]
         self.statistic_sums += torch.stack([tokens.to(entropy.dtype), *sums])
 
-    def _record(self, rows: SortedTokens, outputs: Tensor, out: Tensor) -> None:
+    def _record(self, rows: SortedTokens | TokenExchange, outputs: Tensor, out: Tensor) -> None:
         """Adds to what is read at times."""
         if self.expert_output_sums is None or self.output_peak_sums is None:
             self.expert_output_sums = self.statistic_sums.new_zeros(self.num_experts, out.shape[-1] + 1)

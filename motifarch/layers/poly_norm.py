@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motif_kernels import grouped_mul_poly_norm, mul_poly_norm, poly_norm
+from motifarch.layers.local_part import local_part
 
 
 class _Coefficients(nn.Module):
@@ -144,7 +145,8 @@ class GroupedPolyNorm(_Coefficients):
 
     def forward(self, gate: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
         """Gate and up (T, N), expert e's rows ending before ``offsets[e]`` (int32) -> (T, N)."""
-        return grouped_mul_poly_norm(gate, up, self.weight, self.bias, offsets, **self._options)
+        weight, bias = local_part(self.weight), local_part(self.bias)
+        return grouped_mul_poly_norm(gate, up, weight, bias, offsets, **self._options)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from motifarch.layout import Layout
 from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
 from motifarch.parallel.context import check_context_parallel, shard_sequence
+from motifarch.parallel.expert import check_expert_parallel
 from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
@@ -21,6 +22,7 @@ __all__ = [
     "World",
     "check_activation_checkpointing",
     "check_context_parallel",
+    "check_expert_parallel",
     "check_low_precision",
     "check_tensor_parallel",
     "initialize",

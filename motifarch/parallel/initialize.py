@@ -1,6 +1,5 @@
 """First weights of a sharded model, the same for every number of ranks."""
 
-import copy
 import hashlib
 from collections.abc import Iterator
 
@@ -35,7 +34,8 @@ def initialize(model: nn.Module, device: torch.device, seed: int) -> None:
     """
     model.to_empty(device=device)
     for name, module, parameters in _with_tensors(model):
-        whole = copy.copy(module)
+        whole = object.__new__(type(module))  # copy.copy would build an FSDP module anew
+        whole.__dict__ = dict(module.__dict__)
         # With all of the module's parameters: its rule may set one that another module had before.
         whole._parameters = {
             n: None if p is None else nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype, device=device))

@@ -18,6 +18,13 @@ class Mesh:
         self._sequence = None
         if layout.context > 1:
             self._sequence = init_device_mesh(device_type, rows, mesh_dim_names=("data", "context", "tensor"))
+        self._experts = None
+        if layout.expert > 1:
+            self._experts = init_device_mesh(
+                device_type,
+                (layout.replicate, layout.expert_shard, layout.expert, layout.tensor),
+                mesh_dim_names=("replicate", "expert_shard", "expert", "tensor"),
+            )
 
     @property
     def parameters(self) -> DeviceMesh:
@@ -33,6 +40,19 @@ class Mesh:
     def context(self) -> dist.ProcessGroup | None:
         """The ranks that share the tokens of a row, None for one."""
         return None if self._sequence is None else self._sequence["context"].get_group()
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """The ranks that the routed experts are dealt out to, None for one."""
+        return None if self._experts is None else self._experts["expert"]
+
+    @property
+    def expert_parameters(self) -> DeviceMesh:
+        """The ranks that FSDP2 works on for the experts of one rank, as `parameters` for others."""
+        if self._experts is None:
+            return self.parameters
+        hybrid = self.layout.replicate > 1
+        return self._experts["replicate", "expert_shard"] if hybrid else self._experts["expert_shard"]
 
     @property
     def data_rank(self) -> int:

@@ -1,6 +1,7 @@
 """Cuts a model over a mesh, from outside.
 
-In this order: 8-bit products, tensor and context parallelism, checkpointing, compile, FSDP2.
+In this order: 8-bit products, tensor, expert and context parallelism, checkpointing, compile,
+FSDP2.
 
 The model knows nothing of it. Expected of a model is `model.model.layers`, a ModuleList of decoder
 layers; one of `mtp_layers` beside it is taken for more of them.
@@ -14,6 +15,7 @@ from motifarch.decoder_layers import decoder_layers
 from motifarch.parallel.activation_checkpointing import Recompute, apply_activation_checkpointing
 from motifarch.parallel.compilation import apply_compile
 from motifarch.parallel.context import apply_context_parallel
+from motifarch.parallel.expert import apply_expert_parallel, shard_experts
 from motifarch.parallel.low_precision import Matmul, apply_low_precision
 from motifarch.parallel.mesh import Mesh
 from motifarch.parallel.tensor import apply_tensor_parallel
@@ -54,6 +56,8 @@ def parallelize(
     apply_low_precision(model, matmul, tensor=mesh.layout.tensor, emulate=emulate_matmul)
     if mesh.tensor is not None:
         apply_tensor_parallel(model, mesh.tensor)
+    if mesh.experts is not None:
+        apply_expert_parallel(model, mesh.experts)
     if mesh.context is not None:
         apply_context_parallel(model, mesh.context)
     apply_activation_checkpointing(model, activation_checkpointing)
@@ -65,6 +69,8 @@ def parallelize(
         # Hidden states are in compute_dtype; casting would only round the float32 rotary tables.
         cast_forward_inputs=False,
     )
+    if mesh.experts is not None:
+        shard_experts(model, mesh, policy)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh.parameters, mp_policy=policy)
     # Embedding, last norm and output projection: the root keeps tied matrices in one group.

@@ -21,6 +21,7 @@ from motifarch.parallel import (
     Watchdog,
     World,
     check_context_parallel,
+    check_expert_parallel,
     check_low_precision,
     check_tensor_parallel,
     initialize,
@@ -245,6 +246,7 @@ def build_state(
     layout = mesh.layout
     check_tensor_parallel(config, layout.tensor)
     check_context_parallel(config, seq_len, layout.context, layout.tensor)
+    check_expert_parallel(config, layout.expert)
     with torch.device("meta"):
         model = MotifForCausalLM(config).train()
         flops_per_token = model.flops_per_token(seq_len)

@@ -92,6 +92,15 @@ def test_motif_3_is_equal_to_one_process(data: Path, tmp_path: Path) -> None:
             assert_same(result, truth[name.split(",")[0]], f"{ranks} ranks, {name}")
 
 
+def test_experts_of_two_ranks_are_equal_to_one_process(data: Path, tmp_path: Path) -> None:
+    found = {}
+    for ranks, layout in ((1, Layout()), (2, Layout(expert=2))):
+        case = Case("", "gda", layout, "muon", model=MOTIF_3 | {"qk_norm": False}, qk_clip=0.5, steps=4)
+        on_ranks(ranks, train_cases, data, tmp_path / "out.pt", [case])
+        found[ranks] = torch.load(tmp_path / "out.pt")[""]
+    assert_same(found[2], found[1], "expert 2")
+
+
 def test_equal_to_one_process(trained: dict[str, Any], truth: dict[str, Any]) -> None:
     for name, found in trained.items():
         assert len(found[0]) == STEPS

@@ -4,7 +4,7 @@ import pytest
 
 from helpers.models import tiny_config
 from motifarch.errors import UserError
-from motifarch.parallel import Layout, check_context_parallel, check_tensor_parallel
+from motifarch.parallel import Layout, check_context_parallel, check_expert_parallel, check_tensor_parallel
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from motifarch.parallel import Layout, check_context_parallel, check_tensor_para
         (Layout(replicate=-1, shard=8, tensor=2), 64, Layout(4, 8, 1, 2)),
         (Layout(replicate=2, shard=2, context=2, tensor=2), 16, Layout(2, 2, 2, 2)),
         (Layout(shard=1, context=-1), 4, Layout(1, 1, 4, 1)),
+        (Layout(shard=-1, context=2, expert=4), 8, Layout(1, 4, 2, 1, expert=4)),
     ],
 )
 def test_fills_in(layout: Layout, ranks: int, filled: Layout) -> None:
@@ -30,6 +31,10 @@ def test_fills_in(layout: Layout, ranks: int, filled: Layout) -> None:
         (
             Layout(shard=2, context=2),
             r"parallel\.shard 2, parallel\.context 2: the product is 4, which is not the number",
+        ),
+        (
+            Layout(replicate=2, tensor=2, expert=4),
+            r"parallel\.expert is 4, .* the 2 ranks of parallel\.shard 2 x parallel\.context 1 .* may be 1, 2",
         ),
     ],
 )
@@ -56,3 +61,15 @@ def test_refuses_heads_that_ranks_cannot_share() -> None:
     check_tensor_parallel(tiny_config("gda narrow", **narrow), 3)  # 97 words: they need not divide
     with pytest.raises(UserError, match=r"columns of model\.intermediate_size; it may be 1"):
         check_tensor_parallel(tiny_config("gda narrow", intermediate_size=47, **narrow), 3)
+
+
+def test_refuses_experts_that_ranks_cannot_share() -> None:
+    experts = {"num_experts": 6, "experts_top_k": 2, "moe_intermediate_size": 8}
+    config = tiny_config("gda", **experts)
+    check_expert_parallel(config, 3)
+    with pytest.raises(UserError, match=r"parallel\.expert is 4, .* the 6 experts .*; it may be 1, 2, 3, 6"):
+        check_expert_parallel(config, 4)
+    dense = tiny_config("gda")
+    check_expert_parallel(dense, 1)
+    with pytest.raises(UserError, match=r"parallel\.expert is 2, but the model has no experts"):
+        check_expert_parallel(dense, 2)

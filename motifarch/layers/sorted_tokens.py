@@ -1,0 +1,46 @@
+"""Tokens sorted by expert, and what experts make of them summed up by token."""
+
+import torch
+from torch import Tensor
+
+from motifarch.layers.permute import permute
+
+
+class SortedTokens:
+    """Which row of an expert's is which token's.
+
+    A token has a slot for each of its experts; the rows are the (token, slot) pairs sorted by
+    expert, tokens in their order.
+
+    Args:
+        selected: (T, k) int64, each token's experts; ``num_experts`` for none.
+        weights: (T, k), theirs in a token's sum.
+        num_experts: how many there are.
+    """
+
+    def __init__(self, selected: Tensor, weights: Tensor, num_experts: int) -> None:
+        self._weights = weights
+        self.slots = selected.shape[1]
+        experts, self._order = selected.flatten().sort(stable=True)
+        self._inverse = self._order.argsort()
+        self.expert_of_row = experts
+        """(T k) int64, ``num_experts`` for rows of none."""
+        index = torch.arange(num_experts, device=selected.device)
+        self.offsets = torch.searchsorted(experts, index, right=True, out_int32=True)
+        """(num_experts,) int32, where each expert's rows end."""
+        self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))
+        """(num_experts,) int32, rows of each expert."""
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Tokens (T, E) to rows (T k, E)."""
+        pairs = x.repeat_interleave(self.slots, dim=0)
+        return permute(pairs, self._order, self._inverse)
+
+    def receive(self, dispatched: Tensor) -> Tensor:
+        """The same rows: nothing was on its way."""
+        return dispatched
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The weighted sums of tokens' rows: (T k, E) to (T, E)."""
+        pairs = permute(rows, self._inverse, self._order)
+        return (self._weights[..., None] * pairs.unflatten(0, (-1, self.slots))).sum(dim=1)

@@ -1,0 +1,64 @@
+"""Expert parallelism: ranks share the routed experts, and tokens travel to them and back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from motifarch.decoder_layers import decoder_layers
+from motifarch.errors import UserError
+from motifarch.layers import MixtureOfExperts
+from motifarch.parallel.mesh import Mesh
+
+
+def check_expert_parallel(config: Any, ranks: int) -> None:
+    """Refuses a MotifConfig's model whose experts so many ranks cannot share.
+
+    Raises:
+        UserError: there are none, or the number does not divide theirs.
+    """
+    if ranks == 1:
+        return
+    experts = config.num_experts
+    if not experts:
+        raise UserError(f"parallel.expert is {ranks}, but the model has no experts; set it to 1, or model.num_experts")
+    if experts % ranks:
+        fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        raise UserError(
+            f"parallel.expert is {ranks}, which does not divide the {experts} experts (model.num_experts); it may be "
+            f"{fitting}"
+        )
+
+
+def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Deals a model's routed experts out over a one-dimensional mesh, in place: each rank keeps
+    consecutive ones, whole. The model is on the meta device, or the same on every rank.
+    """
+    for block in _expert_blocks(model):
+        block.expert_group = mesh.get_group()
+        for module in block.experts.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                cut = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+                setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+
+
+def shard_experts(model: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
+    """Applies FSDP2 to the experts of one rank, over the ranks that have the same ones.
+
+    Tokens of the other ranks reach them through the exchange, and so do their gradients, as a sum:
+    what is left is to reduce over copies, and to divide by the number of all ranks.
+    """
+    for block in _expert_blocks(model):
+        experts = fully_shard(block.experts, mesh=mesh.expert_parameters, mp_policy=policy)
+        experts.set_gradient_divide_factor(mesh.layout.grad_reduce_size)
+        # Gloo does not know NCCL's operation that divides as it sums.
+        if mesh.expert_parameters.device_type == "cpu" and mesh.layout.expert_shard > 1:
+            experts.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_blocks(model: nn.Module) -> Iterator[MixtureOfExperts]:
+    for layer in decoder_layers(model):
+        yield from (module for module in layer.modules() if isinstance(module, MixtureOfExperts))
