@@ -8,7 +8,7 @@ from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
 from motifarch.parallel.mesh import Mesh
-from motifarch.parallel.parallelize import parallelize, set_gradient_sync
+from motifarch.parallel.parallelize import parallelize, prepare_micro_batch
 from motifarch.parallel.tensor import check_tensor_parallel
 from motifarch.parallel.watchdog import Watchdog
 
@@ -31,6 +31,6 @@ __all__ = [
     "open_world",
     "own_tokens",
     "parallelize",
-    "set_gradient_sync",
+    "prepare_micro_batch",
     "shard_sequence",
 ]

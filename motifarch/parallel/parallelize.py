@@ -78,6 +78,10 @@ def parallelize(
     return model
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Switches gradient reduction on (a step's last micro-batch) or off (those before it)."""
-    model.set_requires_gradient_sync(sync)  # type: ignore[operator]
+def prepare_micro_batch(model: nn.Module, *, last: bool) -> None:
+    """Says, before each micro-batch's forward pass, whether it is the `last` of its step.
+
+    Gradients are reduce-scattered after each micro-batch and added up in float32 shards: whole
+    ones never wait for the next. Copies of the shards (HSDP) are averaged once, after the last.
+    """
+    model.set_requires_all_reduce(last)  # type: ignore[operator]

@@ -134,8 +134,9 @@ class _Recorder(TorchDispatchMode):
 
         def before_micro_batch(*_: Any) -> None:
             if len(self.tallies) == 2:
-                # Whatever the backward pass made and left: gradients that are not reduced yet.
-                self.ledger.rename(memory.WORKING, memory.WHOLE_GRADIENTS)
+                # Whatever the backward pass made and left: where nobody shares, no reduce-scatter
+                # has named them gradients.
+                self.ledger.rename(memory.WORKING, memory.GRADIENTS)
                 # What follows is never less, and counts them apart.
                 self.ledger.highest[memory.WORKING] = 0
             self.tallies.append(_Tally())

@@ -19,12 +19,11 @@ from motifarch.shards import to_local
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer state"
 GRADIENTS = "gradients"
-WHOLE_GRADIENTS = "whole gradients between micro-batches"
 GATHERED = "gathered parameters"
 ACTIVATIONS = "activations"
 LOSS = "logits and loss"
 WORKING = "working memory"
-KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, WHOLE_GRADIENTS, GATHERED, ACTIVATIONS, LOSS, WORKING)
+KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, GATHERED, ACTIVATIONS, LOSS, WORKING)
 
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:

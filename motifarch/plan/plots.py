@@ -10,7 +10,6 @@ _COLOURS = {
     memory.PARAMETERS: "#1f4e79",
     memory.OPTIMIZER: "#4f81b0",
     memory.GRADIENTS: "#9bb8d3",
-    memory.WHOLE_GRADIENTS: "#8e6bb0",
     memory.GATHERED: "#2f8f7f",
     memory.ACTIVATIONS: "#e0a030",
     memory.LOSS: "#c0392b",

@@ -12,7 +12,7 @@ from motifarch.data import PackedDataset, collate
 from motifarch.decoder_layers import decoder_layers
 from motifarch.layers import IGNORE_INDEX
 from motifarch.optim import clip_gradients, clip_layers, step_if_finite, update_expert_biases
-from motifarch.parallel import Layout, Mesh, World, set_gradient_sync, shard_sequence
+from motifarch.parallel import Layout, Mesh, World, prepare_micro_batch, shard_sequence
 from motifarch.train.checkpoint import TrainState
 
 
@@ -91,7 +91,7 @@ def train_step(
     experts = list(state.model.model.expert_layers().values())  # type: ignore[union-attr, operator]
     losses = torch.zeros(4, device=world.device)
     for i, batch in enumerate(micro_batches):
-        set_gradient_sync(state.model, i == len(micro_batches) - 1)
+        prepare_micro_batch(state.model, last=i == len(micro_batches) - 1)
         out = state.model(**to_device(batch, world.device), num_items_in_batch=share, **weights)
         out.loss.backward()
         total, parts = out.loss.detach(), (out.z_loss, out.mtp_loss, out.expert_loss)

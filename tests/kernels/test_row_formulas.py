@@ -148,3 +148,12 @@ def test_vmap_maps_rows_without_gradients(monkeypatch):
     with torch.no_grad():
         for function in (lambda t: rms_norm(t, None, 1e-6), lambda t: poly_norm(t, weight, bias)):
             torch.testing.assert_close(torch.func.vmap(function)(x), function(x))
+
+
+def test_rms_norm_returns_no_view() -> None:
+    """FSDP2 hangs its backward pass on what a module returns, and warns of views."""
+    x, w = torch.randn(1 << 9, 1 << 9, requires_grad=True), torch.ones(1 << 9, requires_grad=True)
+    y = rms_norm(x, w, 1e-6)
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "motif::rms_normBackward"
+    assert y._base is None

@@ -25,15 +25,16 @@ def sizes() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("micro_size", [4, 1])
-def test_fsdp_gathers_twice_and_reduces_once(micro_size: int) -> None:
-    """Layers are gathered twice a micro-batch, the rest once; gradients travel in the last."""
+def test_fsdp_gathers_twice_and_reduces_once_a_micro_batch(micro_size: int) -> None:
+    """Layers are gathered twice a micro-batch, the rest once; all gradients travel once."""
     layers, outside = sizes()
     found = traffic(4, batch__micro_size=micro_size)
     micro_batches = 4 // micro_size
     gathered = micro_batches * (2 * layers + outside) * 4 * 3 / 4
     # Shards are padded to equal size, which the small vectors of a small model show.
     assert found["FSDP", "all-gather"].sent == pytest.approx(gathered, rel=2e-2)
-    assert found["FSDP", "reduce-scatter"].sent == pytest.approx((layers + outside) * 4 * 3 / 4, rel=2e-2)
+    reduced = micro_batches * (layers + outside) * 4 * 3 / 4
+    assert found["FSDP", "reduce-scatter"].sent == pytest.approx(reduced, rel=2e-2)
     assert found["FSDP", "all-gather"].calls == micro_batches * (2 * 2 + 1)
 
 

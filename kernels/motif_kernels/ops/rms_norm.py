@@ -15,7 +15,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of x (..., N) with weight (N,)."""
-    return impl.forward(_rows(x), weight=weight, eps=eps)[0].view(x.shape)
+    out = impl.forward(_rows(x), weight=weight, eps=eps)[0]
+    # Not a view of it: FSDP2 warns of modules that return views.
+    return torch.ops.aten._unsafe_view(out, x.shape)  # type: ignore[no-any-return]
 
 
 _operator = torch.library.custom_op("motif::rms_norm", _forward, mutates_args=())
