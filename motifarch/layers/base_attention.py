@@ -140,6 +140,14 @@ class BaseAttention(nn.Module):
         heads, width), and with what kind of batch they are: to observe attention.
         """
 
+    def share_heads(self, group: ProcessGroup) -> None:
+        """Tells the layer that the ranks of a group each have a part of its heads (tensor
+        parallelism), in its projections' outputs.
+
+        The gradients of what all heads share are then summed over them.
+        """
+        self.tensor_group = group
+
     def forward(
         self,
         hidden_states: Tensor,

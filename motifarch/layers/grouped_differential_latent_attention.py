@@ -8,6 +8,7 @@ width of a query and key, Dv of a value, R rank of the latents.
 from typing import Any, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from motif_kernels.ops import is_exporting
@@ -16,6 +17,7 @@ from motifarch.layers.head_counts import check_heads, noise_heads_of
 from motifarch.layers.linear_weight import linear_weight
 from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
+from motifarch.layers.ulysses import sum_gradient
 
 
 class GroupedDifferentialLatentAttention(BaseAttention):
@@ -57,6 +59,10 @@ class GroupedDifferentialLatentAttention(BaseAttention):
             ``window_size``, ``causal``, ``softmax_scale``, ``dropout`` and ``backend``.
 
     Position embeddings are of width qk_rope_head_dim.
+
+    Where ranks share the heads (:meth:`share_heads`), ``wq_b``, ``wq_b_gate`` and ``wkv_b`` give
+    this rank's; what comes before them is whole on every rank. Who cuts these three sums the
+    gradients of their inputs, the latents, over the ranks.
 
     Raises:
         ValueError: heads that do not divide, widths that do not fit, or neither or both of ratio
@@ -128,9 +134,13 @@ class GroupedDifferentialLatentAttention(BaseAttention):
         return self.window_size[0] < 0
 
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
-        """Lambda of each token and signal head, (B, S, Hs), float32 (float64)."""
+        """Lambda of each token and signal head of this rank, (B, S, Hs), float32 (float64)."""
         assert self.lambda_proj is not None
         logits = self.lambda_proj(hidden_states)
+        if self.tensor_group is not None:
+            # All heads' on each rank: their gradient is far less to send than that of the input.
+            logits = sum_gradient(logits, self.tensor_group)
+            logits = logits.chunk(dist.get_world_size(self.tensor_group), -1)[dist.get_rank(self.tensor_group)]
         return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def _lambda(self, hidden_states: Tensor) -> Tensor:
@@ -141,9 +151,9 @@ class GroupedDifferentialLatentAttention(BaseAttention):
     ) -> Heads:
         context = hidden_states if context is None else context
         query_latent = self.q_norm(self.wq_a(hidden_states))
-        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, self.head_dim))
+        query = self.wq_b(query_latent).unflatten(-1, (-1, self.head_dim))
         latent, rotated = self.wkv_a(context).split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        rotated = rotated.unsqueeze(2)
+        rotated = sum_gradient(rotated, self.tensor_group).unsqueeze(2)
         if position_embeddings is not None:
             plain, turned = query.split((self._plain, self.qk_rope_head_dim), dim=-1)
             turned, rotated = rotate_heads(turned, rotated, position_embeddings)
@@ -156,9 +166,9 @@ class GroupedDifferentialLatentAttention(BaseAttention):
     def _expand(self, heads: Heads) -> Heads:
         """Keys and values (B, keys, Hk, D and Dv) of latents (B, keys, 1, R + rotated)."""
         latent, rotated = heads.key.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        both = self.wkv_b(latent.squeeze(2)).unflatten(-1, (self.num_kv_heads, -1))
+        both = self.wkv_b(latent.squeeze(2)).unflatten(-1, (-1, self._plain + self.v_head_dim))
         plain, value = both.split((self._plain, self.v_head_dim), dim=-1)
-        rotated = rotated.expand(-1, -1, self.num_kv_heads, -1)
+        rotated = rotated.expand(-1, -1, both.shape[2], -1)
         return heads._replace(key=torch.cat((plain, rotated), dim=-1), value=value)
 
     def _read(self, heads: Heads, *, from_cache: bool) -> Heads:
@@ -179,7 +189,7 @@ class GroupedDifferentialLatentAttention(BaseAttention):
     def _absorb(self, heads: Heads) -> Heads:
         """Queries of the latents themselves: ``q W k`` is ``(q W) k``."""
         plain, rotated = heads.query.split((self._plain, self.qk_rope_head_dim), dim=-1)
-        by_key = plain.unflatten(2, (self.num_kv_heads, -1))
+        by_key = plain.unflatten(2, (-1, self.num_heads // self.num_kv_heads))
         absorbed = torch.einsum("bsghn,gnr->bsghr", by_key, self._up(heads)[:, : self._plain])
         query = torch.cat((absorbed.flatten(2, 3), rotated), dim=-1)
         return heads._replace(query=query, value=heads.key[..., : self.kv_lora_rank], is_latent=True)
@@ -187,12 +197,13 @@ class GroupedDifferentialLatentAttention(BaseAttention):
     def _up(self, heads: Heads) -> Tensor:
         """wkv_b's matrix by key/value head, (Hk, plain + Dv, R)."""
         latents = heads.key[..., : self.kv_lora_rank]
-        return linear_weight(self.wkv_b, latents).unflatten(0, (self.num_kv_heads, -1))
+        return linear_weight(self.wkv_b, latents).unflatten(0, (-1, self._plain + self.v_head_dim))
 
     def _output(self, attended: Tensor, heads: Heads) -> Tensor:
         if heads.is_latent:
-            by_value = attended.unflatten(2, (self.num_kv_heads, -1))
-            attended = torch.einsum("bsghr,gvr->bsghv", by_value, self._up(heads)[:, self._plain :]).flatten(2, 3)
+            up = self._up(heads)[:, self._plain :]
+            by_value = attended.unflatten(2, (len(up), -1))
+            attended = torch.einsum("bsghr,gvr->bsghv", by_value, up).flatten(2, 3)
             if heads.gate is not None:
                 attended = attended * torch.sigmoid(heads.gate)
         out: Tensor = self.wo(attended.flatten(2))

@@ -100,12 +100,8 @@ class ProjectedAttention(BaseAttention):
         return self.num_kv_heads * 2 * self.head_dim
 
     def share_heads(self, group: ProcessGroup) -> None:
-        """Tells the layer that the ranks of a group each have a part of its heads (tensor
-        parallelism), in its projections' outputs.
-
-        The gradients of what all heads share are then summed over them.
-        """
-        self.tensor_group = group
+        """As BaseAttention has it; norms are shared by all heads."""
+        super().share_heads(group)
         for norm in (self.q_norm, self.k_norm, self.subln):
             if norm is not None:
                 norm.group = group

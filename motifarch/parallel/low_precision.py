@@ -20,7 +20,7 @@ from torch import nn
 
 from motifarch.errors import UserError
 from motifarch.field_types import Matmul
-from motifarch.parallel.tensor import projection_styles
+from motifarch.parallel.tensor import projection_style
 
 # What a product's dimensions must be multiples of: a scaled block, or a row of 16 bytes.
 MULTIPLE = {"fp8": 16, "mxfp8": 32}
@@ -111,11 +111,11 @@ def _check_sizes(model: nn.Module, matmul: Matmul, tensor: int) -> None:
             "the compute dtype, so take at least 3 layers, or precision.matmul compute"
         )
     for name, linear in linears:
-        *_, block, projection = name.split(".")
         sizes = linear.in_features, linear.out_features
-        cut, whole = sizes if projection_styles(model.config, block).get(projection) == "rowwise" else reversed(sizes)
-        if cut % (multiple * tensor) or whole % multiple:
-            each = f" on each of parallel.tensor {tensor} ranks" if tensor > 1 else ""
+        style = projection_style(name.rpartition(".")[2])
+        ranks = tensor if style == "rowwise" else 1, tensor if style == "colwise" else 1
+        if any(size % (multiple * n) for size, n in zip(sizes, ranks, strict=True)):
+            each = f" on each of parallel.tensor {tensor} ranks" if max(ranks) > 1 else ""
             raise UserError(
                 f"precision.matmul is {matmul}, whose products need sizes that are multiples of {multiple}{each}, but "
                 f"{name} is {sizes[0]} by {sizes[1]}; change the model's widths, or take precision.matmul compute"

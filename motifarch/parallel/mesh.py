@@ -63,3 +63,8 @@ class Mesh:
     def context_rank(self) -> int:
         """Which part of each row's tokens, from 0."""
         return dist.get_rank() // self.layout.tensor % self.layout.context
+
+    @property
+    def token_rank(self) -> int:
+        """Which part of a batch's tokens, from 0: ranks of `tensor` have the same ones."""
+        return dist.get_rank() // self.layout.tensor

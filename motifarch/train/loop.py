@@ -167,7 +167,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 progress.say(f"going on from the mean of the checkpoints of steps {', '.join(map(str, steps))}")
             targets //= mesh.layout.tensor  # those ranks counted the same ones
             lr = learning_rate(step)
-            seed_draws(recipe.run.seed, step, world.rank)
+            seed_draws(recipe.run.seed, step, mesh.token_rank)
             health.record_outputs((step + 1) % recipe.log.every == 0)
             result = train_step(
                 state,

@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.models import tiny_config
+from helpers.tiny import MOTIF_3
 from motifarch.errors import UserError
 from motifarch.parallel import Layout, check_context_parallel, check_expert_parallel, check_tensor_parallel
 
@@ -59,6 +60,11 @@ def test_refuses_heads_that_ranks_cannot_share() -> None:
     with pytest.raises(UserError, match=r"3 key/value heads \(model\.num_key_value_heads\); it may be 1, 3"):
         check_tensor_parallel(tiny_config("gda narrow", **narrow), 2)
     check_tensor_parallel(tiny_config("gda narrow", **narrow), 3)  # 97 words: they need not divide
+    check_tensor_parallel(tiny_config("gda", **MOTIF_3), 2)
+    with pytest.raises(UserError, match=r"3 columns of shared experts \(model\.num_shared_experts x model\.moe_int"):
+        check_tensor_parallel(tiny_config("gda", **MOTIF_3 | {"moe_intermediate_size": 3}), 2)
+    with pytest.raises(UserError, match=r"parallel\.tensor is 4, .* 2 noise heads .*; it may be 1, 2"):
+        check_tensor_parallel(tiny_config("gda", **MOTIF_3), 4)
     with pytest.raises(UserError, match=r"columns of model\.intermediate_size; it may be 1"):
         check_tensor_parallel(tiny_config("gda narrow", intermediate_size=47, **narrow), 3)
 

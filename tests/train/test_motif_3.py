@@ -21,7 +21,6 @@ from motifarch.parallel import (
     Layout,
     Mesh,
     check_context_parallel,
-    check_tensor_parallel,
     initialize,
     open_world,
     parallelize,
@@ -118,9 +117,6 @@ def test_what_other_parallelism_does_not_cut_is_refused(field: str) -> None:
         "num_nextn_predict_layers": {"num_nextn_predict_layers": 1},
     }
     config = tiny_config("gda", **parts[field])
-    check_tensor_parallel(config, 1)
-    with pytest.raises(UserError, match=rf"parallel\.tensor is 2 and model\.{field}"):
-        check_tensor_parallel(config, 2)
     with pytest.raises(UserError, match=rf"parallel\.context is 2 and model\.{field}"):
         check_context_parallel(config, 32, 2)
 
