@@ -17,6 +17,7 @@ from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, read_mask, visible_keys
 from motifarch.layers.cache import CachePosition, held_width
+from motifarch.layers.halo import add_halo, documents_with_halo
 from motifarch.layers.head_norm import SubNorm, attend_normed
 from motifarch.layers.masked_attention import attend_masked, is_plain
 from motifarch.layers.other_attention import attend_with
@@ -126,7 +127,9 @@ class BaseAttention(nn.Module):
         self.tensor_group: ProcessGroup | None = None
         """Ranks that share the heads (tensor parallelism): :meth:`share_heads` sets it."""
         self.context_group: ProcessGroup | None = None
-        """Ranks that each hold a part of the sequence (context parallelism): set from outside."""
+        """Ranks that each hold a part of the sequence (context parallelism): set from outside. They
+        exchange tokens for heads (:attr:`head_group`), or with a window its keys.
+        """
         self.record_max_logits = False
         """Whether forward passes in training mode record each head's largest logit, for QK-clip."""
         self.max_logits: tuple[Tensor, Tensor | None] | None = None
@@ -235,7 +238,14 @@ class BaseAttention(nn.Module):
             if max_seqlen is None:
                 raise ValueError("cu_seqlens was given without max_seqlen; give both for packed documents")
             batch = Sequences(max_seqlen, max_seqlen, cu_seqlens, cu_seqlens)
-        heads = self._read(heads._replace(key=key, value=value), from_cache=cache is not None)
+        heads = heads._replace(key=key, value=value)
+        if self.context_group is not None:
+            if past_key_values is not None or padding is not None:
+                kind = "a cache" if padding is None else "padding"
+                raise ValueError(f"context parallelism does not serve {kind}; pack documents instead (cu_seqlens)")
+            if self.head_group is None:
+                heads, batch = self._with_halo(heads, batch, self.context_group)
+        heads = self._read(heads, from_cache=cache is not None)
         inputs = self._inputs(heads, hidden_states)
         out_scale = 1.0 if self.subln is None else 1.0 - self.lambda_init
         causal = self.causal and context is None
@@ -390,8 +400,8 @@ class BaseAttention(nn.Module):
         inputs, options = inputs._replace(norm_weight=norm_weight), self._options(norm_eps, out_scale, causal)
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
-        if self.context_group is not None:
-            inputs = self._exchange(inputs, batch, self.context_group)
+        if self.head_group is not None:
+            inputs = self._exchange(inputs, self.head_group)
         if isinstance(batch, Cache):
             return diff_decoding.attend(inputs, batch, options, self.backend)
         shape, documents, packed = inputs.q1.shape[:2], None, None
@@ -411,7 +421,7 @@ class BaseAttention(nn.Module):
             out = padded.index_copy(0, packed.query_index, out)
         if documents is not None:
             out = out.unflatten(0, shape)
-        return out if self.context_group is None else gather_heads(out, self.context_group)
+        return out if self.head_group is None else gather_heads(out, self.head_group)
 
     def _attend_freely(
         self,
@@ -471,11 +481,33 @@ class BaseAttention(nn.Module):
         found = [torch.maximum(f, f if t is None else t) for f, t in zip(found, before, strict=False)]
         self.max_logits = found[0], found[1] if len(found) > 1 else None
 
-    def _exchange(self, inputs: AttentionInputs, batch: Batch, group: ProcessGroup) -> AttentionInputs:
+    def _with_halo(self, heads: Heads, batch: Batch, group: ProcessGroup) -> tuple[Heads, Batch]:
+        """Ranks hold parts of the sequence: they send the keys and values that others' windows
+        reach back to.
+        """
+        left, (rows, tokens) = self.window_size[0], heads.key.shape[:2]
+        if isinstance(batch, Sequences):
+            if rows > 1:
+                raise ValueError(
+                    f"packed documents lie in {rows} rows; with context parallelism give one row (1, total)"
+                )
+            batch = documents_with_halo(batch, tokens, left, group)
+        # One message of all that a token has.
+        shapes = heads.key.shape[2:], heads.value.shape[2:]
+        both = torch.cat((heads.key.flatten(2), heads.value.flatten(2)), dim=-1)
+        key, value = add_halo(both, left, group).split([shape.numel() for shape in shapes], dim=-1)
+        return heads._replace(key=key.unflatten(2, shapes[0]), value=value.unflatten(2, shapes[1])), batch
+
+    @property
+    def head_group(self) -> ProcessGroup | None:
+        """Ranks that share the heads while attention runs (Ulysses): those of context parallelism,
+        unless a window makes a halo do.
+        """
+        return None if self.causal and self.window_size[0] >= 0 else self.context_group
+
+    @staticmethod
+    def _exchange(inputs: AttentionInputs, group: ProcessGroup) -> AttentionInputs:
         """Ranks hold parts of the sequence: they exchange these for heads, before attention."""
-        if isinstance(batch, Cache | PaddingMask):
-            kind = "a cache" if isinstance(batch, Cache) else "padding"
-            raise ValueError(f"context parallelism does not serve {kind}; pack documents instead (cu_seqlens)")
         sent: list[Tensor] = []
 
         def send(t: Tensor) -> Tensor:

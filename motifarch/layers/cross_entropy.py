@@ -13,6 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 
+
+def next_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Each position's next label, (B, S) like ``labels``; ``IGNORE_INDEX`` for the last of a row,
+    or of a packed document with bounds (documents + 1,) in the B * S positions.
+    """
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is not None:
+        last = cu_seqlens[1:].long() - 1
+        shifted.view(-1)[last[last >= 0]] = IGNORE_INDEX
+    return shifted
+
+
 # Tokens in a chunk: so many that its logits take the bytes of the head's weight in float32, and in
 # these bounds. Not fewer, for the chunks' gradients of the weight are summed in its own precision.
 _CHUNK_TOKENS = (512, 2048)

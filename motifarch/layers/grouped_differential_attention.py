@@ -6,10 +6,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
+from motifarch.layers.group_sum import sum_gradient
 from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
 from motifarch.layers.projected_attention import AttentionLayerOptions, ProjectedAttention
-from motifarch.layers.ulysses import sum_gradient
 
 
 def default_lambda_init(depth: float) -> float:

@@ -133,6 +133,13 @@ class GroupedDifferentialLatentAttention(BaseAttention):
     def _caches_latents(self) -> bool:
         return self.window_size[0] < 0
 
+    @property
+    def _keeps_latents(self) -> bool:
+        """Whether keys stay latents until they are read. As such they go to other ranks too: 576
+        numbers a token in Motif-3, in place of 16 x 320.
+        """
+        return self._caches_latents or self.context_group is not None
+
     def compute_lambda(self, hidden_states: Tensor) -> Tensor:
         """Lambda of each token and signal head of this rank, (B, S, Hs), float32 (float64)."""
         assert self.lambda_proj is not None
@@ -161,7 +168,7 @@ class GroupedDifferentialLatentAttention(BaseAttention):
         gate = None if self.wq_b_gate is None else self.wq_b_gate(query_latent).unflatten(-1, (-1, self.v_head_dim))
         key = torch.cat((self.kv_norm(latent).unsqueeze(2), rotated), dim=-1)
         heads = Heads(query, key, key[..., :0], gate)  # the latent is key and value
-        return heads if self._caches_latents else self._expand(heads)
+        return heads if self._keeps_latents else self._expand(heads)
 
     def _expand(self, heads: Heads) -> Heads:
         """Keys and values (B, keys, Hk, D and Dv) of latents (B, keys, 1, R + rotated)."""
@@ -172,7 +179,7 @@ class GroupedDifferentialLatentAttention(BaseAttention):
         return heads._replace(key=torch.cat((plain, rotated), dim=-1), value=value)
 
     def _read(self, heads: Heads, *, from_cache: bool) -> Heads:
-        if not self._caches_latents:
+        if not self._keeps_latents:
             return heads
         new, keys = heads.query.shape[1], heads.key.shape[1]
         return self._absorb(heads) if from_cache and self._absorbs(new, keys) else self._expand(heads)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motif_kernels import rms_norm
+from motifarch.layers.group_sum import sum_gradient
 from motifarch.layers.rms_norm import RMSNorm
-from motifarch.layers.ulysses import sum_gradient
 
 
 class HeadNorm(RMSNorm):

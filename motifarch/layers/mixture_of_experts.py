@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motifarch.layers.experts import Experts
+from motifarch.layers.group_sum import sum_over
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
-from motifarch.layers.router import Router, Routing, balance_loss, shares
+from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, shares
 from motifarch.layers.sorted_tokens import SortedTokens
 from motifarch.layers.token_exchange import TokenExchange
 
@@ -49,6 +50,8 @@ class MixtureOfExperts(nn.Module):
         expert_group: ranks that share the experts, each with consecutive ones, and send each other
             tokens; None when made; set it from outside. Then ``experts`` has this rank's alone,
             and all ranks call the layer together.
+        context_group: ranks that each hold a part of every sequence (context parallelism), whose
+            losses are those of the whole; None when made, set it from outside.
         record_expert_outputs: in training mode, also sum up each expert's outputs, and the peaks of
             the block's; False when made.
 
@@ -122,6 +125,7 @@ class MixtureOfExperts(nn.Module):
         self.magnitude_threshold = magnitude_threshold
         self.router_noise, self.record_expert_outputs = 0.0, False
         self.expert_group: ProcessGroup | None = None
+        self.context_group: ProcessGroup | None = None
         self.router = Router(
             hidden_size,
             num_experts=num_experts,
@@ -210,18 +214,28 @@ class MixtureOfExperts(nn.Module):
         return MoEOutput(out.to(hidden_states.dtype).view(hidden_states.shape), losses)
 
     def _losses(self, routing: Routing, out: Tensor, real: Tensor | None, length: int) -> Tensor:
-        """(B, 2), times their coefficients."""
+        """(B, 2), times their coefficients: of whole sequences, also where ranks hold parts."""
         out = out.unflatten(0, (-1, length))
         real = None if real is None else real.view(-1, length)
         balance = magnitude = out.new_zeros(len(out))
-        if self.balance_loss_coeff:
-            scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
-            balance = self.balance_loss_coeff * balance_loss(scores, selected, real)
+        tokens = out.new_full((len(out), 1), length) if real is None else real.sum(dim=1, keepdim=True).to(out.dtype)
+        parts = [tokens]
         if self.magnitude_loss_coeff:
             # A padded token's output is 0.
-            excess = (out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1).sum(dim=1)
-            tokens = length if real is None else real.sum(dim=1).clamp(min=1)
-            magnitude = self.magnitude_loss_coeff * excess / tokens
+            parts += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1).sum(dim=1, keepdim=True)]
+        if self.balance_loss_coeff:
+            scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
+            parts += [balance_sums(scores, selected, real).flatten(1)]
+        if len(parts) > 1:
+            # One message; the balance loss multiplies sums, so that these come first.
+            summed = sum_over(torch.cat(parts, dim=1), self.context_group)
+            tokens, *parts = summed.split([part.shape[1] for part in parts], dim=1)
+            tokens = tokens.squeeze(1).clamp(min=1)
+        if self.balance_loss_coeff:
+            sums = parts.pop().unflatten(1, (2, -1))
+            balance = self.balance_loss_coeff * balance_loss(sums, tokens, self.top_k)
+        if self.magnitude_loss_coeff:
+            magnitude = self.magnitude_loss_coeff * parts.pop().squeeze(1) / tokens
         return torch.stack((balance, magnitude), dim=1)
 
     def _count(

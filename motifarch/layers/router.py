@@ -107,12 +107,8 @@ def shares(scores: Tensor) -> Tensor:
     return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
-def balance_loss(scores: Tensor, selected: Tensor, real: Tensor | None) -> Tensor:
-    """The balance loss of each sequence: 1 where its tokens are spread evenly over the experts.
-
-    ``sum_i f_i P_i``, with f_i the share of the sequence's slots that chose expert i, times the
-    number of experts, and P_i the mean of the share that i has of a token's scores. Source:
-    DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with the choices as they were made.
+def balance_sums(scores: Tensor, selected: Tensor, real: Tensor | None) -> Tensor:
+    """What the balance loss of each sequence is made of, sums over its tokens.
 
     Args:
         scores: (B, S, num_experts).
@@ -120,15 +116,29 @@ def balance_loss(scores: Tensor, selected: Tensor, real: Tensor | None) -> Tenso
         real: (B, S) bool, tokens that count; None for all.
 
     Returns:
-        (B,), of scores' dtype. A sequence without a token that counts has 0.
+        (B, 2, num_experts), of scores' dtype: how often each expert was chosen, and the shares that
+        it has of tokens' scores. Sums of a sequence's parts add up to its own.
     """
-    experts, slots = scores.shape[-1], selected.shape[-1]
-    probability = shares(scores)
-    chosen = torch.zeros_like(scores).scatter_(-1, selected, 1.0)
-    if real is None:
-        tokens: Tensor | int = scores.shape[1]
-    else:
-        probability, chosen = (t.masked_fill(~real[..., None], 0) for t in (probability, chosen))
-        tokens = real.sum(dim=1, keepdim=True).clamp(min=1)
-    frequency = chosen.sum(dim=1) * (experts / slots) / tokens
-    return (frequency * (probability.sum(dim=1) / tokens)).sum(dim=-1)
+    parts = [torch.zeros_like(scores).scatter_(-1, selected, 1.0), shares(scores)]
+    if real is not None:
+        parts = [part.masked_fill(~real[..., None], 0) for part in parts]
+    return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+
+
+def balance_loss(sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    """The balance loss of each sequence: 1 where its tokens are spread evenly over the experts.
+
+    ``sum_i f_i P_i``, with f_i the share of the sequence's slots that chose expert i, times the
+    number of experts, and P_i the mean of the share that i has of a token's scores. Source:
+    DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with the choices as they were made.
+
+    Args:
+        sums: (B, 2, num_experts), `balance_sums`.
+        tokens: (B,), those of each sequence that count, at least 1.
+        top_k: choices of a token.
+
+    Returns:
+        (B,). A sequence without a token that counts has 0.
+    """
+    chosen, probability = (sums / tokens[:, None, None]).unbind(dim=1)
+    return (chosen * probability).sum(dim=-1) * (sums.shape[-1] / top_k)

@@ -12,11 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import (
-    AsyncCollectiveTensor,
-    all_reduce,
-    all_to_all_single_autograd,
-)
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from motifarch.layers.group_sum import sum_gradient as sum_gradient
 
 
 def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -59,21 +57,3 @@ def gather_heads(x: Tensor, group: ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     message = x.unflatten(1, (ranks, -1)).movedim(1, 0)  # (n, B, S / n, H / n, W)
     return _exchange(message, group).movedim(0, 2).flatten(2, 3)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = all_reduce(grad.contiguous(), "sum", ctx.group)  # type: ignore[attr-defined]
-        # What ends up as a parameter's gradient must be a plain tensor.
-        return total.wait() if isinstance(total, AsyncCollectiveTensor) else total, None
-
-
-def sum_gradient(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The tensor itself; its gradient is summed over the group."""
-    return x if group is None else _SumGradient.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -95,8 +95,9 @@ def clip_layers(
     """Clips every layer by what it recorded in `max_logits` since the last call, and clears that.
 
     All ranks call this together, with their layers in the same order; one all-reduce serves all
-    layers. What each rank recorded are the heads that it computes, which tensor and context
-    parallelism cut into consecutive parts. `tau`, `skip` and `split` are those of `clip_heads`.
+    layers. What each rank recorded are the heads that it computes, which tensor parallelism, and
+    context parallelism where there is no window, cut into consecutive parts. `tau`, `skip` and
+    `split` are those of `clip_heads`.
 
     Raises:
         ValueError: a layer has recorded nothing, and what `clip_heads` raises.
@@ -112,8 +113,8 @@ def clip_layers(
         recorded.append(maxima)
     if not layers:
         return
-    part, parts = head_share(layers[0])
-    for layer, maxima in zip(layers, gather_max_logits(recorded, part=part, parts=parts), strict=True):
+    shares = [head_share(layer) for layer in layers]
+    for layer, maxima in zip(layers, gather_max_logits(recorded, shares), strict=True):
         clip_heads(layer, *maxima, tau=tau, skip=skip, split=split)
         layer.max_logits = None  # type: ignore[assignment]
 
@@ -122,20 +123,22 @@ def head_share(layer: BaseAttention) -> tuple[int, int]:
     """Which part of a layer's heads this rank computes attention for, and of how many parts."""
     part, parts = 0, 1
     # Tensor parallelism cuts the heads first, context parallelism each part.
-    for group in (layer.tensor_group, layer.context_group):
+    for group in (layer.tensor_group, layer.head_group):
         if group is not None:
             part, parts = part * group.size() + group.rank(), parts * group.size()
     return part, parts
 
 
-def gather_max_logits(recorded: Sequence[MaxLogits], *, part: int = 0, parts: int = 1) -> list[MaxLogits]:
+def gather_max_logits(recorded: Sequence[MaxLogits], shares: Sequence[tuple[int, int]]) -> list[MaxLogits]:
     """The largest logits over all ranks, of all heads, from what each rank saw of its own: of each
-    layer, consecutive part number ``part`` of ``parts``; -inf for a head that saw no key.
+    layer the share (`head_share`) consecutive part p of n; -inf for a head that saw no key.
     """
-    vectors = [vector for pair in recorded for vector in pair if vector is not None]
-    whole = [v.new_full((parts, len(v)), -torch.inf, dtype=torch.float32) for v in vectors]
-    for target, vector in zip(whole, vectors, strict=True):
-        target[part] = vector.detach()
+    whole = []
+    for pair, (part, parts) in zip(recorded, shares, strict=True):
+        for vector in pair:
+            if vector is not None:
+                whole.append(vector.new_full((parts, len(vector)), -torch.inf, dtype=torch.float32))
+                whole[-1][part] = vector.detach()
     flat = torch.cat([target.flatten() for target in whole])
     if dist.is_initialized():
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)

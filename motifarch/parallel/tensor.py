@@ -51,26 +51,6 @@ def check_tensor_parallel(config: Any, ranks: int) -> None:
             )
 
 
-def check_cuts_model(config: Any, dimension: str, ranks: int) -> None:
-    """Refuses a MotifConfig's model with parts that "context" parallelism can't cut.
-
-    Raises:
-        UserError: naming the part's field and what goes instead.
-    """
-    parts = {
-        "attention_type": (config.is_latent, "attention from latents"),
-        "num_experts": (config.num_experts, "a mixture of experts"),
-        "mhc_enabled": (config.mhc_enabled, "hyper-connections"),
-        "num_nextn_predict_layers": (config.num_nextn_predict_layers, "multi-token prediction"),
-    }
-    for field, (has, part) in parts.items():
-        if ranks > 1 and has:
-            raise UserError(
-                f"parallel.{dimension} is {ranks} and model.{field} {getattr(config, field)}: {part} is not cut over "
-                f"these ranks yet; set parallel.{dimension} to 1 and use parallel.shard and parallel.replicate"
-            )
-
-
 def head_counts(config: Any) -> dict[str, int]:
     """The groups of heads that stay together, and the key/value heads (or their pairs)."""
     if not config.noise_heads:

@@ -177,12 +177,13 @@ def test_layers_are_clipped_by_what_they_recorded() -> None:
 
 def test_one_ranks_heads_find_their_places() -> None:
     recorded = [(torch.tensor([1.0, 2.0]), torch.tensor([3.0])), (torch.tensor([4.0]), None)]
-    (signal, noise), (softmax, none) = gather_max_logits(recorded, part=1, parts=2)
+    # The second layer's heads are all on each rank.
+    (signal, noise), (softmax, none) = gather_max_logits(recorded, [(1, 2), (0, 1)])
     hidden = -float("inf")
     assert signal.tolist() == [hidden, hidden, 1.0, 2.0]
     assert noise is not None
     assert noise.tolist() == [hidden, 3.0]
-    assert (softmax.tolist(), none) == ([hidden, 4.0], None)
+    assert (softmax.tolist(), none) == ([4.0], None)
 
 
 def test_what_is_refused() -> None:

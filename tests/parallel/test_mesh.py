@@ -54,6 +54,13 @@ def test_refuses_heads_that_ranks_cannot_share() -> None:
         check_context_parallel(config, 24, 2, tensor=2)
     with pytest.raises(UserError, match=r"parallel\.context is 5, which does not divide sequences of 24 tokens"):
         check_context_parallel(config, 24, 5)
+    # Windows ask nothing of heads, but a layer that sees all does.
+    windows = {"num_attention_heads": 18, "num_noise_heads": 6, "num_key_value_heads": 12, "num_hidden_layers": 2}
+    windows |= {"sliding_window": 7, "use_sliding_window": True}
+    check_context_parallel(tiny_config("gda", **windows), 24, 4)
+    mixed = tiny_config("gda", **windows, sliding_window_period=2)
+    with pytest.raises(UserError, match=r"6 noise heads .* in the 1 layers without a window, .* be 1, 2, 3, 6"):
+        check_context_parallel(mixed, 24, 4)
     with pytest.raises(UserError, match=r"3 key/value pairs \(model\.num_key_value_heads\); it may be 1, 3"):
         check_tensor_parallel(tiny_config("gda", num_attention_heads=18, num_noise_heads=6, num_key_value_heads=6), 2)
     narrow = {"num_attention_heads": 18, "num_noise_heads": 6, "num_key_value_heads": 3}

@@ -20,7 +20,6 @@ from motifarch.optim import build_optimizer
 from motifarch.parallel import (
     Layout,
     Mesh,
-    check_context_parallel,
     initialize,
     open_world,
     parallelize,
@@ -104,21 +103,6 @@ def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message:
     check_recipe(recipe_of(model=ModelSection()))
     with pytest.raises(UserError, match=message):
         check_recipe(recipe_of(**sections))
-
-
-@pytest.mark.parametrize("field", ["attention_type", "num_experts", "mhc_enabled", "num_nextn_predict_layers"])
-def test_what_other_parallelism_does_not_cut_is_refused(field: str) -> None:
-    parts = {
-        "attention_type": MOTIF_3
-        | {"num_experts": None, "num_nextn_predict_layers": 0, "mhc_enabled": False}
-        | {"polynorm_bias_clamp": None},
-        "num_experts": {"num_experts": 4, "experts_top_k": 2, "moe_intermediate_size": 8},
-        "mhc_enabled": {"mhc_enabled": True},
-        "num_nextn_predict_layers": {"num_nextn_predict_layers": 1},
-    }
-    config = tiny_config("gda", **parts[field])
-    with pytest.raises(UserError, match=rf"parallel\.context is 2 and model\.{field}"):
-        check_context_parallel(config, 32, 2)
 
 
 def test_first_weights_leave_no_tensor_without_a_value() -> None:

@@ -221,12 +221,14 @@ class MotifModel(MotifPreTrainedModel):
         *,
         output_attentions: bool | None = None,
         output_mtp: bool = False,
+        next_input_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MotifModelOutput:
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
         Arguments are those of :meth:`MotifForCausalLM.forward`, and output_mtp: whether
-        mtp_hidden_states are given too.
+        mtp_hidden_states are given too; with them next_input_ids, (B, 1), are the tokens after the
+        last of each row, where rows go on elsewhere.
 
         Returns:
             last_hidden_state (B, S, E), past_key_values, hidden_states, attentions,
@@ -239,7 +241,13 @@ class MotifModel(MotifPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        output_mtp = output_mtp and len(self.mtp_layers) > 0
+        if input_ids is not None and next_input_ids is not None and output_mtp:
+            # One look-up, whose gradient is one matrix.
+            embeddings = self.embed_tokens(torch.cat((input_ids, next_input_ids), dim=1))
+            hidden_states = embeddings[:, :-1]
+        else:
+            hidden_states = embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seqlen = hidden_states.shape[:2]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -312,7 +320,7 @@ class MotifModel(MotifPreTrainedModel):
             for kind, mask in masks.items()
         }
 
-        embeddings, losses = hidden_states, []
+        losses = []
         if self.config.mhc_enabled:
             hidden_states = expand_streams(hidden_states, self.config.mhc_expansion_rate)
         for layer in self.layers:
@@ -331,8 +339,9 @@ class MotifModel(MotifPreTrainedModel):
             hidden_states = merge_streams(hidden_states)
         hidden_states = self.norm(hidden_states)
         predicted = None
-        if output_mtp and self.mtp_layers:
-            following = nn.functional.pad(embeddings[:, 1:], (0, 0, 0, 1))  # the last one is not known
+        if output_mtp:
+            # What follows the last one is not known, unless it was given.
+            following = nn.functional.pad(embeddings, (0, 0, 0, seqlen + 1 - embeddings.shape[1]))[:, 1:]
             predicted = self.mtp_layers[0](hidden_states, following, **options[mtp_layer_type(self.config)])
         return MotifModelOutput(
             last_hidden_state=hidden_states,

@@ -12,10 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from motif_kernels.flops import visible_pairs
-from motifarch.layers import (
-    IGNORE_INDEX,
-    linear_cross_entropy,
-)
+from motifarch.layers import IGNORE_INDEX, linear_cross_entropy
+from motifarch.layers.cross_entropy import next_labels
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from motifarch.models.motif.base_model import OURS, MotifModel, MotifPreTrainedModel, has_restarts
 from motifarch.models.motif.caches import (
@@ -117,6 +115,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             output_attentions: return each layer's softmax probabilities (B, num_heads, S, keys) of
                 signal and noise heads as q_proj has them, computed as with "eager".
             **kwargs: shift_labels, (B, S) the target of each position, which win over labels;
+                mtp_labels, (B, S) that of multi-token prediction, and next_input_ids, of a row that
+                is part of a longer one (see MotifModel);
                 output_hidden_states, every layer's input (of streams (B, S, streams, E) with
                 hyper-connections) and the final hidden states (or those of some indices);
                 return_dict; and transformers' other arguments (cu_seq_lens_k and max_length_k are
@@ -130,6 +130,7 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         """
         # Not in the signature: Trainer takes every such argument for one that a batch must have.
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        mtp_labels: Tensor | None = kwargs.pop("mtp_labels", None)
         with_mtp_loss = self.training and mtp_loss_weight > 0 and not (labels is None and shift_labels is None)
         outputs = self.model(
             input_ids=input_ids,
@@ -172,9 +173,10 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             targets = (shift_labels != IGNORE_INDEX).sum(dim=1)
             num_items = targets.sum() if num_items_in_batch is None else num_items_in_batch
             if with_mtp_loss and outputs.mtp_hidden_states is not None:
-                after = self._shift(shift_labels, position_ids, cu_seq_lens_q, attention_mask)
+                if mtp_labels is None:
+                    mtp_labels = self._shift(shift_labels, position_ids, cu_seq_lens_q, attention_mask)
                 mtp_loss, _, _ = linear_cross_entropy(
-                    outputs.mtp_hidden_states, self.lm_head, after.to(hidden_states.device), num_items=num_items
+                    outputs.mtp_hidden_states, self.lm_head, mtp_labels.to(hidden_states.device), num_items=num_items
                 )
                 mtp_loss = mtp_loss * mtp_loss_weight
                 loss, mtp_loss = loss + mtp_loss, mtp_loss.detach()
@@ -271,11 +273,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
         labels: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
         """Each position's next label, but none for padding and a row's or document's last."""
-        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        if cu_seqlens is not None:
-            last = cu_seqlens[1:].long() - 1
-            shifted.view(-1)[last[last >= 0]] = IGNORE_INDEX
-        elif attention_mask is None and has_restarts(position_ids):
+        shifted = next_labels(labels, cu_seqlens)
+        if cu_seqlens is None and attention_mask is None and has_restarts(position_ids):
             shifted[:, :-1].masked_fill_(position_ids.diff() != 1, IGNORE_INDEX)
         if (
             attention_mask is not None and attention_mask.ndim == 2
