@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from motifarch.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from motifarch.data.balance import AttentionWork
     from motifarch.data.batch_schedule import BatchSchedule
     from motifarch.data.collation import collate
     from motifarch.data.loader import BatchLoader
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from motifarch.data.packing import pack
 
 __all__ = [
+    "AttentionWork",
     "BatchLoader",
     "BatchSchedule",
     "Block",
@@ -30,6 +32,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "AttentionWork": "balance",
         "BatchLoader": "loader",
         "BatchSchedule": "batch_schedule",
         "Block": "packed",

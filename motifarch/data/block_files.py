@@ -73,19 +73,30 @@ class BlockFiles:
         Raises:
             OSError: they can't be read, or the file is cut short or another than at the start.
         """
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row, batch = index - int(self._starts[number]), self._batches
-        file = self._open(batch.file[number])
-        tokens = _read(file, self._width * _INT, batch.tokens[number] + row * self._width * _INT)
-        offsets = np.frombuffer(_read(file, 2 * _INT, batch.offsets[number] + row * _INT), dtype="<i4")
+        file, number, row = self._find(index)
+        tokens = _read(file, self._width * _INT, self._batches.tokens[number] + row * self._width * _INT)
+        checksum = None
+        if self._checksums:
+            checksum = int.from_bytes(_read(file, _INT, self._batches.checksums[number] + row * _INT), "little")
+        return RowBytes(tokens, self.read_lengths(index), checksum)
+
+    def read_lengths(self, index: int) -> bytes:
+        """One row's lengths alone, int32 [documents]: two short reads.
+
+        Raises:
+            OSError: as `read`.
+        """
+        file, number, row = self._find(index)
+        offsets = np.frombuffer(_read(file, 2 * _INT, self._batches.offsets[number] + row * _INT), dtype="<i4")
         first, last = offsets.tolist()
         if not 0 <= first <= last <= first + self._width:
             raise OSError(f"{file.name} is damaged: a row has documents {first} to {last}")
-        lengths = _read(file, (last - first) * _INT, batch.lengths[number] + first * _INT)
-        checksum = None
-        if self._checksums:
-            checksum = int.from_bytes(_read(file, _INT, batch.checksums[number] + row * _INT), "little")
-        return RowBytes(tokens, lengths, checksum)
+        return _read(file, (last - first) * _INT, self._batches.lengths[number] + first * _INT)
+
+    def _find(self, index: int) -> tuple[FileIO, int, int]:
+        """A row's file, its batch's number and its place in the batch."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._open(self._batches.file[number]), number, index - int(self._starts[number])
 
     def _open_file(self, number: int) -> FileIO:
         path = self._files[number]

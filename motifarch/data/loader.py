@@ -1,11 +1,14 @@
 """One rank's micro-batches, read ahead in a background thread."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import numpy as np
+
+from motifarch.data.balance import deal
 from motifarch.data.collation import collate
 from motifarch.data.mixture import Mixture
 from motifarch.errors import UserError
@@ -17,9 +20,10 @@ MicroBatches = list[dict[str, Any]]
 class BatchLoader:
     """Iterates over the steps of a run, giving one rank its part of each global batch.
 
-    The ranks' rows, put together in rank order, are the mixture's global batch: what a step sees
-    does not depend on the number of ranks, nor on the step at which a run was resumed. A row takes
-    tens of microseconds to read and check, so one thread is enough.
+    The ranks' rows, put together, are the mixture's global batch: what a step sees does not depend
+    on the number of ranks, nor on the step at which a run was resumed. They are in rank order,
+    unless ranks are to be balanced. A row takes tens of microseconds to read and check, its lengths
+    alone a few, so one thread is enough.
 
     Raises:
         UserError: if a batch size of the steps asked for does not divide by ``world_size``.
@@ -39,6 +43,11 @@ class BatchLoader:
     """The step to stop before."""
     prefetch: int = 2
     """Steps read ahead."""
+    row_work: Callable[[np.ndarray], int] | None = None
+    """What a row with documents of these lengths costs, by which rows are dealt to ranks so that
+    all are equally busy (`motifarch.data.balance`); None deals them in order. Every rank reads the
+    lengths of all rows of a step then, and computes the same deal.
+    """
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -79,7 +88,11 @@ class BatchLoader:
     def micro_batches(self, step: int) -> MicroBatches:
         """This rank's micro-batches of one step; the last one may be smaller."""
         samples = self.mixture.global_batch(step)
+        datasets = [component.dataset for component in self.mixture.components]
         share = len(samples) // self.world_size
-        mine = samples[self.rank * share : (self.rank + 1) * share]
-        blocks = [self.mixture.components[component].dataset[row] for component, row in mine]
+        mine: Sequence[int] = range(self.rank * share, (self.rank + 1) * share)
+        if self.row_work is not None and self.world_size > 1:
+            work = [self.row_work(datasets[component].document_lengths(row)) for component, row in samples]
+            mine = deal(work, self.world_size, self.micro_batch_size)[self.rank]
+        blocks = [datasets[component][row] for component, row in map(samples.__getitem__, mine)]
         return [collate(blocks[i : i + self.micro_batch_size]) for i in range(0, share, self.micro_batch_size)]

@@ -29,6 +29,9 @@ class BlockDataset(Protocol):
     def __getitem__(self, index: int) -> Block:
         """One row."""
 
+    def document_lengths(self, index: int) -> np.ndarray:
+        """That row's, without its tokens."""
+
 
 @dataclass(frozen=True)
 class MixtureComponent:

@@ -1,9 +1,9 @@
 """Prepared data, opened: blocks of packed documents, checked as they are read."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,9 @@ from motifarch.data.block_files import BlockFiles
 from motifarch.data.loss_mask import split_mask
 from motifarch.data.manifest import Manifest
 from motifarch.errors import UserError, first_line
+
+_T = TypeVar("_T")
+_REMEDY = "copy it anew, or prepare the data again with --overwrite"
 
 
 class Block(NamedTuple):
@@ -86,29 +89,47 @@ class PackedDataset:
             IndexError: if ``index`` lies outside ``range(len(self))``.
             UserError: a damaged row: a token id outside the vocabulary, lengths that don't add up.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
-        where = f"row {index} of {self.folder / self.split}"
-        remedy = "copy it anew, or prepare the data again with --overwrite"
-        try:
-            row = self._rows.read(index)
-        except OSError as error:
-            raise UserError(f"{where} can't be read ({error.strerror or error}): {remedy}") from None
+        row = self._read(self._rows.read, index)
+        where = self._where(index)
         if row.checksum is not None and row.checksum != block_checksum(index, row.input_ids, row.doc_lengths):
-            raise UserError(f"{where} has changed since it was prepared (its checksum differs): {remedy}")
-        block = Block(np.frombuffer(row.input_ids, dtype="<i4"), np.frombuffer(row.doc_lengths, dtype="<i4"))
-        if block.doc_lengths.size == 0 or block.doc_lengths.min() < 1 or block.doc_lengths.sum() != self.seq_len + 1:
-            raise UserError(
-                f"{where} holds documents of {block.doc_lengths.sum()} tokens in all, expected {self.seq_len + 1}: "
-                f"{remedy}"
-            )
+            raise UserError(f"{where} has changed since it was prepared (its checksum differs): {_REMEDY}")
+        block = Block(np.frombuffer(row.input_ids, dtype="<i4"), self._lengths(index, row.doc_lengths))
         if self.has_loss_mask:
             input_ids, loss_mask = split_mask(block.input_ids)
             block = Block(input_ids, block.doc_lengths, loss_mask)
         if block.input_ids.min() < 0 or block.input_ids.max() >= self.vocab_size:
             wrong = block.input_ids[(block.input_ids < 0) | (block.input_ids >= self.vocab_size)][0]
-            raise UserError(f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: {remedy}")
+            raise UserError(f"{where} holds token id {wrong}, outside the vocabulary of {self.vocab_size}: {_REMEDY}")
         return block
+
+    def document_lengths(self, index: int) -> np.ndarray:
+        """Read the `Block.doc_lengths` of one block without its tokens and its checksum.
+
+        Raises:
+            IndexError: as the block itself.
+            UserError: they can't be read, or don't add up.
+        """
+        return self._lengths(index, self._read(self._rows.read_lengths, index))
+
+    def _read(self, read: Callable[[int], _T], index: int) -> _T:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.folder / self.split}")
+        try:
+            return read(index)
+        except OSError as error:
+            raise UserError(f"{self._where(index)} can't be read ({error.strerror or error}): {_REMEDY}") from None
+
+    def _lengths(self, index: int, content: bytes) -> np.ndarray:
+        lengths = np.frombuffer(content, dtype="<i4")
+        if lengths.size == 0 or lengths.min() < 1 or lengths.sum() != self.seq_len + 1:
+            raise UserError(
+                f"{self._where(index)} holds documents of {lengths.sum()} tokens in all, expected "
+                f"{self.seq_len + 1}: {_REMEDY}"
+            )
+        return lengths
+
+    def _where(self, index: int) -> str:
+        return f"row {index} of {self.folder / self.split}"
 
 
 def check_same_seq_len(datasets: Sequence[PackedDataset]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from motifarch.counted import counted
-from motifarch.data import BatchLoader
+from motifarch.data import AttentionWork, BatchLoader
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
@@ -107,6 +107,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         micro_batch_size=recipe.batch.micro_size,
         start_step=state.step,
         stop_step=recipe.run.steps,
+        row_work=AttentionWork(_windows(state.model)) if recipe.batch.balance else None,
     )
     goes_on = start.parent is not None and start.parent.parent == checkpoints_folder(output)
     checkpointer = Checkpointer(
@@ -296,6 +297,10 @@ def build_state(
     if run.spike_sigma is not None:
         guard = SpikeGuard(run.spike_sigma, run.spike_window, max_in_row=run.spike_max_in_row, device=world.device)
     return TrainState(model, optimizer, nonfinite=nonfinite, spike_guard=guard), flops_per_token
+
+
+def _windows(model: nn.Module) -> list[tuple[int, int]]:
+    return [layer.self_attn.window_size for layer in decoder_layers(model)]  # type: ignore[misc, union-attr]
 
 
 def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:

@@ -120,6 +120,12 @@ class BatchSection(Section):
     warmup_multiple: Rows | None = None
     """Batch sizes on the way are multiples of this; null takes ranks x micro_size."""
 
+    balance: bool = False
+    """Deal a step's rows to ranks by the attention work of their documents, so that none waits long
+    for another. The step's rows stay the same: losses change by rounding alone. Each rank reads the
+    documents' lengths of all rows of the step, ahead of it.
+    """
+
 
 @dataclass
 class OptimSection(Section):

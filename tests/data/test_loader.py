@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from motifarch.data import BatchLoader, BatchSchedule, Block, Mixture, MixtureComponent
+from motifarch.data import AttentionWork, BatchLoader, BatchSchedule, Block, Mixture, MixtureComponent
 from motifarch.errors import UserError
 
 SEQ_LEN = 4
@@ -23,7 +23,12 @@ class Rows:
         if index in self.broken:
             raise UserError(f"row {index} is broken")
         tokens = np.full(SEQ_LEN + 1, self.first + index, dtype=np.int32)
-        return Block(tokens, np.array([SEQ_LEN + 1], dtype=np.int32))
+        return Block(tokens, self.document_lengths(index))
+
+    def document_lengths(self, index: int) -> np.ndarray:
+        """One document, or two."""
+        lengths = [SEQ_LEN + 1] if index % 3 else [2, SEQ_LEN - 1]
+        return np.array(lengths, dtype=np.int32)
 
 
 def make_mixture(**options: int) -> Mixture:
@@ -31,8 +36,16 @@ def make_mixture(**options: int) -> Mixture:
     return Mixture(components, seed=3, batch_schedule=BatchSchedule(8, **{"multiple": 4, **options}))
 
 
-def load(world_size: int = 1, rank: int = 0, start: int = 0, stop: int = 10, micro: int = 2, **options: int) -> dict:
-    place = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
+def load(
+    world_size: int = 1,
+    rank: int = 0,
+    start: int = 0,
+    stop: int = 10,
+    micro: int = 2,
+    work: AttentionWork | None = None,
+    **options: int,
+) -> dict:
+    place = {"rank": rank, "world_size": world_size, "micro_batch_size": micro, "row_work": work}
     return dict(BatchLoader(make_mixture(**options), **place, start_step=start, stop_step=stop))
 
 
@@ -49,8 +62,27 @@ def test_ranks_together_see_the_global_batch(world_size: int) -> None:
         assert [row for rank in ranks for row in rows_of(rank[step])] == expected
 
 
-def test_resumed_loader_gives_exactly_the_same() -> None:
-    from_start, resumed = load(2, 1, stop=20), load(2, 1, start=11, stop=20)
+FULL = AttentionWork([(-1, -1)])
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(2, 1), (2, 3), (4, 2)])
+def test_balanced_ranks_see_the_same_rows(world_size: int, micro: int) -> None:
+    ranks = [load(world_size, rank, micro=micro, work=FULL) for rank in range(world_size)]
+    mixture = make_mixture()
+    for step in range(10):
+        expected = [row + 100 * component for component, row in mixture.global_batch(step)]
+        assert sorted(row for rank in ranks for row in rows_of(rank[step])) == sorted(expected)
+        sizes = [[batch["input_ids"].shape[1] for batch in rank[step]] for rank in ranks]
+        assert sizes == [[b["input_ids"].shape[1] for b in load(world_size, micro=micro, stop=1)[0]]] * world_size
+    # Single rows: in every step, no more than one micro-batch has rows of both kinds.
+    if micro == 1:
+        halves = [[len(batch["cu_seq_lens_q"]) for step in range(10) for batch in rank[step]] for rank in ranks]
+        assert sum(a != b for a, b in zip(*halves, strict=True)) <= 10
+
+
+@pytest.mark.parametrize("work", [None, FULL])
+def test_resumed_loader_gives_exactly_the_same(work: AttentionWork | None) -> None:
+    from_start, resumed = load(2, 1, stop=20, work=work), load(2, 1, start=11, stop=20, work=work)
     assert list(resumed) == list(range(11, 20))
     for step, batches in resumed.items():
         for ours, theirs in zip(batches, from_start[step], strict=True):

@@ -48,6 +48,7 @@ def test_rows_agree_with_the_datasets_library(prepared: Path) -> None:
     for index in range(0, len(data), 7):
         assert data[index].input_ids.tolist() == rows[index]["input_ids"]
         assert data[index].doc_lengths.tolist() == rows[index]["doc_lengths"]
+        assert data.document_lengths(index).tolist() == rows[index]["doc_lengths"]
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
@@ -163,6 +164,15 @@ def test_a_file_cut_short_or_replaced_under_a_run_is_told(copy: Path) -> None:
         data[last]
     with pytest.raises(UserError, match=r"row 0 of .*another file than when the run began"):
         replaced[0]
+    with pytest.raises(UserError, match=r"row 1 of .*another file than when the run began"):
+        replaced.document_lengths(1)
+
+
+def test_lengths_that_do_not_add_up_are_told(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = PackedDataset.open(prepared)
+    monkeypatch.setattr(data._rows, "read_lengths", lambda index: np.array([20, 12], "<i4").tobytes())
+    with pytest.raises(UserError, match=r"row 3 of .* holds documents of 32 tokens in all, expected 33"):
+        data.document_lengths(3)
 
 
 def test_data_of_the_version_before_is_read(copy: Path) -> None:
