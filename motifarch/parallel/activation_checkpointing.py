@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from motifarch.decoder_layers import decoder_layers
@@ -41,6 +42,33 @@ def _policy(kept: set[Any], context: Any, operator: Any, *_: Any, **__: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class _Replay(TorchDispatchMode):
+    """A recomputation's mode, which takes what was kept out of its storage, for that alone.
+
+    It counts every operator otherwise, and FSDP may have to gather experts within a layer when it
+    is recomputed, but not before.
+    """
+
+    def __init__(self, mode: Any, kept: set[Any]) -> None:
+        super().__init__()
+        self._mode, self._kept = mode, kept
+
+    def __enter__(self) -> "_Replay":
+        self._mode.func_counter.clear()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._kept:
+            return func(*args, **(kwargs or {}))
+        return self._mode.__torch_dispatch__(func, types, args, kwargs)
+
+
+def _selective(kept: set[Any]) -> tuple[Any, Any]:
+    forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, kept))
+    return forward, _Replay(recomputation, kept)
+
+
 def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> None:
     """Lets decoder layers be computed again in the backward pass, in place.
 
@@ -60,7 +88,7 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
         draws = any(isinstance(module, nn.Dropout) or hasattr(module, "router_noise") for module in layer.modules())
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
         if recompute == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _kept()))
+            options["context_fn"] = partial(_selective, _kept())
         # transformers' own switch of its GradientCheckpointingLayer, one layer at a time.
         layer._gradient_checkpointing_func = partial(checkpoint, **options)  # type: ignore[assignment]
         layer.gradient_checkpointing = True  # type: ignore[assignment]

@@ -38,11 +38,16 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     consecutive ones, whole. The model is on the meta device, or the same on every rank.
     """
     for block in _expert_blocks(model):
-        block.expert_group = mesh.get_group()
-        for module in block.experts.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                cut = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
-                setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
+        deal_out(block, mesh)
+
+
+def deal_out(block: MixtureOfExperts, mesh: DeviceMesh) -> None:
+    """Deals one layer's routed experts out, as :func:`apply_expert_parallel` does all layers'."""
+    block.expert_group = mesh.get_group()
+    for module in block.experts.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            cut = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
 def shard_experts(model: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:

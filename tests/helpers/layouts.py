@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from helpers.models import tiny_config
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
 from motifarch.decoder_layers import decoder_layers
+from motifarch.layers.router import Router, Routing
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import build_optimizer, offload_state
 from motifarch.parallel import Layout, Mesh, initialize, open_world, parallelize, shard_sequence
@@ -58,7 +60,9 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)  # fields of the config besides the variant's
     qk_clip: float | None = None
     steps: int = STEPS
-    save: Path | None = None  # folder for a checkpoint after half of the steps
+    lr: float = LR
+    micro: int = 2  # rows of a micro-batch
+    save: Path | None = None  # folder for a checkpoint after half of the steps, or of what was loaded
     load: Path | None = None  # a checkpoint to go on from
     init_from: Path | None = None  # a checkpoint or a Hugging Face folder, for the first weights
     offload: bool = False  # keep moments in CPU memory, the optimizer stepping in pieces
@@ -68,6 +72,50 @@ class Case:
         """What the model is made from."""
         overrides = {"vocab_size": 320, "initializer_range": 0.1} | VARIANTS[self.variant] | self.model
         return tiny_config(self.variant, **overrides)
+
+
+Routed = list[tuple[torch.Tensor, torch.Tensor]]
+"""Of each micro-batch: each token's experts (T, k), in order of their numbers, and by how much the
+last of them was preferred to the next one (T,)."""
+
+
+def watch_routing(model: torch.nn.Module) -> dict[str, Routed]:
+    """Notes from now on where every router sends the tokens that it trains on."""
+    seen: dict[str, Routed] = {}
+
+    def note(name: str, router: Router, given: dict[str, Any], routing: Routing) -> None:
+        if router.training and torch._C._current_graph_task_id() == -1:  # not when computed again
+            best = (routing.scores + given["bias"]).detach().topk(router.top_k + 1, dim=1).values
+            seen[name].append((routing.selected.sort(dim=1).values, best[:, -2] - best[:, -1]))
+
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            seen[name] = []
+            hook = lambda router, _, given, routing, n=name: note(n, router, given, routing)  # noqa: E731
+            module.register_forward_hook(hook, with_kwargs=True)
+    return seen
+
+
+def gather_routing(seen: dict[str, Routed], layout: Layout, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of every token in so many steps, in the order that one process has: experts and margin."""
+    everyone: list[Any] = [None] * layout.ranks
+    dist.all_gather_object(everyone, seen)
+    gathered = {}
+    for name in seen:
+        # Ranks of tensor parallelism have the same tokens.
+        ranks = [rank[name] for rank in everyone[:: layout.tensor]]
+        micros = len(ranks[0]) // max(steps, 1)
+        parts = [
+            ranks[data * layout.context + part][step * micros + micro]
+            for step in range(steps)
+            for data in range(layout.data_parallel_size)
+            for micro in range(micros)
+            for part in range(layout.context)
+        ]
+        if parts:
+            selected, margins = zip(*parts, strict=True)
+            gathered[name] = torch.cat(selected), torch.cat(margins)
+    return gathered
 
 
 def build(case: Case, mesh: Mesh) -> TrainState:
@@ -86,8 +134,16 @@ def build(case: Case, mesh: Mesh) -> TrainState:
     return TrainState(model, optimizer)
 
 
+def checkpointer(case: Case, data: Path) -> Checkpointer:
+    """Notes what an export needs."""
+    assert case.save is not None
+    about = {"seed": 0, "compute": "float32", "tokenizer": "", "model_config": case.config.to_dict()}
+    about["data"] = [{"path": str(data), "fingerprint": "", "weight": 1.0}]
+    return Checkpointer(case.save, asynchronous=not case.load, about=lambda _: about)
+
+
 def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
-    """Trains every case; rank 0 saves losses, norms, validation loss and final weights."""
+    """Trains every case; rank 0 saves losses, norms, validation loss, final weights and routing."""
     with open_world() as world:
         results = {}
         for case in cases:
@@ -95,15 +151,19 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             state = build(case, mesh)
             if case.load:
                 load_state(case.load, state)
+                if case.save:
+                    checkpointer(case, data).save(state)
             component = MixtureComponent(PackedDataset.open(data))
             mixture = Mixture([component], seed=0, batch_schedule=BatchSchedule(8))
-            place = {"rank": mesh.data_rank, "world_size": mesh.layout.data_parallel_size, "micro_batch_size": 2}
+            place = {"rank": mesh.data_rank, "world_size": mesh.layout.data_parallel_size}
+            place["micro_batch_size"] = case.micro
             loader = BatchLoader(mixture, **place, start_step=state.step, stop_step=case.steps)
             history, saver = [], None
+            routing = watch_routing(state.model)
             for _, whole in loader:
                 batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in whole]
                 (targets,) = world.all_reduce_sum([count_targets(batches)])
-                options: dict[str, Any] = {"lr": LR, "clip": CLIP, "z_loss_weight": Z_LOSS, "layout": mesh.layout}
+                options: dict[str, Any] = {"lr": case.lr, "clip": CLIP, "z_loss_weight": Z_LOSS, "layout": mesh.layout}
                 targets //= mesh.layout.tensor
                 result = train_step(
                     state,
@@ -115,8 +175,8 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
                     **options,
                 )
                 history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
-                if case.save and state.step == case.steps // 2:
-                    saver = Checkpointer(case.save, asynchronous=True)
+                if case.save and not case.load and state.step == case.steps // 2:
+                    saver = checkpointer(case, data)
                     saver.save(state)
             if saver:
                 saver.wait()
@@ -124,6 +184,7 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             validation = validation_loss(state.model, datasets, world=world, sequences=7, micro_size=2, mesh=mesh)
             content = state.state_dict()["model"]
             weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in content.items()}
-            results[case.name] = (history, validation, {k: v.clone() for k, v in weights.items()})
+            routed = gather_routing(routing, mesh.layout, len(history))
+            results[case.name] = (history, validation, {k: v.clone() for k, v in weights.items()}, routed)
         if world.is_main:
             torch.save(results, output)

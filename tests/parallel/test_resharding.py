@@ -8,6 +8,8 @@ import torch
 
 from helpers.distributed import on_ranks
 from helpers.layouts import STEPS, Case, train_cases
+from helpers.tiny import MOTIF_3
+from motifarch.export import export
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.parallel import Layout
 from motifarch.train.checkpoint import load_model_state
@@ -107,3 +109,46 @@ def test_a_checkpoint_becomes_sharded_weights(folder: Path, four: dict[str, Any]
     torch.testing.assert_close(four[f"from checkpoint, {variant}"][2], dict(model.state_dict()), rtol=0, atol=0)
     start, later = four["start, fsdp 4"][2], four[f"from checkpoint, {variant}"][2]
     assert not torch.equal(start["model.embed_tokens.weight"], later["model.embed_tokens.weight"])
+
+
+EXPERT_4 = Layout(expert=4)
+ELSEWHERE: dict[str, tuple[int, Layout]] = {
+    "fsdp 4": (4, FSDP),
+    "expert 2 x fsdp 2": (4, Layout(expert=2)),
+    "one process": (1, FSDP),
+}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shared_experts_goes_on_elsewhere_and_exports_alike(data: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"variant": "gda", "optimizer": "muon", "qk_clip": 0.5}
+    common["model"] = MOTIF_3 | {"qk_norm": False, "num_experts": 8}
+    on_ranks(4, train_cases, data, tmp_path / "out.pt", [Case("", layout=EXPERT_4, save=tmp_path / "run", **common)])
+    straight = torch.load(tmp_path / "out.pt")[""]
+    rest = torch.tensor(straight[0])[STEPS // 2 :]
+    folders = {"expert 4": tmp_path / "run"}
+    for ranks in (4, 1):
+        cases = []
+        for name, (needed, layout) in ELSEWHERE.items():
+            if needed == ranks:
+                folders[name] = tmp_path / name.replace(" ", "_")
+                cases.append(Case(name, layout=layout, load=step(tmp_path / "run"), save=folders[name], **common))
+        on_ranks(ranks, train_cases, data, tmp_path / "out.pt", cases)
+        for name, (losses, validation, weights, _) in torch.load(tmp_path / "out.pt").items():
+            torch.testing.assert_close(
+                torch.tensor(losses), rest, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+            assert validation == pytest.approx(straight[1], abs=1e-5)
+            for path, value in weights.items():
+                torch.testing.assert_close(
+                    value, straight[2][path], rtol=0, atol=1e-5, msg=lambda m, p=path: f"{p}: {m}"
+                )
+    exported = {}
+    for name, folder in folders.items():
+        written = export(step(folder), tmp_path / "exported", tokenizer=str(data / "tokenizer"))
+        # The rest names the checkpoint.
+        files = [path for path in sorted(written.iterdir()) if path.name not in ("README.md", "export.json")]
+        exported[name] = {path.name: path.read_bytes() for path in files}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= exported["expert 4"].keys()
+    for name, files_ in exported.items():
+        assert files_ == exported["expert 4"], name

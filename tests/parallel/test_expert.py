@@ -1,0 +1,68 @@
+"""Experts that ranks share: uneven loads, a bad rank, and what each message is for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.distributed import on_ranks
+from helpers.expert_ranks import compare_layers, skip_a_step, train_without
+from helpers.layouts import Case, train_cases
+from helpers.tiny import MOTIF_3
+from motifarch.parallel import Layout
+
+SHARED = Layout(expert=2)
+MODEL = MOTIF_3 | {"qk_norm": False, "num_experts": 4}
+
+
+def case(layout: Layout, **options: Any) -> Case:
+    return Case("", "gda", layout, model=MODEL, **{"steps": 2} | options)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_load_is_equal_to_one_process(ranks: int) -> None:
+    on_ranks(ranks, compare_layers)
+
+
+def test_a_nan_router_on_one_rank_skips_the_step_on_all(data: Path) -> None:
+    on_ranks(2, skip_a_step, data, case(SHARED))
+
+
+def weights_after(ranks: int, data: Path, output: Path, one: Case) -> dict[str, torch.Tensor]:
+    on_ranks(ranks, train_cases, data, output, [one])
+    return torch.load(output)[""][2]  # type: ignore[no-any-return]
+
+
+def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return max((found[name] - value).abs().max().item() for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_an_uneven_last_micro_batch_changes_nothing(data: Path, tmp_path: Path) -> None:
+    # A balance loss is that of what lies in a micro-batch, so one process has others.
+    truth, found = (weights_after(2, data, tmp_path / "out.pt", case(layout, micro=3)) for layout in (Layout(), SHARED))
+    assert largest_difference(found, truth) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "left_out"),
+    [
+        (Layout(shard=2, expert=2), "counts"),
+        (Layout(shard=2, expert=2), "dispatch"),
+        (Layout(shard=2, expert=2), "combine"),
+        (Layout(shard=2, expert=2), "gradient of combine"),
+        (Layout(shard=2, expert=2), "gradient of dispatch"),
+        (Layout(shard=2, expert=2), "division by all ranks"),
+        (Layout(shard=4, expert=2), "reduction over shards"),
+        (Layout(replicate=2, shard=2, expert=2), "reduction over copies"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_nothing_can_be_left_out(data: Path, tmp_path: Path, layout: Layout, left_out: str) -> None:
+    truth = weights_after(1, data, tmp_path / "out.pt", case(Layout()))
+    on_ranks(layout.ranks, train_without, data, tmp_path / "_", {name: case(layout) for name in ("all", left_out)})
+    found = {name: torch.load(tmp_path / f"{name}.pt")[""][2] for name in ("all", left_out)}
+    assert largest_difference(found["all"], truth) < 1e-5
+    assert largest_difference(found[left_out], truth) > 1e-4
