@@ -102,6 +102,8 @@ def test_motif_3_is_equal_to_one_process(data: Path, tmp_path: Path) -> None:
             "expert 4": Layout(expert=4),
             "expert 2 x fsdp 2": Layout(expert=2),
             "expert 2 x hsdp 2": Layout(replicate=2, expert=2),
+            "expert 2 x context 2": Layout(context=2, expert=2),
+            "expert 2 x tensor 2": Layout(tensor=2, expert=2),
         },
     }
     found = {}
