@@ -32,7 +32,7 @@ from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Layout, Mesh, World
 from motifarch.plan import communication, flops, memory
 from motifarch.plan.communication import Collective, Groups, Traffic
-from motifarch.plan.memory import MemoryLedger, replaced
+from motifarch.plan.memory import MemoryLedger, Place, Stretch, replaced
 from motifarch.shards import to_local
 from motifarch.train.loop import build_state
 from motifarch.train.recipe import Recipe
@@ -71,11 +71,8 @@ class StepTrace:
     """Bytes of the optimizer's state in the CPU's memory."""
     activations: int
     """Bytes kept for the backward pass when a micro-batch's forward pass is over."""
-    highest: dict[str, int]
-    """The most bytes that there were of each kind."""
-    peak: dict[str, int]
-    """Bytes by kind when they were most together."""
-    peak_phase: str
+    stretches: dict[Place, Stretch]
+    """What lived in each part of the step."""
     largest_layer: int
     """Bytes of the largest decoder layer as it is gathered."""
     outside_layers: int
@@ -85,6 +82,25 @@ class StepTrace:
     moved: dict[str, float]
     """Bytes that a step's other operators read and write, by phase."""
     traffic: list[Traffic]
+
+    @property
+    def highest(self) -> dict[str, int]:
+        """The most bytes that there were of each kind."""
+        return {kind: max(s.highest[kind] for s in self.stretches.values()) for kind in memory.KINDS}
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind when they were most together."""
+        return self._at_peak.peak
+
+    @property
+    def peak_phase(self) -> str:
+        """What was being done then."""
+        return self._at_peak.phase
+
+    @property
+    def _at_peak(self) -> Stretch:
+        return max(self.stretches.values(), key=lambda stretch: stretch.total)
 
 
 @dataclass
@@ -106,6 +122,7 @@ class _Recorder(TorchDispatchMode):
         self.activations = 0
         self.gradients: int | None = None
         self._stage = "other"
+        self._layer = -1
         self._in_blocks = 0
         self._asleep = False
         self._share = visible_share
@@ -130,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         return run
 
     def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Hooks into the places where a step goes from one stage to the next."""
+        """Hooks into the places where a step goes from one stage or layer to the next."""
 
         def before_micro_batch(*_: Any) -> None:
             if len(self.tallies) == 2:
@@ -138,18 +155,19 @@ class _Recorder(TorchDispatchMode):
                 # has named them gradients.
                 self.ledger.rename(memory.WORKING, memory.GRADIENTS)
                 # What follows is never less, and counts them apart.
-                self.ledger.highest[memory.WORKING] = 0
+                for stretch in self.ledger.stretches.values():
+                    stretch.highest[memory.WORKING] = 0
             self.tallies.append(_Tally())
-            self._stage = "forward"
+            self._stage, self._layer = "forward", -1
 
         def before_loss(*_: Any) -> None:
-            self._stage = "loss"
+            self._stage, self._layer = "loss", -1
             self.activations = self.ledger.now[memory.ACTIVATIONS]
 
         def before_optimizer(*_: Any) -> None:
             if self.gradients is None:  # an offloaded optimizer steps in pieces
                 self.tallies.append(_Tally())
-            self._stage = "optimizer"
+            self._stage, self._layer = "optimizer", -1
             self.gradients = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
 
         def after_optimizer(*_: Any) -> None:
@@ -163,6 +181,20 @@ class _Recorder(TorchDispatchMode):
         def leave_block(*_: Any) -> None:
             self._in_blocks -= 1
 
+        def enter_layer(number: int) -> None:
+            self._layer = number
+
+        def follow_layer(number: int, layer: nn.Module) -> None:
+            def after_forward(*arguments: Any) -> None:
+                for output in tree_leaves(arguments[-1]):
+                    if isinstance(output, torch.Tensor) and output.requires_grad:
+                        output.register_hook(lambda _: enter_layer(number))
+
+            layer.register_forward_pre_hook(lambda *_: enter_layer(number))
+            layer.register_forward_hook(after_forward)
+
+        for number, layer in enumerate(decoder_layers(model)):
+            follow_layer(number, layer)
         model.register_forward_pre_hook(before_micro_batch)
         model.model.register_forward_hook(before_loss)  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(before_optimizer)
@@ -190,7 +222,8 @@ class _Recorder(TorchDispatchMode):
             place, kind = _KIND_OF_ARGUMENT[func._schema.name]
             for tensor in tree_leaves(kwargs[place] if isinstance(place, str) else args[place]):
                 self.ledger.note(tensor, kind, again=True)
-        self.ledger.look(phase)
+        direction = "backward" if phase == "recompute" else phase
+        self.ledger.look((direction, len(self.tallies), self._layer), phase)
         if work := flops.count(func, args, kwargs, out):
             share = self._share if flops.is_plain_attention(func, phase) else 1.0
             tally.flops[phase, flops.part_of(func, phase)] += work * share
@@ -322,9 +355,7 @@ def trace_step(
             optimizer=memory.local_bytes(here),
             offloaded=memory.local_bytes(there),
             activations=recorder.activations,
-            highest=dict(ledger.highest),
-            peak=dict(ledger.peak),
-            peak_phase=ledger.peak_phase,
+            stretches=ledger.stretches,
             largest_layer=largest,
             outside_layers=outside,
             flops=dict(total.flops),

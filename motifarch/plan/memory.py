@@ -63,17 +63,34 @@ class _Block:
 
 
 @dataclass
+class Stretch:
+    """What lived, in bytes by kind, during one stretch of a step."""
+
+    peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """When it was most together."""
+    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    """The most of each kind, at a time of its own."""
+    phase: str = ""
+    """What was being done at the peak."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.peak.values())
+
+
+Place = tuple[str, int, int]
+"""A stretch of a step: what is done, in which micro-batch, in which decoder layer (-1 for none)."""
+
+
+@dataclass
 class MemoryLedger:
     """Live storages by kind, in bytes."""
 
     now: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     """What lives."""
-    peak: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    """What lived when it was most."""
-    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    """The most there was of each kind, at a time of its own."""
-    peak_phase: str = ""
-    """What was being done then."""
+    stretches: dict[Place, Stretch] = field(default_factory=dict)
+    """What lived in each stretch so far."""
     _blocks: dict[int, _Block] = field(default_factory=dict)
 
     @property
@@ -118,12 +135,14 @@ class MemoryLedger:
             self.now[block.kind] += storage.nbytes() - block.bytes
             block.bytes = storage.nbytes()
 
-    def look(self, phase: str) -> None:
-        """Remembers the present, if it is the most there was."""
+    def look(self, place: Place, phase: str) -> None:
+        """Remembers the present, if it is the most there was in its stretch."""
+        stretch = self.stretches.setdefault(place, Stretch())
         for kind, bytes_ in self.now.items():
-            self.highest[kind] = max(self.highest[kind], bytes_)
-        if self.total > sum(self.peak.values()):
-            self.peak, self.peak_phase = dict(self.now), phase
+            if bytes_ > stretch.highest[kind]:
+                stretch.highest[kind] = bytes_
+        if self.total > stretch.total:
+            stretch.peak, stretch.phase = dict(self.now), phase
 
     def _move(self, block: _Block, kind: str) -> None:
         self.now[block.kind] -= block.bytes

@@ -14,6 +14,7 @@ from motifarch.plan import memory
 from motifarch.plan.assumptions import Assumptions
 from motifarch.plan.dry_run import StepTrace, trace_step
 from motifarch.plan.flops import DIRECTIONS
+from motifarch.plan.repeats import extrapolate, find_repeat
 from motifarch.plan.timing import StepTime, step_time
 from motifarch.train.inputs import batch_schedule, model_config
 from motifarch.train.recipe import Recipe
@@ -148,6 +149,13 @@ def planned_config(recipe: Recipe, data: DataShape) -> MotifConfig:
     return model_config(dataclasses.replace(recipe, model=model), data)
 
 
+def layer_kinds(recipe: Recipe, config: MotifConfig) -> list[tuple[Any, ...]]:
+    """What each decoder layer of a model is: equal ones compute, keep and send the same."""
+    recompute = recipe.activation_checkpointing
+    every = recompute if isinstance(recompute, int) else 1
+    return [(window, config.has_experts(i), i % every == 0) for i, window in enumerate(config.windows)]
+
+
 def make_plan(
     recipe: Recipe,
     gpu: Gpu,
@@ -172,15 +180,24 @@ def make_plan(
     assumptions = assumptions or Assumptions()
     data = find_shape(recipe, seq_len)
     check_recipe(recipe, gpus)
-    trace = trace_step(
-        recipe,
-        planned_config(recipe, data),
-        seq_len=data.seq_len,
-        gpus=gpus,
-        domain=gpu.domain,
-        compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
-        rank=rank,
-    )
+
+    def trace_layers(count: int) -> StepTrace:
+        part = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=count))
+        return trace_step(
+            part,
+            planned_config(part, data),
+            seq_len=data.seq_len,
+            gpus=gpus,
+            domain=gpu.domain,
+            compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
+            rank=rank,
+        )
+
+    repeat = find_repeat(layer_kinds(recipe, planned_config(recipe, data)))
+    if repeat is None:
+        trace = trace_layers(recipe.model.num_hidden_layers)
+    else:
+        trace = extrapolate(trace_layers(repeat.layers), trace_layers(repeat.layers + repeat.period), repeat)
     samples = batch_schedule(recipe.batch).samples_before(recipe.run.steps)
     return Plan(
         gpu=gpu,
