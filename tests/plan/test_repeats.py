@@ -58,7 +58,7 @@ def test_a_tall_stack_is_planned_as_if_it_were_traced(case: str, monkeypatch: py
         assert getattr(short.trace, name) == getattr(whole.trace, name), name
     assert short.flops_per_token == pytest.approx(whole.flops_per_token, rel=1e-9)
     # Muon deals matrices out to ranks, never quite evenly.
-    close = 5e-2 if recipe.optim.name == "muon" else 1e-9
+    close = 1e-1 if recipe.optim.name == "muon" else 1e-9
     assert short.peak == pytest.approx(whole.peak, rel=min(close, 1e-3))
     assert short.memory == pytest.approx(whole.memory, rel=close)
     assert short.trace.moved == pytest.approx(whole.trace.moved, rel=close)
