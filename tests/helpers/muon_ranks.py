@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from helpers.micro_batches import Collectives
 from motifarch.optim import Muon
 from motifarch.parallel import World, open_world
 from motifarch.shards import local_shard
@@ -170,14 +171,22 @@ def compare_experts(world: World) -> None:
             fully_shard(layer, mesh=mesh)
             sharded += layer.parameters()
             whole.append(nn.Parameter(value.clone()))
+    for experts in {2, world.size}:  # expert parallelism, with FSDP over those who have the same ones
+        mesh = init_device_mesh("cpu", (world.size // experts, experts), mesh_dim_names=("expert_shard", "expert"))
+        for value in (torch.randn(12, 8, 6), torch.randn(world.size, 4, 9)):
+            layer = nn.ParameterList([distribute_tensor(value.clone(), mesh["expert"], [Shard(0)])])
+            fully_shard(layer, mesh=mesh["expert_shard"])
+            sharded += layer.parameters()
+            whole.append(nn.Parameter(value.clone()))
     parts = Muon(sharded, 1e-2, ns_dtype=torch.float32, chunk_bytes=8 * 6 * 4)
     plain = Muon(whole, 1e-2, ns_dtype=torch.float32)
-    with counted() as calls:
-        for _ in range(STEPS):
-            give_gradients(sharded, whole)
+    collectives = Collectives()
+    for _ in range(STEPS):
+        give_gradients(sharded, whole)
+        with collectives:
             parts.step()
-            plain.step()
-    assert not calls
+        plain.step()
+    assert not collectives.calls
     for part, full in zip(sharded, whole, strict=True):
         momenta = parts.state[part]["momentum_buffer"], plain.state[full]["momentum_buffer"]
         for found, expected in ((part, full), momenta):

@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from helpers.distributed import on_ranks
+from helpers.distributed import on_ranks, torchrun, train
 from helpers.expert_ranks import compare_layers, skip_a_step, train_without
 from helpers.layouts import Case, train_cases
-from helpers.tiny import MOTIF_3
+from helpers.tiny import MOTIF_3, write_recipe
 from motifarch.parallel import Layout
+from motifarch.train.run_folder import read_metrics
+
+KILLED = Path(__file__).with_name("killed_once.py")
 
 SHARED = Layout(expert=2)
 MODEL = MOTIF_3 | {"qk_norm": False, "num_experts": 4}
@@ -66,3 +70,39 @@ def test_nothing_can_be_left_out(data: Path, tmp_path: Path, layout: Layout, lef
     found = {name: torch.load(tmp_path / f"{name}.pt")[""][2] for name in ("all", left_out)}
     assert largest_difference(found["all"], truth) < 1e-5
     assert largest_difference(found[left_out], truth) > 1e-4
+
+
+FIGURES = ("loss", "grad_norm", "expert_loss", "router_load_max_mean", "router_weight_min_median", "router_entropy")
+RECORDED = ("router_output_cosine", "router_output_peak")
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_an_exchange_is_restarted_and_the_run_ends_the_same(data: Path, tmp_path: Path) -> None:
+    length = ("--run.steps", "12", "--checkpoint.every", "4", "--log.every", "2", "--checkpoint.asynchronous", "false")
+    rows = {}
+    for name in ("killed", "undisturbed", "one process"):
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        recipe = write_recipe(folder, data, model=MODEL, experts={"bias_rate": 0.01, "balance_loss": 0.01})
+        if name == "killed":
+            # A step is 10 messages a micro-batch: 3 forward and 2 backward in each of two layers.
+            script = ("--max-restarts", "1", KILLED, folder, "93", recipe, *length, "--parallel.expert", "2")
+            done = torchrun(2, *script)
+            assert done.returncode == 0, done.stderr
+            assert (folder / "was_killed").exists()
+            assert "resuming after step 8" in done.stdout
+        elif name == "undisturbed":
+            train(2, folder, recipe, *length, "--parallel.expert", "2")
+        else:
+            train(1, folder, recipe, *length)
+        rows[name] = read_metrics(folder / "run" / "metrics.jsonl")
+    losses = {name: [row["loss"] for row in found] for name, found in rows.items()}
+    assert len(losses["killed"]) == 12
+    assert losses["killed"] == losses["undisturbed"]
+    for found, expected in zip(rows["undisturbed"], rows["one process"], strict=True):
+        assert found.keys() == expected.keys()
+        for figure in {*FIGURES, *RECORDED} & found.keys():
+            # By layer, None for those without experts, or a number.
+            values = [[v for v in np.ravel(row[figure]) if v is not None] for row in (found, expected)]
+            assert values[0] == pytest.approx(values[1], rel=1e-4), f"step {found['step']}, {figure}"
+    assert {*FIGURES, *RECORDED} <= rows["undisturbed"][-1].keys()

@@ -78,7 +78,7 @@ def assert_routed_alike(found: Any, expected: Any, name: str) -> None:
 # so the gradients of its hyper-connections have rank one but for rounding, which Muon scales up.
 MOTIF_3_CASES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "options": {"activation_checkpointing": "selective"}},
-    "muon": {"optimizer": "muon", "qk_clip": 0.5, "lr": 1e-3},
+    "muon": {"optimizer": "muon", "qk_clip": 0.5, "lr": 1e-3, "micro": 1},
 }
 
 
