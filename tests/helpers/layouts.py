@@ -188,3 +188,25 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             results[case.name] = (history, validation, {k: v.clone() for k, v in weights.items()}, routed)
         if world.is_main:
             torch.save(results, output)
+
+
+def assert_same(found: Any, expected: Any, name: str) -> None:
+    """Two results of `train_cases` agree: histories, validation loss and every weight."""
+    for f, e, what in zip(found[:2], expected[:2], ("history", "validation"), strict=True):
+        torch.testing.assert_close(
+            torch.tensor(f), torch.tensor(e), rtol=1e-5, atol=1e-5, msg=lambda m, w=what: f"{name}, {w}: {m}"
+        )
+    assert found[2].keys() == expected[2].keys()
+    for key, value in found[2].items():
+        torch.testing.assert_close(value, expected[2][key], rtol=0, atol=1e-5, msg=lambda m, k=key: f"{name}, {k}: {m}")
+
+
+def assert_routed_alike(found: Any, expected: Any, name: str) -> None:
+    """Every token goes to the same experts, but where two are preferred alike; few are."""
+    assert found[3].keys() == expected[3].keys()
+    for layer, (selected, _) in found[3].items():
+        truth, margins = expected[3][layer]
+        assert len(truth) > 1000
+        clear = margins > 1e-6
+        assert (~clear).float().mean() < 1e-3, f"{name}, {layer}: {(~clear).sum()} tokens have no clear choice"
+        assert torch.equal(selected[clear], truth[clear]), f"{name}, {layer}"

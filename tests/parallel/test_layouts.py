@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.distributed import on_ranks
-from helpers.layouts import STEPS, VARIANTS, Case, train_cases
+from helpers.layouts import STEPS, VARIANTS, Case, assert_routed_alike, assert_same, train_cases
 from helpers.tiny import MOTIF_3
 from motifarch.parallel import Layout
 
@@ -51,27 +51,6 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     output = tmp_path_factory.mktemp("layouts") / "several.pt"
     on_ranks(request.param, train_cases, data, output, cases(request.param))
     return torch.load(output)  # type: ignore[no-any-return]
-
-
-def assert_same(found: Any, expected: Any, name: str) -> None:
-    for f, e, what in zip(found[:2], expected[:2], ("history", "validation"), strict=True):
-        torch.testing.assert_close(
-            torch.tensor(f), torch.tensor(e), rtol=1e-5, atol=1e-5, msg=lambda m, w=what: f"{name}, {w}: {m}"
-        )
-    assert found[2].keys() == expected[2].keys()
-    for key, value in found[2].items():
-        torch.testing.assert_close(value, expected[2][key], rtol=0, atol=1e-5, msg=lambda m, k=key: f"{name}, {k}: {m}")
-
-
-def assert_routed_alike(found: Any, expected: Any, name: str) -> None:
-    """Every token goes to the same experts, but where two are preferred alike; few are."""
-    assert found[3].keys() == expected[3].keys()
-    for layer, (selected, _) in found[3].items():
-        truth, margins = expected[3][layer]
-        assert len(truth) > 1000
-        clear = margins > 1e-6
-        assert (~clear).float().mean() < 1e-3, f"{name}, {layer}: {(~clear).sum()} tokens have no clear choice"
-        assert torch.equal(selected[clear], truth[clear]), f"{name}, {layer}"
 
 
 # Micro-batches, biases that move, logits past QK-clip's bound. A first layer's streams are copies,

@@ -115,6 +115,7 @@ EXPERT_4 = Layout(expert=4)
 ELSEWHERE: dict[str, tuple[int, Layout]] = {
     "fsdp 4": (4, FSDP),
     "expert 2 x fsdp 2": (4, Layout(expert=2)),
+    "tensor 2": (2, TENSOR),
     "one process": (1, FSDP),
 }
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_of_shared_experts_goes_on_elsewhere_and_exports_alike(data
     straight = torch.load(tmp_path / "out.pt")[""]
     rest = torch.tensor(straight[0])[STEPS // 2 :]
     folders = {"expert 4": tmp_path / "run"}
-    for ranks in (4, 1):
+    for ranks in (4, 2, 1):
         cases = []
         for name, (needed, layout) in ELSEWHERE.items():
             if needed == ranks:
