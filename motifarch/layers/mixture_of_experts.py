@@ -11,7 +11,7 @@ from motifarch.layers.experts import Experts
 from motifarch.layers.group_sum import sum_over
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, shares
-from motifarch.layers.sorted_tokens import SortedTokens
+from motifarch.layers.sorted_tokens import ExpertRows, SortedTokens
 from motifarch.layers.token_exchange import TokenExchange
 
 
@@ -50,6 +50,7 @@ class MixtureOfExperts(nn.Module):
         expert_group: ranks that share the experts, each with consecutive ones, and send each other
             tokens; None when made; set it from outside. Then ``experts`` has this rank's alone,
             and all ranks call the layer together.
+        exchange: how these send tokens; by all-to-all (:class:`TokenExchange`) when made.
         context_group: ranks that each hold a part of every sequence (context parallelism), whose
             losses are those of the whole; None when made, set it from outside.
         record_expert_outputs: in training mode, also sum up each expert's outputs, and the peaks of
@@ -125,6 +126,7 @@ class MixtureOfExperts(nn.Module):
         self.magnitude_threshold = magnitude_threshold
         self.router_noise, self.record_expert_outputs = 0.0, False
         self.expert_group: ProcessGroup | None = None
+        self.exchange: Callable[[Tensor, Tensor, int, ProcessGroup], ExpertRows] = TokenExchange
         self.context_group: ProcessGroup | None = None
         self.router = Router(
             hidden_size,
@@ -193,11 +195,11 @@ class MixtureOfExperts(nn.Module):
         selected = routing.selected
         if real is not None:
             selected = selected.masked_fill(~real[:, None], self.num_experts)
-        rows: SortedTokens | TokenExchange
+        rows: ExpertRows
         if self.expert_group is None:
             rows = SortedTokens(selected, routing.weights, self.num_experts)
         else:
-            rows = TokenExchange(selected, routing.weights, self.num_experts, self.expert_group)
+            rows = self.exchange(selected, routing.weights, self.num_experts, self.expert_group)
         dispatched = rows.dispatch(tokens)
         shared = None if self.shared_experts is None else self.shared_experts(tokens)
         outputs = self.experts(rows.receive(dispatched), rows.offsets)
@@ -241,7 +243,7 @@ class MixtureOfExperts(nn.Module):
     def _count(
         self,
         routing: Routing,
-        rows: SortedTokens | TokenExchange,
+        rows: ExpertRows,
         routed: Tensor,
         shared: Tensor | None,
         real: Tensor | None,
@@ -260,7 +262,7 @@ class MixtureOfExperts(nn.Module):
         sums = [t.sum() for t in (entropy, *squares)]
         self.statistic_sums += torch.stack([tokens.to(entropy.dtype), *sums])
 
-    def _record(self, rows: SortedTokens | TokenExchange, outputs: Tensor, out: Tensor) -> None:
+    def _record(self, rows: ExpertRows, outputs: Tensor, out: Tensor) -> None:
         """Adds to what is read at times."""
         if self.expert_output_sums is None or self.output_peak_sums is None:
             self.expert_output_sums = self.statistic_sums.new_zeros(self.num_experts, out.shape[-1] + 1)

@@ -1,9 +1,33 @@
 """Tokens sorted by expert, and what experts make of them summed up by token."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from motifarch.layers.permute import permute
+
+
+class ExpertRows(Protocol):
+    """Rows of tokens for experts: on one rank (:class:`SortedTokens`), or exchanged between ranks
+    (`motifarch.layers.token_exchange`).
+    """
+
+    counts: Tensor
+    """(num_experts,) int32, rows of this rank's tokens for each expert."""
+    expert_of_row: Tensor
+    """(rows,) int64, of those that :meth:`receive` gives."""
+    offsets: Tensor
+    """int32, where the rows of each of this rank's experts end."""
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Starts to send tokens (T, E); other work may go on before :meth:`receive`."""
+
+    def receive(self, dispatched: Tensor) -> Tensor:
+        """The rows of this rank's experts, one expert after the other: (rows, E)."""
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The weighted sums of what experts made of tokens' rows: (rows, E) to (T, E)."""
 
 
 class SortedTokens:

@@ -1,8 +1,11 @@
 """Expert parallelism: ranks share the routed experts, and tokens travel to them and back."""
 
+import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -11,6 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.layers import MixtureOfExperts
+from motifarch.layers.deep_ep_exchange import DeepEPExchange
+from motifarch.layers.token_exchange import TokenExchange
 from motifarch.parallel.mesh import Mesh
 
 
@@ -33,12 +38,25 @@ def check_expert_parallel(config: Any, ranks: int) -> None:
         )
 
 
-def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> None:
     """Deals a model's routed experts out over a one-dimensional mesh, in place: each rank keeps
     consecutive ones, whole. The model is on the meta device, or the same on every rank.
+
+    Tokens are exchanged by all-to-all; in bfloat16 on a GPU by DeepEP, where it is installed.
     """
+    exchange = choose_exchange(mesh.device_type, compute_dtype)
     for block in _expert_blocks(model):
         deal_out(block, mesh)
+        block.exchange = exchange
+
+
+def choose_exchange(device_type: str, compute_dtype: torch.dtype) -> type[TokenExchange] | type[DeepEPExchange]:
+    """What sends tokens of a dtype on a kind of device."""
+    if device_type == "cuda" and compute_dtype == torch.bfloat16:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deep_ep")
+            return DeepEPExchange
+    return TokenExchange
 
 
 def deal_out(block: MixtureOfExperts, mesh: DeviceMesh) -> None:

@@ -57,7 +57,7 @@ def parallelize(
     if mesh.tensor is not None:
         apply_tensor_parallel(model, mesh.tensor)
     if mesh.experts is not None:
-        apply_expert_parallel(model, mesh.experts)
+        apply_expert_parallel(model, mesh.experts, compute_dtype)
     if mesh.context is not None:
         apply_context_parallel(model, mesh.context)
     apply_activation_checkpointing(model, activation_checkpointing)

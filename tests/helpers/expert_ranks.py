@@ -13,10 +13,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from helpers import deep_ep_stand_in
 from helpers.agreement import randomise
 from helpers.layouts import Case, build, train_cases
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
 from motifarch.layers import MixtureOfExperts, token_exchange
+from motifarch.layers.deep_ep_exchange import DeepEPExchange
 from motifarch.parallel import Mesh, World, expert, open_world
 from motifarch.shards import local_shard, to_local
 from motifarch.train.step import count_targets, train_step
@@ -36,10 +38,10 @@ LOADS: dict[str, tuple[list[float], list[int]]] = {
 }
 
 
-def layer(bias: list[float], shared: int) -> MixtureOfExperts:
+def layer(bias: list[float], shared: int, dtype: torch.dtype = torch.float64) -> MixtureOfExperts:
     torch.manual_seed(1)
     options: dict[str, Any] = {"num_experts": EXPERTS, "intermediate_size": 5, "num_shared_experts": shared}
-    block = MixtureOfExperts(SIZE, top_k=TOP_K, dtype=torch.float64, balance_loss_coeff=0.1, **options)
+    block = MixtureOfExperts(SIZE, top_k=TOP_K, dtype=dtype, balance_loss_coeff=0.1, **options)
     randomise(block, std=0.5)
     block.expert_bias.copy_(torch.tensor(bias))
     block.record_expert_outputs = True
@@ -55,12 +57,24 @@ def compare_layers() -> None:
                 compare_layer(world, mesh, name, layer(bias, shared), layer(bias, shared), padded)
 
 
+def compare_deep_ep() -> None:
+    """The same with a stand-in for DeepEP, whose weights are float32."""
+    with open_world() as world, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "deep_ep", deep_ep_stand_in)
+        mesh = init_device_mesh("cpu", (world.size,))
+        for name, (bias, padded) in LOADS.items():
+            block = layer(bias, 1, torch.float32)
+            block.exchange = DeepEPExchange
+            compare_layer(world, mesh, name, layer(bias, 1, torch.float32), block, padded)
+
+
 def compare_layer(
     world: World, mesh: Any, name: str, whole: MixtureOfExperts, block: MixtureOfExperts, padded: list[int]
 ) -> None:
     expert.deal_out(block, mesh)
     torch.manual_seed(2)
-    x, grad = (torch.randn(world.size, TOKENS, SIZE, dtype=torch.float64) for _ in range(2))
+    dtype = whole.router.gate.weight.dtype
+    x, grad = (torch.randn(world.size, TOKENS, SIZE, dtype=dtype) for _ in range(2))
     real = torch.ones(world.size, TOKENS, dtype=torch.bool)
     real[[rank for rank in padded if rank < world.size]] = False
     own = x[world.rank : world.rank + 1].clone().requires_grad_()
@@ -70,8 +84,9 @@ def compare_layer(
     mine = slice(world.rank, world.rank + 1)
 
     def same(found: torch.Tensor, truth: torch.Tensor, what: str) -> None:
-        exact = 1e-10 if found.dtype == torch.float64 else 1e-5  # sums in float32
-        torch.testing.assert_close(found, truth, rtol=1e-6, atol=exact, msg=lambda m: f"{name}, {what}: {m}")
+        exact = found.dtype == torch.float64
+        tolerance = {"rtol": 0 if exact else 1e-5, "atol": 1e-10 if exact else 1e-5}
+        torch.testing.assert_close(found, truth, **tolerance, msg=lambda m: f"{name}, {what}: {m}")
 
     same(out.hidden_states, expected.hidden_states[mine], "outputs")
     same(out.losses, expected.losses[mine], "losses")
