@@ -27,7 +27,8 @@ class Layout(Section):
     shard: Ranks | Rest = -1
     """Ranks that share a copy, with rows of their own (FSDP); -1 takes what is left."""
     context: Ranks | Rest = 1
-    """Ranks that share a row's tokens and exchange them for heads around attention (Ulysses)."""
+    """Ranks that share a row's tokens. They exchange them for heads around attention (Ulysses), and
+    where there is a window its keys (halo)."""
     tensor: Ranks | Rest = 1
     """Ranks that share heads, feed-forward columns and vocabulary (tensor parallelism)."""
     expert: Ranks = 1

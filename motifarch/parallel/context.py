@@ -54,17 +54,16 @@ def shard_sequence(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, An
     """This rank's consecutive part of a packed row's tokens (1, T), from `motifarch.data.collate`;
     ``ranks`` divide T, and the documents' bounds stay those of the whole row.
 
-    What multi-token prediction needs of the token after the part comes along: its id, and the
-    targets as the whole row has them.
+    What multi-token prediction needs of the token after the part comes along: its id, which the
+    last part has not, and the targets as the whole row has them.
     """
     if ranks == 1:
         return batch
-    ids = batch["input_ids"]
     batch = batch | {"mtp_labels": next_labels(batch["shift_labels"], batch["cu_seq_lens_q"])}
 
     def part(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.chunk(ranks, dim=1)[rank].contiguous()
 
-    end = (rank + 1) * ids.shape[1] // ranks
-    following = ids[:, end : end + 1] if rank < ranks - 1 else torch.zeros_like(ids[:, :1])  # nothing is after a row
-    return batch | {name: part(batch[name]) for name in _TOKENS} | {"next_input_ids": following}
+    ids = batch["input_ids"]
+    end = (rank + 1) * (ids.shape[1] // ranks)
+    return batch | {name: part(batch[name]) for name in _TOKENS} | {"next_input_ids": ids[:, end : end + 1]}

@@ -29,7 +29,7 @@ class StepResult:
     skipped: torch.Tensor
     """1 where loss or gradient was not finite or spiked, and nothing was updated; else 0."""
     lambdas: torch.Tensor | None
-    """Mean lambda of each layer, (layers,), or None for softmax attention."""
+    """Mean lambda of each layer over the ranks, (layers,), or None for softmax attention."""
     spike: torch.Tensor | None = None
     """1 where the step was skipped as a spike, else 0; None without a spike guard."""
     expert_loads: Sequence[torch.Tensor] = ()
@@ -80,7 +80,7 @@ def train_step(
         qk_clip: bound of attention logits (MuonClip), for layers that record theirs; None for none.
 
     Returns:
-        The step's measurements, the same on every rank but for lambdas.
+        The step's measurements, the same on every rank.
     """
     # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so
     # each rank divides its sum by its even share of the targets: the average is then the mean over
@@ -97,8 +97,11 @@ def train_step(
         total, parts = out.loss.detach(), (out.z_loss, out.mtp_loss, out.expert_loss)
         added = [torch.zeros_like(total) if part is None else part.detach() for part in parts]
         losses += torch.stack([total - sum(added), *added]).float()
-    dist.all_reduce(losses)
-    losses /= world.size
+    # Each rank has lambdas of its own tokens, of the last micro-batch: their mean stands for all.
+    lambdas = state.model.last_lambdas()  # type: ignore[operator]
+    means = losses if lambdas is None else torch.cat((losses, lambdas))
+    dist.all_reduce(means)
+    losses, lambdas = (means / world.size).tensor_split([len(losses)])
 
     grad_norm = clip_gradients(state.model.parameters(), clip)
     for group in state.optimizer.param_groups:
@@ -118,14 +121,13 @@ def train_step(
     state.count_skipped(skipped if spike is None else skipped - spike)
     state.step += 1
     state.tokens += targets
-    lambdas = state.model.last_lambdas()  # type: ignore[operator]
     loss, z_loss, mtp_loss, expert_loss = losses
     return StepResult(
         loss,
         z_loss,
         grad_norm,
         skipped,
-        lambdas,
+        lambdas if len(lambdas) else None,
         spike,
         loads,
         mtp_loss if state.model.model.mtp_layers else None,  # type: ignore[union-attr]

@@ -143,7 +143,7 @@ def checkpointer(case: Case, data: Path) -> Checkpointer:
 
 
 def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
-    """Trains every case; rank 0 saves losses, norms, validation loss, final weights and routing."""
+    """Trains every case; rank 0 saves losses, norms, validation, weights, routing, lambdas."""
     with open_world() as world:
         results = {}
         for case in cases:
@@ -158,7 +158,7 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             place = {"rank": mesh.data_rank, "world_size": mesh.layout.data_parallel_size}
             place["micro_batch_size"] = case.micro
             loader = BatchLoader(mixture, **place, start_step=state.step, stop_step=case.steps)
-            history, saver = [], None
+            history, lambdas, saver = [], None, None
             routing = watch_routing(state.model)
             for _, whole in loader:
                 batches = [shard_sequence(b, mesh.context_rank, mesh.layout.context) for b in whole]
@@ -175,6 +175,7 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
                     **options,
                 )
                 history.append([result.loss.item(), result.z_loss.item(), result.grad_norm.item()])
+                lambdas = result.lambdas
                 if case.save and not case.load and state.step == case.steps // 2:
                     saver = checkpointer(case, data)
                     saver.save(state)
@@ -185,7 +186,8 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
             content = state.state_dict()["model"]
             weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in content.items()}
             routed = gather_routing(routing, mesh.layout, len(history))
-            results[case.name] = (history, validation, {k: v.clone() for k, v in weights.items()}, routed)
+            weights = {k: v.clone() for k, v in weights.items()}
+            results[case.name] = (history, validation, weights, routed, lambdas)
         if world.is_main:
             torch.save(results, output)
 

@@ -227,8 +227,8 @@ class MotifModel(MotifPreTrainedModel):
         """Hidden states of a batch, of packed documents, or of new tokens after a cache.
 
         Arguments are those of :meth:`MotifForCausalLM.forward`, and output_mtp: whether
-        mtp_hidden_states are given too; with them next_input_ids, (B, 1), are the tokens after the
-        last of each row, where rows go on elsewhere.
+        mtp_hidden_states are given too; with them next_input_ids, (B, 1 or 0), are the tokens after
+        the last of each row, where rows go on elsewhere.
 
         Returns:
             last_hidden_state (B, S, E), past_key_values, hidden_states, attentions,
@@ -245,7 +245,7 @@ class MotifModel(MotifPreTrainedModel):
         if input_ids is not None and next_input_ids is not None and output_mtp:
             # One look-up, whose gradient is one matrix.
             embeddings = self.embed_tokens(torch.cat((input_ids, next_input_ids), dim=1))
-            hidden_states = embeddings[:, :-1]
+            hidden_states = embeddings[:, : input_ids.shape[1]]
         else:
             hidden_states = embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, seqlen = hidden_states.shape[:2]
