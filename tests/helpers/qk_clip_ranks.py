@@ -33,20 +33,18 @@ def clip_on_ranks() -> None:
             layers: list[BaseAttention] = [
                 GroupedDifferentialAttention(10, num_heads=12, **_SIZES),
                 DifferentialAttentionV2(10, num_heads=8, **(_SIZES | {"num_kv_heads": 2, "head_dim": 5})),
+                GroupedDifferentialLatentAttention(10, num_heads=10, ratio=4, **_LATENT),
             ]
-            heads = [(8, 4), (4, 4)]
-            if tensor == 1:  # latents have no tensor parallelism
-                layers.append(GroupedDifferentialLatentAttention(10, num_heads=10, ratio=4, **_LATENT))
-                heads.append((8, 2))
+            heads = [(8, 4), (4, 4), (8, 2)]
             whole = copy.deepcopy(layers)
             # What each rank has seen: different data, of which the largest counts.
             seen = [[tuple(torch.rand(n) * 20 for n in counts) for counts in heads] for _ in range(world.size)]
             mesh = init_device_mesh("cpu", (world.size // tensor, tensor), mesh_dim_names=("data", "tensor"))
             part = mesh["tensor"].get_local_rank()
-            for layer, maxima in zip(layers, seen[world.rank], strict=True):
+            for number, (layer, maxima) in enumerate(zip(layers, seen[world.rank], strict=True)):
                 if tensor > 1:
-                    parallelize_module(layer, mesh["tensor"], {n: ColwiseParallel() for n in ("q_proj", "k_proj")})
-                    layer.tensor_group = mesh["tensor"].get_group()
+                    parallelize_module(layer, mesh["tensor"], {n: ColwiseParallel() for n in _names(number)})
+                    layer.share_heads(mesh["tensor"].get_group())
                 fully_shard(layer, mesh=mesh["data"])
                 layer.max_logits = tuple(m.chunk(tensor)[part] for m in maxima)  # type: ignore[assignment]
             clip_layers(layers, tau=7.0)
@@ -62,13 +60,18 @@ def clip_on_ranks() -> None:
                         for p in range(tensor)
                     ]
                     largest.append(torch.cat(by_rank))
-                names = ("wq_b", "wkv_b") if number == 2 else ("q_proj", "k_proj")
-                start = full.get_parameter(f"{names[0]}.weight").detach().clone()
+                first = f"{_names(number)[0]}.weight"
+                start = full.get_parameter(first).detach().clone()
                 clip_heads(full, *largest, tau=7.0)
-                assert not torch.equal(full.get_parameter(f"{names[0]}.weight"), start)
-                for name in names:
+                assert not torch.equal(full.get_parameter(first), start)
+                for name in _names(number):
                     _same(layer.get_submodule(name), full.get_submodule(name))
         dist.barrier()
+
+
+def _names(number: int) -> tuple[str, str]:
+    """Of a layer's projections, those that make queries and keys."""
+    return ("wq_b", "wkv_b") if number == 2 else ("q_proj", "k_proj")
 
 
 def _same(sharded: nn.Module, whole: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers.distributed import on_ranks, torchrun
 from helpers.layouts import VARIANTS, Case, train_cases
 from helpers.models import tiny_config
-from helpers.tiny import write_recipe
+from helpers.tiny import MOTIF_3, write_recipe
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.parallel import Layout, check_low_precision
@@ -28,6 +28,13 @@ GPU = torch.device("cuda", 0)
 def model_of(variant: str, **overrides: Any) -> MotifForCausalLM:
     with torch.device("meta"):
         return MotifForCausalLM(tiny_config(variant, **VARIANTS[variant] | MODEL | overrides))
+
+
+def latent(**overrides: Any) -> MotifForCausalLM:
+    """Sizes of which two ranks have multiples of 16, and four do not."""
+    sizes = {"num_hidden_layers": 3, "n_dense_first_layers": 2, "moe_intermediate_size": 32, "head_dim": 32}
+    sizes |= {"qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16, "num_attention_heads": 8} | overrides
+    return model_of("gda", **MOTIF_3 | {"qk_norm": False, "num_noise_heads": 2} | sizes)
 
 
 def options(matmul: str) -> dict[str, Any]:
@@ -114,6 +121,12 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fp8", {"model": model_of("gda", num_hidden_layers=2)}, "num_hidden_layers 2.*at least 3"),
         ("fp8", {"model": model_of("gda", intermediate_size=72)}, "layers.1.mlp.gate_proj is 32 by 72"),
         ("fp8", {"model": model_of("gda"), "tensor": 8}, "on each of parallel.tensor 8 ranks"),
+        (
+            "fp8",
+            {"model": latent(), "tensor": 4},
+            "on each of parallel.tensor 4 .*1.self_attn.wq_b_gate is 16 by 96",
+        ),
+        ("fp8", {"model": latent(q_lora_rank=24), "tensor": 2}, "multiples of 16, but .*1.self_attn.wq_a is 32 by 24"),
     ],
 )
 def test_what_does_not_fit_is_refused(matmul: str, arguments: dict[str, Any], message: str) -> None:
@@ -124,6 +137,7 @@ def test_what_does_not_fit_is_refused(matmul: str, arguments: dict[str, Any], me
 @pytest.mark.usefixtures("hopper")
 def test_what_fits_is_not() -> None:
     check(model=model_of("gda"), tensor=2)
+    check(model=latent(), tensor=2)  # latents are as wide as on one rank
     check("compute", device=torch.device("cpu"), compute_dtype=torch.float32, tokens=5)
 
 
