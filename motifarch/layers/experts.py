@@ -1,6 +1,7 @@
 """Feed-forward blocks side by side, each with rows of its own."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from motif_kernels import grouped_linear
 from motifarch.layers.local_part import local_part
+from motifarch.layers.padded_rows import PaddedRows
 from motifarch.layers.poly_norm import GroupedPolyNorm
 
 ACTIVATIONS = ("poly_norm", "silu")
@@ -18,6 +20,13 @@ class Experts(nn.Module):
 
     Parameters: ``gate_up_proj`` (experts, 2 I, E), gate above up; ``down_proj`` (experts, E, I);
     with PolyNorm ``act_fn.weight`` (experts, 3) and ``act_fn.bias`` (experts, 1).
+
+    Attributes:
+        grouped_product: what multiplies rows by their experts' matrices,
+            :func:`~motif_kernels.grouped_linear` when made. Set another from outside, such as one
+            in 8 bits.
+        row_multiple: each expert's rows are padded with zeros to a multiple of so many, at least
+            one, for a product that needs it; 1, for none, when made.
 
     Args:
         hidden_size: E.
@@ -56,6 +65,8 @@ class Experts(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(map(repr, ACTIVATIONS))}")
         self.activation, self.hidden_clamp = activation, hidden_clamp
+        self.grouped_product: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
+        self.row_multiple = 1
         shape = num_experts, 2 * intermediate_size, hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(
@@ -87,15 +98,20 @@ class Experts(nn.Module):
         Args:
             x: sorted by expert.
             offsets: (experts,) int32, where each expert's rows end; of this rank's experts alone,
-                where ranks share them. Rows past the last are of no
-                expert: what they hold is not used, and gives 0.
+                where ranks share them. Rows past the last are of no expert: what they hold is not
+                used, and gives 0.
         """
-        gate, up = grouped_linear(x, local_part(self.gate_up_proj), offsets).chunk(2, dim=-1)
+        padded = None
+        if self.row_multiple > 1:
+            padded = PaddedRows(offsets, len(x), self.row_multiple)
+            x, offsets = padded.pad(x), padded.offsets
+        gate, up = self.grouped_product(x, local_part(self.gate_up_proj), offsets).chunk(2, dim=-1)
         if self.act_fn is not None:
             hidden = self.act_fn(gate, up, offsets)
         else:
             hidden = self._clamped(F.silu(self._clamped(gate)) * self._clamped(up))
-        return grouped_linear(hidden, local_part(self.down_proj), offsets)
+        out = self.grouped_product(hidden, local_part(self.down_proj), offsets)
+        return out if padded is None else padded.unpad(out)
 
     def _clamped(self, t: Tensor) -> Tensor:
         return t if self.hidden_clamp is None else t.clamp(-self.hidden_clamp, self.hidden_clamp)

@@ -6,7 +6,8 @@ reductions and everything between the products stay as they are. The first and t
 layer, embedding, output projection, lambda, routers and hyper-connections keep the compute dtype:
 they are a small part of the work and the most sensitive one (Micikevicius et al., FP8 Formats for
 Deep Learning, arXiv 2209.05433; Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv
-2506.08027). So do routed experts, whose matrices are no linear layers.
+2506.08027). Routed experts multiply in MXFP8 (`motifarch.parallel.low_precision_experts`), and with
+FP8 stay in the compute dtype.
 """
 
 import dataclasses
@@ -20,6 +21,12 @@ from torch import nn
 
 from motifarch.errors import UserError
 from motifarch.field_types import Matmul
+from motifarch.parallel.low_precision_experts import (
+    check_expert_sizes,
+    check_kernels,
+    convert_experts,
+    inner_experts,
+)
 from motifarch.parallel.tensor import projection_style
 
 # What a product's dimensions must be multiples of: a scaled block, or a row of 16 bytes.
@@ -65,11 +72,14 @@ def check_low_precision(
         )
     if model is not None:
         _check_sizes(model, matmul, tensor)
+        if matmul == "mxfp8" and any(inner_experts(model)):
+            check_expert_sizes(model, emulate=False)
+            check_kernels(device)
 
 
 def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, emulate: bool = False) -> list[str]:
     """Lets a model's inner decoder layers multiply in 8 bits, in place; parameters and their names
-    stay. Returns the names of the replaced linear layers.
+    stay. Returns the names of the replaced linear layers and of the converted experts.
 
     Call it before tensor parallelism, over ``tensor`` ranks: that hangs itself on the layers which
     this replaces. With ``emulate`` numbers are rounded as the hardware would, but multiplied in the
@@ -88,7 +98,7 @@ def apply_low_precision(model: nn.Module, matmul: Matmul, *, tensor: int = 1, em
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, convert(linear).train(linear.training))
         converted.append(name)
-    return converted
+    return converted + (convert_experts(model, emulate=emulate) if matmul == "mxfp8" else [])
 
 
 def _inner_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -185,6 +195,7 @@ def _fp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
 
 
 def _mxfp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
+    from torchao.prototype.moe_training import _to_mxfp8_then_scaled_grouped_mm  # noqa: F401  (of experts)
     from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
     from torchao.quantization.quantize_.common import KernelPreference
 
@@ -194,6 +205,12 @@ def _mxfp8(emulate: bool) -> Callable[[nn.Linear], nn.Linear]:
         with torch.device("meta"):
             converted: nn.Linear = MXFP8Linear(linear.in_features, linear.out_features, bias=False, **options)
         converted.weight, converted.bias = linear.weight, linear.bias
+        converted.register_forward_pre_hook(_make_contiguous)
         return converted
 
     return convert
+
+
+def _make_contiguous(linear: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """For torchao refuses a part of a wider tensor, such as attention's latents."""
+    return (inputs[0].contiguous(),)

@@ -280,7 +280,8 @@ class PrecisionSection(Section):
     matmul: Matmul = "compute"
     """What the linear layers of all decoder layers but the first and the last multiply in:
     `compute`, as above; `fp8`, rounded to 8 bits with a scale for each row, on Hopper and newer;
-    `mxfp8`, with one for each 32 numbers, on Blackwell. They need torchao (`pip install
+    `mxfp8`, with one for each 32 numbers, on Blackwell, of routed experts too (`fp8` leaves those).
+    Routers and hyper-connections stay. They need torchao (`pip install
     'motifarch[low-precision]'`), bfloat16 and `compile` to be fast.
     """
 
