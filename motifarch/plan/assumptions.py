@@ -35,6 +35,11 @@ class Assumptions(Section):
     """With `compile`: how many times fewer bytes the decoder layers' element-wise operators move.
     """
 
+    expert_load: Annotated[float, Field(ge=1, le=1000)] = 1.2
+    """With `parallel.expert`: tokens that the busiest rank's experts get over the mean. The busiest
+    expert of a small Motif-3, well balanced, had 1.17 times the mean.
+    """
+
     reserve: Annotated[float, Field(ge=0, le=1)] = 0.06
     """Part of the memory left to the CUDA context, NCCL's buffers and the allocator's fragments."""
 

@@ -26,11 +26,19 @@ class Collective:
     """The group's."""
     bytes: int
     """Its larger side on this rank."""
+    group: str
+    """The group's name, which tells groups of the same ranks apart."""
+    kept: float | None = None
+    """Of an all-to-all, the part of these bytes that stays on this rank, if it is uneven."""
 
     @property
     def sent(self) -> float:
-        """Bytes that leave this rank, by rings or direct exchanges: NCCL's bus bandwidth."""
+        """Bytes that leave this rank or reach it, whichever are more, by rings or direct exchanges:
+        NCCL's bus bandwidth.
+        """
         n = len(self.ranks)
+        if self.kept is not None:
+            return self.bytes * (1 - self.kept)
         return self.bytes * ((2 if self.kind == "all-reduce" else 1) * (n - 1) / n)
 
 
@@ -55,10 +63,10 @@ class Traffic:
 
 @dataclass
 class Groups:
-    """The ranks of a mesh's dimensions, for telling what a collective is for."""
+    """The groups of a mesh's dimensions, for telling what a collective is for."""
 
-    dimensions: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """This rank's group in each dimension that has more than one rank."""
+    dimensions: dict[str, str] = field(default_factory=dict)
+    """What dimension each of this rank's groups is of, by the group's name."""
     domain: int = 8
     """GPUs in an NVLink domain; ranks are numbered domain by domain."""
 
@@ -68,15 +76,21 @@ class Groups:
 
     def describe(self, call: Collective, phase: str) -> tuple[str, bool]:
         """What a collective is for, and whether computation waits for it."""
-        found = next((name for name, ranks in self.dimensions.items() if ranks == call.ranks), "all")
+        found = self.dimensions.get(call.group, "all")
         if call.kind == "all-to-all":
-            return ("Muon", False) if phase == "optimizer" else ("Ulysses", True)
+            if phase == "optimizer":
+                return "Muon", False
+            if found == "expert":
+                return "experts: dispatch, combine", True
+            # Of a halo a rank keeps nothing, of a sequence traded for heads its own part.
+            return ("halo" if call.kept == 0 else "Ulysses"), True
         if found == "tensor":
             return "tensor parallel", True
-        if found == "shard" and call.kind in ("all-gather", "reduce-scatter"):
-            return "FSDP", False
-        if found == "replicate" and phase not in ("optimizer", "other"):
-            return "HSDP", False
+        whose = "experts: " if found.startswith("expert ") else ""
+        if found.endswith("shard") and call.kind in ("all-gather", "reduce-scatter"):
+            return f"{whose}FSDP", False
+        if found.endswith("replicate") and phase not in ("optimizer", "other"):
+            return f"{whose}HSDP", False
         return "norms and losses", True
 
 
@@ -89,8 +103,9 @@ def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor])
     namespace, _, operator = name.partition("::")
     if name in _HIDDEN:
         x = args[1] if operator.endswith("backward") else args[0]
-        ranks = _ranks(next(a for a in reversed(args) if isinstance(a, str)))
-        return Collective("all-reduce", ranks, 4 * (3 * math.prod(x.shape[:-1]) + 1)) if len(ranks) > 1 else None
+        ranks, name = _group(next(a for a in reversed(args) if isinstance(a, str)))
+        size = 4 * (3 * math.prod(x.shape[:-1]) + 1)
+        return Collective("all-reduce", ranks, size, name) if len(ranks) > 1 else None
     # torch spells one collective as allgather_, _allgather_base_, all_gather_into_tensor, ...
     kind = next((k for k in _KINDS if k.replace("-", "") in operator.replace("_", "")), None)
     if namespace not in ("c10d", "_c10d_functional") or kind is None:
@@ -100,16 +115,22 @@ def recognise(func: Any, args: tuple[Any, ...], outputs: Sequence[torch.Tensor])
         group = next(a for a in args if isinstance(a, torch.ScriptObject | dist.ProcessGroup))
     else:
         group = next(a for a in reversed(args) if isinstance(a, str) and a not in ("sum", "avg", "max", "min"))
-    ranks = _ranks(group)
+    ranks, name = _group(group)
     if len(ranks) == 1:
         return None
     sides = [*args, outputs] if namespace == "_c10d_functional" else args
-    return Collective(kind, ranks, max(map(whole_bytes, sides)))
+    splits = [a for a in args if isinstance(a, list | tuple) and a and all(isinstance(n, int) for n in a)]
+    kept = None
+    if kind == "all-to-all" and len(splits) == 2:
+        larger = max(splits, key=sum)
+        kept = larger[ranks.index(dist.get_rank())] / max(1, sum(larger))
+    return Collective(kind, ranks, max(map(whole_bytes, sides)), name, kept)
 
 
-def _ranks(group: Any) -> tuple[int, ...]:
+def _group(group: Any) -> tuple[tuple[int, ...], str]:
+    """The ranks and the name of a process group, as an operator gets it."""
     if isinstance(group, str):
         group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     elif not isinstance(group, dist.ProcessGroup):
         group = dist.ProcessGroup.unbox(group)
-    return tuple(dist.get_process_group_ranks(group))
+    return tuple(dist.get_process_group_ranks(group)), group.group_name

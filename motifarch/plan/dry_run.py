@@ -7,6 +7,7 @@ operator that the step calls on this rank.
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from torch.utils._pytree import tree_leaves
 from motif_kernels.machine import assume_kernels_run
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
+from motifarch.layers import token_exchange
+from motifarch.layers.experts import Experts
 from motifarch.models.motif import MotifConfig
 from motifarch.parallel import Layout, Mesh, World
 from motifarch.plan import communication, flops, memory
@@ -69,6 +72,10 @@ class StepTrace:
     optimizer: int
     offloaded: int
     """Bytes of the optimizer's state in the CPU's memory."""
+    experts: dict[str, int]
+    """Of parameters, gradients and the optimizer's state here, bytes of routed experts'."""
+    expert_load: float
+    """Rows that this rank's experts got over those that ranks' experts get in the mean."""
     activations: int
     """Bytes kept for the backward pass when a micro-batch's forward pass is over."""
     stretches: dict[Place, Stretch]
@@ -121,6 +128,7 @@ class _Recorder(TorchDispatchMode):
         self.tallies: list[_Tally] = [_Tally()]
         self.activations = 0
         self.gradients: int | None = None
+        self.expert_gradients = 0
         self._stage = "other"
         self._layer = -1
         self._in_blocks = 0
@@ -169,6 +177,8 @@ class _Recorder(TorchDispatchMode):
                 self.tallies.append(_Tally())
             self._stage, self._layer = "optimizer", -1
             self.gradients = memory.local_bytes(p.grad for p in model.parameters() if p.grad is not None)
+            experts = (p for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
+            self.expert_gradients = memory.local_bytes(p.grad for p in experts if p.grad is not None)
 
         def after_optimizer(*_: Any) -> None:
             self._stage = "other"
@@ -272,6 +282,7 @@ def trace_step(
     domain: int,
     compute: str = "bfloat16",
     rank: int = 0,
+    expert_load: float = 1.0,
 ) -> StepTrace:
     """Runs one training step of one rank without data.
 
@@ -280,7 +291,8 @@ def trace_step(
 
     The recipe is checked for so many GPUs, `domain` of them in an NVLink domain; the model has the
     attention that they will run, on sequences of `seq_len` tokens, in the dtype that `compute`
-    names. The first rank has the largest shards.
+    names. The first rank has the largest shards. Tensors without data choose no experts: each rank
+    sends as many rows to each, and this one gets `expert_load` times as many as the mean.
 
     Raises:
         UserError: the model or its sequences can't be cut as the recipe asks.
@@ -293,6 +305,11 @@ def trace_step(
         run=dataclasses.replace(recipe.run, init_from=None),
         precision=dataclasses.replace(recipe.precision, matmul="compute"),
     )
+    layout = recipe.parallel.resolve(gpus)
+    rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data_parallel_size)
+    micro_batches = -(-recipe.batch.size // layout.data_parallel_size // rows)
+    shape = rows, seq_len // layout.context
+    routed = math.prod(shape) * (config.experts_top_k or 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(flops.visible_share(config, seq_len))
     ledger = recorder.ledger
@@ -307,25 +324,25 @@ def trace_step(
         assume_kernels_run(),
         # DTensor finds shapes by running operators on whole tensors, which no rank does.
         replaced(ShardingPropagator, FIND_SHAPES, recorder.unseen(getattr(ShardingPropagator, FIND_SHAPES))),
+        replaced(token_exchange, "split_sizes", even_routing(routed, layout.expert, expert_load)),
     ):
-        mesh = Mesh("cpu", recipe.parallel.resolve(gpus))
-        layout = mesh.layout
+        mesh = Mesh("cpu", layout)
         state, _ = build_state(recipe, config, world, mesh, seq_len=seq_len, compute=compute, initialize=without_values)
         model, optimizer = state.model, state.optimizer
-        rows = min(recipe.batch.micro_size, recipe.batch.size // layout.data_parallel_size)
-        micro_batches = -(-recipe.batch.size // layout.data_parallel_size // rows)
         with fake:
             _make_state(optimizer)
             for parameter in model.parameters():
                 ledger.note(to_local(parameter), memory.PARAMETERS)
             here, there = memory.optimizer_state(optimizer, offloaded=recipe.optim.offload)
-            for value in here:
+            for _, value in here:
                 ledger.note(to_local(value), memory.OPTIMIZER)
-            for value in there:
+            for _, value in there:
                 ledger.leave_out(to_local(value))
             recorder.follow(model, optimizer)
-            shape = rows, seq_len // layout.context
-            batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "shift_labels")}
+            names = ["input_ids", "shift_labels", *(["mtp_labels"] if layout.context > 1 else [])]
+            batch = {name: torch.empty(shape, dtype=torch.int64) for name in names}
+            if layout.context > 1:
+                batch["next_input_ids"] = torch.empty((rows, 1), dtype=torch.int64)
             with recorder, ledger.following_resizes():
                 try:
                     train_step(
@@ -343,6 +360,7 @@ def trace_step(
                     )
                 except ValueError as error:
                     raise UserError(f"the recipe's model can't be run as it says: {error}") from None
+        experts = {id(p) for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
         largest, outside = memory.gathered_bytes(model, getattr(torch, compute))
         total = _sum_up(recorder.tallies, micro_batches)
         return StepTrace(
@@ -352,8 +370,14 @@ def trace_step(
             parameters=memory.local_bytes(model.parameters()),
             parameter_count=sum(p.numel() for p in model.parameters()),
             gradients=recorder.gradients or 0,
-            optimizer=memory.local_bytes(here),
-            offloaded=memory.local_bytes(there),
+            optimizer=memory.local_bytes(value for _, value in here),
+            offloaded=memory.local_bytes(value for _, value in there),
+            experts={
+                memory.PARAMETERS: memory.local_bytes(p for p in model.parameters() if id(p) in experts),
+                memory.OPTIMIZER: memory.local_bytes(v for p, v in here if id(p) in experts),
+                memory.GRADIENTS: recorder.expert_gradients,
+            },
+            expert_load=expert_load if layout.expert > 1 else 1.0,
             activations=recorder.activations,
             stretches=ledger.stretches,
             largest_layer=largest,
@@ -362,6 +386,16 @@ def trace_step(
             moved=dict(total.moved),
             traffic=_traffic(total, Groups(_dimensions(mesh), domain)),
         )
+
+
+def even_routing(rows: int, ranks: int, load: float) -> Callable[..., tuple[list[int], list[int]]]:
+    """Stands in for `split_sizes` of token_exchange where tensors have no data.
+
+    A rank deals its rows out evenly; it receives `load` times as many from each.
+    """
+    sent = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+    received = [round(load * rows / ranks)] * ranks
+    return lambda *_: (sent, received)
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -374,18 +408,20 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
 
 
-def _dimensions(mesh: Mesh) -> dict[str, tuple[int, ...]]:
-    """This rank's group in each dimension of the mesh that has more than one rank."""
-    found = {}
-    meshes = {"shard": mesh.parameters, "tensor": mesh.tensor}
-    if mesh.layout.replicate > 1:
-        meshes = {"replicate": mesh.parameters["replicate"], **meshes, "shard": mesh.parameters["shard"]}
-    for name, dimension in meshes.items():
-        if dimension is not None and dimension.size() > 1:
-            found[name] = tuple(dist.get_process_group_ranks(dimension.get_group()))
-    if mesh.context is not None:
-        found["context"] = tuple(dist.get_process_group_ranks(mesh.context))
-    return found
+def _dimensions(mesh: Mesh) -> dict[str, str]:
+    """What dimension of the mesh each of this rank's groups is of, by the group's name."""
+    hybrid = mesh.layout.replicate > 1
+    meshes = {
+        "tensor": mesh.tensor,
+        "expert": mesh.experts,
+        "shard": mesh.parameters["shard"],
+        "replicate": mesh.parameters["replicate"] if hybrid else None,
+    }
+    if mesh.experts is not None:
+        meshes["expert shard"] = mesh.expert_parameters["expert_shard"]
+        meshes["expert replicate"] = mesh.expert_parameters["replicate"] if hybrid else None
+    found = {str(dimension.get_group().group_name): name for name, dimension in meshes.items() if dimension is not None}
+    return found | ({mesh.context.group_name: "context"} if mesh.context is not None else {})
 
 
 def _sum_up(tallies: list[_Tally], micro_batches: int) -> _Tally:

@@ -16,7 +16,7 @@ from motif_kernels.flops import visible_pairs  # this import registers our opera
 from motifarch.models.motif import MotifConfig
 from motifarch.plan.memory import whole_bytes
 
-MATRICES, ATTENTION = "matrices", "attention"
+MATRICES, EXPERTS, ATTENTION = "matrices", "experts", "attention"
 DIRECTIONS = ("forward", "backward", "recompute")
 
 
@@ -33,8 +33,13 @@ def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
 
 
 def part_of(func: Any, phase: str) -> str:
-    """Whether an operator with FLOPs multiplies by weights or computes attention."""
-    return ATTENTION if is_plain_attention(func, phase) or "attention" in func._schema.name else MATRICES
+    """Whether an operator with FLOPs multiplies by weights, by routed experts' or computes
+    attention.
+    """
+    name = func._schema.name
+    if name.startswith("motif::grouped_"):
+        return EXPERTS
+    return ATTENTION if is_plain_attention(func, phase) or "attention" in name else MATRICES
 
 
 def is_plain_attention(func: Any, phase: str) -> bool:

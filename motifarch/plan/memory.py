@@ -26,9 +26,24 @@ WORKING = "working memory"
 KINDS = (PARAMETERS, OPTIMIZER, GRADIENTS, GATHERED, ACTIVATIONS, LOSS, WORKING)
 
 
+EXPERTS = {kind: f"experts' {kind}" for kind in (PARAMETERS, OPTIMIZER, GRADIENTS)}
+"""What of a kind belongs to routed experts."""
+
+
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of this rank's shards."""
     return sum(shard.numel() * shard.element_size() for shard in map(to_local, tensors))
+
+
+def experts_apart(sizes: dict[str, int], experts: dict[str, int], whole: dict[str, int]) -> dict[str, int]:
+    """Bytes by kind, routed experts' as kinds of their own: `experts` of `whole` are theirs."""
+    found = {}
+    for kind, size in sizes.items():
+        theirs = round(size * experts[kind] / whole[kind]) if kind in EXPERTS and whole[kind] else 0
+        found[kind] = size - theirs
+        if kind in EXPERTS and any(experts.values()):
+            found[EXPERTS[kind]] = theirs
+    return found
 
 
 def whole_bytes(value: Any) -> int:
@@ -40,18 +55,19 @@ def whole_bytes(value: Any) -> int:
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, *, offloaded: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """An optimizer's state: what lies on the GPU between steps, and what in the CPU's memory.
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """An optimizer's state with its parameters: what lies on the GPU between steps, and what in the
+    CPU's memory.
 
     If `motifarch.optim.offload_state` keeps its moments, those have their parameters' shape.
     """
-    here: list[torch.Tensor] = []
-    there: list[torch.Tensor] = []
+    here: list[tuple[torch.Tensor, torch.Tensor]] = []
+    there: list[tuple[torch.Tensor, torch.Tensor]] = []
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 moved = offloaded and name != "step" and value.shape == parameter.shape
-                (there if moved else here).append(value)
+                (there if moved else here).append((parameter, value))
     return here, there
 
 
@@ -188,11 +204,11 @@ def gathered_bytes(model: nn.Module, compute_dtype: torch.dtype) -> tuple[int, i
 
 
 def _without_fsdp(parameter: torch.Tensor) -> int:
-    """Numbers of a parameter that a rank computes with: tensor parallelism's part stays cut."""
+    """Numbers of a parameter that a rank computes with: tensor and expert parallelism's part."""
     if not isinstance(parameter, DTensor):
         return parameter.numel()
     mesh, count = parameter.device_mesh, parameter.numel()
     for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True):
-        if name == "tensor" and hasattr(placement, "dim"):
+        if name in ("tensor", "expert") and hasattr(placement, "dim"):
             count //= size
     return count

@@ -13,7 +13,7 @@ from motifarch.models.motif import MotifConfig
 from motifarch.plan import memory
 from motifarch.plan.assumptions import Assumptions
 from motifarch.plan.dry_run import StepTrace, trace_step
-from motifarch.plan.flops import DIRECTIONS
+from motifarch.plan.flops import DIRECTIONS, EXPERTS
 from motifarch.plan.repeats import extrapolate, find_repeat
 from motifarch.plan.timing import StepTime, step_time
 from motifarch.train.inputs import batch_schedule, model_config
@@ -71,12 +71,20 @@ class Plan:
         }
         return {kind: exact.get(kind, r.highest[kind]) for kind in memory.KINDS}
 
+    def by_kind(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Bytes by kind with routed experts' apart."""
+        r = self.trace
+        whole = {memory.PARAMETERS: r.parameters, memory.OPTIMIZER: r.optimizer, memory.GRADIENTS: r.gradients}
+        return memory.experts_apart(sizes, r.experts, whole)
+
     @property
     def flops_per_token(self) -> dict[str, float]:
         """FLOPs of one token by direction, and attention's part in each as "... attention"."""
         found = dict.fromkeys([*DIRECTIONS, *(f"{d} attention" for d in DIRECTIONS)], 0.0)
         scale = self.gpus / self.step_tokens
         for (phase, part), count in self.trace.flops.items():
+            if part == EXPERTS:
+                count /= self.trace.expert_load  # the busiest rank's
             direction = "forward" if phase == "loss" else phase
             if direction in DIRECTIONS:
                 found[direction] += count * scale
@@ -191,6 +199,7 @@ def make_plan(
             domain=gpu.domain,
             compute="bfloat16" if recipe.precision.compute == "auto" else recipe.precision.compute,
             rank=rank,
+            expert_load=assumptions.expert_load,
         )
 
     repeat = find_repeat(layer_kinds(recipe, planned_config(recipe, data)))

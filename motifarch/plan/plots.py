@@ -8,8 +8,11 @@ from motifarch.plan.planning import Plan
 
 _COLOURS = {
     memory.PARAMETERS: "#1f4e79",
+    memory.EXPERTS[memory.PARAMETERS]: "#3a2a5e",
     memory.OPTIMIZER: "#4f81b0",
+    memory.EXPERTS[memory.OPTIMIZER]: "#6f5aa0",
     memory.GRADIENTS: "#9bb8d3",
+    memory.EXPERTS[memory.GRADIENTS]: "#b0a3d0",
     memory.GATHERED: "#2f8f7f",
     memory.ACTIVATIONS: "#e0a030",
     memory.LOSS: "#c0392b",
@@ -30,8 +33,8 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     axis = figure.subplots()
     for row, (_, plan) in enumerate(plans):
         left = 0.0
-        for kind in memory.KINDS:
-            width = plan.trace.peak[kind] / gib
+        for kind, size in plan.by_kind(plan.trace.peak).items():
+            width = size / gib
             axis.barh(row, width, left=left, height=0.55, color=_COLOURS[kind], label=kind if row == 0 else None)
             if width > 0.03 * first.gpu.memory / gib:
                 axis.text(left + width / 2, row, f"{width:.1f}", ha="center", va="center", color="white", fontsize=9)

@@ -59,7 +59,8 @@ def extrapolate(short: StepTrace, tall: StepTrace, repeat: Repeat) -> StepTrace:
     def add(name: str) -> Any:
         return _further(getattr(short, name), getattr(tall, name), repeat.times)
 
-    sums = ("parameters", "parameter_count", "gradients", "optimizer", "offloaded", "activations", "flops", "moved")
+    sums = ["parameters", "parameter_count", "gradients", "optimizer", "offloaded", "experts", "activations"]
+    sums += ["flops", "moved"]
     return dataclasses.replace(
         tall,
         **{name: add(name) for name in sums},

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from motifarch.counted import counted
-from motifarch.plan import memory
 from motifarch.plan.planning import Plan
 from motifarch.plan.timing import Assumptions
 from motifarch.train.read_recipe import to_dict
@@ -36,8 +35,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "offloaded_bytes": r.offloaded,
             "usable_bytes": plan.usable,
             "capacity_bytes": plan.gpu.memory,
-            "at_peak_bytes": r.peak,
-            "most_bytes": plan.memory,
+            "at_peak_bytes": plan.by_kind(r.peak),
+            "most_bytes": plan.by_kind(plan.memory),
             "activations_kept_for_backward_bytes": r.activations,
             "largest_gathered_layer_bytes": r.largest_layer,
             "gathered_outside_layers_bytes": r.outside_layers,
@@ -107,8 +106,9 @@ def _head(plan: Plan, name: str) -> Text:
 def _memory(plan: Plan) -> Table:
     r = plan.trace
     table = _table("Memory of a GPU (GiB)", "", "at the peak of a step", "its own peak")
-    for kind in memory.KINDS:
-        table.add_row(kind, f"{r.peak[kind] / _GIB:.2f}", f"{plan.memory[kind] / _GIB:.2f}")
+    most = plan.by_kind(plan.memory)
+    for kind, size in plan.by_kind(r.peak).items():
+        table.add_row(kind, f"{size / _GIB:.2f}", f"{most[kind] / _GIB:.2f}")
     table.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
     table.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
     table.caption = (
@@ -149,10 +149,11 @@ def _time(plan: Plan) -> Table:
     table = _table("\nTime of a step (seconds, estimated)", "", "")
     for label, seconds in (
         ("products with weights", t.matrices),
+        ("routed experts", t.experts),
         ("attention", t.attention),
         ("element-wise operators, casts, copies", t.elementwise),
         ("optimizer", t.optimizer),
-        ("waiting for tensor-parallel and Ulysses messages", t.waiting),
+        ("waiting for tokens, heads and halos of others", t.waiting),
         ("waiting for FSDP, HSDP and Muon", t.exposed),
     ):
         table.add_row(label, f"{seconds:.3f}")

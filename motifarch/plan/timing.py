@@ -6,7 +6,7 @@ from motifarch.hardware import Gpu
 from motifarch.plan.assumptions import Assumptions
 from motifarch.plan.communication import Traffic
 from motifarch.plan.dry_run import StepTrace
-from motifarch.plan.flops import ATTENTION, MATRICES
+from motifarch.plan.flops import ATTENTION, EXPERTS, MATRICES
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,22 @@ class StepTime:
     """Where a step's seconds go; they add up to `total`."""
 
     matrices: float
+    """Of products with weights, routed experts' apart."""
+    experts: float
     attention: float
     elementwise: float
     optimizer: float
     waiting: float
-    """For tensor-parallel and Ulysses messages, which computation needs at once."""
+    """For messages that computation needs at once: of tensor and context parallelism, and tokens
+    on their way to experts and back.
+    """
     exposed: float
     """For FSDP's, HSDP's and Muon's, as far as computation can't hide them."""
 
     @property
     def total(self) -> float:
         """Seconds of a step."""
-        return self.matrices + self.attention + self.elementwise + self.optimizer + self.waiting + self.exposed
+        return sum(vars(self).values())
 
 
 def step_time(trace: StepTrace, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
@@ -48,14 +52,16 @@ def step_time(trace: StepTrace, gpu: Gpu, assumed: Assumptions, *, compiled: boo
         if phase != "optimizer"
     )
     matrices = work(MATRICES, False) / matmul
+    experts = work(EXPERTS, False) / matmul
     attention = work(ATTENTION, False) / (gpu.bf16_flops * assumed.attention_efficiency)
     optimizer = work(MATRICES, True) / matmul + trace.moved.get("optimizer", 0.0) / bandwidth
     optimizer += 2 * trace.offloaded / (gpu.host * assumed.link_efficiency)  # there and back
-    computing = matrices + attention + moved / bandwidth
+    computing = matrices + experts + attention + moved / bandwidth
     muon = sum(sent(t) for t in trace.traffic if t.name == "Muon")
     others = sum(sent(t) for t in trace.traffic if not t.blocking and t.name != "Muon")
     return StepTime(
         matrices=matrices,
+        experts=experts,
         attention=attention,
         elementwise=moved / bandwidth,
         optimizer=optimizer,
