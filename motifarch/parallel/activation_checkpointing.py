@@ -54,7 +54,7 @@ class _Replay(TorchDispatchMode):
         self._mode, self._kept = mode, kept
 
     def __enter__(self) -> "_Replay":
-        self._mode.func_counter.clear()
+        getattr(self._mode, "func_counter", {}).clear()  # of torch 2.13: it counts over all passes
         super().__enter__()
         return self
 

@@ -57,6 +57,36 @@ def compare_layers() -> None:
                 compare_layer(world, mesh, name, layer(bias, shared), layer(bias, shared), padded)
 
 
+def order_of_work() -> None:
+    """The shared expert's work lies between a message's start and its end, forward and backward."""
+    with open_world() as world, pytest.MonkeyPatch.context() as patch:
+        block = layer([0.0] * EXPERTS, 1)
+        expert.deal_out(block, init_device_mesh("cpu", (world.size,)))
+        done: list[str] = []
+
+        def noted(function: Callable[..., torch.Tensor], name: str) -> Callable[..., torch.Tensor]:
+            def note(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+                if x.is_floating_point():
+                    done.append(name)
+                return function(x, *arguments)
+
+            return note
+
+        for function, name in (("_all_to_all", "start"), ("_wait", "end")):
+            patch.setattr(token_exchange, function, noted(getattr(token_exchange, function), name))
+        for module in (block.experts, block.shared_experts):
+            assert module is not None
+            name = "experts" if module is block.experts else "shared"
+            module.register_forward_hook(lambda *_, name=name: done.append(name))
+            module.register_full_backward_hook(lambda *_, name=name: done.append(name))
+        x = torch.randn(1, TOKENS, SIZE, dtype=torch.float64, requires_grad=True)
+        out = block(x).hidden_states
+        assert done == ["start", "shared", "end", "experts", "start", "end"], done
+        done.clear()
+        out.sum().backward()
+        assert done == ["start", "end", "experts", "start", "shared", "end"], done
+
+
 def compare_deep_ep() -> None:
     """The same with a stand-in for DeepEP, whose weights are float32."""
     with open_world() as world, pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ import torch
 
 from helpers import deep_ep_stand_in
 from helpers.distributed import on_ranks, torchrun, train
-from helpers.expert_ranks import compare_deep_ep, compare_layers, skip_a_step, train_without
+from helpers.expert_ranks import compare_deep_ep, compare_layers, order_of_work, skip_a_step, train_without
 from helpers.layouts import Case, train_cases
 from helpers.tiny import MOTIF_3, write_recipe
 from motifarch.layers.deep_ep_exchange import DeepEPExchange
@@ -32,6 +32,10 @@ def case(layout: Layout, **options: Any) -> Case:
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_load_is_equal_to_one_process(ranks: int) -> None:
     on_ranks(ranks, compare_layers)
+
+
+def test_the_shared_expert_works_while_tokens_are_on_their_way() -> None:
+    on_ranks(2, order_of_work)
 
 
 def test_deep_ep_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
