@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from helpers.planned import SEQ_LEN, config_of, small_recipe
+from helpers.tiny import MOTIF_3
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import GPUS, make_plan
 from motifarch.plan.communication import Traffic
@@ -58,6 +59,18 @@ def test_tensor_parallel_messages() -> None:
     embedding = hidden
     assert found.sent == pytest.approx(layers + loss + embedding, rel=2e-2)
     assert found.blocking
+
+
+def test_latents_are_what_tensor_parallelism_sums_backward() -> None:
+    """Of Motif-3's attention, in place of hidden states; nothing for routers and routed experts."""
+    fields = {f"model__{name}": value for name, value in MOTIF_3.items()}
+    found = traffic(2, parallel__tensor=2, batch__size=2, **fields)["tensor parallel", "all-reduce"]
+    rows = 2 * SEQ_LEN
+    attention = 32 + 16 + 16 + 4 + 4  # hidden states; both latents, the key's rotated part and lambda
+    feed_forward = 32 + 32 + 2 * 3  # hidden states and PolyNorm's sums, each way
+    head = 32 + 3  # d_hidden, the largest logits, and two sums
+    # Three layers and that of multi-token prediction, which has the head too; and the embedding.
+    assert found.sent == pytest.approx(4 * rows * (4 * (attention + feed_forward) + 2 * head + 32), rel=1e-2)
 
 
 def test_ulysses_and_muon_messages() -> None:
