@@ -17,13 +17,13 @@ from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, read_mask, visible_keys
 from motifarch.layers.cache import CachePosition, held_width
-from motifarch.layers.halo import add_halo, documents_with_halo
+from motifarch.layers.halo import add_halos, documents_with_halo
 from motifarch.layers.head_norm import SubNorm, attend_normed
 from motifarch.layers.masked_attention import attend_masked, is_plain
 from motifarch.layers.other_attention import attend_with
 from motifarch.layers.padding import PaddingMask, read_padding
 from motifarch.layers.rotary import PositionEmbeddings
-from motifarch.layers.ulysses import gather_heads, scatter_heads
+from motifarch.layers.ulysses import gather_heads, scatter_inputs
 
 Batch = Sequences | PaddingMask | Cache | None
 """What a call's tokens are: packed, padded, new ones after a cache, or neither."""
@@ -150,6 +150,13 @@ class BaseAttention(nn.Module):
         The gradients of what all heads share are then summed over them.
         """
         self.tensor_group = group
+
+    @property
+    def head_group(self) -> ProcessGroup | None:
+        """Ranks that share the heads while attention runs (Ulysses): those of context parallelism,
+        unless a window makes a halo do.
+        """
+        return None if self.causal and self.window_size[0] >= 0 else self.context_group
 
     def forward(
         self,
@@ -401,7 +408,7 @@ class BaseAttention(nn.Module):
         if self.attention_hook is not None:
             self.attention_hook(inputs, batch)
         if self.head_group is not None:
-            inputs = self._exchange(inputs, self.head_group)
+            inputs = scatter_inputs(inputs, self.head_group)
         if isinstance(batch, Cache):
             return diff_decoding.attend(inputs, batch, options, self.backend)
         shape, documents, packed = inputs.q1.shape[:2], None, None
@@ -492,28 +499,5 @@ class BaseAttention(nn.Module):
                     f"packed documents lie in {rows} rows; with context parallelism give one row (1, total)"
                 )
             batch = documents_with_halo(batch, tokens, left, group)
-        # One message of all that a token has.
-        shapes = heads.key.shape[2:], heads.value.shape[2:]
-        both = torch.cat((heads.key.flatten(2), heads.value.flatten(2)), dim=-1)
-        key, value = add_halo(both, left, group).split([shape.numel() for shape in shapes], dim=-1)
-        return heads._replace(key=key.unflatten(2, shapes[0]), value=value.unflatten(2, shapes[1])), batch
-
-    @property
-    def head_group(self) -> ProcessGroup | None:
-        """Ranks that share the heads while attention runs (Ulysses): those of context parallelism,
-        unless a window makes a halo do.
-        """
-        return None if self.causal and self.window_size[0] >= 0 else self.context_group
-
-    @staticmethod
-    def _exchange(inputs: AttentionInputs, group: ProcessGroup) -> AttentionInputs:
-        """Ranks hold parts of the sequence: they exchange these for heads, before attention."""
-        sent: list[Tensor] = []
-
-        def send(t: Tensor) -> Tensor:
-            sent.append(t[..., None] if t.ndim == 3 else t)  # lambda for each token and head lacks a width
-            return t
-
-        inputs.map(send)
-        arrived = iter(scatter_heads(sent, group))
-        return inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
+        key, value = add_halos((heads.key, heads.value), left, group)
+        return heads._replace(key=key, value=value), batch

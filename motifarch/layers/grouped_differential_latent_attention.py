@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from motif_kernels.ops import is_exporting
 from motifarch.layers.base_attention import BaseAttention, CoreOptions, Heads
+from motifarch.layers.group_sum import sum_gradient
 from motifarch.layers.head_counts import check_heads, noise_heads_of
 from motifarch.layers.linear_weight import linear_weight
 from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
-from motifarch.layers.ulysses import sum_gradient
 
 
 class GroupedDifferentialLatentAttention(BaseAttention):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from motifarch.layers.group_sum import sum_gradient as sum_gradient
+from motif_kernels.types import AttentionInputs
 
 
 def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -57,3 +57,16 @@ def gather_heads(x: Tensor, group: ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     message = x.unflatten(1, (ranks, -1)).movedim(1, 0)  # (n, B, S / n, H / n, W)
     return _exchange(message, group).movedim(0, 2).flatten(2, 3)
+
+
+def scatter_inputs(inputs: AttentionInputs, group: ProcessGroup) -> AttentionInputs:
+    """What attention reads, scattered by heads: all but what all tokens and heads share."""
+    sent: list[Tensor] = []
+
+    def send(t: Tensor) -> Tensor:
+        sent.append(t[..., None] if t.ndim == 3 else t)  # lambda for each token and head lacks a width
+        return t
+
+    inputs.map(send)
+    arrived = iter(scatter_heads(sent, group))
+    return inputs.map(lambda t: next(arrived).squeeze(-1) if t.ndim == 3 else next(arrived))
