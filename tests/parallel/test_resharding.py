@@ -71,7 +71,7 @@ def one(data: Path, folder: Path, four: dict[str, Any]) -> dict[str, Any]:
 def test_a_checkpoint_of_fsdp_goes_on_elsewhere(
     four: dict[str, Any], one: dict[str, Any], variant: str, where: str
 ) -> None:
-    losses, validation, weights = four[f"{variant}, straight"]
+    losses, validation, weights, *_ = four[f"{variant}, straight"]
     resumed = one[variant] if where == "one process" else four[f"{variant}, tensor"]
     assert len(losses) == STEPS
     rest = torch.tensor(losses)[STEPS // 2 :]
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_shared_experts_goes_on_elsewhere_and_exports_alike(data
                 folders[name] = tmp_path / name.replace(" ", "_")
                 cases.append(Case(name, layout=layout, load=step(tmp_path / "run"), save=folders[name], **common))
         on_ranks(ranks, train_cases, data, tmp_path / "out.pt", cases)
-        for name, (losses, validation, weights, _) in torch.load(tmp_path / "out.pt").items():
+        for name, (losses, validation, weights, *_) in torch.load(tmp_path / "out.pt").items():
             torch.testing.assert_close(
                 torch.tensor(losses), rest, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
