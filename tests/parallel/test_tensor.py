@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.distributed import on_ranks
+from helpers.distributed import on_ranks, train
 from helpers.layouts import STEPS, Case, assert_routed_alike, assert_same, train_cases
 from helpers.tensor_parallel import OMISSIONS, compare
-from helpers.tiny import MOTIF_3
+from helpers.tiny import MOTIF_3, SHORT_RUN, write_recipe
 from motifarch.parallel import Layout
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder
+from motifarch.train.run_folder import read_metrics
 
 TENSOR = Layout(tensor=2)
 LAYOUTS = {"tensor 2 x fsdp 2": TENSOR, "tensor 2 x context 2": Layout(tensor=2, context=2)}
@@ -108,3 +109,16 @@ def test_a_checkpoint_resumes_with_and_without(
     history, *rest = one["muon"]
     for name, found in {"of one process": two["resumed"], "of two": torch.load(folder / "again.pt")[""]}.items():
         assert_same(found, (history[STEPS // 2 :], *rest), name)
+
+
+@pytest.mark.slow
+def test_ranks_with_the_same_tokens_draw_the_same_noise(data: Path, tmp_path: Path) -> None:
+    losses = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        recipe = write_recipe(folder, data, model=MOTIF_3, experts={"router_noise": 0.5})
+        train(ranks, folder, recipe, *SHORT_RUN, "--parallel.tensor", str(ranks), "--log.every", "1")
+        losses.append([row["loss"] for row in read_metrics(folder / "run/metrics.jsonl")])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
