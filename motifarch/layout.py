@@ -1,13 +1,13 @@
 """How the ranks of a run are arranged."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
 from motifarch.errors import UserError
-from motifarch.field_types import Ranks
+from motifarch.field_types import Fraction, Ranks
 from motifarch.typed_yaml import Section
 
 # A command line gives a text.
@@ -34,6 +34,15 @@ class Layout(Section):
     expert: Ranks = 1
     """Ranks out of `shard` x `context`, neighbours, that share the routed experts, each with whole
     ones: tokens go to them and come back (expert parallelism). No factor of the number of ranks."""
+
+    reshard_after_forward: Fraction = 1.0
+    """Share of the decoder layers, counted from the first, whose gathered parameters are freed
+    after the forward pass and gathered again for the backward pass. Those of the others, which the
+    backward pass begins with, stay: less traffic for more memory."""
+    reshard_experts: bool = True
+    """Free experts' gathered parameters after a micro-batch's backward pass. With false they stay
+    for the next one's forward pass, when activations take least: with accumulation one gather less
+    a micro-batch, and one a step in layers that `reshard_after_forward` leaves out."""
 
     @property
     def ranks(self) -> int:
@@ -79,7 +88,7 @@ class Layout(Section):
             )
         for name in filled:
             sizes[name] = ranks // product
-        layout = Layout(**sizes, expert=self.expert)
+        layout = replace(self, **sizes)
         if (sharing := layout.shard * layout.context) % self.expert:
             fitting = ", ".join(str(n) for n in range(1, sharing + 1) if sharing % n == 0)
             raise UserError(

@@ -20,11 +20,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None = None) -> Tens
 
     Args:
         x: (..., N).
-        weight: (N,), or None.
+        weight: (N,), or None. A float32 weight is not rounded to x's dtype.
         eps: added to the mean square; None for the smallest step from 1 of x's dtype.
 
     Returns:
-        Tensor of x's shape.
+        Tensor of x's shape and dtype.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -40,7 +40,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None = None) -> Tens
             f"rms_norm: weight has shape {tuple(weight.shape)}; it must be ({x.shape[-1]},), as wide as x's rows"
         )
     if eps is None or not _is_fused(x, weight):
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+        if weight is None or weight.dtype == x.dtype:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        # PyTorch's fused norms are for one dtype alone.
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        wide = torch.promote_types(x.dtype, weight.dtype)
+        return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
     return operator.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
 
@@ -49,7 +54,10 @@ def _is_fused(x: Tensor, weight: Tensor | None) -> bool:
         type(x) is Tensor  # not a DTensor, whose operators are PyTorch's
         and x.device.type == "cpu"
         and is_large(x)
-        and (weight is None or (type(weight) in (Tensor, Parameter) and weight.dtype == x.dtype))
+        and (
+            weight is None
+            or (type(weight) in (Tensor, Parameter) and (weight.dtype == x.dtype or weight.itemsize <= 4))
+        )
         and not torch.compiler.is_compiling()
         and not is_exporting()
         and cpu_kernels() == "inductor"

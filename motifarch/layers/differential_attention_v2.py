@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from motifarch.layers.head_counts import check_heads, default_head_dim, noise_heads_of
 from motifarch.layers.head_norm import SubNorm
 from motifarch.layers.projected_attention import AttentionLayerOptions, ProjectedAttention
+from motifarch.layers.wide_linear import WideLinear
 
 
 class DifferentialAttentionV2(ProjectedAttention):
@@ -77,7 +78,7 @@ class DifferentialAttentionV2(ProjectedAttention):
             **options,
         )
         device, dtype, signal_heads = options.get("device"), options.get("dtype"), num_heads - noise_heads
-        self.lambda_proj = nn.Linear(hidden_size, signal_heads, bias=False, device=device, dtype=dtype)
+        self.lambda_proj = WideLinear(hidden_size, signal_heads, device=device, dtype=dtype)
         self.gate_proj = (
             nn.Linear(hidden_size, signal_heads * head_dim, bias=False, device=device, dtype=dtype) if gate else None
         )

@@ -18,6 +18,7 @@ from motifarch.layers.head_counts import check_heads, noise_heads_of
 from motifarch.layers.linear_weight import linear_weight
 from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.rotary import PositionEmbeddings, rotate_heads
+from motifarch.layers.wide_linear import WideLinear
 
 
 class GroupedDifferentialLatentAttention(BaseAttention):
@@ -119,7 +120,7 @@ class GroupedDifferentialLatentAttention(BaseAttention):
         self.wkv_a = nn.Linear(hidden_size, kv_lora_rank + qk_rope_head_dim, **linear)
         self.kv_norm = RMSNorm(kv_lora_rank, eps=norm_eps, **factory)
         self.wkv_b = nn.Linear(kv_lora_rank, num_kv_heads * (plain + v_head_dim), **linear)
-        self.lambda_proj = nn.Linear(hidden_size, signal_heads, **linear) if noise_heads else None
+        self.lambda_proj = WideLinear(hidden_size, signal_heads, device=device, dtype=dtype) if noise_heads else None
         self.wo = nn.Linear(signal_heads * v_head_dim, hidden_size, **linear)
 
     @property

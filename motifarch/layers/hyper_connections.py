@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from motifarch.layers.autocast import without_autocast
 from motifarch.layers.rms_norm import RMSNorm
+from motifarch.layers.wide_linear import WideLinear
 
 _GATE_BOUND, _MIX_BOUND = 10.0, 20.0
 """What logits of the gates and of the mixing matrix are clamped to."""
@@ -41,18 +42,27 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return matrix.movedim((0, 1), (-2, -1)).contiguous()  # for products
 
 
-class XavierLinear(nn.Linear):
-    """A linear layer without bias that starts with Xavier's uniform weights."""
+class _Weigh(torch.autograd.Function):
+    """``weights @ streams`` in the weights' dtype, of which no copy of the streams is kept."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, weights: Tensor, streams: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, streams)
+        return weights @ streams.to(weights.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        weights, streams = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad @ streams.to(weights.dtype).mT, (weights.mT @ grad).to(streams.dtype)
+
+
+def _weigh(weights: Tensor, streams: Tensor) -> Tensor:
+    """Sums (..., m, E) of streams (..., n, E) with weights (..., m, n)."""
+    return _Weigh.apply(weights, streams)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class XavierLinear(WideLinear):
+    """One that starts with Xavier's uniform weights."""
 
     def reset_parameters(self) -> None:
         """Draw the weight."""
@@ -144,7 +154,7 @@ class HyperConnections(nn.Module):
     def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gates pre and post (..., n) and H (..., n, n) of streams (..., n, E)."""
         dtype = torch.promote_types(streams.dtype, torch.float32)
-        normed = self.rms_norm(streams.flatten(-2))
+        normed = self.rms_norm(streams.flatten(-2).to(torch.promote_types(streams.dtype, self.alpha_pre.dtype)))
 
         def logits(alpha: Tensor, projection: nn.Module, bias: Tensor, bound: float) -> Tensor:
             read = projection(normed).to(dtype).unflatten(-1, bias.shape)
@@ -174,11 +184,12 @@ class HyperConnections(nn.Module):
                 f"{self.hidden_size}): expand_streams makes them"
             )
         pre, post, mix = self.maps(streams)
-        wide = streams.to(mix.dtype)
         with without_autocast(streams):
-            read, mixed = (pre.unsqueeze(-2) @ wide).squeeze(-2), mix @ wide
+            read = _weigh(pre.unsqueeze(-2), streams).squeeze(-2)
         out = sublayer(read.to(streams.dtype))
         out, *extra = out if isinstance(out, tuple) else (out,)
+        with without_autocast(streams):
+            mixed = _weigh(mix, streams)  # only now: in float32 it is large
         result = (mixed + post[..., None] * out.to(mix.dtype).unsqueeze(-2)).to(streams.dtype)
         return (result, *extra) if extra else result
 

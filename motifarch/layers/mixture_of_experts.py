@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from motifarch.layers.experts import Experts
 from motifarch.layers.group_sum import sum_over
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
+from motifarch.layers.recorded import recorded
 from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, shares
 from motifarch.layers.sorted_tokens import ExpertRows, SortedTokens
 from motifarch.layers.token_exchange import TokenExchange
@@ -43,8 +44,8 @@ class MixtureOfExperts(nn.Module):
         expert_bias: (num_experts,) float32 buffer, added to the scores that experts are selected
             by. It enters no weight and has no gradient.
         tokens_per_expert: (num_experts,) float32 buffer that is not saved. Each forward pass in
-            training mode adds how many tokens went to each expert. Who reads it sets it to 0. Where
-            activations are recomputed, tokens are counted twice: compare loads among experts.
+            training mode adds how many tokens went to each expert, its recomputation by
+            motifarch.parallel none. Who reads it sets it to 0.
         router_noise: standard deviation of the noise on the router's logits in training mode, 0
             when made; set it from outside.
         expert_group: ranks that share the experts, each with consecutive ones, and send each other
@@ -209,10 +210,7 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             length = hidden_states.shape[-2] if hidden_states.ndim > 1 else 1
             losses = self._losses(routing, out, real, length)
-            with torch.no_grad():
-                self._count(routing, rows, routed, shared, real)
-                if self.record_expert_outputs:
-                    self._record(rows, outputs, out)
+            recorded(lambda: self._note(routing, rows, outputs, routed, shared, out, real))
         return MoEOutput(out.to(hidden_states.dtype).view(hidden_states.shape), losses)
 
     def _losses(self, routing: Routing, out: Tensor, real: Tensor | None, length: int) -> Tensor:
@@ -239,6 +237,21 @@ class MixtureOfExperts(nn.Module):
         if self.magnitude_loss_coeff:
             magnitude = self.magnitude_loss_coeff * parts.pop().squeeze(1) / tokens
         return torch.stack((balance, magnitude), dim=1)
+
+    def _note(
+        self,
+        routing: Routing,
+        rows: ExpertRows,
+        outputs: Tensor,
+        routed: Tensor,
+        shared: Tensor | None,
+        out: Tensor,
+        real: Tensor | None,
+    ) -> None:
+        """Adds to what a training loop reads: once, however often the layer is computed again."""
+        self._count(routing, rows, routed, shared, real)
+        if self.record_expert_outputs:
+            self._record(rows, outputs, out)
 
     def _count(
         self,

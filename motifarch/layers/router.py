@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motifarch.layers.autocast import without_autocast
+from motifarch.layers.recorded import recorded
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
@@ -19,7 +20,7 @@ class Routing(NamedTuple):
     scores: Tensor  # (T, num_experts), without the selection bias
 
 
-class _Float32Linear(nn.Linear):
+class Float32Linear(nn.Linear):
     """A linear layer in float32 whatever the dtypes, under autocast too: rounding its logits would
     send tokens elsewhere.
     """
@@ -70,7 +71,7 @@ class Router(nn.Module):
         if score_func not in SCORE_FUNCTIONS:
             raise ValueError(f"score_func is {score_func!r}; it must be one of {', '.join(map(repr, SCORE_FUNCTIONS))}")
         self.top_k, self.route_norm, self.route_scale, self.score_func = top_k, route_norm, route_scale, score_func
-        self.gate = _Float32Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+        self.gate = Float32Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, noise: float | Tensor = 0.0) -> Routing:
         """Route tokens x (T, E).
@@ -88,7 +89,7 @@ class Router(nn.Module):
         preference = scores.detach()
         if bias is not None:
             preference = preference + bias.to(scores.dtype)
-        selected = preference.topk(self.top_k, dim=-1).indices
+        selected = recorded(lambda: preference.topk(self.top_k, dim=-1).indices)
         weights = scores.gather(1, selected)
         if self.route_norm:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from motifarch.layers.permute import permute
+from motifarch.layers.recorded import recorded
 
 
 class ExpertRows(Protocol):
@@ -45,13 +46,9 @@ class SortedTokens:
     def __init__(self, selected: Tensor, weights: Tensor, num_experts: int) -> None:
         self._weights = weights
         self.slots = selected.shape[1]
-        experts, self._order = selected.flatten().sort(stable=True)
-        self._inverse = self._order.argsort()
-        self.expert_of_row = experts
-        """(T k) int64, ``num_experts`` for rows of none."""
-        index = torch.arange(num_experts, device=selected.device)
-        self.offsets = torch.searchsorted(experts, index, right=True, out_int32=True)
-        """(num_experts,) int32, where each expert's rows end."""
+        self._order, self._inverse, self.expert_of_row, self.offsets = recorded(lambda: _sort(selected, num_experts))
+        """Of expert_of_row (T k) int64, ``num_experts`` for rows of none; of offsets (num_experts,)
+        int32, where each expert's rows end."""
         self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))
         """(num_experts,) int32, rows of each expert."""
 
@@ -68,3 +65,10 @@ class SortedTokens:
         """The weighted sums of tokens' rows: (T k, E) to (T, E)."""
         pairs = permute(rows, self._inverse, self._order)
         return (self._weights[..., None] * pairs.unflatten(0, (-1, self.slots))).sum(dim=1)
+
+
+def _sort(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The slots' order by expert, the inverse of that, the sorted experts, where each ends."""
+    experts, order = selected.flatten().sort(stable=True)
+    index = torch.arange(num_experts, device=selected.device)
+    return order, order.argsort(), experts, torch.searchsorted(experts, index, right=True, out_int32=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from motifarch.layers.permute import permute
+from motifarch.layers.recorded import recorded
 from motifarch.layers.sorted_tokens import SortedTokens
 
 
@@ -104,17 +105,12 @@ class TokenExchange:
         self._own = SortedTokens(selected, weights, num_experts)
         self.counts = self._own.counts
         """(num_experts,) int32, rows of this rank's tokens for each expert."""
-        arriving = exchange_counts(self.counts, group)
-        sent, received = split_sizes(self.counts, arriving)
+        arriving = recorded(lambda: exchange_counts(self.counts, group))
+        sent, received = recorded(lambda: split_sizes(self.counts, arriving))
         self._to_experts = _Message(received, sent, group)
         self._to_tokens = _Message(sent, received, group)
-        local = num_experts // group.size()
-        index = torch.arange(local, device=selected.device)
-        # What arrives is sorted by source, and by expert within each.
-        experts = index.repeat(group.size()).repeat_interleave(arriving.flatten(), output_size=sum(received))
-        experts, self._order = experts.sort(stable=True)
-        self._inverse = self._order.argsort()
-        self.expert_of_row = experts + local * group.rank()
+        self._order, self._inverse, experts = recorded(lambda: _sort_by_expert(arriving, sum(received)))
+        self.expert_of_row = experts + num_experts // group.size() * group.rank()
         """(rows that this rank receives,) int64."""
         self.offsets = arriving.sum(dim=0).cumsum(dim=0, dtype=torch.int32)
         """(num_experts / ranks,) int32, where the rows of each expert of this rank end."""
@@ -134,3 +130,13 @@ class TokenExchange:
         """Sends what became of the received rows back: weighted sums of tokens' rows, (T, E)."""
         rows = self._to_tokens.end(self._to_tokens.start(permute(rows, self._inverse, self._order)))
         return self._own.combine(F.pad(rows, (0, 0, 0, len(self._own.expert_of_row) - len(rows))))
+
+
+def _sort_by_expert(arriving: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order by expert of rows that arrive sorted by source, and by expert within each (sources,
+    experts); the inverse of that, and the sorted experts.
+    """
+    sources, local = arriving.shape
+    index = torch.arange(local, device=arriving.device).repeat(sources)
+    experts, order = index.repeat_interleave(arriving.flatten(), output_size=rows).sort(stable=True)
+    return order, order.argsort(), experts

@@ -4,11 +4,12 @@ from motifarch.layout import Layout
 from motifarch.parallel.activation_checkpointing import check_activation_checkpointing
 from motifarch.parallel.context import check_context_parallel, shard_sequence
 from motifarch.parallel.expert import check_expert_parallel
+from motifarch.parallel.fsdp import prepare_micro_batch
 from motifarch.parallel.initialize import initialize
 from motifarch.parallel.launch import World, launched_rank, launched_world_size, open_world
 from motifarch.parallel.low_precision import check_low_precision
 from motifarch.parallel.mesh import Mesh
-from motifarch.parallel.parallelize import parallelize, prepare_micro_batch
+from motifarch.parallel.parallelize import parallelize
 from motifarch.parallel.tensor import check_tensor_parallel
 from motifarch.parallel.watchdog import Watchdog
 

@@ -1,18 +1,24 @@
 """What of a model's activations is kept for the backward pass, and what is computed again."""
 
-from functools import partial
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
+from motifarch.layers.recorded import Recording
 
 Recompute = Literal["none", "full", "selective"] | int
-"""`full`: all layers; `selective`: all but matrix products and attention; n: each n-th layer."""
+"""`full`: all layers; `selective`: all but matrix products and attention; n: each n-th layer. In
+any case tokens go to the experts that they went to at first."""
 
 
 def check_activation_checkpointing(recompute: Recompute) -> None:
@@ -24,49 +30,66 @@ def check_activation_checkpointing(recompute: Recompute) -> None:
         )
 
 
-def _kept() -> set[Any]:
-    """Operators whose results are dear to compute again for the memory they take."""
-    names = [("aten", "mm"), ("aten", "addmm"), ("aten", "bmm"), ("aten", "_scaled_mm"), ("motif", "diff_attention")]
+@cache
+def _kept() -> frozenset[Any]:
+    """Operators whose results are dear to compute again for the memory they take.
+
+    Not aten.bmm: hyper-connections mix their streams with it, and those in float32 are as large as
+    all that is kept else. Nor all-to-alls: a dispatched token is sent once more, for it takes as
+    much memory as both products of its experts together.
+    """
+    names = [("aten", "mm"), ("aten", "addmm"), ("aten", "_scaled_mm"), ("motif", "diff_attention")]
     names += [("motif", "grouped_product"), ("motif", "blocked_attention"), ("motif", "segmented_attention")]
     names += [("aten", "_scaled_dot_product_flash_attention_for_cpu"), ("aten", "_scaled_dot_product_flash_attention")]
     names += [("aten", "_scaled_dot_product_efficient_attention"), ("aten", "_scaled_dot_product_cudnn_attention")]
-    kept = set()
-    for namespace, name in names:
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        if packet is not None:
-            kept.add(packet.default)
-    return kept
+    packets = (getattr(getattr(torch.ops, namespace), name, None) for namespace, name in names)
+    return frozenset(packet.default for packet in packets if packet is not None)
 
 
-def _policy(kept: set[Any], context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _Keep(TorchDispatchMode):
+    """Keeps some operators' results, in order; in a repetition gives them back.
 
-
-class _Replay(TorchDispatchMode):
-    """A recomputation's mode, which takes what was kept out of its storage, for that alone.
-
-    It counts every operator otherwise, and FSDP may have to gather experts within a layer when it
-    is recomputed, but not before.
+    torch's own modes of selective checkpointing want all operators of both passes to be the same.
+    Those of FSDP2, which gathers parts of a layer on the way, are not.
     """
 
-    def __init__(self, mode: Any, kept: set[Any]) -> None:
+    def __init__(self, results: dict[Any, deque[Any]], *, give_back: bool) -> None:
         super().__init__()
-        self._mode, self._kept = mode, kept
+        self._results, self._give_back = results, give_back
 
-    def __enter__(self) -> "_Replay":
-        getattr(self._mode, "func_counter", {}).clear()  # of torch 2.13: it counts over all passes
-        super().__enter__()
-        return self
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs as it is."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self._kept:
+        if func not in _kept():
             return func(*args, **(kwargs or {}))
-        return self._mode.__torch_dispatch__(func, types, args, kwargs)
+        if self._give_back:
+            return self._results[func].popleft()
+        out = func(*args, **(kwargs or {}))
+        self._results[func].append(tree_map_only(Tensor, Tensor.detach, out))
+        return out
 
 
-def _selective(kept: set[Any]) -> tuple[Any, Any]:
-    forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, kept))
-    return forward, _Replay(recomputation, kept)
+@contextmanager
+def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def _contexts(*, selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Around a layer's forward pass, and around its repetition."""
+    if torch.compiler.is_compiling():
+        # A layer that is one graph; what records is none.
+        kept = list(_kept()) if selective else []
+        return create_selective_checkpoint_contexts(kept)  # type: ignore[no-any-return, no-untyped-call]
+    recording = Recording()
+    record, replay = recording.record(), recording.replay()
+    if not selective:
+        return record, replay
+    results: dict[Any, deque[Any]] = defaultdict(deque)
+    return _both(record, _Keep(results, give_back=False)), _both(replay, _Keep(results, give_back=True))
 
 
 def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> None:
@@ -87,8 +110,7 @@ def apply_activation_checkpointing(model: nn.Module, recompute: Recompute) -> No
         # Only what draws at random must draw the same again.
         draws = any(isinstance(module, nn.Dropout) or hasattr(module, "router_noise") for module in layer.modules())
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
-        if recompute == "selective":
-            options["context_fn"] = partial(_selective, _kept())
+        options["context_fn"] = partial(_contexts, selective=recompute == "selective")
         # transformers' own switch of its GradientCheckpointingLayer, one layer at a time.
         layer._gradient_checkpointing_func = partial(checkpoint, **options)  # type: ignore[assignment]
         layer.gradient_checkpointing = True  # type: ignore[assignment]

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.layers import MixtureOfExperts
 from motifarch.layers.deep_ep_exchange import DeepEPExchange
 from motifarch.layers.token_exchange import TokenExchange
-from motifarch.parallel.mesh import Mesh
 
 
 def check_expert_parallel(config: Any, ranks: int) -> None:
@@ -45,7 +42,7 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, compute_dtype: tor
     Tokens are exchanged by all-to-all; in bfloat16 on a GPU by DeepEP, where it is installed.
     """
     exchange = choose_exchange(mesh.device_type, compute_dtype)
-    for block in _expert_blocks(model):
+    for block in expert_blocks(model):
         deal_out(block, mesh)
         block.exchange = exchange
 
@@ -68,20 +65,6 @@ def deal_out(block: MixtureOfExperts, mesh: DeviceMesh) -> None:
             setattr(module, name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
-def shard_experts(model: nn.Module, mesh: Mesh, policy: MixedPrecisionPolicy) -> None:
-    """Applies FSDP2 to the experts of one rank, over the ranks that have the same ones.
-
-    Tokens of the other ranks reach them through the exchange, and so do their gradients, as a sum:
-    what is left is to reduce over copies, and to divide by the number of all ranks.
-    """
-    for block in _expert_blocks(model):
-        experts = fully_shard(block.experts, mesh=mesh.expert_parameters, mp_policy=policy)
-        experts.set_gradient_divide_factor(mesh.layout.grad_reduce_size)
-        # Gloo does not know NCCL's operation that divides as it sums.
-        if mesh.expert_parameters.device_type == "cpu" and mesh.layout.expert_shard > 1:
-            experts.set_force_sum_reduction_for_comms(True)
-
-
-def _expert_blocks(model: nn.Module) -> Iterator[MixtureOfExperts]:
-    for layer in decoder_layers(model):
-        yield from (module for module in layer.modules() if isinstance(module, MixtureOfExperts))
+def expert_blocks(model: nn.Module) -> Iterator[MixtureOfExperts]:
+    """The mixtures of experts in a model or a layer."""
+    yield from (module for module in model.modules() if isinstance(module, MixtureOfExperts))

@@ -9,13 +9,12 @@ layers; one of `mtp_layers` beside it is taken for more of them.
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from motifarch.decoder_layers import decoder_layers
 from motifarch.parallel.activation_checkpointing import Recompute, apply_activation_checkpointing
 from motifarch.parallel.compilation import apply_compile
 from motifarch.parallel.context import apply_context_parallel
-from motifarch.parallel.expert import apply_expert_parallel, shard_experts
+from motifarch.parallel.expert import apply_expert_parallel
+from motifarch.parallel.fsdp import apply_fsdp
 from motifarch.parallel.low_precision import Matmul, apply_low_precision
 from motifarch.parallel.mesh import Mesh
 from motifarch.parallel.tensor import apply_tensor_parallel
@@ -35,8 +34,9 @@ def parallelize(
 
     The model has `model.model.layers` and is on the meta device (`motifarch.parallel.initialize`
     then gives it weights), or the same on every rank. Its parameters become DTensors: float32
-    shards, gathered in compute_dtype for each layer's work, with gradients reduced in float32 to
-    their mean over the ranks (`Layout.grad_reduce_size` of them).
+    shards, gathered in compute_dtype for each layer's work (a few in float32, see
+    `motifarch.parallel.float32`), with gradients reduced in float32 to their mean over the ranks
+    (`Layout.grad_reduce_size` of them).
 
     Args:
         model: the model, which is also returned.
@@ -63,25 +63,5 @@ def parallelize(
     apply_activation_checkpointing(model, activation_checkpointing)
     if compile:
         apply_compile(model)
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype,
-        reduce_dtype=torch.float32,
-        # Hidden states are in compute_dtype; casting would only round the float32 rotary tables.
-        cast_forward_inputs=False,
-    )
-    if mesh.experts is not None:
-        shard_experts(model, mesh, policy)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh.parameters, mp_policy=policy)
-    # Embedding, last norm and output projection: the root keeps tied matrices in one group.
-    fully_shard(model, mesh=mesh.parameters, mp_policy=policy)
+    apply_fsdp(model, mesh, compute_dtype)
     return model
-
-
-def prepare_micro_batch(model: nn.Module, *, last: bool) -> None:
-    """Says, before each micro-batch's forward pass, whether it is the `last` of its step.
-
-    Gradients are reduce-scattered after each micro-batch and added up in float32 shards: whole
-    ones never wait for the next. Copies of the shards (HSDP) are averaged once, after the last.
-    """
-    model.set_requires_all_reduce(last)  # type: ignore[operator]

@@ -85,13 +85,13 @@ def train_step(
     # FSDP averages gradients over the ranks (those of tensor parallelism have the same ones), so
     # each rank divides its sum by its even share of the targets: the average is then the mean over
     # all targets, however unevenly the ranks hold them.
-    gradients = world.size if layout is None else layout.grad_reduce_size
-    share = torch.tensor(max(targets, 1) / gradients, device=world.device)
+    layout = Layout(shard=world.size) if layout is None else layout
+    share = torch.tensor(max(targets, 1) / layout.grad_reduce_size, device=world.device)
     weights = {"z_loss_weight": z_loss_weight, "mtp_loss_weight": mtp_loss_weight}
     experts = list(state.model.model.expert_layers().values())  # type: ignore[union-attr, operator]
     losses = torch.zeros(4, device=world.device)
     for i, batch in enumerate(micro_batches):
-        prepare_micro_batch(state.model, last=i == len(micro_batches) - 1)
+        prepare_micro_batch(state.model, layout, last=i == len(micro_batches) - 1)
         out = state.model(**to_device(batch, world.device), num_items_in_batch=share, **weights)
         out.loss.backward()
         total, parts = out.loss.detach(), (out.z_loss, out.mtp_loss, out.expert_loss)

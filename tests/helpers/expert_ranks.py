@@ -19,7 +19,7 @@ from helpers.layouts import Case, build, train_cases
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
 from motifarch.layers import MixtureOfExperts, token_exchange
 from motifarch.layers.deep_ep_exchange import DeepEPExchange
-from motifarch.parallel import Mesh, World, expert, open_world
+from motifarch.parallel import Mesh, World, expert, fsdp, open_world
 from motifarch.shards import local_shard, to_local
 from motifarch.train.step import count_targets, train_step
 
@@ -182,7 +182,7 @@ def _no_message(backward: bool, place: int) -> Callable[[pytest.MonkeyPatch], No
 def _no_all_reduce(patch: pytest.MonkeyPatch) -> None:
     """The copies of HSDP keep gradients of experts to themselves."""
     all_reduce, groups = dist.all_reduce, []
-    shard = expert.shard_experts
+    shard = fsdp.apply_fsdp
 
     def noted(model: nn.Module, mesh: Mesh, *arguments: Any) -> None:
         shard(model, mesh, *arguments)
@@ -192,7 +192,7 @@ def _no_all_reduce(patch: pytest.MonkeyPatch) -> None:
     def without_experts(*arguments: Any, **options: Any) -> Any:
         return None if options.get("group") in groups else all_reduce(*arguments, **options)
 
-    patch.setattr(sys.modules["motifarch.parallel.parallelize"], "shard_experts", noted)
+    patch.setattr(sys.modules["motifarch.parallel.parallelize"], "apply_fsdp", noted)
     patch.setattr(dist, "all_reduce", without_experts)
 
 
@@ -200,7 +200,7 @@ def _on_experts(change: Callable[[FSDPModule], None]) -> Callable[[pytest.Monkey
     """Something else is done to the experts' FSDP modules."""
 
     def leave_out(patch: pytest.MonkeyPatch) -> None:
-        shard = expert.shard_experts
+        shard = fsdp.apply_fsdp
 
         def changed(model: nn.Module, *arguments: Any) -> None:
             shard(model, *arguments)
@@ -209,7 +209,7 @@ def _on_experts(change: Callable[[FSDPModule], None]) -> Callable[[pytest.Monkey
                 change(block.experts)
 
         # The package has a function of the module's name.
-        patch.setattr(sys.modules["motifarch.parallel.parallelize"], "shard_experts", changed)
+        patch.setattr(sys.modules["motifarch.parallel.parallelize"], "apply_fsdp", changed)
 
     return leave_out
 

@@ -58,7 +58,9 @@ def held_between(model: torch.nn.Module) -> Iterator[list[int]]:
     hook.remove()
 
 
-def measure_step(output: Path, config: dict[str, Any], layouts: dict[str, Layout], micro_batches: int) -> None:
+def measure_step(
+    output: Path, config: dict[str, Any], layouts: dict[str, Layout], micro_batches: int, dtype: torch.dtype
+) -> None:
     """A step under each layout; every rank writes its collectives and live bytes."""
     with open_world() as world:
         found = {}
@@ -66,7 +68,7 @@ def measure_step(output: Path, config: dict[str, Any], layouts: dict[str, Layout
             mesh = Mesh("cpu", layout.resolve(world.size))
             with torch.device("meta"):
                 model = MotifForCausalLM(MotifConfig(**config)).train()
-            parallelize(model, mesh)
+            parallelize(model, mesh, compute_dtype=dtype)
             initialize(model, torch.device("cpu"), seed=0)
             state = TrainState(model, build_adamw(model, lr=1e-3))
             ids = torch.randint(0, model.config.vocab_size, (1, SEQ_LEN))
