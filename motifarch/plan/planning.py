@@ -203,7 +203,8 @@ def make_plan(
         )
 
     repeat = find_repeat(layer_kinds(recipe, planned_config(recipe, data)))
-    if repeat is None:
+    # A share of the layers is another one of a shorter stack.
+    if repeat is None or 0 < recipe.parallel.reshard_after_forward < 1:
         trace = trace_layers(recipe.model.num_hidden_layers)
     else:
         trace = extrapolate(trace_layers(repeat.layers), trace_layers(repeat.layers + repeat.period), repeat)

@@ -1,6 +1,7 @@
-"""The plot of a plan: each GPU's memory at the peak of a step, against its capacity."""
+"""The plot of a plan: a GPU's memory at the peak of a step, against its capacity, and the time."""
 
 from pathlib import Path
+from typing import Any
 
 from motifarch.files import atomic_write
 from motifarch.plan import memory
@@ -20,17 +21,28 @@ _COLOURS = {
 }
 
 
-def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
-    """Draws a stacked bar for each plan, into a PNG file.
+_TIME_COLOURS = ("#1f4e79", "#6f5aa0", "#2f8f7f", "#e0a030", "#4f81b0", "#c0392b", "#999999")
+
+
+def draw_plans(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
+    """Draws stacked bars of each plan's memory and time, into a PNG file.
 
     The named plans are on one kind of GPU: the recipe's own, and what would fit in its place.
     """
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(9.5, 4.2 + 1.35 * len(plans)), layout="constrained")
+    above, below = figure.subplots(2, height_ratios=[1.15, 1])
+    figure.suptitle(title)
+    _draw_memory(above, plans)
+    _draw_time(below, plans)
+    with atomic_write(path, binary=True) as file:
+        figure.savefig(file, dpi=150, format="png")
+
+
+def _draw_memory(axis: Any, plans: list[tuple[str, Plan]]) -> None:
     gib = 2.0**30
     first = plans[0][1]
-    figure = Figure(figsize=(9.5, 2.9 + 0.75 * len(plans)), layout="constrained")
-    axis = figure.subplots()
     for row, (_, plan) in enumerate(plans):
         left = 0.0
         for kind, size in plan.by_kind(plan.trace.peak).items():
@@ -48,10 +60,22 @@ def draw_memory(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     axis.set_ylim(len(plans) - 0.4, -0.6)
     axis.set_xlim(0, 1.13 * max(capacity, *(plan.peak / gib for _, plan in plans)))
     axis.set_xlabel("GiB of a GPU's memory at the peak of a step")
-    axis.set_title(title)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    with atomic_write(path, binary=True) as file:
-        figure.savefig(file, dpi=150, format="png")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.28), ncols=3, frameon=False, fontsize=8)
+
+
+def _draw_time(axis: Any, plans: list[tuple[str, Plan]]) -> None:
+    for row, (_, plan) in enumerate(plans):
+        left = 0.0
+        for (part, seconds), colour in zip(vars(plan.time).items(), _TIME_COLOURS, strict=True):
+            axis.barh(row, seconds, left=left, height=0.55, color=colour, label=part if row == 0 else None)
+            left += seconds
+        axis.text(left, row, f"  {left:.1f} s", va="center", fontweight="bold")
+    axis.set_yticks(range(len(plans)), [name for name, _ in plans])
+    axis.set_ylim(len(plans) - 0.4, -0.6)
+    axis.set_xlim(0, 1.13 * max(plan.time.total for _, plan in plans))
+    axis.set_xlabel("seconds of a step, estimated")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=4, frameon=False, fontsize=8)

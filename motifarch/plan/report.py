@@ -4,7 +4,7 @@ import dataclasses
 import io
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -77,16 +77,22 @@ def render(plan: Plan, name: str) -> Group:
 
 def as_text(plan: Plan, name: str) -> str:
     """The same as plain text."""
+    return plain(render(plan, name))
+
+
+def plain(content: RenderableType) -> str:
+    """What is printed, without colours."""
     written = io.StringIO()
-    Console(width=110, file=written).print(render(plan, name))
+    Console(width=110, file=written).print(content)
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def table(title: str, *columns: str) -> Table:
+    """An empty table, the first column to the left."""
+    found = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    return table
+        found.add_column(column, justify="left" if i == 0 else "right")
+    return found
 
 
 def _head(plan: Plan, name: str) -> Text:
@@ -105,48 +111,48 @@ def _head(plan: Plan, name: str) -> Text:
 
 def _memory(plan: Plan) -> Table:
     r = plan.trace
-    table = _table("Memory of a GPU (GiB)", "", "at the peak of a step", "its own peak")
+    found = table("Memory of a GPU (GiB)", "", "at the peak of a step", "its own peak")
     most = plan.by_kind(plan.memory)
     for kind, size in plan.by_kind(r.peak).items():
-        table.add_row(kind, f"{size / _GIB:.2f}", f"{most[kind] / _GIB:.2f}")
-    table.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
-    table.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
-    table.caption = (
+        found.add_row(kind, f"{size / _GIB:.2f}", f"{most[kind] / _GIB:.2f}")
+    found.add_row("together", f"{plan.peak / _GIB:.2f}", "", style="bold")
+    found.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
+    found.caption = (
         f"The peak is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the "
         f"backward pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a "
         f"time; what is outside of the layers is {r.outside_layers / _GIB:.2f}."
     )
     if r.offloaded:
-        table.caption = f"{table.caption} {r.offloaded / _GIB:.2f} of moments lie in the CPU's memory."
-    table.caption_justify = "left"
-    return table
+        found.caption = f"{found.caption} {r.offloaded / _GIB:.2f} of moments lie in the CPU's memory."
+    found.caption_justify = "left"
+    return found
 
 
 def _traffic(plan: Plan) -> Table:
-    table = _table("\nSent by a GPU in a step (GB)", "", "collective", "ranks", "calls", "NVLink", "network")
+    found = table("\nSent by a GPU in a step (GB)", "", "collective", "ranks", "calls", "NVLink", "network")
     for t in plan.trace.traffic:
         cells = [f"{t.sent / _GB:.3f}" if t.link == link else "" for link in ("NVLink", "network")]
-        table.add_row(t.name, t.kind, str(t.ranks), f"{t.calls:,.0f}", *cells)
+        found.add_row(t.name, t.kind, str(t.ranks), f"{t.calls:,.0f}", *cells)
     links = _by_link(plan)
-    table.add_row("together", "", "", "", *(f"{links[k] / _GB:.3f}" for k in ("NVLink", "network")), style="bold")
-    return table
+    found.add_row("together", "", "", "", *(f"{links[k] / _GB:.3f}" for k in ("NVLink", "network")), style="bold")
+    return found
 
 
 def _work(plan: Plan) -> Table:
     flops = plan.flops_per_token
-    table = _table("\nFLOPs of a token (10^9)", "", "all", "of which attention")
+    found = table("\nFLOPs of a token (10^9)", "", "all", "of which attention")
     for direction in ("forward", "backward", "recompute"):
         label = "recomputed" if direction == "recompute" else direction
-        table.add_row(label, f"{flops[direction] / 1e9:.2f}", f"{flops[direction + ' attention'] / 1e9:.2f}")
+        found.add_row(label, f"{flops[direction] / 1e9:.2f}", f"{flops[direction + ' attention'] / 1e9:.2f}")
     if optimizer := _optimizer_flops(plan):
-        table.caption = f"Newton-Schulz takes {optimizer / 1e12:.1f} x 10^12 a step on the busiest GPU."
-        table.caption_justify = "left"
-    return table
+        found.caption = f"Newton-Schulz takes {optimizer / 1e12:.1f} x 10^12 a step on the busiest GPU."
+        found.caption_justify = "left"
+    return found
 
 
 def _time(plan: Plan) -> Table:
     t = plan.time
-    table = _table("\nTime of a step (seconds, estimated)", "", "")
+    found = table("\nTime of a step (seconds, estimated)", "", "")
     for label, seconds in (
         ("products with weights", t.matrices),
         ("routed experts", t.experts),
@@ -156,15 +162,15 @@ def _time(plan: Plan) -> Table:
         ("waiting for tokens, heads and halos of others", t.waiting),
         ("waiting for FSDP, HSDP and Muon", t.exposed),
     ):
-        table.add_row(label, f"{seconds:.3f}")
-    table.add_row("together", f"{t.total:.3f}", style="bold")
+        found.add_row(label, f"{seconds:.3f}")
+    found.add_row("together", f"{t.total:.3f}", style="bold")
     speed = plan.tokens_per_second
-    table.add_row("tokens/s", f"{speed:,.0f}")
-    table.add_row("tokens/s per GPU", f"{speed / plan.gpus:,.0f}")
-    table.add_row("model FLOPs utilisation", f"{plan.utilisation:.1%}")
-    table.add_row(f"days to {plan.tokens:.4g} tokens", f"{plan.days:,.2f}")
-    table.add_row("GPU-hours", f"{plan.days * 24 * plan.gpus:,.0f}")
-    return table
+    found.add_row("tokens/s", f"{speed:,.0f}")
+    found.add_row("tokens/s per GPU", f"{speed / plan.gpus:,.0f}")
+    found.add_row("model FLOPs utilisation", f"{plan.utilisation:.1%}")
+    found.add_row(f"days to {plan.tokens:.4g} tokens", f"{plan.days:,.2f}")
+    found.add_row("GPU-hours", f"{plan.days * 24 * plan.gpus:,.0f}")
+    return found
 
 
 def _tail(plan: Plan) -> list[Text]:

@@ -160,6 +160,27 @@ def test_more_time_for_less_hardware() -> None:
     assert compiled.time.matrices == slow.time.matrices
 
 
+def test_stages_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write(tmp_path, SMALL)
+    second = tmp_path / "second.yaml"
+    second.write_text("base: recipe.yaml\n")
+    output = tmp_path / "plan"
+    options = ["--gpus", "2", "--gpu", "b200", "--tokens", "1e9", "2e9", "--output", str(output)]
+    assert main([str(first), str(second), "--seq-len", "64", "128", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Kolibri" in printed
+    assert "as reported" in printed
+    found = json.loads((output / "plan.json").read_text())
+    assert [stage["seq_len"] for stage in found["stages"]] == [64, 128]
+    assert found["together"]["tokens"] == 3e9
+    assert found["together"]["days"] == pytest.approx(sum(stage["days"] for stage in found["stages"]))
+    page = (output / "plan.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "second on 2 x B200" in page
+    with pytest.raises(UserError, match="--seq-len has 3 values for 2 recipes; give one for each"):
+        main([str(first), str(second), "--seq-len", "64", "128", "256", *options])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
