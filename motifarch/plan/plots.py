@@ -6,6 +6,7 @@ from typing import Any
 from motifarch.files import atomic_write
 from motifarch.plan import memory
 from motifarch.plan.planning import Plan
+from motifarch.plan.timing import PARTS
 
 _COLOURS = {
     memory.PARAMETERS: "#1f4e79",
@@ -69,8 +70,9 @@ def _draw_memory(axis: Any, plans: list[tuple[str, Plan]]) -> None:
 def _draw_time(axis: Any, plans: list[tuple[str, Plan]]) -> None:
     for row, (_, plan) in enumerate(plans):
         left = 0.0
-        for (part, seconds), colour in zip(vars(plan.time).items(), _TIME_COLOURS, strict=True):
-            axis.barh(row, seconds, left=left, height=0.55, color=colour, label=part if row == 0 else None)
+        for (part, label), colour in zip(PARTS.items(), _TIME_COLOURS, strict=True):
+            seconds = getattr(plan.time, part)
+            axis.barh(row, seconds, left=left, height=0.55, color=colour, label=label if row == 0 else None)
             left += seconds
         axis.text(left, row, f"  {left:.1f} s", va="center", fontweight="bold")
     axis.set_yticks(range(len(plans)), [name for name, _ in plans])
@@ -78,4 +80,4 @@ def _draw_time(axis: Any, plans: list[tuple[str, Plan]]) -> None:
     axis.set_xlim(0, 1.13 * max(plan.time.total for _, plan in plans))
     axis.set_xlabel("seconds of a step, estimated")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=4, frameon=False, fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=2, frameon=False, fontsize=8)

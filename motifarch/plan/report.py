@@ -10,7 +10,7 @@ from rich.text import Text
 
 from motifarch.counted import counted
 from motifarch.plan.planning import Plan
-from motifarch.plan.timing import Assumptions
+from motifarch.plan.timing import PARTS, Assumptions
 from motifarch.train.read_recipe import to_dict
 
 _GIB, _GB = 2.0**30, 1e9
@@ -153,16 +153,8 @@ def _work(plan: Plan) -> Table:
 def _time(plan: Plan) -> Table:
     t = plan.time
     found = table("\nTime of a step (seconds, estimated)", "", "")
-    for label, seconds in (
-        ("products with weights", t.matrices),
-        ("routed experts", t.experts),
-        ("attention", t.attention),
-        ("element-wise operators, casts, copies", t.elementwise),
-        ("optimizer", t.optimizer),
-        ("waiting for tokens, heads and halos of others", t.waiting),
-        ("waiting for FSDP, HSDP and Muon", t.exposed),
-    ):
-        found.add_row(label, f"{seconds:.3f}")
+    for part, label in PARTS.items():
+        found.add_row(label, f"{getattr(t, part):.3f}")
     found.add_row("together", f"{t.total:.3f}", style="bold")
     speed = plan.tokens_per_second
     found.add_row("tokens/s", f"{speed:,.0f}")

@@ -19,9 +19,10 @@ YARDSTICKS = (
 """Model, who trained it, on what, and tokens/s a GPU: as others reported them, read second hand."""
 
 _PAGE = """<!DOCTYPE html>
-<html><head><meta charset="utf-8"><title>TITLE</title>
-<style>body {{margin: 2em; background: white}} img {{max-width: 70em; width: 100%}}
-pre {{font-size: 0.85em; line-height: 1.35}}</style></head>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {{margin: 2vw; background: white}} img {{max-width: 70em; width: 100%}}
+pre {{font-size: 0.85em; line-height: 1.35; overflow-x: auto}}</style></head>
 <body><img src="data:image/png;base64,PICTURE" alt="Memory and time of each stage"><pre>{code}</pre></body></html>
 """
 

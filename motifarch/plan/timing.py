@@ -32,6 +32,18 @@ class StepTime:
         return sum(vars(self).values())
 
 
+PARTS = {
+    "matrices": "products with weights",
+    "experts": "routed experts",
+    "attention": "attention",
+    "elementwise": "element-wise operators, casts, copies",
+    "optimizer": "optimizer",
+    "waiting": "waiting for tokens, heads and halos of others",
+    "exposed": "waiting for FSDP, HSDP and Muon",
+}
+"""StepTime's parts as people read them."""
+
+
 def step_time(trace: StepTrace, gpu: Gpu, assumed: Assumptions, *, compiled: bool) -> StepTime:
     """Estimates the time of a step, whose decoder layers are compiled or not.
 
