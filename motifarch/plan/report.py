@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from motifarch.counted import counted
+from motifarch.layout import DIMENSIONS
 from motifarch.plan.planning import Plan
 from motifarch.plan.timing import PARTS, Assumptions
 from motifarch.train.read_recipe import to_dict
@@ -97,14 +98,14 @@ def table(title: str, *columns: str) -> Table:
 
 def _head(plan: Plan, name: str) -> Text:
     r = plan.trace
-    sizes = dataclasses.asdict(r.layout)
+    sizes = " x ".join(f"{name} {getattr(r.layout, name)}" for name in DIMENSIONS)
+    experts = f", expert {r.layout.expert} of shard x context" if r.layout.expert > 1 else ""
     micro = counted(r.micro_batches, f"micro-batch of {r.rows}")
     sequences = counted(plan.recipe.batch.size, f"sequence of {plan.seq_len:,} tokens")
     return Text(
         f"{name} on {plan.gpus} x {plan.gpu.name}, {plan.gpu.domain} to an NVLink domain\n"
-        f"{r.parameter_count:,} parameters; "
-        + " x ".join(f"{k} {v}" for k, v in sizes.items())
-        + f"\n{sequences} a step ({plan.step_tokens:,} tokens), "
+        f"{r.parameter_count:,} parameters; {sizes}{experts}\n"
+        f"{sequences} a step ({plan.step_tokens:,} tokens), "
         f"{micro} on each rank; activation checkpointing {plan.recipe.activation_checkpointing}\n"
     )
 

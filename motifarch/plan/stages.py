@@ -21,9 +21,11 @@ YARDSTICKS = (
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body {{margin: 2vw; background: white}} img {{max-width: 70em; width: 100%}}
+<style>body {{margin: 2vw; background: white}} div {{overflow-x: auto}}
+img {{max-width: 70em; min-width: 45em; width: 100%}}
 pre {{font-size: 0.85em; line-height: 1.35; overflow-x: auto}}</style></head>
-<body><img src="data:image/png;base64,PICTURE" alt="Memory and time of each stage"><pre>{code}</pre></body></html>
+<body><div><img src="data:image/png;base64,PICTURE" alt="Memory and time of each stage"></div>
+<pre>{code}</pre></body></html>
 """
 
 
