@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motifarch.layers.experts import Experts
-from motifarch.layers.group_sum import sum_over
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.recorded import recorded
-from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, shares
+from motifarch.layers.router import Router, Routing, balance_loss, balance_terms, shares
+from motifarch.layers.sequences import Sequences
 from motifarch.layers.sorted_tokens import ExpertRows, SortedTokens
 from motifarch.layers.token_exchange import TokenExchange
 
@@ -20,7 +20,7 @@ class MoEOutput(NamedTuple):
     """What a mixture of experts gives."""
 
     hidden_states: Tensor  # of the input's shape and dtype
-    losses: Tensor | None  # (B, 2): each sequence's balance and magnitude loss; None in eval mode
+    losses: Tensor | None  # (B, S, 2): balance and magnitude loss of each token's sequence; None in eval mode
 
 
 class MoEStatistics(NamedTuple):
@@ -54,6 +54,9 @@ class MixtureOfExperts(nn.Module):
         exchange: how these send tokens; by all-to-all (:class:`TokenExchange`) when made.
         context_group: ranks that each hold a part of every sequence (context parallelism), whose
             losses are those of the whole; None when made, set it from outside.
+        sequence_length: tokens of a training sequence, where a row has several one after the other
+            and each has losses of its own; None when made, for rows that are one; set it from
+            outside.
         record_expert_outputs: in training mode, also sum up each expert's outputs, and the peaks of
             the block's; False when made.
 
@@ -129,6 +132,7 @@ class MixtureOfExperts(nn.Module):
         self.expert_group: ProcessGroup | None = None
         self.exchange: Callable[[Tensor, Tensor, int, ProcessGroup], ExpertRows] = TokenExchange
         self.context_group: ProcessGroup | None = None
+        self.sequence_length: int | None = None
         self.router = Router(
             hidden_size,
             num_experts=num_experts,
@@ -173,7 +177,7 @@ class MixtureOfExperts(nn.Module):
         self.reset_statistics()
 
     def forward(self, hidden_states: Tensor, *, padding: Tensor | None = None) -> MoEOutput:
-        """hidden_states (..., S, E) -> the same; all dimensions before S are sequences B.
+        """hidden_states (..., S, E) -> the same; all dimensions before S are rows B.
 
         Args:
             hidden_states: the tokens.
@@ -214,29 +218,28 @@ class MixtureOfExperts(nn.Module):
         return MoEOutput(out.to(hidden_states.dtype).view(hidden_states.shape), losses)
 
     def _losses(self, routing: Routing, out: Tensor, real: Tensor | None, length: int) -> Tensor:
-        """(B, 2), times their coefficients: of whole sequences, also where ranks hold parts."""
+        """(B, S, 2), times their coefficients: of whole sequences, also where ranks hold parts."""
         out = out.unflatten(0, (-1, length))
-        real = None if real is None else real.view(-1, length)
-        balance = magnitude = out.new_zeros(len(out))
-        tokens = out.new_full((len(out), 1), length) if real is None else real.sum(dim=1, keepdim=True).to(out.dtype)
-        parts = [tokens]
+        losses = out.new_zeros(*out.shape[:2], 2)
+        if not (self.balance_loss_coeff or self.magnitude_loss_coeff):
+            return losses
+        counted = torch.ones_like(losses[..., :1]) if real is None else real.view(-1, length, 1).to(out.dtype)
+        terms = [counted]
         if self.magnitude_loss_coeff:
             # A padded token's output is 0.
-            parts += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1).sum(dim=1, keepdim=True)]
+            terms += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1, keepdim=True)]
         if self.balance_loss_coeff:
             scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
-            parts += [balance_sums(scores, selected, real).flatten(1)]
-        if len(parts) > 1:
-            # One message; the balance loss multiplies sums, so that these come first.
-            summed = sum_over(torch.cat(parts, dim=1), self.context_group)
-            tokens, *parts = summed.split([part.shape[1] for part in parts], dim=1)
-            tokens = tokens.squeeze(1).clamp(min=1)
-        if self.balance_loss_coeff:
-            sums = parts.pop().unflatten(1, (2, -1))
-            balance = self.balance_loss_coeff * balance_loss(sums, tokens, self.top_k)
+            terms += [term * counted for term in balance_terms(scores, selected)]
+        sequences = Sequences(length, self.sequence_length, self.context_group)
+        tokens, *sums = sequences.sums(terms)
+        tokens = tokens.clamp(min=1)
+        balance = magnitude = torch.zeros_like(tokens)
         if self.magnitude_loss_coeff:
-            magnitude = self.magnitude_loss_coeff * parts.pop().squeeze(1) / tokens
-        return torch.stack((balance, magnitude), dim=1)
+            magnitude = self.magnitude_loss_coeff * sums.pop(0) / tokens
+        if self.balance_loss_coeff:
+            balance = self.balance_loss_coeff * balance_loss(*sums, tokens, self.top_k)
+        return sequences.spread(torch.cat((balance, magnitude), dim=-1))
 
     def _note(
         self,

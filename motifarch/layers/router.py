@@ -108,25 +108,21 @@ def shares(scores: Tensor) -> Tensor:
     return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
-def balance_sums(scores: Tensor, selected: Tensor, real: Tensor | None) -> Tensor:
-    """What the balance loss of each sequence is made of, sums over its tokens.
+def balance_terms(scores: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, what the balance loss of a sequence is made of when it is summed up.
 
     Args:
         scores: (B, S, num_experts).
         selected: (B, S, k).
-        real: (B, S) bool, tokens that count; None for all.
 
     Returns:
-        (B, 2, num_experts), of scores' dtype: how often each expert was chosen, and the shares that
-        it has of tokens' scores. Sums of a sequence's parts add up to its own.
+        Two (B, S, num_experts), of scores' dtype: 1 where an expert was chosen, and the share that
+        it has of the token's scores.
     """
-    parts = [torch.zeros_like(scores).scatter_(-1, selected, 1.0), shares(scores)]
-    if real is not None:
-        parts = [part.masked_fill(~real[..., None], 0) for part in parts]
-    return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+    return torch.zeros_like(scores).scatter_(-1, selected, 1.0), shares(scores)
 
 
-def balance_loss(sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+def balance_loss(chosen: Tensor, probability: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """The balance loss of each sequence: 1 where its tokens are spread evenly over the experts.
 
     ``sum_i f_i P_i``, with f_i the share of the sequence's slots that chose expert i, times the
@@ -134,12 +130,13 @@ def balance_loss(sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with the choices as they were made.
 
     Args:
-        sums: (B, 2, num_experts), `balance_sums`.
-        tokens: (B,), those of each sequence that count, at least 1.
+        chosen: (..., num_experts), sums of the first of `balance_terms` over a sequence's tokens.
+        probability: (..., num_experts), those of the second.
+        tokens: (..., 1), how many were summed, at least 1.
         top_k: choices of a token.
 
     Returns:
-        (B,). A sequence without a token that counts has 0.
+        (..., 1). A sequence without a token that counts has 0.
     """
-    chosen, probability = (sums / tokens[:, None, None]).unbind(dim=1)
-    return (chosen * probability).sum(dim=-1) * (sums.shape[-1] / top_k)
+    product = (chosen / tokens) * (probability / tokens)
+    return product.sum(dim=-1, keepdim=True) * (chosen.shape[-1] / top_k)

@@ -55,10 +55,13 @@ class Annealing:
             connections.post_alpha = self._alpha if moving else alpha  # type: ignore[assignment]
 
 
-def set_expert_losses(model: MotifForCausalLM, recipe: Recipe) -> None:
-    """Gives a model's experts the coefficients of their losses."""
+def set_expert_losses(model: MotifForCausalLM, recipe: Recipe, seq_len: int) -> None:
+    """Gives a model's experts the coefficients of their losses, and the tokens of a sequence: these
+    losses are those of each, however many a micro-batch has.
+    """
     experts, last = recipe.experts, len(model.model.layers) - 1
     for i, layer in model.model.expert_layers().items():
         layer.balance_loss_coeff = experts.balance_loss_by_layer.get(i, experts.balance_loss)
         layer.magnitude_loss_coeff = experts.magnitude_loss
+        layer.sequence_length = seq_len
         layer.magnitude_threshold = experts.magnitude_threshold_last if i == last else experts.magnitude_threshold

@@ -270,7 +270,7 @@ def build_state(
         compile=recipe.compile,
     )
     initialize(model, world.device, recipe.run.seed)
-    set_expert_losses(model, recipe)
+    set_expert_losses(model, recipe, seq_len)
     for layer in decoder_layers(model):
         layer.self_attn.record_max_logits = recipe.optim.qk_clip is not None  # type: ignore[union-attr]
     if recipe.run.init_from:

@@ -125,7 +125,7 @@ def build_trainer(recipe: Recipe, **arguments: Any) -> Trainer:
     inputs = open_inputs(recipe)
     set_seed(recipe.run.seed)
     model = MotifForCausalLM(inputs.model_config)
-    set_expert_losses(model, recipe)
+    set_expert_losses(model, recipe, inputs.seq_len)
     options: dict[str, Any] = {
         "output_dir": recipe.run.output,
         "max_steps": recipe.run.steps,

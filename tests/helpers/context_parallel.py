@@ -33,6 +33,10 @@ OMISSIONS: dict[str, tuple[Any, str, Callable[..., Any]] | None] = {
 """What ranks do not send each other, with what takes its place; None for what a batch lacks."""
 
 
+SEQUENCE = 8
+"""Tokens of a training sequence."""
+
+
 def compare(output: Path) -> None:
     """The largest difference of loss and gradients to one process's, for each omission and, under
     "nothing", without one; rank 0 saves them.
@@ -40,33 +44,36 @@ def compare(output: Path) -> None:
     dist.init_process_group("gloo")
     batch = _batch()
     targets = int((batch["shift_labels"] != IGNORE_INDEX).sum())
-    expected = _step(_model(), batch, targets)
+    expected = {length: _step(_model(length), batch, targets) for length in (SEQUENCE, None)}
     differences = {}
-    for name in ("nothing", *OMISSIONS):
-        model = _model()
+    for name in ("nothing", "nothing, of one sequence", *OMISSIONS):
+        length = None if name == "nothing, of one sequence" else SEQUENCE
+        model = _model(length)
         apply_context_parallel(model, dist.group.WORLD)  # type: ignore[arg-type]
         with _without(name):
             found = _step(model, _part(batch, name), targets / dist.get_world_size())
         for value in found.values():
             dist.all_reduce(value)
             value /= dist.get_world_size()
-        assert found.keys() == expected.keys()
-        differences[name] = {key: float((found[key] - value).abs().max()) for key, value in expected.items()}
+        truth = expected[length]
+        assert found.keys() == truth.keys()
+        differences[name] = {key: float((found[key] - value).abs().max()) for key, value in truth.items()}
     if dist.get_rank() == 0:
         torch.save(differences, output)
     dist.destroy_process_group()
 
 
-def _model() -> MotifForCausalLM:
+def _model(sequence_length: int | None) -> MotifForCausalLM:
     model = tiny_motif_3(num_hidden_layers=3)
     for experts in model.model.expert_layers().values():
         experts.balance_loss_coeff, experts.magnitude_loss_coeff, experts.magnitude_threshold = 0.1, 0.1, 0.1
+        experts.sequence_length = sequence_length
     return model.train()
 
 
 def _batch() -> dict[str, Any]:
-    """A row of documents, one of which lies on both ranks."""
-    bounds = torch.tensor([0, 3, 8, 19, 24], dtype=torch.int32)
+    """A row of three sequences, of which the second, a single document, lies on both ranks."""
+    bounds = torch.tensor([0, 3, 8, 16, 19, 24], dtype=torch.int32)
     lengths = bounds.diff()
     ids = random_ids(1, 24, vocab_size=TINY["vocab_size"])
     positions = torch.arange(24) - torch.repeat_interleave(bounds[:-1], lengths)

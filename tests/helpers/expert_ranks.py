@@ -247,8 +247,9 @@ def skip_a_step(data: Path, case: Case) -> None:
     """A router that is NaN on one rank alone: no rank takes the step, all take the next one."""
     with open_world() as world:
         mesh = Mesh("cpu", case.layout.resolve(world.size))
-        state = build(case, mesh)
-        mixture = Mixture([MixtureComponent(PackedDataset.open(data))], seed=0, batch_schedule=BatchSchedule(8))
+        dataset = PackedDataset.open(data)
+        state = build(case, mesh, dataset.seq_len)
+        mixture = Mixture([MixtureComponent(dataset)], seed=0, batch_schedule=BatchSchedule(8))
         place = {"rank": mesh.data_rank, "world_size": world.size, "micro_batch_size": 2}
         loader = BatchLoader(mixture, **place, start_step=0, stop_step=3)
         options: dict[str, Any] = {"lr": 1e-3, "clip": 1.0, "expert_bias_rate": 0.01, "layout": mesh.layout}

@@ -118,14 +118,14 @@ def gather_routing(seen: dict[str, Routed], layout: Layout, steps: int) -> dict[
     return gathered
 
 
-def build(case: Case, mesh: Mesh) -> TrainState:
+def build(case: Case, mesh: Mesh, seq_len: int) -> TrainState:
     with torch.device("meta"):
         model = MotifForCausalLM(case.config).train()
     parallelize(model, mesh, **case.options)
     initialize(model, torch.device("cpu"), seed=0)
     if case.init_from:
         load_weights(case.init_from, model)
-    set_expert_losses(model, Recipe(experts=EXPERTS))
+    set_expert_losses(model, Recipe(experts=EXPERTS), seq_len)
     for layer in decoder_layers(model):
         layer.self_attn.record_max_logits = case.qk_clip is not None  # type: ignore[union-attr]
     optimizer = optimizer_of(case.optimizer, model)
@@ -148,12 +148,13 @@ def train_cases(data: Path, output: Path, cases: list[Case]) -> None:
         results = {}
         for case in cases:
             mesh = Mesh("cpu", case.layout.resolve(world.size))
-            state = build(case, mesh)
+            dataset = PackedDataset.open(data)
+            state = build(case, mesh, dataset.seq_len)
             if case.load:
                 load_state(case.load, state)
                 if case.save:
                     checkpointer(case, data).save(state)
-            component = MixtureComponent(PackedDataset.open(data))
+            component = MixtureComponent(dataset)
             mixture = Mixture([component], seed=0, batch_schedule=BatchSchedule(8))
             place = {"rank": mesh.data_rank, "world_size": mesh.layout.data_parallel_size}
             place["micro_batch_size"] = case.micro

@@ -159,7 +159,7 @@ def test_padding_enters_nothing():
         moe.zero_grad()
         moe.reset_buffers()
         out, losses = moe(x, padding=padding)
-        (out.square().sum() + losses.sum()).backward()
+        (out.square().sum() + losses[:, -1].sum()).backward()
         grads = [p.grad.clone() for p in moe.parameters()]
         return out, losses, grads, moe.tokens_per_expert.clone(), moe.statistics()
 
@@ -170,7 +170,7 @@ def test_padding_enters_nothing():
     assert (x.grad[~real] == 0).all()
     alone = [run(x.detach()[i : i + 1, 2 * i :]) for i in range(2)]
     assert_agrees(torch.cat([out[0], out[1, 2:]]), torch.cat([alone[0][0][0], alone[1][0][0]]), 1e-12)
-    assert_agrees(losses, torch.cat([alone[0][1], alone[1][1]]), 1e-12)
+    assert_agrees(losses[real], torch.cat([alone[0][1][0], alone[1][1][0]]), 1e-12)
     for grad, *others in zip(grads, *(a[2] for a in alone), strict=True):
         assert_agrees(grad, sum(others), 1e-12)
     assert torch.equal(counts, alone[0][3] + alone[1][3])
@@ -183,6 +183,9 @@ def test_losses_are_those_of_each_sequence():
     moe = mixture(balance_loss_coeff=0.1, magnitude_loss_coeff=0.2, magnitude_threshold=0.5)
     x = tokens(2, 5)
     out, losses = moe(x)
+    assert losses.shape == (2, 5, 2)
+    assert (losses == losses[:, :1]).all()  # a sequence's tokens have the same
+    losses = losses[:, 0]
     for row, expected in zip(x, losses, strict=True):
         scores = torch.sigmoid(row @ moe.router.gate.weight.T)
         chosen = (scores + moe.expert_bias).topk(2).indices.flatten().tolist()
@@ -192,7 +195,35 @@ def test_losses_are_those_of_each_sequence():
     magnitude = 0.2 * (out.abs() - 0.5).relu().square().mean(dim=(1, 2))
     assert_agrees(losses[:, 1], magnitude, 1e-12)
     assert moe.eval()(x).losses is None
-    assert mixture()(x).losses.tolist() == [[0, 0], [0, 0]]
+    assert mixture()(x).losses.tolist() == [[[0, 0]] * 5] * 2
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_sequences_of_a_row_have_losses_of_their_own(padded):
+    moe = mixture(balance_loss_coeff=0.1, magnitude_loss_coeff=0.2, magnitude_threshold=0.5)
+    x, weights = tokens(3, 5), torch.randn(3, 5, 2, dtype=torch.float64)
+    real = torch.rand(3, 5) < 0.6 if padded else torch.ones(3, 5, dtype=torch.bool)
+
+    def run(*shape):
+        out, losses = moe(x.view(*shape, SIZE), padding=real.view(shape) if padded else None)
+        gradients = torch.autograd.grad((losses.view(3, 5, 2) * weights).sum(), [x, moe.router.gate.weight])
+        return out.view(3, 5, SIZE), losses.view(3, 5, 2), *gradients
+
+    apart, together = run(3, 5), run(1, 15)
+    assert (together[1] - apart[1]).abs().max() > 1e-3
+    moe.sequence_length = 5
+    for found, expected in zip(run(1, 15), apart, strict=True):
+        assert_agrees(found, expected, 1e-12)
+    moe.sequence_length = 20  # the row is shorter
+    for found, expected in zip(run(1, 15), together, strict=True):
+        assert_agrees(found, expected, 1e-12)
+
+
+def test_the_last_sequence_of_a_row_may_be_shorter():
+    moe, x = mixture(balance_loss_coeff=0.1), tokens(2, 11)
+    expected = torch.cat([moe(part).losses for part in x.split(4, dim=1)], dim=1)
+    moe.sequence_length = 4
+    assert_agrees(moe(x).losses, expected, 1e-12)
 
 
 def test_noise_is_for_training_alone_and_can_be_drawn_again():

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,7 +13,9 @@ from torch import nn
 
 from helpers.distributed import train
 from helpers.models import random_ids, tiny_config
+from helpers.motif_3 import TINY, tiny_motif_3
 from helpers.tiny import MOTIF_3, SHORT_RUN, write_recipe
+from motifarch.data import Block, collate
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.models.motif import MotifForCausalLM
@@ -33,7 +36,7 @@ from motifarch.train.manifest import checkpoint_name
 from motifarch.train.recipe import DataSection, DatasetEntry, ExpertsSection, ModelSection, OptimSection, Recipe
 from motifarch.train.recipe_rules import check_recipe
 from motifarch.train.run_folder import read_metrics
-from motifarch.train.step import StepResult, train_step
+from motifarch.train.step import StepResult, count_targets, train_step
 from motifarch.train.trained_model import load_trained_model
 
 MODEL = ModelSection(**MOTIF_3)
@@ -73,10 +76,11 @@ def test_what_is_set_reaches_the_layers() -> None:
         experts=ExpertsSection(router_noise=0.5, balance_loss_by_layer={1: 3e-4}),
         optim=OptimSection(mhc_post_alpha_steps=4),
     )
-    set_expert_losses(model, recipe)
+    set_expert_losses(model, recipe, 16)
     Annealing(model, recipe, torch.device("cpu")).set(2)
     first, last = model.model.expert_layers().values()
     assert (first.balance_loss_coeff, last.balance_loss_coeff) == (3e-4, 1e-4)
+    assert (first.sequence_length, last.sequence_length) == (16, 16)
     assert (first.magnitude_threshold, last.magnitude_threshold) == (128, 1024)
     assert float(first.router_noise) > 0
     assert {float(layer.mhc_ffn.post_alpha) for layer in model.model.layers} == {0.5}  # type: ignore[union-attr, arg-type]
@@ -118,26 +122,42 @@ def test_first_weights_leave_no_tensor_without_a_value() -> None:
         initialize(model, torch.device("cpu"), seed=0)
 
 
+# Both losses weigh something.
+EXPERTS = ExpertsSection(balance_loss=0.1, magnitude_loss=0.1, magnitude_threshold=0.01, magnitude_threshold_last=0.01)
+
+
+def blocks(rows: int, seq_len: int, vocab_size: int = 97) -> list[Block]:
+    """Rows of two or three documents, of which some targets are not trained."""
+    draw, ids = np.random.default_rng(0), random_ids(rows, seq_len + 1, vocab_size=vocab_size).numpy()
+    lengths = [np.diff([0, *sorted({3, int(draw.integers(4, seq_len))}), seq_len + 1]) for _ in range(rows)]
+    return [Block(i, n, draw.random(seq_len + 1) < 0.8) for i, n in zip(ids, lengths, strict=True)]
+
+
+def split(rows: list[Block], micro: int) -> list[list[Block]]:
+    """So many in each part, and what is left in the last."""
+    return [rows[i : i + micro] for i in range(0, len(rows), micro)]
+
+
 def steps(model: MotifForCausalLM, micro: int, *options: dict[str, Any]) -> Generator[StepResult]:
-    """Steps on the same 8 rows, so many at once."""
-    ids = random_ids(8, 17)
-    rows = [{"input_ids": part[:, :-1], "shift_labels": part[:, 1:].contiguous()} for part in ids.split(micro)]
+    """Steps on the same 8 rows of documents, so many packed into a micro-batch."""
+    rows = [collate(part) for part in split(blocks(8, 16), micro)]
     common = {"lr": 1e-3, "clip": None, "expert_bias_rate": 0.01}
     with open_world() as world:
-        set_expert_losses(model, recipe_of(experts=ExpertsSection(balance_loss=0.1)))
+        set_expert_losses(model, recipe_of(experts=EXPERTS), 16)
         sharded = parallelize(model, Mesh("cpu", Layout().resolve(1)))
         state = TrainState(sharded, build_optimizer(sharded, name="adamw", lr=1e-3, eps=1e-4))
         for own in options:
-            yield train_step(state, rows, world=world, targets=8 * 16, **common | own)
+            yield train_step(state, rows, world=world, targets=count_targets(rows), **common | own)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: to_local(value).clone() for name, value in model.state_dict().items()}
 
 
-def test_micro_batches_add_up() -> None:
+@pytest.mark.parametrize("micro", [1, 2, 3, 4])
+def test_micro_batches_add_up(micro: int) -> None:
     whole, parts = tiny(), tiny()
-    (expected,), (found,) = steps(whole, 8, {}), steps(parts, 2, {})
+    (expected,), (found,) = steps(whole, 8, {}), steps(parts, micro, {})
     assert expected.mtp_loss is not None
     assert expected.expert_loss is not None
     for name in ("loss", "mtp_loss", "expert_loss", "grad_norm"):
@@ -145,9 +165,30 @@ def test_micro_batches_add_up() -> None:
     torch.testing.assert_close(whole_state(parts), whole_state(whole), rtol=0, atol=1e-6)
     assert all(bias.any() for bias in biases(whole))
     # What is reported as the loss is the cross-entropy alone.
-    ids = random_ids(8, 17)
-    plain = nn.functional.cross_entropy(tiny().eval()(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    batch = collate(blocks(8, 16))
+    labels = batch.pop("shift_labels")
+    plain = nn.functional.cross_entropy(tiny().eval()(**batch).logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(found.loss, plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_do_not_depend_on_the_rows_of_a_micro_batch() -> None:
+    rows = blocks(7, 12, TINY["vocab_size"])
+    targets = torch.tensor(count_targets([collate(rows)]))
+
+    def gradients(micro: int, seq_len: int | None) -> dict[str, torch.Tensor]:
+        model = tiny_motif_3(num_hidden_layers=3).train()
+        for layer in model.model.expert_layers().values():
+            layer.balance_loss_coeff, layer.magnitude_loss_coeff, layer.magnitude_threshold = 0.1, 0.1, 0.1
+            layer.sequence_length = seq_len
+        for part in split(rows, micro):
+            model(**collate(part), num_items_in_batch=targets).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    apart = gradients(1, None)  # each row alone
+    for micro in (1, 2, 3, 4, 7):
+        torch.testing.assert_close(gradients(micro, 12), apart, rtol=0, atol=1e-12)
+    together, router = gradients(7, None), "model.layers.1.moe.router.gate.weight"
+    assert (together[router] - apart[router]).abs().max() > 1e-4
 
 
 def test_a_skipped_step_leaves_biases_and_zeroes_counts() -> None:

@@ -183,8 +183,8 @@ class MotifModelOutput(BaseModelOutputWithPast):
     mtp_hidden_states: Tensor | None = None
     """(B, S, E) from which the head predicts the token after the next one."""
     expert_losses: Tensor | None = None
-    """Each row's balance and magnitude losses, (B, 2) float32, summed over layers; in training mode
-    of a model with experts.
+    """Balance and magnitude losses of each token's sequence, (B, S, 2) float32, summed over layers;
+    in training mode of a model with experts.
     """
 
 

@@ -173,8 +173,8 @@ class MotifDecoderLayer(GradientCheckpointingLayer):
             **options: those of ``BaseAttention.forward``.
 
         Returns:
-            A tensor like hidden_states; of experts in training mode also their losses of each row,
-            (B, 2) float32.
+            A tensor like hidden_states; of experts in training mode also the losses of each token's
+            sequence, (B, S, 2) float32.
         """
 
         def attend(x: Tensor) -> Tensor:

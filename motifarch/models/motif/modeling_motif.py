@@ -170,8 +170,8 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
                 num_items=num_items_in_batch,
                 z_loss_weight=z_loss_weight,
             )
-            targets = (shift_labels != IGNORE_INDEX).sum(dim=1)
-            num_items = targets.sum() if num_items_in_batch is None else num_items_in_batch
+            is_target = shift_labels != IGNORE_INDEX
+            num_items = is_target.sum() if num_items_in_batch is None else num_items_in_batch
             if with_mtp_loss and outputs.mtp_hidden_states is not None:
                 if mtp_labels is None:
                     mtp_labels = self._shift(shift_labels, position_ids, cu_seq_lens_q, attention_mask)
@@ -181,9 +181,9 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
                 mtp_loss = mtp_loss * mtp_loss_weight
                 loss, mtp_loss = loss + mtp_loss, mtp_loss.detach()
             if outputs.expert_losses is not None:
-                # By each row's share of the targets, so that the parts of a global batch add up.
-                share = targets.to(outputs.expert_losses) / num_items
-                expert_loss = (outputs.expert_losses.sum(dim=1) * share).sum()
+                # By a sequence's share of the targets, so that parts of a global batch add up.
+                of_token = outputs.expert_losses.sum(dim=-1)
+                expert_loss = (of_token * is_target.to(of_token)).sum() / num_items
                 loss, expert_loss = loss + expert_loss, expert_loss.detach()
         mtp_logits = None
         if return_mtp_logits and outputs.mtp_hidden_states is not None:
