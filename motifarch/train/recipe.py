@@ -222,8 +222,8 @@ class ExpertsSection(Section):
     """
 
     balance_loss: Weight = 1e-4
-    """Weight of the loss that balances loads within each sequence, a row of the data, which is 1 for
-    a layer in balance; 0 for none. Rows computed at once (`batch.micro_size`) stay sequences each.
+    """Weight of the loss that balances loads within each sequence, which is 1 for a layer in
+    balance; 0 for none. Each row of the data is a sequence, however many are computed at once.
     """
 
     balance_loss_by_layer: LossByLayer = field(default_factory=dict)
