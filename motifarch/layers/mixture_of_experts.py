@@ -238,7 +238,8 @@ class MixtureOfExperts(nn.Module):
         if self.magnitude_loss_coeff:
             magnitude = self.magnitude_loss_coeff * sums.pop(0) / tokens
         if self.balance_loss_coeff:
-            balance = self.balance_loss_coeff * balance_loss(*sums, tokens, self.top_k)
+            chosen, probability = sums
+            balance = self.balance_loss_coeff * balance_loss(chosen, probability, tokens, self.top_k)
         return sequences.spread(torch.cat((balance, magnitude), dim=-1))
 
     def _note(
