@@ -122,7 +122,7 @@ class _Tally:
 class _Recorder(TorchDispatchMode):
     """Sees every operator on plain tensors, after DTensor has cut it."""
 
-    def __init__(self, visible_share: float) -> None:
+    def __init__(self, visible_share: float, tokens: int) -> None:
         super().__init__()
         self.ledger = MemoryLedger()
         self.tallies: list[_Tally] = [_Tally()]
@@ -133,7 +133,7 @@ class _Recorder(TorchDispatchMode):
         self._layer = -1
         self._in_blocks = 0
         self._asleep = False
-        self._share = visible_share
+        self._share, self._tokens = visible_share, tokens
 
     @property
     def phase(self) -> str:
@@ -235,8 +235,8 @@ class _Recorder(TorchDispatchMode):
         direction = "backward" if phase == "recompute" else phase
         self.ledger.look((direction, len(self.tallies), self._layer), phase)
         if work := flops.count(func, args, kwargs, out):
-            share = self._share if flops.is_plain_attention(func, phase) else 1.0
-            tally.flops[phase, flops.part_of(func, phase)] += work * share
+            share = self._share if flops.is_plain_attention(func, args, phase, self._tokens) else 1.0
+            tally.flops[phase, flops.part_of(func, args, phase, self._tokens)] += work * share
         tally.moved[phase] += flops.moved_bytes(func, [*args, *kwargs.values()], outputs)
         if call := communication.recognise(func, args, outputs):
             tally.calls[call, phase] += 1
@@ -311,7 +311,7 @@ def trace_step(
     shape = rows, seq_len // layout.context
     routed = math.prod(shape) * (config.experts_top_k or 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(flops.visible_share(config, seq_len))
+    recorder = _Recorder(flops.visible_share(config, seq_len), math.prod(shape))
     ledger = recorder.ledger
 
     def without_values(model: nn.Module, device: torch.device, seed: int) -> None:

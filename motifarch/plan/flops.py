@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from motif_kernels.flops import visible_pairs  # this import registers our operators' formulas
 from motifarch.models.motif import MotifConfig
+from motifarch.models.motif.rotary import mtp_layer_type
 from motifarch.plan.memory import whole_bytes
 
 MATRICES, EXPERTS, ATTENTION = "matrices", "experts", "attention"
@@ -22,7 +23,8 @@ DIRECTIONS = ("forward", "backward", "recompute")
 
 def visible_share(config: MotifConfig, seq_len: int) -> float:
     """The part of a sequence's (query, key) pairs that causal masks and windows show."""
-    pairs = [visible_pairs(seq_len, seq_len, True, window) for window in config.windows]
+    windows = [*config.windows, *[config.window_of(mtp_layer_type(config))] * config.num_nextn_predict_layers]
+    pairs = [visible_pairs(seq_len, seq_len, True, window) for window in windows]
     return sum(pairs) / len(pairs) / seq_len**2
 
 
@@ -32,20 +34,21 @@ def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
 
-def part_of(func: Any, phase: str) -> str:
+def part_of(func: Any, args: tuple[Any, ...], phase: str, tokens: int) -> str:
     """Whether an operator with FLOPs multiplies by weights, by routed experts' or computes
-    attention.
+    attention, in a micro-batch of so many tokens.
     """
     name = func._schema.name
     if name.startswith("motif::grouped_"):
         return EXPERTS
-    return ATTENTION if is_plain_attention(func, phase) or "attention" in name else MATRICES
+    return ATTENTION if is_plain_attention(func, args, phase, tokens) or "attention" in name else MATRICES
 
 
-def is_plain_attention(func: Any, phase: str) -> bool:
+def is_plain_attention(func: Any, args: tuple[Any, ...], phase: str, tokens: int) -> bool:
     """Whether the operator is a product of whole attention maps."""
-    # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's.
-    return bool(func._schema.name == "aten::bmm") and phase != "optimizer"
+    # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's. A
+    # matrix for each token is that of hyper-connections.
+    return bool(func._schema.name == "aten::bmm") and phase != "optimizer" and len(args[0]) != tokens
 
 
 # Operators that move no data on a GPU, or whose bytes are counted elsewhere.
