@@ -12,7 +12,7 @@ STAGES = {"": 4096, "_long_32k": 32768, "_long_256k": 262144}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [64, 256, 768])
+@pytest.mark.parametrize("gpus", [64, 768])  # 256 share what 64 and 768 do: four copies for one or twelve
 def test_the_three_stages_fit(gpus: int, tmp_path: Path) -> None:
     recipes = [str(RECIPES / f"b200_{gpus}{stage}.yaml") for stage in STAGES]
     lengths = [str(length) for length in STAGES.values()]
