@@ -52,6 +52,7 @@ def test_shards_and_copies(tmp_path: Path) -> None:
     assert_only_shards_wait(found, shards=2)
 
 
+@pytest.mark.slow
 def test_what_is_not_freed_is_gathered_less_often(tmp_path: Path) -> None:
     # Four layers (one of multi-token prediction), of which the second and third have experts.
     layouts = {
