@@ -66,8 +66,6 @@ class Plan:
             memory.PARAMETERS: r.parameters,
             memory.OPTIMIZER: r.optimizer,
             memory.GRADIENTS: r.gradients,
-            # FSDP2 gathers a layer while the one before it is being used.
-            memory.GATHERED: r.outside_layers + 2 * r.largest_layer,
         }
         return {kind: exact.get(kind, r.highest[kind]) for kind in memory.KINDS}
 

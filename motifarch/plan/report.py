@@ -120,8 +120,8 @@ def _memory(plan: Plan) -> Table:
     found.add_row(f"of {plan.gpu.memory / _GIB:.2f}, less a reserve", f"{plan.usable / _GIB:.2f}", "", end_section=True)
     found.caption = (
         f"The peak is in the {r.peak_phase} phase. {r.activations / _GIB:.2f} of activations are kept for the "
-        f"backward pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered, two at a "
-        f"time; what is outside of the layers is {r.outside_layers / _GIB:.2f}."
+        f"backward pass of a micro-batch. A decoder layer is {r.largest_layer / _GIB:.2f} as it is gathered; "
+        f"what is outside of the layers is {r.outside_layers / _GIB:.2f}."
     )
     if r.offloaded:
         found.caption = f"{found.caption} {r.offloaded / _GIB:.2f} of moments lie in the CPU's memory."

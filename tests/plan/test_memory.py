@@ -95,7 +95,17 @@ def test_gathered_layers() -> None:
     outside = found.trace.parameter_count - 2 * layer
     assert found.trace.largest_layer == 2 * layer
     assert found.trace.outside_layers == 2 * outside
-    assert found.memory[memory.GATHERED] == 2 * outside + 4 * layer
     halved = make_plan(small_recipe(parallel__tensor=2), find_gpu("h100"), 4, seq_len=SEQ_LEN).trace
     matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
     assert halved.largest_layer == 4 * (layer - matrices // 2)
+
+
+@pytest.mark.parametrize(("freed", "kept"), [(1.0, 0), (0.5, 3), (0.0, 6)])
+def test_gathered_layers_at_their_peak(freed: float, kept: int) -> None:
+    """Of the layer in use and those that stay, the parameters; and the messages, padded to equal
+    parts, that brought it and bring its neighbour.
+    """
+    recipe = small_recipe(model__num_hidden_layers=6, parallel__reshard_after_forward=freed)
+    found = make_plan(recipe, find_gpu("h100"), 4, seq_len=SEQ_LEN)
+    expected = found.trace.outside_layers + (max(1, kept) + 2) * found.trace.largest_layer
+    assert found.memory[memory.GATHERED] == pytest.approx(expected, rel=1e-3)
