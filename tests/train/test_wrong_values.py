@@ -33,7 +33,7 @@ MAY_BE_ZERO = re.compile(
     r"run\.seed|model\.(num_noise_heads|lambda_init|num_shared_experts|n_dense_first_layers|mhc_h_post_alpha_end|"
     r"num_nextn_predict_layers)|data\.(ramp|datasets\[0\]\.weight)|batch\.warmup_steps|"
     r"experts\.|optim\.(lr$|momentum|weight_decay|z_loss|mhc_post_alpha_steps|warmup_steps|decay_steps|min_lr_ratio)|"
-    r"checkpoint\.keep_last|(average|validation)\.every|lora\.(rank|dropout)"
+    r"checkpoint\.keep_last|(average|validation)\.every|parallel\.reshard_after_forward|lora\.(rank|dropout)"
 )
 # A seed may be any number of 63 bits.
 MAY_BE_HUGE = re.compile(r"run\.seed")
