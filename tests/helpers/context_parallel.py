@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.models import random_ids
-from helpers.motif_3 import TINY, tiny_motif_3
+from helpers.motif_3 import TINY, trained_motif_3
 from motifarch.layers import IGNORE_INDEX, group_sum, halo, ulysses
 from motifarch.layers.cross_entropy import next_labels
 from motifarch.models.motif import MotifForCausalLM
@@ -44,11 +44,11 @@ def compare(output: Path) -> None:
     dist.init_process_group("gloo")
     batch = _batch()
     targets = int((batch["shift_labels"] != IGNORE_INDEX).sum())
-    expected = {length: _step(_model(length), batch, targets) for length in (SEQUENCE, None)}
+    expected = {length: _step(trained_motif_3(length), batch, targets) for length in (SEQUENCE, None)}
     differences = {}
     for name in ("nothing", "nothing, of one sequence", *OMISSIONS):
         length = None if name == "nothing, of one sequence" else SEQUENCE
-        model = _model(length)
+        model = trained_motif_3(length)
         apply_context_parallel(model, dist.group.WORLD)  # type: ignore[arg-type]
         with _without(name):
             found = _step(model, _part(batch, name), targets / dist.get_world_size())
@@ -61,14 +61,6 @@ def compare(output: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(differences, output)
     dist.destroy_process_group()
-
-
-def _model(sequence_length: int | None) -> MotifForCausalLM:
-    model = tiny_motif_3(num_hidden_layers=3)
-    for experts in model.model.expert_layers().values():
-        experts.balance_loss_coeff, experts.magnitude_loss_coeff, experts.magnitude_threshold = 0.1, 0.1, 0.1
-        experts.sequence_length = sequence_length
-    return model.train()
 
 
 def _batch() -> dict[str, Any]:

@@ -67,3 +67,12 @@ def tiny_motif_3(*, dtype: torch.dtype = torch.float64, seed: int = 0, **changes
         with torch.no_grad():
             tensor.copy_(drawn)
     return model
+
+
+def trained_motif_3(sequence_length: int | None = None) -> MotifForCausalLM:
+    """One of three layers in training mode, whose experts' losses count."""
+    model = tiny_motif_3(num_hidden_layers=3)
+    for experts in model.model.expert_layers().values():
+        experts.balance_loss_coeff, experts.magnitude_loss_coeff, experts.magnitude_threshold = 0.1, 0.1, 0.1
+        experts.sequence_length = sequence_length
+    return model.train()

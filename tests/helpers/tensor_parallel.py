@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from helpers.models import random_ids
-from helpers.motif_3 import TINY, tiny_motif_3
+from helpers.motif_3 import TINY, trained_motif_3
 from motifarch.decoder_layers import decoder_layers
 from motifarch.layers import grouped_differential_latent_attention as latent
 from motifarch.models.motif import MotifForCausalLM
@@ -45,10 +45,10 @@ def compare(output: Path) -> None:
     """
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    expected = _step(_model())
+    expected = _step(trained_motif_3())
     differences = {}
     for name in ("nothing", *OMISSIONS):
-        model = _model()
+        model = trained_motif_3()
         apply_tensor_parallel(model, mesh)
         with _without(name, model, mesh):
             found = _step(model)
@@ -57,13 +57,6 @@ def compare(output: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(differences, output)
     dist.destroy_process_group()
-
-
-def _model() -> MotifForCausalLM:
-    model = tiny_motif_3(num_hidden_layers=3)
-    for experts in model.model.expert_layers().values():
-        experts.balance_loss_coeff, experts.magnitude_loss_coeff, experts.magnitude_threshold = 0.1, 0.1, 0.1
-    return model.train()
 
 
 def _step(model: MotifForCausalLM) -> dict[str, Tensor]:

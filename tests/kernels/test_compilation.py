@@ -7,6 +7,7 @@ checked here.
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,9 @@ ALL = jobs(ARCHITECTURES, FAMILIES)
 WHILE_COMPILING = pytest.mark.timeout(2400)
 
 Kernels = list[dict[str, Any]]
+
+# Of each loop in a row of the report.
+INSTRUCTIONS = re.compile(r"(?<= \| )\d+(?=: )")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +50,21 @@ def test_every_configuration_is_within_bounds(compiled: dict[tuple[int, str], Ke
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_are_as_reported(compiled: dict[tuple[int, str], Kernels], arch: int) -> None:
-    """Of a GPU as a whole: kernels of several families share a row."""
+    """Of a GPU as a whole: kernels of several families share a row.
+
+    ptxas is not repeatable: of the same PTX it makes one schedule or another, whose loops differ by
+    some instructions. All else is equal.
+    """
     reported = json.loads((RESULTS / "compiled.json").read_text())
     if reported["environment"]["versions"]["triton"] != triton.__version__:
         pytest.skip("the report is of another triton")
     found = rows_of(kernel for job in ALL if job[0] == arch for kernel in compiled[job])
     message = "kernels have changed: python -m benchmarks.compiled writes the report anew"
-    assert [row for row in reported["kernels"] if row["for"] == f"sm_{arch}"] == found, message
+    expected = [row for row in reported["kernels"] if row["for"] == f"sm_{arch}"]
+    before, now = json.dumps(expected), json.dumps(found)
+    assert INSTRUCTIONS.sub("", now) == INSTRUCTIONS.sub("", before), message
+    counts = [[int(n) for n in INSTRUCTIONS.findall(text)] for text in (now, before)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.02), message
 
 
 @WHILE_COMPILING
