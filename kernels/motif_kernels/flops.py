@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from motif_kernels.ops import diff_attention, moe, sdpa, take  # noqa: F401  (define what is registered here)
+from motif_kernels.ops import diff_attention, hyper_connections, moe, sdpa, take  # noqa: F401  (define what is registered here)
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 _Formula = TypeVar("_Formula", bound=Callable[..., int])
@@ -269,3 +269,27 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool, **_: Any) ->
 @register(torch.ops.motif.grouped_weight_gradient)
 def _(grad: Tensor, x: Tensor, offsets: Tensor, **_: Any) -> int:
     return 2 * grad.shape[0] * grad.shape[1] * x.shape[1]
+
+
+# Hyper-connections: products, the sum that is read, and the mixing matrices; their sums of squares
+# and Sinkhorn's iterations are left out, as norms are.
+
+
+@register(torch.ops.motif.read_streams)
+def _(streams: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * streams.numel() * (weight.shape[0] + 1)
+
+
+@register(torch.ops.motif.read_streams_backward)
+def _(grad: Tensor | None, grad_products: Tensor | None, streams: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * streams.numel() * (weight.shape[0] + 1)
+
+
+@register(torch.ops.motif.update_streams)
+def _(streams: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * streams.numel() * streams.shape[-2]
+
+
+@register(torch.ops.motif.update_streams_backward)
+def _(grad: Tensor, streams: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * streams.numel() * streams.shape[-2]

@@ -11,6 +11,7 @@ heads, g = Hs / Hn signal heads a noise head.
 import torch
 from torch import Tensor
 
+from motif_kernels.impl.constants import GATE_BOUND, LEAST_SUM, MIX_BOUND
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
 
 
@@ -320,3 +321,59 @@ def grouped_mul_poly_norm(
     group, none = rows_of_groups(offsets, len(gate))
     gate, up = gate.masked_fill(none[:, None], 0), up.masked_fill(none[:, None], 0)
     return mul_poly_norm(gate, up, weight[group], bias[group], eps=eps)
+
+
+def stream_gates(logits: Tensor) -> Tensor:
+    """The sigmoid of logits within bounds."""
+    return logits.clamp(-GATE_BOUND, GATE_BOUND).sigmoid()
+
+
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """``exp(logits)`` (..., n, n), of bounded logits, brought near a doubly stochastic matrix.
+
+    Each iteration divides rows by their sums and then columns by theirs (Sinkhorn and Knopp, 1967).
+    """
+    matrix = logits.clamp(-MIX_BOUND, MIX_BOUND).exp()
+    for _ in range(iterations):
+        matrix = matrix / matrix.sum(dim=-1, keepdim=True).clamp(min=LEAST_SUM)
+        matrix = matrix / matrix.sum(dim=-2, keepdim=True).clamp(min=LEAST_SUM)
+    return matrix
+
+
+def read_streams(streams: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """What a sublayer reads of streams (..., n, E), in their dtype, and the products of the
+    normalised streams with weight (C, n E); arXiv 2512.24880.
+
+    The first n products and bias (n,) are the logits of the gates that the streams are added with.
+    """
+    dtype = compute_dtype(streams)
+    flat = streams.flatten(-2).to(dtype)
+    normed = flat * torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + eps)
+    products = normed @ weight.to(dtype).mT
+    return reduce_streams(streams, products, bias), products
+
+
+def reduce_streams(streams: Tensor, products: Tensor, bias: Tensor) -> Tensor:
+    """The sum of :func:`read_streams`, of products that are known."""
+    gates = stream_gates(products[..., : streams.shape[-2]] + bias.to(products.dtype))
+    return (gates.unsqueeze(-1) * streams.to(gates.dtype)).sum(dim=-2).to(streams.dtype)
+
+
+def stream_maps(products: Tensor, bias: Tensor, *, iterations: int) -> tuple[Tensor, Tensor]:
+    """Gates (..., n) for a sublayer's output, and doubly stochastic matrices (..., n, n).
+
+    Their logits are the last n + n n products, of :func:`read_streams`, and bias (n + n n,).
+    """
+    logits = products[..., -len(bias) :] + bias.to(products.dtype)
+    n = products.shape[-1] - len(bias)
+    mix = sinkhorn(logits[..., n:].unflatten(-1, (n, n)), iterations)
+    return stream_gates(logits[..., :n]), mix
+
+
+def update_streams(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> Tensor:
+    """``X'_i = sum_j mix_ij X_j + post_i out`` for streams X (..., n, E) and out (..., E), rounded
+    to the streams' dtype.
+    """
+    dtype = compute_dtype(streams)
+    mixed = (mix.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(dim=-2)
+    return (mixed + post.to(dtype).unsqueeze(-1) * out.to(dtype).unsqueeze(-2)).to(streams.dtype)

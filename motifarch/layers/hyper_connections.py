@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from motifarch.layers.autocast import without_autocast
+from motif_kernels import read_streams, reference, stream_maps, update_streams
+from motifarch.layers.linear_weight import is_plain
 from motifarch.layers.rms_norm import RMSNorm
 from motifarch.layers.wide_linear import WideLinear
-
-_GATE_BOUND, _MIX_BOUND = 10.0, 20.0
-"""What logits of the gates and of the mixing matrix are clamped to."""
-
-_LEAST_SUM = 1e-8
 
 
 def expand_streams(x: Tensor, num_streams: int) -> Tensor:
@@ -27,38 +23,6 @@ def expand_streams(x: Tensor, num_streams: int) -> Tensor:
 def merge_streams(streams: Tensor) -> Tensor:
     """The mean of streams (..., n, E): (..., E)."""
     return streams.mean(dim=-2)
-
-
-def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
-    """``exp(logits)`` (..., n, n) brought near a doubly stochastic matrix.
-
-    Each iteration divides rows by their sums and then columns by theirs (Sinkhorn and Knopp, 1967).
-    """
-    # With the n x n in front, each operator runs through long rows.
-    matrix = logits.movedim((-2, -1), (0, 1)).contiguous().exp()
-    for _ in range(iterations):
-        matrix = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=_LEAST_SUM)
-        matrix = matrix / matrix.sum(dim=0, keepdim=True).clamp(min=_LEAST_SUM)
-    return matrix.movedim((0, 1), (-2, -1)).contiguous()  # for products
-
-
-class _Weigh(torch.autograd.Function):
-    """``weights @ streams`` in the weights' dtype, of which no copy of the streams is kept."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, weights: Tensor, streams: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, streams)
-        return weights @ streams.to(weights.dtype)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        weights, streams = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad @ streams.to(weights.dtype).mT, (weights.mT @ grad).to(streams.dtype)
-
-
-def _weigh(weights: Tensor, streams: Tensor) -> Tensor:
-    """Sums (..., m, E) of streams (..., n, E) with weights (..., m, n)."""
-    return _Weigh.apply(weights, streams)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class XavierLinear(WideLinear):
@@ -151,19 +115,26 @@ class HyperConnections(nn.Module):
                 nn.init.normal_(parameter, std=0.1)
             nn.init.zeros_(self.bias_pre)
 
-    def maps(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gates pre and post (..., n) and H (..., n, n) of streams (..., n, E)."""
-        dtype = torch.promote_types(streams.dtype, torch.float32)
-        normed = self.rms_norm(streams.flatten(-2).to(torch.promote_types(streams.dtype, self.alpha_pre.dtype)))
-
-        def logits(alpha: Tensor, projection: nn.Module, bias: Tensor, bound: float) -> Tensor:
-            read = projection(normed).to(dtype).unflatten(-1, bias.shape)
-            return (alpha.to(dtype) * read + bias.to(dtype)).clamp(-bound, bound)
-
-        pre = logits(self.alpha_pre, self.proj_pre, self.bias_pre, _GATE_BOUND).sigmoid()
-        post = logits(self.alpha_post, self.proj_post, self.bias_post, _GATE_BOUND).sigmoid()
-        mix = sinkhorn(logits(self.alpha_res, self.proj_res, self.bias_res, _MIX_BOUND), self.sinkhorn_iters)
-        return pre, (1 + self.post_alpha) * post, mix
+    def read(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the sublayer is given (..., E), the gates post (..., n) and H (..., n, n), of
+        streams (..., n, E).
+        """
+        n, dtype = self.num_streams, torch.promote_types(streams.dtype, torch.float32)
+        alphas = (self.alpha_pre, n), (self.alpha_post, n), (self.alpha_res, n * n)
+        scale = torch.cat([alpha.to(dtype).expand(times) for alpha, times in alphas])
+        bias = torch.cat((self.bias_pre, self.bias_post, self.bias_res.flatten()))
+        projections = self.proj_pre, self.proj_post, self.proj_res
+        if is_plain(self.rms_norm, RMSNorm) and all(is_plain(p, XavierLinear) for p in projections):
+            # Norm, projections and alphas are one small matrix: the streams are read as they are,
+            # and no normalised copy, four times as wide as a hidden state, is made or kept.
+            weight = scale[:, None] * torch.cat([p.weight for p in projections]) * self.rms_norm.weight
+            read, products = read_streams(streams, weight, bias[:n], eps=self.rms_norm.eps or 0.0)
+        else:
+            normed = self.rms_norm(streams.flatten(-2).to(torch.promote_types(streams.dtype, self.alpha_pre.dtype)))
+            products = scale * torch.cat([p(normed) for p in projections], dim=-1)
+            read = reference.reduce_streams(streams, products, bias[:n])
+        post, mix = stream_maps(products, bias[n:], iterations=self.sinkhorn_iters)
+        return read, (1 + self.post_alpha) * post, mix
 
     def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Any]) -> Any:
         """Streams (..., n, E), through the sublayer -> (..., n, E).
@@ -183,15 +154,11 @@ class HyperConnections(nn.Module):
                 f"streams has shape {tuple(streams.shape)}; it must end with ({self.num_streams} streams, "
                 f"{self.hidden_size}): expand_streams makes them"
             )
-        pre, post, mix = self.maps(streams)
-        with without_autocast(streams):
-            read = _weigh(pre.unsqueeze(-2), streams).squeeze(-2)
-        out = sublayer(read.to(streams.dtype))
+        read, post, mix = self.read(streams)
+        out = sublayer(read)
         out, *extra = out if isinstance(out, tuple) else (out,)
-        with without_autocast(streams):
-            mixed = _weigh(mix, streams)  # only now: in float32 it is large
-        result = (mixed + post[..., None] * out.to(mix.dtype).unsqueeze(-2)).to(streams.dtype)
-        return (result, *extra) if extra else result
+        streams = update_streams(streams, out, post, mix)
+        return (streams, *extra) if extra else streams
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

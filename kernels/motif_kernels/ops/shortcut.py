@@ -37,15 +37,19 @@ def with_shortcut(operator: CustomOpDef, run: Function) -> Function:
     return call
 
 
-def differentiable(operator: CustomOpDef, run: Function, save: Function, differentiate: Function) -> Function:
-    """Give an operator the derivative of its first output, and a shortcut that has the same.
+def differentiable(
+    operator: CustomOpDef, run: Function, save: Function, differentiate: Function, *, outputs: int = 1
+) -> Function:
+    """Give an operator the derivative of its first outputs, and a shortcut that has the same.
 
     Args:
         operator: made of ``run``.
         run: the arguments -> what the operator returns, one tensor or more.
         save: keeps what the backward pass needs, as torch.library's ``setup_context``.
-        differentiate: ``(ctx, *grads)``, of which only the first is there -> a gradient for each
-            argument. It calls the backward operator through :func:`with_shortcut`.
+        differentiate: ``(ctx, *grads)``, of which only the first ``outputs`` may be there, and one
+            is -> a gradient for each argument. It calls the backward operator through
+            :func:`with_shortcut`.
+        outputs: how many have a derivative.
 
     Returns:
         The operator, or where it is unwatched the same arithmetic without it.
@@ -54,12 +58,12 @@ def differentiable(operator: CustomOpDef, run: Function, save: Function, differe
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, inputs, output)
         if isinstance(output, tuple):
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*output[outputs:])
         # Autograd would make zeros for the others, each as large as the output.
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
+        if all(grad is None for grad in grads[:outputs]):
             return (None,) * len(ctx.needs_input_grad)
         return tuple(differentiate(ctx, *grads))
 
