@@ -8,7 +8,6 @@ to that. Interface: `deep_ep.Buffer` with `get_dispatch_layout`, `dispatch` and 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -44,7 +43,6 @@ class DeepEPExchange:
 
     counts: Tensor
     offsets: Tensor
-    expert_of_row: Tensor
 
     def __init__(self, selected: Tensor, weights: Tensor, num_experts: int, group: ProcessGroup) -> None:
         self._selected = selected.masked_fill(selected == num_experts, -1)
@@ -53,6 +51,11 @@ class DeepEPExchange:
         self._handle: Any = None
         self._event: Any = None
         self._arrived: tuple[Tensor, Tensor, list[int]] | None = None
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """(rows that this rank receives,) int64."""
+        return self._sorted.expert_of_row + len(self.offsets) * self._group.rank()
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Starts to send this rank's tokens (T, E); touch the rows only after :meth:`receive`."""
@@ -67,16 +70,14 @@ class DeepEPExchange:
         self._event.current_stream_wait()
         selected, weights, sizes = self._arrived
         local = self._num_experts // self._group.size()
-        self._sorted = SortedTokens(selected.masked_fill(selected < 0, local), weights, local)
+        self._sorted = SortedTokens(selected, weights, local)
+        self._sorted.rows = sum(sizes)
         self.offsets = self._sorted.offsets
-        rows = sum(sizes)
-        self.expert_of_row = self._sorted.expert_of_row[:rows] + local * self._group.rank()
-        return self._sorted.dispatch(dispatched)[:rows]
+        return self._sorted.dispatch(dispatched)
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sends this rank's part of the weighted sums back: (T, E)."""
-        missing = len(self._sorted.expert_of_row) - len(rows)
-        sums = self._sorted.combine(F.pad(rows, (0, 0, 0, missing)))
+        sums = self._sorted.combine(rows)
         return _Combine.apply(sums.to(rows.dtype), self)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -285,10 +285,9 @@ class MixtureOfExperts(nn.Module):
             self.expert_output_sums = self.statistic_sums.new_zeros(self.num_experts, out.shape[-1] + 1)
             self.output_peak_sums = self.statistic_sums.new_zeros(2)
         values = torch.cat((outputs.float(), outputs.new_ones(len(outputs), 1).float()), dim=1)
-        kept = rows.expert_of_row < self.num_experts
-        self.expert_output_sums.index_add_(
-            0, rows.expert_of_row.clamp(max=self.num_experts - 1), values * kept[:, None]
-        )
+        expert = rows.expert_of_row
+        kept = expert < self.num_experts
+        self.expert_output_sums.index_add_(0, expert.clamp(max=self.num_experts - 1), values * kept[:, None])
         rms = out.square().mean(dim=-1).sqrt()
         counted = rms > 0  # the output of padding is 0
         peaks = out.abs().amax(dim=-1) / rms.where(counted, 1)

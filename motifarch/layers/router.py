@@ -1,15 +1,15 @@
 """Which experts each token goes to, with what weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motif_kernels import expert_weights, select_experts
+from motif_kernels.routing import SCORE_FUNCTIONS
 from motifarch.layers.autocast import without_autocast
 from motifarch.layers.recorded import recorded
-
-SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
 
 class Routing(NamedTuple):
@@ -85,15 +85,10 @@ class Router(nn.Module):
         logits: Tensor = self.gate(x)
         if isinstance(noise, Tensor) or noise:  # a tensor is not asked for its value
             logits = logits + noise * torch.randn_like(logits)
-        scores = logits.sigmoid() if self.score_func == "sigmoid" else logits.softmax(dim=-1)
-        preference = scores.detach()
-        if bias is not None:
-            preference = preference + bias.to(scores.dtype)
-        selected = recorded(lambda: preference.topk(self.top_k, dim=-1).indices)
-        weights = scores.gather(1, selected)
-        if self.route_norm:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return Routing(selected, weights * self.route_scale, scores)
+        selected = recorded(lambda: select_experts(logits, bias, self.top_k, score_func=self.score_func))
+        options: dict[str, Any] = {"normalise": self.route_norm, "scale": self.route_scale}
+        weights, scores = expert_weights(logits, selected, score_func=self.score_func, **options)
+        return Routing(selected, weights, scores)
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from motifarch.layers.permute import permute
+from motif_kernels import combine_rows, dispatch_rows, sort_by_expert
 from motifarch.layers.recorded import recorded
 
 
@@ -16,10 +16,12 @@ class ExpertRows(Protocol):
 
     counts: Tensor
     """(num_experts,) int32, rows of this rank's tokens for each expert."""
-    expert_of_row: Tensor
-    """(rows,) int64, of those that :meth:`receive` gives."""
     offsets: Tensor
     """int32, where the rows of each of this rank's experts end."""
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """(rows,) int64, of those that :meth:`receive` gives; ``num_experts`` for none."""
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Starts to send tokens (T, E); other work may go on before :meth:`receive`."""
@@ -35,40 +37,39 @@ class SortedTokens:
     """Which row of an expert's is which token's.
 
     A token has a slot for each of its experts; the rows are the (token, slot) pairs sorted by
-    expert, tokens in their order.
+    expert, tokens in their order, those of no expert last.
 
     Args:
         selected: (T, k) int64, each token's experts; ``num_experts`` for none.
-        weights: (T, k), theirs in a token's sum.
+        weights: (T, k), theirs in a token's sum; None for sums without.
         num_experts: how many there are.
+
+    Attributes:
+        rows: how many there are; T k when made, less where those of no expert are left out.
     """
 
-    def __init__(self, selected: Tensor, weights: Tensor, num_experts: int) -> None:
+    def __init__(self, selected: Tensor, weights: Tensor | None, num_experts: int) -> None:
         self._weights = weights
-        self.slots = selected.shape[1]
-        self._order, self._inverse, self.expert_of_row, self.offsets = recorded(lambda: _sort(selected, num_experts))
-        """Of expert_of_row (T k) int64, ``num_experts`` for rows of none; of offsets (num_experts,)
-        int32, where each expert's rows end."""
+        self._places, self.offsets = recorded(lambda: sort_by_expert(selected, num_experts))
+        """Of offsets (num_experts,) int32, where each expert's rows end."""
+        self.rows = selected.shape[0] * selected.shape[1]
         self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))
         """(num_experts,) int32, rows of each expert."""
 
+    @property
+    def expert_of_row(self) -> Tensor:
+        """(rows,) int64; ``num_experts`` for rows of none."""
+        index = torch.arange(self.rows, device=self.offsets.device, dtype=self.offsets.dtype)
+        return torch.searchsorted(self.offsets, index, right=True)
+
     def dispatch(self, x: Tensor) -> Tensor:
-        """Tokens (T, E) to rows (T k, E)."""
-        pairs = x.repeat_interleave(self.slots, dim=0)
-        return permute(pairs, self._order, self._inverse)
+        """Tokens (T, E) to rows (rows, E)."""
+        return dispatch_rows(x, self._places, self.offsets, rows=self.rows)
 
     def receive(self, dispatched: Tensor) -> Tensor:
         """The same rows: nothing was on its way."""
         return dispatched
 
     def combine(self, rows: Tensor) -> Tensor:
-        """The weighted sums of tokens' rows: (T k, E) to (T, E)."""
-        pairs = permute(rows, self._inverse, self._order)
-        return (self._weights[..., None] * pairs.unflatten(0, (-1, self.slots))).sum(dim=1)
-
-
-def _sort(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The slots' order by expert, the inverse of that, the sorted experts, where each ends."""
-    experts, order = selected.flatten().sort(stable=True)
-    index = torch.arange(num_experts, device=selected.device)
-    return order, order.argsort(), experts, torch.searchsorted(experts, index, right=True, out_int32=True)
+        """The weighted sums of tokens' rows: (rows, E) to (T, E)."""
+        return combine_rows(rows, self._weights, self._places, self.offsets)

@@ -7,11 +7,9 @@ dropped. Sources: GShard, arXiv 2006.16668; Tutel, arXiv 2206.03382.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from motifarch.layers.permute import permute
 from motifarch.layers.recorded import recorded
 from motifarch.layers.sorted_tokens import SortedTokens
 
@@ -107,36 +105,38 @@ class TokenExchange:
         """(num_experts,) int32, rows of this rank's tokens for each expert."""
         arriving = recorded(lambda: exchange_counts(self.counts, group))
         sent, received = recorded(lambda: split_sizes(self.counts, arriving))
+        self._own.rows = sum(sent)  # those of no expert stay behind
         self._to_experts = _Message(received, sent, group)
         self._to_tokens = _Message(sent, received, group)
-        self._order, self._inverse, experts = recorded(lambda: _sort_by_expert(arriving, sum(received)))
-        self.expert_of_row = experts + num_experts // group.size() * group.rank()
-        """(rows that this rank receives,) int64."""
-        self.offsets = arriving.sum(dim=0).cumsum(dim=0, dtype=torch.int32)
+        self._arrived = SortedTokens(_local_experts(arriving, sum(received))[:, None], None, arriving.shape[1])
+        self._first = arriving.shape[1] * group.rank()
+        self.offsets = self._arrived.offsets
         """(num_experts / ranks,) int32, where the rows of each expert of this rank end."""
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """(rows that this rank receives,) int64."""
+        return self._first + self._arrived.expert_of_row
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Starts to send this rank's tokens (T, E); work on others may go on before
         :meth:`receive`, which takes what is returned.
         """
-        rows = self._own.dispatch(x)
-        return self._to_experts.start(rows[: sum(self._to_experts.sent)])  # those of no expert are the last
+        return self._to_experts.start(self._own.dispatch(x))
 
     def receive(self, dispatched: Tensor) -> Tensor:
         """The rows of this rank's experts, one expert after the other."""
-        return permute(self._to_experts.end(dispatched), self._order, self._inverse)
+        return self._arrived.dispatch(self._to_experts.end(dispatched))
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sends what became of the received rows back: weighted sums of tokens' rows, (T, E)."""
-        rows = self._to_tokens.end(self._to_tokens.start(permute(rows, self._inverse, self._order)))
-        return self._own.combine(F.pad(rows, (0, 0, 0, len(self._own.expert_of_row) - len(rows))))
+        return self._own.combine(self._to_tokens.end(self._to_tokens.start(self._arrived.combine(rows))))
 
 
-def _sort_by_expert(arriving: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order by expert of rows that arrive sorted by source, and by expert within each (sources,
-    experts); the inverse of that, and the sorted experts.
+def _local_experts(arriving: Tensor, rows: int) -> Tensor:
+    """The experts (rows,) of rows that arrive sorted by source, and by expert within each (sources,
+    experts).
     """
     sources, local = arriving.shape
     index = torch.arange(local, device=arriving.device).repeat(sources)
-    experts, order = index.repeat_interleave(arriving.flatten(), output_size=rows).sort(stable=True)
-    return order, order.argsort(), experts
+    return index.repeat_interleave(arriving.flatten(), output_size=rows)
