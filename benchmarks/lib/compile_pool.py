@@ -47,10 +47,9 @@ def launch_from_cpu_tensors(processors: int) -> None:
     """From here on, CPU tensors are taken to the kernels of GPUs with so many multiprocessors."""
     from motif_kernels.impl.triton import decoding
 
-    for family in ("poly_norm", "combine"):  # the others go there by their backend's name
-        kernels = importlib.import_module(f"motif_kernels.impl.triton.{family}")
+    for family in ("poly_norm", "grouped_poly_norm", "combine"):  # the others go there by their backend's name
         operators: Any = importlib.import_module(f"motif_kernels.ops.{family}")
-        operators.implementation = lambda family, device, kernels=kernels: kernels
+        operators.implementation = lambda family, device: importlib.import_module(f"motif_kernels.impl.triton.{family}")
     decoding._processors = lambda device: processors
 
 

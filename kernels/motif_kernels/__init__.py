@@ -7,8 +7,9 @@ package needs torch alone.
 from motif_kernels.combine import diff_combine
 from motif_kernels.diff_attention import diff_attn_func, diff_attn_varlen_func
 from motif_kernels.diff_decoding import diff_attn_with_kvcache
+from motif_kernels.grouped_poly_norm import grouped_mul_poly_norm
 from motif_kernels.hyper_connections import read_streams, stream_maps, update_streams
-from motif_kernels.moe import grouped_linear, grouped_mul_poly_norm
+from motif_kernels.moe import grouped_linear
 from motif_kernels.poly_norm import mul_poly_norm, poly_norm
 from motif_kernels.rms_norm import rms_norm
 from motif_kernels.routing import combine_rows, dispatch_rows, expert_weights, select_experts, sort_by_expert

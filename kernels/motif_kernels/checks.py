@@ -122,6 +122,26 @@ def may_read(values: Tensor) -> bool:
     return values.device.type == "cpu" or os.environ.get("MOTIF_CHECK") == "1"
 
 
+def check_offsets(function: str, offsets: Tensor, experts: int, rows: int) -> None:
+    """Raise unless offsets is (experts,) int32 and, where it may be read, never falls and ends
+    within the rows.
+    """
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{function}: offsets is {offsets.dtype}; it must be int32")
+    if experts < 1 or tuple(offsets.shape) != (experts,):
+        raise ValueError(
+            f"{function}: offsets has shape {tuple(offsets.shape)}; it must be ({experts},), where the rows of each of "
+            f"the {experts} experts end"
+        )
+    if not may_read(offsets):
+        return
+    ends = [0, *offsets.tolist()]
+    if any(end < start for start, end in itertools.pairwise(ends)) or ends[-1] > rows:
+        raise ValueError(
+            f"{function}: offsets is {ends[1:]}; it must be of 0 or more, never fall and end within the {rows} rows"
+        )
+
+
 def check_cu_seqlens(documents: Sequences, total_q: int, total_k: int, device: torch.device) -> None:
     """Raise unless each cu_seqlens is int32, starts at 0, never falls, ends within the total and
     has no document over max_seqlen, and both name equally many documents.

@@ -105,10 +105,11 @@ class Experts(nn.Module):
         if self.row_multiple > 1:
             padded = PaddedRows(offsets, len(x), self.row_multiple)
             x, offsets = padded.pad(x), padded.offsets
-        gate, up = self.grouped_product(x, local_part(self.gate_up_proj), offsets).chunk(2, dim=-1)
+        gate_up = self.grouped_product(x, local_part(self.gate_up_proj), offsets)
         if self.act_fn is not None:
-            hidden = self.act_fn(gate, up, offsets)
+            hidden = self.act_fn(gate_up, None, offsets)
         else:
+            gate, up = gate_up.chunk(2, dim=-1)
             hidden = self._clamped(F.silu(self._clamped(gate)) * self._clamped(up))
         out = self.grouped_product(hidden, local_part(self.down_proj), offsets)
         return out if padded is None else padded.unpad(out)

@@ -143,8 +143,11 @@ class GroupedPolyNorm(_Coefficients):
             dtype=dtype,
         )
 
-    def forward(self, gate: Tensor, up: Tensor, offsets: Tensor) -> Tensor:
-        """Gate and up (T, N), expert e's rows ending before ``offsets[e]`` (int32) -> (T, N)."""
+    def forward(self, gate: Tensor, up: Tensor | None, offsets: Tensor) -> Tensor:
+        """Gate and up (T, N), expert e's rows ending before ``offsets[e]`` (int32) -> (T, N).
+
+        Without up, gate (T, 2 N) holds both, itself first.
+        """
         weight, bias = local_part(self.weight), local_part(self.bias)
         return grouped_mul_poly_norm(gate, up, weight, bias, offsets, **self._options)
 

@@ -1,5 +1,4 @@
-"""Rows that are sorted by expert: products with their experts' matrices, and PolyNorm with their
-experts' coefficients.
+"""Rows that are sorted by expert: products with their experts' matrices.
 
 ``offsets`` (E,) int32 are where each expert's rows end; those of the next begin there. Rows past
 the last are of no expert: what they hold is not used, and what comes out of them is 0.
@@ -11,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from motif_kernels.impl.cpu import poly_norm as cpu
-from motif_kernels.ops.poly_norm import as_rows, empty_inverse_rms
 from motif_kernels.ops.shortcut import differentiable, with_shortcut
 from motif_kernels.reference import rows_of_groups
 
@@ -85,101 +82,3 @@ def _differentiate_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 grouped_product = differentiable(_product_operator, _product, _save_product, _differentiate_product)
-
-
-def _pad(t: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind."""
-    return t if len(t) == rows else F.pad(t, (0, 0, 0, rows - len(t)))
-
-
-def _forward(
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    offsets: Tensor,
-    eps: float,
-    hidden_clamp: float | None,
-    out_dtype: torch.dtype,
-    keep_inverse_rms: bool,
-) -> tuple[Tensor, Tensor]:
-    """PolyNorm of gate (T, N) times up, with weight (E, 3) and bias (E, 1), on the CPU; and for the
-    backward pass the inverse root mean squares (T, 3), if they are to be kept.
-    """
-    rows, end = len(gate), int(offsets[-1])
-    if end == 0 or gate.numel() == 0:
-        return gate.new_zeros(gate.shape, dtype=out_dtype), empty_inverse_rms(gate, keep_inverse_rms).T
-    group = rows_of_groups(offsets, end)[0]
-    out, inverse_rms = cpu.forward(
-        as_rows(gate)[:end],
-        as_rows(up)[:end],
-        weight[group],
-        bias[group],
-        inverse_rms=None,
-        keep_inverse_rms=keep_inverse_rms,
-        eps=eps,
-        hidden_clamp=hidden_clamp,
-        out_dtype=out_dtype,
-    )
-    kept = empty_inverse_rms(gate, False) if inverse_rms is None else _pad(inverse_rms.T, rows)
-    return _pad(out, rows), kept
-
-
-def _backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    offsets: Tensor,
-    inverse_rms: Tensor,
-    hidden_clamp: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gate, up, weight and bias."""
-    rows, end = len(gate), int(offsets[-1])
-    if end == 0 or gate.numel() == 0:
-        return gate.new_zeros(gate.shape), up.new_zeros(up.shape), torch.zeros_like(weight), torch.zeros_like(bias)
-    group = rows_of_groups(offsets, end)[0]
-    dgate, dup, sums = cpu.backward(
-        as_rows(grad)[:end],
-        as_rows(gate)[:end],
-        as_rows(up)[:end],
-        weight[group],
-        bias[group],
-        inverse_rms=inverse_rms[:end].T,
-        mean_products=None,
-        hidden_clamp=hidden_clamp,
-    )
-    assert dup is not None
-    assert sums is not None
-    dw, db = sums.new_zeros(len(weight), 4).index_add_(0, group, sums.T).split((3, 1), dim=-1)
-    return _pad(dgate, rows), _pad(dup, rows), dw.to(weight.dtype, copy=True), db.to(bias.dtype, copy=True)
-
-
-_operator = torch.library.custom_op("motif::grouped_poly_norm", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("motif::grouped_poly_norm_backward", _backward, mutates_args=())
-_run_backward = with_shortcut(_backward_operator, _backward)
-
-
-@_operator.register_fake
-def _(gate: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, out_dtype, keep_inverse_rms = arguments
-    kept = empty_inverse_rms(gate, keep_inverse_rms)
-    return gate.new_empty(gate.shape, dtype=out_dtype), kept.T if keep_inverse_rms else kept
-
-
-@_backward_operator.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (gate, up, weight, bias))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _, ctx.hidden_clamp, _, _ = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return *_run_backward(grad, *ctx.saved_tensors, ctx.hidden_clamp), None, None, None, None, None
-
-
-grouped_poly_norm = differentiable(_operator, _forward, _save, _differentiate)

@@ -6,8 +6,11 @@ gradient g:
     d/dx [w n_k] = w k x^(k-1) r_k (g - n_k mean(g n_k)),    d/dw = sum(g n_k),    d/db = sum(g)
 
 Formulas have a row in the first dimension. Arrays of one number a row are (3, R) outside, or (4, R)
-with the plain sum last, in the order of the weight: x^3, x^2, x. Weight and bias are (3,) and (1,)
-for all rows, or (R, 3) and (R, 1), each row's own.
+with the plain sum last, in the order of the weight: x^3, x^2, x.
+
+Weight and bias are (3,) and (1,) for all rows. With ``offsets`` (E,), where the rows of each of E
+groups end, they are (E, 3) and (E, 1). Rows past the last offset are of no group: they may hold
+anything, and all that comes of them is 0.
 """
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.impl.cpu.row_formulas import RowFormula
-from motif_kernels.reference import compute_dtype
+from motif_kernels.reference import compute_dtype, rows_of_groups
 
 # Up to here, as in decoding, calls cost more than arithmetic: fewer of them, though each makes a
 # tensor.
@@ -23,16 +26,19 @@ _FEW_ELEMENTS = 1 << 14
 
 
 def _clamped(x: Tensor, bound: float | None) -> Tensor:
-    """Rows in the compute dtype and within the hidden clamp."""
+    """In the compute dtype and within the bounds."""
     x = x.to(compute_dtype(x))
     return x if bound is None else x.clamp(-bound, bound)
 
 
+def _used(x: Tensor, none: Tensor | None) -> Tensor:
+    """Rows, with 0 in those of no group."""
+    return x if none is None else x.masked_fill(none[:, None], 0)
+
+
 def _pass_inside(gradient: Tensor, x: Tensor, bound: float | None) -> Tensor:
-    """The gradient of :func:`_clamped`: kept where x was within the bounds, of x's dtype."""
-    if bound is not None:
-        gradient = torch.where(x.abs() <= bound, gradient, 0.0)
-    return gradient.to(x.dtype)
+    """The gradient of :func:`_clamped`: kept where x was within the bounds."""
+    return gradient if bound is None else torch.where(x.abs() <= bound, gradient, 0.0)
 
 
 def _power_sums(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,20 +83,24 @@ def _forward(
     x: Tensor,
     up: Tensor | None,
     inverse_rms: Tensor | None,
-    row_weight: Tensor | None,
-    row_bias: Tensor | None,
+    group: Tensor | None,
+    none: Tensor | None,
     *,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
     eps: float,
     hidden_clamp: float | None,
+    out_clamp: float | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    x = _clamped(x, hidden_clamp) * POWER_SCALE
+    x = _clamped(_used(x, none), hidden_clamp) * POWER_SCALE
     r = _inverse_rms(x, eps) if inverse_rms is None else inverse_rms
-    w, b = _one_of(weight, row_weight), _one_of(bias, row_bias)
-    y = _polynomial(x, *_coefficients(w, r), b.to(x.dtype))
-    return (y if up is None else y * _clamped(up, hidden_clamp)).to(out_dtype), r
+    if group is not None:
+        weight, bias = weight[group], bias[group]
+    y = _polynomial(x, *_coefficients(weight, r), bias.to(x.dtype))
+    if up is not None:
+        y = y * _clamped(_used(up, none), hidden_clamp)
+    return _clamped(y, out_clamp).to(out_dtype), r
 
 
 @RowFormula
@@ -100,21 +110,29 @@ def _backward(
     up: Tensor | None,
     inverse_rms: Tensor,
     mean_products: Tensor | None,
-    row_weight: Tensor | None,
-    row_bias: Tensor | None,
+    group: Tensor | None,
+    none: Tensor | None,
     *,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
     hidden_clamp: float | None,
+    out_clamp: float | None,
+    joined: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    raw, x = x, _clamped(x, hidden_clamp) * POWER_SCALE
+    dtype, raw = x.dtype, _used(x, none)
+    x = _clamped(raw, hidden_clamp) * POWER_SCALE
+    if group is not None:
+        weight, bias = weight[group], bias[group]
     r3, r2, r1 = inverse_rms.split(1, dim=-1)
-    c3, c2, c1 = _coefficients(_one_of(weight, row_weight), inverse_rms)
-    b = _one_of(bias, row_bias).to(x.dtype)
-    g, dup = grad.to(x.dtype), None
+    c3, c2, c1 = _coefficients(weight, inverse_rms)
+    g, dup = _used(grad, none).to(x.dtype), None
     if up is not None:
-        dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), up, hidden_clamp)
-        g = g * _clamped(up, hidden_clamp)
+        raw_up = _used(up, none)
+        clamped_up = _clamped(raw_up, hidden_clamp)
+        y = _polynomial(x, c3, c2, c1, bias.to(x.dtype))
+        g = _pass_inside(g, y * clamped_up, out_clamp)
+        dup = _pass_inside(g * y, raw_up, hidden_clamp).to(dtype)
+        g = g * clamped_up
     sums = None
     if mean_products is not None:
         m3, m2, m1 = mean_products.split(1, dim=-1)
@@ -127,8 +145,11 @@ def _backward(
     x2 = x * x
     direct = g * ((3 * c3 * x + 2 * c2) * x + c1)
     projection = (3 * c3 * r3 * m3 * x2 + 2 * c2 * r2 * m2) * x2 + c1 * r1 * m1
-    dx = POWER_SCALE * (direct - x * projection)
-    return _pass_inside(dx, raw, hidden_clamp), dup, sums
+    dx = _pass_inside(POWER_SCALE * (direct - x * projection), raw, hidden_clamp).to(dtype)
+    if joined:
+        assert dup is not None
+        return torch.cat((dx, dup), dim=-1), None, sums
+    return dx, dup, sums
 
 
 @RowFormula
@@ -143,22 +164,14 @@ def _sums_of_products(grad: Tensor, x: Tensor, up: Tensor | None, *, hidden_clam
     return (torch.cat(_product_sums(g if up is None else g * _clamped(up, hidden_clamp), x), dim=-1),)
 
 
-def _one_of(whole: Tensor | None, of_rows: Tensor | None) -> Tensor:
-    tensor = whole if of_rows is None else of_rows
-    assert tensor is not None
-    return tensor
-
-
-def _placed(weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor | None]]:
-    """Weight and bias as a formula takes them: rows' own by position, those of all by name."""
-    if weight.ndim == 2:
-        return (weight, bias), {"weight": None, "bias": None}
-    return (None, None), {"weight": weight, "bias": bias}
-
-
 def _of_rows(numbers: Tensor | None) -> Tensor | None:
     """From (3, R) to (R, 3)."""
     return None if numbers is None else numbers.T
+
+
+def _groups_of(offsets: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Rows' groups and which are of none, both (R,), if there are groups."""
+    return (None, None) if offsets is None else rows_of_groups(offsets, len(x))
 
 
 def _forward_of_few(
@@ -186,22 +199,26 @@ def forward(
     up: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    offsets: Tensor | None = None,
     *,
     inverse_rms: Tensor | None,
     keep_inverse_rms: bool,
     eps: float,
     hidden_clamp: float | None,
+    out_clamp: float | None = None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """PolyNorm of x (R, N), times up if given, and the rows' inverse root mean squares (3, R):
     those given, or if they are to be kept, the rows' own.
     """
+    group, none = _groups_of(offsets, x)
     if inverse_rms is None and x.numel() <= _FEW_ELEMENTS:
+        if group is not None:
+            x, up, weight, bias = _used(x, none), None if up is None else _used(up, none), weight[group], bias[group]
         y, found = _forward_of_few(x, up, weight, bias, eps=eps, hidden_clamp=hidden_clamp)
-        return y.to(out_dtype), found if keep_inverse_rms else None
-    numbers = {"eps": eps, "hidden_clamp": hidden_clamp, "out_dtype": out_dtype}
-    of_rows, of_all = _placed(weight, bias)
-    out, r = _forward(x, up, _of_rows(inverse_rms), *of_rows, **of_all, **numbers)
+        return _clamped(y, out_clamp).to(out_dtype), found if keep_inverse_rms else None
+    numbers = {"eps": eps, "hidden_clamp": hidden_clamp, "out_clamp": out_clamp, "out_dtype": out_dtype}
+    out, r = _forward(x, up, _of_rows(inverse_rms), group, none, weight=weight, bias=bias, **numbers)
     if inverse_rms is not None or not keep_inverse_rms:
         return out, inverse_rms
     return out, r.T.contiguous()
@@ -213,19 +230,22 @@ def backward(
     up: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    offsets: Tensor | None = None,
     *,
     inverse_rms: Tensor,
     mean_products: Tensor | None,
     hidden_clamp: float | None,
+    out_clamp: float | None = None,
+    joined: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
 
     inverse_rms (3, R) is the forward pass's. With mean_products (3, R), the means of g n_k, given,
-    the sums are None.
+    the sums are None. Joined, both gradients are one tensor (R, 2 N), the second is None.
     """
-    of_rows, of_all = _placed(weight, bias)
-    moments = inverse_rms.T, _of_rows(mean_products)
-    dx, dup, sums = _backward(grad, x, up, *moments, *of_rows, **of_all, hidden_clamp=hidden_clamp)
+    of_rows = inverse_rms.T, _of_rows(mean_products), *_groups_of(offsets, x)
+    numbers = {"hidden_clamp": hidden_clamp, "out_clamp": out_clamp, "joined": joined}
+    dx, dup, sums = _backward(grad, x, up, *of_rows, weight=weight, bias=bias, **numbers)
     return dx, dup, None if sums is None else sums.T
 
 

@@ -31,6 +31,16 @@ _LARGE_ELEMENTS = 1 << 18
 # these many, blocks serve; 8, dynamo's own limit, is for code that should not vary.
 _LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 1 << 20}
 
+# The number of threads is asked for at each call, not written into the code. Nothing between inputs
+# and results is stored in main memory because many read it or much was computed for it: to compute
+# it again in the loop is cheap.
+_OPTIONS = {
+    "cpp.dynamic_threads": True,
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
+
 # Elements in a block of rows, for each thread: half a mebibyte of float32. Smaller blocks lose to
 # the overhead of an operator call, larger ones leave the second-level cache.
 _BLOCK_ELEMENTS = 1 << 17
@@ -84,8 +94,7 @@ class RowFormula:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., tuple[Any, ...]]:
-        # The number of threads is asked for at each call, not written into the code.
-        return torch.compile(self._function, dynamic=True, fullgraph=True, options={"cpp.dynamic_threads": True})
+        return torch.compile(self._function, dynamic=True, fullgraph=True, options=_OPTIONS)
 
     def __call__(self, *rows: Tensor | None, **whole: Any) -> tuple[Any, ...]:
         with torch.no_grad():

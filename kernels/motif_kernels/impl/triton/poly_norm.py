@@ -20,6 +20,9 @@ from the GPU's cache.
 Arrays of one number a row are (3, R), or (4, R) with the plain sum last, in the order of the
 weight: x^3, x^2, x.
 
+With ``offsets``, where the rows of each group end, weight and bias are those of a row's group. Rows
+past the last offset are of none: they are not read, and 0 is written for them.
+
 In a launch table, a kernel's size is a row's bytes, ``tile_bytes`` are the bytes of x that a
 program holds and ``maxnreg`` is a limit of registers that a thread may use.
 """
@@ -99,6 +102,42 @@ def _add_4(a3, a2, a1, a0, b3, b2, b1, b0):
 
 
 @triton.jit
+def _groups(rows, offsets_pointer, GROUPS: tl.constexpr, BITS: tl.constexpr):
+    """How many groups end at or before each row, which is the number of its own: by bisection."""
+    group = tl.zeros_like(rows)
+    for bit in tl.static_range(BITS - 1, -1, -1):
+        step: tl.constexpr = 1 << bit
+        there = group + step <= GROUPS
+        end = tl.load(offsets_pointer + group + step - 1, mask=there, other=0)
+        group = tl.where(there & (end <= rows), group + step, group)
+    return group
+
+
+@triton.jit
+def _coefficients(
+    weight_pointer,
+    bias_pointer,
+    offsets_pointer,
+    rows,
+    used,
+    GROUPS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """w3, w2, w1 and b: of all rows, or with groups (ROWS, 1)."""
+    if GROUPS == 0:
+        w3, w2, w1 = tl.load(weight_pointer), tl.load(weight_pointer + 1), tl.load(weight_pointer + 2)
+        b = tl.load(bias_pointer)
+    else:
+        group, used = _groups(rows, offsets_pointer, GROUPS, GROUP_BITS)[:, None], used[:, None]
+        w3 = tl.load(weight_pointer + 3 * group, mask=used, other=0.0)
+        w2 = tl.load(weight_pointer + 3 * group + 1, mask=used, other=0.0)
+        w1 = tl.load(weight_pointer + 3 * group + 2, mask=used, other=0.0)
+        b = tl.load(bias_pointer + group, mask=used, other=0.0)
+    return w3.to(DTYPE), w2.to(DTYPE), w1.to(DTYPE), b.to(DTYPE)
+
+
+@triton.jit
 def _power_sums(x):
     """Sums over columns of x^6, x^4 and x^2 for x (ROWS, BLOCK): three columns (ROWS, 1)."""
     x2 = x * x
@@ -139,6 +178,7 @@ def _forward_kernel(
     up_pointer,
     weight_pointer,
     bias_pointer,
+    offsets_pointer,
     inverse_rms_pointer,
     out_pointer,
     row_count,
@@ -147,6 +187,9 @@ def _forward_kernel(
     up_stride,
     EPS: tl.constexpr,
     BOUND: tl.constexpr,
+    OUT_BOUND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
     MOMENTS_GIVEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -159,9 +202,10 @@ def _forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
-    b = tl.load(bias_pointer).to(DTYPE)
+    used = row_mask if GROUPS == 0 else row_mask & (rows < tl.load(offsets_pointer + GROUPS - 1))
+    w3, w2, w1, b = _coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
     if ONE_BLOCK:
-        mask = row_mask[:, None] & (block < columns)[None, :]
+        mask = used[:, None] & (block < columns)[None, :]
         x = _clamp(_load(x_pointer, x_stride, rows, block, mask, DTYPE), BOUND) * _SCALE
     if MOMENTS_GIVEN:
         r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
@@ -171,7 +215,7 @@ def _forward_kernel(
         else:
             s6, s4, s2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             for start in range(0, columns, BLOCK):
-                mask = row_mask[:, None] & (start + block < columns)[None, :]
+                mask = used[:, None] & (start + block < columns)[None, :]
                 x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
                 t6, t4, t2 = _power_sums(x)
                 s6, s4, s2 = s6 + t6, s4 + t4, s2 + t2
@@ -180,33 +224,29 @@ def _forward_kernel(
         r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
         if inverse_rms_pointer is not None:
             _store_numbers(inverse_rms_pointer, rows, row_mask, row_count, r3, r2, r1)
-    c3 = tl.load(weight_pointer).to(DTYPE) * r3
-    c2 = tl.load(weight_pointer + 1).to(DTYPE) * r2
-    c1 = tl.load(weight_pointer + 2).to(DTYPE) * r1
+    c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
     if ONE_BLOCK:
         y = _polynomial(x, c3, c2, c1, b)
         if up_pointer is not None:
             y *= _clamp(_load(up_pointer, up_stride, rows, block, mask, DTYPE), BOUND)
-        _store(out_pointer, columns, rows, block, mask, y)
+        _store(out_pointer, columns, rows, block, row_mask[:, None] & (block < columns)[None, :], _clamp(y, OUT_BOUND))
     else:
         for start in range(0, columns, BLOCK):
-            mask = row_mask[:, None] & (start + block < columns)[None, :]
+            mask = used[:, None] & (start + block < columns)[None, :]
             x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
             y = _polynomial(x, c3, c2, c1, b)
             if up_pointer is not None:
                 y *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
-            _store(out_pointer, columns, rows, start + block, mask, y)
+            mask = row_mask[:, None] & (start + block < columns)[None, :]
+            _store(out_pointer, columns, rows, start + block, mask, _clamp(y, OUT_BOUND))
 
 
 @triton.jit
-def _incoming(
-    grad_pointer, up_pointer, grad_stride, up_stride, rows, columns, mask, BOUND: tl.constexpr, DTYPE: tl.constexpr
-):
-    """The gradient that reaches PolyNorm: ``grad``, times ``up`` if there is one."""
-    g = _load(grad_pointer, grad_stride, rows, columns, mask, DTYPE)
-    if up_pointer is not None:
-        g *= _clamp(_load(up_pointer, up_stride, rows, columns, mask, DTYPE), BOUND)
-    return g
+def _through_product(g, y, raw_up, BOUND: tl.constexpr, OUT_BOUND: tl.constexpr):
+    """The gradients of y and of ``raw_up``, from that of their product."""
+    up = _clamp(raw_up, BOUND)
+    g = _pass_inside(g, y * up, OUT_BOUND)
+    return g * up, _pass_inside(g * y, raw_up, BOUND)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -216,6 +256,7 @@ def _backward_kernel(
     up_pointer,
     weight_pointer,
     bias_pointer,
+    offsets_pointer,
     inverse_rms_pointer,
     means_pointer,
     dx_pointer,
@@ -226,7 +267,11 @@ def _backward_kernel(
     grad_stride,
     x_stride,
     up_stride,
+    gradient_stride,
     BOUND: tl.constexpr,
+    OUT_BOUND: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -239,22 +284,21 @@ def _backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
-    b = tl.load(bias_pointer).to(DTYPE)
+    used = row_mask if GROUPS == 0 else row_mask & (rows < tl.load(offsets_pointer + GROUPS - 1))
+    w3, w2, w1, b = _coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
     r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
     r3, r2, r1 = r3 * (_SCALE * _SCALE * _SCALE), r2 * (_SCALE * _SCALE), r1 * _SCALE
-    c3 = tl.load(weight_pointer).to(DTYPE) * r3
-    c2 = tl.load(weight_pointer + 1).to(DTYPE) * r2
-    c1 = tl.load(weight_pointer + 2).to(DTYPE) * r1
+    c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
     if ONE_BLOCK:
-        mask = row_mask[:, None] & (block < columns)[None, :]
+        mask = used[:, None] & (block < columns)[None, :]
+        store_mask = row_mask[:, None] & (block < columns)[None, :]
         raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)
         x = _clamp(raw, BOUND)
         g = _load(grad_pointer, grad_stride, rows, block, mask, DTYPE)
         if up_pointer is not None:
             raw_up = _load(up_pointer, up_stride, rows, block, mask, DTYPE)
-            dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
-            _store(dup_pointer, columns, rows, block, mask, dup)
-            g *= _clamp(raw_up, BOUND)
+            g, dup = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
+            _store(dup_pointer, gradient_stride, rows, block, store_mask, dup)
     if means_pointer is not None:
         m3, m2, m1 = _load_numbers(means_pointer, rows, row_mask, row_count)
     else:
@@ -264,9 +308,12 @@ def _backward_kernel(
             g3, g2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             g1, g0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             for start in range(0, columns, BLOCK):
-                mask = row_mask[:, None] & (start + block < columns)[None, :]
+                mask = used[:, None] & (start + block < columns)[None, :]
                 x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND)
-                g = _incoming(grad_pointer, up_pointer, grad_stride, up_stride, rows, start + block, mask, BOUND, DTYPE)
+                g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+                if up_pointer is not None:
+                    raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
+                    g, _ = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
                 t3, t2, t1, t0 = _product_sums(g, x)
                 g3, g2, g1, g0 = g3 + t3, g2 + t2, g1 + t1, g0 + t0
         g3, g2, g1 = g3 * r3, g2 * r2, g1 * r1
@@ -278,20 +325,31 @@ def _backward_kernel(
         raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)  # again: see above
         x = _clamp(raw, BOUND)
         dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
-        _store(dx_pointer, columns, rows, block, mask, dx)
+        _store(dx_pointer, gradient_stride, rows, block, store_mask, dx)
     else:
         for start in range(0, columns, BLOCK):
-            mask = row_mask[:, None] & (start + block < columns)[None, :]
+            mask = used[:, None] & (start + block < columns)[None, :]
+            store_mask = row_mask[:, None] & (start + block < columns)[None, :]
             raw = _load(x_pointer, x_stride, rows, start + block, mask, DTYPE)
             x = _clamp(raw, BOUND)
             g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
             if up_pointer is not None:
                 raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
-                dup = _pass_inside(g * _polynomial(x, c3, c2, c1, b), raw_up, BOUND)
-                _store(dup_pointer, columns, rows, start + block, mask, dup)
-                g *= _clamp(raw_up, BOUND)
+                g, dup = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
+                _store(dup_pointer, gradient_stride, rows, start + block, store_mask, dup)
             dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
-            _store(dx_pointer, columns, rows, start + block, mask, dx)
+            _store(dx_pointer, gradient_stride, rows, start + block, store_mask, dx)
+
+
+@triton.jit
+def _incoming(
+    grad_pointer, up_pointer, grad_stride, up_stride, rows, columns, mask, BOUND: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The gradient that reaches PolyNorm: ``grad``, times ``up`` if there is one."""
+    g = _load(grad_pointer, grad_stride, rows, columns, mask, DTYPE)
+    if up_pointer is not None:
+        g *= _clamp(_load(up_pointer, up_stride, rows, columns, mask, DTYPE), BOUND)
+    return g
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -356,19 +414,22 @@ def forward(
     up: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    offsets: Tensor | None = None,
     *,
     inverse_rms: Tensor | None,
     keep_inverse_rms: bool,
     eps: float,
     hidden_clamp: float | None,
+    out_clamp: float | None = None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """PolyNorm of x (R, N), times up (R, N) if given, and the rows' inverse root mean squares
-    (3, R): those given, or if they are to be kept, the rows' own.
+    """PolyNorm of x (R, N), times up (R, N) if given, within out_clamp; and the rows' inverse root
+    mean squares (3, R): those given, or if they are to be kept, the rows' own.
 
     Rows may be strided; columns must be contiguous.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
+    offsets, groups = (None, 0) if offsets is None else (offsets.contiguous(), len(offsets))
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     given = inverse_rms is not None
     if keep_inverse_rms and not given:
@@ -381,6 +442,7 @@ def forward(
         up,
         weight,
         bias,
+        offsets,
         inverse_rms,
         out,
         *x.shape,
@@ -388,6 +450,9 @@ def forward(
         _stride(up),
         EPS=eps,
         BOUND=hidden_clamp,
+        OUT_BOUND=out_clamp,
+        GROUPS=groups,
+        GROUP_BITS=groups.bit_length(),
         MOMENTS_GIVEN=given,
         ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
         **constants,
@@ -401,19 +466,28 @@ def backward(
     up: Tensor | None,
     weight: Tensor,
     bias: Tensor,
+    offsets: Tensor | None = None,
     *,
     inverse_rms: Tensor,
     mean_products: Tensor | None,
     hidden_clamp: float | None,
+    out_clamp: float | None = None,
+    joined: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x and up, and each row's sums of g n_3, g n_2, g n_1 and g, (4, R).
 
     inverse_rms (3, R) is the forward pass's. With mean_products (3, R), the means of g n_k, given,
-    the sums are None.
+    the sums are None. Joined, both gradients are one tensor (R, 2 N), the second is None.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dup = torch.empty(up.shape, dtype=up.dtype, device=x.device) if up is not None else None
+    offsets, groups = (None, 0) if offsets is None else (offsets.contiguous(), len(offsets))
+    rows, columns = x.shape
+    if joined:
+        both = torch.empty(rows, 2 * columns, dtype=x.dtype, device=x.device)
+        dx, dup = both.chunk(2, dim=-1)
+    else:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dup = torch.empty(up.shape, dtype=up.dtype, device=x.device) if up is not None else None
     sums = torch.empty(4, len(x), dtype=compute_dtype(x), device=x.device) if mean_products is None else None
     grid, constants = _tile("poly_norm_backward", x)
     launch(
@@ -424,6 +498,7 @@ def backward(
         up,
         weight,
         bias,
+        offsets,
         inverse_rms,
         mean_products,
         dx,
@@ -433,11 +508,15 @@ def backward(
         _stride(grad),
         _stride(x),
         _stride(up),
+        dx.stride(0),
         BOUND=hidden_clamp,
+        OUT_BOUND=out_clamp,
+        GROUPS=groups,
+        GROUP_BITS=groups.bit_length(),
         ONE_BLOCK=constants["BLOCK"] >= x.shape[1],
         **constants,
     )
-    return dx, dup, sums
+    return (both, None, sums) if joined else (dx, dup, sums)
 
 
 def power_sums(x: Tensor, *, hidden_clamp: float | None) -> Tensor:
