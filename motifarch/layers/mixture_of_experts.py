@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from motifarch.layers.experts import Experts
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
 from motifarch.layers.recorded import recorded
-from motifarch.layers.router import Router, Routing, balance_loss, balance_terms, shares
+from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, entropy_of_shares
 from motifarch.layers.sequences import Sequences
 from motifarch.layers.sorted_tokens import ExpertRows, SortedTokens
 from motifarch.layers.token_exchange import TokenExchange
@@ -224,15 +224,19 @@ class MixtureOfExperts(nn.Module):
         if not (self.balance_loss_coeff or self.magnitude_loss_coeff):
             return losses
         counted = torch.ones_like(losses[..., :1]) if real is None else real.view(-1, length, 1).to(out.dtype)
-        terms = [counted]
+        sequences = Sequences(length, self.sequence_length, self.context_group)
+        terms = [[of_sequence.sum(dim=1) for of_sequence in sequences.each(counted)]]
         if self.magnitude_loss_coeff:
             # A padded token's output is 0.
-            terms += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1, keepdim=True)]
+            excess = (out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1, keepdim=True)
+            terms += [[of_sequence.sum(dim=1) for of_sequence in sequences.each(excess)]]
         if self.balance_loss_coeff:
             scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
-            terms += [term * counted for term in balance_terms(scores, selected)]
-        sequences = Sequences(length, self.sequence_length, self.context_group)
-        tokens, *sums = sequences.sums(terms)
+            parts = (sequences.each(t) for t in (scores, selected, counted))
+            terms += zip(*(balance_sums(*of_sequence) for of_sequence in zip(*parts, strict=True)), strict=True)
+        widths = [of_sequence[0].shape[-1] for of_sequence in terms]
+        whole = sequences.sums([torch.cat(of_sequence, dim=-1) for of_sequence in zip(*terms, strict=True)])
+        tokens, *sums = whole.split(widths, dim=-1)
         tokens = tokens.clamp(min=1)
         balance = magnitude = torch.zeros_like(tokens)
         if self.magnitude_loss_coeff:
@@ -267,8 +271,7 @@ class MixtureOfExperts(nn.Module):
     ) -> None:
         """Adds to what a training loop reads."""
         self.tokens_per_expert += rows.counts
-        share = shares(routing.scores)
-        entropy = -torch.special.xlogy(share, share).sum(dim=-1)
+        entropy = entropy_of_shares(routing.scores)
         tokens = entropy.new_tensor(len(entropy)) if real is None else real.sum()
         if real is not None:
             entropy = entropy.masked_fill(~real, 0)

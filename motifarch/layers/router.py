@@ -84,7 +84,7 @@ class Router(nn.Module):
         """
         logits: Tensor = self.gate(x)
         if isinstance(noise, Tensor) or noise:  # a tensor is not asked for its value
-            logits = logits + noise * torch.randn_like(logits)
+            logits = logits + torch.randn_like(logits).mul_(noise)
         selected = recorded(lambda: select_experts(logits, bias, self.top_k, score_func=self.score_func))
         options: dict[str, Any] = {"normalise": self.route_norm, "scale": self.route_scale}
         weights, scores = expert_weights(logits, selected, score_func=self.score_func, **options)
@@ -98,23 +98,35 @@ class Router(nn.Module):
         )
 
 
-def shares(scores: Tensor) -> Tensor:
-    """Scores (..., num_experts) divided by their sum."""
-    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+def share_of_scores(scores: Tensor) -> Tensor:
+    """What a score is multiplied with to be a share of its token's: (..., experts) to (..., 1)."""
+    return 1 / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
 
-def balance_terms(scores: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each token, what the balance loss of a sequence is made of when it is summed up.
+def entropy_of_shares(scores: Tensor) -> Tensor:
+    """Of the shares that experts have of each token's scores, in nats: (T, experts) to (T,)."""
+    # The sum of -s/S log(s/S), without a copy of the shares.
+    summed = scores.sum(dim=-1)
+    total = summed + 1e-20
+    return (torch.special.entr(scores).sum(dim=-1) + summed * total.log()) / total
+
+
+def balance_sums(scores: Tensor, selected: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """What the balance loss of a sequence is made of.
 
     Args:
         scores: (B, S, num_experts).
         selected: (B, S, k).
+        counted: (B, S, 1), 1 for a token that counts, else 0; of scores' dtype.
 
     Returns:
-        Two (B, S, num_experts), of scores' dtype: 1 where an expert was chosen, and the share that
-        it has of the token's scores.
+        Two (B, num_experts): how many tokens chose each expert, and the sum of the shares that it
+        has of the tokens' scores.
     """
-    return torch.zeros_like(scores).scatter_(-1, selected, 1.0), shares(scores)
+    # Sums at once: a mask of choices and the shares would each be as large as the scores.
+    chosen = scores.new_zeros(scores.shape[0], scores.shape[2])
+    chosen.scatter_add_(1, selected.flatten(1), counted.expand(selected.shape).flatten(1))  # exact in any order
+    return chosen, ((counted * share_of_scores(scores)).mT @ scores).squeeze(1)
 
 
 def balance_loss(chosen: Tensor, probability: Tensor, tokens: Tensor, top_k: int) -> Tensor:
@@ -125,8 +137,8 @@ def balance_loss(chosen: Tensor, probability: Tensor, tokens: Tensor, top_k: int
     DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, with the choices as they were made.
 
     Args:
-        chosen: (..., num_experts), sums of the first of `balance_terms` over a sequence's tokens.
-        probability: (..., num_experts), those of the second.
+        chosen: (..., num_experts), the first of `balance_sums` over a sequence's tokens.
+        probability: (..., num_experts), the second.
         tokens: (..., 1), how many were summed, at least 1.
         top_k: choices of a token.
 

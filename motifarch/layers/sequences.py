@@ -33,18 +33,17 @@ class Sequences:
         borders = [start, *range((self._first + 1) * each, end, each), end]
         self._lengths = [after - before for before, after in pairwise(borders)]
 
-    def sums(self, terms: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Terms (B, S, n), of any n each, of the part's tokens -> (B, sequences of the row, n).
+    def each(self, tokens: Tensor) -> Sequence[Tensor]:
+        """Tokens (B, S, ...) of the part, sequence by sequence."""
+        return tokens.split(self._lengths, dim=1)
+
+    def sums(self, own: Sequence[Tensor]) -> Tensor:
+        """Sums (B, n) over each sequence's tokens in the part -> (B, sequences of the row, n).
 
         Ranks of the group call it together, and send each other one message.
         """
-        own = torch.cat([self._sum(term) for term in terms], dim=-1)
         after = self._count - self._first - len(self._lengths)
-        whole = sum_over(pad(own, (0, 0, self._first, after)), self._group)
-        return whole.split([term.shape[-1] for term in terms], dim=-1)
-
-    def _sum(self, term: Tensor) -> Tensor:
-        return torch.stack([tokens.sum(dim=1) for tokens in term.split(self._lengths, dim=1)], dim=1)
+        return sum_over(pad(torch.stack(list(own), dim=1), (0, 0, self._first, after)), self._group)
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, sequences of the row, n) -> (B, S, n): each token of the part has its sequence's."""

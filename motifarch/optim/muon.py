@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from motif_kernels.checks import may_read
 from motifarch.optim.newton_schulz import NS_COEFFICIENTS, Coefficients, newton_schulz
 from motifarch.optim.parallel_muon import ShardGroup, split_shard_groups
 from motifarch.shards import to_local
@@ -123,6 +124,8 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and may_read(found_inf) and not found_inf:
+            found_inf = None  # nothing to choose between, and so no copies to choose from
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -195,11 +198,11 @@ def _look_ahead(
     group: dict[str, Any], gradient: torch.Tensor, kept: torch.Tensor, skip: torch.Tensor | None
 ) -> torch.Tensor:
     """Takes a gradient into its momentum; returns what is to be orthogonalised."""
-    mean = torch.lerp(kept, gradient, 1 - group["momentum"])
-    if skip is not None:
-        mean = torch.where(skip, kept, mean)
-    kept.copy_(mean)
-    ahead = gradient.lerp(mean, group["momentum"]) if group["nesterov"] else mean
+    if skip is None:
+        kept.lerp_(gradient, 1 - group["momentum"])
+    else:
+        kept.copy_(torch.where(skip, kept, torch.lerp(kept, gradient, 1 - group["momentum"])))
+    ahead = gradient.lerp(kept, group["momentum"]) if group["nesterov"] else kept
     return ahead.to(group["ns_dtype"])
 
 
@@ -220,9 +223,10 @@ def _move(
 ) -> None:
     """Decays a shard of matrices of a whole shape (..., rows, columns) and adds its update."""
     lr = group["lr"] * group["lr_ratio"]
-    moved = shard * (1 - lr * group["weight_decay"])
-    moved.add_(update, alpha=-lr * 0.2 * math.sqrt(max(whole[-2:])))
-    shard.copy_(moved if skip is None else torch.where(skip, shard, moved))
+    moved = shard if skip is None else shard.clone()
+    moved.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * 0.2 * math.sqrt(max(whole[-2:])))
+    if skip is not None:
+        shard.copy_(torch.where(skip, shard, moved))
 
 
 def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:

@@ -20,12 +20,14 @@ def mark(name: str) -> None:
 
 def live_bytes(function: Callable[[], object]) -> dict[str, int]:
     """Bytes that the allocator has given out since ``function`` began, inside operators too: when
-    it calls :func:`mark`, by name, and the most there were, as "peak".
+    it calls :func:`mark`, by name, and the most there were, as "peak"; and as "allocated" all that
+    it has given out, whatever it took back.
     """
-    live, found = 0, {"peak": 0}
+    live, found = 0, {"peak": 0, "allocated": 0}
     for name, bytes_ in _events(function):
         if name == "[memory]":
             live += bytes_
+            found["allocated"] += max(bytes_, 0)
             found["peak"] = max(found["peak"], live)
         elif name.startswith(_MARK):
             found[name.removeprefix(_MARK)] = live
