@@ -224,19 +224,10 @@ class MixtureOfExperts(nn.Module):
         if not (self.balance_loss_coeff or self.magnitude_loss_coeff):
             return losses
         counted = torch.ones_like(losses[..., :1]) if real is None else real.view(-1, length, 1).to(out.dtype)
+        scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
         sequences = Sequences(length, self.sequence_length, self.context_group)
-        terms = [[of_sequence.sum(dim=1) for of_sequence in sequences.each(counted)]]
-        if self.magnitude_loss_coeff:
-            # A padded token's output is 0.
-            excess = (out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1, keepdim=True)
-            terms += [[of_sequence.sum(dim=1) for of_sequence in sequences.each(excess)]]
-        if self.balance_loss_coeff:
-            scores, selected = (t.unflatten(0, (-1, length)) for t in (routing.scores, routing.selected))
-            parts = (sequences.each(t) for t in (scores, selected, counted))
-            terms += zip(*(balance_sums(*of_sequence) for of_sequence in zip(*parts, strict=True)), strict=True)
-        widths = [of_sequence[0].shape[-1] for of_sequence in terms]
-        whole = sequences.sums([torch.cat(of_sequence, dim=-1) for of_sequence in zip(*terms, strict=True)])
-        tokens, *sums = whole.split(widths, dim=-1)
+        parts = zip(*(sequences.each(t) for t in (counted, out, scores, selected)), strict=True)
+        tokens, *sums = sequences.sums([self._loss_sums(*of_sequence) for of_sequence in parts])
         tokens = tokens.clamp(min=1)
         balance = magnitude = torch.zeros_like(tokens)
         if self.magnitude_loss_coeff:
@@ -245,6 +236,16 @@ class MixtureOfExperts(nn.Module):
             chosen, probability = sums
             balance = self.balance_loss_coeff * balance_loss(chosen, probability, tokens, self.top_k)
         return sequences.spread(torch.cat((balance, magnitude), dim=-1))
+
+    def _loss_sums(self, counted: Tensor, out: Tensor, scores: Tensor, selected: Tensor) -> list[Tensor]:
+        """What losses are made of, each (B, n): sums over a sequence's tokens (B, S, ...)."""
+        sums = [counted.sum(dim=1)]
+        if self.magnitude_loss_coeff:
+            # A padded token's output is 0.
+            sums += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1).sum(dim=1, keepdim=True)]
+        if self.balance_loss_coeff:
+            sums += balance_sums(scores, selected, counted)
+        return sums
 
     def _note(
         self,

@@ -37,13 +37,16 @@ class Sequences:
         """Tokens (B, S, ...) of the part, sequence by sequence."""
         return tokens.split(self._lengths, dim=1)
 
-    def sums(self, own: Sequence[Tensor]) -> Tensor:
-        """Sums (B, n) over each sequence's tokens in the part -> (B, sequences of the row, n).
+    def sums(self, own: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Of each sequence of the part sums (B, n) over its tokens, of any n each -> (B, sequences
+        of the row, n).
 
         Ranks of the group call it together, and send each other one message.
         """
         after = self._count - self._first - len(self._lengths)
-        return sum_over(pad(torch.stack(list(own), dim=1), (0, 0, self._first, after)), self._group)
+        of_part = torch.stack([torch.cat(list(sums), dim=-1) for sums in own], dim=1)
+        whole = sum_over(pad(of_part, (0, 0, self._first, after)), self._group)
+        return whole.split([term.shape[-1] for term in own[0]], dim=-1)
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, sequences of the row, n) -> (B, S, n): each token of the part has its sequence's."""
