@@ -60,6 +60,12 @@ def option(kind: Any) -> Callable[[str], Any]:
     return parse
 
 
+def comma_separated(kind: Any) -> Callable[[str], list[Any]]:
+    """What argparse takes as a ``type`` for several values of an annotated type."""
+    parse = option(kind)
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
 _EXAMPLES = "examples:\n"
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from pydantic import Field
 from rich.console import Console
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, comma_separated, loading, option, path
+from motifarch.counted import counted
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath, Length, Multiplier, Ranks
 from motifarch.files import atomic_write, write_json
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples=[
             "motifarch plan motif_2.6b/b200_64 --gpus 64 --gpu b200 --seq-len 4096",
             "motifarch plan my.yaml --gpus 8 --gpu h100 --output plan --batch.micro_size 2",
-            "motifarch plan first.yaml second.yaml --gpus 64 --gpu b200 --seq-len 4096 32768 --output plan",
+            "motifarch plan first.yaml second.yaml --gpus 64 --gpu b200 --seq-len 4096,32768 --output plan",
         ],
     )
     parser.add_argument(
@@ -57,17 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seq-len",
-        type=option(Length),
-        nargs="+",
-        metavar="N",
-        help="tokens of a sequence, for all recipes or one each (default: as the recipe's data was prepared)",
+        type=comma_separated(Length),
+        metavar="N[,N ...]",
+        help="tokens of a sequence, for all recipes or one for each (default: as the recipe's data was prepared)",
     )
     parser.add_argument(
         "--tokens",
-        type=option(_TOKENS),
-        nargs="+",
-        metavar="X",
-        help="tokens of the run, such as 5.5e12, one for each recipe (default: the recipe's steps)",
+        type=comma_separated(_TOKENS),
+        metavar="X[,X ...]",
+        help="tokens of the run, such as 5.5e12; of several recipes, of each one (default: the recipe's steps)",
     )
     parser.add_argument("--output", type=path, metavar="DIR", help="write plan.txt, .json, .png and .html there")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the JSON there")
@@ -146,7 +145,8 @@ def _one_each(options: argparse.Namespace, name: str) -> list[Any]:
     given, count = getattr(options, name) or [None], len(options.recipes)
     if len(given) not in (1, count) or (name == "tokens" and len(given) != count and given != [None]):
         raise UserError(
-            f"--{name.replace('_', '-')} has {len(given)} values for {count} recipes; give one for each, in their order"
+            f"--{name.replace('_', '-')} has {counted(len(given), 'value')} for {counted(count, 'recipe')}; give one "
+            "for each, in their order, with commas between"
         )
     return given if len(given) == count else given * count
 
@@ -168,7 +168,7 @@ def _plan_stages(
         ProcessPoolExecutor(min(len(recipes), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool,
     ):
         known = [(options.gpus, length, of_all, assumptions) for length, of_all in zip(lengths, tokens, strict=True)]
-        found = list(pool.map(_plan_stage, recipes, [gpu] * len(recipes), known))
+        found = list(pool.map(_plan_stage, options.recipes, recipes, [gpu] * len(recipes), known))
     plans = [(Path(name).stem, plan) for name, plan in zip(options.recipes, found, strict=True)]
     content = render_stages(plans)
     Console().print(content)
@@ -179,12 +179,15 @@ def _plan_stages(
     return 0 if all(plan.fits for plan in found) else 1
 
 
-def _plan_stage(recipe: Recipe, gpu: Gpu, known: tuple[Any, ...]) -> "Plan":
-    from motifarch.plan.planning import make_plan
-
+def _plan_stage(name: str, recipe: Recipe, gpu: Gpu, known: tuple[Any, ...]) -> "Plan":
+    with loading():
+        from motifarch.plan.planning import make_plan
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     gpus, length, tokens, assumptions = known
-    return make_plan(recipe, gpu, gpus, seq_len=length, tokens=tokens, assumptions=assumptions)
+    try:
+        return make_plan(recipe, gpu, gpus, seq_len=length, tokens=tokens, assumptions=assumptions)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def _write_files(

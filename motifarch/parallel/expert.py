@@ -1,11 +1,11 @@
 """Expert parallelism: ranks share the routed experts, and tokens travel to them and back."""
 
-import contextlib
 import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -41,19 +41,42 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, compute_dtype: tor
 
     Tokens are exchanged by all-to-all; in bfloat16 on a GPU by DeepEP, where it is installed.
     """
-    exchange = choose_exchange(mesh.device_type, compute_dtype)
+    exchange = choose_exchange(mesh.device_type, compute_dtype, mesh.get_group())
     for block in expert_blocks(model):
         deal_out(block, mesh)
         block.exchange = exchange
 
 
-def choose_exchange(device_type: str, compute_dtype: torch.dtype) -> type[TokenExchange] | type[DeepEPExchange]:
-    """What sends tokens of a dtype on a kind of device."""
-    if device_type == "cuda" and compute_dtype == torch.bfloat16:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("deep_ep")
-            return DeepEPExchange
-    return TokenExchange
+def choose_exchange(
+    device_type: str, compute_dtype: torch.dtype, group: dist.ProcessGroup
+) -> type[TokenExchange] | type[DeepEPExchange]:
+    """What sends tokens of a dtype on a kind of device, the same on all ranks.
+
+    Raises:
+        UserError: DeepEP is installed on some ranks alone.
+        ImportError: it is installed and broken.
+    """
+    if device_type != "cuda" or compute_dtype != torch.bfloat16:
+        return TokenExchange
+    installed: list[bool] = [False] * dist.get_world_size(group)
+    dist.all_gather_object(installed, _has_deep_ep(), group)
+    if any(installed) and not all(installed):
+        without = [dist.get_global_rank(group, i) for i, has in enumerate(installed) if not has]
+        raise UserError(
+            f"DeepEP is installed on some machines, but not on those of ranks {', '.join(map(str, without))}; install "
+            "it on all or none"
+        )
+    return DeepEPExchange if all(installed) else TokenExchange
+
+
+def _has_deep_ep() -> bool:
+    try:
+        importlib.import_module("deep_ep")
+    except ModuleNotFoundError as error:
+        if error.name != "deep_ep":  # something that it needs
+            raise
+        return False
+    return True
 
 
 def deal_out(block: MixtureOfExperts, mesh: DeviceMesh) -> None:

@@ -28,7 +28,8 @@ _TIME_COLOURS = ("#1f4e79", "#6f5aa0", "#2f8f7f", "#e0a030", "#4f81b0", "#c0392b
 def draw_plans(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     """Draws stacked bars of each plan's memory and time, into a PNG file.
 
-    The named plans are on one kind of GPU: the recipe's own, and what would fit in its place.
+    The named plans are on one kind of GPU: a recipe's own and what would fit
+    in its place, or stages.
     """
     from matplotlib.figure import Figure
 

@@ -76,11 +76,6 @@ def render(plan: Plan, name: str) -> Group:
     return Group(_head(plan, name), _memory(plan), _traffic(plan), _work(plan), _time(plan), *_tail(plan))
 
 
-def as_text(plan: Plan, name: str) -> str:
-    """The same as plain text."""
-    return plain(render(plan, name))
-
-
 def plain(content: RenderableType) -> str:
     """What is printed, without colours."""
     written = io.StringIO()
@@ -92,7 +87,8 @@ def table(title: str, *columns: str) -> Table:
     """An empty table, the first column to the left."""
     found = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        found.add_column(column, justify="left" if i == 0 else "right")
+        # Of a narrow terminal: names are folded, not cut short.
+        found.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     return found
 
 
@@ -197,6 +193,6 @@ def _tail(plan: Plan) -> list[Text]:
         speed = suggestion.tokens_per_second / plan.tokens_per_second
         text = f"  {change}: {suggestion.peak / _GIB:.1f} GiB, {verdict}, {speed:.2f} times the tokens/s"
         lines.append(Text(text, style="bold green" if suggestion.fits else ""))
-    if not any(s.fits for s in plan.suggestions):
+    if plan.suggestions and not any(s.fits for s in plan.suggestions):
         lines.append(Text("Nothing tried fits; take more GPUs, GPUs with more memory, or a smaller model."))
     return lines

@@ -1,10 +1,12 @@
 """Several stages of one run in one report, beside what others report of theirs."""
 
 import base64
+import html
 import io
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -24,19 +26,31 @@ _PAGE = """<!DOCTYPE html>
 <style>body {{margin: 2vw; background: white}} div {{overflow-x: auto}}
 img {{max-width: 70em; min-width: 45em; width: 100%}}
 pre {{font-size: 0.85em; line-height: 1.35; overflow-x: auto}}</style></head>
-<body><div><img src="data:image/png;base64,PICTURE" alt="Memory and time of each stage"></div>
+<body><div><img src="data:image/png;base64,PICTURE" alt="Memory and time of a step"></div>
 <pre>{code}</pre></body></html>
 """
 
 
 def summary(plans: list[tuple[str, Plan]]) -> Table:
     """Stages side by side, and what they take together."""
-    found = table("Stages", "", "tokens of a row", "memory, GiB", "step, s", "tokens/s a GPU", "tokens", "days", "fits")
+    found = table(
+        "Stages (estimated)",
+        "",
+        "tokens of a row",
+        "memory, GiB",
+        "of",
+        "step, s",
+        "tokens/s a GPU",
+        "tokens",
+        "days",
+        "fits",
+    )
     for name, plan in plans:
         found.add_row(
             name,
             f"{plan.seq_len:,}",
-            f"{plan.peak / 2**30:.1f} of {plan.usable / 2**30:.1f}",
+            f"{plan.peak / 2**30:.1f}",
+            f"{plan.usable / 2**30:.1f}",
             f"{plan.time.total:.2f}",
             f"{plan.tokens_per_second / plan.gpus:,.0f}",
             f"{plan.tokens:.4g}",
@@ -46,7 +60,7 @@ def summary(plans: list[tuple[str, Plan]]) -> Table:
     tokens, days = (sum(getattr(plan, name) for _, plan in plans) for name in ("tokens", "days"))
     speed = tokens / days / 86400 / plans[0][1].gpus
     fits = "yes" if all(plan.fits for _, plan in plans) else "no"
-    found.add_row("together", "", "", "", f"{speed:,.0f}", f"{tokens:.4g}", f"{days:,.2f}", fits, style="bold")
+    found.add_row("together", "", "", "", "", f"{speed:,.0f}", f"{tokens:.4g}", f"{days:,.2f}", fits, style="bold")
     return found
 
 
@@ -64,7 +78,7 @@ def render_stages(plans: list[tuple[str, Plan]]) -> Group:
     """What `motifarch plan` prints of several recipes."""
     parts: list[RenderableType] = [summary(plans), yardsticks()]
     for name, plan in plans:
-        parts += [Text(f"\n{'-' * 100}\n"), render(plan, name)]
+        parts += [Text(), Rule(characters="-", style=""), Text(), render(plan, name)]
     return Group(*parts)
 
 
@@ -72,5 +86,7 @@ def as_page(content: RenderableType, picture: Path, title: str) -> str:
     """A report as an HTML page that has its picture in it."""
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(content)
-    page = _PAGE.replace("TITLE", title).replace("PICTURE", base64.b64encode(picture.read_bytes()).decode())
-    return console.export_html(inline_styles=True, code_format=page)
+    # Rich formats its page: what may have braces comes after.
+    page = console.export_html(inline_styles=True, code_format=_PAGE)
+    page = page.replace("TITLE", html.escape(title), 1)
+    return page.replace("PICTURE", base64.b64encode(picture.read_bytes()).decode(), 1)

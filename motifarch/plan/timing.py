@@ -38,7 +38,7 @@ PARTS = {
     "attention": "attention",
     "elementwise": "element-wise operators, casts, copies",
     "optimizer": "optimizer",
-    "waiting": "waiting for tokens, heads and halos of others",
+    "waiting": "waiting for messages that the next operator needs",
     "exposed": "waiting for FSDP, HSDP and Muon",
 }
 """StepTime's parts as people read them."""

@@ -1,6 +1,7 @@
 """Experts that ranks share, against one process: functions that ranks run."""
 
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import deep_ep_stand_in
 from helpers.agreement import randomise
 from helpers.layouts import Case, build, train_cases
 from motifarch.data import BatchLoader, BatchSchedule, Mixture, MixtureComponent, PackedDataset
+from motifarch.errors import UserError
 from motifarch.layers import MixtureOfExperts, token_exchange
 from motifarch.layers.deep_ep_exchange import DeepEPExchange
 from motifarch.parallel import Mesh, World, expert, fsdp, open_world
@@ -96,6 +98,33 @@ def compare_deep_ep() -> None:
             block = layer(bias, 1, torch.float32)
             block.exchange = DeepEPExchange
             compare_layer(world, mesh, name, layer(bias, 1, torch.float32), block, padded)
+
+
+def choose_exchanges() -> None:
+    """What serves where DeepEP is on all ranks, on none, on one, or broken."""
+    with open_world() as world:
+        group, half = dist.group.WORLD, torch.bfloat16
+        assert group is not None
+        for ranks, serves in (({0, 1}, DeepEPExchange), (set[int](), token_exchange.TokenExchange)):
+            with _deep_ep_on(world.rank in ranks):
+                assert expert.choose_exchange("cuda", half, group) is serves
+                assert expert.choose_exchange("cuda", torch.float32, group) is token_exchange.TokenExchange
+                assert expert.choose_exchange("cpu", half, group) is token_exchange.TokenExchange
+        with _deep_ep_on(world.rank == 0), pytest.raises(UserError, match="not on those of ranks 1;"):
+            expert.choose_exchange("cuda", half, group)
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            Path(folder, "deep_ep.py").write_text("import libraries_that_nobody_has\n")
+            patch.syspath_prepend(folder)
+            with pytest.raises(ImportError, match="libraries_that_nobody_has"):
+                expert.choose_exchange("cuda", half, group)
+
+
+@contextmanager
+def _deep_ep_on(here: bool) -> Iterator[None]:
+    """As if it were installed here, or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "deep_ep", deep_ep_stand_in if here else None)
+        yield
 
 
 def compare_layer(

@@ -38,7 +38,7 @@ class Collectives(TorchDispatchMode):
         return out
 
 
-def live_bytes() -> int:
+def reachable_bytes() -> int:
     """Bytes of all tensors that this process can reach."""
     gc.collect()
     storages = {}
@@ -53,7 +53,7 @@ def live_bytes() -> int:
 def held_between(model: torch.nn.Module) -> Iterator[list[int]]:
     """Live bytes as each micro-batch's forward pass begins."""
     found: list[int] = []
-    hook = model.register_forward_pre_hook(lambda *_: found.append(live_bytes()))
+    hook = model.register_forward_pre_hook(lambda *_: found.append(reachable_bytes()))
     yield found
     hook.remove()
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.distributed import on_ranks
 from helpers.layouts import Case, train_cases
 from helpers.models import random_ids, tiny_model
+from helpers.tiny import MOTIF_3
 from motifarch.parallel import Layout
 from motifarch.parallel.activation_checkpointing import apply_activation_checkpointing
 from motifarch.parallel.compilation import apply_compile
@@ -88,6 +90,32 @@ def test_training_compiled_and_sharded_is_training(traced: list[int], data: Path
     trained = torch.load(tmp_path / "trained.pt")
     torch.testing.assert_close(trained["True"], trained["False"], rtol=1e-5, atol=1e-5)
     assert len(traced) >= 4  # two layers, with and without gradients
+
+
+@pytest.mark.slow
+def test_ranks_that_share_experts_train_compiled(data: Path, tmp_path: Path) -> None:
+    model = MOTIF_3 | {"qk_norm": False, "num_hidden_layers": 2}
+    cases = [
+        Case(
+            str(on),
+            "gda",
+            Layout(expert=2),
+            steps=2,
+            model=model,
+            options={"compile": on, "activation_checkpointing": "full"},
+        )
+        for on in (False, True)
+    ]
+    on_ranks(2, _train_traced, data, tmp_path / "trained.pt", cases)
+    trained = torch.load(tmp_path / "trained.pt")
+    torch.testing.assert_close(trained["True"], trained["False"], rtol=1e-5, atol=1e-5)
+
+
+def _train_traced(data: Path, output: Path, cases: list[Case]) -> None:
+    """Trains on a rank, where compiling gives no code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self: _compile_with("aot_eager", self))
+        train_cases(data, output, cases)
 
 
 def test_more_layers_than_torch_compiles_by_default(traced: list[int]) -> None:

@@ -1,6 +1,5 @@
 """Experts that ranks share: uneven loads, a bad rank, and what each message is for."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import deep_ep_stand_in
 from helpers.distributed import on_ranks, torchrun, train
-from helpers.expert_ranks import compare_deep_ep, compare_layers, order_of_work, skip_a_step, train_without
+from helpers.expert_ranks import (
+    choose_exchanges,
+    compare_deep_ep,
+    compare_layers,
+    order_of_work,
+    skip_a_step,
+    train_without,
+)
 from helpers.layouts import Case, train_cases
 from helpers.tiny import MOTIF_3, write_recipe
-from motifarch.layers.deep_ep_exchange import DeepEPExchange
-from motifarch.layers.token_exchange import TokenExchange
 from motifarch.parallel import Layout
-from motifarch.parallel.expert import choose_exchange
 from motifarch.train.run_folder import read_metrics
 
 KILLED = Path(__file__).with_name("killed_once.py")
@@ -38,14 +40,12 @@ def test_the_shared_expert_works_while_tokens_are_on_their_way() -> None:
     on_ranks(2, order_of_work)
 
 
-def test_deep_ep_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_ep_is_called_as_it_is_documented() -> None:
     on_ranks(2, compare_deep_ep)
-    monkeypatch.setitem(sys.modules, "deep_ep", None)  # as if it were not installed
-    assert choose_exchange("cuda", torch.bfloat16) is TokenExchange
-    monkeypatch.setitem(sys.modules, "deep_ep", deep_ep_stand_in)
-    assert choose_exchange("cuda", torch.bfloat16) is DeepEPExchange
-    assert choose_exchange("cuda", torch.float32) is TokenExchange
-    assert choose_exchange("cpu", torch.bfloat16) is TokenExchange
+
+
+def test_deep_ep_serves_where_every_rank_has_it() -> None:
+    on_ranks(2, choose_exchanges)
 
 
 def test_a_nan_router_on_one_rank_skips_the_step_on_all(data: Path) -> None:

@@ -15,7 +15,7 @@ from motifarch.commands.plan import main
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifForCausalLM
 from motifarch.plan import GPUS, find_gpu, make_plan
-from motifarch.plan.report import as_text
+from motifarch.plan.report import plain, render
 from motifarch.plan.suggestions import changed, find_faster, find_suggestions
 
 LARGE: dict[str, Any] = {
@@ -128,7 +128,7 @@ def test_free_memory_buys_speed() -> None:
     assert taken.peak == faster.peak > plan.peak
     assert taken.tokens_per_second == faster.tokens_per_second > plan.tokens_per_second
     plan.faster = faster
-    assert f"--{next(iter(faster.changes))}" in as_text(plan, "it")
+    assert f"--{next(iter(faster.changes))}" in plain(render(plan, "it"))
     crowded = dataclasses.replace(plan, gpu=dataclasses.replace(gpu, memory=1.2 * plan.peak))
     assert find_faster(crowded, replan) is None
 
@@ -162,11 +162,11 @@ def test_more_time_for_less_hardware() -> None:
 
 def test_stages_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write(tmp_path, SMALL)
-    second = tmp_path / "second.yaml"
+    second = tmp_path / "{second}<b>.yaml"
     second.write_text("base: recipe.yaml\n")
     output = tmp_path / "plan"
-    options = ["--gpus", "2", "--gpu", "b200", "--tokens", "1e9", "2e9", "--output", str(output)]
-    assert main([str(first), str(second), "--seq-len", "64", "128", *options]) == 0
+    options = ["--gpus", "2", "--gpu", "b200", "--tokens", "1e9,2e9", "--output", str(output)]
+    assert main([str(first), str(second), "--seq-len", "64,128", *options]) == 0
     printed = capsys.readouterr().out
     assert "Kolibri" in printed
     assert "as reported" in printed
@@ -176,9 +176,9 @@ def test_stages_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["together"]["days"] == pytest.approx(sum(stage["days"] for stage in found["stages"]))
     page = (output / "plan.html").read_text()
     assert "data:image/png;base64," in page
-    assert "second on 2 x B200" in page
+    assert "{second}&lt;b&gt; on 2 x B200" in page
     with pytest.raises(UserError, match="--seq-len has 3 values for 2 recipes; give one for each"):
-        main([str(first), str(second), "--seq-len", "64", "128", "256", *options])
+        main([str(first), str(second), "--seq-len", "64,128,256", *options])
 
 
 @pytest.mark.parametrize(
@@ -205,11 +205,11 @@ def test_refusals_name_the_fix(tmp_path: Path, arguments: list[str], message: st
 
 
 def test_what_needs_a_gpu_is_planned_without_one() -> None:
-    plain = make_plan(small_recipe(), find_gpu("h100"), 2, seq_len=SEQ_LEN)
+    wide = make_plan(small_recipe(), find_gpu("h100"), 2, seq_len=SEQ_LEN)
     narrow = make_plan(small_recipe(precision__matmul="fp8"), find_gpu("h100"), 2, seq_len=SEQ_LEN)
-    assert narrow.peak == plain.peak
-    assert "precision.matmul is fp8" in as_text(narrow, "x")
-    assert "precision.matmul" not in as_text(plain, "x")
+    assert narrow.peak == wide.peak
+    assert "precision.matmul is fp8" in plain(render(narrow, "x"))
+    assert "precision.matmul" not in plain(render(wide, "x"))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "micro-batches": {"batch__micro_size": 1, "activation_checkpointing": "selective"},
     "HSDP, every third recomputed": {"parallel__replicate": 2, "activation_checkpointing": 3},
     "Motif-3, full recomputation": {"activation_checkpointing": "full", "optim__name": "muon"},
+    "Motif-3, shared experts": {"parallel__replicate": 2, "parallel__expert": 2, "activation_checkpointing": "full"},
 }
 
 
@@ -49,12 +50,12 @@ def test_a_tall_stack_is_planned_as_if_it_were_traced(case: str, monkeypatch: py
     recipe.model.num_hidden_layers = 8 if case == "FSDP" else 14
 
     def plan() -> Any:
-        return make_plan(recipe, find_gpu("h100"), 4, seq_len=SEQ_LEN)
+        return make_plan(recipe, find_gpu("h100"), 4 * recipe.parallel.replicate, seq_len=SEQ_LEN)
 
     short = plan()
     monkeypatch.setattr(planning, "find_repeat", lambda layers: None)
     whole = plan()
-    for name in ("parameters", "parameter_count", "gradients", "optimizer", "activations", "peak_phase"):
+    for name in ("parameters", "parameter_count", "gradients", "optimizer", "experts", "activations", "peak_phase"):
         assert getattr(short.trace, name) == getattr(whole.trace, name), name
     assert short.flops_per_token == pytest.approx(whole.flops_per_token, rel=1e-9)
     # Muon deals matrices out to ranks, never quite evenly.
