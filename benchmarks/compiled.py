@@ -70,6 +70,24 @@ def _poly_norm() -> None:
                 poly_norm.backward(x, x, up, weight, bias, **to_backward)
 
 
+def _grouped_poly_norm() -> None:
+    """At the width of Motif-3's experts and a longer one, halves of one tensor and apart."""
+    from motif_kernels.impl.triton import group_sums, poly_norm
+
+    offsets, weight, bias = torch.zeros(384, dtype=torch.int32), torch.ones(384, 3), torch.ones(384, 1)
+    for dtype, columns in itertools.product((torch.bfloat16, torch.float32), (1280, 4096)):
+        x, up = torch.empty(64, 2 * columns, dtype=dtype).chunk(2, dim=-1)
+        clamps: dict[str, Any] = {"hidden_clamp": 1e6, "out_clamp": 5e5}
+        coefficients = weight, bias, offsets
+        moments: dict[str, Any] = {"inverse_rms": torch.empty(3, 64), "mean_products": None}
+        for keep in (False, True):
+            numbers: dict[str, Any] = {"inverse_rms": None, "keep_inverse_rms": keep, "eps": 1e-6, "out_dtype": dtype}
+            poly_norm.forward(x, up, *coefficients, **numbers, **clamps)
+        for joined in (False, True):
+            poly_norm.backward(x, x, up, *coefficients, **moments, **clamps, joined=joined)
+        group_sums.group_sums(torch.empty(4, 64), offsets)
+
+
 def _combine() -> None:
     """Every head width and ratio that attention kernels serve, with each epilogue."""
     from motif_kernels.impl.triton import combine
@@ -184,6 +202,7 @@ def _motif() -> None:
 
 FAMILIES = {
     "poly_norm": _poly_norm,
+    "grouped_poly_norm": _grouped_poly_norm,
     "combine": _combine,
     "attention": _attention,
     "gluon": _gluon,

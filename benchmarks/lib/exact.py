@@ -65,10 +65,17 @@ def exact_results(case: Case, inputs: Mapping[str, Tensor], draw: Draw) -> Exact
     if isinstance(case, AttentionCase):
         return of_attention(case, inputs, draw)
     like = next(iter(inputs.values())).shape
-    return of_formula(case.formula, inputs, draw(*like) if "both" in case.directions else None)
+    grad = draw(*like) if "both" in case.directions else None
+    return of_formula(case.formula, inputs, grad, block=_BLOCK if case.rows_apart else None)
 
 
-def of_formula(formula: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor | None) -> Exact:
+def of_formula(
+    formula: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    grad: Tensor | None,
+    *,
+    block: int | None = _BLOCK,
+) -> Exact:
     """A formula of rows in float64, and its gradients, a block of rows at a time.
 
     Args:
@@ -76,12 +83,13 @@ def of_formula(formula: Callable[..., Tensor], inputs: Mapping[str, Tensor], gra
             of the first; others are parameters.
         inputs: by name.
         grad: the incoming gradient, like the output; None where there is no backward.
+        block: elements of the first input in a block; None for all of it at once.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("output", *(() if grad is None else inputs))}
     first = next(iter(inputs.values()))
-    step = max(1, _BLOCK * len(first) // first.numel())
+    step = len(first) if block is None else max(1, block * len(first) // first.numel())
     for start in range(0, len(first), step):
-        rows = slice(start, start + step)
+        rows = slice(None) if block is None else slice(start, start + step)
         leaves = [(t[rows] if t.ndim > 1 else t).detach().double().requires_grad_() for t in inputs.values()]
         out = formula(*leaves)
         gradients = () if grad is None else torch.autograd.grad(out, leaves, grad[rows].double())

@@ -53,6 +53,10 @@ def _large(result: Mapping[str, Any]) -> bool:
     return bool(result["rows"] >= 8192 and result["columns"] >= 4096)
 
 
+def _of_experts(result: Mapping[str, Any]) -> bool:
+    return result["function"].endswith("experts") and result["rows"] >= 2048
+
+
 def _wide_poly_norm(result: Mapping[str, Any]) -> bool:
     return "poly_norm" in result["function"] and result["rows"] >= 2048 and result["columns"] >= 8192
 
@@ -69,6 +73,11 @@ AIMS = {
         Aim(
             "peak memory at most half of eager's", "peak_bytes", 0.5, _OURS, ("eager",),
             applies=_wide_poly_norm, dtype="float32",
+        ),
+        Aim("experts' PolyNorm at least 3 times eager", "speed", 3.0, _OURS, ("eager",), DIRECTIONS[2:], _of_experts),
+        Aim(
+            "experts' PolyNorm in at most half of eager's memory", "peak_bytes", 0.5, _OURS, ("eager",),
+            applies=_of_experts,
         ),
     ),
 }  # fmt: skip

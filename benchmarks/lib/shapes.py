@@ -146,6 +146,10 @@ class RowCase:
     liger_in_place: bool = False
     """Whether liger-kernel writes its gradient over the incoming one."""
     directions: tuple[str, ...] = DIRECTIONS
+    rows_apart: bool = True
+    """Whether the formula of some of the rows gives their results; if not, parameters may have rows
+    of their own.
+    """
 
     def cell(self) -> dict[str, Any]:
         """What results of this case are filed under."""

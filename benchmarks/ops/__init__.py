@@ -1,1 +1,3 @@
-"""Benchmarks of kernels, each an entry point: attention, decode, poly_norm, combine."""
+"""Benchmarks of kernels, each an entry point: attention, decode, poly_norm, grouped_poly_norm,
+combine.
+"""

@@ -320,7 +320,7 @@ def grouped_mul_poly_norm(
     """
     group, none = rows_of_groups(offsets, len(gate))
     gate, up = gate.masked_fill(none[:, None], 0), up.masked_fill(none[:, None], 0)
-    return mul_poly_norm(gate, up, weight[group], bias[group], eps=eps)
+    return mul_poly_norm(gate, up, weight[group], bias[group], eps=eps).masked_fill(none[:, None], 0)
 
 
 def stream_gates(logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from benchmarks.lib.exact import exact_results
 from benchmarks.lib.measure import check, measure
 from benchmarks.lib.providers import Function, Provider, compose, flash_attn, flex, sdpa, varlen
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, draw_from, mix_documents
-from benchmarks.ops import attention, combine, decode, poly_norm
+from benchmarks.ops import attention, combine, decode, grouped_poly_norm, poly_norm
 from motif_kernels.reference import attention as plain_attention
 from motif_kernels.reference import packed_attention_mask
 
@@ -91,6 +91,16 @@ def test_poly_norm_runs_with_every_provider_of_a_cpu(tmp_path: Path) -> None:
     ours = found["ours"]
     assert ours["saved_bytes"]["beyond_inputs"] == 12 * ours["rows"]
     assert found["eager"]["saved_bytes"]["beyond_inputs"] > 10 * ours["saved_bytes"]["beyond_inputs"]
+
+
+def test_grouped_poly_norm_runs_with_more_experts_than_rows(tmp_path: Path) -> None:
+    path = tmp_path / "grouped.json"
+    status, content = run_quick(grouped_poly_norm.main, path, "--providers", "eager", "ours", "--dtypes", "bf16")
+    assert status == 0
+    assert_consistent(content, path)
+    assert {r["function"] for r in content["results"]} == {"384 experts", "8 experts"}
+    ours = next(r for r in content["results"] if r["provider"] == "ours")
+    assert ours["errors"].keys() == {"output", "gate", "up", "weight", "bias"}
 
 
 def test_combine_runs_every_layout(tmp_path: Path) -> None:

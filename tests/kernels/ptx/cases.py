@@ -279,6 +279,39 @@ def poly_norm(
     return results(names, actual, run(plain, None), run(plain, torch.float64), rows={"dweight": rows, "dbias": rows})
 
 
+def grouped_poly_norm(
+    columns: int = 1000, *, clamp: float = 1.0, one_tensor: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Results:
+    """PolyNorm of three experts, one of them without rows; NaN in the row of none."""
+    import motif_kernels
+    from motif_kernels import reference
+
+    rows, offsets = 6, torch.tensor([2, 2, 5], dtype=torch.int32)
+    given = {"gate_up": numbers(rows, 2 * columns, dtype=dtype, seed=0)}
+    given |= {"weight": numbers(3, 3, dtype=torch.float32, seed=2), "bias": numbers(3, 1, dtype=torch.float32, seed=3)}
+    grad = numbers(rows, columns, dtype=dtype, seed=4)
+    given["gate_up"][5:] = grad[5:] = torch.nan
+
+    def run(function: Callable[..., Tensor], kind: torch.dtype | None) -> tuple[Tensor, ...]:
+        own = leaves(given, kind)
+        out = function(*own.values())
+        return (out, *torch.autograd.grad(out, list(own.values()), grad.to(out.dtype)))
+
+    def plain(gate_up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        gate, up = gate_up.clamp(-clamp, clamp).chunk(2, dim=-1)
+        out = reference.grouped_mul_poly_norm(gate, up, weight, bias, offsets)
+        return out.clamp(-clamp, clamp).to(gate_up.dtype)
+
+    def ours(gate_up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        gate, up = (gate_up, None) if one_tensor else gate_up.chunk(2, dim=-1)
+        return motif_kernels.grouped_mul_poly_norm(gate, up, weight, bias, offsets, hidden_clamp=clamp)
+
+    with poisoned():
+        actual = run(ours, None)
+    names = ["out", *(f"d{n}" for n in given)]
+    return results(names, actual, run(plain, None), run(plain, torch.float64), rows={"dweight": rows, "dbias": rows})
+
+
 def combine(
     width: int = 128,
     group: int = 4,
@@ -317,7 +350,13 @@ def combine(
     return results(names, actual, plain, run(reference.diff_combine, torch.float64), rows=rows)
 
 
-CASES = {"attention": attention, "decoding": decoding, "poly_norm": poly_norm, "combine": combine}
+CASES = {
+    "attention": attention,
+    "decoding": decoding,
+    "poly_norm": poly_norm,
+    "grouped_poly_norm": grouped_poly_norm,
+    "combine": combine,
+}
 
 
 def _arguments(case: Any) -> argparse.ArgumentParser:

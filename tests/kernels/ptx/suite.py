@@ -54,6 +54,9 @@ def poly_norm() -> Iterator[Case]:
         yield "poly_norm", {"columns": columns, "rows": 2, "dtype": BF16}
         yield "poly_norm", {"columns": columns, "rows": 2, "dtype": F16, "up": False}
     yield "poly_norm", {"columns": 1000, "clamp": 1.0}
+    for columns in (1280, 40000):
+        yield "grouped_poly_norm", {"columns": columns, "dtype": BF16}
+    yield "grouped_poly_norm", {"columns": 1000, "dtype": F16, "one_tensor": False}
 
 
 def combine() -> Iterator[Case]:

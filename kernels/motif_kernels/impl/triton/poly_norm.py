@@ -106,10 +106,10 @@ def _groups(rows, offsets_pointer, GROUPS: tl.constexpr, BITS: tl.constexpr):
     """How many groups end at or before each row, which is the number of its own: by bisection."""
     group = tl.zeros_like(rows)
     for bit in tl.static_range(BITS - 1, -1, -1):
-        step: tl.constexpr = 1 << bit
-        there = group + step <= GROUPS
-        end = tl.load(offsets_pointer + group + step - 1, mask=there, other=0)
-        group = tl.where(there & (end <= rows), group + step, group)
+        further = group + (1 << bit)
+        there = further <= GROUPS
+        end = tl.load(offsets_pointer + further - 1, mask=there, other=0)
+        group = tl.where(there & (end <= rows), further, group)
     return group
 
 
