@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from helpers.agreement import assert_agrees
 from helpers.numerics import assert_error_rule, gradients, leaves
@@ -167,12 +168,13 @@ def test_operator_contract(one_tensor, path):
     torch.library.opcheck(torch.ops.motif.grouped_poly_norm.default, arguments)
 
 
-def test_compiles_without_a_graph_break(path):
+@pytest.mark.parametrize("function", [joined, cut])
+def test_compiled_and_recomputed_it_is_the_same(function, path):
     *inputs, offsets, grad = draw(path, torch.float32, columns=9)
-    for function in (joined, cut):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        ours, expected = (results(f, *inputs, offsets, grad) for f in (compiled, function))
-        for a, b in zip(ours, expected, strict=True):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = results(function, *inputs, offsets, grad)
+    for other in (compiled, partial(checkpoint, function, use_reentrant=False)):
+        for a, b in zip(results(other, *inputs, offsets, grad), expected, strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 

@@ -122,8 +122,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    dgate, dup, dw, db = _run_backward(grad, *ctx.saved_tensors, ctx.hidden_clamp, ctx.out_clamp)
-    return dgate, (None if ctx.saved_tensors[1] is None else dup), dw, db, *(None,) * 6
+    saved = ctx.saved_tensors  # read once: of a layer that is recomputed there is no second time
+    dgate, dup, dw, db = _run_backward(grad, *saved, ctx.hidden_clamp, ctx.out_clamp)
+    return dgate, (None if saved[1] is None else dup), dw, db, *(None,) * 6
 
 
 grouped_poly_norm = differentiable(_operator, _forward, _save, _differentiate)
