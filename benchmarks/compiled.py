@@ -113,6 +113,9 @@ CALLS: tuple[dict[str, Any], ...] = (
     {"group": 4, "softmax": True, "packed": True},
     {"group": 4, "softmax": True, "window_size": (511, 0), "deterministic": False},
 )
+# Motif-3 (192, 128): 4 signal heads and their noise head on one key head, lambda a token and head.
+_LATENT: dict[str, Any] = {"group": 4, "epilogue": "gate", "shared_keys": True, "return_max_logits": True}
+LATENT_CALLS = (_LATENT | {"packed": True}, _LATENT | {"window_size": (128, 0)})
 
 
 def _attention() -> None:
@@ -126,6 +129,8 @@ def _attention() -> None:
             attention_call(torch.bfloat16, d, dv, **options)
         with tuning.overriding(attention_forward_tma=None):  # as where tensors are not aligned
             attention_call(torch.bfloat16, d, dv, **CALLS[1])
+    for options in LATENT_CALLS:
+        attention_call(torch.bfloat16, 192, 128, **options)
     attention_call(torch.float32, 64, 64, **CALLS[1])  # for checks; each compiles for half a minute
 
 
@@ -145,9 +150,13 @@ def attention_call(
     epilogue: str = "",
     packed: bool = False,
     softmax: bool = False,
+    shared_keys: bool = False,
     **options: Any,
 ) -> None:
-    """Forward and backward of 256 tokens with 2 noise heads, or without noise, and 2 key heads."""
+    """Forward and backward of 256 tokens with 2 noise heads, or without noise, and 2 key heads.
+
+    With shared_keys, both maps have one key, and each token and head a lambda: DIFF V2.
+    """
     from motif_kernels import diff_attn_func, diff_attn_varlen_func
 
     leading = (256,) if packed else (1, 256)
@@ -158,14 +167,17 @@ def attention_call(
         options["norm_weight"] = torch.ones(dv).requires_grad_()
     if epilogue == "gate":
         options["gate"] = torch.zeros(*leading, 2 * group, dv, dtype=dtype).requires_grad_()
-    lam = torch.zeros(()).requires_grad_()
+    lam = torch.zeros((*leading, 2 * group) if shared_keys else ()).requires_grad_()
     bounds = torch.tensor([0, 256], dtype=torch.int32)
     call: Callable[..., Any] = diff_attn_varlen_func if packed else diff_attn_func
     tensors: list[torch.Tensor | None] = [*leaves, lam]
     if softmax:
         tensors[2] = tensors[3] = tensors[5] = None
+    if shared_keys:
+        tensors[3] = tensors[1]
     with labelled(head_dim=d, v_head_dim=dv):
         out = call(*tensors, *((bounds, bounds, 256, 256) if packed else ()), **options)
+        out = out[0] if isinstance(out, tuple) else out
         extra = [options[name] for name in ("norm_weight", "gate") if name in options]
         torch.autograd.grad(out, [t for t in (*tensors, *extra) if t is not None], torch.zeros_like(out))
 

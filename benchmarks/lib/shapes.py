@@ -101,6 +101,11 @@ def _v2(head_dim: int, **rest: Any) -> Layout:
     return Layout(f"DIFF V2 ({head_dim}, {head_dim})", pairs, pairs, 8, head_dim, head_dim, shared_keys=True, **rest)
 
 
+def _latent(**rest: Any) -> Layout:
+    # Motif-3: 64 signal and 16 noise heads, 4 and 1 on each of 16 keys of 128 + 64.
+    return Layout("GDLA 4:1 (192, 128)", 64, 16, 16, 192, 128, shared_keys=True, gate=True, **rest)
+
+
 # The most telling ones first: time may run out.
 LAYOUTS = {
     "v1_64": _v1(64, lengths=(4096, 16384, 512, 2048, 32768), flex=True),
@@ -118,6 +123,8 @@ LAYOUTS = {
     "v2_64": _v2(64),
     "v2_128": _v2(128),
     "gda4_128_packed": _gda(4, 128, packed=True, lengths=(4096,)),
+    "gdla4_192": _latent(lengths=(4096, 16384)),
+    "gdla4_192_w129": _latent(window=129),
     "gda2_64": _gda(2, 64),
     "gda2_128": _gda(2, 128),
 }

@@ -19,7 +19,7 @@ def require_interpreter() -> None:
 
 def small_tiles(*, descriptors: bool = True) -> AbstractContextManager[None]:
     """Tiles so small that a hundred tokens are many of them; read by tensor descriptors or not."""
-    tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1}
+    tiles = {"block_m": 32, "block_n": 16, "num_warps": 4, "num_stages": 1, "parts": True}
     kernels = itertools.product(("forward", "backward_keys", "backward_queries"), ("", "_float32"))
     small: dict[str, Any] = dict.fromkeys([f"attention_{name}{suffix}" for name, suffix in kernels], tiles)
     described = {f"{name}_tma": entry if descriptors else None for name, entry in small.items()}

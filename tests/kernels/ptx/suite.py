@@ -35,6 +35,9 @@ def masks() -> Iterator[Case]:
         yield "attention", {"tokens": 200, "window": 50, "softmax": softmax, "group": group, "backward": not softmax}
     yield "attention", {"group": 3, "epilogue": "gate", "softcap": 20.0, "causal": False, "deterministic": False}
     yield "attention", {"shared_keys": True, "lam": "token", "epilogue": "gate", "d": 64, "dv": 64, "batch": 2}
+    latent = {"d": 192, "dv": 128, "group": 4, "shared_keys": True, "lam": "token", "epilogue": "gate"}
+    yield "attention", latent | {"tokens": 200, "keys": 330}
+    yield "attention", latent | {"lengths": (140, 0, 60, 1), "window": 128}
     yield "attention", {"tokens": 33, "keys": 97, "lam": "one", "noise": 2, "key_heads": 1}
     yield "attention", {"tokens": 97, "keys": 33, "dtype": F16}
     # Gradients of keys and values that are sums of 1,200 products in float32.

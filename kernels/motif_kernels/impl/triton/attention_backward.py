@@ -32,17 +32,23 @@ import triton.language as tl
 
 from motif_kernels.impl.triton.attention_tiles import (
     NUMBERS,
+    add_products,
     cap_slope,
     document,
     document_tile,
     head_rows,
+    inner_products,
     key_ranges,
+    load_parts,
     load_rows,
+    parts_in_registers,
     product,
     query_ranges,
+    store_parts,
     store_tile,
     to_logits,
     visible,
+    zero_parts,
 )
 
 
@@ -120,16 +126,16 @@ def _walk_queries(
     """
     for first in tl.range(start, stop, BLOCK_M):
         queries = first + tl.arange(0, BLOCK_M)
-        q = load_rows(q_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
+        q = load_parts(q_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
         d_o = load_rows(d_o_rows, first, seqlen_q, BLOCK_M, DV, BLOCK_DV, MASKED, DESCRIBED)
-        s = to_logits(product(k, tl.trans(q)), SCALE, SOFTCAP)
+        s = to_logits(inner_products(k, q), SCALE, SOFTCAP)
         lse = _load_row(lse_pointer, 1, queries, seqlen_q, float("inf"), MASKED)
         p = _probabilities(
             s, lse, queries[None, :], keys[:, None], shift, seqlen_k, left, right, MASKED, HAS_LEFT, HAS_RIGHT
         )
         if BOTH_MAPS:
-            q_noise = load_rows(q_noise_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
-            s_noise = to_logits(product(k_noise, tl.trans(q_noise)), SCALE, SOFTCAP)
+            q_noise = load_parts(q_noise_rows, first, seqlen_q, BLOCK_M, D, BLOCK_D, MASKED, DESCRIBED)
+            s_noise = to_logits(inner_products(k_noise, q_noise), SCALE, SOFTCAP)
             lse_noise = _load_row(lse_noise_pointer, 1, queries, seqlen_q, float("inf"), MASKED)
             p_noise = _probabilities(
                 s_noise, lse_noise, queries[None, :], keys[:, None], shift, seqlen_k, left, right,
@@ -142,28 +148,26 @@ def _walk_queries(
             ds = p * (dp - _load_row(delta_pointer, 1, queries, seqlen_q, 0.0, MASKED))
             if SOFTCAP > 0:
                 ds *= cap_slope(s, SOFTCAP)
-            ds = ds.to(q.dtype)
+            ds = ds.to(q[0].dtype)
             if BOTH_MAPS:
                 ds_noise = p_noise * (-lam * dp - _load_row(delta_noise_pointer, 1, queries, seqlen_q, 0.0, MASKED))
                 if SOFTCAP > 0:
                     ds_noise *= cap_slope(s_noise, SOFTCAP)
-                ds_noise = ds_noise.to(q.dtype)
+                ds_noise = ds_noise.to(q[0].dtype)
         # Last, and so under way while the next tiles are waited for.
         if WITH_V:
             dv = product(p_v.to(d_o.dtype), d_o, dv)
         if WITH_K:
-            dk = product(ds, q, dk)
+            dk = add_products(dk, ds, q)
             if dq_pointer is not None:
-                dq = product(tl.trans(k), ds) * SCALE
-                _add_queries(dq_pointer, dq_token, queries, seqlen_q, dq, D, BLOCK_D)
+                _add_queries(dq_pointer, dq_token, queries, seqlen_q, k, ds, SCALE, D, BLOCK_D)
             if BOTH_MAPS:
                 if SAME_KEYS:
-                    dk = product(ds_noise, q_noise, dk)
+                    dk = add_products(dk, ds_noise, q_noise)
                 else:
-                    dk_noise = product(ds_noise, q_noise, dk_noise)
+                    dk_noise = add_products(dk_noise, ds_noise, q_noise)
                 if dq_pointer is not None:
-                    dq = product(tl.trans(k_noise), ds_noise) * SCALE
-                    _add_queries(dq_noise_pointer, dq_token, queries, seqlen_q, dq, D, BLOCK_D)
+                    _add_queries(dq_noise_pointer, dq_token, queries, seqlen_q, k_noise, ds_noise, SCALE, D, BLOCK_D)
     return dk, dk_noise, dv
 
 
@@ -177,11 +181,23 @@ def _load_row(pointer, stride, queries, seqlen_q, other, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _add_queries(pointer, stride, queries, seqlen_q, tile, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Add a tile (width, queries) to a head's rows."""
-    columns = tl.arange(0, BLOCK_WIDTH)
-    at = pointer + (queries.to(tl.int64) * stride)[None, :] + columns[:, None]
-    tl.atomic_add(at, tile, mask=(columns < WIDTH)[:, None] & (queries < seqlen_q)[None, :], sem="relaxed")
+def _add_queries(
+    pointer,
+    stride,
+    queries,
+    seqlen_q,
+    k,
+    ds,
+    SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Add dQ, ``k^T ds`` (width, queries), to a head's rows."""
+    for c in tl.static_range(len(k)):
+        tile = product(tl.trans(k[c]), ds) * SCALE
+        columns = c * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+        at = pointer + (queries.to(tl.int64) * stride)[None, :] + columns[:, None]
+        tl.atomic_add(at, tile, mask=(columns < WIDTH)[:, None] & (queries < seqlen_q)[None, :], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -287,9 +303,9 @@ def _keys_kernel(
     k1_rows = head_rows(
         k1, n * GROUP // SIGNALS_PER_K1, z, k_start, length_k, k1_batch, k1_token, k1_head, DESCRIBED, PACKED
     )
-    k = load_rows(k1_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
-    if K_IN_REGISTERS:  # as what comes out of arithmetic is; shared memory then has room for a third stage
-        k += 0.0
+    k = load_parts(k1_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+    if K_IN_REGISTERS:
+        k = parts_in_registers(k)
     k_noise, values = k, 0.0
     dk, dk_noise, dv = 0.0, 0.0, 0.0
     if HAS_NOISE and not SAME_KEYS:
@@ -297,13 +313,13 @@ def _keys_kernel(
             k2, n // NOISES_PER_K2, z, k_start, length_k, k2_batch, k2_token, k2_head, DESCRIBED, PACKED
         )
         if BOTH_MAPS:
-            k_noise = load_rows(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+            k_noise = load_parts(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
     if WITH_K:
         v_rows = head_rows(v, n // NOISES_PER_V, z, k_start, length_k, v_batch, v_token, v_head, DESCRIBED, PACKED)
         values = load_rows(v_rows, first, length_k, BLOCK_N, DV, BLOCK_DV, True, DESCRIBED)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dk = zero_parts(BLOCK_N, D, BLOCK_D)
         if BOTH_MAPS and not SAME_KEYS:
-            dk_noise = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            dk_noise = zero_parts(BLOCK_N, D, BLOCK_D)
     if WITH_V:
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for which in tl.static_range(2 if HAS_NOISE and not BOTH_MAPS else 1):  # signal heads, noise heads
@@ -318,12 +334,12 @@ def _keys_kernel(
             d_o_batch, d_o_token, d_o_head = d_o2_batch, d_o2_token, d_o2_head
             lse_pointer, delta_pointer, dq_pointer = lse2_pointer, delta2_pointer, dq2_pointer
             if not SAME_KEYS:
-                k = load_rows(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
+                k = load_parts(k2_rows, first, length_k, BLOCK_N, D, BLOCK_D, True, DESCRIBED)
                 if K_IN_REGISTERS:
-                    k += 0.0
+                    k = parts_in_registers(k)
                 if WITH_K:
-                    store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
-                    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+                    store_parts(dk1_pointer + at * D, shares * D, first, length_k, dk, SCALE, BLOCK_N, D, BLOCK_D)
+                    dk = zero_parts(BLOCK_N, D, BLOCK_D)
         heads = noise_heads * count // NOISES
         for j in tl.range(count):
             h = share * count + j
@@ -356,11 +372,11 @@ def _keys_kernel(
     if WITH_K:
         if HAS_NOISE and not SAME_KEYS:
             if BOTH_MAPS:
-                store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+                store_parts(dk1_pointer + at * D, shares * D, first, length_k, dk, SCALE, BLOCK_N, D, BLOCK_D)
                 dk = dk_noise
-            store_tile(dk2_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+            store_parts(dk2_pointer + at * D, shares * D, first, length_k, dk, SCALE, BLOCK_N, D, BLOCK_D)
         else:
-            store_tile(dk1_pointer + at * D, shares * D, first, length_k, dk * SCALE, BLOCK_N, D, BLOCK_D)
+            store_parts(dk1_pointer + at * D, shares * D, first, length_k, dk, SCALE, BLOCK_N, D, BLOCK_D)
     if WITH_V:
         store_tile(dv_pointer + at * DV, shares * DV, first, length_k, dv, BLOCK_N, DV, BLOCK_DV)
 
@@ -402,9 +418,9 @@ def _walk_keys(
 ):
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(k_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
+        k = load_parts(k_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
         v = load_rows(v_rows, first, seqlen_k, BLOCK_N, DV, BLOCK_DV, MASKED, DESCRIBED)
-        s = to_logits(product(q, tl.trans(k)), SCALE, SOFTCAP)
+        s = to_logits(inner_products(q, k), SCALE, SOFTCAP)
         p = _probabilities(
             s, lse[:, None], queries[:, None], keys[None, :], shift, seqlen_k, left, right, MASKED, HAS_LEFT, HAS_RIGHT
         )
@@ -412,10 +428,10 @@ def _walk_keys(
         ds = p * (dp - delta[:, None])
         if SOFTCAP > 0:
             ds *= cap_slope(s, SOFTCAP)
-        dq = product(ds.to(k.dtype), k, dq)
+        dq = add_products(dq, ds.to(k[0].dtype), k)
         if BOTH_MAPS:
-            k = load_rows(k_noise_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
-            s = to_logits(product(q_noise, tl.trans(k)), SCALE, SOFTCAP)
+            k = load_parts(k_noise_rows, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
+            s = to_logits(inner_products(q_noise, k), SCALE, SOFTCAP)
             p = _probabilities(
                 s, lse_noise[:, None], queries[:, None], keys[None, :], shift, seqlen_k, left, right,
                 MASKED, HAS_LEFT, HAS_RIGHT,
@@ -423,7 +439,7 @@ def _walk_keys(
             ds = p * (-lam[:, None] * dp - delta_noise[:, None])
             if SOFTCAP > 0:
                 ds *= cap_slope(s, SOFTCAP)
-            dq_noise = product(ds.to(k.dtype), k, dq_noise)
+            dq_noise = add_products(dq_noise, ds.to(k[0].dtype), k)
     return dq, dq_noise
 
 
@@ -512,12 +528,12 @@ def _queries_kernel(
     d_o_rows = head_rows(d_o, h, z, q_start, length_q, d_o_batch, d_o_token, d_o_head, DESCRIBED, PACKED)
     k_rows = head_rows(k, h // HEADS_PER_K, z, k_start, length_k, k_batch, k_token, k_head, DESCRIBED, PACKED)
     v_rows = head_rows(v, h // HEADS_PER_V, z, k_start, length_k, v_batch, v_token, v_head, DESCRIBED, PACKED)
-    own_q = load_rows(q_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
+    own_q = load_parts(q_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
     own_d_o = load_rows(d_o_rows, first, length_q, BLOCK_M, DV, BLOCK_DV, True, DESCRIBED)
     rows = h * tokens + token_start + queries
     lse = tl.load(lse_pointer + rows, mask=present, other=float("inf"))
     delta = tl.load(delta_pointer + rows, mask=present, other=0.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = zero_parts(BLOCK_M, D, BLOCK_D)
     if BOTH_MAPS:
         k_noise_rows = head_rows(
             k_noise, h // HEADS_PER_K_NOISE, z, k_start, length_k, k_noise_batch, k_noise_token, k_noise_head,
@@ -526,16 +542,16 @@ def _queries_kernel(
         q_noise_rows = head_rows(
             q_noise, h, z, q_start, length_q, q_noise_batch, q_noise_token, q_noise_head, DESCRIBED, PACKED
         )
-        own_q_noise = load_rows(q_noise_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
+        own_q_noise = load_parts(q_noise_rows, first, length_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
         lam_at = z * lam_batch + (q_start + queries) * lam_token + h * lam_head
         lam = tl.load(lam_pointer + lam_at, mask=present, other=0.0).to(tl.float32)
         lse_noise = tl.load(lse_noise_pointer + rows, mask=present, other=float("inf"))
         delta_noise = tl.load(delta_noise_pointer + rows, mask=present, other=0.0)
-        dq_noise = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dq_noise = zero_parts(BLOCK_M, D, BLOCK_D)
     else:  # stand-ins that are never read
         own_q_noise, k_noise_rows, lam, lse_noise, delta_noise, dq_noise = own_q, k_rows, lse, lse, delta, 0.0
-        if DESCRIBED and BLOCK_D <= 128:  # as with k in the keys kernel
-            own_q += 0.0
+        if DESCRIBED and D <= 128:  # as with k in the keys kernel
+            own_q = parts_in_registers(own_q)
     for part in tl.static_range(3):  # cut by the mask, whole, cut by the mask
         if HAS_LEFT or part > 0:
             start = begin if part == 0 else middle if part == 1 else middle_end
@@ -547,6 +563,6 @@ def _queries_kernel(
                 D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     own = token_start * heads + h
-    store_tile(dq_pointer + own * D, heads * D, first, length_q, dq * SCALE, BLOCK_M, D, BLOCK_D)
+    store_parts(dq_pointer + own * D, heads * D, first, length_q, dq, SCALE, BLOCK_M, D, BLOCK_D)
     if BOTH_MAPS:
-        store_tile(dq_noise_pointer + own * D, heads * D, first, length_q, dq_noise * SCALE, BLOCK_M, D, BLOCK_D)
+        store_parts(dq_noise_pointer + own * D, heads * D, first, length_q, dq_noise, SCALE, BLOCK_M, D, BLOCK_D)

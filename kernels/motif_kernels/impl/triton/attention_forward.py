@@ -26,7 +26,9 @@ from motif_kernels.impl.triton.attention_tiles import (
     described_rows,
     document,
     document_tile,
+    inner_products,
     key_ranges,
+    load_parts,
     load_rows,
     load_tile,
     pieces,
@@ -73,8 +75,8 @@ def _walk(
     IN_EXPONENT: tl.constexpr = SOFTCAP == 0 and SCALE > 0
     SLOPE: tl.constexpr = SCALE * LOG2_E if IN_EXPONENT else 1.0
     for first in tl.range(start, stop, BLOCK_N):
-        k = load_rows(k_source, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
-        s = product(q, tl.trans(k))
+        k = load_parts(k_source, first, seqlen_k, BLOCK_N, D, BLOCK_D, MASKED, DESCRIBED)
+        s = inner_products(q, k)
         if not IN_EXPONENT:
             s = to_logits(s, SCALE, SOFTCAP)
         if MASKED:
@@ -124,7 +126,7 @@ def _attend(
     """One head's attention for a tile of queries: output (BLOCK_M, BLOCK_DV), log-sum-exp and
     largest logit.
     """
-    q = load_rows(q_source, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
+    q = load_parts(q_source, first_query, seqlen_q, BLOCK_M, D, BLOCK_D, True, DESCRIBED)
     queries = first_query + tl.arange(0, BLOCK_M)
     o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)

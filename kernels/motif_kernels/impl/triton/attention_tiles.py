@@ -4,6 +4,9 @@ and logits.
 Legend: B batch or documents, S tokens, D head_dim of queries and keys, Dv of values, Hs signal
 heads, Hn noise heads, g = Hs / Hn (GROUP). Logits are kept in units of log2, so that every
 exponential is an exp2.
+
+Tiles of queries and keys are tuples of parts side by side, (rows, BLOCK_D) each. There is one part,
+but where D is three times a power of two: padding 192 to 256 would be a third more work and memory.
 """
 
 import triton
@@ -94,17 +97,74 @@ def load_rows(
     BLOCK_WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    COLUMN: tl.constexpr = 0,
 ):
-    """:func:`load_tile` from :func:`rows_of`; of a descriptor, hardware puts the zeros, masked or
-    not.
+    """:func:`load_tile` from :func:`rows_of`, of the columns from COLUMN on; of a descriptor,
+    hardware puts the zeros, masked or not.
     """
     if DESCRIBED:
         descriptor, head, outer, inner, row = source
-        tile = descriptor.load([outer, inner, head, row + first, 0]).reshape(BLOCK_ROWS, BLOCK_WIDTH)
+        tile = descriptor.load([outer, inner, head, row + first, COLUMN]).reshape(BLOCK_ROWS, BLOCK_WIDTH)
     else:
         pointer, stride = source
-        tile = load_tile(pointer, stride, first, row_end, BLOCK_ROWS, WIDTH, BLOCK_WIDTH, MASKED)
+        at = pointer + COLUMN
+        tile = load_tile(at, stride, first, row_end, BLOCK_ROWS, WIDTH - COLUMN, BLOCK_WIDTH, MASKED)
     return tile
+
+
+@triton.jit
+def load_parts(
+    source,
+    first,
+    row_end,
+    BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """:func:`load_rows` as parts (BLOCK_ROWS, BLOCK_WIDTH)."""
+    parts = ()
+    for column in tl.static_range(0, WIDTH, BLOCK_WIDTH):
+        part = load_rows(source, first, row_end, BLOCK_ROWS, WIDTH, BLOCK_WIDTH, MASKED, DESCRIBED, column)
+        parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no stars
+    return parts
+
+
+@triton.jit
+def zero_parts(BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Sums to add to, as many parts as :func:`load_parts` gives."""
+    parts = ()
+    for _ in tl.static_range(0, WIDTH, BLOCK_WIDTH):
+        parts = parts + (tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def parts_in_registers(parts):
+    """As what comes out of arithmetic is: shared memory then has room for a third stage."""
+    found = ()
+    for c in tl.static_range(len(parts)):
+        found = found + (parts[c] + 0.0,)  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def store_parts(
+    pointer,
+    stride,
+    first,
+    row_end,
+    parts,
+    SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """:func:`store_tile` of parts as :func:`load_parts` gives them, times SCALE."""
+    for c in tl.static_range(len(parts)):
+        at, part = pointer + c * BLOCK_WIDTH, parts[c] * SCALE
+        store_tile(at, stride, first, row_end, part, BLOCK_ROWS, WIDTH - c * BLOCK_WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -170,6 +230,24 @@ def product(a, b, accumulator=None):
         return accumulator + of_tile
     else:  # without it, Triton would compile both
         return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def inner_products(a, b):
+    """``a b^T`` of two tuples of parts, whose columns are summed over."""
+    s = product(a[0], tl.trans(b[0]))
+    for c in tl.static_range(1, len(a)):
+        s = product(a[c], tl.trans(b[c]), s)
+    return s
+
+
+@triton.jit
+def add_products(sums, a, b):
+    """``sums + a b`` of a tuple of parts b."""
+    found = ()
+    for c in tl.static_range(len(b)):
+        found = found + (product(a, b[c], sums[c]),)  # type: ignore[assignment]  # noqa: RUF005
+    return found
 
 
 @triton.jit

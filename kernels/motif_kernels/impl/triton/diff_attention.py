@@ -2,7 +2,8 @@
 
 In a launch table, a kernel's size is ``tuning.attention_size``; ``block_m`` queries by ``block_n``
 keys is a tile. In the keys' backward pass ``block_m_both`` is for walks over both maps, and
-``split`` asks for gradients of keys and of values by launches of their own. float32, which is for
+``split`` asks for gradients of keys and of values by launches of their own, and ``parts`` for
+queries and keys of 129 to 192 in three parts of 64, not padded to 256. float32, which is for
 checks, has tables of its own.
 """
 
@@ -27,9 +28,10 @@ def _power_of_two(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def _widths(q: Tensor, v: Tensor) -> dict[str, int]:
+def _widths(q: Tensor, v: Tensor, *, parts: bool = False) -> dict[str, int]:
     d, dv = q.shape[-1], v.shape[-1]
-    return {"D": d, "DV": dv, "BLOCK_D": _power_of_two(d), "BLOCK_DV": _power_of_two(dv)}
+    part = 64 if parts and 128 < d <= 192 else _power_of_two(d)
+    return {"D": d, "DV": dv, "BLOCK_D": part, "BLOCK_DV": _power_of_two(dv)}
 
 
 def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
@@ -60,16 +62,16 @@ def _constants(choice: Entry, q: Tensor, v: Tensor) -> dict[str, int]:
         "num_stages": choice["num_stages"],
         **({"maxnreg": choice["maxnreg"]} if "maxnreg" in choice else {}),
         **{name.upper(): choice[name] for name in ("split", "block_m_both") if name in choice},
-        **_widths(q, v),
+        **_widths(q, v, parts=choice.get("parts", False)),
     }
 
 
-def _described(tensors: Sequence[Tensor | None], rows: str, tiles: dict[str, int]) -> list[Any]:
-    """Descriptors; ``rows`` has for each tensor whether its tiles have BLOCK_M or BLOCK_N rows."""
-    return [
-        None if x is None else describe(x, tiles[f"BLOCK_{r}"], _power_of_two(x.shape[-1]))
-        for x, r in zip(tensors, rows, strict=True)
-    ]
+def _described(tensors: Sequence[Tensor | None], shapes: str, tiles: dict[str, int]) -> list[Any]:
+    """Descriptors; ``shapes`` has for each tensor its tiles' rows and columns: "MxD" is BLOCK_M by
+    BLOCK_D.
+    """
+    boxes = ([tiles[f"BLOCK_{name}"] for name in shape.split("x")] for shape in shapes.split())
+    return [None if x is None else describe(x, *box) for x, box in zip(tensors, boxes, strict=True)]
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -352,13 +354,14 @@ def backward_keys(
     dk1, dv = target(gradients.k1), target(gradients.v)
     dk2 = None if k2 is None or k2 is k1 else target(gradients.k2)
     read = (q1, k1, q2, k2, v, d_a, d_o2)
-    # With dQ, keys that registers cannot hold, or wide values of one signal head a group, Triton
-    # leaves out fences beside descriptors (tests/kernels/ptx).
-    wide_alone = v.shape[-1] > 128 and q1.shape[-2] == groups
-    by_descriptors = dq1 is None and q1.shape[-1] <= 128 and not wide_alone
+    # With dQ, keys padded to more than 128, or one signal head a group and a width of more than
+    # 128, Triton leaves out fences beside descriptors (tests/kernels/ptx).
+    wide_alone = max(q1.shape[-1], v.shape[-1]) > 128 and q1.shape[-2] == groups
+    by_descriptors = dq1 is None and not wide_alone
     tiles = _described_tiles("attention_backward_keys", q1, v, *read) if by_descriptors else None
-    described = tiles is not None
-    tiles = tiles or _tiles("attention_backward_keys", q1, v)
+    described = tiles is not None and tiles["BLOCK_D"] <= 128
+    if tiles is None or not described:
+        tiles = _tiles("attention_backward_keys", q1, v)
     both = q2 is not None and d_o2 is None
     split, of_both = tiles.pop("SPLIT", False), tiles.pop("BLOCK_M_BOTH", tiles["BLOCK_M"])
     if both:
@@ -368,7 +371,7 @@ def backward_keys(
         launch(
             _keys_kernel,
             grid,
-            *(_described(read, "MNMNNMM", tiles) if described else read),
+            *(_described(read, "MxD NxD MxD NxD NxDV MxDV MxDV", tiles) if described else read),
             lam,
             *lse,
             *deltas,
@@ -436,7 +439,7 @@ def backward_queries(
         launch(
             _queries_kernel,
             _grid(tiles["BLOCK_M"], sequences.max_seqlen_q, sequences.cu_seqlens_q, heads, q1),
-            *(_described(read, "MNMNNM", tiles) if described else read),
+            *(_described(read, "MxD NxD MxD NxD NxDV MxDV", tiles) if described else read),
             lam if both else None,
             own_lse,
             lse[1] if both else None,
