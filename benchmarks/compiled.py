@@ -102,6 +102,23 @@ def _combine() -> None:
                 combine.backward(signal, signal, noise, lam, weight, gate, **fixed)
 
 
+def _hyper_connections() -> None:
+    """Four streams, narrow and as wide as Motif-3's, and of a width that no vector divides."""
+    from motif_kernels.impl.triton import hyper_connections
+
+    n, count, rows = 4, 24, 256
+    bias, products, r = torch.zeros(20), torch.zeros(rows, count), torch.zeros(rows)
+    post, mix = hyper_connections.maps_forward(products, bias, iterations=20)
+    hyper_connections.maps_backward(post, mix, products, bias, iterations=20)
+    for dtype, width in ((torch.bfloat16, 4096), (torch.bfloat16, 1001), (torch.float32, 4096)):
+        streams, weight = torch.zeros(rows, n, width, dtype=dtype), torch.zeros(count, n * width)
+        out = streams[:, 0].contiguous()
+        hyper_connections.read_forward(streams, weight, bias[:n], eps=1e-6)
+        hyper_connections.read_backward(out, products, streams, weight, bias[:n], products, r)
+        hyper_connections.update_forward(streams, out, post, mix)
+        hyper_connections.update_backward(streams, streams, out, post, mix)
+
+
 WIDTHS = ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128))
 CALLS: tuple[dict[str, Any], ...] = (
     {"group": 1, "epilogue": "norm"},
@@ -216,6 +233,7 @@ FAMILIES = {
     "poly_norm": _poly_norm,
     "grouped_poly_norm": _grouped_poly_norm,
     "combine": _combine,
+    "hyper_connections": _hyper_connections,
     "attention": _attention,
     "gluon": _gluon,
     "decoding": _decoding,

@@ -17,10 +17,6 @@ from motif_kernels.dispatch import as_given
 from motif_kernels.ops import hyper_connections as operator
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return ops.has_implementation(x.device) and not x.is_cuda
-
-
 def _check_streams(function: str, streams: Tensor) -> None:
     if not streams.is_floating_point():
         raise TypeError(f"{function}: streams has dtype {streams.dtype}; it must be a floating-point tensor")
@@ -64,7 +60,7 @@ def read_streams(streams: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 
             f"each number of {n} streams of {width}, with {n} products or more"
         )
     _check_shape("read_streams", "bias", bias, (n,), "one for each stream")
-    if _has_kernels(streams):
+    if ops.has_implementation(streams.device):
         read, products, _ = operator.read_streams(streams, weight, bias, eps)
         return read, products
     with as_given(streams.device):
@@ -107,7 +103,7 @@ def stream_maps(products: Tensor, bias: Tensor, *, iterations: int = 20) -> tupl
         )
     if iterations < 0:
         raise ValueError(f"stream_maps: iterations is {iterations}; it must be 0 or more")
-    if _has_kernels(products):
+    if ops.has_implementation(products.device):
         return operator.stream_maps(products, bias, iterations)  # type: ignore[no-any-return]
     return reference.stream_maps(products, bias, iterations=iterations)
 
@@ -136,6 +132,6 @@ def update_streams(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> T
     _check_shape("update_streams", "out", out, (*leading, width), "a row for each token")
     _check_shape("update_streams", "post", post, (*leading, n), "a number for each stream")
     _check_shape("update_streams", "mix", mix, (*leading, n, n), "a matrix for each token")
-    if _has_kernels(streams):
+    if ops.has_implementation(streams.device):
         return operator.update_streams(streams, out, post, mix)  # type: ignore[no-any-return]
     return reference.update_streams(streams, out, post, mix)

@@ -86,8 +86,8 @@ def assert_within_bounds(kernels: Kernels) -> None:
     assert not new
     # Spills count where they are executed: those of an epilogue cost a few clocks a tile. Kernels
     # of rows are executed as a whole, once a row.
-    families = ("triton.poly_norm", "triton.group_sums", "triton.combine", "triton.cache")
-    rows = [k for k in kernels if k["kernel"].startswith(families)]
+    of_rows = "poly_norm", "group_sums", "combine", "cache", "read_streams", "stream_maps", "update_streams"
+    rows = [k for k in kernels if k["kernel"].startswith(tuple(f"triton.{name}" for name in of_rows))]
     assert not [k for k in rows if k["stack"]]
     decoding = [k for k in kernels if k["kernel"].startswith("triton.decoding")]
     assert not [k for k in decoding for loop in k["loops"] if loop["counts"].keys() & {"ldl", "stl"}]

@@ -350,12 +350,43 @@ def combine(
     return results(names, actual, plain, run(reference.diff_combine, torch.float64), rows=rows)
 
 
+def hyper_connections(
+    width: int = 64, streams: int = 4, tokens: int = 5, *, dtype: torch.dtype = torch.bfloat16
+) -> Results:
+    """Reading, maps and update of residual streams around a sublayer that multiplies."""
+    import motif_kernels
+    from motif_kernels import reference
+
+    n, count = streams, streams * (streams + 2)
+    given = {
+        "streams": numbers(tokens, n, width, dtype=dtype, seed=0),
+        "weight": numbers(count, n * width, dtype=torch.float32, seed=1) * (n * width) ** -0.5,
+        "bias": numbers(count, dtype=torch.float32, seed=2),
+        "factor": numbers(width, dtype=dtype, seed=3),
+    }
+    grad = numbers(tokens, n, width, dtype=dtype, seed=4)
+
+    def run(functions: Any, kind: torch.dtype | None) -> tuple[Tensor, ...]:
+        own = leaves(given, kind)
+        read, products = functions.read_streams(own["streams"], own["weight"], own["bias"][:n])
+        post, mix = functions.stream_maps(products, own["bias"][n:], iterations=20)
+        out = functions.update_streams(own["streams"], read * own["factor"], post, mix)
+        return (read, products, post, mix, out, *torch.autograd.grad(out, list(own.values()), grad.to(out.dtype)))
+
+    with poisoned():
+        actual = run(motif_kernels, None)
+    names = ["read", "products", "post", "mix", "out", *(f"d{n}" for n in given)]
+    rows = dict.fromkeys(("products", "dweight", "dbias", "dfactor"), tokens * n * width)
+    return results(names, actual, run(reference, None), run(reference, torch.float64), rows=rows)
+
+
 CASES = {
     "attention": attention,
     "decoding": decoding,
     "poly_norm": poly_norm,
     "grouped_poly_norm": grouped_poly_norm,
     "combine": combine,
+    "hyper_connections": hyper_connections,
 }
 
 

@@ -68,6 +68,16 @@ def combine() -> Iterator[Case]:
             yield "combine", {"width": width, "group": group, "epilogue": epilogue, "dtype": dtype}
 
 
+def hyper_connections() -> Iterator[Case]:
+    """Of several chunks of tokens, of widths that tiles divide and do not, and of three streams."""
+    yield "hyper_connections", {"dtype": BF16}
+    yield "hyper_connections", {"dtype": BF16, "width": 33, "streams": 3}
+    yield "hyper_connections", {"dtype": BF16, "width": 130, "tokens": 70}
+    yield "hyper_connections", {"dtype": F16, "width": 33}
+    yield "hyper_connections", {"dtype": torch.float32, "width": 40}
+    yield "hyper_connections", {"dtype": torch.float32, "width": 33, "streams": 2, "tokens": 1}
+
+
 def blackwell() -> Iterator[Case]:
     """Of sm_100, whose attention needs tensor memory, what does not."""
     yield "poly_norm", {"arch": 100}
@@ -84,6 +94,7 @@ GROUPS = {
     "decoding": decoding,
     "poly_norm": poly_norm,
     "combine": combine,
+    "hyper_connections": hyper_connections,
     "blackwell": blackwell,
 }
 
