@@ -45,13 +45,13 @@ def _begin(processors: int) -> None:
 
 def launch_from_cpu_tensors(processors: int) -> None:
     """From here on, CPU tensors are taken to the kernels of GPUs with so many multiprocessors."""
-    from motif_kernels.impl.triton import decoding
+    from motif_kernels.impl.triton import decoding, decoding_latent
 
     families = "poly_norm", "grouped_poly_norm", "combine", "hyper_connections"
     for family in families:  # the others go there by their backend's name
         operators: Any = importlib.import_module(f"motif_kernels.ops.{family}")
         operators.implementation = lambda family, device: importlib.import_module(f"motif_kernels.impl.triton.{family}")
-    decoding._processors = lambda device: processors
+    decoding.processors = decoding_latent.processors = lambda device: processors
 
 
 def draw_nothing(*shape: int, dtype: torch.dtype | None = None) -> Tensor:

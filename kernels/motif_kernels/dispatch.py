@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from motif_kernels import reference, tuning
+from motif_kernels import latent, reference, tuning
 from motif_kernels.checks import check_attention, check_cu_seqlens
 from motif_kernels.combine import combine
 from motif_kernels.impl.flash import attention as flash
 from motif_kernels.ops import blocked_attention, is_exporting, sdpa
 from motif_kernels.ops import diff_attention as fused
 from motif_kernels.types import AttentionInputs, AttentionOptions, Sequences
-
-# Queries times signal heads of a key head that are decoding; more are prefill, which the training
-# kernels serve.
-MAX_DECODE_QUERY_ROWS = 32
 
 # Keys up to which blocked products are the faster on a CPU where no heads share keys.
 MAX_BLOCKED_KEYS = 2048
@@ -173,19 +169,23 @@ def _order(inputs: AttentionInputs, sequences: Sequences, options: AttentionOpti
 def choose_decoding(backend: str, inputs: AttentionInputs) -> str:
     """What attends to a cache: "triton" and "cpu" read it in place, "packed" copies what rows hold.
 
-    If a backend asked for cannot serve at all, packing tells why.
+    If a backend asked for cannot serve at all, packing tells why. Whether a cache of one head is of
+    latents, keys and values in one memory, its readers see (``ops/decoding.py``): it cannot be
+    asked of what torch.compile traces.
     """
     q1, k1, k2, v = inputs.q1, inputs.k1, inputs.k2, inputs.v
     heads = v.shape[2]
     of_each_value = inputs.noise_heads or q1.shape[2]
     same_heads = k1.shape[2] == heads and (k2 is None or k2.shape[2] == heads) and of_each_value % heads == 0
-    if not same_heads or q1.shape[1] * q1.shape[2] // heads > MAX_DECODE_QUERY_ROWS:
+    if not same_heads or not (latent.are_few(inputs) or latent.may_be(inputs)):
         return "packed"
     on_gpu = is_gpu(q1.device)
     if backend == "triton" or (backend == "auto" and on_gpu):
         from motif_kernels import machine
 
-        reason = machine.triton_unsupported_reason(q1.device) or fused.unsupported_reason(inputs)
+        reason = machine.triton_unsupported_reason(q1.device)
+        if reason is None and not latent.may_be(inputs):
+            reason = fused.unsupported_reason(inputs)
         return "packed" if reason else "triton"
     return "cpu" if backend in ("cpu", "sdpa") or (backend == "auto" and not on_gpu) else "packed"
 

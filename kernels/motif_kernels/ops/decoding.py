@@ -1,13 +1,15 @@
 """Decoding against a key/value cache as torch operators: appending and attending."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from motif_kernels import packed_cache
+from motif_kernels import latent, packed_cache
 from motif_kernels.checks import may_read
 from motif_kernels.impl.cpu import decoding as cpu
+from motif_kernels.ops import diff_attention as fused
 from motif_kernels.ops import schema, take
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
@@ -77,14 +79,28 @@ def serve(inputs: AttentionInputs, cache: Cache, options: AttentionOptions, read
         return q1.new_zeros(*q1.shape[:-1], v.shape[-1])
     if reader == "cpu":
         return cpu.attend(inputs, cache, options).contiguous()  # as the fake rule promises
+    kernels = _kernels(inputs) if reader == "triton" else None
     with torch.cuda.device_of(q1):
-        if reader == "triton":
-            from motif_kernels.impl.triton import decoding as kernels
-
+        if kernels is not None:
             out = kernels.attend(inputs, cache, options)
         else:
             out = packed_cache.attend(inputs, cache, options, packed_backend)
     return out.contiguous()
+
+
+def _kernels(inputs: AttentionInputs) -> ModuleType | None:
+    """The Triton kernels of latents or of keys and values; None for what looked like latents and is
+    too wide, or of too many queries, for the latter.
+    """
+    if latent.is_latent(inputs):
+        from motif_kernels.impl.triton import decoding_latent
+
+        return decoding_latent
+    if not latent.are_few(inputs) or fused.unsupported_reason(inputs):
+        return None
+    from motif_kernels.impl.triton import decoding
+
+    return decoding
 
 
 _CALL = AttentionInputs, Cache, AttentionOptions

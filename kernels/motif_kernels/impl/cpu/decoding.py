@@ -5,13 +5,15 @@ A key/value head's signal and noise queries become the rows of one matrix. Where
 by side in the cache, as the layers keep them, the rows are ``[q1, 0]`` and ``[0, q2]`` over keys as
 they are, of width 2D: one call of torch's attention then gives both maps' products with the values,
 and copies nothing. Half of the products are with zeros; they cost less than a second pass through
-memory.
+memory. A cache of latents is its own values (``latent.py``): torch's fast path wants values as wide
+as keys, and so the rotated columns are multiplied too, and left out of what comes of it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from motif_kernels import latent
 from motif_kernels.reference import compute_dtype
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache
 
@@ -83,6 +85,7 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     left, right = options.window_size
     batch, seqlen_q, heads, d = q1.shape
     kv_heads, width = v_cache.shape[2:]
+    is_latent = latent.is_latent(inputs)
     ends = cache.lengths.tolist()
     signals, noises = heads // kv_heads, inputs.noise_heads // kv_heads
     queries = q1.view(batch, seqlen_q, kv_heads, signals, d).transpose(1, 2)  # (B, Hk, Sq, heads of a key head, D)
@@ -101,7 +104,8 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
     equal = len(set(ends)) == len(set(begins)) == 1
     groups = [slice(0, batch)] if equal else [slice(b, b + 1) for b in range(batch)]
 
-    out = None if equal else queries.new_zeros(*queries.shape[:3], width)
+    width_of_values = d if is_latent else width
+    out = None if equal else queries.new_zeros(*queries.shape[:3], width_of_values)
     for rows in groups:
         begin, end = begins[rows.start], ends[rows.start]
         if begin >= end:
@@ -114,10 +118,11 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         hidden = _hidden(seqlen_q, end - begin, left, right, queries.device)
         if hidden is not None:
             hidden = hidden.repeat_interleave(signals + noises, dim=0)
+        v = k if is_latent else _view(v_cache, rows, begin, end, cache.block_table)
         part = _attend(
             queries[rows],
             k.transpose(1, 2),
-            _view(v_cache, rows, begin, end, cache.block_table).transpose(1, 2),
+            v.transpose(1, 2),
             hidden,
             scale=options.softmax_scale,
             softcap=options.softcap,
@@ -127,8 +132,8 @@ def attend(inputs: AttentionInputs, cache: Cache, options: AttentionOptions) -> 
         else:
             out[rows] = part
     if out is None:  # no row holds anything
-        out = queries.new_zeros(*queries.shape[:3], width)
-    out = out.view(batch, kv_heads, seqlen_q, signals + noises, width).transpose(1, 2)
+        out = queries.new_zeros(*queries.shape[:3], width_of_values)
+    out = out[..., :width].unflatten(2, (seqlen_q, signals + noises)).transpose(1, 2)
     return _epilogue(out[..., :signals, :], out[..., signals:, :], inputs, options)
 
 
