@@ -61,19 +61,24 @@ def cut(gate_up, *rest, **options):
     return grouped_mul_poly_norm(*gate_up.chunk(2, dim=-1), *rest, **options)
 
 
+def assert_held(function, *arguments):
+    """To the error rule; the results."""
+    ours, plain = results(function, *arguments), results(by_expert, *arguments)
+    exact = results(partial(by_expert, dtype=torch.float64), *arguments, precision=torch.float64)
+    for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        # As in test_poly_norm: gradients of coefficients add rounded rows.
+        floor = torch.finfo(torch.float32).eps * max(1.0, e.abs().max().item()) * len(ours[0]) ** 0.5 if i > 1 else None
+        assert_error_rule(o, p, e, floor=floor)
+    return ours
+
+
 @pytest.mark.parametrize("ends", OFFSETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("function", [joined, cut])
 def test_error_rule_forward_and_backward(ends, dtype, function, path):
     path.require(dtype)
     *inputs, offsets, grad = draw(path, dtype, ends=ends)
-    ours = results(function, *inputs, offsets, grad)
-    plain = results(by_expert, *inputs, offsets, grad)
-    exact = results(partial(by_expert, dtype=torch.float64), *inputs, offsets, grad, precision=torch.float64)
-    for o, p, e in zip(ours, plain, exact, strict=True):
-        # As in test_poly_norm: gradients of coefficients add rounded rows.
-        floor = torch.finfo(torch.float32).eps * max(1.0, e.abs().max().item()) * ROWS**0.5 if len(e) == 6 else None
-        assert_error_rule(o, p, e, floor=floor)
+    ours = assert_held(function, *inputs, offsets, grad)
     end = offsets[-1]
     assert not ours[0][end:].any()
     assert not ours[1][end:].any()
@@ -91,17 +96,13 @@ def test_rows_of_any_width(columns, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_arrays_on_a_cpu(dtype, monkeypatch):
-    """Compiled, and by blocks: the same but for the order of sums."""
+@pytest.mark.parametrize("kernels", ["inductor", "eager"])
+def test_large_arrays_on_a_cpu(dtype, kernels, monkeypatch):
+    """Compiled, and by blocks."""
+    monkeypatch.setenv("MOTIF_CPU_KERNELS", kernels)
     offsets = torch.tensor([0, 100, 100, 290], dtype=torch.int32)
     gate_up, grad = torch.randn(300, 2 * 1000).to(dtype), torch.randn(300, 1000).to(dtype)
-    inputs = gate_up, torch.randn(4, 3), torch.randn(4, 1), offsets, grad
-    found = []
-    for kernels in ("inductor", "eager"):
-        monkeypatch.setenv("MOTIF_CPU_KERNELS", kernels)
-        found.append(results(joined, *inputs))
-    for a, b in zip(*found, strict=True):
-        assert_agrees(a, b, 4 * torch.finfo(dtype).eps)
+    assert_held(joined, gate_up, torch.randn(4, 3), torch.randn(4, 1), offsets, grad)
 
 
 def test_float64(path):
