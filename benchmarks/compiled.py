@@ -78,13 +78,13 @@ def _grouped_poly_norm() -> None:
     for dtype, columns in itertools.product((torch.bfloat16, torch.float32), (1280, 4096)):
         x, up = torch.empty(64, 2 * columns, dtype=dtype).chunk(2, dim=-1)
         clamps: dict[str, Any] = {"hidden_clamp": 1e6, "out_clamp": 5e5}
-        coefficients = weight, bias, offsets
         moments: dict[str, Any] = {"inverse_rms": torch.empty(3, 64), "mean_products": None}
         for keep in (False, True):
             numbers: dict[str, Any] = {"inverse_rms": None, "keep_inverse_rms": keep, "eps": 1e-6, "out_dtype": dtype}
-            poly_norm.forward(x, up, *coefficients, **numbers, **clamps)
+            poly_norm.forward(x, up, weight, bias, offsets, **numbers, **clamps)
         for joined in (False, True):
-            poly_norm.backward(x, x, up, *coefficients, **moments, **clamps, joined=joined)
+            poly_norm.backward(x, x, up, weight, bias, offsets, **moments, **clamps, joined=joined)
+        poly_norm.forward_mxfp8(x, up, weight, bias, offsets, eps=1e-6, **clamps)
         group_sums.group_sums(torch.empty(4, 64), offsets)
 
 

@@ -62,7 +62,7 @@ def _ours(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, offsets: Te
 
 
 def _liger(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, *, offsets: Tensor) -> Tensor:
-    from liger_kernel.ops.poly_norm import LigerPolyNormFunction
+    from liger_kernel.ops.poly_norm import LigerPolyNormFunction  # type: ignore[import-not-found]
 
     gate, up = (t.clamp(-HIDDEN_CLAMP, HIDDEN_CLAMP) for t in (gate, up))
     counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()

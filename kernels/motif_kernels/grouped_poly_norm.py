@@ -1,5 +1,6 @@
 """PolyNorm with coefficients of each expert, times the feed-forward's other branch."""
 
+import torch
 from torch import Tensor
 
 from motif_kernels import ops, reference
@@ -50,26 +51,83 @@ def grouped_mul_poly_norm(
         ValueError: shapes or devices that do not fit, a clamp that is not positive, or on a CPU
             offsets that fall or pass T.
     """
-    check_devices(gate=gate, up=up, weight=weight, bias=bias, offsets=offsets)
-    _check(gate, up, weight, bias)
+    _check(gate, up, weight, bias, offsets)
     check_clamps("grouped_mul_poly_norm", bias_clamp=bias_clamp, hidden_clamp=hidden_clamp)
-    check_offsets("grouped_mul_poly_norm", offsets, len(weight), len(gate))
     weight, bias = squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(gate))
     out_clamp = None if hidden_clamp is None else hidden_clamp * abs(out_scale)
     dtype = ops.result_dtype(gate)
-    if ops.has_implementation(gate.device):
-        keep = ops.needs_grad(gate, up, weight, bias)
-        numbers = eps, hidden_clamp, out_clamp, dtype, keep
-        return operator.grouped_poly_norm(gate, up, weight, bias, offsets, *numbers)[0]  # type: ignore[no-any-return]
+    if not ops.has_implementation(gate.device):
+        return _plain(gate, up, weight, bias, offsets, eps, hidden_clamp, out_clamp).to(dtype)
+    keep = ops.needs_grad(gate, up, weight, bias)
+    numbers = eps, hidden_clamp, out_clamp, dtype, keep
+    return operator.grouped_poly_norm(gate, up, weight, bias, offsets, *numbers)[0]  # type: ignore[no-any-return]
+
+
+def grouped_mul_poly_norm_mxfp8(
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    *,
+    eps: float = 1e-6,
+    sigmoid_weight: bool = False,
+    bias_clamp: float | None = None,
+    out_scale: float = 1.0,
+    hidden_clamp: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`grouped_mul_poly_norm` in MXFP8, for a product in 8 bits that follows; without a
+    derivative.
+
+    Bit for bit what :func:`motif_kernels.reference.to_mxfp8`, and torchao's ``to_mx`` with RCEIL,
+    make of the result in gate's dtype, which here is never in memory. torchao's grouped product
+    takes them as ``MXTensor.from_qdata_and_scales(values, scales, gate.dtype)``.
+
+    Arguments are those of :func:`grouped_mul_poly_norm`; N must be a multiple of 32.
+
+    Returns:
+        Values (T, N) float8_e4m3fn, and for 32 columns each a scale (T, N / 32) float8_e8m0fnu.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there, or another N.
+    """
+    _check(gate, up, weight, bias, offsets)
+    check_clamps("grouped_mul_poly_norm_mxfp8", bias_clamp=bias_clamp, hidden_clamp=hidden_clamp)
+    columns = gate.shape[1] // (2 if up is None else 1)
+    if columns % 32:
+        raise ValueError(f"grouped_mul_poly_norm_mxfp8: N is {columns}; it must be a multiple of 32")
+    weight, bias = squash(weight, bias, sigmoid_weight, bias_clamp, out_scale, reference.compute_dtype(gate))
+    out_clamp = None if hidden_clamp is None else hidden_clamp * abs(out_scale)
+    with torch.no_grad():
+        if not ops.has_implementation(gate.device):
+            out = _plain(gate, up, weight, bias, offsets, eps, hidden_clamp, out_clamp)
+            return reference.to_mxfp8(out.to(gate.dtype))
+        values, scales = operator.grouped_poly_norm_mxfp8(gate, up, weight, bias, offsets, eps, hidden_clamp, out_clamp)
+    return values, scales
+
+
+def _plain(
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_clamp: float | None,
+) -> Tensor:
+    """For devices without an operator, not rounded."""
     gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
     if hidden_clamp is not None:
         gate, up = (t.clamp(-hidden_clamp, hidden_clamp) for t in (gate, up))
     out = reference.grouped_mul_poly_norm(gate, up, weight, bias, offsets, eps=eps)
-    return (out if out_clamp is None else out.clamp(-out_clamp, out_clamp)).to(dtype)
+    return out if out_clamp is None else out.clamp(-out_clamp, out_clamp)
 
 
-def _check(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+def _check(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor, offsets: Tensor) -> None:
     name = "grouped_mul_poly_norm"
+    check_devices(gate=gate, up=up, weight=weight, bias=bias, offsets=offsets)
     if not gate.is_floating_point() or (up is not None and up.dtype != gate.dtype):
         found = f"gate is {gate.dtype}" + ("" if up is None else f" and up {up.dtype}")
         raise TypeError(f"{name}: {found}; they must be one floating-point dtype")
@@ -85,3 +143,4 @@ def _check(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor) -> Non
             f"{name}: weight has shape {tuple(weight.shape)} and bias {tuple(bias.shape)}; they must be (experts, 3) "
             "and (experts, 1)"
         )
+    check_offsets(name, offsets, experts, len(gate))

@@ -377,3 +377,23 @@ def update_streams(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> T
     dtype = compute_dtype(streams)
     mixed = (mix.to(dtype).unsqueeze(-1) * streams.to(dtype).unsqueeze(-3)).sum(dim=-2)
     return (mixed + post.to(dtype).unsqueeze(-1) * out.to(dtype).unsqueeze(-2)).to(streams.dtype)
+
+
+def to_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """X (..., N), N a multiple of 32, in MXFP8: E4M3 values, and one power of two for 32 of them.
+
+    The power is the least with which none of the 32 exceeds 448, the largest E4M3 number (torchao's
+    RCEIL; Mishra et al., arXiv 2506.08027). 32 zeros have 2^-127; NaN makes NaN of its 32.
+
+    Returns:
+        (..., N) float8_e4m3fn and (..., N / 32) float8_e8m0fnu.
+    """
+    blocks = x.float().unflatten(-1, (-1, 32))
+    infinity = 0x7F800000
+    largest = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(dim=-1, keepdim=True)
+    scale = ((largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000)).clamp(min=0)  # 448 is 1.75 * 2^8
+    scale = scale.where(largest < infinity, 254)
+    factor = torch.exp2(127.0 - scale).where(scale > 0, 1.0).where(largest <= infinity, torch.nan)
+    scale = scale.where(largest <= infinity, 255)
+    values = (blocks * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return values.flatten(-2), scale.squeeze(-1).to(torch.uint8).view(torch.float8_e8m0fnu)

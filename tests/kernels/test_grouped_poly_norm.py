@@ -8,8 +8,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from helpers.agreement import assert_agrees
+from helpers.interpreter import require_interpreter
 from helpers.numerics import assert_error_rule, gradients, leaves
 from motif_kernels import grouped_mul_poly_norm, reference
+from motif_kernels.grouped_poly_norm import grouped_mul_poly_norm_mxfp8
 from motif_kernels.poly_norm import squash
 
 OPTIONS = {"sigmoid_weight": True, "bias_clamp": 0.5, "out_scale": 0.5, "hidden_clamp": 2.0}  # all have an effect
@@ -201,3 +203,57 @@ def test_refuses_with_a_reason(shapes, message):
     tensors = [None if shape is None else torch.ones(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         grouped_mul_poly_norm(*tensors, torch.tensor([1, 4], dtype=torch.int32))
+
+
+def same_bits(ours, theirs):
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs, strict=True))
+
+
+def of_all_sizes():
+    """Rows of 32 from the smallest numbers to the largest; zeros, infinity and NaN among them."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 2, 32) * torch.exp2(torch.randint(-140, 126, (400, 2, 1)).float())
+    x[:4, 0] = torch.tensor([0.0, -0.0, 448.0, 449.0])[:, None]
+    x[4, 0, 3], x[5, 1, 7] = torch.inf, torch.nan
+    return x.flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp8_is_torchaos(dtype):
+    to_mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor").to_mx
+    mode = pytest.importorskip("torchao.prototype.mx_formats.config").ScaleCalculationMode.RCEIL
+    x = of_all_sizes().to(dtype)
+    scales, values = to_mx(x, torch.float8_e4m3fn, 32, mode)
+    assert same_bits(reference.to_mxfp8(x), (values, scales))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [32, 96, 17024])
+def test_mxfp8_is_that_of_the_result(dtype, columns, path):
+    path.require(dtype)
+    gate_up, weight, bias, offsets, _ = draw(path, dtype, rows=7, columns=columns, ends="a row each")
+    gate_up[2, 1] = torch.inf  # NaN in its row
+    for gate, up in ((gate_up, None), gate_up.chunk(2, dim=-1)):
+        arguments = gate, up, weight, bias, offsets
+        ours = grouped_mul_poly_norm_mxfp8(*arguments, **OPTIONS)
+        assert same_bits(ours, reference.to_mxfp8(grouped_mul_poly_norm(*arguments, **OPTIONS)))
+
+
+def test_mxfp8_in_a_kernel_of_all_sizes():
+    """Of the gate that is 1 everywhere PolyNorm is 1: what is left is up."""
+    require_interpreter()
+    from motif_kernels.impl.triton import poly_norm
+
+    up = of_all_sizes()
+    weight, bias, offsets = torch.zeros(1, 3), torch.ones(1, 1), torch.tensor([len(up)], dtype=torch.int32)
+    numbers = {"eps": 1e-6, "hidden_clamp": None, "out_clamp": None}
+    ours = poly_norm.forward_mxfp8(torch.ones_like(up), up, weight, bias, offsets, **numbers)
+    assert same_bits(ours, reference.to_mxfp8(up))
+
+
+def test_mxfp8_operator_contract(path):
+    gate_up, weight, bias, offsets, _ = draw(path, torch.float32, columns=64)
+    arguments = gate_up, None, weight, bias, offsets, 1e-6, 1.5, 0.75
+    torch.library.opcheck(torch.ops.motif.grouped_poly_norm_mxfp8.default, arguments, test_utils="test_faketensor")
+    with pytest.raises(ValueError, match="N is 33; it must be a multiple of 32"):
+        grouped_mul_poly_norm_mxfp8(gate_up[:, :66], None, weight, bias, offsets)

@@ -128,3 +128,33 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
 
 
 grouped_poly_norm = differentiable(_operator, _forward, _save, _differentiate)
+
+
+# In MXFP8, for the product that follows.
+
+
+@torch.library.custom_op("motif::grouped_poly_norm_mxfp8", mutates_args=())
+def grouped_poly_norm_mxfp8(
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    eps: float,
+    hidden_clamp: float | None,
+    out_clamp: float | None,
+) -> tuple[Tensor, Tensor]:
+    """PolyNorm of gate (T, N) times up as float8_e4m3fn (T, N), and scales (T, N / 32)."""
+    x, up = _branches(gate, up)
+    with torch.cuda.device_of(x):
+        values, scales = implementation(FAMILY, x.device).forward_mxfp8(
+            x, up, weight, bias, offsets, eps=eps, hidden_clamp=hidden_clamp, out_clamp=out_clamp
+        )
+    return values, scales
+
+
+@grouped_poly_norm_mxfp8.register_fake
+def _(gate: Tensor, up: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, columns = gate.shape[0], gate.shape[1] // (2 if up is None else 1)
+    scales = gate.new_empty(rows, columns // 32, dtype=torch.float8_e8m0fnu)
+    return gate.new_empty(rows, columns, dtype=torch.float8_e4m3fn), scales

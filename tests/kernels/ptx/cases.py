@@ -280,11 +280,13 @@ def poly_norm(
 
 
 def grouped_poly_norm(
-    columns: int = 1000, *, clamp: float = 1.0, one_tensor: bool = True, dtype: torch.dtype = torch.bfloat16
+    columns: int = 1024, *, clamp: float = 1.0, one_tensor: bool = True, dtype: torch.dtype = torch.bfloat16
 ) -> Results:
-    """PolyNorm of three experts, one of them without rows; NaN in the row of none."""
+    """PolyNorm of three experts, one of them without rows; NaN in the row of none. In MXFP8 too,
+    which must be that of the result.
+    """
     import motif_kernels
-    from motif_kernels import reference
+    from motif_kernels import grouped_poly_norm, reference
 
     rows, offsets = 6, torch.tensor([2, 2, 5], dtype=torch.int32)
     given = {"gate_up": numbers(rows, 2 * columns, dtype=dtype, seed=0)}
@@ -308,6 +310,11 @@ def grouped_poly_norm(
 
     with poisoned():
         actual = run(ours, None)
+        quantised = grouped_poly_norm.grouped_mul_poly_norm_mxfp8(
+            given["gate_up"], None, given["weight"], given["bias"], offsets, hidden_clamp=clamp
+        )
+    for found, expected in zip(quantised, reference.to_mxfp8(actual[0]), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
     names = ["out", *(f"d{n}" for n in given)]
     return results(names, actual, run(plain, None), run(plain, torch.float64), rows={"dweight": rows, "dbias": rows})
 

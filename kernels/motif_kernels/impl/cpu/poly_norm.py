@@ -13,12 +13,14 @@ groups end, they are (E, 3) and (E, 1). Rows past the last offset are of no grou
 anything, and all that comes of them is 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.impl.cpu.row_formulas import RowFormula
-from motif_kernels.reference import compute_dtype, rows_of_groups
+from motif_kernels.reference import compute_dtype, rows_of_groups, to_mxfp8
 
 # Up to here, as in decoding, calls cost more than arithmetic: fewer of them, though each makes a
 # tensor.
@@ -222,6 +224,14 @@ def forward(
     if inverse_rms is not None or not keep_inverse_rms:
         return out, inverse_rms
     return out, r.T.contiguous()
+
+
+def forward_mxfp8(
+    x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, **numbers: Any
+) -> tuple[Tensor, Tensor]:
+    """The result of :func:`forward` in MXFP8 (R, N), and the scales (R, N / 32)."""
+    numbers |= {"inverse_rms": None, "keep_inverse_rms": False, "out_dtype": x.dtype}
+    return to_mxfp8(forward(x, up, weight, bias, offsets, **numbers)[0])
 
 
 def backward(

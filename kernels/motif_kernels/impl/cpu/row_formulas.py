@@ -34,7 +34,7 @@ _LIMITS = {"recompile_limit": 64, "accumulated_recompile_limit": 1 << 20}
 # The number of threads is asked for at each call, not written into the code. Nothing between inputs
 # and results is stored in main memory because many read it or much was computed for it: to compute
 # it again in the loop is cheap.
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "cpp.dynamic_threads": True,
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 1000,

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.impl.triton.launching import cdiv, launch, next_power_of_2
+from motif_kernels.impl.triton.mxfp8 import quantised
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
@@ -172,6 +173,23 @@ def _gradient(g, x, c3, c2, c1, q3, q2, q1):
     return c1 * (g - q1 * x) + x * (square + x * cube)
 
 
+@triton.jit
+def _store_result(
+    out_pointer, scales_pointer, rows, row_mask, start, columns, y, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A tile of results, with their scales if there is room for those."""
+    block = start + tl.arange(0, BLOCK)
+    mask = row_mask[:, None] & (block < columns)[None, :]
+    if scales_pointer is None:
+        _store(out_pointer, columns, rows, block, mask, y)
+    else:
+        values, scales = quantised(y.to(tl.float32), ROWS, BLOCK)
+        _store(out_pointer, columns, rows, block, mask, values)
+        block = start // 32 + tl.arange(0, BLOCK // 32)
+        mask = row_mask[:, None] & (block < columns // 32)[None, :]
+        _store(scales_pointer, columns // 32, rows, block, mask, scales)
+
+
 @triton.jit(do_not_specialize=["row_count"])
 def _forward_kernel(
     x_pointer,
@@ -181,6 +199,7 @@ def _forward_kernel(
     offsets_pointer,
     inverse_rms_pointer,
     out_pointer,
+    scales_pointer,
     row_count,
     columns,
     x_stride,
@@ -197,8 +216,9 @@ def _forward_kernel(
     DTYPE: tl.constexpr,
 ):
     """The inverse root mean squares are read if MOMENTS_GIVEN; if not, they are left where there is
-    room for them.
+    room for them. With room for scales the result, rounded as x is, is quantised to MXFP8.
     """
+    ROUNDED: tl.constexpr = x_pointer.dtype.element_ty if scales_pointer is not None else DTYPE
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
@@ -229,7 +249,8 @@ def _forward_kernel(
         y = _polynomial(x, c3, c2, c1, b)
         if up_pointer is not None:
             y *= _clamp(_load(up_pointer, up_stride, rows, block, mask, DTYPE), BOUND)
-        _store(out_pointer, columns, rows, block, row_mask[:, None] & (block < columns)[None, :], _clamp(y, OUT_BOUND))
+        y = _clamp(y, OUT_BOUND).to(ROUNDED)
+        _store_result(out_pointer, scales_pointer, rows, row_mask, 0, columns, y, ROWS, BLOCK)
     else:
         for start in range(0, columns, BLOCK):
             mask = used[:, None] & (start + block < columns)[None, :]
@@ -237,8 +258,8 @@ def _forward_kernel(
             y = _polynomial(x, c3, c2, c1, b)
             if up_pointer is not None:
                 y *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
-            mask = row_mask[:, None] & (start + block < columns)[None, :]
-            _store(out_pointer, columns, rows, start + block, mask, _clamp(y, OUT_BOUND))
+            y = _clamp(y, OUT_BOUND).to(ROUNDED)
+            _store_result(out_pointer, scales_pointer, rows, row_mask, start, columns, y, ROWS, BLOCK)
 
 
 @triton.jit
@@ -422,9 +443,12 @@ def forward(
     hidden_clamp: float | None,
     out_clamp: float | None = None,
     out_dtype: torch.dtype,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """PolyNorm of x (R, N), times up (R, N) if given, within out_clamp; and the rows' inverse root
     mean squares (3, R): those given, or if they are to be kept, the rows' own.
+
+    With scales (R, N / 32) of uint8 to be filled, the result is in MXFP8, and out_dtype is uint8.
 
     Rows may be strided; columns must be contiguous.
     """
@@ -445,6 +469,7 @@ def forward(
         offsets,
         inverse_rms,
         out,
+        scales,
         *x.shape,
         _stride(x),
         _stride(up),
@@ -458,6 +483,16 @@ def forward(
         **constants,
     )
     return out, inverse_rms
+
+
+def forward_mxfp8(
+    x: Tensor, up: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, **numbers: float | None
+) -> tuple[Tensor, Tensor]:
+    """The result of :func:`forward` in MXFP8 (R, N), and the scales (R, N / 32)."""
+    scales = torch.empty(len(x), x.shape[1] // 32, dtype=torch.uint8, device=x.device)
+    options: dict[str, Any] = {"inverse_rms": None, "keep_inverse_rms": False, "out_dtype": torch.uint8, **numbers}
+    out, _ = forward(x, up, weight, bias, offsets, scales=scales, **options)
+    return out.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
 
 
 def backward(
@@ -482,6 +517,7 @@ def backward(
     weight, bias = weight.contiguous(), bias.contiguous()
     offsets, groups = (None, 0) if offsets is None else (offsets.contiguous(), len(offsets))
     rows, columns = x.shape
+    dup: Tensor | None
     if joined:
         both = torch.empty(rows, 2 * columns, dtype=x.dtype, device=x.device)
         dx, dup = both.chunk(2, dim=-1)
