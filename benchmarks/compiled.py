@@ -222,6 +222,22 @@ def _decoding() -> None:
             options |= {"norm_weight": torch.ones(dv), "block_table": pages if paged else None}
             q2, k2, lam = (q2, k, torch.zeros(())) if noises else (None, None, None)
             diff_attn_with_kvcache(q1, k, q2, k2, v, lam, lengths, **options)
+    _latent_decoding()
+
+
+def _latent_decoding() -> None:
+    """Latents of Motif-3 and DeepSeek-V3, whole and by fewer heads: each entry of the tables."""
+    from motif_kernels import diff_attn_with_kvcache
+
+    for signals, noises, paged in ((64, 16, False), (64, 16, True), (128, 0, False), (24, 8, True), (12, 4, False)):
+        cache = torch.zeros(2, 256, 1, 576, dtype=torch.bfloat16)
+        q1, q2 = (torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16) for heads in (signals, noises))
+        noise = (q2, cache, torch.zeros(2, 1, signals)) if noises else (None, None, None)
+        table = torch.tensor([[0], [1]], dtype=torch.int32) if paged else None
+        lengths = torch.tensor([256, 256], dtype=torch.int32)
+        options: dict[str, Any] = {"causal": True, "num_splits": 2, "backend": "triton", "block_table": table}
+        with labelled(head_dim=576, v_head_dim=512):
+            diff_attn_with_kvcache(q1, cache, *noise[:2], cache[..., :512], noise[2], lengths, **options)
 
 
 def _motif() -> None:

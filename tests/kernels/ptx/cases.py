@@ -243,6 +243,60 @@ def decoding(
     return results(["out", *whole], (out, *after), plain(dtype), plain(torch.float64))
 
 
+def latent_decoding(
+    latent: int = 512,
+    rotated: int = 64,
+    signals: int = 64,
+    noises: int = 16,
+    cached: tuple[int, ...] = (150, 23),
+    *,
+    queries: int = 1,
+    paged: bool = False,
+    splits: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Results:
+    """Attention to a cache of latents, which are keys and values; it is NaN past each row's."""
+    from motif_kernels import diff_attn_with_kvcache, reference
+
+    rows, width = len(cached), latent + rotated
+    held = torch.full((rows, 192, 1, width), torch.nan, dtype=dtype)
+    for row, length in enumerate(cached):
+        held[row, :length] = numbers(length, 1, width, dtype=dtype, seed=row)
+    table = torch.arange(rows * 12).flip(0).view(rows, 12).int() if paged else None
+    cache = held if table is None else held.unflatten(1, (12, 16)).flatten(0, 1).flip(0).contiguous()
+    given = {"q1": numbers(rows, queries, signals, width, dtype=dtype, seed=20)}
+    if noises:
+        given["q2"] = numbers(rows, queries, noises, width, dtype=dtype, seed=21)
+        given["lam"] = numbers(rows, queries, signals, dtype=torch.float32, seed=22)
+
+    def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
+        outs = []
+        for row, length in enumerate(cached):
+            tensors = {n: t[row : row + 1].to(kind) for n, t in given.items()}
+            keys = held[row : row + 1, :length].to(kind)
+            tensors |= {"k1": keys, "k2": keys, "v": keys[..., :latent]}
+            visible = reference.attention_mask(queries, length, causal=True)
+            outs.append(plain_attention(tensors, visible)[0])
+        return (torch.cat(outs),)
+
+    with poisoned():
+        out = diff_attn_with_kvcache(
+            given["q1"],
+            cache,
+            given.get("q2"),
+            cache if noises else None,
+            cache[..., :latent],
+            given.get("lam"),
+            torch.tensor(cached, dtype=torch.int32),
+            block_table=table,
+            num_splits=splits,
+            causal=True,
+            out_scale=0.8,
+            backend="triton",
+        )
+    return results(["out"], (out,), plain(dtype), plain(torch.float64))
+
+
 def poly_norm(
     columns: int = 1000,
     rows: int = 5,
@@ -390,6 +444,7 @@ def hyper_connections(
 CASES = {
     "attention": attention,
     "decoding": decoding,
+    "latent_decoding": latent_decoding,
     "poly_norm": poly_norm,
     "grouped_poly_norm": grouped_poly_norm,
     "combine": combine,

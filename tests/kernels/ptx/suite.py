@@ -49,6 +49,9 @@ def decoding() -> Iterator[Case]:
         yield "decoding", {"d": d, "dv": dv, "dtype": BF16}
         yield "decoding", {"d": d, "dv": dv, "dtype": F16, "paged": True, "queries": 2}
         yield "decoding", {"d": d, "dv": dv, "softmax": True, "group": 1, "noise": 2}
+    yield "latent_decoding", {"dtype": BF16}
+    yield "latent_decoding", {"dtype": F16, "paged": True, "signals": 24, "noises": 8}
+    yield "latent_decoding", {"noises": 0, "signals": 8, "queries": 2, "latent": 96, "rotated": 16}
 
 
 def poly_norm() -> Iterator[Case]:
