@@ -89,7 +89,7 @@ def _mixture(self: MixtureOfExperts, hidden_states: Tensor, *, padding: None = N
     magnitude = of_sequences((out.abs() - self.magnitude_threshold).relu().square()).mean(dim=-1)
     losses = torch.stack((self.balance_loss_coeff * balance, self.magnitude_loss_coeff * magnitude), dim=-1)
     spread = losses.expand(-1, len(tokens) // len(losses), -1)
-    return MoEOutput(out.view_as(hidden_states), spread.reshape(*hidden_states.shape[:-1], 2))
+    return MoEOutput(out.view_as(hidden_states), spread.reshape(*hidden_states.shape[:-1], 2).clone())
 
 
 def _experts(self: Experts, tokens: Tensor, selected: Tensor, weights: Tensor) -> Tensor:

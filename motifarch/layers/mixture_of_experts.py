@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -242,7 +243,8 @@ class MixtureOfExperts(nn.Module):
         sums = [counted.sum(dim=1)]
         if self.magnitude_loss_coeff:
             # A padded token's output is 0.
-            sums += [(out.abs() - self.magnitude_threshold).relu().square().mean(dim=-1).sum(dim=1, keepdim=True)]
+            excess = F.softshrink(out, self.magnitude_threshold)
+            sums += [excess.square().mean(dim=-1).sum(dim=1, keepdim=True)]
         if self.balance_loss_coeff:
             sums += balance_sums(scores, selected, counted)
         return sums
