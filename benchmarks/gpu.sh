@@ -11,7 +11,7 @@
 #
 # These run only when they are named; each line fits in ten minutes:
 #
-#     benchmarks/gpu.sh OUT poly_norm grouped_poly_norm combine decode train_2.6b # the other benchmarks
+#     benchmarks/gpu.sh OUT poly_norm grouped_poly_norm hyper_connections combine decode train_2.6b # the other benchmarks
 #     benchmarks/gpu.sh OUT consan train_300m                      # Triton's own sanitizer; a longer compilation
 #     benchmarks/gpu.sh OUT all_memcheck                           # every kernel once under compute-sanitizer
 #     benchmarks/gpu.sh OUT tune_200                               # a launch table in 200 seconds
@@ -47,6 +47,7 @@ parts=(
 on_request=(
   "poly_norm   60 -m benchmarks.ops.poly_norm --limit 45 --seconds 0.15"
   "grouped_poly_norm 60 -m benchmarks.ops.grouped_poly_norm --limit 45 --seconds 0.15"
+  "hyper_connections 60 -m benchmarks.ops.hyper_connections --limit 45 --seconds 0.15"
   "combine     60 -m benchmarks.ops.combine --limit 45 --seconds 0.15"
   "decode      60 -m benchmarks.ops.decode --limit 45"
   "train_2.6b 125 -m benchmarks.models.train_step --shape 2.6b --precisions bf16 --compile --limit 95"

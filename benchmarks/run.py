@@ -46,6 +46,7 @@ PARTS = {
     "attention": Part("Attention", "benchmarks.ops.attention", (4, 4)),
     "poly_norm": Part("PolyNorm", "benchmarks.ops.poly_norm", (5, 2)),
     "grouped_poly_norm": Part("PolyNorm of experts", "benchmarks.ops.grouped_poly_norm", (4, 2)),
+    "hyper_connections": Part("Hyper-connections", "benchmarks.ops.hyper_connections", (4, 2)),
     "combine": Part("The epilogue of differential attention", "benchmarks.ops.combine", (5, 2)),
     "decode": Part("The decoding kernel", "benchmarks.ops.decode", (4, 2)),
     "train_step": Part("A training step", "benchmarks.models.train_step", (12, 4)),

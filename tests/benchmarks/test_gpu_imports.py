@@ -11,7 +11,8 @@ from helpers.bare_machine import MISSING, without_packages
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = (
-    *("ops.attention", "ops.combine", "ops.decode", "ops.poly_norm", "ops.grouped_poly_norm", "models.train_step"),
+    *("ops.attention", "ops.combine", "ops.decode", "ops.poly_norm", "ops.grouped_poly_norm", "ops.hyper_connections"),
+    "models.train_step",
     *("compiled", "precompile", "tuning.tune"),
 )
 

@@ -17,7 +17,7 @@ from benchmarks.lib.exact import exact_results
 from benchmarks.lib.measure import check, measure
 from benchmarks.lib.providers import Function, Provider, compose, flash_attn, flex, sdpa, varlen
 from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, draw_from, mix_documents
-from benchmarks.ops import attention, combine, decode, grouped_poly_norm, poly_norm
+from benchmarks.ops import attention, combine, decode, grouped_poly_norm, hyper_connections, poly_norm
 from motif_kernels.reference import attention as plain_attention
 from motif_kernels.reference import packed_attention_mask
 
@@ -101,6 +101,16 @@ def test_grouped_poly_norm_runs_with_more_experts_than_rows(tmp_path: Path) -> N
     assert {r["function"] for r in content["results"]} == {"384 experts", "8 experts"}
     ours = next(r for r in content["results"] if r["provider"] == "ours")
     assert ours["errors"].keys() == {"output", "gate", "up", "weight", "bias"}
+
+
+def test_hyper_connections_run_and_keep_little(tmp_path: Path) -> None:
+    path = tmp_path / "hyper_connections.json"
+    status, content = run_quick(hyper_connections.main, path, "--providers", "eager", "ours", "--dtypes", "bf16")
+    assert status == 0
+    assert_consistent(content, path)
+    found = {r["provider"]: r for r in content["results"]}
+    assert found["ours"]["errors"].keys() == {"output", "streams", "weight", "bias"}
+    assert found["eager"]["saved_bytes"]["beyond_inputs"] > 2 * found["ours"]["saved_bytes"]["beyond_inputs"]
 
 
 def test_combine_runs_every_layout(tmp_path: Path) -> None:

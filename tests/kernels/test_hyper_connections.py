@@ -304,3 +304,31 @@ def test_errors_name_the_thing():
         update_streams(streams, out, post, mix[..., 1:])
     with pytest.raises(ValueError, match=r"out has shape \(1, 5\); it must be \(2, 5\)"):
         update_streams(streams, out[:1], post, mix)
+
+
+def test_agrees_with_liger_kernel(path):
+    """Within the clamps, which it does not have; in its interpreter too."""
+    if path.name == "cpu":
+        pytest.skip("liger-kernel is made of Triton kernels")
+    liger = pytest.importorskip("liger_kernel.ops.mhc", reason="liger-kernel is not installed")
+    rows, n, width = 8, 4, 32
+    streams, weight, _ = to_read((rows,), n, width, device=path.device)
+    bias, out = torch.randn(products_of(n), device=path.device), torch.randn(rows, width, device=path.device)
+    grads = torch.randn(rows, width, device=path.device), torch.randn(rows, n, width, device=path.device)
+
+    def ours(streams, weight, bias, out):
+        read, products = read_streams(streams, weight, bias[:n])
+        return read, update_streams(streams, out, *stream_maps(products, bias[n:]))
+
+    def theirs(streams, weight, bias, out):
+        one = torch.ones((), device=path.device)
+        numbers = True, 20, 1e-6, 0.0, 0.0, 1.0  # float32, iterations, epsilons, the gates' factor
+        pre, post, mix = liger.LigerMHCCoeffsFunction.apply(streams, weight.mT, bias, one, one, one, *numbers)
+        read = liger.LigerMHCPreFunction.apply(streams, pre)
+        return read, liger.LigerMHCPostResFunction.apply(streams, out, post, mix)
+
+    inputs = leaves(streams, weight, bias, out)
+    for a, b in zip(run(ours, inputs, grads), run(theirs, inputs, grads), strict=True):
+        # Its products are in tf32 on a GPU.
+        tolerance = 1e-2 if path.name == "cuda" else 1e-5
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=tolerance)

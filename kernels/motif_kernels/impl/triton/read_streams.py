@@ -265,7 +265,8 @@ def _constants(kernel: str, streams: Tensor, count: int) -> dict[str, Any]:
         "COLUMNS": _columns(count),
         # With fewer rows, warps hold the same tiles, which may differ in the last bit.
         "ROWS": min(choice["rows"], max(32, next_power_of_2(rows))),
-        "BLOCK": min(choice["block"], max(16, next_power_of_2(columns))),
+        # Numbers that are loaded one by one take registers for their addresses.
+        "BLOCK": min(choice["block"], max(16, next_power_of_2(columns)), 32 if columns % 8 else 1 << 20),
         "DTYPE": triton_dtype(streams),
         "num_warps": choice["num_warps"],
         "num_stages": choice["num_stages"],
