@@ -119,6 +119,28 @@ def _hyper_connections() -> None:
         hyper_connections.update_backward(streams, streams, out, post, mix)
 
 
+def _routing() -> None:
+    """Motif-3's experts and few, rows of its width and narrow ones, both directions."""
+    from motif_kernels.impl.triton import expert_rows, routing
+
+    for experts, top_k in ((384, 8), (16, 1)):
+        logits, bias = torch.empty(64, experts), torch.empty(experts)
+        selected = torch.zeros(64, top_k, dtype=torch.int64)
+        weights, offsets = torch.empty(64, top_k), torch.zeros(experts, dtype=torch.int32)
+        for softmax in (False, True):
+            routing.select_experts(logits, bias, top_k, softmax)
+            routing.expert_weights(logits, selected, softmax, True, 2.5)
+            for dense in (None, logits):
+                routing.expert_weights_backward(weights, dense, logits, selected, softmax, True, 2.5)
+        expert_rows.sort_by_expert(selected, experts)
+        for dtype, width in ((torch.bfloat16, 4096), (torch.bfloat16, 256), (torch.float32, 4096)):
+            x, rows = torch.empty(64, width, dtype=dtype), torch.empty(64 * top_k, width, dtype=dtype)
+            expert_rows.dispatch(x, selected, offsets, len(rows))
+            expert_rows.combine(rows, None, selected, offsets, dtype)
+            expert_rows.combine(rows, weights, selected, offsets, torch.float32)
+            expert_rows.combine_backward(x.float(), rows, weights, selected, offsets)
+
+
 WIDTHS = ((64, 64), (64, 128), (96, 192), (128, 128), (128, 256), (192, 128))
 CALLS: tuple[dict[str, Any], ...] = (
     {"group": 1, "epilogue": "norm"},
@@ -250,6 +272,7 @@ FAMILIES = {
     "grouped_poly_norm": _grouped_poly_norm,
     "combine": _combine,
     "hyper_connections": _hyper_connections,
+    "routing": _routing,
     "attention": _attention,
     "gluon": _gluon,
     "decoding": _decoding,
