@@ -127,13 +127,13 @@ def _routing() -> None:
         logits, bias = torch.empty(64, experts), torch.empty(experts)
         selected = torch.zeros(64, top_k, dtype=torch.int64)
         weights, offsets = torch.empty(64, top_k), torch.zeros(experts, dtype=torch.int32)
-        for softmax in (False, True):
+        for softmax in (False, True)[:top_k]:
             routing.select_experts(logits, bias, top_k, softmax)
             routing.expert_weights(logits, selected, softmax, True, 2.5)
             for dense in (None, logits):
                 routing.expert_weights_backward(weights, dense, logits, selected, softmax, True, 2.5)
         expert_rows.sort_by_expert(selected, experts)
-        for dtype, width in ((torch.bfloat16, 4096), (torch.bfloat16, 256), (torch.float32, 4096)):
+        for dtype, width in ((torch.bfloat16, 4096), (torch.float32, 4096)) if top_k > 1 else ((torch.bfloat16, 256),):
             x, rows = torch.empty(64, width, dtype=dtype), torch.empty(64 * top_k, width, dtype=dtype)
             expert_rows.dispatch(x, selected, offsets, len(rows))
             expert_rows.combine(rows, None, selected, offsets, dtype)

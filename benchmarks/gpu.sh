@@ -49,6 +49,7 @@ on_request=(
   "grouped_poly_norm 60 -m benchmarks.ops.grouped_poly_norm --limit 45 --seconds 0.15"
   "hyper_connections 60 -m benchmarks.ops.hyper_connections --limit 45 --seconds 0.15"
   "combine     60 -m benchmarks.ops.combine --limit 45 --seconds 0.15"
+  "routing     60 -m benchmarks.ops.routing --limit 45 --seconds 0.15"
   "decode      60 -m benchmarks.ops.decode --limit 45"
   "train_2.6b 125 -m benchmarks.models.train_step --shape 2.6b --precisions bf16 --compile --limit 95"
   "train_300m 300 -m benchmarks.models.train_step --shape 300m --precisions bf16 --compile --limit 265"

@@ -48,6 +48,7 @@ PARTS = {
     "grouped_poly_norm": Part("PolyNorm of experts", "benchmarks.ops.grouped_poly_norm", (4, 2)),
     "hyper_connections": Part("Hyper-connections", "benchmarks.ops.hyper_connections", (4, 2)),
     "combine": Part("The epilogue of differential attention", "benchmarks.ops.combine", (5, 2)),
+    "routing": Part("Routing to experts", "benchmarks.ops.routing", (3, 2)),
     "decode": Part("The decoding kernel", "benchmarks.ops.decode", (4, 2)),
     "train_step": Part("A training step", "benchmarks.models.train_step", (12, 4)),
     "generate": Part("generate", "benchmarks.models.generate", (12, 6)),

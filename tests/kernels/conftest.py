@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pat
     if request.param == "interpreter":
         require_interpreter()
         reduce_by_halves(monkeypatch)
-        for family in ("poly_norm", "grouped_poly_norm", "combine", "hyper_connections"):
+        for family in ("poly_norm", "grouped_poly_norm", "combine", "hyper_connections", "routing", "expert_rows"):
             module = importlib.import_module(f"motif_kernels.ops.{family}")
             monkeypatch.setattr(
                 module,

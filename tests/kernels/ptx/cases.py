@@ -441,6 +441,34 @@ def hyper_connections(
     return results(names, actual, run(reference, None), run(reference, torch.float64), rows=rows)
 
 
+def expert_rows(width: int = 1000, tokens: int = 9, slots: int = 3, *, dtype: torch.dtype = torch.bfloat16) -> Results:
+    """Tokens to their experts' rows and back, forward and backward; some slots are of no expert."""
+    from motif_kernels import combine_rows, dispatch_rows, reference_routing
+
+    selected = torch.rand(tokens, 5, generator=torch.Generator().manual_seed(0)).topk(slots).indices
+    places, offsets = reference_routing.sort_by_expert(selected, 4)
+    given = {
+        "x": numbers(tokens, width, dtype=dtype, seed=1),
+        "weights": numbers(tokens, slots, dtype=torch.float32, seed=2),
+    }
+    grad = numbers(tokens, width, dtype=torch.float32, seed=3)
+
+    def run(
+        dispatch: Callable[..., Tensor], combine: Callable[..., Tensor], kind: torch.dtype | None
+    ) -> tuple[Tensor, ...]:
+        own = leaves(given, kind)
+        out = combine(dispatch(own["x"], places, offsets), own["weights"], places, offsets)
+        return (out, *torch.autograd.grad(out, list(own.values()), grad.to(out.dtype)))
+
+    def plain(x: Tensor, places: Tensor, offsets: Tensor) -> Tensor:
+        return reference_routing.dispatch(x, places, offsets, places.numel())
+
+    with poisoned():
+        actual = run(dispatch_rows, combine_rows, None)
+    others = (run(plain, reference_routing.combine, kind) for kind in (None, torch.float64))
+    return results(["out", "dx", "dweights"], actual, *others)
+
+
 CASES = {
     "attention": attention,
     "decoding": decoding,
@@ -449,6 +477,7 @@ CASES = {
     "grouped_poly_norm": grouped_poly_norm,
     "combine": combine,
     "hyper_connections": hyper_connections,
+    "expert_rows": expert_rows,
 }
 
 

@@ -89,7 +89,7 @@ def emulated(
 @contextlib.contextmanager
 def _triton_operators() -> Iterator[None]:
     """Within, the Triton implementation serves operators that have another one for CPU tensors."""
-    families = "poly_norm", "grouped_poly_norm", "combine", "hyper_connections"
+    families = "poly_norm", "grouped_poly_norm", "combine", "hyper_connections", "routing", "expert_rows"
     modules = {family: importlib.import_module(f"motif_kernels.ops.{family}") for family in families}
     before = {family: module.implementation for family, module in modules.items()}
     for module in modules.values():

@@ -81,6 +81,13 @@ def hyper_connections() -> Iterator[Case]:
     yield "hyper_connections", {"dtype": torch.float32, "width": 33, "streams": 2, "tokens": 3}
 
 
+def expert_rows() -> Iterator[Case]:
+    """Rows of one block and of several, which end within one."""
+    for dtype in (BF16, F16):
+        for width, slots in ((256, 1), (1000, 3), (5000, 2)):
+            yield "expert_rows", {"width": width, "slots": slots, "dtype": dtype}
+
+
 def blackwell() -> Iterator[Case]:
     """Of sm_100, whose attention needs tensor memory, what does not."""
     yield "poly_norm", {"arch": 100}
@@ -98,6 +105,7 @@ GROUPS = {
     "poly_norm": poly_norm,
     "combine": combine,
     "hyper_connections": hyper_connections,
+    "expert_rows": expert_rows,
     "blackwell": blackwell,
 }
 

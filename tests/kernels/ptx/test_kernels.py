@@ -28,7 +28,7 @@ def lines(module: str, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "group", ["attention", "masks", "decoding", "poly_norm", "combine", "hyper_connections", "blackwell"]
+    "group", ["attention", "masks", "decoding", "poly_norm", "combine", "hyper_connections", "expert_rows", "blackwell"]
 )
 def test_kernels_keep_the_error_rule_without_a_fault(group):
     found = lines("suite", group)

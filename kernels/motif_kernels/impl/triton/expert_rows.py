@@ -35,9 +35,7 @@ def _one_hot(selected_pointer, at, end, experts, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots", "per_part"])
-def _count_kernel(
-    selected_pointer, counts_pointer, slots, per_part, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _count_kernel(selected_pointer, counts_pointer, slots, per_part, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Counts (experts + 1, parts) of each part's slots."""
     part = tl.program_id(0).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, slots)

@@ -170,10 +170,10 @@ def _weights_backward_kernel(
             grad += tl.where(columns[None, :] == expert[:, None], one[:, None], 0.0)
     scores = tl.load(scores_pointer + offsets, mask=mask, other=0.0)
     if SOFTMAX:
-        grad = (grad - tl.sum(grad * scores, 1)[:, None]) * scores
+        grad -= tl.sum(grad * scores, 1)[:, None]
     else:
-        grad = grad * ((1 - scores) * scores)
-    tl.store(grad_pointer + offsets, grad, mask=mask)
+        grad *= 1 - scores
+    tl.store(grad_pointer + offsets, grad * scores, mask=mask)
 
 
 def _tile(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, Any]]:
