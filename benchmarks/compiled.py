@@ -254,7 +254,7 @@ def _latent_decoding() -> None:
     for signals, noises, paged in ((64, 16, False), (64, 16, True), (128, 0, False), (24, 8, True), (12, 4, False)):
         cache = torch.zeros(2, 256, 1, 576, dtype=torch.bfloat16)
         q1, q2 = (torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16) for heads in (signals, noises))
-        noise = (q2, cache, torch.zeros(2, 1, signals)) if noises else (None, None, None)
+        noise: Any = (q2, cache, torch.zeros(2, 1, signals)) if noises else (None, None, None)
         table = torch.tensor([[0], [1]], dtype=torch.int32) if paged else None
         lengths = torch.tensor([256, 256], dtype=torch.int32)
         options: dict[str, Any] = {"causal": True, "num_splits": 2, "backend": "triton", "block_table": table}

@@ -74,10 +74,10 @@ def _racecheck() -> Iterator[Call]:
 
 
 def _attention() -> Iterator[Call]:
-    from benchmarks.lib.shapes import LAYOUTS, attention_case
+    from benchmarks.lib.shapes import TRAINED, attention_case
     from benchmarks.ops import attention
 
-    for name in LAYOUTS:
+    for name in TRAINED:
         case = attention_case(name, "bf16", 4096, tokens=16384, head_divisor=1)
         for provider in ("triton", "triton_fast"):
             yield functools.partial(differentiated, attention.ours(case, provider, _CPU), dict(case.make(draw_nothing)))

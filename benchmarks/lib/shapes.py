@@ -45,6 +45,8 @@ class Layout:
     kv_heads: int
     head_dim: int
     v_head_dim: int
+    latent: bool = False
+    """Decoded only: the first v_head_dim columns of the one key are the value."""
     shared_keys: bool = False
     """One key for signal and noise, one lambda for each token and signal head: DIFF V2."""
     gate: bool = False
@@ -127,7 +129,11 @@ LAYOUTS = {
     "gdla4_192_w129": _latent(window=129),
     "gda2_64": _gda(2, 64),
     "gda2_128": _gda(2, 128),
+    # Motif-3 in its absorbed form: all heads share a latent of 512 and 64 rotated columns.
+    "gdla_latent": Layout("GDLA latents (576, 512)", 64, 16, 1, 576, 512, latent=True, shared_keys=True),
 }
+TRAINED = [name for name, layout in LAYOUTS.items() if not layout.latent]
+"""The layouts of whole sequences."""
 
 
 @dataclass(frozen=True)

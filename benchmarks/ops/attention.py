@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.lib.providers import Function, Provider, compose, flex, forms, libraries
 from benchmarks.lib.run import Aim, KernelBenchmark
-from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, AttentionCase, attention_case, epilogue
+from benchmarks.lib.shapes import DIRECTIONS, LAYOUTS, TRAINED, AttentionCase, attention_case, epilogue
 from motif_kernels import diff_attn_func, diff_attn_varlen_func
 
 _DOC = __doc__  # within the class it is another
@@ -148,7 +148,7 @@ class Attention(KernelBenchmark):
 
     def add_options(self, add: Callable[..., Any]) -> None:
         """See :class:`KernelBenchmark`."""
-        add("--layouts", nargs="+", choices=list(LAYOUTS), help=f"default: all, on a CPU {' '.join(CPU_LAYOUTS)}")
+        add("--layouts", nargs="+", choices=TRAINED, help=f"default: all, on a CPU {' '.join(CPU_LAYOUTS)}")
         add("--lengths", nargs="+", type=int, help="default: a few for each layout, on a CPU 512 2048")
         add("--all", action="store_true", help="all layouts, lengths of 512 to 32K, FlexAttention, no --limit")
         add("--tokens", type=int, help="of all sequences together; default 16384 on a GPU, 2048 on a CPU")
@@ -159,7 +159,7 @@ class Attention(KernelBenchmark):
         everything = arguments.all
         arguments.flex_everywhere = everything or (arguments.named and "flex" in arguments.providers)
         if arguments.layouts is None:
-            arguments.layouts = QUICK_LAYOUTS if quick else list(LAYOUTS) if cuda or everything else CPU_LAYOUTS
+            arguments.layouts = QUICK_LAYOUTS if quick else TRAINED if cuda or everything else CPU_LAYOUTS
         if arguments.lengths is None:
             lengths = ALL_LENGTHS if everything else None if cuda else [512, 2048]
             arguments.lengths = [160] if quick else lengths

@@ -41,8 +41,10 @@ from benchmarks.lib.shapes import LAYOUTS, AttentionCase, Draw, epilogue
 from benchmarks.ops.attention import TOLERANCES
 from motif_kernels import diff_attn_with_kvcache, diff_combine
 
-DECODED = [n for n, lay in LAYOUTS.items() if not (lay.shared_keys or lay.window or lay.packed)]
-"""The layouts that can be decoded here: keys in pairs or no noise, all of the cache visible."""
+DECODED = [n for n, lay in LAYOUTS.items() if lay.latent or not (lay.shared_keys or lay.window or lay.packed)]
+"""The layouts that can be decoded here: keys in pairs, latents or no noise, all of the cache
+visible.
+"""
 _DOC = __doc__  # within the class it is another
 LABELS = {
     "triton": "ours",
@@ -73,7 +75,9 @@ class DecodeCase(AttentionCase):
 
     def bytes_moved(self) -> dict[str, int]:
         """What must be read: each cached key and value once."""
-        width = self.calls * self.layout.head_dim + self.layout.v_head_dim
+        width = (
+            self.layout.head_dim if self.layout.latent else self.calls * self.layout.head_dim + self.layout.v_head_dim
+        )
         return {"forward": self.batch * self.length * self.kv_heads * width * DTYPES[self.dtype].itemsize}
 
     def make(self, draw: Draw) -> dict[str, Tensor]:
@@ -87,6 +91,8 @@ class DecodeCase(AttentionCase):
             q1 (B, 1, Hs, D), k1 (B, S, Hk, D), v (B, S, Hk, Dv); with noise q2 (B, 1, Hn, D), k2,
             keys (B, S, Hk, 2D), lambda () and norm_weight.
         """
+        if self.layout.latent:
+            return self._make_latents(draw)
         d, pairs = self.layout.head_dim, (("q1", "k1"), ("q2", "k2"))[: self.calls]
         keys = draw(self.batch, self.length, self.kv_heads, len(pairs) * d)
         inputs = {"v": draw(*self.shape("v"))}
@@ -100,6 +106,11 @@ class DecodeCase(AttentionCase):
             inputs |= {"keys": keys, "lambda": 0.2 + 0.5 * torch.sigmoid(draw(dtype=torch.float32))}
             inputs["norm_weight"] = 1 + 0.1 * draw(self.layout.v_head_dim, dtype=torch.float32)
         return inputs
+
+    def _make_latents(self, draw: Draw) -> dict[str, Tensor]:
+        inputs = {name: draw(*self.shape(name)) for name in ("q1", "q2", "k1")}
+        inputs["v"] = inputs["k1"][..., : self.layout.v_head_dim]
+        return inputs | {"lambda": 0.2 + 0.5 * torch.sigmoid(draw(dtype=torch.float32))}
 
 
 def decode_case(name: str, dtype: str, batch: int, context: int, *, head_divisor: int = 1) -> DecodeCase:
@@ -125,7 +136,7 @@ def providers(case: DecodeCase, names: Sequence[str], device: torch.device) -> l
         elif name == "flex":
             kernels = {"": [("", compose(flex(case, device), case.calls))]}
         else:
-            calls = name if case.calls == 2 else "plain"
+            calls = "latents" if case.layout.latent else name if case.calls == 2 else "plain"
             kernels = {variant: forms(calls, attend) for variant, attend in libraries(case, device).items()}
         found += [Provider(name, tried, variant, ("forward",)) for variant, tried in kernels.items()]
     return found
@@ -143,6 +154,7 @@ def ours(case: DecodeCase, backend: str, device: torch.device) -> Function:
 
     def run(t: Mapping[str, Tensor]) -> Tensor:
         q1, k1, q2, k2, v, lam = (t.get(name) for name in ("q1", "k1", "q2", "k2", "v", "lambda"))
+        k2 = k1 if case.layout.latent else k2
         out: Tensor = call(q1, k1, q2, k2, v, lam, lengths, causal=True, backend=backend, **epilogue(t))
         return out
 
@@ -151,6 +163,8 @@ def ours(case: DecodeCase, backend: str, device: torch.device) -> Function:
 
 def forms(name: str, attend: Attend) -> list[tuple[str, Function]]:
     """A kernel as four, two, one or plain calls; two join the keys where widths must agree."""
+    if name == "latents":
+        return [("", _one_of_latents(attend))]
     if name == "two":
         return [("", compose(attend, 2)), ("joined keys", _two_joined(attend))]
     return [("", _one_joined(attend) if name == "one" else compose(attend, 4 if name == "four" else 1))]
@@ -182,6 +196,18 @@ def _one_joined(attend: Attend) -> Function:
         out = attend(torch.cat(groups, dim=3).flatten(2, 3), t["keys"], t["v"]).unflatten(2, (kv_heads, -1))
         signal, noise = (part.flatten(2, 3) for part in out.split([q.shape[3] for q in groups], dim=3))
         return diff_combine(signal, noise, t["lambda"], **epilogue(t))
+
+    return run
+
+
+def _one_of_latents(attend: Attend) -> Function:
+    """One call: all heads over the latents, which are padded to keys' width as values."""
+
+    def run(t: Mapping[str, Tensor]) -> Tensor:
+        width, signals = t["v"].shape[-1], t["q1"].shape[2]
+        values = F.pad(t["v"], (0, t["k1"].shape[-1] - width))
+        out = attend(torch.cat((t["q1"], t["q2"]), dim=2), t["k1"], values)[..., :width]
+        return diff_combine(out[:, :, :signals], out[:, :, signals:], t["lambda"])
 
     return run
 
@@ -255,7 +281,7 @@ class Decode(KernelBenchmark):
             "--layouts",
             nargs="+",
             choices=DECODED,
-            default=["gda4_128", "v1_64", "softmax_128"],
+            default=["gda4_128", "v1_64", "softmax_128", "gdla_latent"],
             help="default: %(default)s",
         )
         add("--batches", nargs="+", type=int, help="rows; default 8 1 32 128, on a CPU 1 8")
@@ -282,6 +308,8 @@ class Decode(KernelBenchmark):
 
     def unsupported(self, case: DecodeCase, name: str, arguments: argparse.Namespace) -> str | None:
         """See :class:`KernelBenchmark`."""
+        if case.layout.latent and name not in (*OURS, "one"):
+            return "latents are one key for both maps: one call is enough"
         return "without noise one call is enough" if case.calls == 1 and name in ("two", "four") else None
 
     def left_out(self, device: torch.device) -> dict[str, str]:

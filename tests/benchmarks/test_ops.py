@@ -385,19 +385,19 @@ def test_decoding_runs_with_every_provider_of_a_cpu(tmp_path: Path) -> None:
     for r in content["results"]:
         cells.setdefault((r["layout"], r["dtype"], r["batch"], r["context"]), set()).add(r["provider"])
         # One key head of GDA is left, two of DIFF V1: two keys and values as wide as both.
-        widths = {"gda4_128": 512, "v1_64": 2 * 256, "softmax_128": 256}[r["layout"]]
+        widths = {"gda4_128": 512, "v1_64": 2 * 256, "softmax_128": 256, "gdla_latent": 576}[r["layout"]]
         assert r["bytes"]["forward"] == r["batch"] * r["context"] * widths * DTYPES[r["dtype"]].itemsize
     layouts = {"gda4_128": {"sdpa", "four", "two", "one"}, "softmax_128": {"sdpa", "one"}}
-    layouts["v1_64"] = layouts["gda4_128"]
+    layouts |= {"v1_64": layouts["gda4_128"], "gdla_latent": layouts["softmax_128"]}
     assert cells == {(n, d, b, 96): names for n, names in layouts.items() for d in DTYPES for b in (1, 2)}
     assert len(content["softmax_baselines"]) == 4
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["gda4_64", "gda4_128", "v1_64", "softmax_128"])
+@pytest.mark.parametrize("name", ["gda4_64", "gda4_128", "v1_64", "softmax_128", "gdla_latent"])
 def test_every_way_to_decode_is_right(name: str) -> None:
     case = small_decode(name)
-    names = ["sdpa", "one"] if name == "softmax_128" else ["sdpa", "four", "two", "one"]
+    names = ["sdpa", "one"] if name in ("softmax_128", "gdla_latent") else ["sdpa", "four", "two", "one"]
     for provider in decode.providers(case, names, CPU):
         found = decode_verdict(case, *provider.forms)
         assert not isinstance(found, str), (provider.name, found)
