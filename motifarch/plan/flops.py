@@ -47,8 +47,10 @@ def part_of(func: Any, args: tuple[Any, ...], phase: str, tokens: int) -> str:
 def is_plain_attention(func: Any, args: tuple[Any, ...], phase: str, tokens: int) -> bool:
     """Whether the operator is a product of whole attention maps."""
     # Weights are multiplied by mm; in the optimizer, batches of matrices are Newton-Schulz's. A
-    # matrix for each token is that of hyper-connections.
-    return bool(func._schema.name == "aten::bmm") and phase != "optimizer" and len(args[0]) != tokens
+    # matrix for each token is that of hyper-connections, and a single row or column weights a sum.
+    if func._schema.name != "aten::bmm" or phase == "optimizer" or len(args[0]) == tokens:
+        return False
+    return all(1 not in factor.shape[-2:] for factor in args[:2])
 
 
 # Operators that move no data on a GPU, or whose bytes are counted elsewhere.
