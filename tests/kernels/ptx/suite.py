@@ -78,7 +78,7 @@ def hyper_connections() -> Iterator[Case]:
     yield "hyper_connections", {"dtype": BF16, "width": 130, "tokens": 70}
     yield "hyper_connections", {"dtype": F16, "width": 33}
     yield "hyper_connections", {"dtype": torch.float32, "width": 40}
-    yield "hyper_connections", {"dtype": torch.float32, "width": 33, "streams": 2, "tokens": 3}
+    yield "hyper_connections", {"dtype": torch.float32, "width": 33, "streams": 2, "tokens": 1}
 
 
 def expert_rows() -> Iterator[Case]:

@@ -79,7 +79,8 @@ def _forward_kernel(
     row_mask = rows < row_count
     of_weight = tl.arange(0, PARTS * COLUMNS)
     sums = tl.zeros([ROWS, PARTS * COLUMNS], DTYPE)
-    squares = tl.zeros([ROWS], DTYPE)
+    # Added up last: a product that is fused with the sum over lanes differs from lane to lane.
+    squares = tl.zeros([ROWS, BLOCK], DTYPE)
     for i in tl.static_range(N):
         for start in range(0, columns, BLOCK):
             block = start + tl.arange(0, BLOCK)
@@ -91,8 +92,8 @@ def _forward_kernel(
             w = tl.load(weight_pointer + offsets, mask=inside[:, None], other=0.0)
             sums = tl.dot(x, w, sums, input_precision="ieee", out_dtype=DTYPE)
             wide = x.to(DTYPE)
-            squares += tl.sum(wide * wide, 1)
-    r = tl.rsqrt(squares / (N * columns) + EPS)
+            squares += wide * wide
+    r = tl.rsqrt(tl.sum(squares, 1) / (N * columns) + EPS)
     products = _add_parts(sums, PARTS, COLUMNS) * r[:, None]
     c = tl.arange(0, COLUMNS)
     tl.store(products_pointer + rows[:, None] * C + c[None, :], products, mask=row_mask[:, None] & (c < C)[None, :])
@@ -166,7 +167,7 @@ def _backward_kernel(
             gates = gates + (gate_of(logit),)  # type: ignore[assignment]
     dq = dp * r[:, None]
     tl.store(dq_pointer + offsets, dq, mask=mask)
-    shrink = tl.sum(dq * p, 1) * r / (N * columns)
+    shrink = tl.sum(tl.where(mask, dq * p, 0.0), 1) * r / (N * columns)  # not fused: see above
     left = _left_parts(dq, PARTS, weight_pointer.dtype.element_ty)
     of_weight = tl.arange(0, PARTS * COLUMNS)
     for i in tl.static_range(N):
