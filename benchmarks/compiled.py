@@ -255,11 +255,12 @@ def _latent_decoding() -> None:
         cache = torch.zeros(2, 256, 1, 576, dtype=torch.bfloat16)
         q1, q2 = (torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16) for heads in (signals, noises))
         noise: Any = (q2, cache, torch.zeros(2, 1, signals)) if noises else (None, None, None)
+        inputs = q1, cache, noise[0], noise[1], cache[..., :512], noise[2]
         table = torch.tensor([[0], [1]], dtype=torch.int32) if paged else None
         lengths = torch.tensor([256, 256], dtype=torch.int32)
         options: dict[str, Any] = {"causal": True, "num_splits": 2, "backend": "triton", "block_table": table}
         with labelled(head_dim=576, v_head_dim=512):
-            diff_attn_with_kvcache(q1, cache, *noise[:2], cache[..., :512], noise[2], lengths, **options)
+            diff_attn_with_kvcache(*inputs, lengths, **options)
 
 
 def _motif() -> None:
