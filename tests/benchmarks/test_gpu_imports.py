@@ -12,6 +12,7 @@ from helpers.bare_machine import MISSING, without_packages
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = (
     *("ops.attention", "ops.combine", "ops.decode", "ops.poly_norm", "ops.grouped_poly_norm", "ops.hyper_connections"),
+    "ops.routing",
     "models.train_step",
     *("compiled", "precompile", "tuning.tune"),
 )

@@ -70,6 +70,12 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "sort_by_expert": ("sort_by_expert", {"selected": torch.zeros(B * S, 1, dtype=torch.int64), "num_experts": 2}),
     "dispatch_rows": ("dispatch_rows", tensors(x=(B * S, D)) | _ROWS),
     "combine_rows": ("combine_rows", tensors(rows=(B * S, D), weights=(B * S, 1)) | _ROWS),
+    "read_streams": ("read_streams", tensors(streams=(B, S, 2, D), weight=(8, 2 * D), bias=(2,))),
+    "stream_maps": ("stream_maps", tensors(products=(B, S, 8), bias=(6,))),
+    "update_streams": (
+        "update_streams",
+        tensors(streams=(B, S, 2, D), out=(B, S, D), post=(B, S, 2), mix=(B, S, 2, 2)),
+    ),
     "rms_norm": ("rms_norm", tensors(x=(B, S, D), weight=(D,))),
 }
 

@@ -29,7 +29,8 @@ def _product(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Te
         return out.masked_fill_(rows_of_groups(offsets, len(x))[1][:, None], 0)
     out, start = x.new_empty(len(x), matrices.shape[2]), 0
     for matrix, end in zip(matrices.unbind(0), offsets.tolist(), strict=True):
-        torch.mm(x[start:end], matrix, out=out[start:end])
+        if end > start:  # many experts have no rows in a small batch
+            torch.mm(x[start:end], matrix, out=out[start:end])
         start = end
     out[start:] = 0
     return out
