@@ -164,7 +164,7 @@ def _no_final_norm_before_mtp(model: MotifForCausalLM) -> None:
 def _exchanged_sinkhorn(model: MotifForCausalLM) -> None:
     for module in model.modules():
         if isinstance(module, HyperConnections):
-            module.maps = lambda streams, maps=module.maps: (*maps(streams)[:2], maps(streams)[2].mT)  # type: ignore[method-assign]
+            module.read = lambda streams, read=module.read: (*read(streams)[:2], read(streams)[2].mT)  # type: ignore[method-assign]
 
 
 MISTAKES: dict[str, Callable[[MotifForCausalLM], None]] = {
