@@ -230,7 +230,7 @@ def test_strided_inputs(path):
     assert torch.equal(select_experts(logits, None, 2), select_experts(logits.contiguous(), None, 2))
     selected = select_experts(logits, None, 2)
     for a, b in zip(expert_weights(logits, selected), expert_weights(logits.contiguous(), selected), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # a sigmoid by vectors rounds otherwise
     wide = selected.repeat_interleave(2, dim=1)[:, ::2]
     places, offsets = sort_by_expert(wide, 5)
     assert torch.equal(places, sort_by_expert(selected, 5)[0])

@@ -147,7 +147,8 @@ def _update(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> Tensor:
     """
     with torch.cuda.device_of(streams):
         updated = _run(streams).update_forward(_rows(streams, 2), _rows(out, 1), _rows(post, 1), _rows(mix, 2))
-    return updated.view(streams.shape)  # type: ignore[no-any-return]
+    # Not a view of it: FSDP2 warns of layers that return views.
+    return torch.ops.aten._unsafe_view(updated, streams.shape)  # type: ignore[no-any-return]
 
 
 def _fake_update(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> Tensor:
