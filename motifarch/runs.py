@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from motifarch.errors import UserError
 from motifarch.files import atomic_write
@@ -137,7 +138,7 @@ def table(runs: Sequence[RunSummary]) -> Table:
         made.add_column(name, justify="right")
     for run in runs:
         made.add_row(
-            run.name,
+            Text(run.name),
             run.state,
             f"{run.steps:,}" + (f"/{run.total:,}" if run.total and run.total != run.steps else ""),
             _count(run.tokens),
@@ -156,9 +157,9 @@ def table_of_differences(runs: Sequence[RunSummary]) -> Table:
     """A row a recipe field that differs, a column a run."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("recipe field", *(run.name for run in runs)):
-        made.add_column(name, overflow="fold")
+        made.add_column(Text(name), overflow="fold")
     for name, values in differences(runs).items():
-        made.add_row(name, *("–" if value is None else str(value) for value in values))
+        made.add_row(name, *(Text("–" if value is None else str(value)) for value in values))
     return made
 
 
@@ -180,7 +181,9 @@ def draw(runs: Sequence[RunSummary], path: Path) -> None:
     by_tokens.set_xlabel("tokens")
     by_time.set_xlabel(f"training time ({'hours' if hours else 'minutes'})")
     if drawn:
-        figure.legend(loc="outside upper center", ncols=min(4, len(drawn)), frameon=False)
+        legend = figure.legend(loc="outside upper center", ncols=min(4, len(drawn)), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     for axis in (by_tokens, by_time):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

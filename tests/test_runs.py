@@ -13,6 +13,7 @@ import pytest
 from motifarch.commands.runs import main
 from motifarch.errors import UserError
 from motifarch.runs import differences, find_runs, summarise
+from motifarch.train.plots import draw_loss
 from motifarch.train.run_folder import LOCK, METRICS, RECORD, read_metrics
 
 HOLDER = """
@@ -64,6 +65,14 @@ def test_a_table_and_a_plot(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert rows["crashed"][2] == "3/6"
     assert rows["optim.lr"][-1] == "0.5" or "0.5" in rows["optim.lr"]
     assert "run.output" not in printed
+    assert (folder / "runs.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_run_may_have_any_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = (folder / "crashed").rename(folder / "[red]$_$")
+    draw_loss(read_metrics(named / METRICS), named / "loss.png", named.name)
+    assert main([str(folder)]) == 0
+    assert "[red]$_$" in capsys.readouterr().out
     assert (folder / "runs.png").read_bytes()[1:4] == b"PNG"
 
 

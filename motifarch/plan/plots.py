@@ -28,14 +28,14 @@ _TIME_COLOURS = ("#1f4e79", "#6f5aa0", "#2f8f7f", "#e0a030", "#4f81b0", "#c0392b
 def draw_plans(plans: list[tuple[str, Plan]], path: Path, title: str) -> None:
     """Draws stacked bars of each plan's memory and time, into a PNG file.
 
-    The named plans are on one kind of GPU: a recipe's own and what would fit
-    in its place, or stages.
+    The named plans are on one kind of GPU: a recipe's own and what would fit in its place, or
+    stages.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.2 + 1.35 * len(plans)), layout="constrained")
     above, below = figure.subplots(2, height_ratios=[1.15, 1])
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     _draw_memory(above, plans)
     _draw_time(below, plans)
     with atomic_write(path, binary=True) as file:
@@ -58,7 +58,7 @@ def _draw_memory(axis: Any, plans: list[tuple[str, Plan]]) -> None:
     capacity, usable = first.gpu.memory / gib, first.usable / gib
     axis.axvspan(usable, capacity, color="#dddddd", zorder=0, label="kept in reserve")
     axis.axvline(capacity, color="black", linewidth=1.5, label=f"{first.gpu.name}: {capacity:.1f} GiB")
-    axis.set_yticks(range(len(plans)), [name for name, _ in plans])
+    axis.set_yticks(range(len(plans)), [name for name, _ in plans], parse_math=False)
     axis.set_ylim(len(plans) - 0.4, -0.6)
     axis.set_xlim(0, 1.13 * max(capacity, *(plan.peak / gib for _, plan in plans)))
     axis.set_xlabel("GiB of a GPU's memory at the peak of a step")
@@ -76,7 +76,7 @@ def _draw_time(axis: Any, plans: list[tuple[str, Plan]]) -> None:
             axis.barh(row, seconds, left=left, height=0.55, color=colour, label=label if row == 0 else None)
             left += seconds
         axis.text(left, row, f"  {left:.1f} s", va="center", fontweight="bold")
-    axis.set_yticks(range(len(plans)), [name for name, _ in plans])
+    axis.set_yticks(range(len(plans)), [name for name, _ in plans], parse_math=False)
     axis.set_ylim(len(plans) - 0.4, -0.6)
     axis.set_xlim(0, 1.13 * max(plan.time.total for _, plan in plans))
     axis.set_xlabel("seconds of a step, estimated")

@@ -193,6 +193,7 @@ def _tail(plan: Plan) -> list[Text]:
         speed = suggestion.tokens_per_second / plan.tokens_per_second
         text = f"  {change}: {suggestion.peak / _GIB:.1f} GiB, {verdict}, {speed:.2f} times the tokens/s"
         lines.append(Text(text, style="bold green" if suggestion.fits else ""))
-    if plan.suggestions and not any(s.fits for s in plan.suggestions):
-        lines.append(Text("Nothing tried fits; take more GPUs, GPUs with more memory, or a smaller model."))
+    if not any(s.fits for s in plan.suggestions):
+        tried = "Nothing tried fits; take" if plan.suggestions else "Take"
+        lines.append(Text(f"{tried} more GPUs, GPUs with more memory, or a smaller model."))
     return lines

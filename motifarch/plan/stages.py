@@ -33,21 +33,11 @@ pre {{font-size: 0.85em; line-height: 1.35; overflow-x: auto}}</style></head>
 
 def summary(plans: list[tuple[str, Plan]]) -> Table:
     """Stages side by side, and what they take together."""
-    found = table(
-        "Stages (estimated)",
-        "",
-        "tokens of a row",
-        "memory, GiB",
-        "of",
-        "step, s",
-        "tokens/s a GPU",
-        "tokens",
-        "days",
-        "fits",
-    )
+    columns = ("tokens of a row", "memory, GiB", "of", "step, s", "tokens/s a GPU", "tokens", "days", "fits")
+    found = table("Stages (estimated)", "", *columns)
     for name, plan in plans:
         found.add_row(
-            name,
+            Text(name),
             f"{plan.seq_len:,}",
             f"{plan.peak / 2**30:.1f}",
             f"{plan.usable / 2**30:.1f}",
@@ -86,7 +76,7 @@ def as_page(content: RenderableType, picture: Path, title: str) -> str:
     """A report as an HTML page that has its picture in it."""
     console = Console(record=True, width=110, file=io.StringIO())
     console.print(content)
-    # Rich formats its page: what may have braces comes after.
+    # Rich formats its page, so what may have braces comes after, and last what may have any words.
     page = console.export_html(inline_styles=True, code_format=_PAGE)
-    page = page.replace("TITLE", html.escape(title), 1)
-    return page.replace("PICTURE", base64.b64encode(picture.read_bytes()).decode(), 1)
+    page = page.replace("PICTURE", base64.b64encode(picture.read_bytes()).decode(), 1)
+    return page.replace("TITLE", html.escape(title), 1)

@@ -71,7 +71,7 @@ def differences(figure: Figure, study: StudyResults) -> None:
         if c.shared and c.shared.half:
             axes.errorbar(c.shared.mean, at, xerr=c.shared.half, elinewidth=4, alpha=0.4, color=style["color"])
     names = [f"{study.title(c.variant)} − {study.title(c.reference)}" for c in reversed(shown)]
-    axes.set_yticks(range(len(shown)), names)
+    axes.set_yticks(range(len(shown)), names, parse_math=False)
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_xlabel("difference in validation loss, nats/token (left of 0: lower)")
 
@@ -130,7 +130,7 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
             axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_xticks(np.arange(len(about["depths"])) + 0.5, [f"{100 * d:g}%" for d in about["depths"]])
         axes.set_yticks(np.arange(len(about["lengths"])) + 0.5, [f"{n:,}" for n in about["lengths"]])
-        axes.set_title(study.title(v))
+        axes.set_title(study.title(v), parse_math=False)
         axes.grid(visible=False)
     for axes in figure.axes[len(maps) :]:
         axes.remove()

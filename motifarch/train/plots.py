@@ -30,7 +30,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         top.plot(*points, color="#c0392b", marker="o", markersize=4, linewidth=1, label="validation loss")
     top.set_ylabel("cross-entropy (nats/token)")
-    top.set_title(title)
+    top.set_title(title, parse_math=False)
     top.legend(frameon=False)
     rates = [(row["step"], row["learning_rate"]) for row in rows if row.get("learning_rate") is not None]
     bottom.plot([step for step, _ in rates], [rate for _, rate in rates], color="#555555", linewidth=1.2)
@@ -91,7 +91,7 @@ def draw_router(rows: list[dict[str, Any]], path: Path, title: str) -> bool:
     axes[1, 1].set_ylim(bottom=0)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=most, frameon=False)
     with atomic_write(path, binary=True) as file:
         figure.savefig(file, dpi=150, format="png")

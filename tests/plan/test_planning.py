@@ -162,7 +162,7 @@ def test_more_time_for_less_hardware() -> None:
 
 def test_stages_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write(tmp_path, SMALL)
-    second = tmp_path / "{second}<b>.yaml"
+    second = tmp_path / "{second}<b>[red]PICTURE$_$.yaml"
     second.write_text("base: recipe.yaml\n")
     output = tmp_path / "plan"
     options = ["--gpus", "2", "--gpu", "b200", "--tokens", "1e9,2e9", "--output", str(output)]
@@ -176,9 +176,13 @@ def test_stages_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert found["together"]["days"] == pytest.approx(sum(stage["days"] for stage in found["stages"]))
     page = (output / "plan.html").read_text()
     assert "data:image/png;base64," in page
-    assert "{second}&lt;b&gt; on 2 x B200" in page
+    assert "{second}&lt;b&gt;[red]PICTURE$_$ on 2 x B200" in page
     with pytest.raises(UserError, match="--seq-len has 3 values for 2 recipes; give one for each"):
         main([str(first), str(second), "--seq-len", "64,128,256", *options])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("base: recipe.yaml\nbatch: {size: 33}\n")
+    with pytest.raises(UserError, match=r"bad\.yaml: batch\.size is 33"):
+        main([str(first), str(bad), "--gpus", "2", "--gpu", "b200", "--seq-len", "64"])
 
 
 @pytest.mark.parametrize(
