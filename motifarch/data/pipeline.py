@@ -29,18 +29,11 @@ from motifarch.data.progress import bar, spinner
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, each_file_once, parse_source
 from motifarch.data.tokenise import describe_tokens, tokenise
-from motifarch.data.tokenizer import (
-    begin_tokens,
-    capped,
-    chat_text,
-    load_tokenizer,
-    set_special_tokens,
-    tokenizer_fingerprint,
-    train_tokenizer,
-    vocabulary_size,
-)
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder
+from motifarch.tokenizer.encoding import begin_tokens, chat_text, set_special_tokens
+from motifarch.tokenizer.loading import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from motifarch.tokenizer.train import capped, train_tokenizer
 
 # Raised when the same text gives other blocks; how they are stored does not change what they are.
 _CONTENT_VERSION = 1

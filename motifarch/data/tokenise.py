@@ -25,15 +25,10 @@ from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
 from motifarch.data.loss_mask import with_mask
 from motifarch.data.progress import count, counted_bar
-from motifarch.data.tokenizer import (
-    begin_tokens,
-    encode_texts,
-    spelled_special_tokens,
-    takes_special_tokens,
-    vocabulary_size,
-)
 from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
+from motifarch.tokenizer.encoding import begin_tokens, encode_texts, spelled_special_tokens, takes_special_tokens
+from motifarch.tokenizer.loading import vocabulary_size
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ training than after a prompt.
 
 from transformers import PreTrainedTokenizerBase
 
-from motifarch.data.tokenizer import begin_tokens
+from motifarch.tokenizer.encoding import begin_tokens
 
 _TEMPLATE = """\
 {%- for message in messages -%}

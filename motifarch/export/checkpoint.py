@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError, first_line
 from motifarch.export.chat_template import plain_chat_template
 from motifarch.export.model_card import write_card
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.model_folder import without_bars
 from motifarch.portable import add_code
+from motifarch.tokenizer.loading import tokenizer_fingerprint
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import load_trained_model, read_about

@@ -29,10 +29,10 @@ from transformers import (
 )
 
 from motifarch.counted import counted
-from motifarch.data.tokenizer import begin_tokens, encode_texts, takes_special_tokens
 from motifarch.errors import UserError, first_line
 from motifarch.inference.speculative import SpeculativeDecoding, has_draft
 from motifarch.inference.time_limit import OutOfTimeError, time_limit
+from motifarch.tokenizer.encoding import begin_tokens, encode_texts, takes_special_tokens
 
 Prompt = str | list[dict[str, str]]
 """Text to continue, or a conversation to answer: messages with "role" and "content"."""

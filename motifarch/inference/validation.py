@@ -9,9 +9,9 @@ from torch.nn import functional as F
 import motifarch
 from motifarch.data import PackedDataset
 from motifarch.data.progress import bar
-from motifarch.data.tokenizer import tokenizer_fingerprint
 from motifarch.errors import UserError
 from motifarch.inference.generate import load
+from motifarch.tokenizer.loading import tokenizer_fingerprint
 from motifarch.train.metrics import bits_per_byte
 from motifarch.train.step import spread_rows
 

@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 
 from motifarch.data import PackedDataset
-from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError, first_line
 from motifarch.files import write_json
 from motifarch.models.motif import MotifForCausalLM
@@ -24,6 +23,7 @@ from motifarch.study.attention_statistics import attention_statistics, gradient_
 from motifarch.study.measure_options import MeasureOptions
 from motifarch.study.probe import find_lines, model_scorer, probe
 from motifarch.study.speed import decoding_speed, training_speed
+from motifarch.tokenizer.loading import load_tokenizer
 from motifarch.train.manifest import find_newest
 from motifarch.train.run_folder import METRICS, read_metrics
 from motifarch.train.step import spread_rows

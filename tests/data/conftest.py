@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from motifarch.data.prepare import main
-from motifarch.data.tokenizer import train_tokenizer
+from motifarch.tokenizer.train import train_tokenizer
 
 _WORDS = ("the", "attention", "head", "sees", "one", "token", "and", "then", "another", "while", "noise", "is", "gone")
 

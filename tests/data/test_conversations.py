@@ -16,9 +16,9 @@ from helpers.tiny import CHAT, write_conversations
 from motifarch.data import PackedDataset, collate
 from motifarch.data.packing import DocumentPacker
 from motifarch.data.prepare import main
-from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
 from motifarch.layers import IGNORE_INDEX
+from motifarch.tokenizer.loading import load_tokenizer
 
 
 @pytest.fixture

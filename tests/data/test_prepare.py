@@ -19,8 +19,8 @@ import pytest
 from helpers.distributed import descendants, started, wait_until
 from motifarch.data import PackedDataset
 from motifarch.data.prepare import main
-from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
+from motifarch.tokenizer.loading import load_tokenizer
 
 QUICK = ["--num-proc", "1", "--seq-len", "16", "--vocab-size", "280"]
 

@@ -9,15 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from motifarch.data.tokenizer import (
-    END_OF_TEXT,
-    capped,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-    vocabulary_size,
-)
 from motifarch.errors import UserError
+from motifarch.tokenizer.loading import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from motifarch.tokenizer.train import END_OF_TEXT, capped, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from helpers.models import tiny_model
 from motifarch.cli import run
 from motifarch.commands.evaluate import main
-from motifarch.data.tokenizer import train_tokenizer
 from motifarch.errors import UserError
 from motifarch.inference.evaluate import evaluate, index_tasks, load_tasks, resolve_tasks
+from motifarch.tokenizer.train import train_tokenizer
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval (pip install 'motifarch[eval]')"

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers.prompt_files import prompt_file, results
 from motifarch.cli import run
-from motifarch.data.tokenizer import set_special_tokens
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.inference.generate import Sampling, Speed, generate, load
 from motifarch.inference.prompts import conversation
 from motifarch.inference.sampling import encode
+from motifarch.tokenizer.encoding import set_special_tokens
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

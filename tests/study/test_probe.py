@@ -8,10 +8,10 @@ from torch import Tensor
 from helpers.models import random_ids, tiny_model
 from helpers.tiny import prepare_text
 from motifarch.data import PackedDataset
-from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
 from motifarch.study.measure_options import DEPTHS
 from motifarch.study.probe import Answers, ask, find_lines, make_questions, model_scorer, probe
+from motifarch.tokenizer.loading import load_tokenizer
 
 LENGTH = 160
 

@@ -18,10 +18,10 @@ from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.cli import run as command
 from motifarch.commands.average import main as average
 from motifarch.commands.export import main as export
-from motifarch.data.tokenizer import load_tokenizer
 from motifarch.errors import UserError
 from motifarch.files import sha256
 from motifarch.study.measure import measure
+from motifarch.tokenizer.loading import load_tokenizer
 from motifarch.train.main import main as train
 from motifarch.train.manifest import damage, read_manifest, write_manifest
 

@@ -1,0 +1,1 @@
+"""Tokenizers: loading, encoding, and training of vocabularies."""

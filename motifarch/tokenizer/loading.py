@@ -1,0 +1,71 @@
+"""A tokenizer that exists, and what tells it from others."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from motifarch.errors import UserError
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a Hugging Face tokenizer by its name on the hub or its folder.
+
+    Raises:
+        UserError: if it cannot be loaded, or has no end-of-text token.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():  # a folder's tokenizer.json; what lies beside it counts too
+        path = path.parent
+    try:
+        config = _config(path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path if path.exists() else name_or_path), config=config, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises many kinds, from network errors to bad files
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"cannot load tokenizer {str(name_or_path)!r} ({reason}): give a folder with a tokenizer.json, a name "
+            "on the hub that is within reach, or no --tokenizer, to train one"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {str(name_or_path)!r} has no end-of-text token, which must end each document: set its "
+            "eos_token (tokenizer.eos_token = ...; tokenizer.save_pretrained(folder)) and pass --tokenizer folder"
+        )
+    return tokenizer
+
+
+def _config(folder: Path) -> PreTrainedConfig | None:
+    """For a model that transformers does not know, as an exported one here: asked for its tokenizer
+    transformers would take the model for another one, and warn.
+    """
+    file = folder / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not fields or fields.get("model_type") in CONFIG_MAPPING:
+        return None
+    return PreTrainedConfig(tokenizer_class=fields.get("tokenizer_class"))  # type: ignore[call-arg]  # any field is one
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides the token ids: equal for copies of a tokenizer, wherever they lie."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        # Left over from the last call, not part of what the tokenizer is.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    content = {"rules": rules, "eos_token_id": tokenizer.eos_token_id, "vocab_size": vocabulary_size(tokenizer)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
