@@ -1,13 +1,13 @@
 """Progress on a terminal, and nothing elsewhere."""
 
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TypeVar, cast
 
 import multiprocess  # type: ignore[import-untyped]  # what datasets forks with
 from rich.console import Console, RenderableType
-from rich.progress import Progress, track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 
 T = TypeVar("T")
 
@@ -60,3 +60,16 @@ def count(items: int) -> None:
     """Moves the bar of `counted_bar` on."""
     with _counted.get_lock():
         _counted.value += items
+
+
+@contextmanager
+def characters_bar(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Within, a line shows the characters that what it gives was called with."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield lambda characters: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} characters"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda characters: progress.advance(task, characters)

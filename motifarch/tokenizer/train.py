@@ -2,38 +2,108 @@
 
 from collections.abc import Iterable, Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from motifarch.errors import UserError
+from motifarch.tokenizer.special_tokens import CHAT_TEMPLATE, SpecialTokens
+from motifarch.tokenizer.split_pattern import WORDS
 
-END_OF_TEXT = "<|endoftext|>"
-_SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
+_BYTES = 256
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text can be encoded, and decoding gives it back exactly.
+def train_bpe(texts: Iterable[str], vocab_size: int, special: SpecialTokens) -> Tokenizer:
+    """A byte-level BPE of words: any text can be encoded, and decoding gives it back in NFC.
 
-    The vocabulary includes the 256 bytes and the end of text; little text gives fewer tokens.
+    `tokenizers` counts words as it reads: memory grows with how many differ, not with the text.
+
+    Args:
+        texts: read once.
+        vocab_size: tokens, the 256 bytes and the special ones among them; little text gives fewer.
+        special: the first tokens.
 
     Raises:
-        UserError: if ``vocab_size`` has no room for the bytes.
+        UserError: no room for the bytes and special tokens, or a text that is no Unicode.
     """
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab-size {vocab_size}: it must be at least {_SMALLEST_VOCABULARY} (256 bytes and an end)")
+    check_vocab_size(vocab_size, special)
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = split_by(WORDS)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special.tokens,  # type: ignore[arg-type]  # names serve
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+    bpe.train_from_iterator(unicode_only(texts), trainer)
+    return bpe
+
+
+def least_size(special: SpecialTokens) -> int:
+    """Tokens of a vocabulary without any merge."""
+    return _BYTES + len(special.tokens)
+
+
+def check_vocab_size(vocab_size: int, special: SpecialTokens) -> None:
+    """Raise UserError unless bytes and special tokens have room."""
+    least = least_size(special)
+    if vocab_size < least:
+        raise UserError(
+            f"--vocab-size {vocab_size}: it must be at least {least}, for {_BYTES} bytes and "
+            f"{len(special.tokens)} special tokens"
+        )
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Splits text into the pattern's matches, and these into bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    # The type stubs lack the sequence's argument.
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def unicode_only(texts: Iterable[str]) -> Iterator[str]:
+    """The texts.
+
+    Raises:
+        UserError: one has half of a surrogate pair, which no encoding of Unicode can hold.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"a text that begins with {text[:40]!a} is no Unicode (character {error.start:,} is "
+                f"{text[error.start]!a}, half of a pair): read its file in the encoding that it has (--encoding)"
+            ) from None
+        yield text
+
+
+def as_pretrained(
+    bpe: Tokenizer, special: SpecialTokens, model_max_length: int | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer as transformers has them, which saves an ordinary folder.
+
+    Args:
+        bpe: the tokenizer.
+        special: its special tokens.
+        model_max_length: what transformers warns beyond, tokens.
+    """
+    length = {} if model_max_length is None else {"model_max_length": model_max_length}
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special.named, **length)
+    if special.whole:
+        made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a preparation that is given none: with an end of text and padding alone.
+
+    Raises:
+        UserError: see :func:`train_bpe`.
+    """
+    special = SpecialTokens(whole=False, reserved=0)
+    return as_pretrained(train_bpe(texts, vocab_size, special), special)
 
 
 def capped(texts: Iterable[str], most_characters: int) -> Iterator[str]:
