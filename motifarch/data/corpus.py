@@ -68,12 +68,15 @@ def read_corpus(
     skipped: Tally,
     noticed: Tally,
     options: ReadOptions | None = None,
+    composes: bool = False,
 ) -> Corpus:
     """Write all documents to disk, and choose the border between training and validation.
 
     A document is placed by a hash of its text and the seed, so that it keeps its place when others
     come or go, and copies of a text are never on both sides. Few documents may all fall on one
     side: then the one next to the border moves. The end of a lone document is for validation.
+
+    ``composes`` says whether the tokenizer will compose what is decomposed.
 
     What is left out is added to ``skipped``, what else should be known to ``noticed``.
 
@@ -101,7 +104,7 @@ def read_corpus(
                         )
                     skipped.add(found.name, found.reason, found.detail)
                     continue
-                for what in _oddities(found):
+                for what in _oddities(found, composes):
                     noticed.add(found.name, what)
                 encoded = found.text.encode()
                 content.update(hashlib.sha256(encoded).digest())
@@ -164,7 +167,7 @@ def _of_bounded_length(found: Iterable[Found], messages: bool) -> Iterator[Found
             yield piece
 
 
-def _oddities(found: Document) -> Iterator[str]:
+def _oddities(found: Document, composes: bool) -> Iterator[str]:
     """What a text may have got on its way here."""
     text = found.text
     if "\r\n" in text:
@@ -175,7 +178,8 @@ def _oddities(found: Document) -> Iterator[str]:
         yield "document with replacement characters (U+FFFD), left by a wrong decoding"
     if not unicodedata.is_normalized("NFC", text):
         what = "decomposed Hangul (NFD, as of macOS)" if _JAMO.search(text) else "decomposed characters (not NFC)"
-        yield f"document with {what}, kept: such tokens are not those of composed text, which prompts usually are"
+        fate = "kept: such tokens are not those of composed text, which prompts usually are"
+        yield f"document with {what}, {'composed by the tokenizer (NFC)' if composes else fate}"
 
 
 def _divide(text: str, fraction: float) -> tuple[str, str]:

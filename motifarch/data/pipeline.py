@@ -32,7 +32,7 @@ from motifarch.data.tokenise import describe_tokens, tokenise
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder
 from motifarch.tokenizer.encoding import begin_tokens, chat_text, set_special_tokens
-from motifarch.tokenizer.loading import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from motifarch.tokenizer.loading import composes, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from motifarch.tokenizer.train import capped, train_tokenizer
 
 # Raised when the same text gives other blocks; how they are stored does not change what they are.
@@ -117,7 +117,10 @@ def _make(
         options = ReadOptions(
             settings.field, settings.encoding, settings.document_separator, given and chat_text(given)
         )
-        corpus = read_corpus(scratch, settings, sources, skipped=skipped, noticed=noticed, options=options)
+        composing = given is None or composes(given)  # ours does
+        corpus = read_corpus(
+            scratch, settings, sources, skipped=skipped, noticed=noticed, options=options, composes=composing
+        )
         note(counted(len(corpus.rows), "conversation" if settings.messages else "document"))
     if skipped.counts:
         report(f"skipped {counted(skipped.counts.total(), 'document')}: {skipped.summary()}")

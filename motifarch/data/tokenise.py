@@ -28,7 +28,7 @@ from motifarch.data.progress import count, counted_bar
 from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
 from motifarch.tokenizer.encoding import begin_tokens, encode_texts, spelled_special_tokens, takes_special_tokens
-from motifarch.tokenizer.loading import vocabulary_size
+from motifarch.tokenizer.loading import as_composed, vocabulary_size
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def tokenise(
                 "input_ids": with_mask(document, masks[number]) if masks else document,
                 "special": np.array([] if is_chat else [spelled[token] for token in special.findall(text)], np.int64),
                 "unknown": ids.count(unknown),
-                "changed": back != text,
+                "changed": back != as_composed(text, tokenizer),
                 "bytes": len(text.encode()),
             }
 
@@ -169,6 +169,7 @@ def _first_change(rows: datasets.Dataset, changed: pa.ChunkedArray, tokenizer: P
     row = rows[pc.index(changed, True).as_py()]
     text: str = row["text"][:_CHARACTERS_AT_ONCE]
     special = row["is_chat"] or takes_special_tokens(tokenizer)
+    text = as_composed(text, tokenizer)
     (ids,) = encode_texts(tokenizer, [text], special_tokens=special, begin=[])
     back = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     place = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 
 from transformers import (
@@ -69,3 +70,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = {"rules": rules, "eos_token_id": tokenizer.eos_token_id, "vocab_size": vocabulary_size(tokenizer)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def composes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether decomposed characters (Hangul as macOS writes it) get the tokens of composed ones."""
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None  # type: ignore[attr-defined]
+    return normalizer is not None and normalizer.normalize_str("\u1100\u1161") == "\uac00"
+
+
+def as_composed(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text as the tokenizer's tokens give it back, as far as composition goes."""
+    if text.isascii() or not composes(tokenizer):
+        return text
+    return unicodedata.normalize("NFC", text)

@@ -194,7 +194,7 @@ def test_a_folder_of_something_else_is_never_replaced(corpus: Path, tmp_path: Pa
         (["--seq-len", "100000"], r"the train part has [\d,]+ tokens in \d+ documents, a block needs 100,001"),
         (["--seq-len", "0"], "--seq-len is '0'"),
         (["--validation-fraction", "1"], "--validation-fraction 1.0"),
-        (["--vocab-size", "100"], "--vocab-size 100: it must be at least 257"),
+        (["--vocab-size", "100"], "--vocab-size 100: it must be at least 258"),
         (["--max-documents", "0"], "--max-documents is '0'"),
         (["--max-documents", "1", "--validation-fraction", "0.0001"], "there is one document"),
         (["--encoding", "hex"], "--encoding 'hex': no encoding of text"),
