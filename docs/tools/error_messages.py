@@ -22,7 +22,7 @@ SUBJECTS = {
         *("cli", "command_line", "commands", "field_types", "layout", "model_section", "packaged_recipes"),
         *("typed_yaml", "yaml_text"),
     ),
-    "Data and tokenizers": ("data",),
+    "Data and tokenizers": ("data", "tokenizer"),
     "Runs and checkpoints": ("train", "average", "checkpoint_reader", "runs", "locks", "files", "shards"),
     "Several processes": ("parallel", "die_with_parent"),
     "Optimizers": ("optim",),

@@ -5,14 +5,17 @@ import json
 import unicodedata
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from motifarch.errors import UserError
+from motifarch.tokenizer.tiktoken_files import is_ranks, read_ranks
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -83,3 +86,35 @@ def as_composed(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if text.isascii() or not composes(tokenizer):
         return text
     return unicodedata.normalize("NFC", text)
+
+
+def open_vocabulary(name: str | Path) -> PreTrainedTokenizerFast:
+    """A fast tokenizer: a folder's, one of the hub, or a list of ranks
+    (:mod:`motifarch.tokenizer.tiktoken_files`).
+
+    Raises:
+        UserError: it cannot be loaded, or has no fast form.
+    """
+    if is_ranks(str(name)):
+        backend = read_ranks(str(name))
+        end = next(token for token in ("<|endoftext|>", "</s>") if backend.token_to_id(token) is not None)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, clean_up_tokenization_spaces=False)
+    found = load_tokenizer(name)
+    if not isinstance(found, PreTrainedTokenizerFast) or not found.is_fast:
+        raise UserError(
+            f"tokenizer {str(name)!r} is a {type(found).__name__}, which has no fast form (tokenizer.json): convert it "
+            "first, as transformers' AutoTokenizer.from_pretrained(..., use_fast=True) does where it can"
+        )
+    return found
+
+
+def with_backend(tokenizer: PreTrainedTokenizerFast, backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer that encodes with another backend: names and template stay."""
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+        **tokenizer.special_tokens_map,
+    )
+    copy.chat_template = tokenizer.chat_template
+    return copy
