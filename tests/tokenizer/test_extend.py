@@ -111,7 +111,7 @@ def test_the_command_extends_a_folder(words: Tokenizer, special: SpecialTokens, 
     assert new.special_tokens_map == old.special_tokens_map
     assert new.chat_template == old.chat_template
     assert new.model_max_length == 512
-    assert len(new(KOREAN[0]).input_ids) < len(old(KOREAN[0]).input_ids)
+    assert len(new(KOREAN[1]).input_ids) < len(old(KOREAN[1]).input_ids)
 
 
 def test_what_cannot_be_extended_is_refused(words: Tokenizer, tmp_path: Path) -> None:
