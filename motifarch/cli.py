@@ -24,6 +24,7 @@ COMMANDS = {
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
     "tokenizer train": ("motifarch.commands.tokenizer_train", "train a vocabulary: BPE, or SuperBPE across words"),
     "tokenizer extend": ("motifarch.commands.tokenizer_extend", "add tokens to a vocabulary that exists"),
+    "tokenizer measure": ("motifarch.commands.tokenizer_measure", "compare tokenizers on the same text"),
     "plan": ("motifarch.commands.plan", "say what a recipe needs on a number of GPUs"),
     "train": ("motifarch.train.main", "train a model as a recipe says"),
     "runs": ("motifarch.commands.runs", "compare runs, in a table and a plot"),
