@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
             "motifarch grow motif-2.6b motif-12.7b --like motif-2-12.7b",
             "motifarch grow motif-2.6b sparse --experts 16 --top-k 4 --dense-first 2 --streams 4",
             "motifarch grow llama-folder differential --to gda --ratio 4",
+            "motifarch grow model larger --tokenizer tokenizers/o200k_ko",
             "motifarch grow glm-4.7-flash differential --to gdla",
         ],
     )
@@ -57,6 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=option(Seed), default=0, help="of noise and routers (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the grown weights (default: the source's)")
     _add_sparse(parser)
+    group = parser.add_argument_group("vocabulary")
+    group.add_argument(
+        "--tokenizer",
+        metavar="NEW",
+        help="one that extends the model's, as `motifarch tokenizer extend` makes it: a new token's rows are the means "
+        "of those of the tokens that it replaces",
+    )
+    group.add_argument(
+        "--random-rows", action="store_true", help="draw new tokens' rows, as far apart as the old ones, by --seed"
+    )
     group = parser.add_argument_group(
         "from a softmax model",
         "SOURCE may be a model of llama, mistral, qwen2, qwen3, or a Motif model with softmax attention; for gdla and "

@@ -58,11 +58,18 @@ def config_of(folder: Weights) -> PreTrainedConfig:
     return config
 
 
-def difference(first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None) -> Difference:
-    """Compares two models of one vocabulary on random tokens, in float32 arithmetic."""
+def difference(
+    first: Weights, second: Weights, on_layer: Callable[[], None] = lambda: None, *, same_ids: int | None = None
+) -> Difference:
+    """Compares two models on random tokens, in float32 arithmetic.
+
+    ``same_ids`` is how many token ids mean the same to both, and have their logits compared; None
+    for the whole vocabulary.
+    """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config_of(first).vocab_size, (1, _TOKENS), generator=generator)
-    one, other = (logits(folder, ids, on_layer) for folder in (first, second))
+    known = config_of(first).vocab_size if same_ids is None else same_ids
+    ids = torch.randint(known, (1, _TOKENS), generator=generator)
+    one, other = (logits(folder, ids, on_layer)[..., :known] for folder in (first, second))
     return Difference(float((one - other).abs().max()), float(one.std()), ids.numel())
 
 

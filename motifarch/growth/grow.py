@@ -17,6 +17,7 @@ from motifarch.growth.folders import CONFIG, MAX_SHARD_BYTES, FolderWriter, Sour
 from motifarch.growth.hyper_connections import add_hyper_connections
 from motifarch.growth.layouts import Factors, factors_to, motif_config
 from motifarch.growth.model_spec import ModelSpec, describe
+from motifarch.growth.vocabulary import Vocabulary
 from motifarch.growth.width import Noise, untie, widen
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
@@ -30,6 +31,7 @@ def plan(
     noise: Noise | None = None,
     experts: Experts | None = None,
     streams: int | None = None,
+    vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
 ) -> ModelSpec:
     """Describes the grown model, and makes sure that its folder will load; arguments as
@@ -64,10 +66,12 @@ def plan(
         spec = upcycle(spec, experts)
     if streams is not None:
         spec = add_hyper_connections(spec, streams)
+    if vocabulary is not None:
+        spec = vocabulary.of(spec, source.path)
     if not spec.steps:
         raise UserError(
             "nothing grows: give a factor above 1 (--hidden, --feed-forward, --signal-heads, --heads), more --layers, "
-            "a larger layout with --like, --experts or --streams"
+            "a larger layout with --like, --experts, --streams or a --tokenizer"
         )
     for derived in ("layer_types", "auto_map"):  # of the old depth; code that came with the old layout
         spec.config.pop(derived, None)
@@ -81,6 +85,7 @@ def write(
     output: Path,
     *,
     record: dict[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
     check: bool = True,
     base: ModelSpec | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -98,6 +103,7 @@ def write(
         source: the folder that it reads.
         output: the folder to make.
         record: more fields for `growth.json`.
+        vocabulary: the tokenizer that takes the place of the source's.
         check: whether to run both models, a layer at a time, and compare their logits.
         base: the model that the source is, for the check; default: what the folder says.
         max_shard_bytes: of a file.
@@ -126,12 +132,14 @@ def write(
             writer.write(name, lazy.make(*map(source.read, lazy.sources)))
             bar.advance(task, bytes_of(lazy.shape, lazy.dtype))
         writer.finish()
+        if vocabulary is not None:
+            vocabulary.save(writer.folder)
         if check:
             grown = SourceFolder(writer.folder)
             first = source if base is None else Described(base, source)
             layers = [config_of(folder).num_hidden_layers for folder in (first, grown)]
             task = bar.add_task("comparing", total=sum(layers))
-            measured = difference(first, grown, lambda: bar.advance(task))
+            measured = difference(first, grown, lambda: bar.advance(task), same_ids=spec.same_ids)
         task = bar.add_task("recording", total=None)
         origin_files = [source.path / CONFIG, *source.files]
         content = {
@@ -154,6 +162,7 @@ def grow(
     noise: Noise | None = None,
     experts: Experts | None = None,
     streams: int | None = None,
+    vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> Difference | None:
@@ -168,6 +177,7 @@ def grow(
             compute.
         experts: what dense feed-forward blocks become, after they have grown.
         streams: of hyper-connections in place of the residual stream.
+        vocabulary: a tokenizer that extends the model's.
         dtype: of the grown weights; None keeps the source's.
         check: whether to compare the logits of both models.
 
@@ -179,8 +189,8 @@ def grow(
             fix.
     """
     folder = SourceFolder(source)
-    spec = plan(folder, factors, noise=noise, experts=experts, streams=streams, dtype=dtype)
-    return write(spec, folder, output, check=check)
+    spec = plan(folder, factors, noise=noise, experts=experts, streams=streams, vocabulary=vocabulary, dtype=dtype)
+    return write(spec, folder, output, vocabulary=vocabulary, check=check)
 
 
 def _check_tensors(spec: ModelSpec, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from motifarch.growth.from_softmax_sources import as_compared
 from motifarch.growth.grow import plan, write
 from motifarch.growth.layouts import Factors, read_layout
 from motifarch.growth.model_spec import ModelSpec, describe
+from motifarch.growth.vocabulary import Vocabulary
 from motifarch.growth.width import Noise
 from motifarch.models.motif import MotifConfig
 
@@ -36,20 +38,26 @@ def run(arguments: argparse.Namespace) -> int:
     noise = None if arguments.noise is None else Noise(arguments.noise, arguments.seed)
     source, dtype, factors = SourceFolder(arguments.source), DTYPES.get(arguments.dtype), _factors(arguments)
     experts = _experts(arguments)
+    vocabulary = None
+    if arguments.tokenizer is not None:
+        vocabulary = Vocabulary(arguments.tokenizer, arguments.random_rows, arguments.seed)
+    elif arguments.random_rows:
+        raise UserError("--random-rows are those of new tokens: give a --tokenizer too, or leave it out")
     if arguments.to is None:
         given = [f"--{n.replace('_', '-')}" for n in _WITH_TO if vars(arguments)[n]]
         if given:
             raise UserError(
                 f"{', '.join(given)} works with --to diff_v2, gda or gdla only; give that too, or leave it out"
             )
-        base, spec = None, plan(source, factors, noise=noise, experts=experts, streams=arguments.streams, dtype=dtype)
-    elif factors != Factors() or any(given is not None for given in (noise, experts, arguments.streams)):
+        more: dict[str, Any] = {"experts": experts, "streams": arguments.streams, "vocabulary": vocabulary}
+        base, spec = None, plan(source, factors, noise=noise, dtype=dtype, **more)
+    elif factors != Factors() or any(given is not None for given in (noise, experts, arguments.streams, vocabulary)):
         raise UserError("--to changes the attention and grows nothing; convert first, then grow the folder it makes")
     else:
         base, spec = _converted(source, arguments, dtype)
     _announce(spec, console)
     check = arguments.check and not (arguments.approximate and spec.steps[-1].loss)  # that has been measured
-    measured = write(spec, source, arguments.output, check=check, base=base, console=console)
+    measured = write(spec, source, arguments.output, vocabulary=vocabulary, check=check, base=base, console=console)
     if measured is not None:
         console.print(
             f"logits of both models differ by at most {measured.largest:.1e} on {measured.tokens} random tokens "

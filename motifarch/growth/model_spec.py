@@ -81,10 +81,16 @@ class ModelSpec:
     tensors: dict[str, LazyTensor]
     """By name, in the order in which they are written."""
     steps: tuple[Step, ...] = field(default=())
+    same_ids: int | None = None
+    """Token ids, from 0 on, that mean what they meant to the source; None for all."""
 
     def changed(self, config: dict[str, Any], tensors: dict[str, LazyTensor], step: Step) -> "ModelSpec":
         """The spec after a step: the config fields that it sets, and all tensors after it."""
         return dataclasses.replace(self, config=self.config | config, tensors=tensors, steps=(*self.steps, step))
+
+    def comparing(self, same_ids: int) -> "ModelSpec":
+        """The spec, of which token ids up to that alone mean what they meant."""
+        return dataclasses.replace(self, same_ids=same_ids)
 
 
 def draw_for(name: str, seed: int) -> torch.Generator:
