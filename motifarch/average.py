@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
+from motifarch.progress import Advance, progress
 from motifarch.train.checkpoint import CheckpointWriter
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.run_folder import RECORD, read_record
@@ -25,19 +25,18 @@ AVERAGE_OF = "average_of"
 class _MeanPlanner(DefaultSavePlanner):
     """Gives each weight's mean when it is about to be written, and not before."""
 
-    def __init__(self, mean: CheckpointMean, weights: dict[str, torch.Tensor], progress: Progress) -> None:
+    def __init__(self, mean: CheckpointMean, weights: dict[str, torch.Tensor], advance: Advance) -> None:
         super().__init__()
         self._mean = mean
         self._weights = weights
-        self._progress = progress
-        self._task = progress.add_task("averaging", total=len(weights))
+        self._advance = advance
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         name = write_item.index.fqn.removeprefix(PREFIX)
         value = self._mean.mean({name: torch.empty_like(self._weights[name], device="cpu")})[name]
         if not value.isfinite().all():
             raise UserError(f"{name} is not finite in the checkpoints' mean; average others, or train them again")
-        self._progress.advance(self._task)
+        self._advance()
         return value
 
 
@@ -74,12 +73,15 @@ def average(run: Path, output: Path, last: int) -> Path:
     about: dict[str, Any] = read_about(found[0]) | {AVERAGE_OF: steps}
     mean = CheckpointMean(found)
     weights = mean.weights()
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("tensors"), TimeRemainingColumn())
-    with claim_folder(output, print), new_folder(output) as folder, Progress(*columns, transient=True) as progress:
+    with (
+        claim_folder(output, print),
+        new_folder(output) as folder,
+        progress("averaging", len(weights)) as advance,
+    ):
         target = checkpoints_folder(folder) / checkpoint_name(steps[0])
         target.parent.mkdir()
         writer = CheckpointWriter(target, steps[0], about)
-        planner = _MeanPlanner(mean, weights, progress)
+        planner = _MeanPlanner(mean, weights, advance)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:

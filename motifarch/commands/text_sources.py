@@ -59,10 +59,10 @@ def text_settings(arguments: argparse.Namespace) -> "TextSettings":
 
 def shown_texts(settings: "TextSettings", description: str) -> Iterator["Text"]:
     """The texts, with a line that shows how much was read; what was left out is said at the end."""
-    from motifarch.data.progress import characters_bar
     from motifarch.data.texts import texts_of
+    from motifarch.progress import progress
 
-    with characters_bar(description, settings.max_characters) as advance:
+    with progress(description, settings.max_characters, of="characters") as advance:
         for text in texts_of(settings):
             yield text
             advance(len(text.text))

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stage_1 is not None and stage_1 >= size:
         raise UserError(f"--stage-1-size {stage_1}: it must be below --vocab-size {size}, the rest is stage 2's")
     with loading():
-        from motifarch.data.progress import bar
         from motifarch.files import claim_folder, new_folder
+        from motifarch.progress import progress
         from motifarch.tokenizer.special_tokens import SpecialTokens
         from motifarch.tokenizer.superbpe import train_superbpe
         from motifarch.tokenizer.train import as_pretrained, check_vocab_size, least_size, train_bpe
@@ -44,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             characters += len(text.text)
             yield text.text
 
-    def progress(tokens: Iterable[str], total: int) -> Iterator[str]:
-        with bar(tokens, "merging across words", total) as shown:
-            yield from shown
+    def shown(tokens: Iterable[str], total: int) -> Iterator[str]:
+        with progress("merging across words", total) as advance:
+            for token in tokens:
+                yield token
+                advance()
 
     if arguments.method == "bpe":
         trained = train_bpe(texts(), size, special)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stage_1 = least + (size - least) * 5 // 8
         options = {"max_words": arguments.max_words, "sample_characters": arguments.sample_characters}
         trained = train_superbpe(
-            texts(), size, special, stage_1_size=stage_1, seed=arguments.seed, progress=progress, **options
+            texts(), size, special, stage_1_size=stage_1, seed=arguments.seed, progress=shown, **options
         )
     with claim_folder(output, print), new_folder(output) as folder:
         as_pretrained(trained, special, arguments.model_max_length).save_pretrained(folder)

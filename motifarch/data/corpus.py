@@ -24,10 +24,10 @@ from motifarch.data.documents import (
     printable,
 )
 from motifarch.data.permutation import Permutation
-from motifarch.data.progress import bar
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source
 from motifarch.errors import UserError
+from motifarch.progress import Advance, progress
 
 _HASH_RANGE = 2**64
 # Conjoining letters of a Korean syllable: the first consonant, then the vowel.
@@ -87,7 +87,7 @@ def read_corpus(
     low, high = _HASH_RANGE, -1
     longest = 0
 
-    def accept() -> Iterator[_Row]:
+    def accept(advance: Advance) -> Iterator[_Row]:
         nonlocal low, high, longest
         for source in sources:
             accepted = 0
@@ -115,11 +115,12 @@ def read_corpus(
                 messages = found.messages if settings.messages else ""
                 yield found.name, found.text, found.is_chat, messages, split_hash
                 accepted += 1
+                advance()
                 if accepted == settings.max_documents:
                     break
 
-    with bar(accept(), "reading") as accepted_rows:
-        rows = _write(scratch / "documents.arrow", accepted_rows)
+    with progress("reading") as advance:
+        rows = _write(scratch / "documents.arrow", accept(advance))
     if not len(rows):
         reasons = f"; skipped: {skipped.summary()}" if skipped.counts else ""
         names = ", ".join(map(printable, settings.sources))

@@ -25,12 +25,12 @@ from motifarch.data.find_files import file_state, files_below
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
-from motifarch.data.progress import bar, spinner
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, each_file_once, parse_source
 from motifarch.data.tokenise import describe_tokens, tokenise
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder
+from motifarch.progress import Advance, progress
 from motifarch.tokenizer.encoding import begin_tokens, chat_text, set_special_tokens
 from motifarch.tokenizer.loading import composes, load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from motifarch.tokenizer.train import capped, train_tokenizer
@@ -128,7 +128,7 @@ def _make(
     if given is None:
         with stage("training the tokenizer") as note:
             texts = capped(corpus.training_texts(settings.seed), _TRAINING_CHARACTERS)
-            with spinner("training the tokenizer"):
+            with progress("training the tokenizer"):
                 given = train_tokenizer(texts, settings.vocab_size)
             note(f"{len(given):,} tokens")
     set_special_tokens(given, settings.special_tokens)
@@ -207,20 +207,21 @@ def _pack(
             yield from packer.add(tokens)
         yield from packer.finish()
 
-    with bar(zip(*columns, strict=True), f"packing {split}", total=len(tokenised)) as shown:
-        documents = (
-            (name.as_py(), tokens.values.to_numpy())
-            for (name, _), (tokens, split_hash) in shown
-            if corpus.split_of(split_hash) == split
-        )
-        tables = block_tables(blocks(documents), seq_len)
+    def documents(advance: Advance) -> Iterator[tuple[str, np.ndarray]]:
+        for (name, _), (tokens, split_hash) in zip(*columns, strict=True):
+            if corpus.split_of(split_hash) == split:
+                yield name.as_py(), tokens.values.to_numpy()
+            advance()
+
+    with progress(f"packing {split}", len(tokenised)) as advance:
+        tables = block_tables(blocks(documents(advance)), seq_len)
         rows = write_tables(scratch / f"{split}.arrow", tables, block_features(seq_len))
     if not packer.blocks:
         raise UserError(
             f"the {split} part has {counted(packer.tokens, 'token')} in {counted(packer.documents, 'document')}, a "
             f"block needs {seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
-    with spinner(f"writing {split}"):
+    with progress(f"writing {split}"):
         rows.save_to_disk(str(folder), max_shard_size="1GB")
     counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
     if fitter:

@@ -24,9 +24,9 @@ from motifarch.data.arrow_files import gather, list_column
 from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
 from motifarch.data.loss_mask import with_mask
-from motifarch.data.progress import count, counted_bar
 from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
+from motifarch.progress import progress
 from motifarch.tokenizer.encoding import begin_tokens, encode_texts, spelled_special_tokens, takes_special_tokens
 from motifarch.tokenizer.loading import as_composed, vocabulary_size
 
@@ -100,7 +100,7 @@ def tokenise(
         ]
         lists = {name: list_column([one[name] for one in done]) for name in ("input_ids", "special")}
         plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed", "bytes")}
-        count(len(table))
+        advance(len(table))
         return pa.table({**lists, **plain, "split_hash": table.column("split_hash")})
 
     integers = datasets.List(datasets.Value("int32"))
@@ -119,7 +119,7 @@ def tokenise(
         cache_file_name=str(scratch / "tokens.arrow"),
         new_fingerprint="tokenised",
     )
-    with counted_bar("tokenising", len(rows)):
+    with progress("tokenising", len(rows)) as advance:
         return _run_pool(work) if num_proc > 1 else work()
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from motifarch.errors import UserError, first_line
 from motifarch.inference.prompts import conversation, read_prompts, result_file
 from motifarch.inference.sampling import Prompt, Sampling, Speed, generate, set_aside_settings
 from motifarch.model_folder import CONFIG, GENERATION, check_json_files, explained, without_bars
+from motifarch.progress import progress
 from motifarch.weight_files import WeightFiles, file_names
 
 
@@ -124,8 +124,8 @@ def _many(arguments: argparse.Namespace, sampling: Sampling) -> Speed:
     # Opened before the model is loaded: a folder that cannot be written to is known at once.
     with result_file(output) if output is not None else nullcontext(_print) as write:
         model, tokenizer = load(arguments.folder)
-        with _bar(shown=output is not None or not sys.stdout.isatty()) as bar:
-            task = bar.add_task("prompts", total=len(requests))
+        apart = output is not None or not sys.stdout.isatty()  # from where the results appear
+        with progress("prompts", len(requests), shown=apart) as advance:
             completions = generate(
                 model,
                 tokenizer,
@@ -134,7 +134,7 @@ def _many(arguments: argparse.Namespace, sampling: Sampling) -> Speed:
                 batch_size=arguments.batch_size,
                 names=[request.name for request in requests],
                 speed=speed,
-                report=lambda count: bar.advance(task, count),
+                report=advance,
             )
             for request, made in zip(requests, completions, strict=True):
                 write(request.line | {"text": made.text, "tokens": made.tokens, "finish": made.finish})
@@ -143,20 +143,3 @@ def _many(arguments: argparse.Namespace, sampling: Sampling) -> Speed:
 
 def _print(result: dict[str, Any]) -> None:
     print(json.dumps(result, ensure_ascii=False), flush=True)
-
-
-def _bar(*, shown: bool) -> Progress:
-    """Progress on a terminal, unless the results appear there themselves."""
-    console = Console(file=sys.stderr)
-    return Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not (shown and console.is_terminal),
-        # rich would print what goes to standard output on the bar's console, past any > and |.
-        redirect_stdout=False,
-    )

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 import motifarch
 from motifarch.data import PackedDataset
-from motifarch.data.progress import bar
 from motifarch.errors import UserError
 from motifarch.inference.generate import load
+from motifarch.progress import progress
 from motifarch.tokenizer.loading import tokenizer_fingerprint
 from motifarch.train.metrics import bits_per_byte
 from motifarch.train.step import spread_rows
@@ -49,8 +49,8 @@ def validate(
     count = len(dataset) if limit is None else round(limit * len(dataset)) if limit < 1 else int(limit)
     rows = spread_rows([dataset], max(1, count))
     total, tokens = 0.0, 0
-    with bar(rows, "validating") as shown:
-        for _, row in shown:
+    with progress("validating", len(rows)) as advance:
+        for _, row in rows:
             block = dataset[row]
             for document in torch.from_numpy(block.input_ids.astype("int64")).split(block.doc_lengths.tolist()):
                 if len(document) > 1:
@@ -58,6 +58,7 @@ def validate(
                     logits = model(ids[None, :-1], use_cache=False).logits[0]
                     total += float(F.cross_entropy(logits.float(), ids[1:], reduction="sum"))
                     tokens += len(ids) - 1
+            advance()
     loss, text = total / tokens, dataset.bytes_per_token
     return {
         "motifarch": motifarch.__version__,
