@@ -1,17 +1,17 @@
-"""Which local files a path or a pattern names, each once, and what is left out of them."""
+"""Which files a path or a pattern names, each once, and what is left out of them."""
 
-import fnmatch
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from motifarch.data.documents import Skipped, printable
+from motifarch.data.patterns import expand_braces, is_shown, path_matches
 from motifarch.data.readers import RECORDS, file_kind
+from motifarch.data.remote_files import AnyFile, RemoteFile
 from motifarch.errors import UserError, first_line
 
 NamedFile = tuple[str, Path]
@@ -37,7 +37,7 @@ def matching_files(pattern: str) -> FoundFiles:
     plain = os.path.expanduser(pattern)
     for path in [Path(plain)] if os.path.lexists(plain) else _expand(plain, found):
         if path.is_dir() and os.path.lexists(plain):
-            below = walk(path, _is_shown, _is_shown)
+            below = walk(path, is_shown, is_shown)
             found.files += below.files
             found.left_out += below.left_out
         elif path.is_dir():
@@ -64,7 +64,7 @@ def matching_files(pattern: str) -> FoundFiles:
 
 def files_below(path: Path) -> list[NamedFile]:
     """A file, or all files below a folder."""
-    return [(path.name, path)] if path.is_file() else walk(path, _is_shown, _is_shown).files
+    return [(path.name, path)] if path.is_file() else walk(path, is_shown, is_shown).files
 
 
 def walk(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]) -> FoundFiles:
@@ -104,18 +104,20 @@ def walk(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool]) 
     return found
 
 
-def file_state(files: list[NamedFile]) -> dict[str, Any]:
-    """Number and size of files, and a hash of their names, sizes and times of change."""
+def file_state(files: Sequence[tuple[str, AnyFile]]) -> dict[str, Any]:
+    """Number and size of files, and a hash of their names, sizes and times of change, or of what
+    else a store tells their versions by.
+    """
     digest, size = hashlib.sha256(), 0
-    for name, path in files:
-        stat = path.stat()
-        size += stat.st_size
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    for name, file in files:
+        if isinstance(file, RemoteFile):
+            length, version = file.size, file.version
+        else:
+            stat = file.stat()
+            length, version = stat.st_size, str(stat.st_mtime_ns)
+        size += length
+        digest.update(f"{name}\0{length}\0{version}\n".encode("utf-8", "surrogateescape"))
     return {"files": len(files), "bytes": size, "stamp": digest.hexdigest()[:32]}
-
-
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".")
 
 
 def _kind_of(path: Path) -> str:
@@ -140,17 +142,8 @@ def _expand(pattern: str, found: FoundFiles) -> Iterator[Path]:
     parts = pattern.split("/")
     known = next((n for n in range(len(parts) - 1, 0, -1) if os.path.isdir("/".join(parts[:n]) or "/")), 0)
     literal = "".join(f"{part}/" for part in parts[:known])
-    for plain in _expand_braces("/".join(parts[known:])):
+    for plain in expand_braces("/".join(parts[known:])):
         yield from map(Path, _glob(literal, plain.split("/"), found))
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """``a{b,c}d`` -> ``abd``, ``acd``, as a shell does; the innermost pair first."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [plain for choice in match[1].split(",") for plain in _expand_braces(head + choice + tail)]
 
 
 def _glob(folder: str, parts: list[str], found: FoundFiles) -> Iterator[str]:
@@ -163,14 +156,6 @@ def _glob(folder: str, parts: list[str], found: FoundFiles) -> Iterator[str]:
     # Not by glob, which goes round in circles where links do.
     hidden = any(part.startswith(".") for part in parts[stars:])
     for root in filter(os.path.isdir, matches):
-        below = walk(Path(root), *[lambda name: hidden or _is_shown(name)] * 2)
+        below = walk(Path(root), *[lambda name: hidden or is_shown(name)] * 2)
         found.left_out += [skipped for skipped in below.left_out if not skipped.reason.startswith("hidden")]
-        yield from (str(path) for _, path in below.files if _matches(path.relative_to(root).parts, parts[stars:]))
-
-
-def _matches(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern or not path:
-        return not path and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+        yield from (str(path) for _, path in below.files if path_matches(path.relative_to(root).parts, parts[stars:]))

@@ -28,6 +28,7 @@ examples:
   motifarch data prepare --source 'files:corpus/**/*.{txt,md}' --source files:more.jsonl.gz --output data/mine
   motifarch data prepare --source hf:roneneldan/TinyStories --streaming --max-documents 100000 \\
       --tokenizer openai-community/gpt2 --seq-len 1024 --output data/stories
+  motifarch data prepare --source 's3://bucket/corpus/**/*.jsonl.zst' --output data/bucket
   motifarch data prepare --messages --source files:chats.jsonl --tokenizer MODEL --seq-len 4096 --output data/chats"""
 
 
@@ -49,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="stdlib (this interpreter's standard library), files:GLOB (text files, one document each; .jsonl, .json, "
         ".parquet, .arrow and .csv, one document a record; .gz, .bz2, .xz and .zst are unpacked; ** and {a,b} work; a "
-        "path that exists is taken as it is, a folder means all below it but hidden files), or hf:NAME[:CONFIG] (a "
+        "path that exists is taken as it is, a folder means all below it but hidden files), a URL of such "
+        "files (s3://BUCKET/GLOB, gs://, hf://datasets/OWNER/NAME/GLOB, read as they come), or hf:NAME[:CONFIG] (a "
         "Hugging Face dataset or a local folder of data files). May be repeated.",
     )
     inputs.add_argument(

@@ -1,4 +1,4 @@
-"""Readers of local files: plain text, JSON, JSON Lines, CSV, Parquet and Arrow, packed or not."""
+"""Readers of files: plain text, JSON, JSON Lines, CSV, Parquet and Arrow, packed or not."""
 
 import csv
 import io
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from motifarch.data.documents import Document, ReadOptions, Skipped, document, parts, record_document
+from motifarch.data.remote_files import AnyFile
 from motifarch.data.streams import COMPRESSED, decoded, marked_encoding, open_unpacked
 from motifarch.errors import first_line
 
@@ -26,13 +27,13 @@ _ROWS_BYTES = 2**23
 _DAMAGED = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, csv.Error)
 
 
-def file_kind(path: Path) -> str:
+def file_kind(path: AnyFile) -> str:
     """The suffix that says what a file holds, past the one that says how it is packed."""
     kind = path.suffix.lower()
     return Path(path.stem).suffix.lower() if kind in COMPRESSED else kind
 
 
-def read_file(path: Path, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
+def read_file(path: AnyFile, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
     """Yield a file's documents.
 
     A text file (any suffix not named here) is one document; each line of ``.jsonl``, each member of
@@ -97,7 +98,7 @@ def _separated(pieces: Iterable[str], separator: str) -> Iterator[str]:
     yield "".join([*begun, tail])
 
 
-def _names_field(path: Path, delimiter: str, options: ReadOptions) -> bool:
+def _names_field(path: AnyFile, delimiter: str, options: ReadOptions) -> bool:
     with open_unpacked(path) as file:
         first = decoded(file, options.encoding, "surrogateescape").readline(_PIECE)
     return any({options.text_field, "messages"} & set(row) for row in csv.reader([first], delimiter=delimiter))
@@ -111,7 +112,7 @@ def _read_table(
         yield record_document(f"{name}:{number}", row, options)
 
 
-def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
+def _read_parquet(path: AnyFile, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
     with path.open("rb") as file, pyarrow.parquet.ParquetFile(file, buffer_size=_PIECE) as table:
         columns = _columns(table.schema_arrow.names, options)
         if not columns:
@@ -125,7 +126,7 @@ def _read_parquet(path: Path, name: str, options: ReadOptions) -> Iterator[Docum
         yield from _read_batches(batches, name, options)
 
 
-def _read_arrow(path: Path, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
+def _read_arrow(path: AnyFile, name: str, options: ReadOptions) -> Iterator[Document | Skipped]:
     with path.open("rb") as file:
         if file.peek(6)[:6] == b"ARROW1":
             table = pa.ipc.open_file(file)

@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, local files, or a Hugging Face dataset."""
+"""Where text comes from: the standard library, files here or in a store, a Hugging Face dataset."""
 
 import os
 import sysconfig
@@ -11,8 +11,11 @@ from motifarch.data.documents import Found, ReadOptions, Skipped, printable
 from motifarch.data.find_files import NamedFile, file_state, files_below, matching_files, walk
 from motifarch.data.hub_source import HubSource
 from motifarch.data.readers import read_file
+from motifarch.data.remote_files import AnyFile, RemoteFile, remote_files
 from motifarch.errors import UserError
+from motifarch.storage import is_url
 
+KINDS = "stdlib, files:GLOB or hf:NAME[:CONFIG], or a URL such as s3://BUCKET/GLOB"
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -28,10 +31,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files, in the order of their names."""
+    """Files, in the order of their names."""
 
     spec: str
-    files: list[NamedFile] = field(repr=False)
+    files: Sequence[tuple[str, AnyFile]] = field(repr=False)
     left_out: list[Skipped] = field(default_factory=list, repr=False)
     """What was found beside the files."""
 
@@ -52,7 +55,7 @@ def each_file_once(sources: Sequence[Source]) -> list[Source]:
     result: list[Source] = []
     for source in sources:
         if isinstance(source, FileSource):
-            mine = {path: os.path.realpath(path) for _, path in source.files}
+            mine = {path: _identity(path) for _, path in source.files}
             files = [(name, path) for name, path in source.files if mine[path] not in owners]
             again = [
                 Skipped(name, f"read already by --source {owners[mine[path]]}")
@@ -65,17 +68,27 @@ def each_file_once(sources: Sequence[Source]) -> list[Source]:
     return result
 
 
+def _identity(file: AnyFile) -> str:
+    return file.url if isinstance(file, RemoteFile) else os.path.realpath(file)
+
+
 def parse_source(spec: str, *, hf_split: str = "train", streaming: bool = False) -> Source:
-    """Turn a ``--source`` option (``stdlib``, ``files:GLOB``, ``hf:NAME[:CONFIG]``) into a source.
+    """Turn a ``--source`` option (``stdlib``, ``files:GLOB``, a URL, ``hf:NAME[:CONFIG]``) into a
+    source.
 
     Streaming reads a Hugging Face dataset as it downloads.
 
     Raises:
-        UserError: for another kind of source, or a glob that matches no file.
+        UserError: for another kind of source, a glob that matches no file, or a store out of reach.
     """
     kind, _, rest = spec.partition(":")
     if spec == "stdlib":
         return FileSource(spec, _stdlib_files())
+    if kind in ("file", "local") and rest.startswith("//"):
+        kind, rest = "files", rest[2:]
+    if is_url(url := rest if kind == "files" else spec):
+        files, left_out = remote_files(url)
+        return FileSource(spec, files, left_out)
     if kind == "files" and rest:
         found = matching_files(rest)
         return FileSource(spec, found.files, found.left_out)
@@ -88,7 +101,7 @@ def parse_source(spec: str, *, hf_split: str = "train", streaming: bool = False)
             return HubSource(spec, str(local), None, hf_split, streaming, state)
         name, _, config = rest.partition(":")
         return HubSource(spec, name, config or None, hf_split, streaming, {"name": spec})
-    raise UserError(f"--source {spec!r}: take stdlib, files:GLOB or hf:NAME[:CONFIG]")
+    raise UserError(f"--source {spec!r}: take {KINDS}")
 
 
 def _stdlib_files() -> list[NamedFile]:

@@ -6,10 +6,11 @@ import lzma
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+
+from motifarch.data.remote_files import AnyFile
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 
@@ -30,7 +31,7 @@ _MARKS = (
 
 
 @contextmanager
-def open_unpacked(path: Path) -> Iterator[io.BufferedReader]:
+def open_unpacked(path: AnyFile) -> Iterator[io.BufferedReader]:
     """Open a file to read, unpacked if its first bytes or its name say that it is packed.
 
     What is cut short or followed by other bytes raises, which Python's own readers of bz2 and xz do
