@@ -11,6 +11,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from fsspec.registry import _registry as registered
 
 from motifarch.data.documents import Document, ReadOptions, Skipped
 from motifarch.data.prepare import main
@@ -179,25 +181,30 @@ def test_a_store_out_of_reach_or_closed_is_one_message(s3: None, monkeypatch: py
     async def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("Access Denied")
 
+    system = fsspec.get_filesystem_class("s3")
     with monkeypatch.context() as patch:
         patch.setattr("s3fs.S3FileSystem._info", refuse)
+        system.clear_instance_cache()  # they keep methods
         with pytest.raises(UserError, match="permission denied"):
             parse_source("s3://corpus/*.txt")
-    put("s3://corpus/broken/a.jsonl", b'{"text": "one"}\n' * 2_000_000)
-    source = parse("s3://corpus/broken")
+    system.clear_instance_cache()
+    put("s3://corpus/broken/a.jsonl", (json.dumps({"text": "one " * 2**18}).encode() + b"\n") * 12)
+    fetch = s3fs.S3File._fetch_range
 
-    def fail(*_: Any, **__: Any) -> bytes:
-        raise ConnectionError("reset by peer")
+    def fail(file: Any, start: int, end: int) -> bytes:
+        if start:
+            raise ConnectionError("reset by peer")
+        return fetch(file, start, end)
 
-    found = source.documents(ReadOptions())
-    assert isinstance(next(found), Document)
     monkeypatch.setattr("s3fs.S3File._fetch_range", fail)
+    found = parse("s3://corpus/broken").documents(ReadOptions())
+    assert isinstance(next(found), Document)
     with pytest.raises(UserError, match=r"s3://corpus/broken/a\.jsonl can't be used: the server can't be reached"):
         list(found)  # no text is skipped as damaged
 
 
 def test_without_s3fs_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    monkeypatch.delitem(registered, "s3", raising=False)
     with pytest.raises(UserError, match=r'pip install "motifarch\[s3\]"'):
         parse_source("s3://bucket/*.txt")
