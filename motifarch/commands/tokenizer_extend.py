@@ -19,18 +19,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is there already: give another folder, or remove it")
     with loading():
-        from motifarch.data.progress import bar
         from motifarch.files import claim_folder, new_folder
+        from motifarch.progress import progress
         from motifarch.tokenizer.extend import extend
         from motifarch.tokenizer.loading import open_vocabulary, with_backend
     given, settings = open_vocabulary(arguments.tokenizer), text_settings(arguments)
 
-    def progress(tokens: Iterable[str], total: int) -> Iterator[str]:
-        with bar(tokens, "merging", total) as shown:
-            yield from shown
+    def shown(tokens: Iterable[str], total: int) -> Iterator[str]:
+        with progress("merging", total) as advance:
+            for token in tokens:
+                yield token
+                advance()
 
     texts = (text.text for text in shown_texts(settings, "reading"))
-    extended, merges = extend(given.backend_tokenizer, texts, wanted, script=arguments.script, progress=progress)
+    extended, merges = extend(given.backend_tokenizer, texts, wanted, script=arguments.script, progress=shown)
     if not merges:
         raise UserError("the text has no pair of tokens that is there twice, and may be a new one: give more text")
     with claim_folder(output, print), new_folder(output) as folder:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from motifarch.data.arrow_files import gather, write_tables
 from motifarch.data.documents import (
     LONGEST,
     Document,
+    Filtered,
     Found,
     Noticed,
     ReadOptions,
@@ -33,6 +34,9 @@ _HASH_RANGE = 2**64
 # Conjoining letters of a Korean syllable: the first consonant, then the vowel.
 _JAMO = re.compile("[\u1100-\u115f\ua960-\ua97c][\u1160-\u11a7]")
 
+Filter = Callable[[Iterable[Found]], Iterator[Found]]
+"""Passes on what it is given, of some documents that they are left out."""
+
 _Row = tuple[str, str, bool, str, int]
 """name, text, is_chat, messages, split_hash"""
 
@@ -48,6 +52,8 @@ class Corpus:
     """Documents with a split_hash up to this one are for validation."""
     longest: int
     """Characters of the longest document."""
+    by_source: list[int]
+    """Number of rows of each source; they follow each other."""
 
     def split_of(self, split_hash: int) -> str:
         """The split that a document belongs to."""
@@ -67,8 +73,10 @@ def read_corpus(
     *,
     skipped: Tally,
     noticed: Tally,
+    filtered: Tally | None = None,
     options: ReadOptions | None = None,
     composes: bool = False,
+    filters: Sequence[Filter] = (),
 ) -> Corpus:
     """Write all documents to disk, and choose the border between training and validation.
 
@@ -78,21 +86,29 @@ def read_corpus(
 
     ``composes`` says whether the tokenizer will compose what is decomposed.
 
-    What is left out is added to ``skipped``, what else should be known to ``noticed``.
+    What holds no text is added to ``skipped``, what ``filters`` leave out to ``filtered``, what
+    else should be known to ``noticed``.
 
     Raises:
         UserError: there is no text, or none to divide; with ``strict``, something is left out.
     """
+    filtered = Tally() if filtered is None else filtered
     content = hashlib.sha256()
     low, high = _HASH_RANGE, -1
     longest = 0
+    by_source = [0] * len(sources)
 
     def accept(advance: Advance) -> Iterator[_Row]:
         nonlocal low, high, longest
-        for source in sources:
-            accepted = 0
+        for number, source in enumerate(sources):
             documents = source.documents(options or ReadOptions(settings.field))
-            for found in _of_bounded_length(documents, settings.messages):
+            stream = _of_bounded_length(documents, settings.messages)
+            for one_filter in filters:
+                stream = one_filter(stream)
+            for found in stream:
+                if isinstance(found, Filtered):
+                    filtered.add(found.name, found.reason, found.detail)
+                    continue
                 if isinstance(found, Noticed):
                     noticed.add(found.name, found.what)
                     continue
@@ -114,20 +130,21 @@ def read_corpus(
                 longest = max(longest, len(found.text))
                 messages = found.messages if settings.messages else ""
                 yield found.name, found.text, found.is_chat, messages, split_hash
-                accepted += 1
+                by_source[number] += 1
                 advance()
-                if accepted == settings.max_documents:
+                if by_source[number] == settings.max_documents:
                     break
 
     with progress("reading") as advance:
         rows = _write(scratch / "documents.arrow", accept(advance))
     if not len(rows):
-        reasons = f"; skipped: {skipped.summary()}" if skipped.counts else ""
+        tallies = {"skipped": skipped, "filtered": filtered}
+        reasons = "".join(f"; {fate}: {tally.summary()}" for fate, tally in tallies.items() if tally.counts)
         names = ", ".join(map(printable, settings.sources))
         raise UserError(f"no document is left of {names}{reasons}: give sources that hold text")
     if low < high:
         border = min(max(int(settings.validation_fraction * _HASH_RANGE), low), high - 1)
-        return Corpus(rows, content.hexdigest(), border, longest)
+        return Corpus(rows, content.hexdigest(), border, longest, by_source)
     if len(rows) > 1:
         raise UserError(
             f"all {len(rows)} documents hold the same text, and training and validation need one each: give others"
@@ -146,7 +163,13 @@ def read_corpus(
     share = f"the last {len(end):,} of {len(text):,} characters"
     noticed.add(name, "only document, whose end is for validation", share)
     divided: list[_Row] = [(name, begin, is_chat, "", 1), (name, end, is_chat, "", 0)]
-    return Corpus(_write(scratch / "divided.arrow", divided), content.hexdigest(), 0, longest)
+    return Corpus(
+        _write(scratch / "divided.arrow", divided),
+        content.hexdigest(),
+        0,
+        longest,
+        [2 * number for number in by_source],
+    )
 
 
 def _of_bounded_length(found: Iterable[Found], messages: bool) -> Iterator[Found]:

@@ -58,6 +58,16 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Filtered:
+    """A document that an option leaves out: a duplicate, or one in another language."""
+
+    name: str
+    reason: str
+    detail: str = field(default="", compare=False)
+    """What else to know of it."""
+
+
+@dataclass(frozen=True)
 class Noticed:
     """Something that whoever prepares the data should know, and that leaves no text out."""
 
@@ -65,7 +75,7 @@ class Noticed:
     what: str
 
 
-Found = Document | Skipped | Noticed
+Found = Document | Skipped | Filtered | Noticed
 
 
 def printable(name: str | os.PathLike[str]) -> str:

@@ -82,6 +82,10 @@ class Manifest:
     """Whether each row carries a checksum."""
     loss_mask: bool = False
     """Whether tokens are stored with one (see `motifarch.data.loss_mask`)."""
+    filtered: dict[str, Any] = field(default_factory=dict)
+    """How many documents options left out, such as duplicates, as in ``skipped``."""
+    lengths: list[dict[str, Any]] = field(default_factory=list)
+    """For each source its documents, their lengths in tokens, and bytes a token."""
     truncated: dict[str, Any] = field(default_factory=dict)
     """How many conversations were cut to a block's length, with the names of the first ones."""
 

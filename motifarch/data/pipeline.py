@@ -19,9 +19,12 @@ from motifarch.counted import counted
 from motifarch.data import manifest as manifest_file
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
 from motifarch.data.conversations import Fitter, check_marks, set_chat_template
-from motifarch.data.corpus import Corpus, read_corpus, shuffled
+from motifarch.data.corpus import Corpus, Filter, read_corpus, shuffled
 from motifarch.data.documents import ReadOptions, Tally
+from motifarch.data.duplicates import ExactDuplicates, NearDuplicates
 from motifarch.data.find_files import file_state, files_below
+from motifarch.data.languages import InLanguages
+from motifarch.data.lengths import source_lengths
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
@@ -113,15 +116,19 @@ def _make(
     template = check_marks(given) if given and settings.messages else None
 
     with stage("reading") as note:
-        skipped, noticed, truncated = Tally(), Tally(), Tally()
+        skipped, filtered, noticed, truncated = Tally(), Tally(), Tally(), Tally()
         options = ReadOptions(
             settings.field, settings.encoding, settings.document_separator, given and chat_text(given)
         )
         composing = given is None or composes(given)  # ours does
+        tallies = {"skipped": skipped, "filtered": filtered, "noticed": noticed}
+        filters = _filters(settings)
         corpus = read_corpus(
-            scratch, settings, sources, skipped=skipped, noticed=noticed, options=options, composes=composing
+            scratch, settings, sources, **tallies, options=options, composes=composing, filters=filters
         )
         note(counted(len(corpus.rows), "conversation" if settings.messages else "document"))
+    if filtered.counts:
+        report(f"left out {counted(filtered.counts.total(), 'document')}: {filtered.summary()}")
     if skipped.counts:
         report(f"skipped {counted(skipped.counts.total(), 'document')}: {skipped.summary()}")
 
@@ -152,6 +159,7 @@ def _make(
         dropped = sum(counts.dropped_tokens for counts in splits.values())
         conversations = counted(truncated.counts.total(), "conversation")
         report(f"truncated {conversations}: {truncated.summary()}; {counted(dropped, 'token')} lost")
+    lengths = source_lengths(tokenised, corpus, [source.state()["name"] for source in sources])
     notes = [*noticed.lines(), *describe_tokens(corpus.rows, tokenised, tokenizer)]
     shutil.rmtree(scratch)
 
@@ -180,10 +188,20 @@ def _make(
         versions={name: version(name) for name in ("motifarch", "datasets", "tokenizers", "transformers", "pyarrow")},
         notes=notes,
         loss_mask=template is not None,
+        filtered=filtered.as_dict(),
+        lengths=lengths,
         truncated=truncated.as_dict(),
     )
     result.write(folder)
     return result
+
+
+def _filters(settings: PrepareSettings) -> list[Filter]:
+    filters: list[Filter] = [InLanguages(settings.languages)] if settings.languages else []
+    if settings.deduplicate != "no":
+        near = settings.deduplicate == "minhash"
+        filters.append(NearDuplicates(settings.duplicate_threshold) if near else ExactDuplicates())
+    return filters
 
 
 def _pack(

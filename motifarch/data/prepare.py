@@ -15,7 +15,7 @@ from motifarch.data.documents import printable
 from motifarch.data.manifest import Manifest
 from motifarch.data.settings import PrepareSettings
 from motifarch.errors import UserError
-from motifarch.field_types import FilePath, Fraction, Length, Processes, Seed, Tokens, Vocabulary
+from motifarch.field_types import FilePath, Fraction, Length, Probability, Processes, Seed, Tokens, Vocabulary
 
 _DESCRIPTION = """\
 Read text, split it by document into training and validation, tokenise it and pack it into blocks for training.
@@ -96,6 +96,27 @@ def build_parser() -> argparse.ArgumentParser:
         "file is one document)",
     )
 
+    inputs.add_argument(
+        "--languages",
+        nargs="+",
+        metavar="CODE",
+        help="keep documents in these languages alone, such as ko en, as py3langid tells them; what is too short to "
+        "tell is kept",
+    )
+    inputs.add_argument(
+        "--deduplicate",
+        choices=("no", "exact", "minhash"),
+        help="keep the first of documents with the same text (exact), or nearly the same (minhash), over all sources "
+        "(%(default)s)",
+    )
+    inputs.add_argument(
+        "--duplicate-threshold",
+        type=option(Probability),
+        metavar="F",
+        help="for minhash: share of common shingles of 8 characters, of those that either text has, from which on two "
+        "are nearly the same (%(default)s)",
+    )
+
     outputs = parser.add_argument_group("what to make")
     outputs.add_argument("--output", type=path, required=True, metavar="DIR", help="the prepared folder")
     outputs.add_argument(
@@ -140,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: for anything that the user can mend.
     """
     options = vars(build_parser().parse_args(argv))
-    settings = PrepareSettings(**{**options, "sources": tuple(options["sources"])})
+    settings = PrepareSettings(
+        **{**options, "sources": tuple(options["sources"]), "languages": tuple(options["languages"])}
+    )
     before = settings.output.exists()
     told = False
 
@@ -170,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
+    from motifarch.data.lengths import describe_lengths
+
     verb = "already prepared with these settings" if found else "prepared"
     print(f"{printable(output)}: {verb}, fingerprint {made.fingerprint[:12]}")
     for split, n in made.splits.items():
@@ -182,6 +207,10 @@ def _summarise(output: Path, made: Manifest, *, found: bool) -> None:
     print(f"  tokenizer: {made.vocab_size:,} tokens; skipped: {skipped} (see data.json)")
     if made.truncated.get("count"):
         print(f"  truncated: {counted(made.truncated['count'], 'conversation')} (see data.json)")
+    if made.filtered.get("count"):
+        print(f"  left out by options: {counted(made.filtered['count'], 'document')} (see data.json)")
+    for source in made.lengths:
+        print(f"  {describe_lengths(source)}")
     for note in made.notes:
         print(f"  {note}")
 

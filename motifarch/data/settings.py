@@ -27,6 +27,9 @@ class PrepareSettings:
     chat_template: str | None = None
     hf_split: str = "train"
     max_documents: int | None = None
+    languages: tuple[str, ...] = ()
+    deduplicate: Literal["no", "exact", "minhash"] = "no"
+    duplicate_threshold: float = 0.8
     streaming: bool = False
     num_proc: int = 1
     strict: bool = False
@@ -39,7 +42,7 @@ class PrepareSettings:
             UserError: naming the option.
         """
         if not self.sources:
-            raise UserError("no --source: take stdlib, files:GLOB or hf:NAME[:CONFIG]")
+            raise UserError("no --source: take stdlib, files:GLOB, a URL or hf:NAME[:CONFIG]")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
         if self.document_separator == "":
@@ -62,6 +65,15 @@ class PrepareSettings:
             raise UserError(
                 f"--output {printable(self.output)}: its name is not UTF-8, and Arrow opens no such file: give another"
             )
+        if self.deduplicate not in ("no", "exact", "minhash"):
+            raise UserError(f"--deduplicate {self.deduplicate}: it must be no, exact or minhash")
+        if not 0 < self.duplicate_threshold <= 1:
+            raise UserError(f"--duplicate-threshold {self.duplicate_threshold}: it must be above 0 and at most 1")
+        if self.deduplicate != "minhash" and self.duplicate_threshold != PrepareSettings.duplicate_threshold:
+            raise UserError(
+                f"--duplicate-threshold {self.duplicate_threshold} is of --deduplicate minhash: leave it out, or "
+                "take that"
+            )
         for name in ("seq_len", "num_proc", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -78,13 +90,14 @@ class PrepareSettings:
         for name in ("output", "streaming", "num_proc", "strict", "overwrite"):
             del options[name]
         options["sources"] = [printable(source) for source in self.sources]
+        options["languages"] = sorted(set(self.languages))
         if self.tokenizer is not None:
             options["vocab_size"] = None
         return options
 
     def changes(self, before: dict[str, Any]) -> list[str]:
         """What these options change of what ``deciding`` gave before."""
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)} | {"languages": []}
         return [
             f"{name} was {was!r}, now {value!r}"
             for name, value in self.deciding().items()

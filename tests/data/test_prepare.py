@@ -153,6 +153,32 @@ def test_bad_files_are_skipped_counted_and_named(corpus: Path, tmp_path: Path, c
         prepare(tmp_path / "data", *sources, options=["--strict"])
 
 
+def test_duplicates_and_languages_are_left_out_counted_and_named(
+    tmp_path: Path, make_text: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    texts = [make_text(i) for i in range(10)]
+    german = "Dieses Dokument erklärt, wie man Daten vorbereitet: Dateien werden gelesen und gepackt."
+    for name, some in {"a.jsonl": [*texts, german], "b.jsonl": [texts[3], texts[4] + "the end", make_text(99)]}.items():
+        (tmp_path / name).write_text("\n".join(json.dumps({"text": text}) for text in some))
+    sources = [f"files:{tmp_path}/a.jsonl", f"files:{tmp_path}/b.jsonl"]
+    options = ["--deduplicate", "minhash", "--languages", "en", "ko", "--strict"]
+    record = prepare(tmp_path / "data", *sources, options=options)
+    reasons = record["filtered"]["reasons"]
+    assert reasons["near duplicate"] == {"count": 2, "names": ["b.jsonl:1", "b.jsonl:2"]}
+    assert [reasons[reason]["names"] for reason in reasons if "in de" in reason] == [["a.jsonl:11"]]
+    assert record["skipped"]["count"] == 0
+    assert "left out 3 documents" in capsys.readouterr().out
+    assert [(found["source"], found["documents"]) for found in record["lengths"]] == [(sources[0], 10), (sources[1], 1)]
+    first = record["lengths"][0]
+    assert first["bytes"] == sum(len(text.encode()) for text in texts)
+    assert first["quantiles"]["0.05"] <= first["quantiles"]["0.5"] <= first["longest"] <= first["tokens"]
+    assert sum(found["tokens"] for found in record["lengths"]) == sum(s["tokens"] for s in record["splits"].values())
+    prepare(tmp_path / "data", *sources, options=options)
+    assert "already prepared" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"deduplicate was 'minhash', now 'exact'"):
+        prepare(tmp_path / "data", *sources, options=["--deduplicate", "exact", "--languages", "ko", "en"])
+
+
 def test_rerun_finds_it_done(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source = f"files:{corpus}/*.txt"
     prepare(tmp_path / "data", source)
@@ -199,6 +225,8 @@ def test_a_folder_of_something_else_is_never_replaced(corpus: Path, tmp_path: Pa
         (["--max-documents", "1", "--validation-fraction", "0.0001"], "there is one document"),
         (["--encoding", "hex"], "--encoding 'hex': no encoding of text"),
         (["--document-separator", ""], "--document-separator ''"),
+        (["--languages", "korean"], "--languages korean: take of "),
+        (["--duplicate-threshold", "0.5"], "--duplicate-threshold 0.5 is of --deduplicate minhash"),
         (["--num-proc", "0"], "--num-proc is '0'"),
         (["--tokenizer", "/no/such/folder"], "cannot load tokenizer '/no/such/folder'"),
     ],
