@@ -93,7 +93,7 @@ def tables(figures: dict[str, Any]) -> "list[Table]":
     vocabularies.add_column("longest that are used", overflow="fold")
     for name, found in figures.items():
         longest = "\n".join(
-            repr(token if len(token) < 40 else f"{token[:40]}…") for token in found["longest_tokens"][:3]
+            repr(token if len(token) < 26 else f"{token[:24]}…") for token in found["longest_tokens"][:3]
         )
         vocabularies.add_row(
             Text(names[name]), f"{found['vocab_size']:,}", f"{found['unused_share']:.1%}", Text(longest)

@@ -1,0 +1,1 @@
+"""Benchmarks of tokenizers: what they make of text, and what models make of them."""
