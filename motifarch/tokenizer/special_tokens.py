@@ -37,12 +37,13 @@ class SpecialTokens:
         return named | {"bos_token": BEGIN_OF_TEXT} if self.whole else named
 
 
-# What an assistant says is marked: its tokens alone are trained on.
+# What an assistant says is marked: its tokens alone are trained on. It ends as texts do, so that
+# whatever generates stops there.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}
-{%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
+{%- generation %}{{ message['content'] + eos_token }}{% endgeneration %}
 {{- '\\n' }}
 {%- else %}
 {{- message['content'] + '<|im_end|>\\n' }}

@@ -19,10 +19,9 @@ from tokenizers import Tokenizer
 from motifarch.tokenizer.merges import MergeLearner
 from motifarch.tokenizer.special_tokens import SpecialTokens
 from motifarch.tokenizer.split_pattern import LINES
-from motifarch.tokenizer.train import check_vocab_size, split_by, train_bpe
+from motifarch.tokenizer.train import check_vocab_size, pieces, split_by, train_bpe
 
 _SPACE = "Ġ"  # in the alphabet of byte-level tokens
-_PIECE = 4096  # characters of a piece of a text that the sample holds or does not
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Sample:
         """The texts again, of which some pieces are kept."""
         draw, number = random.Random(self.seed), itertools.count()
         for text in texts:
-            for piece in _pieces(text):
+            for piece in pieces(text):
                 # Those with the smallest numbers are held; the heap has the largest of these first.
                 heapq.heappush(self._held, (-draw.random(), next(number), piece))
                 self._size += len(piece)
@@ -55,17 +54,6 @@ class Sample:
     def pieces(self) -> list[str]:
         """What is held, in the order of the stream."""
         return [piece for _, _, piece in sorted(self._held, key=lambda held: held[1])]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of some thousand characters, cut where lines end if they do."""
-    begin = 0
-    while begin < len(text):
-        end = begin + _PIECE
-        if end < len(text):
-            end = text.rfind("\n", begin, end) + 1 or end
-        yield text[begin:end]
-        begin = end
 
 
 def train_superbpe(

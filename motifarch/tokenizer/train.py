@@ -10,6 +10,7 @@ from motifarch.tokenizer.special_tokens import CHAT_TEMPLATE, SpecialTokens
 from motifarch.tokenizer.split_pattern import WORDS
 
 _BYTES = 256
+_PIECE = 4096  # characters
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special: SpecialTokens) -> Tokenizer:
@@ -36,7 +37,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: SpecialTokens) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(unicode_only(texts), trainer)
+    # `tokenizers` gathers 256 items before it counts their words: of whole documents, a gigabyte.
+    bpe.train_from_iterator((piece for text in unicode_only(texts) for piece in pieces(text)), trainer)
     return bpe
 
 
@@ -77,6 +79,17 @@ def unicode_only(texts: Iterable[str]) -> Iterator[str]:
                 f"{text[error.start]!a}, half of a pair): read its file in the encoding that it has (--encoding)"
             ) from None
         yield text
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of some thousand characters, cut where lines end if they do."""
+    begin = 0
+    while begin < len(text):
+        end = begin + _PIECE
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end
 
 
 def as_pretrained(

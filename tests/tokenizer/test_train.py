@@ -82,6 +82,30 @@ def test_words_end_where_they_end(words: Tokenizer) -> None:
     assert spans == expected
 
 
+def test_kana_stay_whole_with_their_long_vowels(words: Tokenizer) -> None:
+    text = "サーバーの設定"
+    assert len(words.pre_tokenizer.pre_tokenize_str(text)) == 1
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_numbers_of_any_length(words: Tokenizer, superwords: Tokenizer, length: int) -> None:
+    number = "1234567890123"[:length]
+    expected = f"{int(number):,}".split(",")
+    for tokenizer in (words, superwords):
+        for before, after in (("", ""), ("a ", " b"), ("v", "."), (".", "x")):
+            split = tokenizer.pre_tokenizer.pre_tokenize_str(before + number + after)
+            assert [piece for piece, _ in split if piece.isdigit()] == expected
+
+
+@pytest.mark.parametrize(
+    "unit", [" ", "7", "\n", "\t", "a", "가", "-", "\u0301", " \n", "a ", "1 ", "가 나", "'s", "\r\n ", ". "]
+)
+def test_long_runs_are_split_without_a_panic(tokenizer: Tokenizer, unit: str) -> None:
+    text = unit * (40_000 // len(unit))
+    for whole in (text, f"{text}x", f"{text}\n1"):
+        assert tokenizer.decode(tokenizer.encode(whole).ids, skip_special_tokens=False) == whole
+
+
 def test_stage_1_is_a_prefix_and_the_rest_crosses_spaces(words: Tokenizer, superwords: Tokenizer) -> None:
     special = SpecialTokens()
     of_words = json.loads(train_bpe(made_texts(), STAGE_1, special).to_str())["model"]
@@ -132,7 +156,7 @@ def test_special_tokens_and_the_assistants_part(words: Tokenizer, special: Speci
     ]
     found = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     trained = [i for i, own in zip(found["input_ids"], found["assistant_masks"], strict=True) if own]
-    assert tokenizer.decode(trained) == "모델을 학습합니다.<|im_end|>x = 1<|im_end|>"
+    assert tokenizer.decode(trained) == "모델을 학습합니다.<|endoftext|>x = 1<|endoftext|>"
     prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     assert tokenizer.apply_chat_template(chat[:2], tokenize=False).startswith(prompt)
 
