@@ -86,7 +86,7 @@ def _memory_of_session(leader: int) -> dict[str, int]:
     return memory
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
+def run(arguments: argparse.Namespace, console: Console) -> int:
     """Generate each corpus, measure both commands on it, and report."""
     environment = report.environment(
         "benchmarks.data.memory", torch.device("cpu"), ["motifarch", "tokenizers", "datasets", "pyarrow"]
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     columns = ["", "text\nMB", "seconds\n", "own\nMiB", "mapped\nMiB"]
     console.print(report.table("Peak memory, all processes of a command together", columns, rows))
     console.print(f"wrote {arguments.output}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
