@@ -1,5 +1,6 @@
 """The options of data preparation."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class PrepareSettings:
             raise UserError("--document-separator '': it must hold a character at least, such as \\n")
         number, of = self.shard_of
         if not 1 <= number <= of:
-            raise UserError(f"--shard {self.shard}: it must be K/N, with K from 1 to N, such as 2/8")
+            raise UserError(f"--shard {self.shard!r}: it must be K/N, with K from 1 to N, such as 2/8")
         if self.shard is not None and self.tokenizer is None:
             raise UserError("--shard without --tokenizer: all shards need the same; train one, and give it to each")
         for option in ("messages", "chat_template"):
@@ -89,8 +90,8 @@ class PrepareSettings:
     @property
     def shard_of(self) -> tuple[int, int]:
         """Number and count of ``shard``; 1 of 1 without one, 0 of 0 if it is not of the form."""
-        number, _, of = (self.shard or "1/1").partition("/")
-        return (int(number), int(of)) if number.isdecimal() and of.isdecimal() else (0, 0)
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "1/1" if self.shard is None else self.shard)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @property
     def field(self) -> str:
