@@ -22,6 +22,7 @@ COMMANDS = {
     "recipes": ("motifarch.commands.recipes", "list the recipes that come with the package"),
     "recipes copy": ("motifarch.commands.copy_recipe", "copy one, to change it"),
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
+    "data merge": ("motifarch.commands.data_merge", "join what several machines prepared"),
     "tokenizer train": ("motifarch.commands.tokenizer_train", "train a vocabulary: BPE, or SuperBPE across words"),
     "tokenizer extend": ("motifarch.commands.tokenizer_extend", "add tokens to a vocabulary that exists"),
     "tokenizer measure": ("motifarch.commands.tokenizer_measure", "compare tokenizers on the same text"),

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,10 @@ def read_corpus(
 
     ``composes`` says whether the tokenizer will compose what is decomposed.
 
+    Of a shard, all documents are read and filtered, so that the border between training and
+    validation is that of all, and those are kept whose text belongs to it; what is left out belongs
+    to a shard by its name.
+
     What holds no text is added to ``skipped``, what ``filters`` leave out to ``filtered``, what
     else should be known to ``noticed``.
 
@@ -97,20 +102,28 @@ def read_corpus(
     low, high = _HASH_RANGE, -1
     longest = 0
     by_source = [0] * len(sources)
+    shard, shards = settings.shard_of
+
+    def mine(text: str) -> bool:
+        """Whether what this text says or names belongs to the shard."""
+        return shards == 1 or zlib.crc32(text.encode()) % shards == shard - 1
 
     def accept(advance: Advance) -> Iterator[_Row]:
         nonlocal low, high, longest
         for number, source in enumerate(sources):
+            accepted = 0
             documents = source.documents(options or ReadOptions(settings.field))
             stream = _of_bounded_length(documents, settings.messages)
             for one_filter in filters:
                 stream = one_filter(stream)
             for found in stream:
                 if isinstance(found, Filtered):
-                    filtered.add(found.name, found.reason, found.detail)
+                    if mine(found.name):
+                        filtered.add(found.name, found.reason, found.detail)
                     continue
                 if isinstance(found, Noticed):
-                    noticed.add(found.name, found.what)
+                    if mine(found.name):
+                        noticed.add(found.name, found.what)
                     continue
                 if isinstance(found, Skipped):
                     if settings.strict:
@@ -118,25 +131,30 @@ def read_corpus(
                             f"--strict: {found.name} is skipped ({found.reason}): remove it from the sources, "
                             "or leave --strict out"
                         )
-                    skipped.add(found.name, found.reason, found.detail)
+                    if mine(found.name):
+                        skipped.add(found.name, found.reason, found.detail)
                     continue
-                for what in _oddities(found, composes):
-                    noticed.add(found.name, what)
                 encoded = found.text.encode()
-                content.update(hashlib.sha256(encoded).digest())
                 digest = hashlib.blake2b(encoded, digest_size=8, key=str(settings.seed).encode()).digest()
                 split_hash = int.from_bytes(digest, "little")
                 low, high = min(low, split_hash), max(high, split_hash)
-                longest = max(longest, len(found.text))
-                messages = found.messages if settings.messages else ""
-                yield found.name, found.text, found.is_chat, messages, split_hash
-                by_source[number] += 1
-                advance()
-                if by_source[number] == settings.max_documents:
+                if mine(found.text):
+                    content.update(hashlib.sha256(encoded).digest())
+                    for what in _oddities(found, composes):
+                        noticed.add(found.name, what)
+                    longest = max(longest, len(found.text))
+                    messages = found.messages if settings.messages else ""
+                    yield found.name, found.text, found.is_chat, messages, split_hash
+                    by_source[number] += 1
+                    advance()
+                accepted += 1
+                if accepted == settings.max_documents:
                     break
 
     with progress("reading") as advance:
         rows = _write(scratch / "documents.arrow", accept(advance))
+    if shards > 1 and (not len(rows) or low == high):
+        raise UserError(f"--shard {settings.shard}: no document is left for it: give fewer shards, or more text")
     if not len(rows):
         tallies = {"skipped": skipped, "filtered": filtered}
         reasons = "".join(f"; {fate}: {tally.summary()}" for fate, tally in tallies.items() if tally.counts)

@@ -81,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-documents", type=option(Tokens), metavar="N", help="read only the first N documents of each source"
     )
     inputs.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="prepare only the K-th of N parts of the documents, told apart by their text, as one of N machines; "
+        "`motifarch data merge` joins the N folders",
+    )
+    inputs.add_argument(
         "--strict", action="store_true", help="stop at an empty, binary or undecodable document instead of skipping it"
     )
     inputs.add_argument(

@@ -1,5 +1,6 @@
 """The options of data preparation."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,8 @@ class PrepareSettings:
     languages: tuple[str, ...] = ()
     deduplicate: Literal["no", "exact", "minhash"] = "no"
     duplicate_threshold: float = 0.8
+    shard: str | None = None
+    """``K/N``: of N parts of the documents the one numbered K, from 1."""
     streaming: bool = False
     num_proc: int = 1
     strict: bool = False
@@ -47,6 +50,11 @@ class PrepareSettings:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
         if self.document_separator == "":
             raise UserError("--document-separator '': it must hold a character at least, such as \\n")
+        number, of = self.shard_of
+        if not 1 <= number <= of:
+            raise UserError(f"--shard {self.shard!r}: it must be K/N, with K from 1 to N, such as 2/8")
+        if self.shard is not None and self.tokenizer is None:
+            raise UserError("--shard without --tokenizer: all shards need the same; train one, and give it to each")
         for option in ("messages", "chat_template"):
             if getattr(self, option) and self.tokenizer is None:
                 raise UserError(
@@ -78,6 +86,12 @@ class PrepareSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+
+    @property
+    def shard_of(self) -> tuple[int, int]:
+        """Number and count of ``shard``; 1 of 1 without one, 0 of 0 if it is not of the form."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "1/1" if self.shard is None else self.shard)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @property
     def field(self) -> str:
