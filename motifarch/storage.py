@@ -25,9 +25,9 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path there.
 
     A plain URL's server is not asked anything yet: use what it gives within `explained`.
-    Credentials and the endpoint are those of the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL_S3,
-    GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN), of the providers' own files or of fsspec's
-    configuration.
+    Credentials and the endpoint are those of the environment (AWS_ACCESS_KEY_ID,
+    AWS_ENDPOINT_URL_S3, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN), of the providers' own files or
+    of fsspec's configuration.
 
     Args:
         url: as s3://bucket/folder/file, or chained as fsspec takes it.
