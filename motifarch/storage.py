@@ -27,7 +27,7 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
     A plain URL's server is not asked anything yet: use what it gives within `explained`.
     Credentials and the endpoint are those of the environment (AWS_ACCESS_KEY_ID,
     AWS_ENDPOINT_URL_S3, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN), of the providers' own files or
-    of fsspec's configuration.
+    of fsspec's configuration. Folders on disk (file://) are made as needed, as in a bucket.
 
     Args:
         url: as s3://bucket/folder/file, or chained as fsspec takes it.
@@ -39,6 +39,8 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
     import fsspec
 
     scheme = url.split("::")[0].split("://")[0].lower()
+    if scheme in ("file", "local"):
+        options = {"auto_mkdir": True} | options
     try:
         return fsspec.url_to_fs(url, **options)
     except ImportError as error:
