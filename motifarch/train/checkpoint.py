@@ -48,6 +48,7 @@ from motifarch.train.manifest import (
     remove_checkpoint,
     write_manifest,
 )
+from motifarch.train.mirror import BUSY, Mirror
 
 __all__ = ["CheckpointWriter", "Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
 
@@ -163,11 +164,14 @@ class Checkpointer:
         asynchronous: bool = True,
         about: Callable[[int], dict[str, Any]] | None = None,
         saved_step: int | None = None,
+        mirror: str | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """Makes the process group of the saves, collectively.
 
         The last `keep_last` complete checkpoints are kept (0 keeps all). `about` gives what
         the manifest notes of the run at a step; `saved_step` is in the output folder already.
+        Complete checkpoints are copied to the URL `mirror`; `say` is told where that fails.
         """
         self.output = output
         self.keep_last = keep_last
@@ -177,6 +181,8 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo")
         self._pending: Future[None] | None = None
         self._saved_step = saved_step
+        self._say = say
+        self._mirror = Mirror(mirror, keep_last=keep_last, group=self.group, say=say) if mirror else None
 
     def save(self, state: TrainState) -> None:
         """Saves a state, after the previous save; waits for this one too when not asynchronous.
@@ -197,6 +203,7 @@ class Checkpointer:
                 "set optim.clip or look into the data; the same command resumes from the newest complete checkpoint"
             )
         self._saved_step = state.step
+        copy = self._may_copy(final)
         if dist.get_rank() == 0:
             with suppress(OSError):  # an earlier save of this step, cut short, makes way
                 remove(writer.folder)
@@ -207,7 +214,7 @@ class Checkpointer:
             saved = dcp.async_save(content, storage_writer=writer, process_group=self.group, async_stager=stager)
             assert isinstance(saved, Future)
             self._pending = Future()
-            saved.add_done_callback(partial(self._finish, self._pending, final, stager))
+            saved.add_done_callback(partial(self._finish, self._pending, final, stager, copy))
         else:
             saved = Future()
             try:
@@ -215,17 +222,42 @@ class Checkpointer:
             except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
                 saved.set_exception(error)
             self._pending = Future()
-            self._finish(self._pending, final, None, saved)
+            self._finish(self._pending, final, None, copy, saved)
             self.wait()
 
-    def _finish(self, pending: Future[None], final: Path, stager: DefaultStager | None, saved: Future[Any]) -> None:
+    def _may_copy(self, final: Path) -> bool:
+        """Whether a save that begins is to be copied too: not while an earlier copy goes on."""
+        if self._mirror is None:
+            return False
+        if self._mirror.state() != BUSY:
+            return True
+        if dist.get_rank() == 0:
+            self._say(f"{final.name} is not copied to checkpoint.mirror, for an earlier checkpoint still is")
+        return False
+
+    def finish(self, heartbeat: Callable[[], None] = lambda: None) -> None:
+        """Waits until the last save is copied too, or until that has failed for a while, which
+        `say` is told; `heartbeat` is called again and again meanwhile.
+
+        Raises:
+            UserError: as `wait`.
+        """
+        self.wait()
+        if self._mirror and self._saved_step is not None:
+            self._mirror.finish(checkpoints_folder(self.output) / checkpoint_name(self._saved_step), heartbeat)
+
+    def _finish(
+        self, pending: Future[None], final: Path, stager: DefaultStager | None, copy: bool, saved: Future[Any]
+    ) -> None:
         """Ends a save, in the thread that ran it."""
         try:
             if stager:
                 stager.close()
             saved.result()
+            if copy and self._mirror:
+                self._mirror.begin(final)
             if dist.get_rank() == 0:
-                prune(self.output, self.keep_last, final)
+                prune(self.output, self.keep_last, final, in_use=self._mirror.in_use if self._mirror else None)
             pending.set_result(None)
         except BaseException as error:
             pending.set_exception(error)

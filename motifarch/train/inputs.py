@@ -31,6 +31,7 @@ from motifarch.train.manifest import (
     step_of,
 )
 from motifarch.train.recipe import BatchSection, Recipe
+from motifarch.train.remote_run import fetch_newer
 
 
 @dataclass
@@ -143,6 +144,8 @@ def find_parent(recipe: Recipe, warnings: list[str]) -> Path | None:
     """
     output = Path(recipe.run.output)
     newest = find_newest(output, warnings.append)
+    if recipe.checkpoint.mirror and recipe.run.resume == "auto":
+        newest = fetch_newer(recipe.checkpoint.mirror, output, newest, warnings.append)
     _check_nothing_is_lost(output, newest)
     if recipe.run.resume == "auto":
         return newest

@@ -48,6 +48,7 @@ from motifarch.train.record import (
     check_parent,
     write_record,
 )
+from motifarch.train.remote_run import claim_mirror
 from motifarch.train.restart_from_average import average_due, restart_from_average
 from motifarch.train.router_health import RouterHealth
 from motifarch.train.run_folder import METRICS, RECORD, TENSORBOARD, note_end, read_metrics, set_damaged_record_aside
@@ -116,6 +117,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         asynchronous=recipe.checkpoint.asynchronous,
         about=partial(about_checkpoint, recipe, inputs, world.device, start.compute),
         saved_step=state.step if goes_on else None,
+        mirror=recipe.checkpoint.mirror,
+        say=lambda line: print(line, flush=True),
     )
     trackers = []
     if world.is_main:
@@ -214,6 +217,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
             if world.is_main:
                 progress.close()
                 _finish(recipe, state, stopped_by)
+            checkpointer.finish(lambda: watchdog.heartbeat("the last checkpoint's copy", no_timeout=True))
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -312,6 +316,8 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
         raise UserError(f"run.output is {output}, which can't be made: {error.strerror}") from None
     warnings: list[str] = []
     parent = find_parent(recipe, warnings)
+    if recipe.checkpoint.mirror:
+        claim_mirror(recipe.checkpoint.mirror, recipe.run.resume, parent)
     compute: str = recipe.precision.compute
     place = None
     if parent:
@@ -372,7 +378,7 @@ def _report(
     for name, (count, limit) in limits.items():
         if count >= limit:
             checkpointer.save(state)
-            checkpointer.wait()
+            checkpointer.finish()
             in_row, higher = (" in a row", "") if name.endswith("row") else ("", f", with a higher --{name}")
             skipped = counted(count, f"step{in_row}")
             raise UserError(

@@ -205,16 +205,17 @@ def remove_checkpoint(checkpoint: Path) -> None:
         remove(checkpoint)
 
 
-def prune(output: Path, keep_last: int, newest: Path) -> None:
+def prune(output: Path, keep_last: int, newest: Path, *, in_use: Path | None = None) -> None:
     """Deletes a run's complete checkpoints but the newest `keep_last` (0 keeps all), and what cut
     short saves and deletions have left. Nothing newer than `newest`, which was completed just now,
-    is touched, and nothing whose manifest says more than this version understands.
+    is touched, nor what is `in_use`, nor what has a manifest that says more than this version
+    understands.
     """
     limit = step_of(newest) or 0
     kept = {limit}
     for checkpoint in list_checkpoints(output):
         step = step_of(checkpoint) or 0
-        if step > limit or checkpoint == newest:
+        if step > limit or checkpoint in (newest, in_use):
             continue
         whole = damage(checkpoint, hashes=False) is None
         if whole and step not in kept and (not keep_last or len(kept) < keep_last):

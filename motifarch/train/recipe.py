@@ -312,6 +312,11 @@ class CheckpointSection(Section):
     asynchronous: bool = True
     """Write in the background while training goes on."""
 
+    mirror: FilePath | None = None
+    """URL of the run's folder in object storage (s3://bucket/run, gs://...): complete checkpoints
+    are copied there, and a run whose own folder lacks them resumes from there.
+    """
+
 
 @dataclass
 class AverageSection(Section):
