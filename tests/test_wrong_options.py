@@ -123,15 +123,19 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
     (folder / "prompts").write_text("a prompt\n")
     results = folder / "results.json"
     results.write_text(json.dumps(made_up_results()))
-    source = ["--source", f"files:{folder}/*.txt", "--vocab-size", "300", "--seq-len", "8"]
+    texts, tokenizer = ["--source", f"files:{folder}/*.txt"], data / "tokenizer"
+    source = [*texts, "--vocab-size", "300", "--seq-len", "8"]
     shard = folder / "shard"
-    given = ["--tokenizer", str(data / "tokenizer"), "--num-proc", "1", "--shard", "1/1", "--output", str(shard)]
+    given = ["--tokenizer", str(tokenizer), "--num-proc", "1", "--shard", "1/1", "--output", str(shard)]
     importlib.import_module(COMMANDS["data prepare"][0]).main([*source, *given])
     lines: dict[str, Callable[[Path], list[Any]]] = {
         "recipes": lambda out: [],
         "recipes copy": lambda out: ["tiny_cpu", out / "recipes"],
         "data prepare": lambda out: [*source, "--num-proc", "1", "--output", out / "data"],
         "data merge": lambda out: [shard, "--output", out / "merged"],
+        "tokenizer train": lambda out: [*texts, "--vocab-size", "300", "--output", out / "tokenizer"],
+        "tokenizer extend": lambda out: [tokenizer, *texts, "--tokens", "5", "--output", out / "tokenizer"],
+        "tokenizer measure": lambda out: [tokenizer, *texts, "--output", out / "measured"],
         "runs": lambda out: [finished_run, "--output", out.with_name(f"{out.name}.png")],
         "average": lambda out: [finished_run, "--last", "1", "--output", out / "mean"],
         "export": lambda out: [finished_run, "--output", out / "export"],

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from motifarch.command_line import Parser, loading, option, path
-from motifarch.field_types import Fraction, Heads, Layers, Multiplier, Seed
+from motifarch.field_types import FilePath, Fraction, Heads, Layers, Multiplier, Seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("vocabulary")
     group.add_argument(
         "--tokenizer",
+        type=option(FilePath),
         metavar="NEW",
         help="one that extends the model's, as `motifarch tokenizer extend` makes it: a new token's rows are the means "
         "of those of the tokens that it replaces",

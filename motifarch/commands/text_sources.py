@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from motifarch.command_line import option
-from motifarch.field_types import Tokens
+from motifarch.field_types import Multiplier, Tokens
 
 if TYPE_CHECKING:
     from motifarch.data.texts import Text, TextSettings
@@ -24,17 +24,17 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="SOURCE",
-        help="stdlib, files:GLOB or hf:NAME[:CONFIG], as `motifarch data prepare` takes them; may be repeated",
+        help="stdlib, files:GLOB, a URL or hf:NAME[:CONFIG], as `motifarch data prepare` takes them; may be repeated",
     )
     add(
         "--weight",
         dest="weights",
         action="append",
         default=[],
-        type=float,
+        type=option(Multiplier),
         metavar="X",
         help="one for each --source, in their order: they take turns, and give characters in proportion to it, until "
-        "all have ended",
+        "the first has ended",
     )
     add("--text-field", default="text", metavar="NAME", help="field that holds a record's text (%(default)s)")
     add("--encoding", default="utf-8", metavar="NAME", help="of files without a byte order mark (%(default)s)")
@@ -68,3 +68,5 @@ def shown_texts(settings: "TextSettings", description: str) -> Iterator["Text"]:
             advance(len(text.text))
     if settings.skipped.counts:
         print(f"skipped: {settings.skipped.summary()}", file=sys.stderr)
+    for note in settings.notes:
+        print(note, file=sys.stderr)

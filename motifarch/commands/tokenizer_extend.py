@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from motifarch.command_line import Parser, loading, option, path
 from motifarch.commands.text_sources import add_source_options, shown_texts, text_settings
 from motifarch.errors import UserError
-from motifarch.field_types import Vocabulary
+from motifarch.field_types import FilePath, Vocabulary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +57,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "tokenizer",
+        type=option(FilePath),
         help="a Hugging Face folder or name; o200k_base.tiktoken or cl100k_base.tiktoken; a tekken.json; "
         "bpe-openai:o200k_base and the like, of installed packages",
     )

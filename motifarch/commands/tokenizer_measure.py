@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from motifarch.command_line import Parser, loading, path
+from motifarch.command_line import Parser, loading, option, path
 from motifarch.commands.text_sources import add_source_options, shown_texts, text_settings
 from motifarch.errors import UserError
+from motifarch.field_types import FilePath
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,6 +120,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "tokenizers",
         nargs="+",
+        type=option(FilePath),
         metavar="TOKENIZER",
         help="as `motifarch tokenizer extend` takes them: folders, names, lists of ranks, those of packages",
     )

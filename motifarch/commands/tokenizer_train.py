@@ -96,7 +96,7 @@ def build_parser() -> Parser:
     add(
         "--sample-characters",
         type=option(Tokens),
-        default=20_000_000,
+        default=10_000_000,
         metavar="N",
         help="of a uniform sample of the text, which merges across words are learned on; each takes some 100 bytes "
         "of memory (%(default)s)",

@@ -9,6 +9,16 @@ from motifarch.data.documents import printable
 from motifarch.errors import UserError
 
 
+def check_reading(encoding: str, document_separator: str | None) -> None:
+    """Raise UserError for what no text can be read with."""
+    if document_separator == "":
+        raise UserError("--document-separator '': it must hold a character at least, such as \\n")
+    try:
+        "a".encode(encoding)
+    except (LookupError, ValueError):
+        raise UserError(f"--encoding {encoding!r}: no encoding of text; take utf-8, cp949, latin-1, ...") from None
+
+
 @dataclass(frozen=True)
 class PrepareSettings:
     """The options of ``motifarch data prepare``; its help explains them."""
@@ -48,13 +58,7 @@ class PrepareSettings:
             raise UserError("no --source: take stdlib, files:GLOB, a URL or hf:NAME[:CONFIG]")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
-        if self.document_separator == "":
-            raise UserError("--document-separator '': it must hold a character at least, such as \\n")
-        number, of = self.shard_of
-        if not 1 <= number <= of:
-            raise UserError(f"--shard {self.shard!r}: it must be K/N, with K from 1 to N, such as 2/8")
-        if self.shard is not None and self.tokenizer is None:
-            raise UserError("--shard without --tokenizer: all shards need the same; train one, and give it to each")
+        check_reading(self.encoding, self.document_separator)
         for option in ("messages", "chat_template"):
             if getattr(self, option) and self.tokenizer is None:
                 raise UserError(
@@ -63,12 +67,6 @@ class PrepareSettings:
                 )
         if self.special_tokens not in ("text", "tokens"):
             raise UserError(f"--special-tokens {self.special_tokens}: it must be text or tokens")
-        try:
-            "a".encode(self.encoding)
-        except (LookupError, ValueError):
-            raise UserError(
-                f"--encoding {self.encoding!r}: no encoding of text; take utf-8, cp949, latin-1, ..."
-            ) from None
         if printable(self.output) != str(self.output):
             raise UserError(
                 f"--output {printable(self.output)}: its name is not UTF-8, and Arrow opens no such file: give another"

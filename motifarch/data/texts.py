@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from motifarch.data.documents import Document, Noticed, ReadOptions, Tally, parts, printable
+from motifarch.data.settings import check_reading
 from motifarch.data.sources import each_file_once, parse_source
 from motifarch.errors import UserError
 
@@ -32,6 +33,8 @@ class TextSettings:
     max_characters: int | None = None
     skipped: Tally = field(default_factory=Tally, compare=False)
     """What was left out, with the reasons; filled as texts are read."""
+    notes: list[str] = field(default_factory=list, compare=False)
+    """What else was not read, and why, a line each; filled as texts are read."""
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -48,13 +51,14 @@ class TextSettings:
             )
         if any(not 0 < weight < float("inf") for weight in self.weights):
             raise UserError(f"--weight {min(self.weights)}: it must be above 0")
+        check_reading(self.encoding, self.document_separator)
 
 
 def texts_of(settings: TextSettings) -> Iterator[Text]:
     """All texts of the sources, read as they are asked for.
 
     With weights, texts of several sources take turns, so that each source has given characters in
-    proportion to its weight; one that ends leaves the rest to the others, until all have ended.
+    proportion to its weight; the first source that ends, ends the reading.
 
     Raises:
         UserError: an option, a source that cannot be read, or no text in any.
@@ -70,6 +74,12 @@ def texts_of(settings: TextSettings) -> Iterator[Text]:
         yield text._replace(text=text.text[:left])
         left -= len(text.text)
         if left <= 0:
+            after = settings.sources[settings.sources.index(text.source) + 1 :]
+            if after and not settings.weights:
+                settings.notes.append(
+                    f"--max-characters {settings.max_characters:,} left nothing for "
+                    f"{', '.join(map(printable, after))}: with a --weight for each source they take turns"
+                )
             return
     if not any_text:
         reasons = f"; skipped: {settings.skipped.summary()}" if settings.skipped.counts else ""
@@ -104,13 +114,14 @@ def _read(settings: TextSettings) -> Iterator[Text]:
 
 
 def _take_turns(settings: TextSettings) -> Iterator[Text]:
-    streams = dict(enumerate(_streams(settings)))
-    given = [0.0] * len(streams)
-    while streams:
-        number = min(streams, key=lambda n: given[n] / settings.weights[n])
+    streams, given = _streams(settings), [0] * len(settings.sources)
+    while True:
+        number = min(range(len(streams)), key=lambda n: given[n] / settings.weights[n])
         text = next(streams[number], None)
         if text is None:
-            del streams[number]
-        else:
-            given[number] += len(text.text)
-            yield text
+            parts = zip(settings.sources, given, strict=True)
+            read = ", ".join(f"{characters:,} characters of {printable(spec)}" for spec, characters in parts)
+            settings.notes.append(f"{printable(settings.sources[number])} ended first, after {read}")
+            return
+        given[number] += len(text.text)
+        yield text

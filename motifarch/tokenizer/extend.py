@@ -104,8 +104,10 @@ def _of_script(script: str | None, content: dict[str, object]) -> Callable[[str]
     if script is None:
         return lambda token: True
     try:
+        if not script.isidentifier():  # more than a name would be more of a pattern
+            raise regex.error("no name")
         of_script = regex.compile(rf" ?\p{{Script={script}}}*")
-    except regex.error:
+    except (regex.error, ValueError, OverflowError):  # the last two of what looks like a number
         raise UserError(
             f"--script {script!r} is no script of Unicode: give one such as Hangul, Han, Cyrillic"
         ) from None

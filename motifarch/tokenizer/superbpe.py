@@ -63,7 +63,7 @@ def train_superbpe(
     *,
     stage_1_size: int,
     max_words: int = 4,
-    sample_characters: int = 20_000_000,
+    sample_characters: int = 10_000_000,
     seed: int = 0,
     progress: Callable[[Iterable[str], int], Iterable[str]] = lambda merges, total: merges,
 ) -> Tokenizer:

@@ -193,7 +193,7 @@ def test_the_command_trains_on_sources_by_weight(
     ("options", "said"),
     [
         (["--weight=1"], "1 --weight for 2 --source"),
-        (["--weight=1", "--weight=0"], "--weight 0.0: it must be above 0"),
+        (["--weight=1", "--weight=0"], "--weight is .0.; accepted"),
         (["--vocab-size=100"], "--vocab-size 100: it must be at least 280"),
         (["--stage-1-size=300"], "--stage-1-size 300 is of --method superbpe"),
         (["--method=superbpe", "--stage-1-size=400"], "--stage-1-size 400: it must be below --vocab-size 400"),
