@@ -57,6 +57,10 @@ def _of_experts(result: Mapping[str, Any]) -> bool:
     return result["function"].endswith("experts") and result["rows"] >= 2048
 
 
+def _of_streams(result: Mapping[str, Any]) -> bool:
+    return result["function"] == "hyper_connections" and result["columns"] >= 2048
+
+
 def _wide_poly_norm(result: Mapping[str, Any]) -> bool:
     return "poly_norm" in result["function"] and result["rows"] >= 2048 and result["columns"] >= 8192
 
@@ -78,6 +82,11 @@ AIMS = {
         Aim(
             "experts' PolyNorm in at most half of eager's memory", "peak_bytes", 0.5, _OURS, ("eager",),
             applies=_of_experts,
+        ),
+        Aim("hyper-connections at least twice eager", "speed", 2.0, _OURS, ("eager",), DIRECTIONS[2:], _of_streams),
+        Aim(
+            "hyper-connections in at most half of eager's memory", "peak_bytes", 0.5, _OURS, ("eager",),
+            applies=_of_streams,
         ),
     ),
 }  # fmt: skip

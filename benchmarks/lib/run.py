@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import textwrap
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -352,5 +353,6 @@ class KernelBenchmark(ABC):
             axis.set_title(f"{title}: % of roofline", fontsize=9)
         handles, texts = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=len(texts), frameon=False)
-        figure.suptitle(f"{self.name}, by {self.size}\n{report.describe(content['environment'])}", fontsize=11)
+        machine = textwrap.fill(report.describe(content["environment"]), 90)
+        figure.suptitle(f"{self.name}, by {self.size}\n{machine}", fontsize=11)
         report.write_plot(path, figure)

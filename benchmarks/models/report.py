@@ -5,6 +5,7 @@ Results are rows as JSON has them: what was run ("precision", and "seq_len" or "
 """
 
 import itertools
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,5 +157,6 @@ def draw(path: Path, content: Mapping[str, Any], title: str) -> None:
         axes[i][j].set_title(f"{precision}: " + ("speed, of Llama's" if measure == SPEED else "peak memory, GiB"))
     handles, texts = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside lower center", ncols=min(6, len(texts)), frameon=False)
-    figure.suptitle(f"{title}\n{report.describe(content['environment'])}", fontsize=11)
+    machine = textwrap.fill(report.describe(content["environment"]), 90)
+    figure.suptitle(f"{title}\n{machine}", fontsize=11)
     report.write_plot(path, figure)

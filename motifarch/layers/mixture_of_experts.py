@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from motifarch.layers.experts import Experts
 from motifarch.layers.mlp import PolyNormMLP, SwiGLUMLP
-from motifarch.layers.recorded import recorded
+from motifarch.layers.recorded import RecordedOperator, recorded
 from motifarch.layers.router import Router, Routing, balance_loss, balance_sums, entropy_of_shares
 from motifarch.layers.sequences import Sequences
 from motifarch.layers.sorted_tokens import ExpertRows, SortedTokens
@@ -32,6 +32,32 @@ class MoEStatistics(NamedTuple):
     shared_rms: Tensor  # () of the shared expert's output, 0 without one
     expert_outputs: Tensor | None  # (num_experts, E), each expert's mean output, if recorded
     peak: Tensor | None  # () of an output's largest magnitude over its RMS, if recorded
+
+
+def _add_counts(
+    tokens_per_expert: Tensor,
+    statistic_sums: Tensor,
+    counts: Tensor,
+    scores: Tensor,
+    routed: Tensor,
+    shared: Tensor | None,
+    real: Tensor | None,
+) -> None:
+    """Adds to what a training loop reads."""
+    tokens_per_expert += counts
+    entropy = entropy_of_shares(scores)
+    tokens = entropy.new_tensor(len(entropy)) if real is None else real.sum()
+    if real is not None:
+        entropy = entropy.masked_fill(~real, 0)
+    squares = (
+        torch.zeros_like(entropy[:1]) if t is None else t.to(routed.dtype).square().mean(dim=-1)
+        for t in (routed, shared)
+    )
+    sums = [t.sum() for t in (entropy, *squares)]
+    statistic_sums += torch.stack([tokens.to(entropy.dtype), *sums])
+
+
+_count = RecordedOperator("motifarch::count_routing", _add_counts, changes=("tokens_per_expert", "statistic_sums"))
 
 
 class MixtureOfExperts(nn.Module):
@@ -215,7 +241,10 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             length = hidden_states.shape[-2] if hidden_states.ndim > 1 else 1
             losses = self._losses(routing, out, real, length)
-            recorded(lambda: self._note(routing, rows, outputs, routed, shared, out, real))
+            # Once, however often the layer is computed again.
+            _count(self.tokens_per_expert, self.statistic_sums, rows.counts, routing.scores, routed, shared, real)
+            if self.record_expert_outputs:
+                recorded(lambda: self._record(rows, outputs, out))
         return MoEOutput(out.to(hidden_states.dtype).view(hidden_states.shape), losses)
 
     def _losses(self, routing: Routing, out: Tensor, real: Tensor | None, length: int) -> Tensor:
@@ -248,42 +277,6 @@ class MixtureOfExperts(nn.Module):
         if self.balance_loss_coeff:
             sums += balance_sums(scores, selected, counted)
         return sums
-
-    def _note(
-        self,
-        routing: Routing,
-        rows: ExpertRows,
-        outputs: Tensor,
-        routed: Tensor,
-        shared: Tensor | None,
-        out: Tensor,
-        real: Tensor | None,
-    ) -> None:
-        """Adds to what a training loop reads: once, however often the layer is computed again."""
-        self._count(routing, rows, routed, shared, real)
-        if self.record_expert_outputs:
-            self._record(rows, outputs, out)
-
-    def _count(
-        self,
-        routing: Routing,
-        rows: ExpertRows,
-        routed: Tensor,
-        shared: Tensor | None,
-        real: Tensor | None,
-    ) -> None:
-        """Adds to what a training loop reads."""
-        self.tokens_per_expert += rows.counts
-        entropy = entropy_of_shares(routing.scores)
-        tokens = entropy.new_tensor(len(entropy)) if real is None else real.sum()
-        if real is not None:
-            entropy = entropy.masked_fill(~real, 0)
-        squares = (
-            torch.zeros_like(entropy[:1]) if t is None else t.to(routed.dtype).square().mean(dim=-1)
-            for t in (routed, shared)
-        )
-        sums = [t.sum() for t in (entropy, *squares)]
-        self.statistic_sums += torch.stack([tokens.to(entropy.dtype), *sums])
 
     def _record(self, rows: ExpertRows, outputs: Tensor, out: Tensor) -> None:
         """Adds to what is read at times."""

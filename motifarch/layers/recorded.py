@@ -5,11 +5,14 @@ it: tokens would come from an expert that their gradient does not go to. So choi
 the forward pass, with all that is made of them: where rows lie, and how many travel.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from motif_kernels.ops import is_exporting
 
@@ -68,13 +71,58 @@ class _Within:
 def recorded(compute: Callable[[], T]) -> T:
     """``compute()``, but in a layer's recomputation what its forward pass computed here.
 
-    For what has no gradient. Without a :class:`Recording` it is computed each time.
+    For what has no gradient. Without a :class:`Recording` it is computed each time. A graph that is
+    compiled is interrupted here; :class:`RecordedOperator` interrupts none.
     """
-    # Without gradients nothing is recomputed: a graph of inference is not interrupted.
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and not is_exporting():
-        # The graph is interrupted here, for no result is to become a constant of it.
+    if _may_be_repeated():
+        # No result is to become a constant of the graph.
         return torch.compiler.disable(_recorded)(compute)  # type: ignore[no-any-return]
     return _recorded(compute)  # type: ignore[no-any-return]
+
+
+class RecordedOperator:
+    """A function of tensors and numbers that is :func:`recorded`, compiled or not.
+
+    To torch.compile it is one operator, which asks for the recording when it runs.
+
+    Args:
+        name: the operator's, ``namespace::name``.
+        function: with the operator's types; what it returns is new. Tensors reach it without
+            gradient.
+        fake: the same for fake tensors; None where nothing is returned.
+        changes: names of the tensors that it changes in place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        fake: Callable[..., Any] | None = None,
+        *,
+        changes: tuple[str, ...] = (),
+    ) -> None:
+        self._function = function
+
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            result = _recorded(lambda: function(*arguments))
+            # What is recorded is not for the graph, which may write over its own tensors.
+            return tree_map_only(Tensor, Tensor.clone, result)
+
+        self.operator = torch.library.custom_op(name, run, mutates_args=changes)
+        self.operator.register_fake(fake or (lambda *_: None))
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        if _may_be_repeated():
+            return self.operator(*arguments)
+        return _recorded(lambda: self._function(*arguments))
+
+
+def _may_be_repeated() -> bool:
+    """In code that is compiled: without gradients nothing is recomputed, nor what is exported."""
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not is_exporting()
 
 
 @torch.no_grad()

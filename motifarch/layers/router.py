@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from motif_kernels import expert_weights, select_experts
 from motif_kernels.routing import SCORE_FUNCTIONS
 from motifarch.layers.autocast import without_autocast
-from motifarch.layers.recorded import recorded
+from motifarch.layers.recorded import RecordedOperator
 
 
 class Routing(NamedTuple):
@@ -18,6 +18,17 @@ class Routing(NamedTuple):
     selected: Tensor  # (T, k) int64
     weights: Tensor  # (T, k)
     scores: Tensor  # (T, num_experts), without the selection bias
+
+
+def _selected(logits: Tensor, bias: Tensor | None, top_k: int, score_func: str) -> Tensor:
+    return select_experts(logits, bias, top_k, score_func=score_func)
+
+
+def _selected_fake(logits: Tensor, bias: Tensor | None, top_k: int, score_func: str) -> Tensor:
+    return logits.new_empty(logits.shape[0], top_k, dtype=torch.int64)
+
+
+_select = RecordedOperator("motifarch::select_experts", _selected, _selected_fake)
 
 
 class Float32Linear(nn.Linear):
@@ -85,7 +96,7 @@ class Router(nn.Module):
         logits: Tensor = self.gate(x)
         if isinstance(noise, Tensor) or noise:  # a tensor is not asked for its value
             logits = logits + torch.randn_like(logits).mul_(noise)
-        selected = recorded(lambda: select_experts(logits, bias, self.top_k, score_func=self.score_func))
+        selected = _select(logits, bias, self.top_k, self.score_func)
         options: dict[str, Any] = {"normalise": self.route_norm, "scale": self.route_scale}
         weights, scores = expert_weights(logits, selected, score_func=self.score_func, **options)
         return Routing(selected, weights, scores)

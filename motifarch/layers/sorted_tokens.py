@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from motif_kernels import combine_rows, dispatch_rows, sort_by_expert
-from motifarch.layers.recorded import recorded
+from motifarch.layers.recorded import RecordedOperator
+
+
+def _sort_fake(selected: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(selected), selected.new_empty(num_experts, dtype=torch.int32)
+
+
+_sort = RecordedOperator("motifarch::sort_by_expert", sort_by_expert, _sort_fake)
 
 
 class ExpertRows(Protocol):
@@ -50,7 +57,7 @@ class SortedTokens:
 
     def __init__(self, selected: Tensor, weights: Tensor | None, num_experts: int) -> None:
         self._weights = weights
-        self._places, self.offsets = recorded(lambda: sort_by_expert(selected, num_experts))
+        self._places, self.offsets = _sort(selected, num_experts)
         """Of offsets (num_experts,) int32, where each expert's rows end."""
         self.rows = selected.shape[0] * selected.shape[1]
         self.counts = self.offsets.diff(prepend=self.offsets.new_zeros(1))

@@ -46,12 +46,19 @@ def _kept() -> frozenset[Any]:
     return frozenset(packet.default for packet in packets if packet is not None)
 
 
+@cache
+def _recorded() -> frozenset[Any]:
+    return frozenset(getattr(torch.ops.motifarch, name).default for name in ("select_experts", "sort_by_expert"))
+
+
 class _Keep(TorchDispatchMode):
     """Keeps some operators' results, in order; in a repetition gives them back.
 
     torch's own modes of selective checkpointing want all operators of both passes to be the same.
     Those of FSDP2, which gathers parts of a layer on the way, are not.
     """
+
+    supports_higher_order_operators = True  # compiled code has some
 
     def __init__(self, results: dict[Any, deque[Any]], *, give_back: bool) -> None:
         super().__init__()
@@ -81,8 +88,8 @@ def _both(first: AbstractContextManager[Any], second: AbstractContextManager[Any
 def _contexts(*, selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Around a layer's forward pass, and around its repetition."""
     if torch.compiler.is_compiling():
-        # A layer that is one graph; what records is none.
-        kept = list(_kept()) if selective else []
+        # What is recorded else, the graph keeps.
+        kept = [*(_kept() if selective else ()), *_recorded()]
         return create_selective_checkpoint_contexts(kept)  # type: ignore[no-any-return, no-untyped-call]
     recording = Recording()
     record, replay = recording.record(), recording.replay()

@@ -78,6 +78,16 @@ def test_update(dtype, rows, n, width, path):
     assert_rule(update_streams, reference.update_streams, inputs, [torch.randn(*rows, n, width).to(path.device, dtype)])
 
 
+@pytest.mark.parametrize("kernels", ["inductor", "eager"])
+def test_large_updates(kernels, monkeypatch):
+    monkeypatch.setenv("MOTIF_CPU_KERNELS", kernels)
+    rows, n, width = 300, 4, 256
+    inputs = to_update((rows,), n, width, torch.bfloat16)
+    assert_rule(update_streams, reference.update_streams, inputs, [torch.randn(rows, n, width).bfloat16()])
+    apart = torch.stack([inputs[0], inputs[0]], 1)[:, 1]  # contiguous in nothing but the last dimension
+    torch.testing.assert_close(update_streams(apart, *inputs[1:]), update_streams(*inputs), rtol=0, atol=0)
+
+
 def test_sums_of_rows_that_are_clamped(path):
     """A row whose entries are all e^-40 of its columns': the sum is below 1e-8, and then is not."""
     products = torch.zeros(3, products_of(4), dtype=torch.float64)
@@ -114,7 +124,9 @@ def loop(streams, weight, bias, out):
     return reads, updated
 
 
-def test_it_is_the_loop(path):
+@pytest.mark.parametrize("seed", [0, 46, 78])  # in the last two, sums of rows are clamped
+def test_it_is_the_loop(path, seed):
+    torch.manual_seed(seed)
     streams, weight, _ = to_read((3,), 4, 7)
     weight[:, :5] *= 40
     bias, out = torch.randn(products_of(4)), torch.randn(3, 7)

@@ -13,6 +13,7 @@ from helpers.distributed import on_ranks
 from helpers.layouts import Case, train_cases
 from helpers.models import random_ids, tiny_model
 from helpers.tiny import MOTIF_3
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.parallel import Layout
 from motifarch.parallel.activation_checkpointing import apply_activation_checkpointing
 from motifarch.parallel.compilation import apply_compile
@@ -123,3 +124,31 @@ def test_more_layers_than_torch_compiles_by_default(traced: list[int]) -> None:
     with torch.no_grad():
         losses_and_gradients((8,), apply_compile, num_hidden_layers=layers)
     assert len(traced) >= layers
+
+
+def motif_3_layer_step(recompute: Any, *, compiled: bool) -> Any:
+    """A layer with experts that is computed again when its router has become another one: output,
+    losses and gradients, and what was counted.
+    """
+    torch.manual_seed(0)
+    model = MotifForCausalLM(MotifConfig(vocab_size=97, initializer_range=0.1, **MOTIF_3)).train()
+    apply_activation_checkpointing(model, recompute)
+    layer = model.model.layers[1]
+    layer.moe.balance_loss_coeff = layer.moe.magnitude_loss_coeff = 0.1
+    streams = torch.randn(2, 16, model.config.mhc_expansion_rate, model.config.hidden_size, requires_grad=True)
+    table = model.model.rotary_embs[layer.layer_type](torch.arange(16)[None], torch.float32)
+    if compiled:
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        layer.compile(fullgraph=True, backend="aot_eager")
+    outputs = layer(streams, table)
+    with torch.no_grad():
+        layer.moe.router.gate.weight.data.neg_()
+    sum(o.square().sum() for o in outputs).backward()
+    return outputs, streams.grad, {n: p.grad for n, p in layer.named_parameters()}, dict(layer.moe.named_buffers())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_a_layer_with_experts_is_one_graph_counts_once_and_sends_no_token_elsewhere(recompute: Any) -> None:
+    expected = motif_3_layer_step(recompute, compiled=False)
+    torch.testing.assert_close(motif_3_layer_step(recompute, compiled=True), expected, rtol=1e-5, atol=1e-5)
+    assert expected[-1]["tokens_per_expert"].sum() == 2 * 16 * MOTIF_3["experts_top_k"]

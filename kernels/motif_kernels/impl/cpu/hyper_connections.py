@@ -1,7 +1,8 @@
 """Hyper-connections on the CPU: a block of tokens at a time, whose wide copies stay in cache.
 
-The sums over streams are products of small matrices: the update is ``[H | post] [X; o]`` for each
-token, so that one product gives both terms, and each of its two derivatives both gradients.
+The update of large streams in bfloat16 is one loop where there is a compiler. Else its sums are
+products of small matrices: ``[H | post] [X; o]`` for each token, so that one product gives both
+terms, and each of its two derivatives both gradients.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from motif_kernels.impl.constants import GATE_BOUND, LEAST_SUM, MIX_BOUND
+from motif_kernels.impl.cpu.row_formulas import RowFormula, cpu_kernels, is_large
 from motif_kernels.reference import compute_dtype, stream_gates
 
 # Elements of the streams, and of the mixing matrices, in a block, for each thread: a mebibyte of
@@ -175,8 +177,41 @@ def _with_output(streams: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     return joined
 
 
+def _weighted(weights: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Sum of tensors (R, E), each times its column of weights."""
+    return sum((weights[:, i, None] * t for i, t in enumerate(tensors)), start=torch.zeros_like(tensors[0]))
+
+
+@RowFormula
+def _update(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> tuple[Tensor]:
+    dtype = compute_dtype(streams)
+    weights = torch.cat((mix, post[..., None]), dim=-1).to(dtype)
+    added = [*streams.to(dtype).unbind(1), out.to(dtype)]
+    return (torch.stack([_weighted(weights[:, i], added).to(streams.dtype) for i in range(streams.shape[1])], 1),)
+
+
+@RowFormula
+def _update_gradients(
+    grad: Tensor, streams: Tensor, out: Tensor, post: Tensor, mix: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(streams)
+    g, added = grad.to(dtype).unbind(1), [*streams.to(dtype).unbind(1), out.to(dtype)]
+    columns = [_weighted(mix[..., j].to(dtype), [*g]).to(streams.dtype) for j in range(streams.shape[1])]
+    dweights = torch.stack([torch.stack([(each * x).sum(-1) for x in added], 1) for each in g], 1)
+    dout = _weighted(post.to(dtype), [*g]).to(out.dtype)
+    return torch.stack(columns, 1), dout, dweights[..., -1].contiguous(), dweights[..., :-1].contiguous()
+
+
+def _fused(streams: Tensor) -> bool:
+    """Where products would need wider copies; in float32 they are nearly as fast."""
+    return streams.dtype.itemsize < 4 and is_large(streams) and cpu_kernels() == "inductor"
+
+
 def update_forward(streams: Tensor, out: Tensor, post: Tensor, mix: Tensor) -> Tensor:
     """``H X + post o`` for streams (R, n, E) and out (R, E), rounded once."""
+    if _fused(streams):
+        updated: Tensor = _update(streams, out, post, mix)[0]
+        return updated
     dtype = compute_dtype(streams)
     weights = torch.cat((mix, post[..., None]), dim=-1).to(dtype)
     updated = streams.new_empty(streams.shape)
@@ -190,6 +225,9 @@ def update_backward(
     grad: Tensor, streams: Tensor, out: Tensor, post: Tensor, mix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of streams, out, post and mix."""
+    if _fused(streams):
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _update_gradients(grad, streams, out, post, mix)
+        return gradients
     dtype = compute_dtype(streams)
     rows, n, _ = streams.shape
     dstreams, dout = streams.new_empty(streams.shape), out.new_empty(out.shape)

@@ -36,158 +36,25 @@ from torch import Tensor
 
 from motif_kernels.impl.constants import POWER_SCALE
 from motif_kernels.impl.triton.launching import cdiv, launch, next_power_of_2
-from motif_kernels.impl.triton.mxfp8 import quantised
+from motif_kernels.impl.triton.poly_norm_tiles import (
+    clamp,
+    coefficients,
+    gradient_of,
+    inverse_rms,
+    load_numbers,
+    load_tile,
+    pass_inside,
+    polynomial,
+    store_numbers,
+    store_result,
+    store_tile,
+    sums_of_powers,
+    sums_of_products,
+)
 from motif_kernels.reference import compute_dtype
 from motif_kernels.tuning import launch_choice
 
 _SCALE = tl.constexpr(POWER_SCALE)
-
-
-@triton.jit
-def _load(pointer, row_stride, rows, columns, mask, DTYPE: tl.constexpr):
-    """A tile (ROWS, BLOCK) in the compute dtype, 0 where masked."""
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _store(pointer, row_stride, rows, columns, mask, tile):
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    tl.store(pointer + offsets, tile.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _clamp(tile, BOUND: tl.constexpr):
-    """Into [-BOUND, BOUND]; NaN stays NaN, as in torch.clamp."""
-    if BOUND is not None:
-        tile = tl.where(tile > BOUND, BOUND, tl.where(tile < -BOUND, -BOUND, tile))
-    return tile
-
-
-@triton.jit
-def _pass_inside(gradient, tile, BOUND: tl.constexpr):
-    """The gradient of :func:`_clamp`: kept where ``tile`` was within the bounds."""
-    if BOUND is not None:
-        gradient = tl.where(tl.abs(tile) <= BOUND, gradient, 0.0)
-    return gradient
-
-
-@triton.jit
-def _load_numbers(pointer, rows, mask, row_count):
-    """The entries of an array (3, R), as columns (ROWS, 1)."""
-    stride = row_count.to(tl.int64)
-    return (
-        tl.load(pointer + rows, mask=mask, other=0.0)[:, None],
-        tl.load(pointer + stride + rows, mask=mask, other=0.0)[:, None],
-        tl.load(pointer + 2 * stride + rows, mask=mask, other=0.0)[:, None],
-    )
-
-
-@triton.jit
-def _store_numbers(pointer, rows, mask, row_count, a3, a2, a1):
-    """Columns (ROWS, 1) into an array (3, R), or the first of (4, R)."""
-    stride = row_count.to(tl.int64)
-    tl.store(pointer + rows[:, None], a3, mask=mask[:, None])
-    tl.store(pointer + stride + rows[:, None], a2, mask=mask[:, None])
-    tl.store(pointer + 2 * stride + rows[:, None], a1, mask=mask[:, None])
-
-
-@triton.jit
-def _add_3(a3, a2, a1, b3, b2, b1):
-    return a3 + b3, a2 + b2, a1 + b1
-
-
-@triton.jit
-def _add_4(a3, a2, a1, a0, b3, b2, b1, b0):
-    return a3 + b3, a2 + b2, a1 + b1, a0 + b0
-
-
-@triton.jit
-def _groups(rows, offsets_pointer, GROUPS: tl.constexpr, BITS: tl.constexpr):
-    """How many groups end at or before each row, which is the number of its own: by bisection."""
-    group = tl.zeros_like(rows)
-    for bit in tl.static_range(BITS - 1, -1, -1):
-        further = group + (1 << bit)
-        there = further <= GROUPS
-        end = tl.load(offsets_pointer + further - 1, mask=there, other=0)
-        group = tl.where(there & (end <= rows), further, group)
-    return group
-
-
-@triton.jit
-def _coefficients(
-    weight_pointer,
-    bias_pointer,
-    offsets_pointer,
-    rows,
-    used,
-    GROUPS: tl.constexpr,
-    GROUP_BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """w3, w2, w1 and b: of all rows, or with groups (ROWS, 1)."""
-    if GROUPS == 0:
-        w3, w2, w1 = tl.load(weight_pointer), tl.load(weight_pointer + 1), tl.load(weight_pointer + 2)
-        b = tl.load(bias_pointer)
-    else:
-        group, used = _groups(rows, offsets_pointer, GROUPS, GROUP_BITS)[:, None], used[:, None]
-        w3 = tl.load(weight_pointer + 3 * group, mask=used, other=0.0)
-        w2 = tl.load(weight_pointer + 3 * group + 1, mask=used, other=0.0)
-        w1 = tl.load(weight_pointer + 3 * group + 2, mask=used, other=0.0)
-        b = tl.load(bias_pointer + group, mask=used, other=0.0)
-    return w3.to(DTYPE), w2.to(DTYPE), w1.to(DTYPE), b.to(DTYPE)
-
-
-@triton.jit
-def _power_sums(x):
-    """Sums over columns of x^6, x^4 and x^2 for x (ROWS, BLOCK): three columns (ROWS, 1)."""
-    x2 = x * x
-    x4 = x2 * x2
-    return tl.reduce((x4 * x2, x4, x2), 1, _add_3, keep_dims=True)
-
-
-@triton.jit
-def _product_sums(g, x):
-    """Sums over columns of g x^3, g x^2, g x and g."""
-    gx = g * x
-    gx2 = gx * x
-    return tl.reduce((gx2 * x, gx2, gx, g), 1, _add_4, keep_dims=True)
-
-
-@triton.jit
-def _inverse_rms(total, columns, EPS: tl.constexpr):
-    return tl.rsqrt(total / columns + EPS)
-
-
-@triton.jit
-def _polynomial(x, c3, c2, c1, c0):
-    return ((c3 * x + c2) * x + c1) * x + c0
-
-
-@triton.jit
-def _gradient(g, x, c3, c2, c1, q3, q2, q1):
-    """The sum of ``k c_k x^(k-1) (g - q_k x^k)``, where q_k is r_k mean(g n_k)."""
-    x2 = x * x
-    square = 2 * c2 * (g - q2 * x2)
-    cube = 3 * c3 * (g - q3 * (x2 * x))
-    return c1 * (g - q1 * x) + x * (square + x * cube)
-
-
-@triton.jit
-def _store_result(
-    out_pointer, scales_pointer, rows, row_mask, start, columns, y, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A tile of results, with their scales if there is room for those."""
-    block = start + tl.arange(0, BLOCK)
-    mask = row_mask[:, None] & (block < columns)[None, :]
-    if scales_pointer is None:
-        _store(out_pointer, columns, rows, block, mask, y)
-    else:
-        values, scales = quantised(y.to(tl.float32), ROWS, BLOCK)
-        _store(out_pointer, columns, rows, block, mask, values)
-        block = start // 32 + tl.arange(0, BLOCK // 32)
-        mask = row_mask[:, None] & (block < columns // 32)[None, :]
-        _store(scales_pointer, columns // 32, rows, block, mask, scales)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -223,51 +90,51 @@ def _forward_kernel(
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
     used = row_mask if GROUPS == 0 else row_mask & (rows < tl.load(offsets_pointer + GROUPS - 1))
-    w3, w2, w1, b = _coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
+    w3, w2, w1, b = coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
     if ONE_BLOCK:
         mask = used[:, None] & (block < columns)[None, :]
-        x = _clamp(_load(x_pointer, x_stride, rows, block, mask, DTYPE), BOUND) * _SCALE
+        x = clamp(load_tile(x_pointer, x_stride, rows, block, mask, DTYPE), BOUND) * _SCALE
     if MOMENTS_GIVEN:
-        r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
+        r3, r2, r1 = load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
     else:
         if ONE_BLOCK:
-            s6, s4, s2 = _power_sums(x)
+            s6, s4, s2 = sums_of_powers(x)
         else:
             s6, s4, s2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             for start in range(0, columns, BLOCK):
                 mask = used[:, None] & (start + block < columns)[None, :]
-                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
-                t6, t4, t2 = _power_sums(x)
+                x = clamp(load_tile(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+                t6, t4, t2 = sums_of_powers(x)
                 s6, s4, s2 = s6 + t6, s4 + t4, s2 + t2
-        r3 = _inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
-        r2 = _inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
-        r1 = _inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
+        r3 = inverse_rms(s6, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE * _SCALE)
+        r2 = inverse_rms(s4, columns, EPS * _SCALE * _SCALE * _SCALE * _SCALE)
+        r1 = inverse_rms(s2, columns, EPS * _SCALE * _SCALE)
         if inverse_rms_pointer is not None:
-            _store_numbers(inverse_rms_pointer, rows, row_mask, row_count, r3, r2, r1)
+            store_numbers(inverse_rms_pointer, rows, row_mask, row_count, r3, r2, r1)
     c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
     if ONE_BLOCK:
-        y = _polynomial(x, c3, c2, c1, b)
+        y = polynomial(x, c3, c2, c1, b)
         if up_pointer is not None:
-            y *= _clamp(_load(up_pointer, up_stride, rows, block, mask, DTYPE), BOUND)
-        y = _clamp(y, OUT_BOUND).to(ROUNDED)
-        _store_result(out_pointer, scales_pointer, rows, row_mask, 0, columns, y, ROWS, BLOCK)
+            y *= clamp(load_tile(up_pointer, up_stride, rows, block, mask, DTYPE), BOUND)
+        y = clamp(y, OUT_BOUND).to(ROUNDED)
+        store_result(out_pointer, scales_pointer, rows, row_mask, 0, columns, y, ROWS, BLOCK)
     else:
         for start in range(0, columns, BLOCK):
             mask = used[:, None] & (start + block < columns)[None, :]
-            x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
-            y = _polynomial(x, c3, c2, c1, b)
+            x = clamp(load_tile(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+            y = polynomial(x, c3, c2, c1, b)
             if up_pointer is not None:
-                y *= _clamp(_load(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
-            y = _clamp(y, OUT_BOUND).to(ROUNDED)
-            _store_result(out_pointer, scales_pointer, rows, row_mask, start, columns, y, ROWS, BLOCK)
+                y *= clamp(load_tile(up_pointer, up_stride, rows, start + block, mask, DTYPE), BOUND)
+            y = clamp(y, OUT_BOUND).to(ROUNDED)
+            store_result(out_pointer, scales_pointer, rows, row_mask, start, columns, y, ROWS, BLOCK)
 
 
 @triton.jit
 def _through_product(g, y, raw_up, BOUND: tl.constexpr, OUT_BOUND: tl.constexpr):
     """The gradients of y and of ``raw_up``, from that of their product."""
-    up = _clamp(raw_up, BOUND)
-    g = _pass_inside(g, y * up, OUT_BOUND)
-    return g * up, _pass_inside(g * y, raw_up, BOUND)
+    up = clamp(raw_up, BOUND)
+    g = pass_inside(g, y * up, OUT_BOUND)
+    return g * up, pass_inside(g * y, raw_up, BOUND)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -306,60 +173,60 @@ def _backward_kernel(
     row_mask = rows < row_count
     block = tl.arange(0, BLOCK)
     used = row_mask if GROUPS == 0 else row_mask & (rows < tl.load(offsets_pointer + GROUPS - 1))
-    w3, w2, w1, b = _coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
-    r3, r2, r1 = _load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
+    w3, w2, w1, b = coefficients(weight_pointer, bias_pointer, offsets_pointer, rows, used, GROUPS, GROUP_BITS, DTYPE)
+    r3, r2, r1 = load_numbers(inverse_rms_pointer, rows, row_mask, row_count)
     r3, r2, r1 = r3 * (_SCALE * _SCALE * _SCALE), r2 * (_SCALE * _SCALE), r1 * _SCALE
     c3, c2, c1 = w3 * r3, w2 * r2, w1 * r1
     if ONE_BLOCK:
         mask = used[:, None] & (block < columns)[None, :]
         store_mask = row_mask[:, None] & (block < columns)[None, :]
-        raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)
-        x = _clamp(raw, BOUND)
-        g = _load(grad_pointer, grad_stride, rows, block, mask, DTYPE)
+        raw = load_tile(x_pointer, x_stride, rows, block, mask, DTYPE)
+        x = clamp(raw, BOUND)
+        g = load_tile(grad_pointer, grad_stride, rows, block, mask, DTYPE)
         if up_pointer is not None:
-            raw_up = _load(up_pointer, up_stride, rows, block, mask, DTYPE)
-            g, dup = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
-            _store(dup_pointer, gradient_stride, rows, block, store_mask, dup)
+            raw_up = load_tile(up_pointer, up_stride, rows, block, mask, DTYPE)
+            g, dup = _through_product(g, polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
+            store_tile(dup_pointer, gradient_stride, rows, block, store_mask, dup)
     if means_pointer is not None:
-        m3, m2, m1 = _load_numbers(means_pointer, rows, row_mask, row_count)
+        m3, m2, m1 = load_numbers(means_pointer, rows, row_mask, row_count)
     else:
         if ONE_BLOCK:
-            g3, g2, g1, g0 = _product_sums(g, x)
+            g3, g2, g1, g0 = sums_of_products(g, x)
         else:
             g3, g2 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             g1, g0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
             for start in range(0, columns, BLOCK):
                 mask = used[:, None] & (start + block < columns)[None, :]
-                x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND)
-                g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+                x = clamp(load_tile(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND)
+                g = load_tile(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
                 if up_pointer is not None:
-                    raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
-                    g, _ = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
-                t3, t2, t1, t0 = _product_sums(g, x)
+                    raw_up = load_tile(up_pointer, up_stride, rows, start + block, mask, DTYPE)
+                    g, _ = _through_product(g, polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
+                t3, t2, t1, t0 = sums_of_products(g, x)
                 g3, g2, g1, g0 = g3 + t3, g2 + t2, g1 + t1, g0 + t0
         g3, g2, g1 = g3 * r3, g2 * r2, g1 * r1
-        _store_numbers(sums_pointer, rows, row_mask, row_count, g3, g2, g1)
+        store_numbers(sums_pointer, rows, row_mask, row_count, g3, g2, g1)
         tl.store(sums_pointer + 3 * row_count.to(tl.int64) + rows[:, None], g0, mask=row_mask[:, None])
         m3, m2, m1 = g3 / columns, g2 / columns, g1 / columns
     q3, q2, q1 = r3 * m3, r2 * m2, r1 * m1
     if ONE_BLOCK:
-        raw = _load(x_pointer, x_stride, rows, block, mask, DTYPE)  # again: see above
-        x = _clamp(raw, BOUND)
-        dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
-        _store(dx_pointer, gradient_stride, rows, block, store_mask, dx)
+        raw = load_tile(x_pointer, x_stride, rows, block, mask, DTYPE)  # again: see above
+        x = clamp(raw, BOUND)
+        dx = pass_inside(gradient_of(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
+        store_tile(dx_pointer, gradient_stride, rows, block, store_mask, dx)
     else:
         for start in range(0, columns, BLOCK):
             mask = used[:, None] & (start + block < columns)[None, :]
             store_mask = row_mask[:, None] & (start + block < columns)[None, :]
-            raw = _load(x_pointer, x_stride, rows, start + block, mask, DTYPE)
-            x = _clamp(raw, BOUND)
-            g = _load(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
+            raw = load_tile(x_pointer, x_stride, rows, start + block, mask, DTYPE)
+            x = clamp(raw, BOUND)
+            g = load_tile(grad_pointer, grad_stride, rows, start + block, mask, DTYPE)
             if up_pointer is not None:
-                raw_up = _load(up_pointer, up_stride, rows, start + block, mask, DTYPE)
-                g, dup = _through_product(g, _polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
-                _store(dup_pointer, gradient_stride, rows, start + block, store_mask, dup)
-            dx = _pass_inside(_gradient(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
-            _store(dx_pointer, gradient_stride, rows, start + block, store_mask, dx)
+                raw_up = load_tile(up_pointer, up_stride, rows, start + block, mask, DTYPE)
+                g, dup = _through_product(g, polynomial(x, c3, c2, c1, b), raw_up, BOUND, OUT_BOUND)
+                store_tile(dup_pointer, gradient_stride, rows, start + block, store_mask, dup)
+            dx = pass_inside(gradient_of(g, x, c3, c2, c1, q3, q2, q1), raw, BOUND)
+            store_tile(dx_pointer, gradient_stride, rows, start + block, store_mask, dx)
 
 
 @triton.jit
@@ -367,9 +234,9 @@ def _incoming(
     grad_pointer, up_pointer, grad_stride, up_stride, rows, columns, mask, BOUND: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The gradient that reaches PolyNorm: ``grad``, times ``up`` if there is one."""
-    g = _load(grad_pointer, grad_stride, rows, columns, mask, DTYPE)
+    g = load_tile(grad_pointer, grad_stride, rows, columns, mask, DTYPE)
     if up_pointer is not None:
-        g *= _clamp(_load(up_pointer, up_stride, rows, columns, mask, DTYPE), BOUND)
+        g *= clamp(load_tile(up_pointer, up_stride, rows, columns, mask, DTYPE), BOUND)
     return g
 
 
@@ -397,15 +264,15 @@ def _sums_kernel(
     a1, a0 = tl.zeros([ROWS, 1], DTYPE), tl.zeros([ROWS, 1], DTYPE)
     for start in range(0, columns, BLOCK):
         mask = row_mask[:, None] & (start + block < columns)[None, :]
-        x = _clamp(_load(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
+        x = clamp(load_tile(x_pointer, x_stride, rows, start + block, mask, DTYPE), BOUND) * _SCALE
         if grad_pointer is not None:
             g = _incoming(grad_pointer, up_pointer, grad_stride, up_stride, rows, start + block, mask, BOUND, DTYPE)
-            t3, t2, t1, t0 = _product_sums(g, x)
+            t3, t2, t1, t0 = sums_of_products(g, x)
             a0 += t0
         else:
-            t3, t2, t1 = _power_sums(x)
+            t3, t2, t1 = sums_of_powers(x)
         a3, a2, a1 = a3 + t3, a2 + t2, a1 + t1
-    _store_numbers(sums_pointer, rows, row_mask, row_count, a3, a2, a1)
+    store_numbers(sums_pointer, rows, row_mask, row_count, a3, a2, a1)
     if grad_pointer is not None:
         tl.store(sums_pointer + 3 * row_count.to(tl.int64) + rows[:, None], a0, mask=row_mask[:, None])
 

@@ -24,7 +24,8 @@ _LEAST_SUM, _MIX_BOUND = tl.constexpr(LEAST_SUM), tl.constexpr(MIX_BOUND)
 
 @triton.jit
 def _divisor(x, AXIS: tl.constexpr):
-    return tl.maximum(tl.sum(x, AXIS, keep_dims=True), _LEAST_SUM)
+    # tl.maximum takes a number for a float32: in float64 the bound would be another one.
+    return tl.maximum(tl.sum(x, AXIS, keep_dims=True), tl.full([], _LEAST_SUM, x.dtype))
 
 
 @triton.jit
