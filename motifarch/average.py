@@ -13,7 +13,9 @@ from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, write_json
 from motifarch.optim.averaging import PREFIX, CheckpointMean
 from motifarch.progress import Advance, progress
+from motifarch.storage import is_url
 from motifarch.train.checkpoint import CheckpointWriter
+from motifarch.train.fetching import fetched_run
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import read_about
@@ -40,14 +42,16 @@ class _MeanPlanner(DefaultSavePlanner):
         return value
 
 
-def average(run: Path, output: Path, last: int) -> Path:
+def average(run: Path | str, output: Path, last: int, *, origin_name: str | None = None) -> Path:
     """Write the mean of a run's last complete checkpoints, one tensor at a time.
 
     Args:
-        run: a run's output folder.
+        run: a run's output folder; of a URL's, the checkpoints are copied beside the output
+            meanwhile.
         output: folder to write: a run's with one checkpoint, for `motifarch export`; its checkpoint
             is for `run.init_from`. An earlier average is replaced once the new one is whole.
         last: checkpoints to average.
+        origin_name: what the record calls the run, where that is not its path.
 
     Returns:
         The checkpoint's folder. It holds weights, no moments.
@@ -58,6 +62,10 @@ def average(run: Path, output: Path, last: int) -> Path:
     """
     if last < 1:
         raise UserError(f"--last is {last}; it must be at least 1")
+    if isinstance(run, str) and is_url(run):
+        with fetched_run(run, near=output, last=last) as copy:
+            return average(copy, output, last, origin_name=run)
+    run = Path(run)
     record = read_record(run)
     if output.exists() and AVERAGE_OF not in read_record(output):
         raise UserError(f"{output} exists and is no average; give another --output")
@@ -88,5 +96,5 @@ def average(run: Path, output: Path, last: int) -> Path:
                 dcp.save({PREFIX[:-1]: weights}, storage_writer=writer, planner=planner, no_dist=True)
             except dcp.CheckpointException as error:  # it is no Exception
                 raise error.failures[0][0] from None
-        write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": str(run)})
+        write_json(folder / RECORD, record | {AVERAGE_OF: steps, "averaged_run": origin_name or str(run)})
     return checkpoints_folder(output) / target.name

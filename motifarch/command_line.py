@@ -12,6 +12,7 @@ from rich.console import Console
 
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath
+from motifarch.storage import is_url
 from motifarch.typed_yaml import accepted, shown
 
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -90,4 +91,14 @@ _path = option(FilePath)
 
 def path(text: str) -> Path:
     """An argparse ``type`` for a file's or folder's path: the empty one would be this folder."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"is {shown(text)}, a URL, where a path on disk is needed: copy it to disk first (a run's model by "
+            "`motifarch export URL --output DIR`)"
+        )
     return Path(_path(text))
+
+
+def path_or_url(text: str) -> Path | str:
+    """An argparse ``type`` for a path, or a URL in object storage, which stays text."""
+    return text if is_url(text) else path(text)

@@ -50,15 +50,16 @@ class RunSummary:
     """(tokens, seconds of training, loss) of each step."""
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """The folders of runs in a folder, or the folder itself where it is a run's.
+def find_runs(folder: Path, name: str = "") -> list[Path]:
+    """The folders of runs in a folder, or the folder itself where it is a run's; errors name it by
+    `name`.
 
     Raises:
         UserError: there is none.
     """
     found = sorted(file.parent for file in folder.rglob(METRICS)) if folder.is_dir() else []
     if not found:
-        raise UserError(f"{folder} holds no run (a folder with {METRICS}); give a folder of runs, such as runs")
+        raise UserError(f"{name or folder} holds no run (a folder with {METRICS}); give a folder of runs, such as runs")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, loading, option, path, path_or_url
 from motifarch.field_types import PositiveCount
 
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         examples=["motifarch average runs/tiny_cpu --output runs/mean --last 2"],
     )
-    parser.add_argument("run", type=path, help="a run's output folder")
+    parser.add_argument("run", type=path_or_url, help="a run's output folder, on disk or as a URL (s3://...)")
     parser.add_argument("--last", type=option(PositiveCount), default=6, help="checkpoints to average (default: 6)")
     parser.add_argument("--output", type=path, required=True, help="folder to write")
     arguments = parser.parse_args(argv)

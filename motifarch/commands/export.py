@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, loading, option, path, path_or_url
 from motifarch.errors import UserError
 from motifarch.field_types import FilePath
 
@@ -20,14 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "motifarch export runs/tiny_cpu",
             "motifarch export runs/tiny_cpu --output model --dtype bfloat16 --with-code",
             "motifarch export runs/sft_tiny_cpu_lora --adapter",
+            "motifarch export s3://bucket/tiny_cpu --output model",
             "motifarch export runs/tiny_cpu --with-code --push-to-hub USER/MODEL --private",
         ],
     )
     parser.add_argument(
         "source",
-        type=path,
-        help="a run's output folder, or one checkpoint's folder; with --with-code also a Motif model's Hugging Face "
-        "folder, to which the code is added in place",
+        type=path_or_url,
+        help="a run's output folder, or one checkpoint's folder, on disk or as a URL (s3://...); with --with-code also "
+        "a Motif model's Hugging Face folder, to which the code is added in place",
     )
     parser.add_argument("--output", type=path, help="folder to write (default: RUN/export)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights (default: float32)")
@@ -51,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     arguments = parser.parse_args(argv)
-    source: Path = arguments.source
+    source: Path | str = arguments.source
     if arguments.push_to_hub is not None:
         from motifarch.export.hub import check_repository_name
 
         check_repository_name(arguments.push_to_hub)
     elif arguments.private:
         raise UserError("--private is given without --push-to-hub NAME; give both, or leave --private out")
-    if (source / "config.json").exists():
+    if isinstance(source, Path) and (source / "config.json").exists():
         _add_code_to_model(arguments)
         print(f"model code added to {source}: it loads without motifarch, with trust_remote_code=True")
         _push(source, arguments)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, loading, option, path, path_or_url
 from motifarch.errors import UserError
 from motifarch.field_types import PositiveCount
 
@@ -20,9 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="motifarch runs",
         description="Compare the runs in a folder: state, steps, tokens, loss, bits per byte, speed, the recipe fields "
         "that differ, and a plot of their losses by tokens and by time.",
-        examples=["motifarch runs runs", "motifarch runs runs/lr_* --last 100 --output compared.png"],
+        examples=[
+            "motifarch runs runs",
+            "motifarch runs runs/lr_* --last 100 --output compared.png",
+            "motifarch runs s3://bucket/runs --output compared.png",
+        ],
     )
-    parser.add_argument("folders", type=path, nargs="+", metavar="DIR", help="a run's folder, or one that holds runs")
+    parser.add_argument(
+        "folders",
+        type=path_or_url,
+        nargs="+",
+        metavar="DIR",
+        help="a run's folder, or one that holds runs, on disk or as a URL (s3://...)",
+    )
     parser.add_argument(
         "--last", type=option(PositiveCount), metavar="N", help="steps that losses are means of (default: log.every)"
     )
@@ -32,12 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with loading():
         from motifarch import runs
+        from motifarch.train.fetching import fetch_figures
+    if isinstance(arguments.folders[0], str) and not arguments.output:
+        raise UserError(f"{arguments.folders[0]} is a URL, where no plot can be written; give --output FILE.png")
     found: dict[Path, str] = {}
-    for folder in arguments.folders:
-        for run in runs.find_runs(folder):
-            inside = run.relative_to(folder)
-            found.setdefault(run, str(inside) if str(inside) != "." and len(arguments.folders) == 1 else str(run))
-    summaries = [runs.summarise(run, name, arguments.last or 0) for run, name in found.items()]
+    with TemporaryDirectory() as copies:
+        for number, given in enumerate(arguments.folders):
+            folder = fetch_figures(given, Path(copies) / str(number)) if isinstance(given, str) else given
+            for run in runs.find_runs(folder, str(given)):
+                inside = run.relative_to(folder)
+                alone = str(inside) != "." and len(arguments.folders) == 1
+                name = str(run) if folder == given else f"{given}/{inside}".removesuffix("/.")
+                found.setdefault(run, str(inside) if alone else name)
+        summaries = [runs.summarise(run, name, arguments.last or 0) for run, name in found.items()]
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)

@@ -13,7 +13,9 @@ from motifarch.export.model_card import write_card
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.model_folder import without_bars
 from motifarch.portable import add_code
+from motifarch.storage import is_url
 from motifarch.tokenizer.loading import tokenizer_fingerprint
+from motifarch.train.fetching import fetched_run
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import load_trained_model, read_about
@@ -23,13 +25,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def export(
-    source: Path,
+    source: Path | str,
     output: Path | None = None,
     *,
     dtype: str = "float32",
     tokenizer: str | None = None,
     with_code: bool = False,
     adapter: bool = False,
+    origin_name: str | None = None,
 ) -> Path:
     """Turn a checkpoint into a Hugging Face folder: config, safetensors, tokenizer, model card, the
     run's record.
@@ -37,7 +40,8 @@ def export(
     A tokenizer without a chat template gets a plain one, which the card names.
 
     Args:
-        source: a run's output folder (its newest complete checkpoint is taken) or a checkpoint's.
+        source: a run's output folder (its newest complete checkpoint is taken) or a checkpoint's; a
+            URL's is copied beside the output meanwhile.
         output: where to write; default ``export`` (``adapter``) in the run's folder. An earlier one
             there is replaced once the new one is whole.
         dtype: "float32", as trained, or "bfloat16".
@@ -45,6 +49,8 @@ def export(
         with_code: write the model code too, so that the folder loads without motifarch.
         adapter: write the adapters that the run trained alone, as peft does, for the model of
             ``run.init_from``; otherwise they become part of the weights.
+        origin_name: what export.json and the model card call the checkpoint, where that is not its
+            path.
 
     Returns:
         The folder written.
@@ -53,7 +59,20 @@ def export(
         UserError: no run, no complete checkpoint or no tokenizer there, or the disk can't be
             written.
     """
-    run, checkpoint = _resolve(source)
+    if isinstance(source, str) and is_url(source):
+        if output is None:
+            raise UserError(f"{source} is a URL, beside which no export can be written; give --output DIR")
+        with fetched_run(source, near=output) as copy:
+            return export(
+                copy,
+                output,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                with_code=with_code,
+                adapter=adapter,
+                origin_name=source,
+            )
+    run, checkpoint = _resolve(Path(source))
     about = read_about(checkpoint)
     if adapter and with_code:
         raise UserError("--adapter and --with-code: adapters come without a model's code; leave one of them out")
@@ -82,7 +101,7 @@ def export(
         else:
             print(f"warning: {run / RECORD} is missing or damaged, so the export lacks it")
         origin = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": origin_name or str(checkpoint),
             "manifest_sha256": sha256(checkpoint / MANIFEST),
             "step": read_manifest(checkpoint)["step"],
             "dtype": dtype,

@@ -1,6 +1,7 @@
 """The training loop: from a recipe to a trained run, top to bottom."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from motifarch.counted import counted
 from motifarch.data import AttentionWork, BatchLoader
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
+from motifarch.files import remove
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import SpikeGuard, build_optimizer, offload_state
 from motifarch.parallel import (
@@ -28,8 +30,10 @@ from motifarch.parallel import (
     parallelize,
     shard_sequence,
 )
+from motifarch.storage import is_url
 from motifarch.train.annealing import Annealing, set_expert_losses
 from motifarch.train.checkpoint import Checkpointer, TrainState, load_state
+from motifarch.train.fetching import fetch_folder
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, bytes_per_token, find_parent
 from motifarch.train.learning_rate import learning_rates
@@ -56,6 +60,9 @@ from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
 from motifarch.train.trackers import open_trackers
 
+FETCHED = ".fetched"
+"""Where, in the run's folder, first weights from a URL lie until they are read."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -67,6 +74,8 @@ class Start:
     warnings: list[str]
     place: dict[str, Any] | None = None
     """How far in the data the parent is."""
+    first_weights: str | None = None
+    """`run.init_from`, or the folder that a URL's was copied to."""
 
 
 def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
@@ -84,9 +93,12 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     start = world.run_on_main_and_broadcast(lambda: _decide(recipe, inputs, world))
     mesh = Mesh(world.device.type, recipe.parallel.resolve(world.size))
     check_memory(inputs.model_config, mesh.layout, world, frozen=bool(recipe.lora.rank))
+    from_disk = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, init_from=start.first_weights))
     state, flops_per_token = build_state(
-        recipe, inputs.model_config, world, mesh, seq_len=inputs.seq_len, compute=start.compute
+        from_disk, inputs.model_config, world, mesh, seq_len=inputs.seq_len, compute=start.compute
     )
+    if world.is_main:
+        remove(output / FETCHED)  # every rank has read it
     if start.parent:
         load_state(start.parent, state)
         # A row of skipped steps that stopped the last start must not stop this one at once.
@@ -326,12 +338,16 @@ def _decide(recipe: Recipe, inputs: Inputs, world: World) -> Start:
         place = about.get("samples")
         if compute == "auto":
             compute = about["compute"]
-    elif recipe.run.init_from:
-        warnings += config_differences(Path(recipe.run.init_from), inputs.model_config)
+    first_weights = recipe.run.init_from
+    if first_weights and is_url(first_weights):
+        # What goes on from a checkpoint has its weights from there.
+        first_weights = None if parent else str(fetch_folder(first_weights, output / FETCHED))
+    if first_weights and not parent:
+        warnings += config_differences(Path(first_weights), inputs.model_config)
     if compute == "auto":
         compute = choose_compute(world.device)
     warnings += set_damaged_record_aside(output)
-    return Start(parent, compute, warnings, place)
+    return Start(parent, compute, warnings, place, first_weights)
 
 
 def _validate(state: TrainState, inputs: Inputs, recipe: Recipe, world: World, mesh: Mesh) -> dict[str, float]:

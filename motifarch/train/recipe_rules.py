@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from motifarch.errors import UserError
+from motifarch.storage import is_url
 from motifarch.train.recipe import RECIPES, ExpertsSection, OptimSection, Recipe
 
 
@@ -34,6 +35,21 @@ def check_recipe(recipe: Recipe, world_size: int = 1) -> None:
             average.every and 0 < checkpoint.keep_last < average.last,
             f"checkpoint.keep_last is {checkpoint.keep_last}, but average.last needs {average.last} checkpoints; keep "
             "at least as many, or 0 for all",
+        ),
+        (
+            is_url(run.output),
+            f"run.output is {run.output}, a URL, but logs, metrics and locks want a folder on disk; give one, and the "
+            "URL as checkpoint.mirror",
+        ),
+        (
+            is_url(run.resume),
+            f"run.resume is {run.resume}, a URL; give the run's folder there as checkpoint.mirror, whose newest "
+            "checkpoint run.resume auto goes on from, or copy the checkpoint to disk",
+        ),
+        (
+            checkpoint.mirror is not None and not is_url(checkpoint.mirror),
+            f"checkpoint.mirror is {checkpoint.mirror}, which is no URL; give one such as s3://bucket/run, gs://... or "
+            "file:///folder",
         ),
         (not data.datasets, "data.datasets is empty; give at least one entry, for example {path: data/stdlib}"),
         (

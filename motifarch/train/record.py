@@ -167,8 +167,8 @@ def write_record(
     """Writes `run.json`; earlier starts are kept under `starts`."""
     output = Path(recipe.run.output)
     previous = read_record(output)
-    origin = parent or (Path(recipe.run.init_from) if recipe.run.init_from else None)
-    manifest = origin / MANIFEST if origin else None
+    origin = parent or recipe.run.init_from
+    manifest = Path(origin) / MANIFEST if origin else None
     start = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": read_manifest(parent)["step"] if parent else 0,

@@ -134,7 +134,7 @@ class RemoteRun:
         return partial.rename(final)
 
     def fetch_record(self, output: Path) -> None:
-        """Copies the run's record and figures, as far as there are any."""
+        """Copies the run's record and figures into a folder, as far as there are any."""
         with explained(self.url):
             for name in (RECORD, METRICS):
                 with suppress(FileNotFoundError):
@@ -223,34 +223,3 @@ def claim_mirror(url: str, resume: str, parent: Path | None) -> None:
             f"{checkpoint_name(there[0])}; continue that with --run.resume auto, or give another --checkpoint.mirror"
         )
     remote.claim(-1 if parent is None else step_of(parent) or 0)
-
-
-def fetch_run(url: str, output: Path, *, last: int = 1) -> Path:
-    """Copies a run's newest complete checkpoints, or the one that a URL names, with record and
-    figures, into a folder as the run's on disk.
-
-    Returns:
-        That folder, or the one checkpoint's in it.
-
-    Raises:
-        UserError: nothing complete is there, or it can't be read.
-    """
-    remote = RemoteRun(url)
-    with explained(url):
-        there = remote.complete()
-    found: list[Path] = []
-    for step in there:
-        if len(found) == last:
-            break
-        print(f"fetching {remote.name(step)}", flush=True)
-        try:
-            found.append(remote.fetch(step, output))
-        except ValueError as error:
-            print(f"warning: passing over the checkpoint {remote.name(step)}: {error}")
-    if not found:
-        raise UserError(
-            f"{url} holds no complete checkpoint; give the URL of a run's folder (that of checkpoint.mirror), or of "
-            "a checkpoint in it"
-        )
-    remote.fetch_record(output)
-    return output if remote.only is None else found[0]

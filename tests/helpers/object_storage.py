@@ -10,7 +10,10 @@ from moto.server import ThreadedMotoServer
 
 @contextmanager
 def s3_server(port: int = 0) -> Iterator[str]:
-    """Serves an empty bucket named "bucket", which s3:// finds meanwhile; gives the endpoint."""
+    """Serves a bucket named "bucket", which s3:// finds meanwhile; gives the endpoint.
+
+    What is in it outlives the server, as long as this process.
+    """
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -25,7 +28,7 @@ def s3_server(port: int = 0) -> Iterator[str]:
             patch.setenv(f"AWS_{name}", value)
         storage = fsspec.filesystem("s3", skip_instance_cache=True)
         storage.clear_instance_cache()  # of another endpoint
-        storage.mkdir("bucket")
+        storage.makedirs("bucket", exist_ok=True)
         try:
             yield endpoint
         finally:

@@ -1,5 +1,6 @@
 """Checkpoints in object storage: what is there is whole, and a run goes on from it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from helpers.distributed import train
+from helpers.distributed import kill_tree, started, train, wait_until
 from helpers.object_storage import s3_server
 from helpers.tiny import SHORT_RUN, write_recipe
 from motifarch.errors import UserError
@@ -64,6 +65,12 @@ def manifests(url: str) -> list[str]:
     return [name.split("/")[1] for name in there(url) if name.endswith("manifest.json")]
 
 
+def assert_kept(url: str) -> None:
+    """Two checkpoints, the last one among them: one between may have been left out, as too many."""
+    assert len(manifests(url)) == 2
+    assert manifests(url)[-1] == "step_00000008"
+
+
 def test_an_empty_disk_goes_on_from_there(
     url: str, recipe: Path, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +81,7 @@ def test_an_empty_disk_goes_on_from_there(
     run(recipe, url, *EIGHT)
     assert "resuming after step 4" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(whole)
-    assert manifests(url) == ["step_00000006", "step_00000008"]
+    assert_kept(url)
     assert all(name.split("/")[1] in manifests(url) for name in there(url) if name.startswith("checkpoints"))
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert [start["step"] for start in record["starts"]] == [0, 4]
@@ -100,7 +107,7 @@ def test_what_is_not_whole_is_passed_over(
     run(recipe, url, *EIGHT)
     assert "resuming after step 2" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(whole)
-    assert manifests(url) == ["step_00000006", "step_00000008"]
+    assert_kept(url)
 
 
 def test_killed_at_any_write_a_whole_one_is_found(
@@ -197,6 +204,70 @@ def test_a_copy_is_tried_again(
     assert manifests(url)[-1] == "step_00000004"
 
 
+@pytest.mark.slow
+def test_a_server_that_goes_and_comes_back(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server itself stops after the first file, and is there again once that is told."""
+    monkeypatch.setattr(mirror, "WAITS_S", (0.5,))
+    with contextlib.ExitStack() as stack:
+        first = s3_server()
+        port = int(first.__enter__().rpartition(":")[2])
+        put, say, puts = mirror.RemoteRun.put, mirror.Mirror.__init__, [0]
+
+        def stop_first(*args: Any) -> None:
+            put(*args)
+            puts[0] += 1
+            if puts[0] == 1:
+                first.__exit__(None, None, None)
+                monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+
+        def start_another(self: Any, *args: Any, **options: Any) -> None:
+            told = options["say"]
+
+            def hear(line: str) -> None:
+                told(line)
+                if "tried again" in line and puts[0] == 1:
+                    puts[0] = 2
+                    stack.enter_context(s3_server(port))
+
+            say(self, *args, **options | {"say": hear})
+
+        monkeypatch.setattr(mirror.RemoteRun, "put", stop_first)
+        monkeypatch.setattr(mirror.Mirror, "__init__", start_another)
+        url = f"s3://bucket{tmp_path}"
+        run(recipe, url, *EIGHT)
+        assert "the server can't be reached" in " ".join(capsys.readouterr().out.split())
+        assert manifests(url)[-1] == "step_00000008"
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_while_they_copy(server: str, recipe: Path, tmp_path: Path) -> None:
+    url, script = f"s3://bucket{tmp_path}", tmp_path / "slow_copy.py"
+    script.write_text(
+        "import sys, time\n"
+        "from motifarch.cli import main\n"
+        "from motifarch.train import remote_run\n"
+        "put = remote_run.RemoteRun.put\n"
+        "def late(self, source, name):\n"
+        "    if '/__1' in name and 'step_00000002' not in name:\n"
+        "        time.sleep(1000)\n"
+        "    put(self, source, name)\n"
+        "remote_run.RemoteRun.put = late\n"
+        "main(['train', *sys.argv[1:]])\n"
+    )
+    options = (*SHORT_RUN, "--checkpoint.mirror", url, "--run.steps", "8")
+    train(2, tmp_path, recipe, *SHORT_RUN, "--run.steps", "8", "--run.output", tmp_path / "whole")
+    with started(2, script, recipe, *options) as process:
+        wait_until(lambda: any("/__0" in name for name in there(url) if "step_00000002" not in name), process)
+        kill_tree(process.pid)
+    assert manifests(url) == ["step_00000002"]
+    shutil.rmtree(tmp_path / "run")
+    assert "resuming after step 2" in train(2, tmp_path, recipe, *options)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_kept(url)
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [
@@ -221,3 +292,55 @@ def test_another_run_there_is_not_replaced(recipe: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="holds a run"):
         run(recipe, url, "--run.resume", "none", "--run.output", os.fspath(tmp_path / "other"))
     assert there(url) == before
+
+
+def test_commands_read_what_is_there(
+    server: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    from motifarch.commands import average, export, generate, runs
+
+    url = f"s3://bucket{tmp_path}/runs/mine"
+    run(recipe, url)
+    for source, output in ((url, "far"), (f"{url}/checkpoints/step_00000004", "one"), (str(tmp_path / "run"), "near")):
+        assert export.main([source, "--output", str(tmp_path / output)]) == 0
+    expected = load_file(tmp_path / "near/model.safetensors")
+    for name in ("far", "one"):
+        assert all(
+            value.equal(expected[key]) for key, value in load_file(tmp_path / name / "model.safetensors").items()
+        )
+    assert json.loads((tmp_path / "far/export.json").read_text())["checkpoint"] == url
+    assert average.main([url, "--last", "2", "--output", str(tmp_path / "mean")]) == 0
+    capsys.readouterr()
+    assert runs.main([url.removesuffix("/mine"), "--output", str(tmp_path / "runs.png")]) == 0
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--output"):
+        export.main([url])
+    with pytest.raises(UserError, match="motifarch export URL"):
+        generate.main([url, "--prompt", "x"])
+
+
+@pytest.mark.parametrize("part", ["", "/checkpoints/step_00000004", "model"])
+def test_first_weights_from_there(part: str, recipe: Path, tmp_path: Path, whole: Path) -> None:
+    from motifarch.export import export
+
+    url, options = f"memory:/{tmp_path}/runs/mine", (*SHORT_RUN, "--run.output", str(tmp_path / "new"))
+    run(recipe, url)
+    local, remote = str(tmp_path / "run/checkpoints/step_00000004"), url + part
+    if part == "model":
+        local, remote = str(export(tmp_path / "run", tmp_path / "model")), f"memory:/{tmp_path}/model"
+        fsspec.url_to_fs(remote)[0].put(local, str(tmp_path / "model"), recursive=True)
+    assert main([str(recipe), *options, "--run.init_from", remote]) == 0
+    again = tmp_path / "again"
+    assert main([str(recipe), *options, "--run.init_from", local, "--run.output", str(again)]) == 0
+    assert losses(tmp_path / "new") == losses(again)
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == sorted(file.name for file in again.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", [("--run.output", "s3://b/run"), ("--run.resume", "s3://b/run"), ("--checkpoint.mirror", "runs/copy")]
+)
+def test_what_is_no_folder_or_no_url_is_told(option: tuple[str, str], recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.mirror"):
+        main([str(recipe), *option])
