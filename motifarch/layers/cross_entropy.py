@@ -78,7 +78,9 @@ class _SummedLoss(torch.autograd.Function):
         d_logits = torch.empty_like(logits)
         for start in range(0, len(logits), rows):
             at = slice(start, start + rows)
-            part = (logits[at] - logsumexp[at, None]).exp_().mul_(of_softmax[at, None])
+            part = logits[at].to(logsumexp.dtype)  # what subtracts in another dtype would copy for itself
+            part = part - logsumexp[at, None] if part.dtype == logits.dtype else part.sub_(logsumexp[at, None])
+            part.exp_().mul_(of_softmax[at, None])
             part.scatter_add_(1, index[at, None], of_target[at, None])
             d_logits[at] = part.masked_fill_(ignored[at, None], 0)
         return d_logits, None, None, None, None
