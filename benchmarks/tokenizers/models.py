@@ -8,9 +8,9 @@ Both tokenizers have 16,384 tokens and are trained on the training pages, as in
 shorter, and a row, a step and a run hold as many bytes of text as BPE's; and its feed-forward
 blocks are wider, so that a run costs the same FLOPs, embedding and output projection included
 (Liu et al., arXiv 2503.13423, keep bytes of context equal too, and one of their comparisons FLOPs).
-Each run reads all training pages once, in an order of its seed. Losses are of all held-out pages,
-which neither tokenizer nor model has seen. Differences are paired by seed. One learning rate, the
-tiny recipe's, serves both.
+Each run reads all training pages once, in an order of its seed. Losses are of 98% of the held-out
+pages, the same for both, which neither tokenizer nor model has seen. Differences are paired by
+seed. One learning rate, the tiny recipe's, serves both.
 
 A finished run is not run again; one that was stopped or killed goes on from its checkpoint: give
 the same command. `--report` shows what there is meanwhile.

@@ -1,19 +1,26 @@
 """`motifarch eval --data`: the loss that training measures, and its bits per byte."""
 
+import itertools
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import motifarch.models  # noqa: F401  # registers the model type
-from helpers.tiny import prepare_text
+from helpers.tiny import RECIPE, prepare_text
 from motifarch.commands.evaluate import main
 from motifarch.data import PackedDataset, collate
+from motifarch.data.prepare import main as prepare
 from motifarch.errors import UserError
 from motifarch.export import export
+from motifarch.inference.validation import validate
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +56,35 @@ def test_what_to_evaluate_on_is_given_once(folder: Path, data: Path) -> None:
         main([str(folder)])
     with pytest.raises(UserError, match="--num-fewshot is for --tasks"):
         main([str(folder), "--data", str(data), "--num-fewshot", "2"])
+
+
+def of_letters(length: int) -> PreTrainedTokenizerFast:
+    """A token for so many of the letters a to d."""
+    words = ["".join(letters) for letters in itertools.product("abcd", repeat=length)]
+    made = Tokenizer(models.WordLevel({"</s>": 0} | {word: i for i, word in enumerate(words, 1)}, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("[abcd]" * length), "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="</s>")
+
+
+def test_tokenizers_compare_in_bits_per_byte(tmp_path: Path) -> None:
+    """Two models that know nothing of the same text, one of letters and one of pairs of them."""
+    draw, letters = random.Random(0), 600
+    rows = [json.dumps({"text": "".join(draw.choices("abcd", k=letters))}) for _ in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    found = {}
+    for length, vocab_size in ((1, 8), (2, 64)):  # 3 and 6 bits for each token
+        tokenizer, folder, data = of_letters(length), tmp_path / f"model{length}", tmp_path / f"data{length}"
+        tokenizer.save_pretrained(folder)
+        sizes = dict(RECIPE["model"]) | {"vocab_size": vocab_size}
+        model = MotifForCausalLM(MotifConfig(**sizes, tie_word_embeddings=True))
+        nn.init.zeros_(model.get_input_embeddings().weight)  # all tokens are as likely
+        model.save_pretrained(folder)
+        options = ["--tokenizer", folder, "--output", data, "--seq-len", 50, "--validation-fraction", 0.5]
+        prepare([f"--source=files:{tmp_path / 'text.jsonl'}", *map(str, options), "--num-proc", "1"])
+        found[length] = validate(folder, data)
+        tokens = letters / length + 1  # with the one that ends a document
+        assert found[length]["loss"] == pytest.approx(math.log(vocab_size), rel=1e-6)
+        assert found[length]["bits_per_byte"] == pytest.approx(math.log2(vocab_size) * tokens / letters, rel=1e-6)
+    assert found[2]["loss"] == pytest.approx(2 * found[1]["loss"])
+    assert found[2]["bits_per_byte"] == pytest.approx(found[1]["bits_per_byte"], rel=1 / letters)
