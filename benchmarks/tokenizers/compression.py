@@ -52,6 +52,15 @@ def texts(corpora: Path, part: str, languages: Sequence[str]) -> Iterator[tuple[
         yield sources[text.source], text.text
 
 
+def unseen(corpora: Path, languages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Held-out text without the lines that training text of its language has."""
+    for language in languages:
+        seen = {line for _, text in texts(corpora, "train", [language]) for line in text.split("\n")}
+        for _, text in texts(corpora, "held_out", [language]):
+            if lines := [line for line in text.split("\n") if line not in seen]:
+                yield language, "\n".join(lines)
+
+
 def vocabularies(arguments: argparse.Namespace, console: Console) -> dict[str, PreTrainedTokenizerFast]:
     """All that are compared, by name."""
     special, size = SpecialTokens(), arguments.vocab_size
@@ -80,8 +89,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     """Train, measure, write and print."""
     env = cli.introduce(MODULE, torch.device("cpu"), ("motifarch", "tokenizers", "transformers"), console)
     compared = vocabularies(arguments, console)
-    figures = measure(compared, texts(arguments.corpora, "held_out", LANGUAGES)).as_dict()
+    held_out = texts(arguments.corpora, "held_out", LANGUAGES)
+    figures = measure(compared, unseen(arguments.corpora, LANGUAGES[:2]) if arguments.unseen else held_out).as_dict()
     settings: dict[str, Any] = {"vocab_size": arguments.vocab_size, "new_tokens_wanted": arguments.tokens}
+    settings["unseen_lines_only"] = arguments.unseen
     content = {"benchmark": "tokenizers", "environment": env, "settings": settings, "results": figures}
     path = arguments.output or report.RESULTS / "tokenizers.json"
     report.write_json(path, content)
@@ -99,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     add("corpora", type=Path, help="what benchmarks.tokenizers.corpus wrote")
     add("--vocab-size", type=int, default=16384, help="of BPE and SuperBPE; default %(default)s")
     add("--tokens", type=int, default=19000, help="new ones for o200k_base; default %(default)s")
+    add("--unseen", action="store_true", help="measure the lines of held-out pages that no training page has")
     add("--output", type=Path, help="JSON file, a plot beside it; default benchmarks/results/tokenizers.json")
     return made
 
