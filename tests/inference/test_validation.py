@@ -78,7 +78,9 @@ def test_tokenizers_compare_in_bits_per_byte(tmp_path: Path) -> None:
         tokenizer.save_pretrained(folder)
         sizes = dict(RECIPE["model"]) | {"vocab_size": vocab_size}
         model = MotifForCausalLM(MotifConfig(**sizes, tie_word_embeddings=True))
-        nn.init.zeros_(model.get_input_embeddings().weight)  # all tokens are as likely
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        nn.init.zeros_(embedding.weight)  # all tokens are as likely
         model.save_pretrained(folder)
         options = ["--tokenizer", folder, "--output", data, "--seq-len", 50, "--validation-fraction", 0.5]
         prepare([f"--source=files:{tmp_path / 'text.jsonl'}", *map(str, options), "--num-proc", "1"])
