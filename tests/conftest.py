@@ -2,10 +2,14 @@
 
 import os
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from helpers.distributed import descendants, kill_tree
 
 # Before any Hugging Face library is imported: a test that needs the hub must fail, not wait for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,6 +60,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; none is available")
+
+
+_ENDS_CHILDREN = pytest.StashKey[threading.Timer]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """Ends what a test has started a second before its limit ends the worker. A forked child holds
+    the worker's pipes, and xdist would wait for it without end.
+    """
+    timer = threading.Timer(settings.timeout - 1, lambda: [kill_tree(child) for child in descendants(os.getpid())])
+    timer.daemon = True
+    timer.start()
+    item.stash[_ENDS_CHILDREN] = timer
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    if timer := item.stash.get(_ENDS_CHILDREN, None):
+        timer.cancel()
 
 
 @pytest.fixture(autouse=True)
