@@ -9,6 +9,7 @@ from typing import Any
 from motifarch.data.arrow_files import block_features, block_tables, write_tables
 from motifarch.data.loss_mask import with_mask
 from motifarch.data.manifest import FILE_NAME, Manifest, SplitCounts
+from motifarch.data.mapped_pages import pages_given_back
 from motifarch.data.packed import Block, PackedDataset
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, remove
@@ -33,7 +34,7 @@ def merge(folders: Sequence[Path], output: Path, report: Callable[[str], None]) 
         if (output / FILE_NAME).is_file() and Manifest.read(output).fingerprint == manifest.fingerprint:
             return manifest
         raise UserError(f"--output {output} is there already, and holds something else: give another, or remove it")
-    with claim_folder(output, report), new_folder(output) as folder:
+    with claim_folder(output, report), new_folder(output) as folder, pages_given_back(folder, *folders):
         copytree(shards[0][0] / "tokenizer", folder / "tokenizer")
         for split in manifest.splits:
             sources = [PackedDataset.open(shard, split) for shard, _ in shards]

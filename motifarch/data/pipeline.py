@@ -26,6 +26,7 @@ from motifarch.data.find_files import file_state, files_below
 from motifarch.data.languages import InLanguages
 from motifarch.data.lengths import source_lengths
 from motifarch.data.manifest import Manifest, SplitCounts
+from motifarch.data.mapped_pages import pages_given_back
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
 from motifarch.data.settings import PrepareSettings
@@ -72,7 +73,7 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
         # Once more: another process may have finished it, or a killed one may have moved it aside.
         if found := _already_prepared(settings, inputs):
             return found
-        with new_folder(output) as folder:
+        with new_folder(output) as folder, pages_given_back(folder):
             return _make(folder, settings, each_file_once(sources), inputs, report)
 
 

@@ -59,6 +59,11 @@ class PrepareSettings:
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"--validation-fraction {self.validation_fraction}: it must lie between 0 and 1")
         check_reading(self.encoding, self.document_separator)
+        number, of = self.shard_of
+        if not 1 <= number <= of:
+            raise UserError(f"--shard {self.shard!r}: it must be K/N, with K from 1 to N, such as 2/8")
+        if self.shard is not None and self.tokenizer is None:
+            raise UserError("--shard without --tokenizer: all shards need the same; train one, and give it to each")
         for option in ("messages", "chat_template"):
             if getattr(self, option) and self.tokenizer is None:
                 raise UserError(

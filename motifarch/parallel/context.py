@@ -54,8 +54,8 @@ def shard_sequence(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, An
     """This rank's consecutive part of a packed row's tokens (1, T), from `motifarch.data.collate`;
     ``ranks`` divide T, and the documents' bounds stay those of the whole row.
 
-    What multi-token prediction needs of the token after the part comes along: its id, which the
-    last part has not, and the targets as the whole row has them.
+    What multi-token prediction needs of the token after the part comes along: its id, unless a
+    document ends there, and the targets as the whole row has them.
     """
     if ranks == 1:
         return batch
@@ -66,4 +66,5 @@ def shard_sequence(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, An
 
     ids = batch["input_ids"]
     end = (rank + 1) * (ids.shape[1] // ranks)
-    return batch | {name: part(batch[name]) for name in _TOKENS} | {"next_input_ids": ids[:, end : end + 1]}
+    following = ids[:, end : end if end in batch["cu_seq_lens_q"] else end + 1]
+    return batch | {name: part(batch[name]) for name in _TOKENS} | {"next_input_ids": following}

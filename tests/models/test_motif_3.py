@@ -107,6 +107,17 @@ def test_padding_and_packed_documents(padding: str) -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_multi_token_prediction_of_a_document_does_not_depend_on_the_next(rows: int) -> None:
+    model, tokens = tiny_motif_3(), ids().view(rows, -1)
+    bounds = torch.tensor([0, 5, 14, 18, 2 * TOKENS], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(tokens, cu_seq_lens_q=bounds, max_length_q=10, return_mtp_logits=True).mtp_logits.flatten(0, 1)
+        for begin, end in bounds.unfold(0, 2, 1).tolist():
+            alone = model(tokens.view(1, -1)[:, begin:end], return_mtp_logits=True).mtp_logits[0]
+            assert_close(packed[begin:end], alone, f"document {begin} to {end}")
+
+
 # Mistakes that others made, or could: each must be noticed.
 
 

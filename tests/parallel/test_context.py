@@ -37,6 +37,6 @@ def test_parts_have_the_targets_of_the_whole_row() -> None:
     assert [p["shift_labels"].tolist() for p in parts] == [[[1, 2]], [[3, none]], [[5, none]], [[7, none]]]
     # The first document lies on two ranks: its second token's next but one is the other's.
     assert [p["mtp_labels"].tolist() for p in parts] == [[[2, 3]], [[none, none]], [[none, none]], [[none, none]]]
-    assert [p["next_input_ids"].tolist() for p in parts] == [[[2]], [[4]], [[6]], [[]]]
+    assert [p["next_input_ids"].tolist() for p in parts] == [[[2]], [[]], [[]], [[]]]
     assert all(p["cu_seq_lens_q"] is bounds for p in parts)
     assert shard_sequence(batch, 0, 1) is batch

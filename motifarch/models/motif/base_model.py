@@ -228,7 +228,8 @@ class MotifModel(MotifPreTrainedModel):
 
         Arguments are those of :meth:`MotifForCausalLM.forward`, and output_mtp: whether
         mtp_hidden_states are given too; with them next_input_ids, (B, 1 or 0), are the tokens after
-        the last of each row, where rows go on elsewhere.
+        the last of each row, where rows go on elsewhere, and position_ids restart where documents
+        do.
 
         Returns:
             last_hidden_state (B, S, E), past_key_values, hidden_states, attentions,
@@ -265,6 +266,7 @@ class MotifModel(MotifPreTrainedModel):
             cu_seq_lens_q, max_length_q = cu_seqlens_from_position_ids(position_ids.expand(batch, seqlen))
         if use_cache and past_key_values is None and cu_seq_lens_q is None:
             past_key_values = DynamicCache(config=self.config)
+        packed = cu_seq_lens_q
         fit_windows(past_key_values, self.config)
         seen = seen_tokens(past_key_values, seqlen)
         if position_ids is None:
@@ -340,8 +342,13 @@ class MotifModel(MotifPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         predicted = None
         if output_mtp:
-            # What follows the last one is not known, unless it was given.
+            # What follows a row's last one is not known, unless it was given; a document's neither,
+            # so that packed documents do not depend on what they lie beside.
             following = nn.functional.pad(embeddings, (0, 0, 0, seqlen + 1 - embeddings.shape[1]))[:, 1:]
+            if packed is not None:
+                places = position_ids if next_input_ids is not None else positions_in_documents(packed, batch, seqlen)
+                begins = nn.functional.pad(places[:, 1:] == 0, (0, 1))
+                following = following.masked_fill(begins[..., None], 0.0)
             predicted = self.mtp_layers[0](hidden_states, following, **options[mtp_layer_type(self.config)])
         return MotifModelOutput(
             last_hidden_state=hidden_states,
