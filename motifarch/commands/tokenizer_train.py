@@ -1,6 +1,7 @@
 """`motifarch tokenizer train`: a vocabulary of your own, as a Hugging Face folder."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 from motifarch.command_line import Parser, loading, option, path
 from motifarch.commands.text_sources import add_source_options, shown_texts, text_settings
@@ -37,29 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     special, settings = SpecialTokens(reserved=arguments.reserved), text_settings(arguments)
     check_vocab_size(size, special)
     characters = 0
+    merging = ExitStack()  # from the last text to the last merge within words
 
     def texts() -> Iterator[str]:
         nonlocal characters
         for text in shown_texts(settings, "reading"):
             characters += len(text.text)
             yield text.text
+        merging.enter_context(progress("merging within words"))
 
     def shown(tokens: Iterable[str], total: int) -> Iterator[str]:
+        merging.close()
         with progress("merging across words", total) as advance:
             for token in tokens:
                 yield token
                 advance()
 
-    if arguments.method == "bpe":
-        trained = train_bpe(texts(), size, special)
-    else:
-        if stage_1 is None:
-            least = least_size(special)
-            stage_1 = least + (size - least) * 5 // 8
-        options = {"max_words": arguments.max_words, "sample_characters": arguments.sample_characters}
-        trained = train_superbpe(
-            texts(), size, special, stage_1_size=stage_1, seed=arguments.seed, progress=shown, **options
-        )
+    if stage_1 is None:
+        least = least_size(special)
+        stage_1 = least + (size - least) * 5 // 8
+    options = {"max_words": arguments.max_words, "sample_characters": arguments.sample_characters}
+    options |= {"stage_1_size": stage_1, "seed": arguments.seed}
+    with merging:
+        if arguments.method == "bpe":
+            trained = train_bpe(texts(), size, special)
+        else:
+            trained = train_superbpe(texts(), size, special, progress=shown, **options)
     with claim_folder(output, print), new_folder(output) as folder:
         as_pretrained(trained, special, arguments.model_max_length).save_pretrained(folder)
     made = trained.get_vocab_size()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.distributed import descendants, started, wait_until
+from helpers.terminal import on_a_terminal
 from motifarch.data import PackedDataset
 from motifarch.data.prepare import main
 from motifarch.errors import UserError
@@ -43,21 +43,6 @@ def stream(output: Path, split: str) -> list[int]:
 
 def contents(output: Path) -> dict[str, list]:
     return {split: datasets.load_from_disk(str(output / split))[:] for split in ("train", "validation")}
-
-
-def on_a_terminal(command: list[str]) -> str:
-    """What a command writes to standard error where that is a terminal."""
-    ours, its = os.openpty()
-    environment = os.environ | {"TERM": "xterm"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=its, env=environment) as process:
-        os.close(its)
-        shown = b""
-        with suppress(OSError):  # the end, on Linux
-            while part := os.read(ours, 65536):
-                shown += part
-    os.close(ours)
-    assert process.returncode == 0, shown
-    return shown.decode()
 
 
 def test_the_documents_come_back_from_the_blocks(corpus: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.terminal import on_a_terminal
 from helpers.vocabularies import SIZE, STAGE_1, made_texts
 from motifarch.cli import run
 from motifarch.errors import UserError
@@ -187,6 +189,15 @@ def test_the_command_trains_on_sources_by_weight(
     assert loaded.decode(loaded("모델을 학습하는").input_ids) == "모델을 학습하는"
     with pytest.raises(UserError, match="is there already"):
         run(["tokenizer", "train", *sources, *options])
+
+
+def test_each_stage_shows_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(made_texts()), encoding="utf-8")
+    command = [sys.executable, "-m", "motifarch.cli", "tokenizer", "train", "--source", f"files:{tmp_path}/text.txt"]
+    options = ["--method", "superbpe", "--vocab-size", str(SIZE), "--output", str(tmp_path / "made")]
+    shown = on_a_terminal([*command, *options])
+    stages = ("reading", "merging within words", "merging across words")
+    assert sorted(shown.index(stage) for stage in stages) == [shown.index(stage) for stage in stages]
 
 
 @pytest.mark.parametrize(
