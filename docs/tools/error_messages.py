@@ -23,7 +23,7 @@ SUBJECTS = {
         *("typed_yaml", "yaml_text"),
     ),
     "Data and tokenizers": ("data", "tokenizer"),
-    "Runs and checkpoints": ("train", "average", "checkpoint_reader", "runs", "locks", "files", "shards"),
+    "Runs and checkpoints": ("train", "average", "checkpoint_reader", "runs", "locks", "files", "shards", "storage"),
     "Several processes": ("parallel", "die_with_parent"),
     "Optimizers": ("optim",),
     "Models and their folders": (
