@@ -14,6 +14,7 @@ import pytest
 import s3fs
 from fsspec.registry import _registry as registered
 
+from helpers.object_storage import s3_server
 from motifarch.data.documents import Document, ReadOptions, Skipped
 from motifarch.data.prepare import main
 from motifarch.data.sources import FileSource, each_file_once, parse_source
@@ -33,20 +34,8 @@ TEXTS = ["one", "two", "three", "넷", "five", "six", "seven"]
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
     """A server of S3's interface, to which the environment leads."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("corpus")
+    with s3_server(bucket="corpus"):
         yield
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 def put(url: str, content: bytes) -> None:

@@ -16,6 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+TO_REPORT = ("--monitor-interval", "3")
+"""For torchrun: after one rank's death, time for the others to say what they miss before it ends
+them."""
+
 TIMEOUT = 120
 """Seconds for one command, and without news of a condition."""
 
@@ -81,7 +85,8 @@ def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     # Forked by a server that has imported what takes long, once for all tests.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["motifarch.train.loop"])
-    mp.start_processes(_call, args=(ranks, store.port, function, args), nprocs=ranks, start_method="forkserver")
+    given = (ranks, store.port, dict(os.environ), function, args)
+    mp.start_processes(_call, args=given, nprocs=ranks, start_method="forkserver")
 
 
 def train(ranks: int, folder: Path, *args: str | Path, environment: dict[str, str] | None = None) -> str:
@@ -100,9 +105,12 @@ def _train(folder: Path, args: list[str], environment: dict[str, str]) -> None:
         sys.stdout.flush()
 
 
-def _call(rank: int, ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _call(
+    rank: int, ranks: int, port: int, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     faulthandler.dump_traceback_later(RANKS_TIMEOUT, exit=True)
     torch.set_num_threads(1)
+    os.environ |= environment  # the server's own is of when it started
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

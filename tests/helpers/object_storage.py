@@ -9,8 +9,8 @@ from moto.server import ThreadedMotoServer
 
 
 @contextmanager
-def s3_server(port: int = 0) -> Iterator[str]:
-    """Serves a bucket named "bucket", which s3:// finds meanwhile; gives the endpoint.
+def s3_server(port: int = 0, bucket: str = "bucket") -> Iterator[str]:
+    """Serves a bucket, which s3:// finds meanwhile; gives the endpoint.
 
     What is in it outlives the server, as long as this process.
     """
@@ -28,7 +28,7 @@ def s3_server(port: int = 0) -> Iterator[str]:
             patch.setenv(f"AWS_{name}", value)
         storage = fsspec.filesystem("s3", skip_instance_cache=True)
         storage.clear_instance_cache()  # of another endpoint
-        storage.makedirs("bucket", exist_ok=True)
+        storage.makedirs(bucket, exist_ok=True)
         try:
             yield endpoint
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.distributed import torchrun
+from helpers.distributed import TO_REPORT, torchrun
 from helpers.tiny import SHORT_RUN
 from motifarch.commands.average import main as average
 from motifarch.commands.export import main as export
@@ -345,7 +345,7 @@ def test_a_full_disk_is_named_and_changes_nothing(run: Path, tmp_path: Path, com
 def test_a_rank_lost_while_loading_is_no_misfit(run: Path, finished: tuple[Path, Path]) -> None:
     shutil.rmtree(step(run, 4))
     script = Path(__file__).with_name("lost_while_loading.py")
-    done = torchrun(2, script, finished[0], *SHORT_RUN, "--run.output", str(run))
+    done = torchrun(2, *TO_REPORT, script, finished[0], *SHORT_RUN, "--run.output", str(run))
     assert done.returncode != 0
     assert "does not fit" not in done.stderr
     assert "error: rank 0 lost another rank" in done.stderr

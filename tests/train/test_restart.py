@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from helpers.distributed import torchrun, train
+from helpers.distributed import TO_REPORT, torchrun, train
 from helpers.tiny import write_recipe
 from motifarch.train.run_folder import read_metrics
 
@@ -31,7 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[tu
 def test_a_killed_and_a_hung_rank_are_restarted_and_the_run_goes_on(
     recipe: Path, tmp_path: Path, undisturbed: list[tuple[int, Any, Any]]
 ) -> None:
-    troubles = ("--max-restarts", "2", TROUBLE, tmp_path, "kill:11,hang:19")
+    troubles = (*TO_REPORT, "--max-restarts", "2", TROUBLE, tmp_path, "kill:11,hang:19")
     # A save in the background may not be complete when the rank is killed.
     done = torchrun(2, *troubles, recipe, *LENGTH, *PATIENCE, "--checkpoint.asynchronous", "false")
     assert done.returncode == 0, done.stderr
