@@ -104,6 +104,20 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def resumed_status(run: Callable[[], int]) -> int:
+    """`exit_status` of what the same command goes on with: 130 after ctrl-C or a time limit."""
+
+    def work() -> int:
+        try:
+            with terminate_as_interrupt():
+                return run()
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+
+    return exit_status(work)
+
+
 def exit_status(run: Callable[[], int]) -> int:
     """The status that ``run`` returns; 2 and one line for what the user can mend."""
     try:

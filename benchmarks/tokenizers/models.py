@@ -237,17 +237,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-
-    def work() -> int:
-        options = parser().parse_args(argv)
-        try:
-            with cli.terminate_as_interrupt():
-                return run(options, Console())
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
-            return 130
-
-    return cli.exit_status(work)
+    options = parser().parse_args(argv)
+    return cli.resumed_status(lambda: run(options, Console()))
 
 
 if __name__ == "__main__":
