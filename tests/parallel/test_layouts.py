@@ -130,7 +130,7 @@ LONG_WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_windows_longer_than_a_ranks_part(optimizer: str, data: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"optimizer": optimizer, "lr": 1e-3, "qk_clip": 0.5 if optimizer == "muon" else None}
+    own: dict[str, Any] = {"optimizer": optimizer, "lr": 5e-4, "qk_clip": 0.5 if optimizer == "muon" else None}
     found = {}
     for ranks, layouts in ((1, [Layout()]), (4, [Layout(context=4), Layout(tensor=2, context=2)])):
         cases = [Case(f"{n}, {x}", layout=x, **own, **of) for n, of in LONG_WINDOWS.items() for x in layouts]
