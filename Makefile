@@ -18,13 +18,14 @@ FAST := data layers optim $(addprefix kernels/,test_attention.py test_sdpa.py te
 # One thread a process: tests run side by side, and a run's two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test test-fast test-slow test-oldest test-newest lint format docs docs-look dist clean
+.PHONY: help train test test-fast test-slow test-nightly test-oldest test-newest lint format docs docs-look dist clean
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
-	@echo "make test         all tests but the slow ones, in 10 minutes on two cores; ARGS='tests/optim -k muon' for some"
+	@echo "make test         all tests but the slow ones, in 15 minutes on two cores; ARGS='tests/optim -k muon' for some"
 	@echo "make test-fast    a quick subset of them, in 2 minutes"
-	@echo "make test-slow    the slow ones: kill loops, every compiled configuration, transformers' own; in 40 minutes"
+	@echo "make test-slow    the slow ones: layouts of four ranks, restarts, transformers' own; in 40 minutes"
+	@echo "make test-nightly the slowest: every compiled configuration, faults planted in kernels, kill loops; in 30"
 	@echo "make test-oldest  make test with each dependency's lower bound, torch 2.11 too; see below"
 	@echo "make test-newest  make test with the newest release of everything; see below"
 	@echo "make lint         formats, types, import contracts, Markdown, schemas of workflows"
@@ -64,7 +65,10 @@ test-fast: $(VENV)/.installed-dev
 # Without the package index, the tests that are downloaded are skipped.
 test-slow: $(VENV)/.installed-dev
 	-$(BIN)/python tests/transformers_suite/download.py
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "slow and not nightly" $(ARGS)
+
+test-nightly: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m nightly $(ARGS)
 
 # All but the reports that `motifarch benchmark report` writes.
 MARKDOWN := git ls-files '*.md' ':!benchmarks/results/*/report.md' ':!benchmarks/results/compiled.md'

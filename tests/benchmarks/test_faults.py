@@ -8,7 +8,7 @@ from benchmarks.faults.damages import Damaging
 from benchmarks.faults.kills import Killing
 from benchmarks.faults.pickles import try_pickles
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def test_nothing_is_lost_by_kills(tmp_path: Path) -> None:

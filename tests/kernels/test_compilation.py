@@ -38,7 +38,7 @@ def compiled() -> dict[tuple[int, str], Kernels]:
 
 
 @WHILE_COMPILING
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("arch", "family"), ALL)
 def test_every_configuration_is_within_bounds(compiled: dict[tuple[int, str], Kernels], arch: int, family: str) -> None:
     kernels = compiled[arch, family]
@@ -47,7 +47,7 @@ def test_every_configuration_is_within_bounds(compiled: dict[tuple[int, str], Ke
 
 
 @WHILE_COMPILING
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_are_as_reported(compiled: dict[tuple[int, str], Kernels], arch: int) -> None:
     """Of a GPU as a whole: kernels of several families share a row.
@@ -68,7 +68,7 @@ def test_kernels_are_as_reported(compiled: dict[tuple[int, str], Kernels], arch:
 
 
 @WHILE_COMPILING
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_defects_that_are_mended_are_not_listed_as_known(compiled: dict[tuple[int, str], Kernels]) -> None:
     _, gone = lints.judge(kernel for kernels in compiled.values() for kernel in kernels)
     assert not gone

@@ -70,7 +70,7 @@ def motif_3(name: str, layout: Layout) -> list[Case]:
     return [Case(f"{which}, {name}", layout=layout, **common, **own) for which, own in MOTIF_3_CASES.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_motif_3_is_equal_to_one_process(data: Path, tmp_path: Path) -> None:
     layouts = {
         1: {"alone": Layout()},

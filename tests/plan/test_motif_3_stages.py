@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "motif_3"
 STAGES = {"": 4096, "_long_32k": 32768, "_long_256k": 262144}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("gpus", [64, 768])  # 256 have the shards of 768, in a third of the copies
 def test_the_three_stages_fit(gpus: int, tmp_path: Path) -> None:
     recipes = [str(RECIPES / f"b200_{gpus}{stage}.yaml") for stage in STAGES]

@@ -103,7 +103,7 @@ def test_without_its_launcher_a_run_saves_and_makes_way(recipe: Path, tmp_path: 
     assert steps(output) == list(range(1, len(steps(output)) + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_three_simultaneous_starts_one_trains(recipe: Path, tmp_path: Path) -> None:
     length = ("--run.steps", "1200", "--checkpoint.every", "500", "--validation.every", "0")
     command = ("-m", "motifarch.train", recipe, *length)

@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_passes_keep_the_error_rule() -> None:
     """In a process of its own: kernels are compiled there, and interpreted here."""
     command = [sys.executable, "-m", "tests.kernels.ptx.test_gluon"]

@@ -28,7 +28,12 @@ def lines(module: str, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "group", ["attention", "masks", "decoding", "poly_norm", "combine", "hyper_connections", "expert_rows", "blackwell"]
+    "group",
+    [
+        pytest.param("attention", marks=pytest.mark.nightly),
+        pytest.param("masks", marks=pytest.mark.nightly),
+        *("decoding", "poly_norm", "combine", "hyper_connections", "expert_rows", "blackwell"),
+    ],
 )
 def test_kernels_keep_the_error_rule_without_a_fault(group):
     found = lines("suite", group)
@@ -36,7 +41,7 @@ def test_kernels_keep_the_error_rule_without_a_fault(group):
     assert not [line for line in found if line["problem"]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_planted_faults_are_noticed():
     """Most barriers, waits and fences that are left out one at a time.
 
