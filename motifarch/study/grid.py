@@ -1,9 +1,11 @@
 """A head-ratio study's grid: variants x sizes x seeds, from YAML, and its rules."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -18,9 +20,14 @@ from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.recipe_rules import check_recipe
 from motifarch.typed_yaml import Section, TypedYaml
 
+Activation = Literal["poly_norm", "silu"]
 Attention = Literal["softmax_mha", "softmax_gqa", "diff_v1", "gda", "diff_v2"]
 Match = Literal["parameters", "flops", "kv_cache", "operations"]
 """What can be made equal; `operations` is the former name of `flops`."""
+MakesUp = Literal["feed_forward", "depth", "nothing"]
+"""What makes up for the cost of heads: the width of feed-forward blocks, the number of layers, or
+nothing.
+"""
 
 DECIDED = (
     *("base", "data.datasets", "batch.warmup_start", "optim.lr"),
@@ -44,14 +51,28 @@ class VariantSpec(Section):
     ratio: Heads | None = None
     """`gda`: signal heads for each noise head."""
 
-    activation: Literal["poly_norm", "silu"] = "poly_norm"
+    noise_heads: Heads | None = None
+    """`gda`: its noise heads; null means the size's."""
+
+    makes_up: MakesUp = "feed_forward"
+    """What makes up for what its heads cost more or less than the reference's."""
+
+    activation: Activation = "poly_norm"
     """PolyNorm, or SiLU (SwiGLU)."""
 
     @property
     def name(self) -> str:
-        """What tables call it, such as "gda 4:1 poly_norm"."""
-        ratio = f" {self.ratio}:1" if self.attention == "gda" else ""
-        return f"{self.attention.replace('softmax_', 'softmax ')}{ratio} {self.activation}"
+        """What tables call it, such as "gda 4:1 poly_norm" or, of 8 signal and 2 noise heads,
+        "gda 4:1 (8+2) poly_norm".
+        """
+        parts = [self.attention.replace("softmax_", "softmax ")]
+        if self.attention == "gda":
+            parts.append(f"{self.ratio}:1")
+        if self.noise_heads is not None:
+            parts.append(f"({(self.ratio or 1) * self.noise_heads}+{self.noise_heads})")
+        if self.makes_up != "feed_forward":
+            parts.append(self.makes_up)
+        return " ".join([*parts, self.activation])
 
     @property
     def head_ratio(self) -> int | None:
@@ -63,7 +84,57 @@ class VariantSpec(Section):
     @property
     def folder(self) -> str:
         """Its name as a folder's."""
-        return self.name.replace(" ", "_").replace(":", "to")
+        return re.sub("[()]", "", self.name).replace(" ", "_").replace(":", "to")
+
+
+@dataclass
+class DesignSpec(Section):
+    """GDA at several ratios, with one number of heads held.
+
+    A ratio does not vary alone. With noise heads fixed, a higher one has more signal heads, and
+    more heads in all; with signal heads fixed, fewer noise heads, and fewer in all; with query
+    heads fixed, as many in all, divided otherwise. What is the ratio's, all three show.
+    """
+
+    fixed: Literal["noise_heads", "signal_heads", "query_heads"]
+    """What is the same at every ratio: query heads are signal and noise heads together."""
+
+    heads: Heads
+    """How many of them."""
+
+    ratios: list[Heads]
+    """Signal heads for each noise head."""
+
+    makes_up: MakesUp = "feed_forward"
+    """What makes up for what heads cost: `depth` comes no nearer than a layer."""
+
+    activation: Activation = "poly_norm"
+    """PolyNorm, or SiLU (SwiGLU)."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it, such as "12 query heads"."""
+        made_up = "" if self.makes_up == "feed_forward" else f", {self.makes_up} making up"
+        return f"{self.heads} {self.fixed.replace('_', ' ')}{made_up}"
+
+    def noise_heads(self, ratio: int) -> Fraction:
+        """At a ratio; a fraction where the heads do not divide so."""
+        share = {"noise_heads": 1, "signal_heads": ratio, "query_heads": ratio + 1}
+        return Fraction(self.heads, share[self.fixed])
+
+    @property
+    def variants(self) -> list[VariantSpec]:
+        """One for each ratio."""
+        return [
+            VariantSpec(
+                "gda",
+                ratio,
+                noise_heads=int(self.noise_heads(ratio)),
+                makes_up=self.makes_up,
+                activation=self.activation,
+            )
+            for ratio in self.ratios
+        ]
 
 
 @dataclass
@@ -160,14 +231,17 @@ class Grid(Section):
     sizes: list[SizeSpec]
     """Models to make each variant in."""
 
-    variants: list[VariantSpec]
-    """What is compared."""
-
     tokens: Tokens
     """Training tokens of a run."""
 
     learning_rate: LearningRate
     """Given, or swept for each variant."""
+
+    variants: list[VariantSpec] = field(default_factory=list)
+    """What is compared, one by one."""
+
+    designs: list[DesignSpec] = field(default_factory=list)
+    """What is compared, head ratios with something held; a variant of several is trained once."""
 
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """Each seeds first weights and data order, alike for all variants."""
@@ -197,7 +271,13 @@ class Grid(Section):
     @property
     def reference_variant(self) -> VariantSpec:
         """The variant that the others are matched to."""
-        return next((v for v in self.variants if v.name == self.reference), self.variants[0])
+        return next((v for v in self.compared if v.name == self.reference), self.compared[0])
+
+    @property
+    def compared(self) -> list[VariantSpec]:
+        """All variants, those of designs last, each once."""
+        everyone = [*self.variants, *(v for design in self.designs for v in design.variants)]
+        return list({v.name: v for v in everyone}.values())
 
     def steps(self, size: SizeSpec, tokens: int | None = None) -> int:
         """Optimizer steps of a run: the fewest that read at least its tokens."""
@@ -228,10 +308,13 @@ def check_grid(grid: Grid) -> None:
     Raises:
         UserError: naming the field, its value and what is accepted.
     """
-    for name in ("sizes", "variants", "seeds"):
+    for name in ("sizes", "seeds"):
         if not getattr(grid, name):
             raise UserError(f"{name} is empty; give at least one entry")
+    if not grid.compared:
+        raise UserError("variants and designs are empty; give at least one entry of either")
     _check_variants(grid)
+    _check_designs(grid)
     _unique("sizes", [s.name for s in grid.sizes])
     _unique("seeds", grid.seeds)
     _check_learning_rate(grid.learning_rate)
@@ -247,10 +330,29 @@ def _check_variants(grid: Grid) -> None:
                 f"variants[{i}].ratio is {variant.ratio}, but {variant.attention} has no choice of ratio; leave it "
                 "out, or let attention be gda"
             )
-    names = [v.name for v in grid.variants]
-    _unique("variants", names)
+        if variant.attention != "gda" and variant.noise_heads is not None:
+            raise UserError(
+                f"variants[{i}].noise_heads is {variant.noise_heads}, but {variant.attention} has no choice of them; "
+                "leave it out, or let attention be gda"
+            )
+    _unique("variants", [v.name for v in grid.variants])
+    names = [v.name for v in grid.compared]
     if grid.reference is not None and grid.reference not in names:
         raise UserError(f"reference is {grid.reference!r}, which is no variant; accepted: {', '.join(names)}")
+
+
+def _check_designs(grid: Grid) -> None:
+    for i, design in enumerate(grid.designs):
+        if len(design.ratios) < 2:
+            raise UserError(f"designs[{i}].ratios is {design.ratios}; give at least two ratios to compare")
+        _unique(f"designs[{i}].ratios", design.ratios)
+        if not_whole := [r for r in design.ratios if design.noise_heads(r).denominator > 1]:
+            fit = [r for r in range(1, design.heads + 1) if design.noise_heads(r).denominator == 1]
+            raise UserError(
+                f"designs[{i}].ratios has {not_whole[0]}, and {design.heads} {design.fixed.replace('_', ' ')} do not "
+                f"divide {not_whole[0]}:1; accepted: {', '.join(map(str, fit))}, or other heads"
+            )
+    _unique("designs", [design.name for design in grid.designs])
 
 
 def _check_learning_rate(rate: LearningRate) -> None:

@@ -57,17 +57,19 @@ class Matched:
         return self.variant.name
 
 
-def model_fields(variant: VariantSpec, size: SizeSpec, match: Match, intermediate_size: int) -> dict[str, Any]:
-    """Fields of a recipe's model section.
+def model_fields(
+    variant: VariantSpec, size: SizeSpec, match: Match, intermediate_size: int, layers: int | None = None
+) -> dict[str, Any]:
+    """Fields of a recipe's model section, with the size's layers unless they are given.
 
-    Head width, noise heads and key/value heads stay, and signal heads are ratio x noise heads, so
-    that ratios differ in nothing but their signal heads. Softmax attention and DIFF V2, which have
+    Head width and key/value heads stay, noise heads are the size's unless the variant has its own,
+    and signal heads are ratio x noise heads. Softmax attention and DIFF V2, which have
     no noise heads to keep, take the size's query heads: DIFF V2 twice as many over the same
     key/value heads, as its authors ask. Where the cache is matched, softmax_mha has no more heads
     than the others have key/value heads.
     """
-    noise = size.num_noise_heads
-    kv = size.num_key_value_heads or 2 * noise
+    noise = variant.noise_heads or size.num_noise_heads
+    kv = size.num_key_value_heads or 2 * size.num_noise_heads
     query = size.num_query_heads or size.hidden_size // size.head_dim
     mha = kv if match == "kv_cache" else query
     heads: dict[str, tuple[int, int | None, int]] = {  # query heads, noise heads among them, key/value heads
@@ -82,7 +84,7 @@ def model_fields(variant: VariantSpec, size: SizeSpec, match: Match, intermediat
         "attention_type": "softmax" if variant.attention.startswith("softmax") else variant.attention,
         "hidden_act": variant.activation,
         "hidden_size": size.hidden_size,
-        "num_hidden_layers": size.num_hidden_layers,
+        "num_hidden_layers": layers or size.num_hidden_layers,
         "head_dim": size.head_dim,
         "num_attention_heads": queries,
         "num_noise_heads": noise_heads,
@@ -103,22 +105,26 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
 
     Raises:
         UserError: variants that stay more than 1% away, with what was reached, the nearest widths
-            and what would help; or heads that no layer computes.
+            and what would help; or heads that no layer computes. Of those that no width makes up
+            for, what is left is in their deviations.
     """
     found: list[Matched] = []
     refused: list[str] = []
     for size in grid.sizes:
         reference = partial(_costs, grid, sequences, size, grid.reference_variant)
         target = reference(size.intermediate_size)
-        for variant in grid.variants:
-            costs, width = partial(_costs, grid, sequences, size, variant), size.intermediate_size
-            if variant != grid.reference_variant:
+        for variant in grid.compared:
+            costs = partial(_costs, grid, sequences, size, variant)
+            width, layers = size.intermediate_size, size.num_hidden_layers
+            if variant != grid.reference_variant and variant.makes_up == "feed_forward":
                 width = _nearest(costs, target, grid.match, size.intermediate_multiple)
-            own = costs(width)
-            fields = model_fields(variant, size, grid.match, width)
+            elif variant != grid.reference_variant and variant.makes_up == "depth":
+                layers = _nearest(partial(costs, width), target, grid.match, 1)
+            own = costs(width, layers)
+            fields = model_fields(variant, size, grid.match, width, layers)
             matched = Matched(variant, size, fields, own, {by: own[by] / target[by] - 1 for by in own})
             found.append(matched)
-            if abs(matched.deviations[grid.match]) > TOLERANCE:
+            if variant.makes_up == "feed_forward" and abs(matched.deviations[grid.match]) > TOLERANCE:
                 refused.append(_refusal(grid.match, matched, costs, reference))
     if refused:
         raise UserError(
@@ -128,17 +134,19 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
     return found
 
 
-def _costs(grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int) -> Costs:
+def _costs(
+    grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int, layers: int | None = None
+) -> Costs:
     """Those of a variant with a feed-forward width, from the model itself, built without memory."""
-    fields = model_fields(variant, size, grid.match, width)
+    fields = model_fields(variant, size, grid.match, width, layers)
     recipe = Recipe(model=dataclasses.replace(grid.recipe.model, **fields))
     try:
         with torch.device("meta"):
             model = MotifForCausalLM(model_config(recipe, sequences))
     except UserError as error:
         raise UserError(f"{variant.name} at size {size.name}: {error}") from None
-    layers: Any = model.model.layers
-    cached = sum(layer.self_attn.cache_width for layer in layers)
+    decoder: Any = model.model
+    cached = sum(layer.self_attn.cache_width for layer in decoder.layers)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": model.flops_per_token(sequences.seq_len),
@@ -147,7 +155,9 @@ def _costs(grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpe
 
 
 def _nearest(costs: Callable[[int], Costs], target: Costs, by: Match, multiple: int) -> int:
-    """The allowed width whose cost is nearest the target's; the cache does not depend on it."""
+    """The allowed width or number of layers whose cost is nearest the target's; the cache does not
+    depend on a width.
+    """
     kind: Match = "parameters" if by == "kv_cache" else by
     return match_intermediate_size(lambda width: costs(width)[kind], target[kind], multiple=multiple)
 
@@ -183,7 +193,7 @@ def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> N
     """Prints a table for each size: heads, widths, costs and their differences."""
     # Narrower terminals fold its lines, which loses less than cutting its cells.
     wide = Console(width=max(console.width, 120), highlight=False)
-    heads = ("heads\n(noise)", "key/value\nheads", "intermediate\nsize")
+    heads = ("heads\n(noise)", "key/value\nheads", "layers\n", "intermediate\nsize")
     costs = ("parameters", "training\nMFLOPs/token", "cache\nbytes/token")
     for size in grid.sizes:
         table = Table(
@@ -204,7 +214,8 @@ def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> N
             table.add_row(
                 m.name,
                 f"{m.model['num_attention_heads']}{noise}",
-                *(str(m.model[name]) for name in ("num_key_value_heads", "intermediate_size")),
+                *(str(m.model[f"num_{name}"]) for name in ("key_value_heads", "hidden_layers")),
+                str(m.model["intermediate_size"]),
                 *(f"{count} {share:+7.2%}" for count, share in zip(counts, m.deviations.values(), strict=True)),
             )
         wide.print(table)

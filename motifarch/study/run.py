@@ -246,6 +246,11 @@ class StudyPlan:
             "data": content["data"],
             "compute": content["compute"],
             "variants": [self._variant(m) for m in self.matched],
+            "designs": [
+                {"name": design.name, "fixed": design.fixed, "makes_up": design.makes_up}
+                | {"variants": [variant.name for variant in design.variants]}
+                for design in self.grid.designs
+            ],
             "sweep": [run.outcome() for run in self.sweep],
             "runs": [run.outcome() for run in self.runs],
         }

@@ -22,7 +22,7 @@ def test_our_studies_can_be_matched_in_all_three_ways(path: Path, by: str) -> No
     grid = read_grid([str(path), "--match", by])
     found = match(grid, describe(grid.data, None))
     variants, parameters = {"short_cpu": (3, 4e5), "tiny_cpu": (7, 2e6)}.get(path.stem, (5, 50e6))
-    assert len(found) == len(grid.sizes) * len(grid.variants) >= variants
+    assert len(found) == len(grid.sizes) * len(grid.compared) >= variants
     assert len(grid.seeds) >= 3
     assert min(m.costs["parameters"] for m in found) >= parameters
 
@@ -45,6 +45,7 @@ def test_operations_is_a_deprecated_name_of_flops(tmp_path: Path) -> None:
 
 
 SIZE = GRID["sizes"][0]
+DESIGN: dict[str, Any] = {"fixed": "query_heads", "heads": 12, "ratios": [1, 2, 3]}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"variant": []}, r"unknown study field 'variant' in .*; did you mean 'variants'\?"),
     ({"sizes": [SIZE | {"hidden": 3}]}, r"unknown study field 'sizes\[0\].hidden'.*did you mean 'sizes.hidden_size'\?"),
@@ -53,7 +54,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"variants": [{"attention": "gda"}]}, r"variants\[0\].ratio is None"),
     ({"variants": [{"attention": "diff_v1", "ratio": 2}]}, r"variants\[0\].ratio is 2, but diff_v1 has no choice"),
     ({"variants": [{"attention": "diff_v1"}] * 2}, "variants holds diff_v1 poly_norm twice"),
-    ({"variants": []}, "variants is empty"),
+    ({"variants": []}, "variants and designs are empty"),
+    ({"variants": [{"attention": "diff_v2", "noise_heads": 2}]}, r"variants\[0\].noise_heads is 2, but diff_v2 has no"),
+    ({"designs": [DESIGN | {"fixed": "heads"}]}, r"designs\[0\].fixed is 'heads' .*noise_heads, signal_heads"),
+    ({"designs": [DESIGN | {"ratios": [2]}]}, r"designs\[0\].ratios is \[2\]; give at least two"),
+    ({"designs": [DESIGN | {"ratios": [1, 1]}]}, r"designs\[0\].ratios holds 1 twice"),
+    (
+        {"designs": [DESIGN | {"ratios": [1, 4]}]},
+        r"has 4, and 12 query heads do not divide 4:1; accepted: 1, 2, 3, 5",
+    ),
+    ({"designs": [DESIGN] * 2}, "designs holds 12 query heads twice"),
     (
         {"reference": "gda 9:1 silu"},
         "reference is 'gda 9:1 silu', which is no variant; accepted: softmax gqa poly_norm",

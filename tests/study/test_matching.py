@@ -13,7 +13,7 @@ import motif_kernels.flops  # noqa: F401  (registers the attention operators' fo
 from motifarch.data import DataShape
 from motifarch.errors import UserError
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.study.grid import Grid, LearningRate, SizeSpec, StudyData, VariantSpec, check_grid
+from motifarch.study.grid import DesignSpec, Grid, LearningRate, SizeSpec, StudyData, VariantSpec, check_grid
 from motifarch.study.matching import TOLERANCE, Matched, match
 
 ATTENTIONS = [
@@ -37,12 +37,18 @@ SEQUENCES = DataShape(64, 500, 0, "nowhere")
 
 
 def grid(
-    variants: list[VariantSpec] = ALL, *, by: Any = "parameters", reference: str | None = None, **size: Any
+    variants: list[VariantSpec] = ALL,
+    *,
+    designs: list[DesignSpec] | None = None,
+    by: Any = "parameters",
+    reference: str | None = None,
+    **size: Any,
 ) -> Grid:
     made = Grid(
         data=StudyData("nowhere", seq_len=64),
         sizes=[SizeSpec(**SIZE | size)],
         variants=variants,
+        designs=designs or [],
         tokens=1_000_000,
         learning_rate=LearningRate(given=1e-3),
         match=by,
@@ -94,6 +100,44 @@ def test_ratios_share_head_width_noise_heads_and_key_value_heads() -> None:
         if m.variant.attention in ("gda", "diff_v1"):
             assert (m.model["num_noise_heads"], m.model["num_key_value_heads"]) == (2, 4)
             assert m.model["num_attention_heads"] == 2 + 2 * (m.variant.ratio or 1)
+
+
+def heads(m: Matched) -> tuple[int, int]:
+    """Signal and noise heads."""
+    return m.model["num_attention_heads"] - m.model["num_noise_heads"], m.model["num_noise_heads"]
+
+
+def test_designs_hold_what_they_say_and_share_what_is_alike() -> None:
+    designs = [
+        DesignSpec("noise_heads", 2, [1, 4, 7]),
+        DesignSpec("signal_heads", 8, [1, 2, 4, 8]),
+        DesignSpec("query_heads", 16, [1, 3, 7]),
+    ]
+    size = {"hidden_size": 128, "intermediate_size": 700, "num_key_value_heads": 2}
+    found = {m.name: m for m in match(grid([VariantSpec("softmax_gqa")], designs=designs, **size), SEQUENCES)}
+    assert len(found) == 1 + 3 + 3 + 1  # 4:1 (8+2), 1:1 (8+8) and 7:1 (14+2) are in two designs each
+    held = [[heads(found[v.name]) for v in design.variants] for design in designs]
+    assert held[0] == [(2, 2), (8, 2), (14, 2)]
+    assert held[1] == [(8, 8), (8, 4), (8, 2), (8, 1)]
+    assert held[2] == [(8, 8), (12, 4), (14, 2)]
+    reference = parameters(found["softmax gqa poly_norm"])
+    for m in found.values():
+        assert m.model["num_key_value_heads"] == 2
+        assert abs(parameters(m) / reference - 1) <= TOLERANCE
+
+
+def test_depth_or_nothing_makes_up() -> None:
+    ratios = {"fixed": "noise_heads", "heads": 1, "ratios": [1, 7]}
+    designs = [DesignSpec(**ratios, makes_up=by) for by in ("depth", "nothing")]
+    found = match(grid([VariantSpec("softmax_gqa")], designs=designs, num_hidden_layers=12), SEQUENCES)
+    reference, few, many, *unmatched = found
+    for m in found:
+        assert m.model["intermediate_size"] == 300
+    assert few.model["num_hidden_layers"] >= 12 > many.model["num_hidden_layers"]
+    a_layer = parameters(many) / many.model["num_hidden_layers"]
+    assert abs(parameters(many) - parameters(reference)) <= a_layer / 2
+    assert [m.model["num_hidden_layers"] for m in unmatched] == [12, 12]
+    assert unmatched[1].deviations["parameters"] > TOLERANCE
 
 
 def test_flops_are_equal_to_one_per_cent() -> None:
