@@ -206,19 +206,23 @@ class StudyData(Section):
 
 @dataclass
 class LearningRate(Section):
-    """One learning rate for all variants, or the best of several for each."""
+    """One learning rate for all variants, or each one's optimum by a sweep."""
 
     given: Annotated[float, Field(gt=0, le=10)] | None = None
     """The peak learning rate of every variant at the smallest size."""
 
     sweep: list[Annotated[float, Field(gt=0, le=10)]] = field(default_factory=list)
-    """Rates tried at the smallest size with the first seed; the lowest loss wins."""
+    """Rates tried with the first seed: of four and more the vertex of a parabola is taken, of fewer
+    the best.
+    """
 
     tokens: Tokens | None = None
     """Training tokens of a run of the sweep; null means a quarter of the study's."""
 
-    transfer: Literal["same", "inverse_width"] = "same"
-    """Larger sizes take the smallest's rate as it is, or by hidden_size, as muP does."""
+    transfer: Literal["same", "inverse_width", "sweep"] = "same"
+    """Larger sizes take the smallest's rate as it is, or by hidden_size, as muP does, or have a
+    sweep of their own.
+    """
 
 
 @dataclass

@@ -161,12 +161,14 @@ class StudyPlan:
 
     @cached_property
     def sweep(self) -> list[Run]:
-        """The runs that try learning rates, of each variant at the smallest size."""
+        """The runs that try learning rates, of each variant at the smallest size or at all."""
         grid, smallest = self.grid, smallest_size(self.matched)
+        everywhere = grid.learning_rate.transfer == "sweep"
         runs = []
-        for m, rate in product((m for m in self.matched if m.size == smallest), grid.learning_rate.sweep):
+        for m, rate in product((m for m in self.matched if everywhere or m.size == smallest), grid.learning_rate.sweep):
             steps = grid.steps(m.size, grid.learning_rate.tokens or max(1, (m.size.tokens or grid.tokens) // 4))
-            folder = self.path / "sweep" / m.variant.folder / f"lr_{rate:g}"
+            of_size = self.path / "sweep" / (m.size.name if everywhere else "")
+            folder = of_size / m.variant.folder / f"lr_{rate:g}"
             runs.append(Run(m, grid.seeds[0], steps, rate, folder, sweep=True))
         return runs
 
@@ -219,8 +221,7 @@ class StudyPlan:
 
     def open_sweep(self, status: str) -> list[Run]:
         """Runs of the sweep with a status, of variants whose rate is not chosen yet."""
-        known = self.content.get("learning_rates", {}).get(smallest_size(self.matched).name, {})
-        return [run for run in self.sweep if run.matched.name not in known and run.status == status]
+        return [run for run in self.sweep if not self._rate(run.matched) and run.status == status]
 
     def choose_rates(self) -> None:
         """Adds the sweep's best rates to those chosen, and gives up variants without one."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from motifarch.errors import UserError
 from motifarch.files import write_json
 from motifarch.study.grid import Grid, SizeSpec
+from motifarch.study.learning_rate import optimum
 from motifarch.study.matching import Matched
 from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.run_folder import METRICS, read_metrics
@@ -21,7 +22,8 @@ RESULT, FAILED, RECIPE, MEASURED = "result.json", "failed.json", "recipe.yaml", 
 _CURVE_POINTS = 200
 
 Rates = dict[str, dict[str, dict[str, Any]]]
-"""Size -> variant -> "learning_rate", its "..._from" and, of a swept one, "..._at_edge"."""
+"""Size -> variant -> "learning_rate", its "..._from" and, of a swept one, "..._at_edge" and, of one
+that was fitted, "..._interval"."""
 
 
 @dataclass(frozen=True)
@@ -151,24 +153,37 @@ def smallest_size(matched: Sequence[Matched]) -> SizeSpec:
 
 
 def choose_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run] = ()) -> Rates:
-    """The rate of each variant at each size: the one given, or the best of its sweep.
+    """The rate of each variant at each size: the one given, or the optimum of its sweep.
 
-    The sweep's runs are those at the smallest size, none of them still to be run; a variant none of
-    whose runs finished has no rate.
+    None of the sweep's runs is still to be run; a variant none of whose runs finished has no rate.
     """
     smallest, rule, rates = smallest_size(matched), grid.learning_rate, Rates()
     for m in matched:
-        tried = [run for run in sweep if run.matched.name == m.name and run.status == "finished"]
+        swept = m.size == smallest or rule.transfer == "sweep"
+        tried = {
+            run.learning_rate: float(run.read(RESULT)["validation_loss"])
+            for run in sweep
+            if run.matched.name == m.name
+            and run.matched.size == (m.size if swept else smallest)
+            and run.status == "finished"
+        }
         if rule.sweep and not tried:
             continue
-        best = min(tried, key=lambda run: float(run.read(RESULT)["validation_loss"]), default=None)
-        rate = best.learning_rate if best else rule.given
+        best = optimum(tried) if tried else None
+        rate = best.rate if best else rule.given
         assert rate is not None
         factor = smallest.hidden_size / m.size.hidden_size if rule.transfer == "inverse_width" else 1.0
-        carried = m.size != smallest and (best is not None or factor != 1)
+        carried = not swept and (best is not None or factor != 1)
         origin = "transferred" if carried else "swept" if best else "given"
         entry: dict[str, Any] = {"learning_rate": rate * factor, "learning_rate_from": origin}
         if best:
-            entry["learning_rate_at_edge"] = rate in (min(rule.sweep), max(rule.sweep))
+            entry["learning_rate_at_edge"] = best.at_edge
+            if best.fitted:
+                entry["learning_rate_interval"] = [_or_none(end, factor) for end in (best.low, best.high)]
         rates.setdefault(m.size.name, {})[m.name] = entry
     return rates
+
+
+def _or_none(end: float | None, factor: float) -> float | None:
+    """An end of an interval, as JSON can hold it: null where there is none."""
+    return end * factor if end is not None and 0 < end < math.inf else None
