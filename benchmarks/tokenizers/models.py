@@ -200,7 +200,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if not options.report:
             train([each for each, _ in runs], options, console)
         results = [result(each, model, held_out[model["model"]]) for each, model in runs if each.finished]
-    content = {"benchmark": "tokenizer_models", "environment": env, "learning_rate": options.lr, "models": models}
+    # A folder of this machine says nothing elsewhere.
+    told = [row | {"data": str(Path(row["data"]).relative_to(options.work))} for row in models]
+    content = {"benchmark": "tokenizer_models", "environment": env, "learning_rate": options.lr, "models": told}
     content |= {"runs": results} | statistics(results)
     report.write_json(options.output, content)
     cells = [
