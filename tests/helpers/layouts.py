@@ -44,6 +44,11 @@ def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(model, name=name, **options)  # type: ignore[arg-type]
 
 
+MUON_AND_STREAMS: dict[str, Any] = {"optimizer": "muon", "lr": 5e-4}
+"""With hyper-connections. A first layer's streams are copies, so the gradients of its projections
+have rank one but for rounding, which Muon scales up to whole steps: these are small.
+"""
+
 # Losses that weigh something beside the cross-entropy.
 EXPERTS = ExpertsSection(bias_rate=0.01, balance_loss=0.01, magnitude_loss=0.01, magnitude_threshold=0.1)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.distributed import on_ranks
-from helpers.layouts import STEPS, VARIANTS, Case, assert_routed_alike, assert_same, train_cases
+from helpers.layouts import MUON_AND_STREAMS, STEPS, VARIANTS, Case, assert_routed_alike, assert_same, train_cases
 from helpers.tiny import MOTIF_3
 from motifarch.parallel import Layout
 
@@ -53,11 +53,10 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     return torch.load(output)  # type: ignore[no-any-return]
 
 
-# Micro-batches, biases that move, logits past QK-clip's bound. A first layer's streams are copies,
-# so the gradients of its hyper-connections have rank one but for rounding, which Muon scales up.
+# Micro-batches, biases that move, logits past QK-clip's bound.
 MOTIF_3_CASES: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "options": {"activation_checkpointing": "selective"}, "micro": 3},
-    "muon": {"optimizer": "muon", "qk_clip": 0.5, "lr": 5e-4, "micro": 1},
+    "muon": MUON_AND_STREAMS | {"qk_clip": 0.5, "micro": 1},
 }
 
 
@@ -128,9 +127,8 @@ LONG_WINDOWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_windows_longer_than_a_ranks_part(optimizer: str, data: Path, tmp_path: Path) -> None:
-    own: dict[str, Any] = {"optimizer": optimizer, "lr": 5e-4, "qk_clip": 0.5 if optimizer == "muon" else None}
+@pytest.mark.parametrize("own", [{"optimizer": "adamw"}, MUON_AND_STREAMS | {"qk_clip": 0.5}], ids=["adamw", "muon"])
+def test_windows_longer_than_a_ranks_part(own: dict[str, Any], data: Path, tmp_path: Path) -> None:
     found = {}
     for ranks, layouts in ((1, [Layout()]), (4, [Layout(context=4), Layout(tensor=2, context=2)])):
         cases = [Case(f"{n}, {x}", layout=x, **own, **of) for n, of in LONG_WINDOWS.items() for x in layouts]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.distributed import on_ranks
-from helpers.layouts import NO_GRADIENT, STEPS, Case, train_cases
+from helpers.layouts import MUON_AND_STREAMS, NO_GRADIENT, STEPS, Case, train_cases
 from helpers.tiny import MOTIF_3
 from motifarch.export import export
 from motifarch.models.motif import MotifForCausalLM
@@ -122,7 +122,7 @@ ELSEWHERE: dict[str, tuple[int, Layout]] = {
 
 @pytest.mark.slow
 def test_a_checkpoint_of_shared_experts_goes_on_elsewhere_and_exports_alike(data: Path, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"variant": "gda", "optimizer": "muon", "qk_clip": 0.5}
+    common: dict[str, Any] = MUON_AND_STREAMS | {"variant": "gda", "qk_clip": 0.5}
     common["model"] = MOTIF_3 | {"qk_norm": False, "num_experts": 8}
     on_ranks(4, train_cases, data, tmp_path / "out.pt", [Case("", layout=EXPERT_4, save=tmp_path / "run", **common)])
     straight = torch.load(tmp_path / "out.pt")[""]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.distributed import on_ranks, train
-from helpers.layouts import STEPS, Case, assert_routed_alike, assert_same, train_cases
+from helpers.layouts import MUON_AND_STREAMS, STEPS, Case, assert_routed_alike, assert_same, train_cases
 from helpers.tensor_parallel import OMISSIONS, compare
 from helpers.tiny import MOTIF_3, SHORT_RUN, write_recipe
 from motifarch.parallel import Layout
@@ -21,10 +21,7 @@ LAYOUTS = {"tensor 2 x fsdp 2": TENSOR, "tensor 2 x context 2": Layout(tensor=2,
 MODEL = MOTIF_3 | {"num_attention_heads": 12, "num_noise_heads": 4, "num_key_value_heads": 4, "vocab_size": 321}
 MODEL |= {"qk_norm": False}
 ADAMW: dict[str, Any] = {"optimizer": "adamw"}
-# Muon makes whole steps of what is next to no gradient, such as the first layer's choice among
-# streams that are still equal: its rounding grows with the rate.
-MUON: dict[str, Any] = {"optimizer": "muon", "lr": 5e-4}
-CLIPPED = MUON | {"qk_clip": 0.5}
+CLIPPED = MUON_AND_STREAMS | {"qk_clip": 0.5}
 
 
 def case(name: str, layout: Layout, own: dict[str, Any], **more: Any) -> Case:
@@ -62,7 +59,7 @@ def step(folder: Path) -> Path:
 def one(data: Path, folder: Path) -> dict[str, Any]:
     """What one process makes of it."""
     cases = [case("adamw", Layout(), ADAMW), case("muon", Layout(), CLIPPED, save=folder / "one")]
-    cases.append(case("not clipped", Layout(), MUON))
+    cases.append(case("not clipped", Layout(), MUON_AND_STREAMS))
     on_ranks(1, train_cases, data, folder / "one.pt", cases)
     return torch.load(folder / "one.pt")  # type: ignore[no-any-return]
 

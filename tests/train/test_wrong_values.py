@@ -173,7 +173,8 @@ def test_right_values_train(folder: Any, data: Path, name: str) -> None:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, Any]:
     """A field with a value of the table, or one drawn for its type: mostly out of its range."""
-    name = draw(st.sampled_from([name for name in FIELDS if name != "run.steps"]))  # many take long
+    # Many steps take long, and a short time limit ends the process where the machine is slow.
+    name = draw(st.sampled_from([name for name in FIELDS if not name.startswith(("run.steps", "distributed.timeout"))]))
     kind, _ = FIELDS[name]
     drawn = drawn_values(kind)
     return name, draw(st.sampled_from(list(WRONG.values())) | drawn)
