@@ -10,7 +10,7 @@ from benchmarks.data.memory import main as measure
 
 # MiB. Of the larger text the characters are 60, its tokens 80, its blocks, written twice, 160; the
 # libraries are 40.
-OWN, MAPPED = 25, 200
+OWN, MAPPED = 25, 128
 
 
 @pytest.mark.slow
