@@ -54,15 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 yield token
                 advance()
 
-    if stage_1 is None:
-        least = least_size(special)
-        stage_1 = least + (size - least) * 5 // 8
-    options = {"max_words": arguments.max_words, "sample_characters": arguments.sample_characters}
-    options |= {"stage_1_size": stage_1, "seed": arguments.seed}
     with merging:
         if arguments.method == "bpe":
             trained = train_bpe(texts(), size, special)
         else:
+            if stage_1 is None:
+                least = least_size(special)
+                stage_1 = least + (size - least) * 5 // 8
+            options = {"max_words": arguments.max_words, "sample_characters": arguments.sample_characters}
+            options |= {"stage_1_size": stage_1, "seed": arguments.seed}
             trained = train_superbpe(texts(), size, special, progress=shown, **options)
     with claim_folder(output, print), new_folder(output) as folder:
         as_pretrained(trained, special, arguments.model_max_length).save_pretrained(folder)

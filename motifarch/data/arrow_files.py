@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
+from motifarch.data.mapped_pages import pages_given_back
 from motifarch.data.packed import Block, block_checksum
 
 T = TypeVar("T")
@@ -23,6 +24,12 @@ def write_tables(path: Path, tables: Iterable[pa.Table], features: datasets.Feat
             writer.write_table(table, writer_batch_size=len(table))
         writer.finalize()
     return datasets.Dataset.from_file(str(path))
+
+
+def save(rows: datasets.Dataset, folder: Path) -> None:
+    """Write a prepared split as `datasets` loads it from disk."""
+    with pages_given_back(rows.data.table):
+        rows.save_to_disk(str(folder), max_shard_size="1GB")
 
 
 def block_features(seq_len: int) -> datasets.Features:

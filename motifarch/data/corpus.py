@@ -25,6 +25,7 @@ from motifarch.data.documents import (
     parts,
     printable,
 )
+from motifarch.data.mapped_pages import MappedPages
 from motifarch.data.permutation import Permutation
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source
@@ -32,6 +33,8 @@ from motifarch.errors import UserError
 from motifarch.progress import Advance, progress
 
 _HASH_RANGE = 2**64
+# In random order each document maps its neighbours too, some hundred kilobytes.
+_READ_AT_ONCE = 256
 # Conjoining letters of a Korean syllable: the first consonant, then the vowel.
 _JAMO = re.compile("[\u1100-\u115f\ua960-\ua97c][\u1160-\u11a7]")
 
@@ -256,8 +259,9 @@ def _document_tables(documents: Iterable[_Row]) -> Iterator[pa.Table]:
 
 def shuffled(rows: datasets.Dataset, seed: int, column: str) -> Iterator[tuple[pa.Scalar, int]]:
     """A column's values with their split hashes, in the seed's document order."""
-    order = Permutation(len(rows), seed, "documents")
-    for begin in range(0, len(rows), 10_000):
-        for index in order(np.arange(begin, min(begin + 10_000, len(rows)))).tolist():
+    order, pages = Permutation(len(rows), seed, "documents"), MappedPages(rows.data.table)
+    for begin in range(0, len(rows), _READ_AT_ONCE):
+        for index in order(np.arange(begin, min(begin + _READ_AT_ONCE, len(rows)))).tolist():
             row = rows.data.fast_slice(index, 1)
             yield row.column(column)[0], row.column("split_hash")[0].as_py()
+        pages.give_back()

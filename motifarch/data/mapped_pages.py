@@ -1,35 +1,59 @@
-"""Pages of memory-mapped files are given back after use: memory does not grow with the files."""
+"""Pages of memory-mapped tables are given back after use: memory does not grow with the files.
+
+The system would drop them too, but only when memory runs out; until then they count as this
+process's. What is read again comes from the file. On Linux; elsewhere nothing is done.
+"""
 
 import ctypes
-import mmap
 import sys
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+import pyarrow as pa
 
 _MADV_DONTNEED = 4  # <asm-generic/mman-common.h>
-_MOST = 2**25  # bytes
-_SECONDS_BETWEEN = 0.01  # documents in random order map gigabytes a second, for neighbours come along
+_SECONDS_BETWEEN = 0.02
+
+
+class MappedPages:
+    """The pages of read-only files that a table lies in. It holds the table: what is dropped may
+    be nobody else's memory.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        """Finds where the table's files are mapped; a table in memory has none."""
+        self._table = table
+        self._spans: list[tuple[int, int]] = []
+        if sys.platform != "linux":
+            return
+        buffers = (b for column in table.columns for chunk in column.chunks for b in chunk.buffers() if b)
+        addresses = sorted(buffer.address for buffer in buffers)
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                span, access, *_ = line.split(maxsplit=2)
+                begin, end = (int(address, 16) for address in span.split("-"))
+                at = bisect_left(addresses, begin)
+                if "w" not in access and "/" in line and at < len(addresses) and addresses[at] < end:
+                    self._spans.append((begin, end))
+        self._madvise = ctypes.CDLL(None).madvise
+
+    def give_back(self) -> None:
+        """Drop those that this process holds."""
+        for begin, end in self._spans:
+            self._madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
 
 
 @contextmanager
-def pages_given_back(*folders: Path) -> Iterator[None]:
-    """Within, this process holds little of what it has mapped below the folders, on Linux: 32 MiB,
-    and what it reads in some hundredths of a second.
-    """
-    ended = threading.Event()
+def pages_given_back(table: pa.Table) -> Iterator[None]:
+    """Within, a thread gives a table's pages back, again and again."""
+    pages, ended = MappedPages(table), threading.Event()
 
     def go_on() -> None:
-        others = _mapped_bytes()
         while not ended.wait(_SECONDS_BETWEEN):
-            if _mapped_bytes() > others + _MOST:
-                give_back_pages(*folders)
-                others = _mapped_bytes()
+            pages.give_back()
 
-    if sys.platform != "linux":
-        yield
-        return
     thread = threading.Thread(target=go_on, daemon=True, name="pages")
     thread.start()
     try:
@@ -37,25 +61,4 @@ def pages_given_back(*folders: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-def _mapped_bytes() -> int:
-    """Of files, in memory, that this process has mapped."""
-    return int(Path("/proc/self/statm").read_bytes().split()[2]) * mmap.PAGESIZE
-
-
-def give_back_pages(*folders: Path) -> None:
-    """Drop this process's pages of read-only files mapped below the folders, on Linux.
-
-    The system would do so too, but only when memory runs out; until then they count as this
-    process's. What is read again comes from the file.
-    """
-    if sys.platform != "linux":
-        return
-    madvise, below = ctypes.CDLL(None).madvise, tuple(f"{folder.resolve()}/" for folder in folders)
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            span, access, *_, path = (*line.rstrip("\n").split(maxsplit=5), "")[:6]
-            if path.startswith(below) and "w" not in access:
-                begin, end = (int(address, 16) for address in span.split("-"))
-                madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+        pages.give_back()

@@ -6,10 +6,9 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
-from motifarch.data.arrow_files import block_features, block_tables, write_tables
+from motifarch.data.arrow_files import block_features, block_tables, save, write_tables
 from motifarch.data.loss_mask import with_mask
 from motifarch.data.manifest import FILE_NAME, Manifest, SplitCounts
-from motifarch.data.mapped_pages import pages_given_back
 from motifarch.data.packed import Block, PackedDataset
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, remove
@@ -34,7 +33,7 @@ def merge(folders: Sequence[Path], output: Path, report: Callable[[str], None]) 
         if (output / FILE_NAME).is_file() and Manifest.read(output).fingerprint == manifest.fingerprint:
             return manifest
         raise UserError(f"--output {output} is there already, and holds something else: give another, or remove it")
-    with claim_folder(output, report), new_folder(output) as folder, pages_given_back(folder, *folders):
+    with claim_folder(output, report), new_folder(output) as folder:
         copytree(shards[0][0] / "tokenizer", folder / "tokenizer")
         for split in manifest.splits:
             sources = [PackedDataset.open(shard, split) for shard, _ in shards]
@@ -42,7 +41,7 @@ def merge(folders: Sequence[Path], output: Path, report: Callable[[str], None]) 
             with progress(f"merging {split}", manifest.splits[split].blocks) as advance:
                 tables = block_tables(_blocks(sources, advance), manifest.seq_len)
                 rows = write_tables(scratch, tables, block_features(manifest.seq_len))
-            rows.save_to_disk(str(folder / split), max_shard_size="1GB")
+            save(rows, folder / split)
             del rows
             remove(scratch)
         manifest.write(folder)

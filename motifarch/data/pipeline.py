@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from motifarch.counted import counted
 from motifarch.data import manifest as manifest_file
-from motifarch.data.arrow_files import block_features, block_tables, write_tables
+from motifarch.data.arrow_files import block_features, block_tables, save, write_tables
 from motifarch.data.conversations import Fitter, check_marks, set_chat_template
 from motifarch.data.corpus import Corpus, Filter, read_corpus, shuffled
 from motifarch.data.documents import ReadOptions, Tally
@@ -26,7 +26,6 @@ from motifarch.data.find_files import file_state, files_below
 from motifarch.data.languages import InLanguages
 from motifarch.data.lengths import source_lengths
 from motifarch.data.manifest import Manifest, SplitCounts
-from motifarch.data.mapped_pages import pages_given_back
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
 from motifarch.data.settings import PrepareSettings
@@ -73,7 +72,7 @@ def prepare(settings: PrepareSettings, report: Report) -> Manifest:
         # Once more: another process may have finished it, or a killed one may have moved it aside.
         if found := _already_prepared(settings, inputs):
             return found
-        with new_folder(output) as folder, pages_given_back(folder):
+        with new_folder(output) as folder:
             return _make(folder, settings, each_file_once(sources), inputs, report)
 
 
@@ -241,7 +240,7 @@ def _pack(
             f"block needs {seq_len + 1:,}: give more text, a smaller --seq-len, or another --validation-fraction"
         )
     with progress(f"writing {split}"):
-        rows.save_to_disk(str(folder), max_shard_size="1GB")
+        save(rows, folder)
     counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
     if fitter:
         counts.dropped_tokens, counts.trained_tokens = fitter.dropped_tokens, fitter.trained_tokens

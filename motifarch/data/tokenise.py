@@ -24,7 +24,7 @@ from motifarch.data.arrow_files import gather, list_column
 from motifarch.data.conversations import encode_conversations
 from motifarch.data.corpus import Corpus
 from motifarch.data.loss_mask import with_mask
-from motifarch.data.mapped_pages import give_back_pages
+from motifarch.data.mapped_pages import MappedPages
 from motifarch.die_with_parent import signal_at_parents_death
 from motifarch.errors import UserError
 from motifarch.progress import progress
@@ -102,7 +102,7 @@ def tokenise(
         lists = {name: list_column([one[name] for one in done]) for name in ("input_ids", "special")}
         plain = {name: pa.array([one[name] for one in done]) for name in ("unknown", "changed", "bytes")}
         advance(len(table))
-        give_back_pages(scratch)  # a forked process has to do so itself
+        MappedPages(table).give_back()
         return pa.table({**lists, **plain, "split_hash": table.column("split_hash")})
 
     integers = datasets.List(datasets.Value("int32"))

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from motifarch.errors import UserError
-from motifarch.tokenizer.loading import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from motifarch.tokenizer.loading import load_tokenizer, open_vocabulary, tokenizer_fingerprint, vocabulary_size
 from motifarch.tokenizer.special_tokens import END_OF_TEXT
 from motifarch.tokenizer.train import capped, train_tokenizer
 
@@ -73,6 +73,13 @@ def test_a_tokenizers_file_means_its_folder(tokenizer_folder: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused_where_one_is_needed(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert not load_tokenizer(tmp_path).is_fast
+    with pytest.raises(UserError, match="is a ByT5Tokenizer, which has no fast form"):
+        open_vocabulary(tmp_path)
 
 
 def test_beside_a_model_that_transformers_does_not_know_it_loads_without_warnings(

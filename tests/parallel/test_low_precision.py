@@ -21,7 +21,7 @@ pytest.importorskip("torchao", reason="needs torchao (pip install 'motifarch[low
 
 # Sizes of which two ranks of tensor parallelism have multiples of 32 each.
 MODEL = {"num_hidden_layers": 4, "intermediate_size": 64, "head_dim": 16}
-STEPS = 3
+STEPS = 4
 GPU = torch.device("cuda", 0)
 
 
@@ -85,7 +85,7 @@ def test_training_is_near_bfloat16_and_rounds(trained: dict[str, Any], name: str
     # Three more bits are lost than in bfloat16, in two layers of four: losses of 4 to 6 agree to a
     # hundredth.
     torch.testing.assert_close(losses, torch.tensor(exact)[:, 0], rtol=0, atol=0.01)
-    assert losses[0] - losses[-1] > 0.3
+    assert losses[0] - losses[-1] > 0.5
     assert rounded[0][2] != exact[0][2]
     assert weights.keys() == exact_weights.keys()
     assert {w.dtype for w in weights.values()} == {torch.float32}
