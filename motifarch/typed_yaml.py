@@ -109,6 +109,14 @@ class TypedYaml(Generic[T]):
             values = self._merge("", values, given)
         return self._validate(values, sources)
 
+    def parse(self, values: Any) -> T:
+        """What a file of such values would give: fields that are not among them have their defaults.
+
+        Raises:
+            UserError: an unknown field, or a value that is not accepted.
+        """
+        return self._validate(values, [])
+
     def check(self, values: T) -> None:
         """Checks the values of a dataclass that was made or changed in Python.
 

@@ -3,9 +3,10 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,9 @@ class VariantSpec(Section):
     activation: Activation = "poly_norm"
     """PolyNorm, or SiLU (SwiGLU)."""
 
+    sizes: list[str] = field(default_factory=list)
+    """Names of the sizes that it is made in; empty means all."""
+
     @property
     def name(self) -> str:
         """What tables call it, such as "gda 4:1 poly_norm" or, of 8 signal and 2 noise heads,
@@ -75,11 +79,16 @@ class VariantSpec(Section):
         return " ".join([*parts, self.activation])
 
     @property
+    def is_softmax(self) -> bool:
+        """Whether it has no noise heads."""
+        return self.attention.startswith("softmax")
+
+    @property
     def head_ratio(self) -> int | None:
         """Signal heads for each noise head; None for softmax attention."""
         if self.attention == "gda":
             return self.ratio
-        return None if self.attention.startswith("softmax") else 1
+        return None if self.is_softmax else 1
 
     @property
     def folder(self) -> str:
@@ -110,6 +119,9 @@ class DesignSpec(Section):
 
     activation: Activation = "poly_norm"
     """PolyNorm, or SiLU (SwiGLU)."""
+
+    sizes: list[str] = field(default_factory=list)
+    """Names of the sizes that it is made in; empty means all."""
 
     @property
     def name(self) -> str:
@@ -280,8 +292,15 @@ class Grid(Section):
     @property
     def compared(self) -> list[VariantSpec]:
         """All variants, those of designs last, each once."""
-        everyone = [*self.variants, *(v for design in self.designs for v in design.variants)]
-        return list({v.name: v for v in everyone}.values())
+        return self._named(lambda spec: True)
+
+    def compared_at(self, size: SizeSpec) -> list[VariantSpec]:
+        """Those of a size."""
+        return self._named(lambda spec: not spec.sizes or size.name in spec.sizes)
+
+    def _named(self, taken: Callable[[VariantSpec | DesignSpec], bool]) -> list[VariantSpec]:
+        own, of_designs = filter(taken, self.variants), (d.variants for d in self.designs if taken(d))
+        return list({v.name: v for v in chain(own, *of_designs)}.values())
 
     def steps(self, size: SizeSpec, tokens: int | None = None) -> int:
         """Optimizer steps of a run: the fewest that read at least its tokens."""
@@ -320,9 +339,26 @@ def check_grid(grid: Grid) -> None:
     _check_variants(grid)
     _check_designs(grid)
     _unique("sizes", [s.name for s in grid.sizes])
+    _check_sizes(grid)
     _unique("seeds", grid.seeds)
     _check_learning_rate(grid.learning_rate)
     _check_recipe(grid)
+
+
+def _check_sizes(grid: Grid) -> None:
+    names = [size.name for size in grid.sizes]
+    for kind in ("variants", "designs"):
+        for i, spec in enumerate(getattr(grid, kind)):
+            if unknown := [name for name in spec.sizes if name not in names]:
+                raise UserError(
+                    f"{kind}[{i}].sizes has {unknown[0]!r}, which is no size; accepted: {', '.join(names)}"
+                )
+    for size in grid.sizes:
+        if grid.reference_variant.name not in [v.name for v in grid.compared_at(size)]:
+            raise UserError(
+                f"the reference {grid.reference_variant.name!r} is not made at size {size.name!r}, whose variants are "
+                "matched to it; take sizes from it, or give another reference"
+            )
 
 
 def _check_variants(grid: Grid) -> None:

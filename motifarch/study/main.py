@@ -79,9 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     options.compare = read_results(options.compare) if options.compare else None
     manifest = ensure_data(grid.data, dry_run=options.dry_run)
-    matched = match(grid, describe(grid.data, manifest))
+    sequences = describe(grid.data, manifest)
+    matched = match(grid, sequences)
     print_matched(grid, matched, console)
     if manifest is None or options.dry_run:
         return 0
     command = shlex.join(["motifarch", "benchmark", "head-ratio", *args])
-    return run_study(grid, matched, options, command=command, fingerprint=manifest.fingerprint, console=console)
+    return run_study(
+        grid,
+        matched,
+        options,
+        command=command,
+        fingerprint=manifest.fingerprint,
+        sequences=sequences,
+        console=console,
+    )

@@ -81,7 +81,7 @@ def model_fields(
     }
     queries, noise_heads, key_values = heads[variant.attention]
     return {
-        "attention_type": "softmax" if variant.attention.startswith("softmax") else variant.attention,
+        "attention_type": "softmax" if variant.is_softmax else variant.attention,
         "hidden_act": variant.activation,
         "hidden_size": size.hidden_size,
         "num_hidden_layers": layers or size.num_hidden_layers,
@@ -113,12 +113,12 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
     for size in grid.sizes:
         reference = partial(_costs, grid, sequences, size, grid.reference_variant)
         target = reference(size.intermediate_size)
-        for variant in grid.compared:
+        for variant in grid.compared_at(size):
             costs = partial(_costs, grid, sequences, size, variant)
             width, layers = size.intermediate_size, size.num_hidden_layers
-            if variant != grid.reference_variant and variant.makes_up == "feed_forward":
+            if variant.name != grid.reference_variant.name and variant.makes_up == "feed_forward":
                 width = _nearest(costs, target, grid.match, size.intermediate_multiple)
-            elif variant != grid.reference_variant and variant.makes_up == "depth":
+            elif variant.name != grid.reference_variant.name and variant.makes_up == "depth":
                 layers = _nearest(partial(costs, width), target, grid.match, 1)
             own = costs(width, layers)
             fields = model_fields(variant, size, grid.match, width, layers)
@@ -126,12 +126,27 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
             found.append(matched)
             if variant.makes_up == "feed_forward" and abs(matched.deviations[grid.match]) > TOLERANCE:
                 refused.append(_refusal(grid.match, matched, costs, reference))
+    _check_rates(grid, found)
     if refused:
         raise UserError(
             f"{len(refused)} of {len(found)} variants can't be matched to {grid.reference_variant.name!r} within "
             f"{TOLERANCE:.0%}:\n" + "\n".join(refused)
         )
     return found
+
+
+def _check_rates(grid: Grid, found: Sequence[Matched]) -> None:
+    """Refuses variants that take rates of the smallest size and are not made there."""
+    if not grid.learning_rate.sweep or grid.learning_rate.transfer == "sweep":
+        return
+    smallest = min(found, key=lambda m: m.costs["parameters"]).size
+    there = {m.name for m in found if m.size == smallest}
+    for m in found:
+        if m.name not in there:
+            raise UserError(
+                f"{m.name!r} is not made at size {smallest.name!r}, where learning rates are swept; let it be made "
+                "there, or let learning_rate.transfer be sweep"
+            )
 
 
 def _costs(

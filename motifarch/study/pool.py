@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -91,6 +91,7 @@ class Pool:
         slots: where runs can be.
         runs: all of the study's, whose FLOPs tell the time left.
         compute: the precision of all runs.
+        attention: the attn_implementation of softmax attention by size.
         lock: the study folder's lock, which the processes inherit.
         console: where progress is shown.
         stopped: whether the study is to stop.
@@ -104,12 +105,13 @@ class Pool:
         runs: Sequence[Run],
         *,
         compute: Literal["auto", "float32", "bfloat16"],
+        attention: Mapping[str, str],
         lock: int,
         console: Console,
         stopped: Callable[[], bool],
         after: Callable[[], object],
     ) -> None:
-        self.grid, self.slots, self.compute = grid, slots, compute
+        self.grid, self.slots, self.compute, self.attention = grid, slots, compute, attention
         self._lock, self._console, self._stopped, self._after = lock, console, stopped, after
         self._free, self._runs = list(slots.devices), list(runs)
         self._active: list[_Active] = []
@@ -149,7 +151,8 @@ class Pool:
 
     def _begin(self, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        recipe = to_dict(run_recipe(self.grid, run, self.compute))
+        attention = self.attention.get(run.matched.size.name)
+        recipe = to_dict(run_recipe(self.grid, run, self.compute, attention))
         (run.folder / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         count = self._gpus(run)
         devices, self._free = self._free[:count], self._free[count:]

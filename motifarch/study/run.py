@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,17 +19,19 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from motifarch.data import DataShape
 from motifarch.environment import environment
 from motifarch.errors import UserError
 from motifarch.files import write_json
 from motifarch.locks import open_lock_file
 from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
-from motifarch.study.grid import Grid
+from motifarch.study.fastest_attention import fastest_attention
+from motifarch.study.grid import GRIDS, Grid, SizeSpec
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.pool import Pool, Slots, find_slots
 from motifarch.study.report import write_report
-from motifarch.study.runs import FAILED, Run, choose_rates, smallest_size
+from motifarch.study.runs import FAILED, Run, choose_rates
 from motifarch.train.precision import choose_compute
 from motifarch.train.stop import StopSignals
 
@@ -44,6 +46,7 @@ def run_study(
     *,
     command: str,
     fingerprint: str,
+    sequences: DataShape,
     console: Console,
 ) -> int:
     """Does what is still to be done of a study.
@@ -54,6 +57,7 @@ def run_study(
         options: of `motifarch.study.main`, compare as earlier results or None.
         command: the command line, for the record.
         fingerprint: of the prepared data.
+        sequences: their length and vocabulary.
         console: where to print.
 
     Returns:
@@ -66,24 +70,26 @@ def run_study(
     slots = find_slots(grid, options.jobs, options.threads)
     with locked(options.output, console.print) as lock, StopSignals() as signals:
         plan = StudyPlan(options.output, grid, matched)
-        plan.begin(command, fingerprint, slots)
+        plan.begin(command, fingerprint, sequences, slots)
         if options.retry_failed:
-            for run in [*plan.open_sweep("failed"), *plan.runs]:
+            for run in [*(run for size in plan.sizes for run in plan.open_sweep(size, "failed")), *plan.runs]:
                 (run.folder / FAILED).unlink(missing_ok=True)  # it resumes from its newest checkpoint
         pool = Pool(
             grid,
             slots,
             [*plan.sweep, *plan.runs],
             compute=plan.content["compute"],
+            attention=plan.content["softmax_attention"],
             lock=lock,
             console=console,
             stopped=lambda: bool(signals.received),
             after=plan.write_results,
         )
-        pool.run(plan.open_sweep("missing"))
-        if not signals.received:
-            plan.choose_rates()
-            pool.run([run for run in plan.runs if run.status == "missing"])
+        for size in plan.sizes:
+            pool.run(plan.open_sweep(size, "missing"))
+            if not signals.received:
+                plan.choose_rates(size)
+                pool.run([run for run in plan.runs if run.matched.size == size and run.status == "missing"])
         return _finish(plan, signals.received, console, options.compare)
 
 
@@ -139,18 +145,16 @@ class StudyPlan:
             UserError: it belongs to another grid.
         """
         self.path, self.grid, self.matched = path, grid, matched
-        # As JSON has it: tuples are lists there.
-        own = json.loads(json.dumps(dataclasses.asdict(grid)))
+        own = _as_json(grid)
         self.content: dict[str, Any] = {"kind": KIND, "format": FORMAT, "grid": own}
         try:
             self.content = json.loads((path / STUDY).read_text(encoding="utf-8"))
-            before = self.content["grid"]
+            # Fields that there were not then have their defaults.
+            before = _as_json(GRIDS.parse(self.content["grid"]))
         except FileNotFoundError:
             return
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, UserError):
             raise UserError(f"{path / STUDY} is damaged; give another --output, or delete that folder") from None
-        if before.get("match") == "operations":  # its former name
-            before["match"] = "flops"
         if changed := list(_differences(before, own)):
             shown = "; ".join(f"{name} is {now!r}, was {was!r}" for name, was, now in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -160,9 +164,15 @@ class StudyPlan:
             )
 
     @cached_property
+    def sizes(self) -> list[SizeSpec]:
+        """The one with the fewest parameters first: larger ones may take its learning rates."""
+        least = {m.size.name: m.costs["parameters"] for m in reversed(self.matched)}
+        return sorted(self.grid.sizes, key=lambda size: least[size.name])
+
+    @cached_property
     def sweep(self) -> list[Run]:
         """The runs that try learning rates, of each variant at the smallest size or at all."""
-        grid, smallest = self.grid, smallest_size(self.matched)
+        grid, smallest = self.grid, self.sizes[0]
         everywhere = grid.learning_rate.transfer == "sweep"
         runs = []
         for m, rate in product((m for m in self.matched if everywhere or m.size == smallest), grid.learning_rate.sweep):
@@ -177,7 +187,8 @@ class StudyPlan:
         """The runs that are compared; a rate that is not chosen yet is NaN."""
         runs = []
         # By seeds, so that a study that is cut short has compared all variants on the first ones.
-        for seed, m in product(self.grid.seeds, self.matched):
+        by_size = ((m for m in self.matched if m.size == size) for size in self.sizes)
+        for seed, m in chain.from_iterable(product(self.grid.seeds, found) for found in by_size):
             folder = self.path / "runs" / m.size.name / m.variant.folder / f"seed_{seed}"
             rate = float(self._rate(m).get("learning_rate", math.nan))
             runs.append(Run(m, seed, self.grid.steps(m.size), rate, folder))
@@ -192,7 +203,7 @@ class StudyPlan:
         self.content[name] = value
         write_json(self.path / STUDY, self.content)
 
-    def begin(self, command: str, fingerprint: str, slots: Slots) -> None:
+    def begin(self, command: str, fingerprint: str, sequences: DataShape, slots: Slots) -> None:
         """Writes down what the study runs on; what was decided at an earlier start stays.
 
         Raises:
@@ -206,8 +217,10 @@ class StudyPlan:
             # Once for all runs: on a CPU speed decides it, and two runs might measure differently.
             "compute": lambda: choose_compute(device) if asked == "auto" else asked,
         }
+        # After the precision, in which they are timed.
+        decided["softmax_attention"] = lambda: self._time_softmax(sequences, device)
         if not self.sweep:
-            decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched)
+            decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched, self.sizes[0])
         for name, decide in decided.items():
             if name not in self.content:
                 self.note(name, decide())
@@ -219,18 +232,30 @@ class StudyPlan:
         start = environment(command, device, _PACKAGES) | dataclasses.asdict(slots)
         self.note("starts", [*self.content.get("starts", []), start])
 
-    def open_sweep(self, status: str) -> list[Run]:
-        """Runs of the sweep with a status, of variants whose rate is not chosen yet."""
-        return [run for run in self.sweep if not self._rate(run.matched) and run.status == status]
+    def _time_softmax(self, sequences: DataShape, device: torch.device) -> dict[str, str]:
+        """The fastest attention of each size's first softmax variant."""
+        found, recipe = {}, self.grid.recipe
+        for m in reversed(self.matched):
+            if m.variant.is_softmax and recipe.model.attn_implementation is None:
+                own = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **m.model))
+                found[m.size.name] = fastest_attention(own, sequences, device, self.content["compute"])
+        return found
 
-    def choose_rates(self) -> None:
-        """Adds the sweep's best rates to those chosen, and gives up variants without one."""
+    def open_sweep(self, size: SizeSpec, status: str) -> list[Run]:
+        """A size's runs of the sweep with a status, of variants whose rate is not chosen yet."""
+        own = (run for run in self.sweep if run.matched.size == size)
+        return [run for run in own if not self._rate(run.matched) and run.status == status]
+
+    def choose_rates(self, size: SizeSpec) -> None:
+        """Adds the best rates of a size to those chosen, and gives up variants without one."""
         if not self.sweep:
             return
-        swept, before = choose_rates(self.grid, self.matched, self.sweep), self.content.get("learning_rates", {})
-        self.note("learning_rates", {size: new | before.get(size, {}) for size, new in swept.items()})
+        own = [m for m in self.matched if m.size == size]
+        swept = choose_rates(self.grid, own, self.sizes[0], self.sweep).get(size.name, {})
+        before = self.content.get("learning_rates", {})
+        self.note("learning_rates", before | {size.name: swept | before.get(size.name, {})})
         for run in self.runs:
-            if math.isnan(run.learning_rate) and run.status == "missing":
+            if run.matched.size == size and math.isnan(run.learning_rate) and run.status == "missing":
                 run.fail("sweep", "no learning rate of its sweep gave a finished run", 1)
 
     def write_results(self) -> dict[str, Any]:
@@ -242,10 +267,11 @@ class StudyPlan:
             "command": content["starts"][-1]["command"],
             "environment": content["starts"][-1],
             "starts": content["starts"],
-            "grid": content["grid"],
+            "grid": _as_json(self.grid),
             "matching": {"by": self.grid.match, "tolerance": TOLERANCE, "reference": content["reference"]},
             "data": content["data"],
             "compute": content["compute"],
+            "softmax_attention": content["softmax_attention"],
             "variants": [self._variant(m) for m in self.matched],
             "designs": [
                 {"name": design.name, "fixed": design.fixed, "makes_up": design.makes_up}
@@ -273,6 +299,11 @@ class StudyPlan:
             "deviations": matched.deviations,
             **(self._rate(matched) or {"learning_rate": None, "learning_rate_from": None}),
         }
+
+
+def _as_json(grid: Grid) -> dict[str, Any]:
+    """As JSON has it: tuples are lists there."""
+    return json.loads(json.dumps(dataclasses.asdict(grid)))  # type: ignore[no-any-return]
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -92,18 +92,30 @@ class Run:
         return row | {"status": status, "error": None} | result
 
 
-def run_recipe(grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat16"]) -> Recipe:
-    """The recipe of a run: the grid's, with what the study decides."""
+def run_recipe(
+    grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat16"], attention: str | None = None
+) -> Recipe:
+    """The recipe of a run: the grid's, with what the study decides.
+
+    Args:
+        grid: the study.
+        run: which.
+        compute: its precision.
+        attention: the attn_implementation of softmax attention where the grid names none.
+    """
     recipe, full = grid.recipe, grid.steps(run.matched.size)
     optim = dataclasses.replace(recipe.optim, lr=run.learning_rate)
     # A shorter run has a shorter warm-up and decay.
     optim.warmup_steps = round(optim.warmup_steps * run.steps / full)
     if optim.decay_steps is not None:
         optim.decay_steps = round(optim.decay_steps * run.steps / full)
+    model = dataclasses.replace(recipe.model, **run.matched.model)
+    if run.matched.variant.is_softmax:
+        model.attn_implementation = model.attn_implementation or attention
     return dataclasses.replace(
         recipe,
         run=dataclasses.replace(recipe.run, output=str(run.folder), steps=run.steps, seed=run.seed),
-        model=dataclasses.replace(recipe.model, **run.matched.model),
+        model=model,
         data=dataclasses.replace(recipe.data, datasets=[DatasetEntry(grid.data.path)]),
         optim=optim,
         precision=dataclasses.replace(recipe.precision, compute=compute),
@@ -147,17 +159,18 @@ def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
     return result if run.sweep else result | run.read(MEASURED)
 
 
-def smallest_size(matched: Sequence[Matched]) -> SizeSpec:
-    """The size with the fewest parameters, where rates are swept."""
-    return min(matched, key=lambda m: m.costs["parameters"]).size
-
-
-def choose_rates(grid: Grid, matched: Sequence[Matched], sweep: Sequence[Run] = ()) -> Rates:
+def choose_rates(grid: Grid, matched: Sequence[Matched], smallest: SizeSpec, sweep: Sequence[Run] = ()) -> Rates:
     """The rate of each variant at each size: the one given, or the optimum of its sweep.
 
     None of the sweep's runs is still to be run; a variant none of whose runs finished has no rate.
+
+    Args:
+        grid: the study.
+        matched: the variants whose rates are chosen.
+        smallest: the size whose rates larger ones may take.
+        sweep: all runs that tried rates.
     """
-    smallest, rule, rates = smallest_size(matched), grid.learning_rate, Rates()
+    rule, rates = grid.learning_rate, Rates()
     for m in matched:
         swept = m.size == smallest or rule.transfer == "sweep"
         tried = {

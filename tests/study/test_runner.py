@@ -36,6 +36,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Pool, "command", command)
     monkeypatch.setattr(run, "write_report", lambda results, folder: None)
+    monkeypatch.setattr(run, "fastest_attention", lambda *arguments: "sdpa")
 
 
 def behave(folder: Path, **by_variant: str) -> None:
