@@ -45,6 +45,11 @@ Ranks = Annotated[int, Field(ge=1, le=2**20)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
 """On one machine."""
 
+ImportPath = Annotated[
+    str, Field(pattern=r"^[\w.]+:[\w.]+$", json_schema_extra={"accepted": "an import path such as my_package.attention:Mine"})
+]
+"""Of code of the user's own, as module:name."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A part of a whole, which may be none or all."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from motifarch.field_types import Heads, Layers, Length, Multiplier, NormEpsilon, Vocabulary, Width
+from motifarch.field_types import Heads, ImportPath, Layers, Length, Multiplier, NormEpsilon, Vocabulary, Width
 from motifarch.typed_yaml import Section
 
 
@@ -40,9 +40,9 @@ class ModelSection(Section):
     head_dim: Annotated[int, Field(ge=1, le=2**14)] | None = None
     """Width of a query/key head; null means hidden_size / num_attention_heads."""
 
-    attention_type: Literal["gda", "diff_v1", "diff_v2", "softmax", "gdla", "mla"] = "gda"
+    attention_type: Literal["gda", "diff_v1", "diff_v2", "softmax", "gdla", "mla"] | ImportPath = "gda"
     """Grouped differential attention, DIFF V1, DIFF V2, or plain softmax attention; from latents
-    `gdla` (Motif-3) and softmax `mla`.
+    `gdla` (Motif-3) and softmax `mla`; or the import path of one of your own.
     """
 
     paired_kv: bool | None = None

@@ -68,7 +68,7 @@ def write_card(
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
         name=name,
         version=motifarch.__version__,
-        attention=_ATTENTION[kind],
+        attention=_ATTENTION.get(kind, f"{kind}, attention of its own"),
         config=model.config,
         heads=_heads(model.config),
         parameters=model.num_parameters(),

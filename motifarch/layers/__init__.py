@@ -4,6 +4,7 @@ They need torch and motif_kernels alone: nothing here imports transformers, or k
 recipes or sharding.
 """
 
+from motifarch.layers.base_attention import BaseAttention
 from motifarch.layers.cache import CachePosition
 from motifarch.layers.cross_entropy import IGNORE_INDEX, CrossEntropy, linear_cross_entropy
 from motifarch.layers.differential_attention_v2 import DifferentialAttentionV2
@@ -27,6 +28,7 @@ from motifarch.layers.softmax_attention import SoftmaxAttention
 
 __all__ = [
     "IGNORE_INDEX",
+    "BaseAttention",
     "CachePosition",
     "CrossEntropy",
     "DifferentialAttention",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from motif_kernels import diff_decoding, dispatch
+from motif_kernels.flops import visible_pairs
 from motif_kernels.ops import is_exporting
 from motif_kernels.types import AttentionInputs, AttentionOptions, Cache, Sequences
 from motifarch.layers.attention_maps import attend_by_maps, read_mask, visible_keys
@@ -150,6 +151,19 @@ class BaseAttention(nn.Module):
         The gradients of what all heads share are then summed over them.
         """
         self.tensor_group = group
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token takes in the cache."""
+        return self.num_kv_heads * 2 * self.head_dim
+
+    def attention_flops(self, seq_len: int) -> float:
+        """Floating-point operations of attention in one sequence's forward pass, without the
+        projections: ``2 (D + Dv)`` for each head and visible pair. A subclass that does something
+        else says what it takes.
+        """
+        pairs = visible_pairs(seq_len, seq_len, self.causal, self.window_size)
+        return 2.0 * self.num_heads * (self.head_dim + self.v_head_dim) * pairs
 
     @property
     def head_group(self) -> ProcessGroup | None:

@@ -94,11 +94,6 @@ class ProjectedAttention(BaseAttention):
         self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
         self.k_norm = HeadNorm(head_dim, eps=qk_norm_eps, **factory) if qk_norm else None
 
-    @property
-    def cache_width(self) -> int:
-        """Numbers that a token takes in the cache."""
-        return self.num_kv_heads * 2 * self.head_dim
-
     def share_heads(self, group: ProcessGroup) -> None:
         """As BaseAttention has it; norms are shared by all heads."""
         super().share_heads(group)

@@ -20,6 +20,7 @@ from motifarch.models.motif import (
     MotifForSequenceClassification,
     MotifForTokenClassification,
     MotifModel,
+    register_attention as register_attention,
 )
 from motifarch.transformers_names import add_to_transformers
 

@@ -170,8 +170,11 @@ class Variant:
 
     @property
     def ratio(self) -> int | None:
-        """Signal heads for each noise head of DIFF V1 (1) and GDA; None for other attention."""
-        return (self.row.get("ratio") or 1) if self.row["attention"] in ("diff_v1", "gda") else None
+        """Signal heads for each noise head of DIFF V1 (1), GDA and attention that is made at
+        several; None for other attention.
+        """
+        has_ratio = self.row["attention"] in ("diff_v1", "gda") or ":" in self.row["attention"]
+        return (self.row.get("ratio") or (1 if self.row["attention"] == "diff_v1" else None)) if has_ratio else None
 
     @property
     def signal_heads(self) -> int | None:

@@ -112,7 +112,8 @@ class _Tally:
         return self.sums[name] / self.counts[name] if self.counts[name] else None
 
     def attention(self, layer: BaseAttention, inputs: AttentionInputs, batch: Batch) -> None:
-        """Adds the maps of one packed row: what a layer calls as its ``attention_hook``.
+        """Adds the maps of one packed row: what a layer calls as its ``attention_hook``. Whose
+        attention is a function of its own, or no softmax, has none.
 
         Args:
             layer: whose.
@@ -120,7 +121,8 @@ class _Tally:
                 softmax attention.
             batch: the documents' bounds, from 0 to T.
         """
-        assert isinstance(batch, Sequences)
+        if not isinstance(batch, Sequences):
+            return
         assert batch.cu_seqlens_q is not None
         if inputs.lam is not None:
             self.add("lambda", inputs.lam)
@@ -184,7 +186,7 @@ class _Tally:
         names = [*shares, "negative_share", "cancelled_share", "lambda"]
         return {
             **{name: self.mean(name) for name in names},
-            "largest_logit": self.largest_logit,
+            "largest_logit": self.largest_logit if math.isfinite(self.largest_logit) else None,
             **self.residual.result(),
             **self.output.result("attention_"),
         }

@@ -15,7 +15,7 @@ from pydantic import Field
 from motifarch import packaged_recipes
 from motifarch.counted import counted
 from motifarch.errors import UserError
-from motifarch.field_types import FilePath, Heads, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
+from motifarch.field_types import FilePath, Heads, ImportPath, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
 from motifarch.study.measure_options import MeasureOptions
 from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.recipe_rules import check_recipe
@@ -44,16 +44,18 @@ DECIDED = (
 class VariantSpec(Section):
     """An attention and an activation."""
 
-    attention: Attention
+    attention: Attention | ImportPath
     """`softmax_mha` (as many key/value heads as query heads), `softmax_gqa`, `diff_v1` (1:1),
-    `gda`, or `diff_v2`.
+    `gda`, `diff_v2`, or the import path of one of your own.
     """
 
     ratio: Heads | None = None
-    """`gda`: signal heads for each noise head."""
+    """`gda`: signal heads for each noise head. Your own has the heads of `softmax_gqa`, or with a
+    ratio those of `gda`.
+    """
 
     noise_heads: Heads | None = None
-    """`gda`: its noise heads; null means the size's."""
+    """With a ratio: noise heads; null means the size's."""
 
     makes_up: MakesUp = "feed_forward"
     """What makes up for what its heads cost more or less than the reference's."""
@@ -69,8 +71,8 @@ class VariantSpec(Section):
         """What tables call it, such as "gda 4:1 poly_norm" or, of 8 signal and 2 noise heads,
         "gda 4:1 (8+2) poly_norm".
         """
-        parts = [self.attention.replace("softmax_", "softmax ")]
-        if self.attention == "gda":
+        parts = [re.sub(r"^softmax_", "softmax ", re.split("[.:]", self.attention)[-1])]
+        if self.ratio is not None:
             parts.append(f"{self.ratio}:1")
         if self.noise_heads is not None:
             parts.append(f"({(self.ratio or 1) * self.noise_heads}+{self.noise_heads})")
@@ -80,13 +82,18 @@ class VariantSpec(Section):
 
     @property
     def is_softmax(self) -> bool:
-        """Whether it has no noise heads."""
-        return self.attention.startswith("softmax")
+        """Whether it is the softmax attention that others are measured against."""
+        return self.attention in ("softmax_mha", "softmax_gqa")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is of the user's own."""
+        return ":" in self.attention
 
     @property
     def head_ratio(self) -> int | None:
-        """Signal heads for each noise head; None for softmax attention."""
-        if self.attention == "gda":
+        """Signal heads for each noise head; None without noise heads."""
+        if self.attention == "gda" or self.is_own:
             return self.ratio
         return None if self.is_softmax else 1
 
@@ -98,7 +105,7 @@ class VariantSpec(Section):
 
 @dataclass
 class DesignSpec(Section):
-    """GDA at several ratios, with one number of heads held.
+    """One attention at several ratios, with one number of heads held.
 
     A ratio does not vary alone. With noise heads fixed, a higher one has more signal heads, and
     more heads in all; with signal heads fixed, fewer noise heads, and fewer in all; with query
@@ -114,6 +121,9 @@ class DesignSpec(Section):
     ratios: list[Heads]
     """Signal heads for each noise head."""
 
+    attention: Literal["gda"] | ImportPath = "gda"
+    """`gda`, or the import path of one of your own that has noise heads."""
+
     makes_up: MakesUp = "feed_forward"
     """What makes up for what heads cost: `depth` comes no nearer than a layer."""
 
@@ -126,8 +136,9 @@ class DesignSpec(Section):
     @property
     def name(self) -> str:
         """What reports call it, such as "12 query heads"."""
+        own = "" if self.attention == "gda" else f", {re.split('[.:]', self.attention)[-1]}"
         made_up = "" if self.makes_up == "feed_forward" else f", {self.makes_up} making up"
-        return f"{self.heads} {self.fixed.replace('_', ' ')}{made_up}"
+        return f"{self.heads} {self.fixed.replace('_', ' ')}{own}{made_up}"
 
     def noise_heads(self, ratio: int) -> Fraction:
         """At a ratio; a fraction where the heads do not divide so."""
@@ -139,7 +150,7 @@ class DesignSpec(Section):
         """One for each ratio."""
         return [
             VariantSpec(
-                "gda",
+                self.attention,
                 ratio,
                 noise_heads=int(self.noise_heads(ratio)),
                 makes_up=self.makes_up,
@@ -363,17 +374,18 @@ def _check_sizes(grid: Grid) -> None:
 
 def _check_variants(grid: Grid) -> None:
     for i, variant in enumerate(grid.variants):
+        chooses = variant.attention == "gda" or variant.is_own
         if variant.attention == "gda" and (variant.ratio or 0) < 1:
             raise UserError(f"variants[{i}].ratio is {variant.ratio}; gda needs its signal heads for each noise head")
-        if variant.attention != "gda" and variant.ratio is not None:
+        if not chooses and variant.ratio is not None:
             raise UserError(
                 f"variants[{i}].ratio is {variant.ratio}, but {variant.attention} has no choice of ratio; leave it "
                 "out, or let attention be gda"
             )
-        if variant.attention != "gda" and variant.noise_heads is not None:
+        if variant.noise_heads is not None and (not chooses or variant.ratio is None):
             raise UserError(
-                f"variants[{i}].noise_heads is {variant.noise_heads}, but {variant.attention} has no choice of them; "
-                "leave it out, or let attention be gda"
+                f"variants[{i}].noise_heads is {variant.noise_heads}, but {variant.attention} has no choice of them "
+                "without a ratio; leave it out, or let attention be gda"
             )
     _unique("variants", [v.name for v in grid.variants])
     names = [v.name for v in grid.compared]

@@ -72,14 +72,16 @@ def model_fields(
     kv = size.num_key_value_heads or 2 * size.num_noise_heads
     query = size.num_query_heads or size.hidden_size // size.head_dim
     mha = kv if match == "kv_cache" else query
+    differential = (((variant.ratio or 1) + 1) * noise, noise, kv)
     heads: dict[str, tuple[int, int | None, int]] = {  # query heads, noise heads among them, key/value heads
         "softmax_mha": (mha, None, mha),
         "softmax_gqa": (query, None, kv),
         "diff_v1": (2 * noise, noise, kv),
-        "gda": (((variant.ratio or 1) + 1) * noise, noise, kv),
+        "gda": differential,
         "diff_v2": (2 * query, query, kv),
     }
-    queries, noise_heads, key_values = heads[variant.attention]
+    own = heads["softmax_gqa"] if variant.ratio is None else differential
+    queries, noise_heads, key_values = heads.get(variant.attention, own)
     return {
         "attention_type": "softmax" if variant.is_softmax else variant.attention,
         "hidden_act": variant.activation,

@@ -99,9 +99,11 @@ def fill_cache(model: MotifForCausalLM, ids: Tensor) -> DynamicCache:
 
 
 def kv_bytes_per_token(cache: DynamicCache, tokens: int) -> int:
-    """Bytes of all keys and values that a cache has allocated for each token."""
+    """Bytes of all keys and values that a cache has allocated for each token; 0 of a layer that does
+    not use it.
+    """
     layers: list[Any] = cache.layers
-    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values)) // tokens
+    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None) // tokens
 
 
 def _now(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from motifarch.data import (
     check_same_tokenizer,
 )
 from motifarch.errors import UserError
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.models.motif import MotifConfig, MotifForCausalLM, is_own, register_attention
 from motifarch.train.manifest import (
     checkpoints_folder,
     counts_as_saved,
@@ -108,6 +108,11 @@ def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
         UserError: the model section fits neither itself nor the data.
     """
     fields = dataclasses.asdict(recipe.model)
+    if is_own(recipe.model.attention_type):
+        try:
+            register_attention(recipe.model.attention_type)
+        except ValueError as error:
+            raise UserError(f"model.attention_type: {error}") from None
     multiple = fields.pop("vocab_multiple")
     if fields["vocab_size"] is None:
         fields["vocab_size"] = -(-data.vocab_size // multiple) * multiple

@@ -8,6 +8,7 @@ from motifarch.models.motif.heads import (
     MotifForTokenClassification,
 )
 from motifarch.models.motif.modeling_motif import MotifForCausalLM
+from motifarch.models.motif.own_attention import is_own, register_attention
 
 __all__ = [
     "MODEL_TYPES",
@@ -18,4 +19,6 @@ __all__ = [
     "MotifForTokenClassification",
     "MotifModel",
     "MotifPreTrainedModel",
+    "is_own",
+    "register_attention",
 ]

@@ -49,6 +49,7 @@ from motifarch.models.motif.caches import (
 from motifarch.models.motif.configuration_motif import MotifConfig
 from motifarch.models.motif.decoder_layer import MotifDecoderLayer, build_mtp
 from motifarch.models.motif.loading import WholeOrNothing
+from motifarch.models.motif.own_attention import implementation, is_own
 from motifarch.models.motif.rotary import build_rotaries, mtp_layer_type
 
 # attn_implementation -> motif_kernels' backend. "auto", the default, "triton" and "cpu" are ours;
@@ -90,12 +91,12 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
         self, attn_implementation: str | None, *arguments: Any, **options: Any
     ) -> str:
         """What transformers asks for a name's meaning: ours besides its own."""
-        name = "auto" if attn_implementation is None else attn_implementation
+        name = implementation(self.config.attention_type) if attn_implementation is None else attn_implementation
         if name.startswith(_FLASH):
             if flash.installed() is None:
                 raise ValueError(f"attn_implementation {name!r}: no flash-attn is installed; install it or take 'auto'")
             return name
-        if name in OURS:
+        if name in OURS or is_own(name):
             return name
         return super()._check_and_adjust_attn_implementation(name, *arguments, **options)
 

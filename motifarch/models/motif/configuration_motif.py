@@ -6,7 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.auto_map import AutoMapMixin
+from motifarch.layers import SoftmaxAttention
 from motifarch.layers.head_counts import check_heads
+from motifarch.models.motif.own_attention import is_own, layer_class
 from motifarch.models.motif.released_fields import read_released, write_released
 from motifarch.models.motif.rope_fields import latent_parameters, with_standard_names
 from motifarch.models.motif.unsupported import (
@@ -65,7 +67,8 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         head_dim: width D of a query/key head; default hidden_size // num_attention_heads.
         num_noise_heads: noise heads; None means half of the heads.
         attention_type: "gda", "diff_v1" (one noise head for each signal head), "diff_v2",
-            "softmax"; with latents "gdla" (Motif-3) or "mla" (softmax).
+            "softmax"; with latents "gdla" (Motif-3) or "mla" (softmax); or the import path of one
+            that `motifarch.models.register_attention` was told of.
         paired_kv: whether keys come in pairs, one for signal and one for noise, with values of
             twice head_dim; false leaves ordinary key/value heads and their cache. None means yes
             for "gda" and "diff_v1"; no other type has pairs.
@@ -271,6 +274,8 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         """Noise heads, with the default filled in; 0 for softmax attention."""
         if self.attention_type in ("softmax", "mla"):
             return 0
+        if is_own(self.attention_type):
+            return 0 if issubclass(layer_class(self.attention_type), SoftmaxAttention) else self.num_noise_heads or 0
         if self.num_noise_heads is None or self.attention_type == "diff_v1":
             return self.num_attention_heads // 2
         return self.num_noise_heads
@@ -358,6 +363,8 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
                     f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                     f"num_key_value_heads={self.num_key_value_heads}"
                 )
+            return
+        if is_own(self.attention_type):  # its class checks its heads
             return
         if self.attention_type == "diff_v1" and self.num_noise_heads not in (None, self.num_attention_heads // 2):
             raise ValueError(

@@ -20,6 +20,7 @@ from motifarch.layers import (
 )
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from motifarch.models.motif.configuration_motif import MotifConfig
+from motifarch.models.motif.own_attention import is_own, layer_class
 from motifarch.models.motif.rotary import mtp_layer_type, softmax_scale
 
 
@@ -52,6 +53,9 @@ def build_attention(config: MotifConfig, layer_idx: int) -> Any:
             softmax_scale=softmax_scale(config, kind),
         )
     common |= {"qk_norm": config.qk_norm, "qk_norm_eps": config.rms_norm_eps, "bias": config.use_bias}
+    if is_own(config.attention_type):
+        noise = {"num_noise_heads": config.noise_heads} if config.noise_heads else {}
+        return layer_class(config.attention_type)(config.hidden_size, **common, **noise)  # type: ignore[misc]
     if config.attention_type == "softmax":
         return SoftmaxAttention(config.hidden_size, **common)
     differential: dict[str, Any] = {"num_noise_heads": config.noise_heads, "norm_eps": config.attn_rms_norm_eps}

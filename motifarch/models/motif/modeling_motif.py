@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from motif_kernels.flops import visible_pairs
+from motifarch.decoder_layers import decoder_layers
 from motifarch.layers import IGNORE_INDEX, linear_cross_entropy
 from motifarch.layers.cross_entropy import next_labels
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
@@ -22,7 +22,6 @@ from motifarch.models.motif.caches import (
     visible_places,
 )
 from motifarch.models.motif.configuration_motif import MotifConfig
-from motifarch.models.motif.rotary import mtp_layer_type
 
 
 @dataclass
@@ -305,9 +304,5 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             assert config.moe_intermediate_size is not None
             expert = 3 * config.hidden_size * config.moe_intermediate_size
             weights += len(self.model.expert_layers()) * config.experts_top_k * expert
-        windows = [*config.windows, *[config.window_of(mtp_layer_type(config))] * config.num_nextn_predict_layers]
-        pairs = sum(visible_pairs(seq_len, seq_len, True, window) for window in windows) / seq_len
-        assert config.head_dim is not None  # filled in by the config
-        assert config.v_head_dim is not None
-        heads = config.num_attention_heads * 2 * (config.head_dim + config.v_head_dim)
-        return 6.0 * weights + 3.0 * heads * pairs
+        attention = sum(layer.self_attn.attention_flops(seq_len) for layer in decoder_layers(self))
+        return 6.0 * weights + 3.0 * attention / seq_len

@@ -65,6 +65,8 @@ def check_supported(fields: Mapping[str, Any]) -> None:
     """
     for name, accepted in ACCEPTED.items():
         value = fields.get(name)
+        if name == "attention_type" and ":" in str(value):  # an import path
+            continue
         if value is not None and value not in accepted:
             raise ValueError(f"{name}={value!r} is not supported; {_choice(accepted)}")
     for name in BIASES:
