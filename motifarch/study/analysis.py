@@ -184,9 +184,16 @@ class Variant:
         return None if heads is None else heads - (model.get("num_noise_heads") or 0)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Softmax attention first, then rising head ratios, then the rest."""
-        return (1, self.ratio) if self.ratio else (0 if self.row["attention"].startswith("softmax") else 2, 0)
+    def noise_heads(self) -> int:
+        """Query heads that are noise heads."""
+        return self.row.get("model", {}).get("num_noise_heads") or 0
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Softmax attention first, then rising head ratios and noise heads, then the rest."""
+        if self.ratio:
+            return (1, self.ratio, self.noise_heads)
+        return (0 if self.row["attention"].startswith("softmax") else 2, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,7 @@ class StudyResults:
         self.variants = sorted(
             found, key=lambda v: (self.sizes.index(v.size), self.activations.index(v.activation), *v.order)
         )
+        self.designs: list[Mapping[str, Any]] = list(results.get("designs") or ())
         self.runs: list[Mapping[str, Any]] = list(results["runs"])
         self.finished = [run for run in self.runs if run["status"] == "finished"]
         self.seeds = sorted({run["seed"] for run in self.runs})
@@ -260,6 +268,10 @@ class StudyResults:
             for activation in self.activations:
                 if found := [v for v in self.variants if (v.size, v.activation) == (s, activation)]:
                     yield found
+
+    def of_size(self, size: str) -> list[Variant]:
+        """Variants of a size."""
+        return [v for v in self.variants if v.size == size]
 
     @cached_property
     def main_group(self) -> list[Variant]:
@@ -314,8 +326,10 @@ class StudyResults:
         return found
 
     def reference(self, group: Sequence[Variant]) -> Variant:
-        """What a group is compared with: ratio 1:1, else softmax attention, else its first."""
-        return min(group, key=lambda v: 0 if v.ratio == 1 else 1 + v.order[0])
+        """What a group is compared with: ratio 1:1, else softmax attention, else its first. Where
+        designs have several of 1:1, softmax attention comes before them.
+        """
+        return min(group, key=lambda v: 0 if v.ratio == 1 and not self.designs else 1 + v.order[0])
 
     def ratios(self, group: Sequence[Variant]) -> list[Variant]:
         """Those with a head ratio, rising."""
@@ -358,8 +372,9 @@ class StudyResults:
         for group in self.groups():
             reference = self.reference(group)
             pairs += [(v, reference) for v in group if v is not reference]
-            others = [v for v in self.ratios(group) if v is not reference]
-            pairs += [(higher, lower) for lower, higher in combinations(others, 2)]
+            for others in self._compared_ratios(group):
+                new = [(higher, lower) for lower, higher in combinations(others, 2) if lower is not reference]
+                pairs += [pair for pair in new if pair not in pairs]
         plain = {(v.size, v.label): v for v in self.variants if v.activation == ACTIVATIONS["silu"]}
         others = [v for v in self.variants if v.activation != ACTIVATIONS["silu"]]
         pairs += [(v, plain[v.size, v.label]) for v in others if (v.size, v.label) in plain]
@@ -373,6 +388,17 @@ class StudyResults:
         columns = zip(pairs, own, corrected, shared, shared_corrected, strict=True)
         return [Comparison(v, r, d, p, judged, shared_p) for (v, r), d, p, judged, shared_p in columns]
 
+    def _compared_ratios(self, group: Sequence[Variant]) -> list[list[Variant]]:
+        """Those of a group that differ in their ratio, rising: all, or of each design."""
+        ratios = self.ratios(group)
+        if not self.designs:
+            return [ratios]
+        return [[v for v in ratios if v.name in design["variants"]] for design in self.designs]
+
+    def comparison(self, variant: Variant, reference: Variant) -> Comparison | None:
+        """One of the comparisons."""
+        return next((c for c in self.comparisons if c.variant == variant and c.reference == reference), None)
+
     def families(self) -> Iterator[tuple[str, list[Comparison]]]:
         """Yields (caption, comparisons) of each table of paired differences."""
         groups = [g for g in self.groups() if len(g) > 1]
@@ -385,7 +411,7 @@ class StudyResults:
             yield f"Difference from {reference.label}{where}", chosen
             between = [c for c in self.comparisons if c.variant in ratios and c.reference in ratios and c not in chosen]
             if between:
-                yield f"Differences between head ratios{where}", between
+                yield f"Differences between head ratios{where}{', of each design' if self.designs else ''}", between
         activations = [c for c in self.comparisons if c.variant.label == c.reference.label]
         if activations:
             yield "Difference of PolyNorm from SwiGLU under the same attention", activations
@@ -395,6 +421,8 @@ class StudyResults:
         v, reference = comparison.variant, comparison.reference
         if v.label == reference.label:
             return f"{v.label}, {v.size}" if len(self.sizes) > 1 else v.label
+        if v.ratio and reference.ratio and self.designs:
+            return f"{v.label} less {reference.label}"
         return f"{v.label} less {reference.ratio}:1" if v.ratio and (reference.ratio or 1) > 1 else v.label
 
     def probed(self, variant: Variant, name: str) -> np.ndarray | None:

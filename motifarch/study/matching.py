@@ -48,6 +48,8 @@ class Matched:
     model: dict[str, Any]
     """Fields of the recipe's model section, and the vocabulary."""
     costs: Costs
+    embedding_parameters: int
+    """Of the parameters, those of the embedding and of an output projection that is not tied."""
     deviations: Costs
     """Relative difference from the reference in each cost."""
 
@@ -124,7 +126,9 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
                 layers = _nearest(partial(costs, width), target, grid.match, 1)
             own = costs(width, layers)
             fields = model_fields(variant, size, grid.match, width, layers)
-            matched = Matched(variant, size, fields, own, {by: own[by] / target[by] - 1 for by in own})
+            deviations: Costs = {by: own[by] / target[by] - 1 for by in own}
+            embedding = _embedding_parameters(_model(grid, sequences, size, variant, width, layers))
+            matched = Matched(variant, size, fields, own, embedding, deviations)
             found.append(matched)
             if variant.makes_up == "feed_forward" and abs(matched.deviations[grid.match]) > TOLERANCE:
                 refused.append(_refusal(grid.match, matched, costs, reference))
@@ -154,14 +158,8 @@ def _check_rates(grid: Grid, found: Sequence[Matched]) -> None:
 def _costs(
     grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int, layers: int | None = None
 ) -> Costs:
-    """Those of a variant with a feed-forward width, from the model itself, built without memory."""
-    fields = model_fields(variant, size, grid.match, width, layers)
-    recipe = Recipe(model=dataclasses.replace(grid.recipe.model, **fields))
-    try:
-        with torch.device("meta"):
-            model = MotifForCausalLM(model_config(recipe, sequences))
-    except UserError as error:
-        raise UserError(f"{variant.name} at size {size.name}: {error}") from None
+    """Those of a variant with a feed-forward width."""
+    model = _model(grid, sequences, size, variant, width, layers)
     decoder: Any = model.model
     cached = sum(layer.self_attn.cache_width for layer in decoder.layers)
     return {
@@ -169,6 +167,25 @@ def _costs(
         "flops": model.flops_per_token(sequences.seq_len),
         "kv_cache": torch.bfloat16.itemsize * cached,
     }
+
+
+def _model(
+    grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int, layers: int | None
+) -> MotifForCausalLM:
+    """Built without memory."""
+    fields = model_fields(variant, size, grid.match, width, layers)
+    recipe = Recipe(model=dataclasses.replace(grid.recipe.model, **fields))
+    try:
+        with torch.device("meta"):
+            return MotifForCausalLM(model_config(recipe, sequences))
+    except UserError as error:
+        raise UserError(f"{variant.name} at size {size.name}: {error}") from None
+
+
+def _embedding_parameters(model: MotifForCausalLM) -> int:
+    """Those of the embedding, and of an output projection that is not tied to it."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return sum(p.numel() for p in {id(p): p for end in ends for p in end.parameters()}.values())
 
 
 def _nearest(costs: Callable[[int], Costs], target: Costs, by: Match, multiple: int) -> int:

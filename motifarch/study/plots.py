@@ -2,15 +2,20 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from motifarch.study.analysis import ACTIVATIONS, StudyResults, Variant
+from motifarch.study.designs import StudyDesigns
+from motifarch.study.figure_data import shown_data
 from motifarch.train.plots import smooth
 
 _LABELS = ("softmax MHA", "softmax GQA", "DIFF V1", "GDA 2:1", "GDA 3:1", "GDA 4:1", "GDA 7:1", "DIFF V2")
@@ -26,17 +31,31 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def draw(plot: Callable[..., None], study: StudyResults, *args: Any) -> str:
-    """One of the plots below as SVG; empty without data."""
+@dataclass(frozen=True)
+class Plot:
+    """A plot, to stand in a page or alone."""
+
+    name: str
+    """Of its files."""
+    svg: str
+    data: pd.DataFrame
+    """The numbers in it, as :func:`motifarch.study.figure_data.shown_data` has them."""
+
+
+def draw(plot: Callable[..., None], study: StudyResults, *args: Any) -> Plot | None:
+    """One of the plots below; None without data."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(8, 4), layout="constrained")
         plot(figure, study, *args)
         if not any(axes.has_data() for axes in figure.axes):
-            return ""
+            return None
+        data = shown_data(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    words = [plot.__name__, *(arg for arg in args if isinstance(arg, str))]
+    return Plot("_".join(words), svg, data)
 
 
 def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
@@ -47,9 +66,10 @@ def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
     for v in shown:
         at, loss = labels.index(v.label) + 0.25 * study.activations.index(v.activation), study.loss(v)
         assert loss is not None
-        axes.errorbar(at, loss.mean, yerr=loss.half or 0, capsize=4, markersize=7, **_style(study, v))
+        style, name = _style(study, v), study.title(v)
+        axes.errorbar(at, loss.mean, yerr=loss.half or 0, capsize=4, markersize=7, label=name, **style)
         seeds = list(study.values(v, "validation_loss").values())
-        axes.plot([at + 0.1] * len(seeds), seeds, ".", color="0.5", markersize=4)
+        axes.plot([at + 0.1] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{name}, seeds")
     for group in study.groups(size):
         shift = 0.25 * study.activations.index(group[0].activation)
         points = [(labels.index(v.label) + shift, loss.mean) for v in study.ratios(group) if (loss := study.loss(v))]
@@ -59,18 +79,100 @@ def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
     axes.set_ylabel("validation loss, nats/token")
 
 
+def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> None:
+    """Loss over the head ratio, a column for each design and a row for each size."""
+    sizes = [size for size in study.sizes if designs.of_size(size)]
+    names = list(dict.fromkeys(design.name for design in designs.all))
+    panels = figure.subplots(len(sizes), len(names), sharey="row", squeeze=False)
+    figure.set_size_inches(1 + 2.7 * len(names), 0.6 + 2.8 * len(sizes))
+    for axes, (size, name) in zip(panels.flat, product(sizes, names), strict=True):
+        found = [design for design in designs.of_size(size) if design.name == name]
+        for design in found:
+            shown = [(v, loss) for v in design.variants if (loss := study.loss(v))]
+            at = [v.ratio for v, _ in shown]
+            means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
+            axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label="GDA")
+            for v, _ in shown:
+                seeds = list(study.values(v, "validation_loss").values())
+                axes.plot([v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"GDA {v.ratio}:1, seeds")
+        for i, (label, loss) in enumerate(_without_ratio(study, size)):
+            axes.axhline(loss, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({v.ratio for d in found for v in d.variants if v.ratio}))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
+        axes.set_title(f"{name}, {size}" if len(sizes) > 1 else name)
+        axes.set_xlabel("signal heads for each noise head")
+        if not found:
+            axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("validation loss, nats/token")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    shown = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+
+
+def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]]:
+    """Yields each attention without a choice of ratio, and its loss with the better activation."""
+    found: dict[str, list[float]] = {}
+    for v in study.of_size(size):
+        if v.ratio is None and (loss := study.loss(v)):
+            found.setdefault(v.label, []).append(loss.mean)
+    for label, losses in found.items():
+        yield label, min(losses)
+
+
+def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
+    """Loss at the end over what it took: training FLOPs, seconds of training, and the cache."""
+    panels = figure.subplots(1, 3, sharey=True)
+    figure.set_size_inches(9, 4.5)
+    for v in (v for v in study.of_size(size) if study.loss(v)):
+        loss, runs = study.loss(v), study.runs_of(v)
+        assert loss is not None
+        tokens = float(np.mean([run["tokens"] for run in runs]))
+        seconds = float(np.mean([run["validation"][-1][1] for run in runs if run.get("validation")] or [np.nan]))
+        places = tokens * v.row["training_flops_per_token"], seconds, v.row["kv_bytes_per_token"]
+        for axes, place in zip(panels, places, strict=True):
+            axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))
+    for axes, label in zip(panels, ("training FLOPs", "seconds of training", "cache, bytes a token"), strict=True):
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("validation loss, nats/token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def learning_rates(figure: Figure, study: StudyResults) -> None:
+    """Losses of the sweep by learning rate, a panel for each size; the rate taken is a line down."""
+    sweep = [r for r in study.results.get("sweep") or () if r["status"] == "finished"]
+    sizes = [size for size in study.sizes if any(r["size"] == size for r in sweep)]
+    if not sizes:
+        return
+    panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+    figure.set_size_inches(1 + 4 * len(sizes), 5)
+    for axes, size in zip(panels, sizes, strict=True):
+        for v in study.of_size(size):
+            points = sorted((r["learning_rate"], r["validation_loss"]) for r in sweep if (r["variant"], r["size"]) == (v.name, size))
+            if points:
+                style = _style(study, v)
+                axes.plot(*zip(*points, strict=True), label=study.title(v), markersize=4, **style)
+                if v.row.get("learning_rate"):
+                    axes.axvline(v.row["learning_rate"], color=style["color"], linewidth=0.6)
+        axes.set_xscale("log")
+        axes.set(xlabel="peak learning rate", ylabel="validation loss of a short run", title=size)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def differences(figure: Figure, study: StudyResults) -> None:
     """Paired differences: own intervals thin, those from the noise of all variants thick."""
     shown = [c for c in study.comparisons if c.difference]
     axes = figure.subplots()
     figure.set_figheight(1 + 0.3 * len(shown))
-    for at, c in enumerate(reversed(shown)):
+    names = [f"{study.title(c.variant)} − {study.title(c.reference)}" for c in reversed(shown)]
+    for at, (c, name) in enumerate(zip(reversed(shown), names, strict=True)):
         assert c.difference is not None
-        style = _style(study, c.variant)
+        style = _style(study, c.variant) | {"label": name}
         axes.errorbar(c.difference.mean, at, xerr=c.difference.half or 0, capsize=4, **style)
         if c.shared and c.shared.half:
-            axes.errorbar(c.shared.mean, at, xerr=c.shared.half, elinewidth=4, alpha=0.4, color=style["color"])
-    names = [f"{study.title(c.variant)} − {study.title(c.reference)}" for c in reversed(shown)]
+            shared = {"color": style["color"], "label": f"{name}, shared noise"}
+            axes.errorbar(c.shared.mean, at, xerr=c.shared.half, elinewidth=4, alpha=0.4, **shared)
     axes.set_yticks(range(len(shown)), names, parse_math=False)
     axes.axvline(0, color="0.3", linewidth=1)
     axes.set_xlabel("difference in validation loss, nats/token (left of 0: lower)")

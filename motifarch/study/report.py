@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markdown_it import MarkdownIt
@@ -22,15 +23,19 @@ from markdown_it import MarkdownIt
 from motifarch.files import atomic_write
 from motifarch.study import plots
 from motifarch.study.analysis import Estimate, StudyResults, Variant, detectable_difference
+from motifarch.study.designs import StudyDesigns
+from motifarch.study.plots import Plot
 
 HTML, MARKDOWN = "report.html", "report.md"
+TABLE, REFERENCES, FIGURES = "table.tex", "references.bib", "figures"
 PROBE = {"gain": ("Gain, nats", 1.0), "binding": ("Binding, nats", 1.0), "accuracy": ("Accuracy, %", 100.0)}
 # Folders from the root on, before the name of a file.
 _FOLDERS = re.compile(r"(?<![\w.…/:])/(?:[\w.+@~-]+/)+")
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> None:
-    """Writes report.html and report.md.
+    """Writes report.html and report.md, the plots as SVG and their numbers as CSV in figures/, the
+    main table as LaTeX in table.tex, and what to cite in references.bib.
 
     Args:
         results: what a study's `results.json` holds. A `comparison` among it, from
@@ -41,7 +46,13 @@ def write_report(results: Mapping[str, Any], folder: Path) -> None:
         UserError: the results are of another kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((HTML, to_html(results)), (MARKDOWN, to_markdown(results))):
+    drawn: list[Plot] = []
+    files = {HTML: to_html(results, drawn), MARKDOWN: to_markdown(results), TABLE: to_latex(results)}
+    files[REFERENCES] = (Path(__file__).parent / REFERENCES).read_text(encoding="utf-8")
+    for plot in drawn:
+        files |= {f"{FIGURES}/{plot.name}.svg": plot.svg, f"{FIGURES}/{plot.name}.csv": plot.data.to_csv(index=False)}
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for name, content in files.items():
         with atomic_write(folder / name) as file:
             file.write(content)
 
@@ -51,12 +62,44 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     return _render(results, None)
 
 
-def to_html(results: Mapping[str, Any]) -> str:
-    """The report as a page, plots inlined as SVG; raises as `write_report` does."""
-    drawn: list[str] = []
+def to_latex(results: Mapping[str, Any]) -> str:
+    """The main table, which takes LaTeX's package booktabs; raises as `write_report` does."""
+    study = StudyResults(results)
+    rows = []
+    for group in study.groups():
+        for v in group:
+            c = study.comparison(v, study.reference(group))
+            rows.append(
+                {
+                    "Size": v.size,
+                    "Attention": v.label,
+                    "Activation": v.activation,
+                    "Parameters": number(v.row["parameters"], 0),
+                    "MFLOPs per token": number(v.row["training_flops_per_token"] / 1e6, 2),
+                    "Cache, bytes per token": number(v.row["kv_bytes_per_token"], 0),
+                    "Loss": with_interval(study.loss(v)),
+                    f"Against {study.reference(group).label}": with_interval(c.difference if c else None, sign=True),
+                    "p (Holm)": p_value(c.p_holm if c else None),
+                }
+            )
+    written: str = pd.DataFrame(rows).fillna("–").to_latex(index=False, escape=True)
+    return written.replace("±", "$\\pm$").replace("−", "$-$")
+
+
+def to_html(results: Mapping[str, Any], kept: list[Plot] | None = None) -> str:
+    """The report as a page, plots inlined as SVG; raises as `write_report` does.
+
+    Args:
+        results: what a study's `results.json` holds.
+        kept: gets the page's plots, in their order.
+    """
+    drawn: list[tuple[Plot, str]] = []
     text = _render(results, drawn)
+    if kept is not None:
+        kept += [plot for plot, _ in drawn]
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    body = re.sub(r"<p>@plot (\d+)@</p>", lambda found: drawn[int(found[1])], body)
+    figures = [f"<figure>{plot.svg}<figcaption>{caption}</figcaption></figure>" for plot, caption in drawn]
+    body = re.sub(r"<p>@plot (\d+)@</p>", lambda found: figures[int(found[1])], body)
     body = body.replace("<table>", '<div class="box" tabindex="0"><table>').replace("</table>", "</table></div>")
     titles = re.findall(r"<h2>(.*)</h2>", body)
     for i, title in enumerate(titles):
@@ -79,18 +122,24 @@ def _environment() -> Environment:
     return found
 
 
-def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
+def _render(results: Mapping[str, Any], drawn: list[tuple[Plot, str]] | None) -> str:
     """The Markdown; plots are drawn into a list, or left out where there is none."""
     study = StudyResults(results)
     probe: dict[str, Any] = next((run["probe"] for run in study.finished if run.get("probe")), {})
-    parameters = {(v.name, v.size): v.row["parameters"] for v in study.variants}
+    # Of results that say so, those outside the embedding.
+    parameters = {
+        (v.name, v.size): v.row["parameters"] - v.row.get("embedding_parameters", 0) for v in study.variants
+    }
+    at_chance = [key for key in PROBE if study.above_chance(key) == []]
+    shown = {key: words for key, words in PROBE.items() if key in probe and key not in at_chance}
+    fitted = any("learning_rate_interval" in v.row for v in study.variants)
     tried = {(run["variant"], run["size"], run["learning_rate"]): run for run in results.get("sweep") or ()}
     rates = sorted({rate for _, _, rate in tried})
 
     def plot(name: str, caption: str, *args: Any) -> str:
-        if drawn is None or not (svg := plots.draw(getattr(plots, name), study, *args)):
+        if drawn is None or not (drawing := plots.draw(getattr(plots, name), study, *args)):
             return ""
-        drawn.append(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
+        drawn.append((drawing, caption))
         return f"@plot {len(drawn) - 1}@"
 
     text = (
@@ -98,16 +147,16 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
         .get_template(f"{MARKDOWN}.j2")
         .render(
             study=study,
+            designs=StudyDesigns(study),
             results=results,
             page=drawn is not None,
             plot=plot,
             tokens_per_parameter=[r["tokens"] / parameters[r["variant"], r["size"]] for r in study.finished],
+            outside="embedding_parameters" in study.variants[0].row,
             probe=probe,
-            probe_names=[name for key, (name, _) in PROBE.items() if key in probe],
-            probe_rows=by_variant(
-                study, [study.retrieval(key, unit) for key, (_, unit) in PROBE.items() if key in probe]
-            ),
-            at_chance=[key for key in PROBE if study.above_chance(key) == []],
+            probe_names=[name for name, _ in shown.values()],
+            probe_rows=by_variant(study, [study.retrieval(key, unit) for key, (_, unit) in shown.items()]),
+            at_chance=at_chance,
             attention_rows=partial(attention_rows, study),
             titles=lambda variants: [study.title(v) for v in variants],
             speed_rows=lambda measures: by_variant(
@@ -116,8 +165,11 @@ def _render(results: Mapping[str, Any], drawn: list[str] | None) -> str:
             environment=list(_flat(results["environment"])),
             rates=[f"{rate:g}" for rate in rates],
             rate_rows=[
-                _rates(study.title(v), v.row, [tried.get((v.name, v.size, r)) for r in rates]) for v in study.variants
+                _rates(study.title(v), v.row, [tried.get((v.name, v.size, r)) for r in rates], fitted)
+                for v in study.variants
             ],
+            fitted=fitted,
+            rate_trend=rate_trend(study),
             lengths=sorted({(r["size"], r.get("steps") or 0, r.get("tokens") or 0) for r in study.finished}),
             settings=yaml.safe_dump(results["grid"], sort_keys=False, allow_unicode=True, width=100).rstrip(),
         )
@@ -156,13 +208,45 @@ def attention_rows(study: StudyResults, variants: Sequence[Variant], labels: Map
     yield ["Gradient norm spikes in a run", *(number(s.mean if s else None, 1) for s in spikes)]
 
 
-def _rates(title: str, chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any] | None]) -> list[str]:
+def rate_trend(study: StudyResults) -> dict[str, Any]:
+    """How fitted learning rates go from the smallest size to the largest: the names of both, the
+    factor of each variant that has a fit at both, and how many of their intervals overlap.
+    """
+    by_parameters = sorted(study.variants, key=lambda v: v.row["parameters"])
+    sizes = [by_parameters[0].size, by_parameters[-1].size] if by_parameters else []
+    fits = [{v.name: v.row for v in study.of_size(s) if "learning_rate_interval" in v.row} for s in sizes]
+    if len(set(sizes)) < 2:
+        return {"sizes": sizes, "factors": [], "overlapping": 0}
+    both = [(fits[0][name], fits[1][name]) for name in fits[0] if name in fits[1]]
+    return {
+        "sizes": sizes,
+        "factors": [large["learning_rate"] / small["learning_rate"] for small, large in both],
+        "overlapping": sum(_overlap(*(row["learning_rate_interval"] for row in pair)) for pair in both),
+    }
+
+
+def _overlap(one: Sequence[float | None], other: Sequence[float | None]) -> bool:
+    (low, high), (other_low, other_high) = ((low or 0.0, high or math.inf) for low, high in (one, other))
+    return low <= other_high and other_low <= high
+
+
+def _rates(
+    title: str, chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any] | None], with_intervals: bool
+) -> list[str]:
     losses = [
         number(run["validation_loss"]) if run and run.get("validation_loss") else (run and run["status"]) or "–"
         for run in tried
     ]
     rate = chosen["learning_rate"]
-    return [title, *losses, f"{rate:.3g}" if rate else "–", chosen["learning_rate_from"] or "–"]
+    interval = chosen.get("learning_rate_interval")
+    ends = " to ".join("–" if end is None else f"{end:.2g}" for end in interval) if interval else "–"
+    return [
+        title,
+        *losses,
+        f"{rate:.3g}" if rate else "–",
+        *([ends] if with_intervals else []),
+        chosen["learning_rate_from"] or "–",
+    ]
 
 
 def decimals(values: Iterable[float | None], figures: int = 3) -> int:

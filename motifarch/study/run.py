@@ -293,6 +293,7 @@ class StudyPlan:
             "activation": matched.variant.activation,
             "model": matched.model,
             "parameters": matched.costs["parameters"],
+            "embedding_parameters": matched.embedding_parameters,
             "training_flops_per_token": matched.costs["flops"],
             "kv_bytes_per_token": matched.costs["kv_cache"],
             "deviation": matched.deviations[self.grid.match],

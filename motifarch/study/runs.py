@@ -155,6 +155,7 @@ def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:
             [*place, row["validation_loss"]] for place, row in zip(at, rows, strict=True) if row.get("validation_loss")
         ],
         "validation_loss": rows[-1]["validation_loss"],
+        "validation_bits_per_byte": rows[-1].get("validation_bits_per_byte"),
     }
     return result if run.sweep else result | run.read(MEASURED)
 

@@ -165,3 +165,37 @@ def _run(name: str, size: str, attention: str, i: int, activation: str, seed: in
             "kv_bytes_per_token": 2048 if attention == "softmax_mha" else 1024,
         },
     }
+
+
+DESIGNS = {
+    "noise_heads": [(2, 2), (8, 2), (14, 2)],
+    "signal_heads": [(8, 8), (8, 2), (8, 1)],
+    "query_heads": [(8, 8), (12, 4), (14, 2)],
+}
+"""(Signal, noise) heads by what is held."""
+
+
+def made_up_designs(
+    *, of_signal: float, of_noise: float, scatter: float = 0.002, seeds: tuple[int, ...] = (0, 1, 2)
+) -> dict[str, Any]:
+    """Results of three designs whose losses change by so many nats for each doubling of heads."""
+    results = made_up_results(seeds=seeds)
+    results["variants"] = [v for v in results["variants"] if v["attention"] != "gda"]
+    runs = [r for r in results["runs"] if not r["variant"].startswith("gda")]
+    names = {}
+    for i, (signal, noise) in enumerate(dict.fromkeys(heads for rows in DESIGNS.values() for heads in rows)):
+        name = names[signal, noise] = f"gda {signal // noise}:1 ({signal}+{noise}) poly_norm"
+        variant = _variant(name, "2m", "gda", signal // noise, "poly_norm", i)
+        variant["model"] |= {"num_attention_heads": signal + noise, "num_noise_heads": noise}
+        results["variants"].append(variant)
+        rng = np.random.default_rng([signal, noise])
+        for seed in seeds:
+            run = _run(name, "2m", "gda", 3, "poly_norm", seed, 0.0)
+            loss = 2.6 + of_signal * math.log2(signal) + of_noise * math.log2(noise) + 0.01 * math.sin(7 * seed)
+            runs.append(run | {"validation_loss": loss + scatter * float(rng.standard_normal())})
+    results["runs"] = runs
+    results["designs"] = [
+        {"name": f"{fixed}", "fixed": fixed, "makes_up": "feed_forward", "variants": [names[heads] for heads in rows]}
+        for fixed, rows in DESIGNS.items()
+    ]
+    return results
