@@ -46,7 +46,10 @@ Processes = Annotated[int, Field(ge=1, le=1024)]
 """On one machine."""
 
 ImportPath = Annotated[
-    str, Field(pattern=r"^[\w.]+:[\w.]+$", json_schema_extra={"accepted": "an import path such as my_package.attention:Mine"})
+    str,
+    Field(
+        pattern=r"^[\w.]+:[\w.]+$", json_schema_extra={"accepted": "an import path such as my_package.attention:Mine"}
+    ),
 ]
 """Of code of the user's own, as module:name."""
 

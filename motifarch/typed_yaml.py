@@ -110,7 +110,7 @@ class TypedYaml(Generic[T]):
         return self._validate(values, sources)
 
     def parse(self, values: Any) -> T:
-        """What a file of such values would give: fields that are not among them have their defaults.
+        """What a file of such values would give; fields that are not among them have defaults.
 
         Raises:
             UserError: an unknown field, or a value that is not accepted.

@@ -79,8 +79,9 @@ def export(
         raise UserError("--adapter and --with-code: adapters come without a model's code; leave one of them out")
     if with_code and is_own(about["model_config"]["attention_type"]):
         raise UserError(
-            f"--with-code: the model's attention is code of your own ({about['model_config']['attention_type']}), which "
-            "the folder would lack; leave --with-code out, and call motifarch.models.register_attention before loading"
+            f"--with-code: the model's attention is code of your own ({about['model_config']['attention_type']}), "
+            "which the folder would lack; leave --with-code out, and call motifarch.models.register_attention before "
+            "it is loaded"
         )
     if adapter and not about.get("lora"):
         raise UserError(f"--adapter: {checkpoint} holds no adapters, its run trained all weights; leave --adapter out")

@@ -20,6 +20,8 @@ from motifarch.models.motif import (
     MotifForSequenceClassification,
     MotifForTokenClassification,
     MotifModel,
+)
+from motifarch.models.motif import (
     register_attention as register_attention,
 )
 from motifarch.transformers_names import add_to_transformers

@@ -14,8 +14,8 @@ COLUMNS = ("panel", "series", "x", "y", "low", "high")
 
 
 def shown_data(figure: Figure) -> pd.DataFrame:
-    """A row for each point of all labelled series: the panel (its title, or else what its axes say),
-    the series, x, y, and the ends of the interval around the one that has one.
+    """A row for each point of all labelled series: the panel (its title, or what its axes say), the
+    series, x, y, and the ends of the interval around the one that has one.
     """
     rows = [row for axes in figure.axes if axes.get_visible() for row in _panel(axes)]
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -361,9 +361,7 @@ def _check_sizes(grid: Grid) -> None:
     for kind in ("variants", "designs"):
         for i, spec in enumerate(getattr(grid, kind)):
             if unknown := [name for name in spec.sizes if name not in names]:
-                raise UserError(
-                    f"{kind}[{i}].sizes has {unknown[0]!r}, which is no size; accepted: {', '.join(names)}"
-                )
+                raise UserError(f"{kind}[{i}].sizes has {unknown[0]!r}, which is no size; accepted: {', '.join(names)}")
     for size in grid.sizes:
         if grid.reference_variant.name not in [v.name for v in grid.compared_at(size)]:
             raise UserError(

@@ -4,12 +4,14 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
 from motifarch.command_line import Parser, loading, option, path
 from motifarch.field_types import FilePath, Rows
 from motifarch.study.grid import GRIDS, read_grid
+from motifarch.yaml_text import parse_yaml
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,12 +39,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads", type=option(Rows), metavar="N", help="CPU threads of a run (default: cores / jobs)"
     )
     parser.add_argument(
+        "--submitit",
+        type=_mapping,
+        metavar="OPTIONS",
+        help="make each run a job of a SLURM cluster: submitit's parameters, such as '{slurm_partition: gpu}'",
+    )
+    parser.add_argument(
         "--retry-failed", action="store_true", help="try failed runs again, from their last checkpoints"
     )
     parser.add_argument(
         "--compare", type=path, metavar="OLD.json", help="show what moved since an earlier study's results.json"
     )
     return parser
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = parse_yaml(text, f"--submitit {text}")
+    if not isinstance(found, dict) or not found:
+        raise argparse.ArgumentTypeError(f"is {text!r}; give a mapping such as '{{slurm_partition: gpu}}'")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -226,7 +226,7 @@ def _refusal(by: Match, matched: Matched, costs: Callable[[int], Costs], referen
 def print_matched(grid: Grid, matched: Sequence[Matched], console: Console) -> None:
     """Prints a table for each size: heads, widths, costs and their differences."""
     # Narrower terminals fold its lines, which loses less than cutting its cells.
-    wide = Console(width=max(console.width, 120), highlight=False)
+    wide = Console(width=max(console.width, 128), highlight=False)
     heads = ("heads\n(noise)", "key/value\nheads", "layers\n", "intermediate\nsize")
     costs = ("parameters", "training\nMFLOPs/token", "cache\nbytes/token")
     for size in grid.sizes:

@@ -94,9 +94,11 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
             axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label="GDA")
             for v, _ in shown:
                 seeds = list(study.values(v, "validation_loss").values())
-                axes.plot([v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"GDA {v.ratio}:1, seeds")
-        for i, (label, loss) in enumerate(_without_ratio(study, size)):
-            axes.axhline(loss, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
+                axes.plot(
+                    [v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"GDA {v.ratio}:1, seeds"
+                )
+        for i, (label, level) in enumerate(_without_ratio(study, size)):
+            axes.axhline(level, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({v.ratio for d in found for v in d.variants if v.ratio}))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
@@ -107,8 +109,8 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss, nats/token")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    shown = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+    named = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
 
 
 def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]]:
@@ -140,7 +142,7 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
 
 
 def learning_rates(figure: Figure, study: StudyResults) -> None:
-    """Losses of the sweep by learning rate, a panel for each size; the rate taken is a line down."""
+    """Losses of the sweep by learning rate, a panel for each size; a line is the rate taken."""
     sweep = [r for r in study.results.get("sweep") or () if r["status"] == "finished"]
     sizes = [size for size in study.sizes if any(r["size"] == size for r in sweep)]
     if not sizes:
@@ -149,7 +151,9 @@ def learning_rates(figure: Figure, study: StudyResults) -> None:
     figure.set_size_inches(1 + 4 * len(sizes), 5)
     for axes, size in zip(panels, sizes, strict=True):
         for v in study.of_size(size):
-            points = sorted((r["learning_rate"], r["validation_loss"]) for r in sweep if (r["variant"], r["size"]) == (v.name, size))
+            points = sorted(
+                (r["learning_rate"], r["validation_loss"]) for r in sweep if (r["variant"], r["size"]) == (v.name, size)
+            )
             if points:
                 style = _style(study, v)
                 axes.plot(*zip(*points, strict=True), label=study.title(v), markersize=4, **style)

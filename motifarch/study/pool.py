@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,17 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from motifarch import die_with_parent
 from motifarch.errors import UserError
 from motifarch.study.grid import Grid
+from motifarch.study.launch import Launcher, Process
 from motifarch.study.runs import MEASURED, RECIPE, Run, run_recipe, run_result
 from motifarch.train.manifest import damage, list_checkpoints, step_of
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.stop import SIGNALS
 
 _STOPPED = {status for number in SIGNALS for status in (128 + number, -number)}
-# As a script, which does not import the package around it and torch with it.
-_DIE_WITH_PARENT = Path(die_with_parent.__file__)
 _POLL_S = 0.2
 _PATIENCE_S = 120.0
 _TAIL = 40
@@ -40,13 +37,16 @@ class Slots:
     """Where runs can be."""
 
     devices: list[str]
-    """GPUs as CUDA_VISIBLE_DEVICES names them; empty on a CPU."""
+    """GPUs as CUDA_VISIBLE_DEVICES names them; empty on a CPU, and where a cluster gives them."""
 
     jobs: int
     """Runs side by side, at most."""
 
     threads: int
     """CPU threads of each process."""
+
+    device: Literal["cuda", "cpu"] = "cpu"
+    """Which runs take."""
 
 
 def find_slots(grid: Grid, jobs: int | None, threads: int | None) -> Slots:
@@ -70,7 +70,7 @@ def find_slots(grid: Grid, jobs: int | None, threads: int | None) -> Slots:
             raise UserError(f"sizes.ranks is {max(ranks)}, but there are {len(devices)} GPUs; lower it, or add GPUs")
         jobs = jobs or len(devices) // min(ranks)
     jobs = jobs or 1
-    return Slots(devices, jobs, threads or max(1, cores // jobs))
+    return Slots(devices, jobs, threads or max(1, cores // jobs), "cuda" if devices else "cpu")
 
 
 @dataclass
@@ -80,7 +80,7 @@ class _Active:
     run: Run
     devices: list[str]
     stage: Literal["train", "measure"]
-    process: subprocess.Popen[bytes]
+    process: Process
 
 
 class Pool:
@@ -92,7 +92,7 @@ class Pool:
         runs: all of the study's, whose FLOPs tell the time left.
         compute: the precision of all runs.
         attention: the attn_implementation of softmax attention by size.
-        lock: the study folder's lock, which the processes inherit.
+        launcher: starts the processes.
         console: where progress is shown.
         stopped: whether the study is to stop.
         after: called after every run that ended, well or not.
@@ -106,13 +106,13 @@ class Pool:
         *,
         compute: Literal["auto", "float32", "bfloat16"],
         attention: Mapping[str, str],
-        lock: int,
+        launcher: Launcher,
         console: Console,
         stopped: Callable[[], bool],
         after: Callable[[], object],
     ) -> None:
         self.grid, self.slots, self.compute, self.attention = grid, slots, compute, attention
-        self._lock, self._console, self._stopped, self._after = lock, console, stopped, after
+        self._launcher, self._console, self._stopped, self._after = launcher, console, stopped, after
         self._free, self._runs = list(slots.devices), list(runs)
         self._active: list[_Active] = []
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -159,28 +159,19 @@ class Pool:
         stage: Literal["train", "measure"] = "measure" if _is_trained(run) and not run.sweep else "train"
         self._active.append(_Active(run, devices, stage, self._start(run, stage, devices)))
 
-    def _start(self, run: Run, stage: str, devices: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, run: Run, stage: str, devices: list[str]) -> Process:
         threads = str(self.slots.threads)
-        env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         if devices:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
-        with (run.folder / f"{stage}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-P", str(_DIE_WITH_PARENT), str(os.getpid()), *self.command(run, stage)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=(self._lock,),
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
-            )
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
+        ranks = run.matched.size.ranks if stage == "train" else 1
+        return self._launcher.start(self.command(run, stage), run.folder / f"{stage}.log", environment, ranks)
 
     def command(self, run: Run, stage: str) -> list[str]:
         """The process of a run's stage, "train" or "measure"."""
         python, ranks = sys.executable, run.matched.size.ranks
         if stage == "measure":
-            device = "cuda" if self.slots.devices else "cpu"
-            options = {"output": run.folder / MEASURED, "seed": run.seed, "device": device}
+            options = {"output": run.folder / MEASURED, "seed": run.seed, "device": self.slots.device}
             command = [python, "-m", "motifarch.study.measure", str(run.folder)]
             for name, value in (options | dataclasses.asdict(self.grid.measure)).items():
                 # What is null or empty the measuring decides itself.

@@ -127,9 +127,7 @@ def _render(results: Mapping[str, Any], drawn: list[tuple[Plot, str]] | None) ->
     study = StudyResults(results)
     probe: dict[str, Any] = next((run["probe"] for run in study.finished if run.get("probe")), {})
     # Of results that say so, those outside the embedding.
-    parameters = {
-        (v.name, v.size): v.row["parameters"] - v.row.get("embedding_parameters", 0) for v in study.variants
-    }
+    parameters = {(v.name, v.size): v.row["parameters"] - v.row.get("embedding_parameters", 0) for v in study.variants}
     at_chance = [key for key in PROBE if study.above_chance(key) == []]
     shown = {key: words for key, words in PROBE.items() if key in probe and key not in at_chance}
     fitted = any("learning_rate_interval" in v.row for v in study.variants)

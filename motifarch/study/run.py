@@ -28,6 +28,7 @@ from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
 from motifarch.study.fastest_attention import fastest_attention
 from motifarch.study.grid import GRIDS, Grid, SizeSpec
+from motifarch.study.launch import Launcher, LocalLauncher
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.pool import Pool, Slots, find_slots
 from motifarch.study.report import write_report
@@ -36,6 +37,8 @@ from motifarch.train.precision import choose_compute
 from motifarch.train.stop import StopSignals
 
 STUDY, RESULTS = "study.json", "results.json"
+_MOST_JOBS = 100
+"""In a cluster's queue at once, unless --jobs says otherwise."""
 _PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -67,10 +70,13 @@ def run_study(
     Raises:
         UserError: the folder belongs to something else, or the machine has too few GPUs.
     """
-    slots = find_slots(grid, options.jobs, options.threads)
+    slots = None if options.submitit else find_slots(grid, options.jobs, options.threads)
     with locked(options.output, console.print) as lock, StopSignals() as signals:
         plan = StudyPlan(options.output, grid, matched)
-        plan.begin(command, fingerprint, sequences, slots)
+        launcher: Launcher = LocalLauncher(lock)
+        if slots is None:
+            launcher, slots = _cluster(options)
+        plan.begin(command, fingerprint, sequences, slots, launcher)
         if options.retry_failed:
             for run in [*(run for size in plan.sizes for run in plan.open_sweep(size, "failed")), *plan.runs]:
                 (run.folder / FAILED).unlink(missing_ok=True)  # it resumes from its newest checkpoint
@@ -80,7 +86,7 @@ def run_study(
             [*plan.sweep, *plan.runs],
             compute=plan.content["compute"],
             attention=plan.content["softmax_attention"],
-            lock=lock,
+            launcher=launcher,
             console=console,
             stopped=lambda: bool(signals.received),
             after=plan.write_results,
@@ -91,6 +97,14 @@ def run_study(
                 plan.choose_rates(size)
                 pool.run([run for run in plan.runs if run.matched.size == size and run.status == "missing"])
         return _finish(plan, signals.received, console, options.compare)
+
+
+def _cluster(options: argparse.Namespace) -> tuple[Launcher, Slots]:
+    """What submits jobs, and how many there may be at once."""
+    from motifarch.study.cluster import JobLauncher  # submitit is not installed with the package
+
+    launcher = JobLauncher(options.output / "jobs", options.submitit)
+    return launcher, Slots([], options.jobs or _MOST_JOBS, options.threads or 1, "cuda" if launcher.gpus else "cpu")
 
 
 @contextlib.contextmanager
@@ -203,22 +217,22 @@ class StudyPlan:
         self.content[name] = value
         write_json(self.path / STUDY, self.content)
 
-    def begin(self, command: str, fingerprint: str, sequences: DataShape, slots: Slots) -> None:
+    def begin(self, command: str, fingerprint: str, sequences: DataShape, slots: Slots, launcher: Launcher) -> None:
         """Writes down what the study runs on; what was decided at an earlier start stays.
 
         Raises:
             UserError: the data are not those that it was begun with.
         """
-        device = torch.device("cuda" if slots.devices else "cpu")
+        device = torch.device(slots.device)
         asked = self.grid.recipe.precision.compute
         decided: dict[str, Callable[[], Any]] = {
             "data": lambda: {"path": self.grid.data.path, "fingerprint": fingerprint},
             "reference": lambda: self.grid.reference_variant.name,
             # Once for all runs: on a CPU speed decides it, and two runs might measure differently.
-            "compute": lambda: choose_compute(device) if asked == "auto" else asked,
+            "compute": lambda: launcher.call(choose_compute, device) if asked == "auto" else asked,
         }
         # After the precision, in which they are timed.
-        decided["softmax_attention"] = lambda: self._time_softmax(sequences, device)
+        decided["softmax_attention"] = lambda: self._time_softmax(sequences, device, launcher)
         if not self.sweep:
             decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched, self.sizes[0])
         for name, decide in decided.items():
@@ -229,16 +243,17 @@ class StudyPlan:
                 f"{self.grid.data.path} holds other data (fingerprint {fingerprint[:12]}) than the study in "
                 f"{self.path} was begun with ({data['fingerprint'][:12]}); give that data, or another --output"
             )
-        start = environment(command, device, _PACKAGES) | dataclasses.asdict(slots)
+        start = launcher.call(environment, command, device, _PACKAGES) | dataclasses.asdict(slots)
         self.note("starts", [*self.content.get("starts", []), start])
 
-    def _time_softmax(self, sequences: DataShape, device: torch.device) -> dict[str, str]:
+    def _time_softmax(self, sequences: DataShape, device: torch.device, launcher: Launcher) -> dict[str, str]:
         """The fastest attention of each size's first softmax variant."""
         found, recipe = {}, self.grid.recipe
         for m in reversed(self.matched):
             if m.variant.is_softmax and recipe.model.attn_implementation is None:
                 own = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **m.model))
-                found[m.size.name] = fastest_attention(own, sequences, device, self.content["compute"])
+                own_compute = self.content["compute"]
+                found[m.size.name] = launcher.call(fastest_attention, own, sequences, device, own_compute)
         return found
 
     def open_sweep(self, size: SizeSpec, status: str) -> list[Run]:

@@ -92,9 +92,7 @@ class Run:
         return row | {"status": status, "error": None} | result
 
 
-def run_recipe(
-    grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat16"], attention: str | None = None
-) -> Recipe:
+def run_recipe(grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat16"], attention: Any = None) -> Recipe:
     """The recipe of a run: the grid's, with what the study decides.
 
     Args:

@@ -99,8 +99,8 @@ def fill_cache(model: MotifForCausalLM, ids: Tensor) -> DynamicCache:
 
 
 def kv_bytes_per_token(cache: DynamicCache, tokens: int) -> int:
-    """Bytes of all keys and values that a cache has allocated for each token; 0 of a layer that does
-    not use it.
+    """Bytes of all keys and values that a cache has allocated for each token; a layer that does not
+    use it has none.
     """
     layers: list[Any] = cache.layers
     return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None) // tokens

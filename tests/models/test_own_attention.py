@@ -20,7 +20,7 @@ LINEAR = "models.test_own_attention:LinearAttention"
 
 
 def llamas(*arguments: Any, **options: Any) -> Any:
-    """transformers' own attention by maps, as its Llama has it."""
+    """Attention by maps, as transformers' Llama has it."""
     return eager_attention_forward(*arguments, **options)
 
 

@@ -1,4 +1,4 @@
-"""What designs say of head ratios: agreement with statsmodels' formulas, and the page's first words."""
+"""What designs say of head ratios: as statsmodels' formulas do, and in the page's first words."""
 
 from typing import Any
 
@@ -36,7 +36,10 @@ def test_slopes_intervals_and_misfit_are_those_of_statsmodels_formulas() -> None
         assert design.slope is not None
         assert design.slope.mean == pytest.approx(line.params["ratio"])
         low, high = line.conf_int().loc["ratio"]
-        assert (design.slope.mean - (design.slope.half or 0), design.slope.mean + (design.slope.half or 0)) == pytest.approx((low, high))
+        assert (
+            design.slope.mean - (design.slope.half or 0),
+            design.slope.mean + (design.slope.half or 0),
+        ) == pytest.approx((low, high))
         assert design.slope.p == pytest.approx(line.pvalues["ratio"])
         misfit = sm.stats.anova_lm(line, smf.ols("loss ~ C(variant) + C(seed)", frame).fit())
         assert design.trend is not None

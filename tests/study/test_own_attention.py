@@ -24,9 +24,15 @@ def test_it_is_matched_trained_measured_and_reported_like_ours(tmp_path: Path) -
     assert main([str(grid), "--output", str(out), "--threads", "1"]) == 0
     found = json.loads((out / "results.json").read_text())
     rows, runs = ({row[key]: row for row in found[kind]} for kind, key in (("variants", "name"), ("runs", "variant")))
-    softmax, gated, function, linear = (rows[f"{n} poly_norm"] for n in ("softmax gqa", "GatedSoftmax", "llamas", "LinearAttention"))
+    softmax, gated, function, linear = (
+        rows[f"{n} poly_norm"] for n in ("softmax gqa", "GatedSoftmax", "llamas", "LinearAttention")
+    )
     assert gated["parameters"] == pytest.approx(softmax["parameters"], rel=0.01)
-    assert gated["model"]["intermediate_size"] < softmax["model"]["intermediate_size"] == function["model"]["intermediate_size"]
+    assert (
+        gated["model"]["intermediate_size"]
+        < softmax["model"]["intermediate_size"]
+        == function["model"]["intermediate_size"]
+    )
     assert linear["training_flops_per_token"] != softmax["training_flops_per_token"]
     losses = {name: run["validation_loss"] for name, run in runs.items()}
     # The same function from the same weights, in another order of sums.

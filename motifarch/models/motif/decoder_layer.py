@@ -54,8 +54,9 @@ def build_attention(config: MotifConfig, layer_idx: int) -> Any:
         )
     common |= {"qk_norm": config.qk_norm, "qk_norm_eps": config.rms_norm_eps, "bias": config.use_bias}
     if is_own(config.attention_type):
+        own: Any = layer_class(config.attention_type)
         noise = {"num_noise_heads": config.noise_heads} if config.noise_heads else {}
-        return layer_class(config.attention_type)(config.hidden_size, **common, **noise)  # type: ignore[misc]
+        return own(config.hidden_size, **common, **noise)
     if config.attention_type == "softmax":
         return SoftmaxAttention(config.hidden_size, **common)
     differential: dict[str, Any] = {"num_noise_heads": config.noise_heads, "norm_eps": config.attn_rms_norm_eps}

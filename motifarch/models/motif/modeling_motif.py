@@ -304,5 +304,6 @@ class MotifForCausalLM(MotifPreTrainedModel, GenerationMixin):
             assert config.moe_intermediate_size is not None
             expert = 3 * config.hidden_size * config.moe_intermediate_size
             weights += len(self.model.expert_layers()) * config.experts_top_k * expert
-        attention = sum(layer.self_attn.attention_flops(seq_len) for layer in decoder_layers(self))
+        layers: list[Any] = decoder_layers(self)
+        attention = sum(layer.self_attn.attention_flops(seq_len) for layer in layers)
         return 6.0 * weights + 3.0 * attention / seq_len

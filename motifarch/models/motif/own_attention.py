@@ -28,10 +28,10 @@ def register_attention(path: str) -> Callable[..., Any]:
             derived from `motifarch.layers.BaseAttention`, which is called with ``hidden_size`` and,
             by name, ``num_heads``, ``num_kv_heads``, ``head_dim``, ``layer_idx``, ``window_size``,
             ``qk_norm``, ``qk_norm_eps``, ``bias`` and, unless it is derived from
-            ``SoftmaxAttention`` or a config has none, ``num_noise_heads``; or of a function ``(module, query, key, value, attention_mask, *,
-            scaling, **options)`` that takes queries (B, heads, S, D), keys and values (B, key
-            heads, keys, D) and a mask (B, 1, S, keys) to add or None, and gives ((B, S, heads, D),
-            maps or None).
+            ``SoftmaxAttention`` or a config has none, ``num_noise_heads``. Or of a function
+            ``(module, query, key, value, attention_mask, *, scaling, **options)`` that takes
+            queries (B, heads, S, D), keys and values (B, key heads, keys, D) and a mask (B, 1, S,
+            keys) to add or None, and gives ((B, S, heads, D), maps or None).
 
     Returns:
         The class or the function.
