@@ -30,7 +30,7 @@ from benchmarks.lib.figures import Table, tables
 from motifarch.errors import UserError
 
 PACKAGES = ("motifarch", "torch", "triton", "transformers", "flash-attn", "flash-attn-4", "liger-kernel")
-STUDIES = ("recipes/study/tiny_cpu.yaml", "recipes/study/gpu_50m.yaml")  # on a CPU, on a GPU
+STUDIES = ("recipes/study/tiny_cpu.yaml", "recipes/study/gpu_short.yaml")  # on a CPU, on a GPU
 
 
 class Part(NamedTuple):
@@ -52,7 +52,7 @@ PARTS = {
     "decode": Part("The decoding kernel", "benchmarks.ops.decode", (4, 2)),
     "train_step": Part("A training step", "benchmarks.models.train_step", (12, 4)),
     "generate": Part("generate", "benchmarks.models.generate", (12, 6)),
-    "study": Part("The head-ratio study", "motifarch.cli", (90, 240)),
+    "study": Part("The head-ratio study", "motifarch.cli", (90, 20)),
 }
 
 

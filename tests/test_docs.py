@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import tilings
+import yaml
 from packaging.version import Version
 
 from helpers.chats import CHATS
 from helpers.python_process import run_python
 from motifarch.cli import COMMANDS, run
 from motifarch.export import export
+from motifarch.study.grid import read_grid
 from motifarch.train.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +94,12 @@ def test_recipe_fields_that_pages_name_exist():
 def test_recipes_that_pages_show_are_read(text, tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     (tmp_path / "shown.yaml").write_text(text, encoding="utf-8")
-    assert RECIPES.read([str(tmp_path / "shown.yaml")])
+    parts = yaml.safe_load(text)
+    if parts.keys() <= {"designs", "variants"}:  # of a study
+        given = [word for name, part in parts.items() for word in (f"--{name}", json.dumps(part))]
+        assert read_grid([str(ROOT / "recipes" / "study" / "tiny_cpu.yaml"), *given])
+    else:
+        assert RECIPES.read([str(tmp_path / "shown.yaml")])
 
 
 def test_pictures_are_what_their_script_draws(tmp_path, monkeypatch):

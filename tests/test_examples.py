@@ -13,7 +13,10 @@ from transformers import AutoTokenizer
 from helpers.chats import CHATS
 from helpers.python_process import run_python
 from helpers.released import SMALL, random_tensors, write_folder
+from helpers.tiny import prepare_text, write_recipe
+from motifarch.errors import UserError
 from motifarch.export import export
+from motifarch.train.main import main as train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,6 +30,21 @@ if "from timm" in open(script).read():
     make_timm_importable()
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")
+"""
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+from motifarch.models import register_attention
+
+folder, path = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder)
+except ValueError as error:
+    print(error)
+register_attention(path)
+print(AutoModelForCausalLM.from_pretrained(folder))
 """
 
 
@@ -49,6 +67,23 @@ def test_every_example_is_short_and_run_by_a_test_below():
 def test_a_gpt_of_your_own_learns_text():
     first, *_, last = losses(run_example("nanogpt.py"))
     assert last < first / 2
+
+
+def test_an_attention_of_your_own_trains_by_its_import_path_and_is_exported(tmp_path, capsys):
+    assert (EXAMPLES / "gated_softmax.py").is_file()
+    path = "examples.gated_softmax:GatedSoftmax"
+    model = {"attention_type": path, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_noise_heads": None}
+    recipe = write_recipe(tmp_path, prepare_text(tmp_path), model=model)
+    assert train([str(recipe)]) == 0
+    first, *_, last = losses(capsys.readouterr().out)
+    assert last < first
+    folder = export(tmp_path / "run", tmp_path / "export")
+    loaded = run_python(LOAD, folder, path)
+    assert "not imported; if you trust it" in loaded
+    assert "GatedSoftmax" in loaded
+    with pytest.raises(UserError, match="--with-code: the model's attention is code of your own"):
+        export(tmp_path / "run", tmp_path / "portable", with_code=True)
 
 
 def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
