@@ -399,32 +399,6 @@ class StudyResults:
         """One of the comparisons."""
         return next((c for c in self.comparisons if c.variant == variant and c.reference == reference), None)
 
-    def families(self) -> Iterator[tuple[str, list[Comparison]]]:
-        """Yields (caption, comparisons) of each table of paired differences."""
-        groups = [g for g in self.groups() if len(g) > 1]
-        for group in groups:
-            reference, ratios = self.reference(group), self.ratios(group)
-            where = f", {group[0].activation}" if len(groups) > 1 else ""
-            if len(groups) > 1 and len(self.sizes) > 1:
-                where = f", {group[0].size}{where}"
-            chosen = [c for c in self.comparisons if c.reference is reference and c.variant in group]
-            yield f"Difference from {reference.label}{where}", chosen
-            between = [c for c in self.comparisons if c.variant in ratios and c.reference in ratios and c not in chosen]
-            if between:
-                yield f"Differences between head ratios{where}{', of each design' if self.designs else ''}", between
-        activations = [c for c in self.comparisons if c.variant.label == c.reference.label]
-        if activations:
-            yield "Difference of PolyNorm from SwiGLU under the same attention", activations
-
-    def pair_title(self, comparison: Comparison) -> str:
-        """A row of these tables."""
-        v, reference = comparison.variant, comparison.reference
-        if v.label == reference.label:
-            return f"{v.label}, {v.size}" if len(self.sizes) > 1 else v.label
-        if v.ratio and reference.ratio and self.designs:
-            return f"{v.label} less {reference.label}"
-        return f"{v.label} less {reference.ratio}:1" if v.ratio and (reference.ratio or 1) > 1 else v.label
-
     def probed(self, variant: Variant, name: str) -> np.ndarray | None:
         """A measure of the retrieval probe, (seeds, lengths, depths); None if not measured."""
         found = [run["probe"][name] for run in self.runs_of(variant) if name in (run.get("probe") or ())]

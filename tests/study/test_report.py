@@ -47,7 +47,7 @@ def test_committed_reports_are_those_of_their_results(name: str) -> None:
         if label != "DIFF V1":
             test = stats.ttest_rel(own, reference)
             half = (test.confidence_interval().high - test.confidence_interval().low) / 2
-            row = found["Difference from DIFF V1"][label]
+            row = found["Paired differences, nats/token"][f"{label} less DIFF V1"]
             assert row[0] == f"−{reference.mean() - own.mean():.4f} ± {half:.4f}"
             assert row[3] == ("\\<0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}")
 
