@@ -52,7 +52,8 @@ def test_the_portable_config_has_the_same_fields() -> None:
 
 def test_the_recipes_choices_are_those_that_are_computed() -> None:
     hints = get_type_hints(ModelSection)
-    assert set(get_args(hints["attention_type"])) == set(ATTENTION_TYPES)
+    named, _an_import_path = get_args(hints["attention_type"])
+    assert set(get_args(named)) == set(ATTENTION_TYPES)
     assert set(get_args(hints["hidden_act"])) == set(ACTIVATIONS)
 
 
