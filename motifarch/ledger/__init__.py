@@ -1,0 +1,1 @@
+"""What a run was made of and from, in hashes that others can check."""
