@@ -34,7 +34,8 @@ from torch.futures import Future as TorchFuture
 
 from motifarch.checkpoint_reader import METADATA, CheckpointReader
 from motifarch.errors import UserError, first_line
-from motifarch.files import os_error, remove, sha256
+from motifarch.files import os_error, remove, sha256, write_json
+from motifarch.ledger.tensor_hash import TensorPart
 from motifarch.optim import SpikeGuard
 from motifarch.train.finite import first_nonfinite
 from motifarch.train.manifest import (
@@ -49,6 +50,7 @@ from motifarch.train.manifest import (
     write_manifest,
 )
 from motifarch.train.mirror import BUSY, Mirror
+from motifarch.train.saved_hashes import HASHES, HashingPlanner, joined_hashes, roots
 
 __all__ = ["CheckpointWriter", "Checkpointer", "TrainState", "find_newest", "load_model_state", "load_state"]
 
@@ -90,10 +92,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class _HashedResult(WriteResult):
-    """What a rank reports of a tensor: the size and hash of its file."""
+    """What a rank reports of a tensor: the size and hash of its file, and its own hashes."""
 
     file_size: int = 0
     file_sha256: str = ""
+    part: TensorPart | None = None
 
 
 class CheckpointWriter(FileSystemWriter):
@@ -107,8 +110,10 @@ class CheckpointWriter(FileSystemWriter):
         self.about = about
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        hashing = HashingPlanner(planner)
         try:
-            results: list[WriteResult] = super().write_data(plan, planner).wait()
+            results: list[WriteResult] = super().write_data(plan, hashing).wait()  # type: ignore[arg-type]
+            hashing.finish()
             names = {result.storage_data.relative_path for result in results}
             files = {name: ((self.folder / name).stat().st_size, sha256(self.folder / name)) for name in names}
         except Exception as error:
@@ -116,7 +121,13 @@ class CheckpointWriter(FileSystemWriter):
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result(
             [
-                _HashedResult(r.index, r.size_in_bytes, r.storage_data, *files[r.storage_data.relative_path])
+                _HashedResult(
+                    r.index,
+                    r.size_in_bytes,
+                    r.storage_data,
+                    *files[r.storage_data.relative_path],
+                    hashing.parts.get(r.index),
+                )
                 for r in results
             ]
         )
@@ -131,9 +142,17 @@ class CheckpointWriter(FileSystemWriter):
                 for r in rank_results
                 if isinstance(r, _HashedResult)
             }
-            extra = self.folder / METADATA
-            files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
-            write_manifest(self.folder, step=self.step, about=self.about, files=files)
+            hashes = joined_hashes(
+                (r.index.fqn, r.part)
+                for rank_results in results
+                for r in rank_results
+                if isinstance(r, _HashedResult) and r.part is not None
+            )
+            write_json(self.folder / HASHES, hashes)
+            for extra in (self.folder / METADATA, self.folder / HASHES):
+                files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
+            about = self.about | {"roots": roots(hashes)} if self.about else self.about
+            write_manifest(self.folder, step=self.step, about=about, files=files)
             # The partial folder counts from here on: an older checkpoint of the same step can go.
             remove_checkpoint(self.final)
             self.folder.rename(self.final)

@@ -103,7 +103,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read: No such file"):
         Signer(tmp_path / "none")
     (tmp_path / "text").write_text("no key")
-    with pytest.raises(UserError, match="is no private key that can be used.*ssh-keygen -t ed25519"):
+    with pytest.raises(UserError, match=r"is no private key that can be used.*ssh-keygen -t ed25519"):
         Signer(tmp_path / "text")
     subprocess.run(["openssl", "genpkey", "-algorithm", "X25519", "-out", tmp_path / "x"], check=True)
     with pytest.raises(UserError, match="of another kind than ed25519"):

@@ -1,0 +1,77 @@
+"""Hashes of what a checkpoint holds, taken while it is written: parts by rank, then the whole."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+from motifarch.ledger.tensor_hash import TensorPart, hash_part, state_root, tensor_hash
+
+HASHES = "tensors.json"
+"""The file of a checkpoint that holds the hash of each tensor."""
+WEIGHTS = "model."
+"""What the names of weights begin with."""
+_AHEAD = 4
+"""Tensors that wait to be hashed, at most: they may be made for the writing alone."""
+
+
+class HashingPlanner:
+    """Stands before a planner, and hashes what it gives to be written, in threads of its own."""
+
+    def __init__(self, planner: SavePlanner) -> None:
+        self._planner = planner
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hash")
+        self._waiting: dict[MetadataIndex, Future[TensorPart]] = {}
+        self.parts: dict[MetadataIndex, TensorPart] = {}
+        """Of the tensors, complete after :meth:`finish`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._planner, name)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """As the planner, whose tensors are hashed too."""
+        data = self._planner.resolve_data(write_item)
+        if isinstance(data, Tensor) and write_item.tensor_data is not None:
+            about = write_item.tensor_data
+            work = self._pool.submit(_hash, data, list(about.chunk.offsets), list(about.size))
+            self._waiting[write_item.index] = work
+            if len(self._waiting) > _AHEAD:
+                self._take(next(iter(self._waiting)))
+        return data
+
+    def _take(self, index: MetadataIndex) -> None:
+        self.parts[index] = self._waiting.pop(index).result()
+
+    def finish(self) -> None:
+        """Waits for the hashes."""
+        for index in list(self._waiting):
+            self._take(index)
+        self._pool.shutdown()
+
+
+def _hash(data: Tensor, offsets: list[int], shape: list[int]) -> TensorPart:
+    return hash_part(data.detach().cpu(), offsets, shape)
+
+
+def joined_hashes(parts: Iterable[tuple[str, TensorPart]]) -> dict[str, str]:
+    """The hash of each tensor, hexadecimal, by name, of all ranks' parts.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    by_name: dict[str, list[TensorPart]] = {}
+    for name, part in parts:
+        by_name.setdefault(name, []).append(part)
+    return {name: tensor_hash(own).hex() for name, own in sorted(by_name.items())}
+
+
+def roots(hashes: Mapping[str, str]) -> dict[str, str]:
+    """The Merkle roots over a checkpoint's tensors: ``weights``, under the model's own names, and
+    ``state``, all.
+    """
+    everything = {name: bytes.fromhex(value) for name, value in hashes.items()}
+    weights = {name.removeprefix(WEIGHTS): value for name, value in everything.items() if name.startswith(WEIGHTS)}
+    return {"weights": state_root(weights).hex(), "state": state_root(everything).hex()}
