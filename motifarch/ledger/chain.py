@@ -1,9 +1,10 @@
-"""The ledger of a run, `ledger.jsonl`: an entry for its first weights and for each checkpoint, each
-with the hash of the entry that it goes on from.
+"""The ledger of a run: an entry for its first weights and for each checkpoint, each with the hash
+of the entry that it goes on from.
 
-An entry says what was saved (the manifest's hash, and Merkle roots over the tensors) and what it
-was made with (recipe, data, tokenizer, code, environment, the metrics' rows since its parent). It
-stays when the checkpoint is deleted. The file is only ever appended to.
+`ledger/entries.jsonl` is only ever appended to. An entry says what was saved (the manifest's hash,
+and Merkle roots over the tensors) and what it was made with (recipe, data, tokenizer, code,
+environment, the metrics' rows since its parent). It stays when the checkpoint is deleted. What is
+long lies beside it in a file that is named by its hash.
 """
 
 import hashlib
@@ -14,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from motifarch.files import SEAL
+from motifarch.files import SEAL, atomic_write
 
-LEDGER = "ledger.jsonl"
+FOLDER, ENTRIES = "ledger", "entries.jsonl"
 FORMAT = 1
 _LONGEST = 1 << 20
 """Bytes, more than a line has."""
@@ -78,11 +79,11 @@ class Ledger:
 
     @classmethod
     def read(cls, folder: Path) -> "Ledger":
-        """Reads a run's ledger; one that is not there has no entries.
+        """Reads the ledger in a run's or an export's folder; one that is not there has no entries.
 
         A last line that a crash has cut short is left out.
         """
-        found = cls(folder / LEDGER)
+        found = cls(folder / FOLDER / ENTRIES)
         try:
             lines = found.path.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -122,12 +123,41 @@ class Ledger:
         Raises:
             OSError: it can't be written.
         """
+        self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a+b") as file:
             _cut_to_whole_lines(file)
             file.write(entry.line())
             file.flush()
             os.fsync(file.fileno())
         self.entries.append(entry)
+
+    def keep(self, content: Any) -> str:
+        """Writes JSON into a file of its hash, unless it is there; returns the hash.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        name = digest(content)
+        path = self.path.with_name(f"{name}.json")
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            with atomic_write(path, binary=True) as file:
+                file.write(canonical(content))
+        return name
+
+    def kept(self, name: str) -> Any:
+        """What was kept under a hash.
+
+        Raises:
+            ValueError: it is missing, or has changed.
+        """
+        try:
+            content = self.path.with_name(f"{name}.json").read_bytes()
+        except OSError as error:
+            raise ValueError(f"{name}.json can't be read: {error.strerror}") from None
+        if hashlib.sha256(content).hexdigest() != name:
+            raise ValueError(f"{name}.json has changed since it was written")
+        return json.loads(content)
 
 
 def _parsed(line: bytes) -> Entry | str:

@@ -38,6 +38,7 @@ from motifarch.files import os_error, remove, sha256, write_json
 from motifarch.ledger.tensor_hash import TensorPart
 from motifarch.optim import SpikeGuard
 from motifarch.train.finite import first_nonfinite
+from motifarch.train.lineage import LINK, Lineage
 from motifarch.train.manifest import (
     PARTIAL,
     checkpoint_name,
@@ -102,12 +103,14 @@ class _HashedResult(WriteResult):
 class CheckpointWriter(FileSystemWriter):
     """Writes a checkpoint's files, then the manifest, and renames the whole folder."""
 
-    def __init__(self, final: Path, step: int, about: dict[str, Any]) -> None:
+    def __init__(self, final: Path, step: int, about: dict[str, Any], lineage: Lineage | None = None) -> None:
+        """The folder that it becomes, its step and notes; on rank 0 the ledger it goes into."""
         super().__init__(final.with_name(final.name + PARTIAL))
         self.folder = final.with_name(final.name + PARTIAL)
         self.final = final
         self.step = step
         self.about = about
+        self.lineage = lineage
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         hashing = HashingPlanner(planner)
@@ -151,11 +154,15 @@ class CheckpointWriter(FileSystemWriter):
             write_json(self.folder / HASHES, hashes)
             for extra in (self.folder / METADATA, self.folder / HASHES):
                 files[extra.name] = {"size": extra.stat().st_size, "sha256": sha256(extra)}
-            about = self.about | {"roots": roots(hashes)} if self.about else self.about
+            about = self.about
+            if self.lineage is not None:
+                about = about | {LINK: self.lineage.link(self.step, roots(hashes))}
             write_manifest(self.folder, step=self.step, about=about, files=files)
             # The partial folder counts from here on: an older checkpoint of the same step can go.
             remove_checkpoint(self.final)
             self.folder.rename(self.final)
+            if self.lineage is not None:
+                self.lineage.saved(self.final)
         except Exception as error:
             raise _explained(error, self.folder) from None
 
@@ -184,13 +191,15 @@ class Checkpointer:
         about: Callable[[int], dict[str, Any]] | None = None,
         saved_step: int | None = None,
         mirror: str | None = None,
+        lineage: Lineage | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         """Makes the process group of the saves, collectively.
 
         The last `keep_last` complete checkpoints are kept (0 keeps all). `about` gives what
         the manifest notes of the run at a step; `saved_step` is in the output folder already.
-        Complete checkpoints are copied to the URL `mirror`; `say` is told where that fails.
+        On rank 0, `lineage` is the ledger that they go into. Complete checkpoints are copied to
+        the URL `mirror`; `say` is told where that fails.
         """
         self.output = output
         self.keep_last = keep_last
@@ -201,6 +210,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
         self._saved_step = saved_step
         self._say = say
+        self._lineage = lineage
         self._mirror = Mirror(mirror, keep_last=keep_last, group=self.group, say=say) if mirror else None
 
     def save(self, state: TrainState) -> None:
@@ -214,7 +224,7 @@ class Checkpointer:
         if self._saved_step == state.step:
             return
         final = checkpoints_folder(self.output) / checkpoint_name(state.step)
-        writer = CheckpointWriter(final, state.step, self.about(state.step))
+        writer = CheckpointWriter(final, state.step, self.about(state.step), self._lineage)
         content = state.state_dict()
         if bad := first_nonfinite({name: content[name] for name in ("model", "optimizer")}, self.group):
             raise UserError(

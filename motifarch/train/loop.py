@@ -16,6 +16,7 @@ from motifarch.data import AttentionWork, BatchLoader
 from motifarch.decoder_layers import decoder_layers
 from motifarch.errors import UserError
 from motifarch.files import remove
+from motifarch.ledger.signing import Signer
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.optim import SpikeGuard, build_optimizer, offload_state
 from motifarch.parallel import (
@@ -37,6 +38,7 @@ from motifarch.train.fetching import fetch_folder
 from motifarch.train.init_from import config_differences, load_weights
 from motifarch.train.inputs import Inputs, bytes_per_token, find_parent
 from motifarch.train.learning_rate import learning_rates
+from motifarch.train.lineage import Lineage
 from motifarch.train.lora import add_adapters, init_adapters
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, read_manifest
 from motifarch.train.memory import check_memory
@@ -50,12 +52,15 @@ from motifarch.train.recipe import Recipe
 from motifarch.train.record import (
     about_checkpoint,
     check_parent,
+    device_name,
+    row_kernels,
     write_record,
 )
 from motifarch.train.remote_run import claim_mirror
 from motifarch.train.restart_from_average import average_due, restart_from_average
 from motifarch.train.router_health import RouterHealth
 from motifarch.train.run_folder import METRICS, RECORD, TENSORBOARD, note_end, read_metrics, set_damaged_record_aside
+from motifarch.train.saved_hashes import weights_root
 from motifarch.train.step import count_targets, train_step, validation_loss
 from motifarch.train.stop import SIGNALS, StopSignals
 from motifarch.train.trackers import open_trackers
@@ -103,6 +108,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         load_state(start.parent, state)
         # A row of skipped steps that stopped the last start must not stop this one at once.
         state.nonfinite[1:] = 0
+    lineage = _open_lineage(recipe, inputs, world, mesh, state, start)
     if world.is_main:
         parameters = sum(p.numel() for p in state.model.parameters())
         write_record(recipe, inputs, world, start.compute, start.parent, parameters=parameters)
@@ -130,6 +136,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         about=partial(about_checkpoint, recipe, inputs, world.device, start.compute),
         saved_step=state.step if goes_on else None,
         mirror=recipe.checkpoint.mirror,
+        lineage=lineage,
         say=lambda line: print(line, flush=True),
     )
     trackers = []
@@ -146,7 +153,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         bytes_per_token=bytes_per_token(inputs.training, [entry.weight for entry in recipe.data.datasets]),
     )
     progress = Progress(recipe.run.steps, state.step, show=world.is_main)
-    for line in [*start.warnings, *metrics.warnings]:
+    for line in [*start.warnings, *metrics.warnings, *(lineage.warnings if lineage else ())]:
         progress.say(f"warning: {line}")
     progress.say(_greeting(recipe, state, world, start))
     if recipe.compile:
@@ -231,6 +238,30 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 _finish(recipe, state, stopped_by)
             checkpointer.finish(lambda: watchdog.heartbeat("the last checkpoint's copy", no_timeout=True))
     return 128 + stopped_by if stopped_by else 0
+
+
+def _open_lineage(
+    recipe: Recipe, inputs: Inputs, world: World, mesh: Mesh, state: TrainState, start: Start
+) -> Lineage | None:
+    """The run's ledger, on rank 0, which then knows what the state stands on."""
+    first = None if start.parent else weights_root(state.model)
+    if not world.is_main:
+        return None
+    key = recipe.checkpoint.sign_with
+    machine = {
+        "devices": device_name(world.device),
+        "ranks": world.size,
+        "layout": dataclasses.asdict(mesh.layout),
+        "compute": start.compute,
+        **row_kernels(world.device),
+    }
+    lineage = Lineage(recipe, inputs, machine, Signer(Path(key)) if key else None)
+    if start.parent:
+        lineage.go_on(start.parent)
+    else:
+        assert first is not None
+        lineage.begin(first, recipe.run.seed, Path(start.first_weights) if start.first_weights else None)
+    return lineage
 
 
 def _first_weights(model: nn.Module, device: torch.device, seed: int) -> None:

@@ -317,6 +317,9 @@ class CheckpointSection(Section):
     are copied there, and a run whose own folder lacks them resumes from there.
     """
 
+    sign_with: FilePath | None = None
+    """An ed25519 private key, as `ssh-keygen -t ed25519` makes it, that signs the ledger."""
+
 
 @dataclass
 class AverageSection(Section):

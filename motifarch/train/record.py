@@ -35,7 +35,7 @@ def about_checkpoint(recipe: Recipe, inputs: Inputs, device: torch.device, compu
         "batches": _batches(recipe),
         "learning_rate": about_learning_rate(recipe),
         "compute": compute,
-        **_kernels(device),
+        **row_kernels(device),
         **inputs.fingerprints(),
         "model_config": inputs.model_config.to_dict(),
         **_post_alpha(recipe, step),
@@ -87,7 +87,7 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
     warnings = _changes(about, recipe, inputs, step=read_manifest(parent)["step"])
     if about["seed"] != recipe.run.seed:
         warnings.append(f"run.seed is {recipe.run.seed}, but was {about['seed']}: samples may repeat within an epoch")
-    ran, runs = about.get("cpu_kernels"), _kernels(device).get("cpu_kernels")
+    ran, runs = about.get("cpu_kernels"), row_kernels(device).get("cpu_kernels")
     if ran and runs and ran != runs:
         warnings.append(
             f"PolyNorm, norms and attention's epilogue ran by {ran} before and run by {runs} now: results may differ "
@@ -96,7 +96,7 @@ def check_parent(parent: Path, recipe: Recipe, inputs: Inputs, device: torch.dev
     return warnings
 
 
-def _kernels(device: torch.device) -> dict[str, str]:
+def row_kernels(device: torch.device) -> dict[str, str]:
     """How formulas over rows run, which decides a result's last bits; nothing to say of a GPU.
 
     Raises:
@@ -180,7 +180,7 @@ def write_record(
         else None,
         "host": socket.gethostname(),
         "ranks": world.size,
-        "devices": _device_name(world.device),
+        "devices": device_name(world.device),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES if (version := installed_version(name))},
@@ -193,7 +193,7 @@ def write_record(
             "seed": recipe.run.seed,
             "compute": compute,
             "parameters": parameters,
-            **_kernels(world.device),
+            **row_kernels(world.device),
             **inputs.fingerprints(),
             "recipe": to_dict(recipe),
             "model_config": inputs.model_config.to_dict(),
@@ -202,5 +202,5 @@ def write_record(
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from motifarch.ledger.tensor_hash import TensorPart, hash_part, state_root, tensor_hash
 
@@ -66,6 +70,20 @@ def joined_hashes(parts: Iterable[tuple[str, TensorPart]]) -> dict[str, str]:
     for name, part in parts:
         by_name.setdefault(name, []).append(part)
     return {name: tensor_hash(own).hex() for name, own in sorted(by_name.items())}
+
+
+def weights_root(model: nn.Module) -> str | None:
+    """The Merkle root over a sharded model's weights, on rank 0; collectively."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({WEIGHTS[:-1]: get_model_state_dict(model)}, is_coordinator=dist.get_rank() == 0)
+    hashing = HashingPlanner(planner)
+    for item in planner.create_local_plan().items:
+        hashing.resolve_data(item)
+    hashing.finish()
+    own = [(index.fqn, part) for index, part in hashing.parts.items()]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, everyone)
+    return None if everyone is None else roots(joined_hashes(chain.from_iterable(everyone)))["weights"]
 
 
 def roots(hashes: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from motifarch.errors import UserError
-from motifarch.ledger.chain import LEDGER, Entry, Ledger, digest, make_entry
+from motifarch.ledger.chain import ENTRIES, FOLDER, Entry, Ledger, digest, make_entry
 from motifarch.ledger.signing import Signer, is_signed
 
 
@@ -56,7 +56,7 @@ CHANGES = [
 @pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_what_was_changed_is_named(change: object, message: str, tmp_path: Path) -> None:
     ledger(tmp_path)
-    path = tmp_path / LEDGER
+    path = tmp_path / FOLDER / ENTRIES
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"".join(line + b"\n" for line in change(lines)))  # type: ignore[operator]
     problems = Ledger.read(tmp_path).problems
@@ -67,7 +67,7 @@ def test_what_was_changed_is_named(change: object, message: str, tmp_path: Path)
 
 def test_a_line_that_a_crash_cut_short_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
     found = ledger(tmp_path)
-    path = tmp_path / LEDGER
+    path = tmp_path / FOLDER / ENTRIES
     path.write_bytes(path.read_bytes() + b'{"format":1,"st')
     again = Ledger.read(tmp_path)
     assert (len(again.entries), again.problems) == (4, [])
@@ -75,6 +75,19 @@ def test_a_line_that_a_crash_cut_short_is_left_out_and_does_not_spoil_the_next(t
     last = Ledger.read(tmp_path)
     assert [e.step for e in last.entries] == [0, 10, 20, 30, 40]
     assert last.problems == []
+
+
+def test_what_is_kept_beside_it_has_its_hash_for_a_name(tmp_path: Path) -> None:
+    found, content = Ledger.read(tmp_path), {"learning rate": 3e-4, "한국어": [1, None]}
+    name = found.keep(content)
+    assert found.keep(dict(reversed(content.items()))) == name == digest(content)
+    assert found.kept(name) == content
+    path = tmp_path / FOLDER / f"{name}.json"
+    path.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    with pytest.raises(ValueError, match="has changed since it was written"):
+        found.kept(name)
+    with pytest.raises(ValueError, match="can't be read"):
+        found.kept("0" * 64)
 
 
 @pytest.mark.parametrize("kind", ["openssh", "pem"])
