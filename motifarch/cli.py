@@ -30,6 +30,7 @@ COMMANDS = {
     "train": ("motifarch.train.main", "train a model as a recipe says"),
     "runs": ("motifarch.commands.runs", "compare runs, in a table and a plot"),
     "average": ("motifarch.commands.average", "average a run's last checkpoints"),
+    "verify": ("motifarch.commands.verify", "check that a run's weights come from its seed, data and recipe"),
     "export": ("motifarch.commands.export", "turn a checkpoint into a Hugging Face folder"),
     "generate": ("motifarch.commands.generate", "sample text from a folder"),
     "serve": ("motifarch.commands.serve", "answer chats over HTTP, as OpenAI's interface has them"),

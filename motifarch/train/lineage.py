@@ -153,7 +153,11 @@ def metrics_hash(output: Path, first: int, last: int) -> str:
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """A recipe without where its files lie and what is shown."""
     content = to_dict(recipe)
-    for section, names in {"run": ("output", "resume"), "checkpoint": ("mirror",), "log": ()}.items():
+    for section, names in {
+        "run": ("output", "resume", "stop_at"),
+        "checkpoint": ("mirror", "sign_with"),
+        "log": (),
+    }.items():
         content[section] = {name: value for name, value in content[section].items() if name not in names}
     content.pop("log")
     return content

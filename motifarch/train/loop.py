@@ -125,7 +125,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
         world_size=mesh.layout.data_parallel_size,
         micro_batch_size=recipe.batch.micro_size,
         start_step=state.step,
-        stop_step=recipe.run.steps,
+        stop_step=stop_step(recipe),
         row_work=AttentionWork(_windows(state.model)) if recipe.batch.balance else None,
     )
     goes_on = start.parent is not None and start.parent.parent == checkpoints_folder(output)
@@ -215,7 +215,7 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
                 targets=state.tokens,
                 epoch=inputs.mixture.epochs(state.step),
             )
-            last = state.step == recipe.run.steps
+            last = state.step == stop_step(recipe)
             validate = bool(inputs.validation) and (last or state.step % recipe.validation.every == 0)
             save = last or state.step % recipe.checkpoint.every == 0
             if validate:
@@ -262,6 +262,11 @@ def _open_lineage(
         assert first is not None
         lineage.begin(first, recipe.run.seed, Path(start.first_weights) if start.first_weights else None)
     return lineage
+
+
+def stop_step(recipe: Recipe) -> int:
+    """The step after which a start ends."""
+    return min(recipe.run.steps, recipe.run.stop_at or recipe.run.steps)
 
 
 def _first_weights(model: nn.Module, device: torch.device, seed: int) -> None:
@@ -450,12 +455,14 @@ def _greeting(recipe: Recipe, state: TrainState, world: World, start: Start) -> 
 def _finish(recipe: Recipe, state: TrainState, stopped_by: int) -> None:
     """Says how well it went, draws the loss plot and names the files."""
     output = Path(recipe.run.output)
-    note_end(output, "stopped" if stopped_by else "complete")
-    print(
-        f"stopped after step {state.step}; the same command resumes"
-        if stopped_by
-        else f"finished {counted(state.step, 'step')}"
-    )
+    cut = state.step < recipe.run.steps
+    note_end(output, "stopped" if cut else "complete")
+    if not cut:
+        print(f"finished {counted(state.step, 'step')}")
+    elif stopped_by:
+        print(f"stopped after step {state.step}; the same command resumes")
+    else:
+        print(f"stopped after step {state.step}, as run.stop_at says; the same command without it goes on")
     rows = read_metrics(output / METRICS)
     for line in outcome(rows, recipe.log.every):
         print(f"  {line}")

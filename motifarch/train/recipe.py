@@ -40,6 +40,9 @@ class RunSection(Section):
     steps: PositiveCount = 1000
     """Optimizer steps of the whole run, those before a resume included."""
 
+    stop_at: PositiveCount | None = None
+    """Save and end after this step of the whole run; the same command with another goes on."""
+
     seed: Seed = 0
     """Seeds the model's first weights and the order of the data."""
 

@@ -73,14 +73,17 @@ def joined_hashes(parts: Iterable[tuple[str, TensorPart]]) -> dict[str, str]:
 
 
 def weights_root(model: nn.Module) -> str | None:
-    """The Merkle root over a sharded model's weights, on rank 0; collectively."""
+    """The Merkle root over a model's weights, on rank 0; where there are ranks, collectively."""
+    alone = not dist.is_initialized()
     planner = DefaultSavePlanner()
-    planner.set_up_planner({WEIGHTS[:-1]: get_model_state_dict(model)}, is_coordinator=dist.get_rank() == 0)
+    planner.set_up_planner({WEIGHTS[:-1]: get_model_state_dict(model)}, is_coordinator=alone or dist.get_rank() == 0)
     hashing = HashingPlanner(planner)
     for item in planner.create_local_plan().items:
         hashing.resolve_data(item)
     hashing.finish()
     own = [(index.fqn, part) for index, part in hashing.parts.items()]
+    if alone:
+        return roots(joined_hashes(own))["weights"]
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, everyone)
     return None if everyone is None else roots(joined_hashes(chain.from_iterable(everyone)))["weights"]

@@ -1,0 +1,72 @@
+"""`motifarch verify`: whether a run's weights come from its seed, its data and its recipe."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from motifarch.command_line import Parser, loading, option, path
+from motifarch.errors import UserError
+from motifarch.field_types import PositiveCount, Ranks
+from motifarch.files import atomic_write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verifies a run's folder; 0 where nothing fails, else 1."""
+    parser = Parser(
+        prog="motifarch verify",
+        description="Check that a run's weights come from its seed, its data and its recipe: every link of its ledger, "
+        "without reading a tensor; and, if asked, the first weights and parts of the training again.",
+        examples=[
+            "motifarch verify runs/tiny_cpu",
+            "motifarch verify runs/tiny_cpu --init --replay 3 --seed 'block 870000 of bitcoin' --report verified.md",
+        ],
+    )
+    parser.add_argument("run", type=path, help="a run's output folder")
+    parser.add_argument("--init", action="store_true", help="make the first weights again from the seed")
+    parser.add_argument(
+        "--replay", type=option(PositiveCount), metavar="N", help="train N intervals between saves again, and compare"
+    )
+    parser.add_argument(
+        "--seed", metavar="TEXT", help="what draws the intervals: public, and not known when the run was made"
+    )
+    parser.add_argument("--ranks", type=option(Ranks), help="processes of a replay (default: as many as there were)")
+    parser.add_argument("--key", type=path, action="append", default=[], help="a public key that has to have signed")
+    parser.add_argument("--report", type=path, metavar="FILE.md", help="write the report there, and as JSON beside it")
+    given = parser.parse_args(argv)
+    if (given.replay is None) != (given.seed is None):
+        parser.error("--replay and --seed go together: the seed draws which intervals are trained again")
+    with loading():
+        from motifarch.verify.first_weights import verify_first_weights
+        from motifarch.verify.links import chain_of, verify_links
+        from motifarch.verify.replay import drawn, intervals, replay
+        from motifarch.verify.report import report
+    try:
+        keys = [key.read_text(encoding="utf-8") for key in given.key]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--key can't be read: {error}; give a public key's file, such as key.pub") from None
+    found = verify_links(given.run, keys=keys)
+    ledger, chain = chain_of(given.run)
+    if given.init and chain:
+        found.found += verify_first_weights(given.run, chain).found
+    available = intervals(given.run, chain)
+    chosen = drawn(available, given.replay, given.seed, chain[0]) if given.replay and chain else []
+    with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
+        for i, interval in enumerate(chosen):
+            found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks).found
+    text = report(
+        given.run,
+        chain,
+        found,
+        replayed=len(chosen),
+        total=max(0, len(chain) - 1),
+        available=len(available),
+        seed=given.seed,
+    )
+    print(text, end="")
+    if given.report:
+        with atomic_write(given.report) as file:
+            file.write(text)
+        with atomic_write(given.report.with_suffix(".json")) as file:
+            json.dump({"checks": found.as_json(), "head": chain[0].hash if chain else None}, file, indent=2)
+    return 1 if found.failed else 0

@@ -1,0 +1,187 @@
+"""Trains parts of a run again, and compares: bit by bit, or, on another kind of machine, by how far
+the weights end from where they ended.
+
+Which parts are drawn from a seed that is given afterwards, so that whoever made the run could not
+know. A cheat in a share p of the intervals between saves is found with probability 1 - (1 - p)^N by
+N of them.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from motif_kernels.impl.cpu.row_formulas import VARIABLE
+from motifarch.checkpoint_reader import CheckpointReader
+from motifarch.ledger.chain import Entry, Ledger
+from motifarch.train.lineage import manifest_seal
+from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, find_newest
+from motifarch.train.run_folder import METRICS, read_metrics
+from motifarch.train.saved_hashes import HASHES, WEIGHTS, roots
+from motifarch.verify.findings import Findings
+
+BOUND = 0.05
+"""Elsewhere: the largest distance from the saved weights, as a part of how far they moved."""
+_COMPARED = ("loss", "grad_norm", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """From one save to the next."""
+
+    start: Entry
+    end: Entry
+    parent: Path | None
+    """The checkpoint of the start; None of first weights, which the seed makes."""
+    saved: Path | None
+    """The checkpoint of the end, if it is still there."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"steps {self.start.step + 1} to {self.end.step}"
+
+
+def intervals(folder: Path, chain: Sequence[Entry]) -> list[Interval]:
+    """Those of a chain, the newest entry first, that can be trained again: their start is there."""
+    there = {manifest_seal(path): path for path in complete_checkpoints(checkpoints_folder(folder), hashes=False)}
+    found = []
+    for end, start in pairwise(chain):
+        parent = there.get(start.manifest or "")
+        from_seed = start.step == 0 and start.link.get("origin") is None
+        if end.link["kind"] == "checkpoint" and (parent is not None or from_seed):
+            found.append(Interval(start, end, parent, there.get(end.manifest or "")))
+    return found[::-1]
+
+
+def drawn(choices: Sequence[Interval], count: int, seed: str, head: Entry) -> list[Interval]:
+    """So many of them, all alike likely, by a seed and the chain's newest entry."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {head.hash}".encode()).digest())
+    return sorted(random.Random(number).sample(list(choices), min(count, len(choices))), key=lambda i: i.end.step)
+
+
+def confidence(share: float, count: int, total: int) -> float:
+    """The probability that `count` intervals out of `total` have one of a share of bad ones."""
+    bad = max(1, math.ceil(share * total))
+    return 1.0 - math.comb(total - bad, min(count, total)) / math.comb(total, min(count, total))
+
+
+def replay(
+    interval: Interval, ledger: Ledger, work: Path, *, ranks: int | None = None, show: Callable[[str], object] = print
+) -> Findings:
+    """Trains an interval again.
+
+    Args:
+        interval: which.
+        ledger: the run's, for the recipe.
+        work: a folder for it, which is made.
+        ranks: processes; None takes as many as there were.
+        show: told what goes on.
+    """
+    found, check = Findings(), f"Trained again, {interval.name} end in the weights that were saved."
+    try:
+        recipe, environment = (ledger.kept(interval.end.link[name]) for name in ("recipe", "environment"))
+    except (ValueError, KeyError) as error:
+        found.add(check, unknown=f"the recipe is not on record: {error}")
+        return found
+    show(f"training {interval.name} again")
+    work.mkdir(parents=True)
+    output = work / "run"
+    (work / "recipe.yaml").write_text(yaml.safe_dump(_recipe(recipe, interval, output)), encoding="utf-8")
+    processes = ranks or environment["ranks"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "motifarch.train", str(work / "recipe.yaml")]
+    variables = {VARIABLE: environment["cpu_kernels"]} if "cpu_kernels" in environment else {}
+    with (work / "log").open("wb") as log:
+        status = subprocess.run(command, env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT, check=False)
+    again = find_newest(output) if status.returncode == 0 else None
+    if again is None:
+        tail = (work / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        found.add(check, unknown=f"it could not be trained: {' '.join(tail)}")
+        return found
+    own = roots(json.loads((again / HASHES).read_text(encoding="utf-8")))
+    if own == {name: interval.end.link[name] for name in own}:
+        found.add(f"{check} Every bit is the same.")
+    else:
+        _compare_closely(found, check, interval, again)
+    _compare_rows(found, interval, output, exact=found.found[-1].check.endswith("same."))
+    return found
+
+
+def _recipe(recipe: Mapping[str, Any], interval: Interval, output: Path) -> dict[str, Any]:
+    content = json.loads(json.dumps(recipe))
+    content["run"] |= {
+        "output": str(output),
+        "resume": str(interval.parent.resolve()) if interval.parent else "none",
+        "stop_at": interval.end.step,
+    }
+    content["checkpoint"] |= {"every": content["run"]["steps"], "mirror": None}
+    content["log"] = {"every": 1, "tensorboard": False, "tracker": "none"}
+    return content
+
+
+def _compare_closely(found: Findings, check: str, interval: Interval, again: Path) -> None:
+    if interval.saved is None:
+        found.add(check, [f"the hashes of {interval.name} differ, and what was saved is no longer there to compare"])
+        return
+    before = None if interval.parent is None else interval.parent
+    distance = update_distance(before, interval.saved, again)
+    close = (
+        f"{check} Not bit by bit: they are {distance:.2%} of the way apart that training moved them (at most "
+        f"{BOUND:.0%})."
+    )
+    found.add(close, [] if distance <= BOUND else [f"{distance:.2%} is more"])
+
+
+def update_distance(before: Path | None, saved: Path, again: Path) -> float:
+    """How far two checkpoints' weights are apart, as a part of how far the first one's moved."""
+    readers = [CheckpointReader(path) for path in (saved, again, before) if path is not None]
+    apart = moved = 0.0
+    for name, about in readers[0].tensors.items():
+        if not name.startswith(WEIGHTS):
+            continue
+        values = []
+        for reader in readers:
+            content = {name: torch.empty(about.size, dtype=about.properties.dtype)}
+            reader.load(content, no_dist=True)
+            values.append(content[name].double())
+        apart += float((values[0] - values[1]).square().sum())
+        moved += float((values[0] - (values[2] if before is not None else 0.0)).square().sum())
+    return math.sqrt(apart / moved) if moved else math.inf if apart else 0.0
+
+
+def _compare_rows(found: Findings, interval: Interval, output: Path, *, exact: bool) -> None:
+    """Losses and rates of the replay beside those on record."""
+    run = interval.parent or interval.saved
+    if run is None:
+        return
+    recorded = {row["step"]: row for row in read_metrics(run.parent.parent / METRICS)}
+    problems = []
+    for row in read_metrics(output / METRICS):
+        other = recorded.get(row["step"])
+        if row["step"] <= interval.start.step or other is None:
+            continue
+        for name in _COMPARED:
+            one, two = row.get(name), other.get(name)
+            same = one == two or (
+                not exact and None not in (one, two) and math.isclose(one, two, rel_tol=BOUND, abs_tol=1e-6)
+            )
+            if not same:
+                problems.append(f"{name} of step {row['step']} is {two} on record and {one} again")
+    found.add(f"{METRICS} has what {interval.name} give when they are trained again.", problems)
+
+
+def checkpoint_of(output: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return checkpoints_folder(output) / checkpoint_name(step)
