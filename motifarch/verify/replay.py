@@ -25,6 +25,7 @@ import yaml
 from motif_kernels.impl.cpu.row_formulas import VARIABLE
 from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.ledger.chain import Entry, Ledger
+from motifarch.ledger.tensor_hash import whole_hash
 from motifarch.train.lineage import manifest_seal
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, find_newest
 from motifarch.train.run_folder import METRICS, read_metrics
@@ -95,6 +96,9 @@ def replay(
     except (ValueError, KeyError) as error:
         found.add(check, unknown=f"the recipe is not on record: {error}")
         return found
+    if interval.parent is not None and (wrong := other_tensors(interval.parent, interval.start)):
+        found.add(check, [wrong])
+        return found
     show(f"training {interval.name} again")
     work.mkdir(parents=True)
     output = work / "run"
@@ -126,7 +130,7 @@ def _recipe(recipe: Mapping[str, Any], interval: Interval, output: Path) -> dict
         "resume": str(interval.parent.resolve()) if interval.parent else "none",
         "stop_at": interval.end.step,
     }
-    content["checkpoint"] |= {"every": content["run"]["steps"], "mirror": None}
+    content["checkpoint"] |= {"mirror": None}
     content["log"] = {"every": 1, "tensorboard": False, "tracker": "none"}
     return content
 
@@ -135,13 +139,26 @@ def _compare_closely(found: Findings, check: str, interval: Interval, again: Pat
     if interval.saved is None:
         found.add(check, [f"the hashes of {interval.name} differ, and what was saved is no longer there to compare"])
         return
-    before = None if interval.parent is None else interval.parent
-    distance = update_distance(before, interval.saved, again)
+    if wrong := other_tensors(interval.saved, interval.end):
+        found.add(check, [wrong])
+        return
+    distance = update_distance(interval.parent, interval.saved, again)
     close = (
         f"{check} Not bit by bit: they are {distance:.2%} of the way apart that training moved them (at most "
         f"{BOUND:.0%})."
     )
     found.add(close, [] if distance <= BOUND else [f"{distance:.2%} is more"])
+
+
+def other_tensors(checkpoint: Path, entry: Entry) -> str | None:
+    """What is wrong where a checkpoint holds other tensors than its entry says; all are read."""
+    reader, hashes = CheckpointReader(checkpoint), {}
+    for name, about in reader.tensors.items():
+        content = {name: torch.empty(about.size, dtype=about.properties.dtype)}
+        reader.load(content, no_dist=True)
+        hashes[name] = whole_hash(content[name]).hex()
+    same = roots(hashes) == {name: entry.link[name] for name in ("weights", "state")}
+    return None if same else f"{checkpoint.name} holds other tensors than its entry says"
 
 
 def update_distance(before: Path | None, saved: Path, again: Path) -> float:
