@@ -79,6 +79,7 @@ def test_an_attention_of_your_own_trains_by_its_import_path_and_is_exported(tmp_
     first, *_, last = losses(capsys.readouterr().out)
     assert last < first
     folder = export(tmp_path / "run", tmp_path / "export")
+    assert f'register_attention("{path}")' in (folder / "README.md").read_text()
     loaded = run_python(LOAD, folder, path)
     assert "not imported; if you trust it" in loaded
     assert "GatedSoftmax" in loaded
