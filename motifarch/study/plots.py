@@ -124,7 +124,10 @@ def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]
 
 
 def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
-    """Loss at the end over what it took: training FLOPs, seconds of training, and the cache."""
+    """Loss at the end over what it took: training FLOPs, time at the speeds that were measured side
+    by side (else the runs' own), and the cache.
+    """
+    steps, tokens_a_step = study.results.get("step_seconds", {}).get(size, {}), study.results.get("micro_batch_tokens")
     panels = figure.subplots(1, 3, sharey=True)
     figure.set_size_inches(9, 4.5)
     for v in (v for v in study.of_size(size) if study.loss(v)):
@@ -132,6 +135,8 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
         assert loss is not None
         tokens = float(np.mean([run["tokens"] for run in runs]))
         seconds = float(np.mean([run["validation"][-1][1] for run in runs if run.get("validation")] or [np.nan]))
+        if v.name in steps:
+            seconds = steps[v.name] * tokens / tokens_a_step
         places = tokens * v.row["training_flops_per_token"], seconds, v.row["kv_bytes_per_token"]
         for axes, place in zip(panels, places, strict=True):
             axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))
