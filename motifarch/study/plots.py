@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import matplotlib
@@ -86,7 +86,10 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
     panels = figure.subplots(len(sizes), len(names), sharey="row", squeeze=False)
     figure.set_size_inches(1 + 2.7 * len(names), 0.6 + 2.8 * len(sizes))
     for axes, (size, name) in zip(panels.flat, product(sizes, names), strict=True):
-        found = [design for design in designs.of_size(size) if design.name == name]
+        found = [d for d in designs.of_size(size) if d.name == name and any(study.loss(v) for v in d.variants)]
+        if not found:  # a scale of logarithms has nothing to begin with
+            axes.set_visible(False)
+            continue
         for design in found:
             shown = [(v, loss) for v in design.variants if (loss := study.loss(v))]
             at = [v.ratio for v, _ in shown]
@@ -104,11 +107,10 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
         axes.set_title(f"{name}, {size}" if len(sizes) > 1 else name)
         axes.set_xlabel("signal heads for each noise head")
-        if not found:
-            axes.set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss, nats/token")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles, labels = (list(chain.from_iterable(column)) for column in zip(*drawn, strict=True))
     named = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
 
