@@ -86,24 +86,21 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
     panels = figure.subplots(len(sizes), len(names), sharey="row", squeeze=False)
     figure.set_size_inches(1 + 2.7 * len(names), 0.6 + 2.8 * len(sizes))
     for axes, (size, name) in zip(panels.flat, product(sizes, names), strict=True):
-        found = [d for d in designs.of_size(size) if d.name == name and any(study.loss(v) for v in d.variants)]
-        if not found:  # a scale of logarithms has nothing to begin with
+        variants = [v for d in designs.of_size(size) if d.name == name for v in d.variants]
+        shown = [(v, loss) for v in variants if (loss := study.loss(v))]
+        if not shown:  # a scale of logarithms has nothing to begin with
             axes.set_visible(False)
             continue
-        for design in found:
-            shown = [(v, loss) for v in design.variants if (loss := study.loss(v))]
-            at = [v.ratio for v, _ in shown]
-            means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
-            axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label="GDA")
-            for v, _ in shown:
-                seeds = list(study.values(v, "validation_loss").values())
-                axes.plot(
-                    [v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"GDA {v.ratio}:1, seeds"
-                )
+        at, attention = [v.ratio for v, _ in shown], variants[0].label.split()[0]
+        means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
+        axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label=attention)
+        for v, _ in shown:
+            seeds = list(study.values(v, "validation_loss").values())
+            axes.plot([v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{v.label}, seeds")
         for i, (label, level) in enumerate(_without_ratio(study, size)):
             axes.axhline(level, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({v.ratio for d in found for v in d.variants if v.ratio}))
+        axes.set_xticks([v.ratio for v in variants])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
         axes.set_title(f"{name}, {size}" if len(sizes) > 1 else name)
         axes.set_xlabel("signal heads for each noise head")

@@ -98,7 +98,7 @@ def run_study(
                 plan.choose_rates(size)
                 pool.run([run for run in plan.runs if run.matched.size == size and run.status == "missing"])
         if not signals.received:
-            plan.time_steps(sequences, torch.device(slots.device), launcher)
+            plan.time_steps(sequences, slots, launcher)
         return _finish(plan, signals.received, console, options.compare)
 
 
@@ -235,7 +235,7 @@ class StudyPlan:
             "compute": lambda: launcher.call(choose_compute, device) if asked == "auto" else asked,
         }
         # After the precision, in which they are timed.
-        decided["softmax_attention"] = lambda: self._time_softmax(sequences, device, launcher)
+        decided["softmax_attention"] = lambda: self._time_softmax(sequences, slots, launcher)
         if not self.sweep:
             decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched, self.sizes[0])
         for name, decide in decided.items():
@@ -249,22 +249,25 @@ class StudyPlan:
         start = launcher.call(environment, command, device, _PACKAGES) | dataclasses.asdict(slots)
         self.note("starts", [*self.content.get("starts", []), start])
 
-    def _time_softmax(self, sequences: DataShape, device: torch.device, launcher: Launcher) -> dict[str, str]:
+    def _time_softmax(self, sequences: DataShape, slots: Slots, launcher: Launcher) -> dict[str, str]:
         """The fastest attention of each size's first softmax variant."""
         found = {}
         for m in reversed(self.matched):
             if m.variant.is_softmax and self.grid.recipe.model.attn_implementation is None:
-                compute = self.content["compute"]
-                found[m.size.name] = launcher.call(fastest_attention, self._recipe(m), sequences, device, compute)
+                how = (sequences, torch.device(slots.device), self.content["compute"], slots.threads)
+                found[m.size.name] = launcher.call(fastest_attention, self._recipe(m), *how)
         return found
 
-    def time_steps(self, sequences: DataShape, device: torch.device, launcher: Launcher) -> None:
-        """Notes the seconds of a micro-batch of each variant, taken side by side, once."""
+    def time_steps(self, sequences: DataShape, slots: Slots, launcher: Launcher) -> None:
+        """Notes the seconds of a micro-batch of each variant, taken side by side, once; of sizes
+        that one process holds.
+        """
         found = self.content.get("step_seconds", {})
         for size in self.sizes:
-            if size.name not in found:
+            if size.name not in found and size.ranks == 1:
                 recipes = {m.name: self._recipe(m) for m in self.matched if m.size == size}
-                found[size.name] = launcher.call(step_seconds, recipes, sequences, device, self.content["compute"])
+                how = (sequences, torch.device(slots.device), self.content["compute"], slots.threads)
+                found[size.name] = launcher.call(step_seconds, recipes, *how)
                 self.note("step_seconds", found)
 
     def _recipe(self, m: Matched) -> Recipe:

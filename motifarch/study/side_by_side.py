@@ -21,7 +21,7 @@ CANDIDATES: tuple[Any, ...] = ("auto", "sdpa", "flash_attention_2")
 _ROUNDS = 4
 
 
-def fastest_attention(recipe: Recipe, sequences: DataShape, device: torch.device, compute: str) -> str:
+def fastest_attention(recipe: Recipe, sequences: DataShape, device: torch.device, compute: str, threads: int) -> str:
     """The attn_implementation with which a model of one layer trains fastest on a micro-batch: what
     differential attention is measured against takes the fastest there is on the machine.
 
@@ -30,30 +30,36 @@ def fastest_attention(recipe: Recipe, sequences: DataShape, device: torch.device
         sequences: length and vocabulary of its data.
         device: where it will train.
         compute: "float32" or "bfloat16".
+        threads: of a CPU that a run takes.
     """
     model = dataclasses.replace(recipe.model, num_hidden_layers=1)
     recipes = {
         name: dataclasses.replace(recipe, model=dataclasses.replace(model, attn_implementation=name))
         for name in CANDIDATES
     }
-    seconds = step_seconds(recipes, sequences, device, compute)
+    seconds = step_seconds(recipes, sequences, device, compute, threads)
     return min(seconds, key=lambda name: seconds[name])
 
 
 def step_seconds(
-    recipes: Mapping[str, Recipe], sequences: DataShape, device: torch.device, compute: str
+    recipes: Mapping[str, Recipe], sequences: DataShape, device: torch.device, compute: str, threads: int
 ) -> dict[str, float]:
     """Seconds of a forward and a backward pass of a micro-batch, loss included, by name. What can't
-    run here, for a library is missing or does not serve it, has none.
+    run here, for a library is missing or does not serve it, or memory ends, has none.
     """
     seconds: dict[str, float] = {}
-    for _ in range(_ROUNDS):
-        for name, recipe in recipes.items():
-            try:
-                took = _seconds(recipe, sequences, device, compute)
-            except (ValueError, ImportError, UserError):
-                continue
-            seconds[name] = min(took, seconds.get(name, took))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(_ROUNDS):
+            for name, recipe in recipes.items():
+                try:
+                    took = _seconds(recipe, sequences, device, compute)
+                except (ValueError, ImportError, UserError, torch.OutOfMemoryError):
+                    continue
+                seconds[name] = min(took, seconds.get(name, took))
+    finally:
+        torch.set_num_threads(before)
     return seconds
 
 
