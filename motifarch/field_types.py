@@ -53,6 +53,12 @@ ImportPath = Annotated[
 ]
 """Of code of the user's own, as module:name."""
 
+
+def is_import_path(text: str) -> bool:
+    """Whether a text that names one of several things is an `ImportPath` instead."""
+    return ":" in text
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A part of a whole, which may be none or all."""
 

@@ -73,6 +73,7 @@ def test_python_blocks_run_and_print_what_they_say(tmp_path):
     for library in ("timm", "diffusers"):
         if find_spec(library) is None:
             code = [(name, text) for name, text in code if library not in text]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     run_python(RUN_BLOCKS, tmp_path, ROOT / "tests", json.dumps(code))
 
 

@@ -33,6 +33,19 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+EXPORT = """
+import os, sys
+from motifarch.cli import run
+from motifarch.errors import UserError
+
+source, folder, path = sys.argv[1:]
+try:
+    run(["export", source, "--output", f"{folder}1"])
+except UserError as error:
+    print(error)
+os.environ["MOTIF_ATTENTION"] = path
+run(["export", source, "--output", f"{folder}2"])
+"""
 LOAD = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -79,6 +92,11 @@ def test_an_attention_of_your_own_trains_by_its_import_path_and_is_exported(tmp_
     first, *_, last = losses(capsys.readouterr().out)
     assert last < first
     folder = export(tmp_path / "run", tmp_path / "export")
+    # Another process: a checkpoint is data, and imports nothing by itself.
+    assert f"set MOTIF_ATTENTION={path}" in run_python(EXPORT, tmp_path / "run", tmp_path / "again", path)
+    assert not (tmp_path / "again1").exists()
+    assert (tmp_path / "again2" / "config.json").is_file()
+    assert f'register_attention("{path}")' in (folder / "README.md").read_text()
     loaded = run_python(LOAD, folder, path)
     assert "not imported; if you trust it" in loaded
     assert "GatedSoftmax" in loaded

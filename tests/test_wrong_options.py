@@ -86,13 +86,16 @@ def options() -> Iterator[Option]:
 
 
 def _kind(action: argparse.Action) -> str:
-    """Number, path, choice or text, by what the type makes of one."""
+    """Number, path, choice, mapping or text, by what the type makes of one."""
     if action.choices:
         return "choice"
     if action.type is None:
         return "text"
     assert callable(action.type)
-    made = action.type("1")  # a list is of texts
+    try:
+        made = action.type("1")  # a list is of texts
+    except argparse.ArgumentTypeError:
+        return "mapping"
     return "path" if isinstance(made, Path) else "number" if isinstance(made, int | float) else "text"
 
 
@@ -105,7 +108,7 @@ def must_be_refused(option: Option, wrong: str) -> bool:
             return wrong in NEVER_A_NUMBER
         case "path":
             return wrong in NEVER_A_PATH
-        case "choice":
+        case "choice" | "mapping":
             return True
     return False
 

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from motifarch.errors import UserError, first_line
 from motifarch.export.chat_template import plain_chat_template
 from motifarch.export.model_card import write_card
+from motifarch.field_types import is_import_path
 from motifarch.files import claim_folder, new_folder, sha256, write_json
 from motifarch.ledger.chain import FOLDER, Ledger
 from motifarch.model_folder import without_bars
-from motifarch.models.motif import is_own
 from motifarch.portable import add_code
 from motifarch.storage import is_url
 from motifarch.tokenizer.loading import tokenizer_fingerprint
@@ -80,11 +80,10 @@ def export(
     about = read_about(checkpoint)
     if adapter and with_code:
         raise UserError("--adapter and --with-code: adapters come without a model's code; leave one of them out")
-    if with_code and is_own(about["model_config"]["attention_type"]):
+    if with_code and is_import_path(str(about["model_config"].get("attention_type"))):
         raise UserError(
             f"--with-code: the model's attention is code of your own ({about['model_config']['attention_type']}), "
-            "which the folder would lack; leave --with-code out, and call motifarch.models.register_attention before "
-            "it is loaded"
+            "which the folder would lack; leave --with-code out; who loads it has to have that code"
         )
     if adapter and not about.get("lora"):
         raise UserError(f"--adapter: {checkpoint} holds no adapters, its run trained all weights; leave --adapter out")

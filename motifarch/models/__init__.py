@@ -20,11 +20,20 @@ from motifarch.models.motif import (
     MotifForSequenceClassification,
     MotifForTokenClassification,
     MotifModel,
-)
-from motifarch.models.motif import (
-    register_attention as register_attention,
+    register_attention,
 )
 from motifarch.transformers_names import add_to_transformers
+
+__all__ = [
+    "MODEL_TYPES",
+    "MotifConfig",
+    "MotifForCausalLM",
+    "MotifForQuestionAnswering",
+    "MotifForSequenceClassification",
+    "MotifForTokenClassification",
+    "MotifModel",
+    "register_attention",
+]
 
 # Not AutoConfig.register, which takes a config class under its own model_type alone.
 for _model_type in MODEL_TYPES:

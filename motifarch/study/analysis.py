@@ -25,6 +25,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from motifarch.errors import UserError
+from motifarch.field_types import is_import_path
 
 KIND, FORMAT = "head_ratio_study", 1
 ALPHA = 0.05
@@ -173,8 +174,10 @@ class Variant:
         """Signal heads for each noise head of DIFF V1 (1), GDA and attention that is made at
         several; None for other attention.
         """
-        has_ratio = self.row["attention"] in ("diff_v1", "gda") or ":" in self.row["attention"]
-        return (self.row.get("ratio") or (1 if self.row["attention"] == "diff_v1" else None)) if has_ratio else None
+        attention, ratio = self.row["attention"], self.row.get("ratio")
+        if attention in ("diff_v1", "gda"):
+            return ratio or 1
+        return ratio if is_import_path(attention) else None
 
     @property
     def signal_heads(self) -> int | None:

@@ -47,7 +47,8 @@ def _panel(axes: Axes) -> Iterator[tuple[Any, ...]]:
 
 def _with_interval(container: ErrorbarContainer) -> Iterator[tuple[float, float, float, float]]:
     line, _, bars = container.lines
-    ends = np.array([segment for bar in bars for segment in bar.get_segments()])  # (points, 2 ends, x and y)
+    # (points, 2 ends, x and y), also where there is no point.
+    ends = np.array([segment for bar in bars for segment in bar.get_segments()]).reshape(-1, 2, 2)
     along = 0 if container.has_xerr else 1
     for (x, y), both in zip(np.array(line.get_data(), dtype=float).T, ends[:, :, along], strict=True):
         yield x, y, both.min(), both.max()

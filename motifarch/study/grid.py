@@ -15,7 +15,19 @@ from pydantic import Field
 from motifarch import packaged_recipes
 from motifarch.counted import counted
 from motifarch.errors import UserError
-from motifarch.field_types import FilePath, Heads, ImportPath, Layers, Length, Ranks, Seed, Tokens, Vocabulary, Width
+from motifarch.field_types import (
+    FilePath,
+    Heads,
+    ImportPath,
+    Layers,
+    Length,
+    Ranks,
+    Seed,
+    Tokens,
+    Vocabulary,
+    Width,
+    is_import_path,
+)
 from motifarch.study.measure_options import MeasureOptions
 from motifarch.train.recipe import DatasetEntry, Recipe
 from motifarch.train.recipe_rules import check_recipe
@@ -88,7 +100,7 @@ class VariantSpec(Section):
     @property
     def is_own(self) -> bool:
         """Whether it is of the user's own."""
-        return ":" in self.attention
+        return is_import_path(self.attention)
 
     @property
     def head_ratio(self) -> int | None:

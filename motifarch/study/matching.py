@@ -124,11 +124,11 @@ def match(grid: Grid, sequences: DataShape) -> list[Matched]:
                 width = _nearest(costs, target, grid.match, size.intermediate_multiple)
             elif variant.name != grid.reference_variant.name and variant.makes_up == "depth":
                 layers = _nearest(partial(costs, width), target, grid.match, 1)
-            own = costs(width, layers)
+            model = _model(grid, sequences, size, variant, width, layers)
+            own = _costs_of(model, sequences)
             fields = model_fields(variant, size, grid.match, width, layers)
             deviations: Costs = {by: own[by] / target[by] - 1 for by in own}
-            embedding = _embedding_parameters(_model(grid, sequences, size, variant, width, layers))
-            matched = Matched(variant, size, fields, own, embedding, deviations)
+            matched = Matched(variant, size, fields, own, _embedding_parameters(model), deviations)
             found.append(matched)
             if variant.makes_up == "feed_forward" and abs(matched.deviations[grid.match]) > TOLERANCE:
                 refused.append(_refusal(grid.match, matched, costs, reference))
@@ -159,7 +159,10 @@ def _costs(
     grid: Grid, sequences: DataShape, size: SizeSpec, variant: VariantSpec, width: int, layers: int | None = None
 ) -> Costs:
     """Those of a variant with a feed-forward width."""
-    model = _model(grid, sequences, size, variant, width, layers)
+    return _costs_of(_model(grid, sequences, size, variant, width, layers), sequences)
+
+
+def _costs_of(model: MotifForCausalLM, sequences: DataShape) -> Costs:
     decoder: Any = model.model
     cached = sum(layer.self_attn.cache_width for layer in decoder.layers)
     return {

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import matplotlib
@@ -86,29 +86,28 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
     panels = figure.subplots(len(sizes), len(names), sharey="row", squeeze=False)
     figure.set_size_inches(1 + 2.7 * len(names), 0.6 + 2.8 * len(sizes))
     for axes, (size, name) in zip(panels.flat, product(sizes, names), strict=True):
-        found = [design for design in designs.of_size(size) if design.name == name]
-        for design in found:
-            shown = [(v, loss) for v in design.variants if (loss := study.loss(v))]
-            at = [v.ratio for v, _ in shown]
-            means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
-            axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label="GDA")
-            for v, _ in shown:
-                seeds = list(study.values(v, "validation_loss").values())
-                axes.plot(
-                    [v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"GDA {v.ratio}:1, seeds"
-                )
+        variants = [v for d in designs.of_size(size) if d.name == name for v in d.variants]
+        shown = [(v, loss) for v in variants if (loss := study.loss(v))]
+        if not shown:  # a scale of logarithms has nothing to begin with
+            axes.set_visible(False)
+            continue
+        at, attention = [v.ratio for v, _ in shown], variants[0].label.split()[0]
+        means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
+        axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label=attention)
+        for v, _ in shown:
+            seeds = list(study.values(v, "validation_loss").values())
+            axes.plot([v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{v.label}, seeds")
         for i, (label, level) in enumerate(_without_ratio(study, size)):
             axes.axhline(level, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({v.ratio for d in found for v in d.variants if v.ratio}))
+        axes.set_xticks([v.ratio for v in variants])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
         axes.set_title(f"{name}, {size}" if len(sizes) > 1 else name)
         axes.set_xlabel("signal heads for each noise head")
-        if not found:
-            axes.set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss, nats/token")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles, labels = (list(chain.from_iterable(column)) for column in zip(*drawn, strict=True))
     named = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
 
@@ -124,7 +123,10 @@ def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]
 
 
 def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
-    """Loss at the end over what it took: training FLOPs, seconds of training, and the cache."""
+    """Loss at the end over what it took: training FLOPs, time at the speeds that were measured side
+    by side (else the runs' own), and the cache.
+    """
+    steps, tokens_a_step = study.results.get("step_seconds", {}).get(size, {}), study.results.get("micro_batch_tokens")
     panels = figure.subplots(1, 3, sharey=True)
     figure.set_size_inches(9, 4.5)
     for v in (v for v in study.of_size(size) if study.loss(v)):
@@ -132,6 +134,8 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
         assert loss is not None
         tokens = float(np.mean([run["tokens"] for run in runs]))
         seconds = float(np.mean([run["validation"][-1][1] for run in runs if run.get("validation")] or [np.nan]))
+        if v.name in steps:
+            seconds = steps[v.name] * tokens / tokens_a_step
         places = tokens * v.row["training_flops_per_token"], seconds, v.row["kv_bytes_per_token"]
         for axes, place in zip(panels, places, strict=True):
             axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))

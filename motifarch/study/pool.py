@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from motifarch.errors import UserError
+from motifarch.models.motif.own_attention import TRUSTED
 from motifarch.study.grid import Grid
 from motifarch.study.launch import Launcher, Process
 from motifarch.study.runs import MEASURED, RECIPE, Run, run_recipe, run_result
@@ -162,6 +163,8 @@ class Pool:
     def _start(self, run: Run, stage: str, devices: list[str]) -> Process:
         threads = str(self.slots.threads)
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        if run.matched.variant.is_own:  # the grid's author named it; measuring loads it from a checkpoint
+            environment[TRUSTED] = run.matched.variant.attention
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
         ranks = run.matched.size.ranks if stage == "train" else 1

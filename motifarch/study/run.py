@@ -26,14 +26,15 @@ from motifarch.files import write_json
 from motifarch.locks import open_lock_file
 from motifarch.study.analysis import FORMAT, KIND
 from motifarch.study.compare import compare_studies
-from motifarch.study.fastest_attention import fastest_attention
 from motifarch.study.grid import GRIDS, Grid, SizeSpec
 from motifarch.study.launch import Launcher, LocalLauncher
 from motifarch.study.matching import TOLERANCE, Matched
 from motifarch.study.pool import Pool, Slots, find_slots
 from motifarch.study.report import write_report
-from motifarch.study.runs import FAILED, Run, choose_rates
+from motifarch.study.runs import FAILED, Run, choose_rates, with_model
+from motifarch.study.side_by_side import fastest_attention, step_seconds
 from motifarch.train.precision import choose_compute
+from motifarch.train.recipe import Recipe
 from motifarch.train.stop import StopSignals
 
 STUDY, RESULTS = "study.json", "results.json"
@@ -96,6 +97,8 @@ def run_study(
             if not signals.received:
                 plan.choose_rates(size)
                 pool.run([run for run in plan.runs if run.matched.size == size and run.status == "missing"])
+        if not signals.received:
+            plan.time_steps(sequences, slots, launcher)
         return _finish(plan, signals.received, console, options.compare)
 
 
@@ -232,7 +235,7 @@ class StudyPlan:
             "compute": lambda: launcher.call(choose_compute, device) if asked == "auto" else asked,
         }
         # After the precision, in which they are timed.
-        decided["softmax_attention"] = lambda: self._time_softmax(sequences, device, launcher)
+        decided["softmax_attention"] = lambda: self._time_softmax(sequences, slots, launcher)
         if not self.sweep:
             decided["learning_rates"] = lambda: choose_rates(self.grid, self.matched, self.sizes[0])
         for name, decide in decided.items():
@@ -246,15 +249,31 @@ class StudyPlan:
         start = launcher.call(environment, command, device, _PACKAGES) | dataclasses.asdict(slots)
         self.note("starts", [*self.content.get("starts", []), start])
 
-    def _time_softmax(self, sequences: DataShape, device: torch.device, launcher: Launcher) -> dict[str, str]:
+    def _time_softmax(self, sequences: DataShape, slots: Slots, launcher: Launcher) -> dict[str, str]:
         """The fastest attention of each size's first softmax variant."""
-        found, recipe = {}, self.grid.recipe
+        found = {}
         for m in reversed(self.matched):
-            if m.variant.is_softmax and recipe.model.attn_implementation is None:
-                own = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **m.model))
-                own_compute = self.content["compute"]
-                found[m.size.name] = launcher.call(fastest_attention, own, sequences, device, own_compute)
+            if m.variant.is_softmax and self.grid.recipe.model.attn_implementation is None:
+                how = (sequences, torch.device(slots.device), self.content["compute"], slots.threads)
+                found[m.size.name] = launcher.call(fastest_attention, self._recipe(m), *how)
         return found
+
+    def time_steps(self, sequences: DataShape, slots: Slots, launcher: Launcher) -> None:
+        """Notes the seconds of a micro-batch of each variant, taken side by side, once; of sizes
+        that one process holds.
+        """
+        found = self.content.get("step_seconds", {})
+        for size in self.sizes:
+            if size.name not in found and size.ranks == 1:
+                recipes = {m.name: self._recipe(m) for m in self.matched if m.size == size}
+                how = (sequences, torch.device(slots.device), self.content["compute"], slots.threads)
+                found[size.name] = launcher.call(step_seconds, recipes, *how)
+                self.note("step_seconds", found)
+
+    def _recipe(self, m: Matched) -> Recipe:
+        """What decides how fast a variant trains."""
+        attention = self.content.get("softmax_attention", {}).get(m.size.name)
+        return with_model(self.grid.recipe, m, attention)
 
     def open_sweep(self, size: SizeSpec, status: str) -> list[Run]:
         """A size's runs of the sweep with a status, of variants whose rate is not chosen yet."""
@@ -287,6 +306,8 @@ class StudyPlan:
             "data": content["data"],
             "compute": content["compute"],
             "softmax_attention": content["softmax_attention"],
+            "step_seconds": content.get("step_seconds", {}),
+            "micro_batch_tokens": self.grid.recipe.batch.micro_size * self.grid.data.seq_len,
             "variants": [self._variant(m) for m in self.matched],
             "designs": [
                 {"name": design.name, "fixed": design.fixed, "makes_up": design.makes_up}

@@ -107,17 +107,21 @@ def run_recipe(grid: Grid, run: Run, compute: Literal["auto", "float32", "bfloat
     optim.warmup_steps = round(optim.warmup_steps * run.steps / full)
     if optim.decay_steps is not None:
         optim.decay_steps = round(optim.decay_steps * run.steps / full)
-    model = dataclasses.replace(recipe.model, **run.matched.model)
-    if run.matched.variant.is_softmax:
-        model.attn_implementation = model.attn_implementation or attention
     return dataclasses.replace(
-        recipe,
+        with_model(recipe, run.matched, attention),
         run=dataclasses.replace(recipe.run, output=str(run.folder), steps=run.steps, seed=run.seed),
-        model=model,
         data=dataclasses.replace(recipe.data, datasets=[DatasetEntry(grid.data.path)]),
         optim=optim,
         precision=dataclasses.replace(recipe.precision, compute=compute),
     )
+
+
+def with_model(recipe: Recipe, matched: Matched, attention: Any) -> Recipe:
+    """A grid's recipe with a variant's model; softmax attention takes the attn_implementation."""
+    model = dataclasses.replace(recipe.model, **matched.model)
+    if matched.variant.is_softmax:
+        model.attn_implementation = model.attn_implementation or attention
+    return dataclasses.replace(recipe, model=model)
 
 
 def run_result(run: Run, tokens_per_step: int) -> dict[str, Any]:

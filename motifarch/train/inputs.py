@@ -20,7 +20,8 @@ from motifarch.data import (
     check_same_tokenizer,
 )
 from motifarch.errors import UserError
-from motifarch.models.motif import MotifConfig, MotifForCausalLM, is_own, register_attention
+from motifarch.field_types import is_import_path
+from motifarch.models.motif import MotifConfig, MotifForCausalLM, register_attention
 from motifarch.train.manifest import (
     checkpoints_folder,
     counts_as_saved,
@@ -108,7 +109,7 @@ def model_config(recipe: Recipe, data: DataShape) -> MotifConfig:
         UserError: the model section fits neither itself nor the data.
     """
     fields = dataclasses.asdict(recipe.model)
-    if is_own(recipe.model.attention_type):
+    if is_import_path(recipe.model.attention_type):
         try:
             register_attention(recipe.model.attention_type)
         except ValueError as error:

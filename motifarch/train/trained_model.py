@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from motifarch.errors import UserError, first_line
-from motifarch.models.motif import MotifConfig, MotifForCausalLM, is_own, register_attention
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.checkpoint import load_model_state
 from motifarch.train.lora import add_adapters, merge_adapters
 from motifarch.train.manifest import MANIFEST, damage, read_manifest
@@ -41,8 +41,6 @@ def load_trained_model(checkpoint: Path, *, merge: bool = True) -> MotifForCausa
     if "mhc_h_post_alpha" in about:  # what the weights were trained with up to there
         fields = fields | {"mhc_h_post_alpha_end": about["mhc_h_post_alpha"]}
     try:
-        if is_own(fields["attention_type"]):
-            register_attention(fields["attention_type"])
         model = MotifForCausalLM(MotifConfig(**fields))
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = f"the model_config in its {MANIFEST} is no model's ({first_line(error)})"

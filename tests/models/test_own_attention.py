@@ -1,5 +1,6 @@
 """Attention of the user's own in the models, named by its import path."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -37,6 +38,10 @@ class LinearAttention(SoftmaxAttention):
 
     def attention_flops(self, seq_len: int) -> float:
         return 4.0 * self.num_heads * self.head_dim**2 * seq_len
+
+
+class Trusted(SoftmaxAttention):
+    """One that nothing has registered."""
 
 
 def model_of(attention_type: str) -> MotifForCausalLM:
@@ -99,6 +104,14 @@ def test_a_config_alone_imports_nothing() -> None:
     config = MotifConfig(**(tiny_model("softmax").config.to_dict() | {"attention_type": "antigravity:fly"}))
     with pytest.raises(ValueError, match=r"'antigravity:fly' is code that was not imported.*register_attention"):
         MotifForCausalLM(config)
+    assert "antigravity" not in sys.modules
+
+
+def test_the_environment_says_what_configs_may_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "models.test_own_attention:Trusted"
+    config = MotifConfig(**(tiny_model("softmax").config.to_dict() | {"attention_type": path}))
+    monkeypatch.setenv("MOTIF_ATTENTION", f"another.module:Attention,{path}")
+    assert type(MotifForCausalLM(config).model.layers[0].self_attn).__name__ == "Trusted"
 
 
 NO_ATTENTION = [

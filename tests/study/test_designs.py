@@ -1,5 +1,6 @@
 """What designs say of head ratios: as statsmodels' formulas do, and in the page's first words."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import statsmodels.formula.api as smf
 from helpers.made_up_study import DESIGNS, made_up_designs, made_up_results
 from motifarch.study.analysis import StudyResults
 from motifarch.study.designs import StudyDesigns
-from motifarch.study.report import to_html, to_markdown
+from motifarch.study.report import to_html, to_markdown, write_report
 
 
 def table(results: dict[str, Any], names: list[str]) -> pd.DataFrame:
@@ -74,6 +75,19 @@ def test_a_single_seed_has_no_answer_and_tables_all_the_same() -> None:
     text = to_markdown(results)
     assert "No design has finished runs of two seeds: there is no answer yet." in text
     assert "| 8:1 | 8 | 1 |" in text
+
+
+def test_a_study_under_way_has_a_page_before_its_designs_have_runs(tmp_path: Path) -> None:
+    results = made_up_designs(of_signal=-0.03, of_noise=0.03)
+    for run in results["runs"]:
+        if run["variant"].startswith("gda") and run["variant"] != "gda 1:1 (2+2) poly_norm":
+            run["status"] = "missing"
+    write_report(results, tmp_path)
+    assert "there is no answer yet" in (tmp_path / "report.md").read_text()
+    for run in results["runs"]:
+        run["status"] = "missing" if run["variant"].startswith("gda") else run["status"]
+    write_report(results, tmp_path)
+    assert (tmp_path / "figures" / "by_cost_2m.csv").is_file()
 
 
 def test_results_without_designs_have_none() -> None:

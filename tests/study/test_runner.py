@@ -37,6 +37,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pool, "command", command)
     monkeypatch.setattr(run, "write_report", lambda results, folder: None)
     monkeypatch.setattr(run, "fastest_attention", lambda *arguments: "sdpa")
+    monkeypatch.setattr(run, "step_seconds", lambda recipes, *arguments: dict.fromkeys(recipes, 0.5))
 
 
 def behave(folder: Path, **by_variant: str) -> None:

@@ -8,7 +8,7 @@ from motifarch.models.motif.heads import (
     MotifForTokenClassification,
 )
 from motifarch.models.motif.modeling_motif import MotifForCausalLM
-from motifarch.models.motif.own_attention import is_own, register_attention
+from motifarch.models.motif.own_attention import register_attention
 
 __all__ = [
     "MODEL_TYPES",
@@ -19,6 +19,5 @@ __all__ = [
     "MotifForTokenClassification",
     "MotifModel",
     "MotifPreTrainedModel",
-    "is_own",
     "register_attention",
 ]

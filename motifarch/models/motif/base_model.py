@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from motif_kernels.impl.flash import libraries as flash
 from motif_kernels.ops import is_exporting
+from motifarch.field_types import is_import_path
 from motifarch.forward_arguments import check_arguments
 from motifarch.layers import (
     CachePosition,
@@ -49,7 +50,7 @@ from motifarch.models.motif.caches import (
 from motifarch.models.motif.configuration_motif import MotifConfig
 from motifarch.models.motif.decoder_layer import MotifDecoderLayer, build_mtp
 from motifarch.models.motif.loading import WholeOrNothing
-from motifarch.models.motif.own_attention import implementation, is_own
+from motifarch.models.motif.own_attention import default_implementation
 from motifarch.models.motif.rotary import build_rotaries, mtp_layer_type
 
 # attn_implementation -> motif_kernels' backend. "auto", the default, "triton" and "cpu" are ours;
@@ -91,12 +92,14 @@ class MotifPreTrainedModel(WholeOrNothing, PreTrainedModel):
         self, attn_implementation: str | None, *arguments: Any, **options: Any
     ) -> str:
         """What transformers asks for a name's meaning: ours besides its own."""
-        name = implementation(self.config.attention_type) if attn_implementation is None else attn_implementation
+        name = (
+            default_implementation(self.config.attention_type) if attn_implementation is None else attn_implementation
+        )
         if name.startswith(_FLASH):
             if flash.installed() is None:
                 raise ValueError(f"attn_implementation {name!r}: no flash-attn is installed; install it or take 'auto'")
             return name
-        if name in OURS or is_own(name):
+        if name in OURS or is_import_path(name):
             return name
         return super()._check_and_adjust_attn_implementation(name, *arguments, **options)
 

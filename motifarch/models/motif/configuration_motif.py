@@ -6,9 +6,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from motifarch.auto_map import AutoMapMixin
+from motifarch.field_types import is_import_path
 from motifarch.layers import SoftmaxAttention
 from motifarch.layers.head_counts import check_heads
-from motifarch.models.motif.own_attention import is_own, layer_class
+from motifarch.models.motif.own_attention import layer_class
 from motifarch.models.motif.released_fields import read_released, write_released
 from motifarch.models.motif.rope_fields import latent_parameters, with_standard_names
 from motifarch.models.motif.unsupported import (
@@ -274,7 +275,7 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
         """Noise heads, with the default filled in; 0 for softmax attention."""
         if self.attention_type in ("softmax", "mla"):
             return 0
-        if is_own(self.attention_type):
+        if is_import_path(self.attention_type):
             return 0 if issubclass(layer_class(self.attention_type), SoftmaxAttention) else self.num_noise_heads or 0
         if self.num_noise_heads is None or self.attention_type == "diff_v1":
             return self.num_attention_heads // 2
@@ -364,7 +365,7 @@ class MotifConfig(AutoMapMixin, PreTrainedConfig):
                     f"num_key_value_heads={self.num_key_value_heads}"
                 )
             return
-        if is_own(self.attention_type):  # its class checks its heads
+        if is_import_path(self.attention_type):  # its class checks its heads
             return
         if self.attention_type == "diff_v1" and self.num_noise_heads not in (None, self.num_attention_heads // 2):
             raise ValueError(

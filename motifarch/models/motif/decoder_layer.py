@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from motifarch.field_types import is_import_path
 from motifarch.layers import (
     DifferentialAttentionV2,
     GroupedDifferentialAttention,
@@ -20,7 +21,7 @@ from motifarch.layers import (
 )
 from motifarch.models.motif import tensor_parallel as tensor_parallel  # makes its style known to transformers
 from motifarch.models.motif.configuration_motif import MotifConfig
-from motifarch.models.motif.own_attention import is_own, layer_class
+from motifarch.models.motif.own_attention import layer_class
 from motifarch.models.motif.rotary import mtp_layer_type, softmax_scale
 
 
@@ -53,7 +54,7 @@ def build_attention(config: MotifConfig, layer_idx: int) -> Any:
             softmax_scale=softmax_scale(config, kind),
         )
     common |= {"qk_norm": config.qk_norm, "qk_norm_eps": config.rms_norm_eps, "bias": config.use_bias}
-    if is_own(config.attention_type):
+    if is_import_path(config.attention_type):
         own: Any = layer_class(config.attention_type)
         noise = {"num_noise_heads": config.noise_heads} if config.noise_heads else {}
         return own(config.hidden_size, **common, **noise)

@@ -15,8 +15,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from motifarch.errors import first_line
+from motifarch.field_types import is_import_path
 from motifarch.layers import BaseAttention, SoftmaxAttention
 
+TRUSTED = "MOTIF_ATTENTION"
+"""The environment variable that names, by commas, what configs and checkpoints may import."""
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 
 
@@ -66,23 +69,18 @@ def register_attention(path: str) -> Callable[..., Any]:
     return found
 
 
-def is_own(attention_type: str) -> bool:
-    """Whether an ``attention_type`` is an import path."""
-    return ":" in attention_type
-
-
 def registered(path: str) -> Callable[..., Any]:
-    """What was registered under a path.
+    """What was registered under a path, or is trusted by the environment.
 
     Raises:
-        ValueError: nothing was: a config alone does not import code.
+        ValueError: neither: a config alone, or a checkpoint, does not import code.
     """
-    if path not in _REGISTERED:
+    if path not in _REGISTERED and path not in os.environ.get(TRUSTED, "").split(","):
         raise ValueError(
-            f"attention_type {path!r} is code that was not imported; if you trust it, call "
-            f"motifarch.models.register_attention({path!r}) first"
+            f"attention_type {path!r} is code that was not imported; if you trust it, set {TRUSTED}={path} in the "
+            f"environment, or call motifarch.models.register_attention({path!r}) first"
         )
-    return _REGISTERED[path]
+    return register_attention(path)
 
 
 def layer_class(path: str) -> type[BaseAttention]:
@@ -91,7 +89,7 @@ def layer_class(path: str) -> type[BaseAttention]:
     return found if isinstance(found, type) else SoftmaxAttention
 
 
-def implementation(attention_type: str) -> str:
+def default_implementation(attention_type: str) -> str:
     """The ``attn_implementation`` of a model where none is asked for: a function's own."""
-    is_function = is_own(attention_type) and not isinstance(registered(attention_type), type)
+    is_function = is_import_path(attention_type) and not isinstance(registered(attention_type), type)
     return attention_type if is_function else "auto"

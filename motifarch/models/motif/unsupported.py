@@ -11,6 +11,7 @@ from dataclasses import fields as fields_of
 from typing import Any
 
 from motifarch.errors import UserError
+from motifarch.field_types import is_import_path
 from motifarch.layers.grouped_differential_latent_attention import check_rotary_part
 from motifarch.model_section import ModelSection
 from motifarch.typed_yaml import TypedYaml
@@ -65,7 +66,7 @@ def check_supported(fields: Mapping[str, Any]) -> None:
     """
     for name, accepted in ACCEPTED.items():
         value = fields.get(name)
-        if name == "attention_type" and ":" in str(value):  # an import path
+        if name == "attention_type" and is_import_path(str(value)):
             continue
         if value is not None and value not in accepted:
             raise ValueError(f"{name}={value!r} is not supported; {_choice(accepted)}")
