@@ -121,7 +121,7 @@ def hash_part(part: Tensor, offsets: Sequence[int], shape: Sequence[int]) -> Ten
 
 def _hashed(block: np.ndarray, at: int, count: int) -> Iterable[bytes]:
     """The leaves of a column of cells."""
-    return (leaf_hash(blake3(row[at : at + count]).digest()) for row in map(memoryview, block))
+    return (leaf_hash(blake3(memoryview(row)[at : at + count]).digest()) for row in block)
 
 
 def _bytes(part: Tensor) -> np.ndarray:

@@ -26,8 +26,8 @@ def chain_of(folder: Path) -> tuple[Ledger, list[Entry]]:
     ledger = Ledger.read(folder)
     if not ledger.entries and not ledger.problems:
         raise UserError(
-            f"{folder} has no ledger ({ledger.path.relative_to(folder)}); give a run's output folder, made by a version "
-            "of motifarch that keeps one"
+            f"{folder} has no ledger ({ledger.path.relative_to(folder)}); give a run's output folder, made by a "
+            "version of motifarch that keeps one"
         )
     head = ledger.entries[-1] if ledger.entries else None
     newest = next(iter(complete_checkpoints(checkpoints_folder(folder), limit=1, hashes=False)), None)

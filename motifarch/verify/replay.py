@@ -191,9 +191,9 @@ def _compare_rows(found: Findings, interval: Interval, output: Path, *, exact: b
             continue
         for name in _COMPARED:
             one, two = row.get(name), other.get(name)
-            same = one == two or (
-                not exact and None not in (one, two) and math.isclose(one, two, rel_tol=BOUND, abs_tol=1e-6)
-            )
+            same = one == two
+            if not exact and one is not None and two is not None:
+                same = math.isclose(one, two, rel_tol=BOUND, abs_tol=1e-6)
             if not same:
                 problems.append(f"{name} of step {row['step']} is {two} on record and {one} again")
     found.add(f"{METRICS} has what {interval.name} give when they are trained again.", problems)

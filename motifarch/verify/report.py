@@ -57,18 +57,18 @@ def _shown(chain: Sequence[Entry], found: Findings, replayed: int, total: int, a
     if found.failed:
         return "Not that these weights come from this seed, data and recipe: see what fails."
     words = [
-        f"The ledger has {len(chain)} entries that hold together: whoever changed one would have had to change all that "
-        "follow, and each signature."
+        f"The ledger has {len(chain)} entries that hold together: whoever changed one would have had to change all "
+        "that follow, and each signature."
     ]
     if not replayed:
         words.append(
-            "Nothing was trained again (`--replay N`), so that only the record was looked at: a record that was made up "
-            "as a whole would hold together too."
+            "Nothing was trained again (`--replay N`), so that only the record was looked at: a record that was made "
+            "up as a whole would hold together too."
         )
         return " ".join(words)
     words.append(
-        f"{replayed} of {total} intervals between saves, drawn with the seed {seed!r}, were trained again and came to the "
-        "same."
+        f"{replayed} of {total} intervals between saves, drawn with the seed {seed!r}, were trained again and came "
+        "to the same."
     )
     if available < total:
         words.append(f"Only {available} could be drawn: of the others, the checkpoint that they begin with is gone.")
