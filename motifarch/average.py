@@ -16,6 +16,7 @@ from motifarch.progress import Advance, progress
 from motifarch.storage import is_url
 from motifarch.train.checkpoint import CheckpointWriter
 from motifarch.train.fetching import fetched_run
+from motifarch.train.lineage import LINK, AverageLineage
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, step_of
 from motifarch.train.run_folder import RECORD, read_record
 from motifarch.train.trained_model import read_about
@@ -79,6 +80,7 @@ def average(run: Path | str, output: Path, last: int, *, origin_name: str | None
         )
     steps = [step_of(checkpoint) or 0 for checkpoint in found]
     about: dict[str, Any] = read_about(found[0]) | {AVERAGE_OF: steps}
+    about.pop(LINK, None)  # the newest one's own
     mean = CheckpointMean(found)
     weights = mean.weights()
     with (
@@ -88,7 +90,7 @@ def average(run: Path | str, output: Path, last: int, *, origin_name: str | None
     ):
         target = checkpoints_folder(folder) / checkpoint_name(steps[0])
         target.parent.mkdir()
-        writer = CheckpointWriter(target, steps[0], about)
+        writer = CheckpointWriter(target, steps[0], about, AverageLineage(folder, run, found))
         planner = _MeanPlanner(mean, weights, advance)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

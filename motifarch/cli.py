@@ -23,6 +23,7 @@ COMMANDS = {
     "recipes copy": ("motifarch.commands.copy_recipe", "copy one, to change it"),
     "data prepare": ("motifarch.data.prepare", "turn text into packed token blocks"),
     "data merge": ("motifarch.commands.data_merge", "join what several machines prepared"),
+    "data prove": ("motifarch.commands.data_prove", "show that one row is in prepared data, without the rest"),
     "tokenizer train": ("motifarch.commands.tokenizer_train", "train a vocabulary: BPE, or SuperBPE across words"),
     "tokenizer extend": ("motifarch.commands.tokenizer_extend", "add tokens to a vocabulary that exists"),
     "tokenizer measure": ("motifarch.commands.tokenizer_measure", "compare tokenizers on the same text"),

@@ -1,4 +1,4 @@
-"""`motifarch verify`: whether a run's weights come from its seed, its data and its recipe."""
+"""`motifarch verify`: whether weights come from a seed, from data and a recipe."""
 
 import json
 import tempfile
@@ -12,17 +12,18 @@ from motifarch.files import atomic_write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Verifies a run's folder; 0 where nothing fails, else 1."""
+    """Verifies a run's or a model's folder; 0 where nothing fails, else 1."""
     parser = Parser(
         prog="motifarch verify",
-        description="Check that a run's weights come from its seed, its data and its recipe: every link of its ledger, "
+        description="Check that weights come from a seed, data and a recipe: every link of their ledger, of a run "
         "without reading a tensor; and, if asked, the first weights and parts of the training again.",
         examples=[
             "motifarch verify runs/tiny_cpu",
             "motifarch verify runs/tiny_cpu --init --replay 3 --seed 'block 870000 of bitcoin' --report verified.md",
+            "motifarch verify runs/tiny_cpu/export --made-of runs/tiny_cpu",
         ],
     )
-    parser.add_argument("run", type=path, help="a run's output folder")
+    parser.add_argument("run", type=path, help="the folder of a run, an average, an export or a grown model")
     parser.add_argument("--init", action="store_true", help="make the first weights again from the seed")
     parser.add_argument(
         "--replay", type=option(PositiveCount), metavar="N", help="train N intervals between saves again, and compare"
@@ -31,14 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seed", metavar="TEXT", help="what draws the intervals: public, and not known when the run was made"
     )
     parser.add_argument("--ranks", type=option(Ranks), help="processes of a replay (default: as many as there were)")
+    parser.add_argument(
+        "--made-of",
+        type=path,
+        metavar="FOLDER",
+        help="what an export, an average or first weights were made of, to make them again and compare",
+    )
+    parser.add_argument(
+        "--row",
+        type=path,
+        metavar="FILE.json",
+        help="what `motifarch data prove` wrote of a row: whether it is in the data of the ledger",
+    )
     parser.add_argument("--key", type=path, action="append", default=[], help="a public key that has to have signed")
     parser.add_argument("--report", type=path, metavar="FILE.md", help="write the report there, and as JSON beside it")
     given = parser.parse_args(argv)
     if (given.replay is None) != (given.seed is None):
         parser.error("--replay and --seed go together: the seed draws which intervals are trained again")
     with loading():
+        from motifarch.train.lineage import CHECKPOINT
         from motifarch.verify.first_weights import verify_first_weights
-        from motifarch.verify.links import chain_of, verify_links
+        from motifarch.verify.links import chain_of, verify_links, verify_row
+        from motifarch.verify.made_of import verify_made_of
         from motifarch.verify.replay import drawn, intervals, replay
         from motifarch.verify.report import report
     try:
@@ -48,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = verify_links(given.run, keys=keys)
     ledger, chain = chain_of(given.run)
     if given.init and chain:
-        found.found += verify_first_weights(given.run, chain).found
+        found.found += verify_first_weights(ledger, chain).found
+    if given.made_of and chain:
+        found.found += verify_made_of(given.run, given.made_of, ledger, chain).found
+    if given.row:
+        found.found += verify_row(given.row, chain).found
     available = intervals(given.run, chain)
     chosen = drawn(available, given.replay, given.seed, chain[0]) if given.replay and chain else []
     with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
@@ -59,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chain,
         found,
         replayed=len(chosen),
-        total=max(0, len(chain) - 1),
+        total=sum(entry.link["kind"] == CHECKPOINT for entry in chain),
         available=len(available),
         seed=given.seed,
     )

@@ -48,6 +48,8 @@ class SplitCounts:
     """Targets that the loss mask leaves; None without one."""
     padding_tokens: int = 0
     """What fills blocks of whole conversations up."""
+    rows_root: str | None = None
+    """The Merkle root over the rows (`motifarch.data.row_tree`); None in older data."""
 
     @property
     def bytes_per_token(self) -> float | None:

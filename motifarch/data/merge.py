@@ -10,6 +10,7 @@ from motifarch.data.arrow_files import block_features, block_tables, save, write
 from motifarch.data.loss_mask import with_mask
 from motifarch.data.manifest import FILE_NAME, Manifest, SplitCounts
 from motifarch.data.packed import Block, PackedDataset
+from motifarch.data.row_tree import RowTree
 from motifarch.errors import UserError
 from motifarch.files import claim_folder, new_folder, remove
 from motifarch.progress import progress
@@ -37,11 +38,12 @@ def merge(folders: Sequence[Path], output: Path, report: Callable[[str], None]) 
         copytree(shards[0][0] / "tokenizer", folder / "tokenizer")
         for split in manifest.splits:
             sources = [PackedDataset.open(shard, split) for shard, _ in shards]
-            scratch = folder / f"{split}.arrow"
+            scratch, tree = folder / f"{split}.arrow", RowTree()
             with progress(f"merging {split}", manifest.splits[split].blocks) as advance:
-                tables = block_tables(_blocks(sources, advance), manifest.seq_len)
+                tables = block_tables(tree.over(_blocks(sources, advance)), manifest.seq_len)
                 rows = write_tables(scratch, tables, block_features(manifest.seq_len))
             save(rows, folder / split)
+            manifest.splits[split].rows_root = tree.root()
             del rows
             remove(scratch)
         manifest.write(folder)
@@ -114,6 +116,8 @@ def _merged(shards: Sequence[Manifest]) -> Manifest:
 
 def _sum(counts: Sequence[SplitCounts]) -> SplitCounts:
     def total(name: str) -> Any:
+        if name == "rows_root":  # of all rows together, which their numbers decide
+            return None
         values = [getattr(one, name) for one in counts]
         return None if None in values else sum(values)
 

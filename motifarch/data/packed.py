@@ -51,6 +51,7 @@ class PackedDataset:
         self.fingerprint = manifest.fingerprint
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
         self.bytes_per_token = manifest.splits[split].bytes_per_token
+        self.rows_root = manifest.splits[split].rows_root
         self._rows = rows
 
     @classmethod

@@ -28,6 +28,7 @@ from motifarch.data.lengths import source_lengths
 from motifarch.data.manifest import Manifest, SplitCounts
 from motifarch.data.packed import Block
 from motifarch.data.packing import BlockPacker, DocumentPacker
+from motifarch.data.row_tree import RowTree
 from motifarch.data.settings import PrepareSettings
 from motifarch.data.sources import Source, each_file_once, parse_source
 from motifarch.data.tokenise import describe_tokens, tokenise
@@ -231,8 +232,9 @@ def _pack(
                 yield name.as_py(), tokens.values.to_numpy()
             advance()
 
+    tree = RowTree()
     with progress(f"packing {split}", len(tokenised)) as advance:
-        tables = block_tables(blocks(documents(advance)), seq_len)
+        tables = block_tables(tree.over(blocks(documents(advance))), seq_len)
         rows = write_tables(scratch / f"{split}.arrow", tables, block_features(seq_len))
     if not packer.blocks:
         raise UserError(
@@ -241,7 +243,7 @@ def _pack(
         )
     with progress(f"writing {split}"):
         save(rows, folder)
-    counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover)
+    counts = SplitCounts(packer.documents, packer.tokens, packer.blocks, packer.leftover, rows_root=tree.root())
     if fitter:
         counts.dropped_tokens, counts.trained_tokens = fitter.dropped_tokens, fitter.trained_tokens
         counts.padding_tokens = packer.padding_tokens

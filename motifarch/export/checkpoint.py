@@ -12,16 +12,15 @@ from motifarch.export.chat_template import plain_chat_template
 from motifarch.export.model_card import write_card
 from motifarch.field_types import is_import_path
 from motifarch.files import claim_folder, new_folder, sha256, write_json
-from motifarch.ledger.chain import FOLDER, Ledger
+from motifarch.ledger.derived import note_derived
 from motifarch.model_folder import without_bars
 from motifarch.portable import add_code
 from motifarch.storage import is_url
 from motifarch.tokenizer.loading import tokenizer_fingerprint
 from motifarch.train.fetching import fetched_run
-from motifarch.train.lineage import manifest_seal
+from motifarch.train.lineage import checkpoint_source
 from motifarch.train.manifest import MANIFEST, find_newest, read_manifest, step_of
 from motifarch.train.run_folder import RECORD, read_record
-from motifarch.train.saved_hashes import weights_root
 from motifarch.train.trained_model import load_trained_model, read_about
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -114,9 +113,10 @@ def export(
             "manifest_sha256": sha256(checkpoint / MANIFEST),
             "step": read_manifest(checkpoint)["step"],
             "dtype": dtype,
-            **_chain(run, checkpoint, folder),
-            "weights": weights_root(model),
         }
+        how = {"dtype": dtype, "adapter": adapter}
+        entry = note_derived(folder, "export", checkpoint, checkpoint_source(checkpoint), **how)
+        origin |= {"ledger_entry": entry.hash}
         write_json(folder / "export.json", origin)
         if with_code:
             add_code(folder)
@@ -133,17 +133,6 @@ def export(
                 own_chat_template=own_chat_template,
             )
     return output
-
-
-def _chain(run: Path, checkpoint: Path, folder: Path) -> dict[str, str]:
-    """Takes the run's ledger along, and says which entry the checkpoint is; nothing where it has
-    none.
-    """
-    entry = Ledger.read(run).of_manifest(manifest_seal(checkpoint))
-    if entry is None:
-        return {}
-    shutil.copytree(run / FOLDER, folder / FOLDER)
-    return {"entry": entry.hash}
 
 
 def _resolve(source: Path) -> tuple[Path, Path]:

@@ -19,6 +19,7 @@ from motifarch.growth.layouts import Factors, factors_to, motif_config
 from motifarch.growth.model_spec import ModelSpec, describe
 from motifarch.growth.vocabulary import Vocabulary
 from motifarch.growth.width import Noise, untie, widen
+from motifarch.ledger.derived import note_derived, source_of
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 
 RECORD = "growth.json"
@@ -151,6 +152,7 @@ def write(
             "logits": dataclasses.asdict(measured) if measured else None,
         }
         write_json(writer.folder / RECORD, content | (record or {}))
+        note_derived(writer.folder, "growth", source.path, source_of(source.path))
     return measured
 
 

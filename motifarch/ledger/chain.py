@@ -1,5 +1,5 @@
-"""The ledger of a run: an entry for its first weights and for each checkpoint, each with the hash
-of the entry that it goes on from.
+"""The ledger of a run or of a model's folder: an entry for the first weights, for each checkpoint
+and for what was made of it, each with the hash of the entry that it goes on from.
 
 `ledger/entries.jsonl` is only ever appended to. An entry says what was saved (the manifest's hash,
 and Merkle roots over the tensors) and what it was made with (recipe, data, tokenizer, code,
@@ -7,6 +7,7 @@ environment, the metrics' rows since its parent). It stays when the checkpoint i
 long lies beside it in a file that is named by its hash.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ from motifarch.files import SEAL, atomic_write
 
 FOLDER, ENTRIES = "ledger", "entries.jsonl"
 FORMAT = 1
+KEPT = ("recipe", "model", "environment")
+"""The fields of a link that are hashes of files beside the ledger."""
 _LONGEST = 1 << 20
 """Bytes, more than a line has."""
 
@@ -99,7 +102,7 @@ class Ledger:
                 continue
             if entry.parent is not None and entry.parent not in known:
                 found.problems.append(f"line {number} (step {entry.step}) goes on from an entry that is not before it")
-            if entry.parent is None and entry.step:
+            if entry.parent is None and entry.step and not entry.link.get("origin"):
                 found.problems.append(f"line {number} (step {entry.step}) goes on from nothing")
             known.add(entry.hash)
             found.entries.append(entry)
@@ -116,6 +119,20 @@ class Ledger:
         while at is not None:
             yield at
             at = by_hash.get(at.parent) if at.parent is not None else None
+
+    def take_over(self, other: "Ledger", last: Entry) -> None:
+        """Adds the entries that another ledger's entry stands on, with it, and what lies beside
+        them; what is missing there is missing here.
+
+        Raises:
+            OSError: they can't be written.
+        """
+        known = {entry.hash for entry in self.entries}
+        for entry in reversed([entry for entry in other.back_from(last) if entry.hash not in known]):
+            for name in KEPT:
+                with contextlib.suppress(ValueError, KeyError):
+                    self.keep(other.kept(entry.link[name]))
+            self.append(entry)
 
     def append(self, entry: Entry) -> None:
         """Adds an entry, on the disk before this returns.

@@ -39,7 +39,7 @@ def whole_subtrees(start: int, leaves: Iterable[bytes]) -> dict[Node, bytes]:
     """
     found: dict[Node, bytes] = {}
     for place, digest in enumerate(leaves, start):
-        _add(found, (0, place), digest)
+        add_subtree(found, (0, place), digest)
     return found
 
 
@@ -55,11 +55,11 @@ def merged(parts: Iterable[Mapping[Node, bytes]]) -> dict[Node, bytes]:
             raise ValueError(f"two parts differ about {_words(node)}")
     found: dict[Node, bytes] = {}
     for node in sorted(given):
-        _add(found, node, given[node])
+        add_subtree(found, node, given[node])
     return found
 
 
-def _add(found: dict[Node, bytes], node: Node, digest: bytes) -> None:
+def add_subtree(found: dict[Node, bytes], node: Node, digest: bytes) -> None:
     """Adds a subtree, and joins it with its neighbour as often as there is one."""
     height, place = node
     while (twin := found.pop((height, place ^ 1), None)) is not None:

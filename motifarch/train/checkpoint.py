@@ -38,7 +38,7 @@ from motifarch.files import os_error, remove, sha256, write_json
 from motifarch.ledger.tensor_hash import TensorPart
 from motifarch.optim import SpikeGuard
 from motifarch.train.finite import first_nonfinite
-from motifarch.train.lineage import LINK, Lineage
+from motifarch.train.lineage import LINK, AverageLineage, Lineage
 from motifarch.train.manifest import (
     PARTIAL,
     checkpoint_name,
@@ -103,7 +103,9 @@ class _HashedResult(WriteResult):
 class CheckpointWriter(FileSystemWriter):
     """Writes a checkpoint's files, then the manifest, and renames the whole folder."""
 
-    def __init__(self, final: Path, step: int, about: dict[str, Any], lineage: Lineage | None = None) -> None:
+    def __init__(
+        self, final: Path, step: int, about: dict[str, Any], lineage: Lineage | AverageLineage | None = None
+    ) -> None:
         """The folder that it becomes, its step and notes; on rank 0 the ledger it goes into."""
         super().__init__(final.with_name(final.name + PARTIAL))
         self.folder = final.with_name(final.name + PARTIAL)

@@ -5,27 +5,27 @@ one is of a checkpoint. A run that goes on from another run's checkpoint, or fro
 takes its entries over, so that the chain goes back to the seed.
 """
 
-import contextlib
 import dataclasses
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from motifarch.environment import git_state, installed_version
 from motifarch.files import SEAL, read_json
 from motifarch.ledger.chain import Entry, Ledger, digest, make_entry
-from motifarch.ledger.code import sources_hash
+from motifarch.ledger.derived import derived_link, source_of
+from motifarch.ledger.made_with import environment
 from motifarch.ledger.signing import Signer
 from motifarch.train.inputs import Inputs
 from motifarch.train.manifest import MANIFEST, read_manifest
 from motifarch.train.read_recipe import to_dict
 from motifarch.train.recipe import Recipe
-from motifarch.train.run_folder import METRICS, read_metrics
+from motifarch.train.run_folder import METRICS, last_metrics
+from motifarch.train.saved_hashes import saved_roots
 
 LINK = "link"
 """The field of a manifest's notes that holds its entry's link."""
-_PACKAGES = ("motifarch", "torch", "triton", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+FIRST_WEIGHTS, START, CHECKPOINT, AVERAGE = "first weights", "start", "checkpoint", "average"
+"""Kinds of entries; a start is from another run's checkpoint."""
 
 
 class Lineage:
@@ -45,7 +45,8 @@ class Lineage:
         self._parent: Entry | None = None
         self._made_with = {
             "recipe": self.ledger.keep(_deciding(recipe)),
-            "environment": self.ledger.keep(_environment(machine)),
+            "model": self.ledger.keep(inputs.model_config.to_dict()),
+            "environment": self.ledger.keep(environment(machine)),
             **_identities(inputs),
         }
 
@@ -62,7 +63,7 @@ class Lineage:
             parent, origin = self._origin(init_from)
         link = {
             "parent": parent.hash if parent else None,
-            "kind": "first weights",
+            "kind": FIRST_WEIGHTS,
             "weights": weights,
             "seed": seed,
             "origin": origin,
@@ -74,55 +75,57 @@ class Lineage:
             self._add(make_entry(0, None, link))
 
     def _origin(self, folder: Path) -> tuple[Entry | None, dict[str, Any]]:
-        """The entry that first weights go on from, which the ledger of a run or an export has, and
-        what they are called.
+        """The entry that first weights go on from, which the ledger of a run or of a model's folder
+        has, and what they are called.
         """
-        is_checkpoint = (folder / MANIFEST).is_file()
-        other = Ledger.read(folder.parent.parent if is_checkpoint else folder)
-        entry = None
-        if is_checkpoint:
-            entry = other.of_manifest(manifest_seal(folder))
-        elif other.entries:
-            entry = other.entries[-1]
+        other, entry = checkpoint_source(folder) if (folder / MANIFEST).is_file() else source_of(folder)
         if entry is None:
-            return None, {"outside": folder.name}
-        self._take_over(other)
-        return entry, {"run": entry.hash}
+            return None, {"outside": folder.resolve().name}
+        self.ledger.take_over(other, entry)
+        return entry, {"entry": entry.hash}
 
     def go_on(self, checkpoint: Path) -> None:
         """Notes that the run goes on from a checkpoint, its own or another run's."""
         seal, manifest = manifest_seal(checkpoint), read_manifest(checkpoint)
         self._parent = self.ledger.of_manifest(seal)
-        if self._parent is None:
-            self._take_over(Ledger.read(checkpoint.parent.parent))
-            self._parent = self.ledger.of_manifest(seal)
+        if self._parent is not None:
+            return
         link = manifest["about"].get(LINK)
-        if self._parent is None and link is not None:
+        if link is not None:
             # Saved, but killed before its entry was written.
             own = make_entry(manifest["step"], seal, link)
             if own.parent in {entry.hash for entry in self.ledger.entries}:
                 self._add(own)
-        if self._parent is None:
+                return
+        other, parent = checkpoint_source(checkpoint)
+        if parent is None:
             self.warnings.append(
                 f"{checkpoint} is in no ledger: that this run's weights come from its seed can't be shown any more"
             )
-
-    def _take_over(self, other: Ledger) -> None:
-        """Adds another ledger's entries, and what lies beside them."""
-        known = {entry.hash for entry in self.ledger.entries}
-        for entry in other.entries:
-            if entry.hash not in known:
-                self.ledger.append(entry)
-            for name in ("recipe", "environment"):
-                with contextlib.suppress(ValueError, KeyError):  # what is missing there is missing here
-                    self.ledger.keep(other.kept(entry.link[name]))
+            origin = {"outside": "/".join(checkpoint.resolve().parts[-3::2])}
+        else:
+            self.ledger.take_over(other, parent)
+            origin = None
+        self._add(
+            make_entry(
+                manifest["step"],
+                seal,
+                {
+                    "parent": parent.hash if parent else None,
+                    "kind": START,
+                    "weights": saved_roots(checkpoint).get("weights"),
+                    "origin": origin,
+                    **self._made_with,
+                },
+            )
+        )
 
     def link(self, step: int, roots: Mapping[str, str]) -> dict[str, Any]:
         """What a checkpoint stands on, for its manifest."""
         since = self._parent.step if self._parent else 0
         return {
             "parent": self._parent.hash if self._parent else None,
-            "kind": "checkpoint",
+            "kind": CHECKPOINT,
             **roots,
             "metrics": {"from": since + 1, "to": step, "sha256": metrics_hash(self._output, since + 1, step)},
             **self._made_with,
@@ -140,14 +143,49 @@ class Lineage:
         self._parent = entry
 
 
+class AverageLineage:
+    """Makes the entry of a mean of checkpoints, as `Lineage` does of a save.
+
+    Args:
+        folder: where the mean goes.
+        run: of the checkpoints.
+        checkpoints: the newest first.
+    """
+
+    def __init__(self, folder: Path, run: Path, checkpoints: Sequence[Path]) -> None:
+        self._run = run
+        self._ledger = Ledger.read(folder)
+        ledger = Ledger.read(run)
+        entries = [ledger.of_manifest(manifest_seal(path)) for path in checkpoints]
+        self._of = [entry.hash if entry else None for entry in entries]
+        self._parent = entries[0] if None not in entries else None
+        if self._parent:
+            self._ledger.take_over(ledger, self._parent)
+
+    def link(self, step: int, roots: Mapping[str, str]) -> dict[str, Any]:
+        """As `Lineage.link`."""
+        return derived_link(self._ledger, AVERAGE, self._parent, self._run, roots, of=self._of)
+
+    def saved(self, checkpoint: Path) -> None:
+        """As `Lineage.saved`."""
+        manifest = read_manifest(checkpoint)
+        self._ledger.append(make_entry(manifest["step"], manifest_seal(checkpoint), manifest["about"][LINK]))
+
+
+def checkpoint_source(checkpoint: Path) -> tuple[Ledger, Entry | None]:
+    """The ledger of a checkpoint's run, and its entry there."""
+    ledger = Ledger.read(checkpoint.resolve().parent.parent)
+    return ledger, ledger.of_manifest(manifest_seal(checkpoint))
+
+
 def manifest_seal(checkpoint: Path) -> str:
     """The hash that a checkpoint's manifest has of itself."""
     return str(read_json(checkpoint / MANIFEST)[SEAL])
 
 
 def metrics_hash(output: Path, first: int, last: int) -> str:
-    """The hash of a run's metrics over some steps."""
-    return digest([row for row in read_metrics(output / METRICS) if first <= row["step"] <= last])
+    """The hash of a run's metrics over some steps, which are near the file's end."""
+    return digest([row for row in last_metrics(output / METRICS, first) if first <= row["step"] <= last])
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
@@ -163,16 +201,9 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "code": {"sources": sources_hash(), "git": git_state()},
-        "versions": {name: version for name in _PACKAGES if (version := installed_version(name))},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **machine,
-    }
-
-
 def _identities(inputs: Inputs) -> dict[str, Any]:
-    found = inputs.fingerprints()
-    return {"data": [entry["fingerprint"] for entry in found["data"]], "tokenizer": found["tokenizer"]}
+    return {
+        "data": [data.fingerprint for data in inputs.training],
+        "rows": [data.rows_root for data in inputs.training],
+        "tokenizer": inputs.training[0].tokenizer_fingerprint,
+    }

@@ -27,21 +27,47 @@ def read_metrics(path: Path, broken: list[str] | None = None) -> list[dict[str, 
     Raises:
         UserError: the file can't be read.
     """
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); mend that, or move it away") from None
+    lines = _read(path).split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            row = None
-        if _is_row(row):
+        row = _row(line)
+        if row is not None:
             rows.append(row)
         elif broken is not None and number < len(lines):  # all but the last end with a newline
             broken.append(f"line {number}")
     return rows
+
+
+def last_metrics(path: Path, first: int) -> list[dict[str, Any]]:
+    """The rows at a metrics file's end, from a step on at least; what lies before is not parsed.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    rows = []
+    for line in reversed(_read(path).split(b"\n")):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+            if row["step"] < first:
+                break
+    return rows[::-1]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); mend that, or move it away") from None
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row, if it holds one."""
+    try:
+        row: dict[str, Any] = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return row if _is_row(row) else None
 
 
 def _is_row(row: Any) -> bool:

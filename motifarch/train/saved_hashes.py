@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from motifarch.files import read_json
 from motifarch.ledger.tensor_hash import TensorPart, hash_part, state_root, tensor_hash
 
 HASHES = "tensors.json"
@@ -87,6 +89,21 @@ def weights_root(model: nn.Module) -> str | None:
     everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, everyone)
     return None if everyone is None else roots(joined_hashes(chain.from_iterable(everyone)))["weights"]
+
+
+def saved_roots(checkpoint: Path) -> dict[str, str]:
+    """The roots over a complete checkpoint's tensors, by what it says of them; none of one that was
+    saved before checkpoints had hashes.
+
+    Raises:
+        ValueError: what it says can't be used.
+    """
+    if not (checkpoint / HASHES).is_file():
+        return {}
+    try:
+        return roots(read_json(checkpoint / HASHES))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{HASHES} can't be used ({error})") from None
 
 
 def roots(hashes: Mapping[str, str]) -> dict[str, str]:

@@ -1,24 +1,28 @@
-"""Checks every link of a run's chain, offline and without reading a tensor."""
+"""Checks every link of a chain, offline; of a run, without reading a tensor."""
 
+import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError
 
 from motifarch.data.manifest import Manifest
-from motifarch.errors import UserError
-from motifarch.files import read_json
-from motifarch.ledger.chain import Entry, Ledger, digest
+from motifarch.data.row_tree import proves
+from motifarch.errors import UserError, first_line
+from motifarch.ledger.chain import KEPT, Entry, Ledger, digest
+from motifarch.ledger.derived import files_root
 from motifarch.ledger.signing import is_signed
-from motifarch.train.lineage import LINK, manifest_seal
+from motifarch.train.lineage import CHECKPOINT, FIRST_WEIGHTS, LINK, START, manifest_seal
 from motifarch.train.manifest import checkpoints_folder, complete_checkpoints, damage, list_checkpoints, read_manifest
 from motifarch.train.run_folder import METRICS, read_metrics, read_record
-from motifarch.train.saved_hashes import HASHES, roots
+from motifarch.train.saved_hashes import saved_roots
 from motifarch.verify.findings import Findings
 
 
 def chain_of(folder: Path) -> tuple[Ledger, list[Entry]]:
-    """A run's ledger, and the entries that its newest checkpoint stands on, the newest first.
+    """The ledger of a run or of a model's folder, and the entries that its newest checkpoint or its
+    weights stand on, the newest first.
 
     Raises:
         UserError: the folder holds no ledger.
@@ -26,8 +30,8 @@ def chain_of(folder: Path) -> tuple[Ledger, list[Entry]]:
     ledger = Ledger.read(folder)
     if not ledger.entries and not ledger.problems:
         raise UserError(
-            f"{folder} has no ledger ({ledger.path.relative_to(folder)}); give a run's output folder, made by a "
-            "version of motifarch that keeps one"
+            f"{folder} has no ledger ({ledger.path.relative_to(folder)}); give a run's output folder or a model's, "
+            "made by a version of motifarch that keeps one"
         )
     head = ledger.entries[-1] if ledger.entries else None
     newest = next(iter(complete_checkpoints(checkpoints_folder(folder), limit=1, hashes=False)), None)
@@ -36,11 +40,21 @@ def chain_of(folder: Path) -> tuple[Ledger, list[Entry]]:
     return ledger, list(ledger.back_from(head)) if head else []
 
 
+def own_entries(chain: list[Entry]) -> list[Entry]:
+    """Those that the folder's own run made, the newest first: without what it began with from
+    elsewhere, and none of an average's or a model's folder.
+    """
+    if not chain or chain[0].link["kind"] not in (CHECKPOINT, FIRST_WEIGHTS, START):
+        return []
+    begun = next((i for i, entry in enumerate(chain) if entry.link["kind"] in (FIRST_WEIGHTS, START)), len(chain))
+    return chain[: begun + 1]
+
+
 def verify_links(folder: Path, *, keys: Iterable[str] = ()) -> Findings:
-    """Checks a run's folder.
+    """Checks the folder of a run, an average, an export or a grown model.
 
     Args:
-        folder: the run's output.
+        folder: it; of a model's folder, the weights are read.
         keys: public keys, as OpenSSH writes them; where there are some, every entry has to be
             signed by one of them.
 
@@ -48,30 +62,44 @@ def verify_links(folder: Path, *, keys: Iterable[str] = ()) -> Findings:
         UserError: the folder holds no ledger.
     """
     ledger, chain = chain_of(folder)
+    own = own_entries(chain)
     found = Findings()
     found.add("The ledger is as it was written, each entry with the hash of the one before it.", ledger.problems)
     _check_ends(found, chain)
-    _check_checkpoints(found, folder, ledger)
-    _check_metrics(found, folder, chain)
-    _check_recipes(found, folder, ledger, chain)
+    if any(folder.glob("*.safetensors")):
+        _check_weights(found, folder, chain)
+    if list_checkpoints(folder):
+        _check_checkpoints(found, folder, ledger)
+    if own:
+        _check_metrics(found, folder, own)
+    _check_kept(found, folder, ledger, chain)
     _check_data(found, folder, chain)
     _check_signatures(found, chain, [" ".join(key.split()[:2]) for key in keys])
     return found
 
 
 def _check_ends(found: Findings, chain: list[Entry]) -> None:
-    check = "The newest checkpoint goes back, save by save, to weights that a seed made."
+    check = "What is here goes back, save by save, to weights that a seed made."
     if not chain:
         found.add(check, ["no entry holds"])
         return
     first = chain[-1]
     origins = [entry.link["origin"]["outside"] for entry in chain if (entry.link.get("origin") or {}).get("outside")]
     if origins:
-        found.add(check, [f"the first weights came from outside: {name}" for name in origins])
-    elif first.parent is not None or first.link.get("kind") != "first weights":
+        found.add(check, [f"what it was made from came from outside: {name}" for name in origins])
+    elif first.parent is not None or first.link.get("kind") != FIRST_WEIGHTS:
         found.add(check, [f"the chain breaks off before step {first.step}"])
     else:
         found.add(check)
+
+
+def _check_weights(found: Findings, folder: Path, chain: list[Entry]) -> None:
+    try:
+        same = bool(chain) and files_root(folder) == chain[0].link["weights"]
+        problems = [] if same else ["they are others"]
+    except (ValueError, SafetensorError, OSError) as error:
+        problems = [first_line(error)]
+    found.add("The weights of this folder are those of its entry.", problems)
 
 
 def _check_checkpoints(found: Findings, folder: Path, ledger: Ledger) -> None:
@@ -83,6 +111,8 @@ def _check_checkpoints(found: Findings, folder: Path, ledger: Ledger) -> None:
         entry, manifest = ledger.of_manifest(manifest_seal(checkpoint)), read_manifest(checkpoint)
         if entry is None:
             problems.append(f"{checkpoint.name} is in no entry")
+        elif entry.link["kind"] == START:  # saved before there was a ledger
+            continue
         elif entry.link != manifest["about"].get(LINK):
             problems.append(f"{checkpoint.name} stands on something else than its entry says")
         else:
@@ -92,11 +122,10 @@ def _check_checkpoints(found: Findings, folder: Path, ledger: Ledger) -> None:
 
 def _check_roots(checkpoint: Path, entry: Entry) -> list[str]:
     try:
-        hashes: Any = read_json(checkpoint / HASHES)
-        own = roots(hashes)
-    except (ValueError, TypeError, AttributeError) as error:
-        return [f"{checkpoint.name}: {HASHES} can't be used ({error})"]
-    wrong = [name for name in own if own[name] != entry.link[name]]
+        own = saved_roots(checkpoint)
+    except ValueError as error:
+        return [f"{checkpoint.name}: {error}"]
+    wrong = [name for name in ("weights", "state") if own.get(name) != entry.link[name]]
     return [f"{checkpoint.name}: the hashes of its tensors are not those of its entry ({' and '.join(wrong)})"] * bool(
         wrong
     )
@@ -122,13 +151,13 @@ def _check_metrics(found: Findings, folder: Path, chain: list[Entry]) -> None:
     found.add(f"{METRICS} has the rows that were written, one for every step.", problems)
 
 
-def _check_recipes(found: Findings, folder: Path, ledger: Ledger, chain: list[Entry]) -> None:
+def _check_kept(found: Findings, folder: Path, ledger: Ledger, chain: list[Entry]) -> None:
     problems = []
     for entry in chain:
-        for name in ("recipe", "environment"):
+        for name in [name for name in KEPT if name in entry.link]:
             try:
                 ledger.kept(entry.link[name])
-            except (ValueError, KeyError) as error:
+            except ValueError as error:
                 problems.append(f"{name} of step {entry.step}: {error}")
     record = read_record(folder)
     seeds = {entry.link["seed"] for entry in chain if "seed" in entry.link}
@@ -142,7 +171,7 @@ def _check_recipes(found: Findings, folder: Path, ledger: Ledger, chain: list[En
 def _check_data(found: Findings, folder: Path, chain: list[Entry]) -> None:
     check = "The prepared data is that of the ledger."
     named = read_record(folder).get("data") or []
-    expected = {value for entry in chain for value in entry.link["data"]}
+    expected = {value for entry in chain for value in entry.link.get("data", ())}
     problems, missing = [], []
     for entry in named:
         path = Path(entry["path"])
@@ -157,6 +186,27 @@ def _check_data(found: Findings, folder: Path, chain: list[Entry]) -> None:
         if fingerprint not in expected:
             problems.append(f"{path} has the fingerprint {fingerprint[:12]}, which no entry names")
     found.add(check, problems, f"not here: {', '.join(missing)}" if missing or not named else "")
+
+
+def verify_row(proof: Path, chain: list[Entry]) -> Findings:
+    """Checks what `motifarch data prove` wrote: whether the row is in data that a chain names.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        content = json.loads(proof.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--row {proof} can't be read ({first_line(error)}); give what `motifarch data prove` wrote"
+        ) from None
+    roots = {root for entry in chain for root in entry.link.get("rows", ()) if root}
+    found, check = Findings(), "The row is in the data of the ledger."
+    if not roots:
+        found.add(check, unknown="it was prepared by a version that kept no root over rows")
+    else:
+        found.add(check, [] if any(proves(content, root) for root in roots) else ["it is not"])
+    return found
 
 
 def _check_signatures(found: Findings, chain: list[Entry], keys: list[str]) -> None:

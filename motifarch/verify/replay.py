@@ -26,7 +26,7 @@ from motif_kernels.impl.cpu.row_formulas import VARIABLE
 from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.ledger.chain import Entry, Ledger
 from motifarch.ledger.tensor_hash import whole_hash
-from motifarch.train.lineage import manifest_seal
+from motifarch.train.lineage import CHECKPOINT, manifest_seal
 from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, find_newest
 from motifarch.train.run_folder import METRICS, read_metrics
 from motifarch.train.saved_hashes import HASHES, WEIGHTS, roots
@@ -61,7 +61,7 @@ def intervals(folder: Path, chain: Sequence[Entry]) -> list[Interval]:
     for end, start in pairwise(chain):
         parent = there.get(start.manifest or "")
         from_seed = start.step == 0 and start.link.get("origin") is None
-        if end.link["kind"] == "checkpoint" and (parent is not None or from_seed):
+        if end.link["kind"] == CHECKPOINT and (parent is not None or from_seed):
             found.append(Interval(start, end, parent, there.get(end.manifest or "")))
     return found[::-1]
 

@@ -87,7 +87,7 @@ def take(link: dict[str, Any], checkpoint: Path) -> None:
 
 def test_an_honest_run_holds_and_is_bit_by_bit_the_same_again(honest: Path, tmp_path: Path) -> None:
     assert failing(honest) == []
-    assert verify_first_weights(honest, chain_of(honest)[1]).failed == []
+    assert verify_first_weights(*chain_of(honest)).failed == []
     for place in (0, 2):
         assert again(honest, tmp_path / str(place), place) == []
 
@@ -105,6 +105,15 @@ def test_the_command_says_what_was_shown(honest: Path, tmp_path: Path, capsys: p
     (changed / METRICS).write_text((honest / METRICS).read_text().replace(row, row.replace('"loss": ', '"loss": 1')))
     assert command_line(["verify", str(changed)]) == 1
     assert "rows of steps 11 to 20 have changed" in capsys.readouterr().out
+
+
+def test_a_row_is_shown_to_be_in_the_data_without_the_rest(honest: Path, data: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "row.json"
+    assert command_line(["data", "prove", str(data), "--row", "3", "--output", str(proof)]) == 0
+    assert command_line(["verify", str(honest), "--row", str(proof)]) == 0
+    content = json.loads(proof.read_text())
+    proof.write_text(json.dumps(content | {"input_ids": [*content["input_ids"][1:], 5]}))
+    assert command_line(["verify", str(honest), "--row", str(proof)]) == 1
 
 
 def test_a_resumed_run_holds(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_another_seed_is_found(other_seed: Path, tmp_path: Path) -> None:
             link["seed"] = 0
 
     forge(run, change)
-    assert [f.check for f in verify_first_weights(run, chain_of(run)[1]).failed] != []
+    assert [f.check for f in verify_first_weights(*chain_of(run)).failed] != []
 
 
 def test_other_data_is_found(folder: Path, honest: Path, data: Path, tmp_path: Path) -> None:
@@ -227,11 +236,11 @@ def test_weights_that_came_from_elsewhere_are_named_and_found(honest: Path, data
     assert train([str(recipe), "--run.init_from", str(outside), "--run.stop_at", "10"]) == 0
     run = tmp_path / "run"
     (finding,) = verify_links(run).failed
-    assert finding.detail == "the first weights came from outside: theirs"
+    assert finding.detail == "what it was made from came from outside: theirs"
 
     def change(step: int, link: dict[str, Any]) -> None:
         if step == 0:
             link["origin"] = None
 
     forge(run, change)
-    assert verify_first_weights(run, chain_of(run)[1]).failed
+    assert verify_first_weights(*chain_of(run)).failed
