@@ -11,6 +11,7 @@ from motifarch.data.manifest import FILE_NAME as DATA_MANIFEST
 from motifarch.data.manifest import Manifest
 from motifarch.errors import UserError
 from motifarch.files import atomic_write
+from motifarch.ledger.chain import Ledger, outside
 from motifarch.models.motif import MotifConfig, MotifForCausalLM
 from motifarch.train.run_folder import METRICS, read_metrics
 
@@ -53,6 +54,8 @@ def write_card(
         own_chat_template: whether the tokenizer came with a chat template.
     """
     data = [_about_data(entry) for entry in about["data"]]
+    chain = list((ledger := Ledger.read(folder)).back_from(ledger.entries[-1]))
+    seed = chain[-1].link.get("seed")
     kind = model.config.attention_type
     tags = ["motifarch", kind, *(["poly_norm"] if model.config.hidden_act == "poly_norm" else [])]
     of_hub = sorted({source.removeprefix(_HUB) for entry in data for source in entry["sources"] if _on_hub(source)})
@@ -78,6 +81,9 @@ def write_card(
         about=about,
         origin=origin,
         counted=counted,
+        chain=chain,
+        outside=outside(chain),
+        begun=f"the first weights of seed {seed}" if seed is not None else "what it was made of",
         evaluation=_evaluation(run, origin["step"]),
         with_code=with_code,
         own_chat_template=own_chat_template,

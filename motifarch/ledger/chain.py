@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +62,12 @@ class Entry:
         content = {"format": FORMAT, "step": self.step, "manifest": self.manifest, "link": dict(self.link)}
         signed = {} if self.signature is None else {"signature": dict(self.signature)}
         return canonical(content | {SEAL: self.hash} | signed) + b"\n"
+
+
+def outside(chain: Iterable[Entry]) -> list[str]:
+    """What came from outside, by name, of what entries were made of."""
+    origins = (entry.link.get("origin") or {} for entry in chain)
+    return [origin["outside"] for origin in origins if "outside" in origin]
 
 
 def make_entry(step: int, manifest: str | None, link: Mapping[str, Any]) -> Entry:

@@ -50,6 +50,11 @@ class Lineage:
             **_identities(inputs),
         }
 
+    @property
+    def newest(self) -> str | None:
+        """The hash of the entry that the run goes on from."""
+        return self._parent.hash if self._parent else None
+
     def begin(self, weights: str, seed: int, init_from: Path | None) -> None:
         """Notes first weights.
 

@@ -111,7 +111,8 @@ def train(recipe: Recipe, inputs: Inputs, world: World) -> int:
     lineage = _open_lineage(recipe, inputs, world, mesh, state, start)
     if world.is_main:
         parameters = sum(p.numel() for p in state.model.parameters())
-        write_record(recipe, inputs, world, start.compute, start.parent, parameters=parameters)
+        entry = lineage.newest if lineage else None
+        write_record(recipe, inputs, world, start.compute, start.parent, parameters=parameters, ledger_entry=entry)
     if start.place:
         inputs.mixture.go_on(state.step, start.place)
     learning_rate = learning_rates(recipe)

@@ -162,9 +162,18 @@ def _short(fingerprint: str) -> str:
 
 
 def write_record(
-    recipe: Recipe, inputs: Inputs, world: World, compute: str, parent: Path | None, *, parameters: int
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    compute: str,
+    parent: Path | None,
+    *,
+    parameters: int,
+    ledger_entry: str | None,
 ) -> None:
-    """Writes `run.json`; earlier starts are kept under `starts`."""
+    """Writes `run.json`; earlier starts are kept under `starts`. Each names the ledger's entry that
+    it goes on from.
+    """
     output = Path(recipe.run.output)
     previous = read_record(output)
     origin = parent or recipe.run.init_from
@@ -178,6 +187,7 @@ def write_record(
         }
         if origin
         else None,
+        "ledger_entry": ledger_entry,
         "host": socket.gethostname(),
         "ranks": world.size,
         "devices": device_name(world.device),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from motifarch.data.manifest import Manifest
 from motifarch.data.row_tree import proves
 from motifarch.errors import UserError, first_line
-from motifarch.ledger.chain import KEPT, Entry, Ledger, digest
+from motifarch.ledger.chain import KEPT, Entry, Ledger, digest, outside
 from motifarch.ledger.derived import files_root
 from motifarch.ledger.signing import is_signed
 from motifarch.train.lineage import CHECKPOINT, FIRST_WEIGHTS, LINK, START, manifest_seal
@@ -84,8 +84,7 @@ def _check_ends(found: Findings, chain: list[Entry]) -> None:
         found.add(check, ["no entry holds"])
         return
     first = chain[-1]
-    origins = [entry.link["origin"]["outside"] for entry in chain if (entry.link.get("origin") or {}).get("outside")]
-    if origins:
+    if origins := outside(chain):
         found.add(check, [f"what it was made from came from outside: {name}" for name in origins])
     elif first.parent is not None or first.link.get("kind") != FIRST_WEIGHTS:
         found.add(check, [f"the chain breaks off before step {first.step}"])
