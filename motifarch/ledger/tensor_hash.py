@@ -1,22 +1,25 @@
 """Hashes of tensors that do not depend on which rank holds which part.
 
 A tensor is a list of cells: its rows (along the first dimension), each cut into at most `SEGMENTS`
-equal parts where they are wide, so that shards by rows and by columns hold whole cells. The cells
-are the entries of a Merkle tree, all rows of the first part before those of the second. An entry is
-the BLAKE3 hash of a cell's bytes, little-endian, row-major. Above it stand dtype and shape: the
-tensor's hash is that of all three, and the hash of many tensors the root over (name, hash) in the
-names' order.
+equal parts where they are wide, so that shards by rows and by columns hold whole cells. They are
+listed with all rows of the first part before those of the second. A cell's hash is the BLAKE3 of
+its bytes, little-endian, row-major. Each `GROUP` of cells in a row, their hashes one after the
+other, is an entry of a Merkle tree: what is hashed apart is then long enough to be fast. Above the
+tree stand dtype and shape: the tensor's hash is that of all three, and the hash of many tensors the
+root over (name, hash) in the names' order.
 
-What a shard holds of a cell without holding it whole travels as it is (`Piece`): of vectors and of
-narrow matrices, which are small.
+Of a group that a shard does not hold whole, the cells' hashes travel; what it holds of a cell
+travels as it is (`Piece`), of vectors and of narrow matrices, which are small.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -25,8 +28,10 @@ from motifarch.ledger.merkle import Node, leaf_hash, merged, root, root_of, whol
 
 SEGMENTS = 8
 """Parts of a row, so that up to so many ranks of tensor parallelism hold whole cells."""
-LEAST_BYTES = 512
-"""Of a part: hashing smaller ones would take longer than what is gained."""
+LEAST_BYTES = 2048
+"""Of a part: a call for each smaller one would take longer than the hashing."""
+GROUP = 64
+"""Cells whose hashes are an entry of the tree."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,12 @@ class Cells:
         """A vector is one row."""
         rows = shape[0] if len(shape) > 1 else 1
         columns = prod(shape[1:] if len(shape) > 1 else shape)
-        wide = columns % SEGMENTS == 0 and columns // SEGMENTS * itemsize >= LEAST_BYTES
-        return cls(rows, columns, SEGMENTS if wide else 1)
+        segments = SEGMENTS
+        while columns % segments or columns // segments * itemsize < LEAST_BYTES:
+            segments //= 2
+            if segments <= 1:
+                return cls(rows, columns, 1)
+        return cls(rows, columns, segments)
 
     @property
     def width(self) -> int:
@@ -54,6 +63,15 @@ class Cells:
     def count(self) -> int:
         """Cells."""
         return self.rows * self.segments if self.columns else 0
+
+    @property
+    def groups(self) -> int:
+        """Groups of cells; the last one may be smaller."""
+        return -(-self.count // GROUP)
+
+    def group_size(self, group: int) -> int:
+        """Cells of a group."""
+        return min(GROUP, self.count - group * GROUP)
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,9 @@ class TensorPart:
     shape: tuple[int, ...]
     dtype: torch.dtype
     nodes: dict[Node, bytes] = field(default_factory=dict)
+    """Of whole groups."""
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    """Of the other whole cells, by their place."""
     pieces: list[Piece] = field(default_factory=list)
 
     @property
@@ -104,11 +125,13 @@ def hash_part(part: Tensor, offsets: Sequence[int], shape: Sequence[int]) -> Ten
     last_column = first_column + block.shape[1] // itemsize
     begin = -(-first_column // width) * width
     end = last_column // width * width if last_column < cells.columns else cells.columns
-    parts = []
+    flat, stride, parts = block.reshape(-1).data, block.shape[1], []
     for column in range(begin, end, width):
         place = column // width * cells.rows + first_row
         at = (column - first_column) * itemsize
-        parts.append(whole_subtrees(place, _hashed(block, at, width * itemsize)))
+        starts = range(at, at + rows * stride, stride)
+        hashes = [blake3(flat[start : start + width * itemsize]).digest() for start in starts]
+        parts.append(_grouped(found, place, hashes))
     found.nodes = merged(parts)
     edges = [(first_column, min(begin, last_column)), (max(end, first_column), last_column)]
     for low, high in dict.fromkeys(edge for edge in edges if edge[0] < edge[1]):
@@ -119,12 +142,21 @@ def hash_part(part: Tensor, offsets: Sequence[int], shape: Sequence[int]) -> Ten
     return found
 
 
-def _hashed(block: np.ndarray, at: int, count: int) -> Iterable[bytes]:
-    """The leaves of a column of cells."""
-    return (leaf_hash(blake3(memoryview(row)[at : at + count]).digest()) for row in block)
+def _grouped(found: TensorPart, place: int, hashes: list[bytes]) -> dict[Node, bytes]:
+    """The subtrees of the whole groups among cells in a row; notes the hashes of the others."""
+    cells = found.cells
+    end = place + len(hashes)
+    first, last = -(-place // GROUP), cells.groups if end == cells.count else end // GROUP
+    leaves = []
+    for group in range(first, last):
+        start = group * GROUP - place
+        leaves.append(leaf_hash(b"".join(hashes[start : start + cells.group_size(group)])))
+    loose = range(place, min(first * GROUP, end)), range(max(first, last) * GROUP, end)
+    found.hashes |= {at: hashes[at - place] for at in chain(*loose)}
+    return whole_subtrees(first, leaves)
 
 
-def _bytes(part: Tensor) -> np.ndarray:
+def _bytes(part: Tensor) -> npt.NDArray[np.uint8]:
     return part.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
@@ -150,14 +182,27 @@ def tensor_hash(parts: Sequence[TensorPart]) -> bytes:
     """
     first = parts[0]
     cells = first.cells
-    joined = _joined([piece for part in parts for piece in part.pieces], cells, first.dtype.itemsize)
-    nodes = merged([*(part.nodes for part in parts), *joined])
+    hashes = dict(_joined([piece for part in parts for piece in part.pieces], cells, first.dtype.itemsize))
+    for part in parts:
+        hashes |= part.hashes
+    nodes = merged([*(part.nodes for part in parts), _whole_groups(hashes, cells)])
     about = {"dtype": str(first.dtype).removeprefix("torch."), "shape": list(first.shape)}
-    return leaf_hash(json.dumps(about, sort_keys=True).encode() + root_of(nodes, cells.count))
+    return leaf_hash(json.dumps(about, sort_keys=True).encode() + root_of(nodes, cells.groups))
 
 
-def _joined(pieces: Iterable[Piece], cells: Cells, itemsize: int) -> Iterable[dict[Node, bytes]]:
-    """Cells that pieces make up, each as the subtree that it is."""
+def _whole_groups(hashes: Mapping[int, bytes], cells: Cells) -> dict[Node, bytes]:
+    """The groups that cells of several parts make up."""
+    found: dict[Node, bytes] = {}
+    for group in sorted({place // GROUP for place in hashes}):
+        places = range(group * GROUP, group * GROUP + cells.group_size(group))
+        if missing := [place for place in places if place not in hashes]:
+            raise ValueError(f"cell {missing[0]} of {cells.count} is missing")
+        found[0, group] = leaf_hash(b"".join(hashes[place] for place in places))
+    return found
+
+
+def _joined(pieces: Iterable[Piece], cells: Cells, itemsize: int) -> Iterator[tuple[int, bytes]]:
+    """Place and hash of each cell that pieces make up."""
     by_cell: dict[tuple[int, int], dict[int, bytes]] = {}
     for piece in pieces:
         at, data = piece.column, piece.data
@@ -170,7 +215,7 @@ def _joined(pieces: Iterable[Piece], cells: Cells, itemsize: int) -> Iterable[di
         content = b"".join(found[at] for at in sorted(found))
         if len(content) != cells.width * itemsize:
             raise ValueError(f"of row {row}, {len(content)} of {cells.width * itemsize} bytes are there")
-        yield {(0, segment * cells.rows + row): leaf_hash(blake3(content).digest())}
+        yield segment * cells.rows + row, blake3(content).digest()
 
 
 def whole_hash(tensor: Tensor) -> bytes:

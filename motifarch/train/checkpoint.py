@@ -118,9 +118,9 @@ class CheckpointWriter(FileSystemWriter):
         hashing = HashingPlanner(planner)
         try:
             results: list[WriteResult] = super().write_data(plan, hashing).wait()  # type: ignore[arg-type]
-            hashing.finish()
             names = {result.storage_data.relative_path for result in results}
             files = {name: ((self.folder / name).stat().st_size, sha256(self.folder / name)) for name in names}
+            hashing.finish()
         except Exception as error:
             raise _explained(error, self.folder) from None
         done: TorchFuture[list[WriteResult]] = TorchFuture()

@@ -41,11 +41,15 @@ def test_any_layout_gives_the_same_hash(shape: tuple[int, ...], dtype: torch.dty
         assert tensor_hash(parts or [hash_part(whole, [0] * whole.ndim, shape)]) == expected
 
 
-def test_a_tensors_hash_is_what_its_description_says() -> None:
-    whole = tensor((3, 1024))
-    cells = [whole[row, 128 * k : 128 * (k + 1)].numpy().tobytes() for k in range(8) for row in range(3)]
-    tree = root([leaf_hash(blake3(cell).digest()) for cell in cells])
-    assert whole_hash(whole) == leaf_hash(b'{"dtype": "float32", "shape": [3, 1024]}' + tree)
+@pytest.mark.parametrize(("rows", "columns", "segments"), [(3, 1024, 2), (40, 4096, 8), (70, 24, 1), (130, 1000, 1)])
+def test_a_tensors_hash_is_what_its_description_says(rows: int, columns: int, segments: int) -> None:
+    whole = tensor((rows, columns))
+    width = columns // segments
+    cells = [whole[row, width * k : width * (k + 1)] for k in range(segments) for row in range(rows)]
+    hashes = [blake3(cell.numpy().tobytes()).digest() for cell in cells]
+    tree = root([leaf_hash(b"".join(hashes[i : i + 64])) for i in range(0, len(hashes), 64)])
+    about = f'{{"dtype": "float32", "shape": [{rows}, {columns}]}}'
+    assert whole_hash(whole) == leaf_hash(about.encode() + tree)
 
 
 @settings(deadline=None)
@@ -70,7 +74,7 @@ def test_shape_and_dtype_count_too() -> None:
 
 def test_a_missing_part_is_named() -> None:
     whole = tensor((40, 1024))
-    with pytest.raises(ValueError, match=r"entry \d+ of 320 is missing"):
+    with pytest.raises(ValueError, match=r"cell \d+ of 80 is missing"):
         tensor_hash([hash_part(whole[:20], [0, 0], whole.shape)])
     with pytest.raises(ValueError, match=r"of row 0, 12 of 28 bytes are there"):
         tensor_hash([hash_part(tensor((7,))[:3], [0], (7,))])
