@@ -1,6 +1,7 @@
 """A study in which one variant's attention is the user's own, from its grid to its report."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ FUNCTION = "models.test_own_attention:llamas"
 
 
 @pytest.mark.slow
-def test_it_is_matched_trained_measured_and_reported_like_ours(tmp_path: Path) -> None:
+def test_it_is_matched_trained_measured_and_reported_like_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = str(Path(__file__).parent.parent)  # where the processes that train find LINEAR
+    monkeypatch.setenv("PYTHONPATH", tests, prepend=os.pathsep)
     data, out = prepare_text(tmp_path), tmp_path / "out"
     variants = [{"attention": a} for a in ("softmax_gqa", GATED, FUNCTION, LINEAR)]
     grid = write_grid(tmp_path, data, variants=variants)
