@@ -130,6 +130,11 @@ def run_with_few_steps(page, folder):
     (code,) = blocks(ROOT / "docs" / page, "bash")
     code, changed = re.subn(r"--run.steps \d+", "--run.steps 10 --optim.warmup_steps 2 --optim.decay_steps 3", code)
     assert changed == 1
+    return run_shell(code, folder)
+
+
+def run_shell(code, folder):
+    """Runs lines of a shell; returns what they printed."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-euc", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -171,6 +176,16 @@ def test_a_model_of_korean_text(tmp_path):
     assert "decomposed" not in printed
     assert "bits per byte" in printed
     assert "옛날 어느 마을에" in printed
+
+
+@pytest.mark.slow
+def test_a_whole_verification(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    code = "\n".join(blocks(ROOT / "docs" / "provenance.md", "bash"))
+    run_shell(code, tmp_path)
+    report = (tmp_path / "verified.md").read_text(encoding="utf-8")
+    assert "checks that could be made hold" in report
+    assert report.count("Every bit is the same") == 2
 
 
 @pytest.mark.parametrize("words", COMMANDS_OF_PAGES)

@@ -26,6 +26,7 @@ from motifarch.integrations.modules import rebuild
 from motifarch.integrations.noise_heads import ScalarLambda
 from motifarch.integrations.older import read_older
 from motifarch.layers import PolyNorm
+from motifarch.ledger.derived import note_derived, source_of
 from motifarch.transformers_names import add_to_transformers
 from motifarch.weight_files import WeightFiles, file_names
 
@@ -65,6 +66,17 @@ class PatchedModelMixin(Derived):
         if (folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        """As transformers' own; the folder names in its ledger what the model was made of."""
+        host: Any = super()
+        model: Any = self
+        source = Path(model.config._name_or_path or "a model that was made in memory")
+        given = source_of(source)  # before it may be written over
+        host.save_pretrained(save_directory, *arguments, **options)
+        folder = Path(save_directory)
+        if options.get("is_main_process", True) and any(folder.glob("*.safetensors")):
+            note_derived(folder, "patch", source, given)
 
     @staticmethod
     def create_masks_for_generate(

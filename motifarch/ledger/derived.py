@@ -48,7 +48,8 @@ def source_of(folder: Path) -> tuple[Ledger, Entry | None]:
 def derived_link(
     ledger: Ledger, kind: str, parent: Entry | None, source: Path, weights: Mapping[str, str], **about: Any
 ) -> dict[str, Any]:
-    """What a folder that was made of another stands on.
+    """What a folder that was made of another stands on. What was trained between a patch and the
+    save of the patched model is not in it.
 
     Args:
         ledger: the one that it goes into.

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers.tiny import RECIPE, prepare_text, write_recipe
 from motifarch.average import average
 from motifarch.cli import run as command_line
 from motifarch.export import export
+from motifarch.integrations import patch
 from motifarch.ledger.chain import FOLDER
 from motifarch.train.main import main as train
 from motifarch.train.manifest import find_newest
@@ -148,3 +150,18 @@ def test_an_export_of_adapters_has_an_entry(run: Path, data: Path, tmp_path: Pat
     adapter = export(tmp_path / "run", tmp_path / "adapter", adapter=True)
     assert verify_links(adapter).failed == []
     assert torch.is_tensor(next(iter(load_file(adapter / "adapter_model.safetensors").values())))
+
+
+def test_a_patched_model_names_what_it_was_made_of(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "llama")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    patch(model, ratio=2)
+    model.save_pretrained(tmp_path / "patched")
+    (finding,) = verify_links(tmp_path / "patched").failed
+    assert "llama" in finding.detail
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    again.save_pretrained(tmp_path / "again")
+    assert kinds(tmp_path / "again") == ["patch", "patch"]
+    assert "llama" in verify_links(tmp_path / "again").failed[0].detail
