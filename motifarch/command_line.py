@@ -89,6 +89,15 @@ def loading() -> Iterator[None]:
 _path = option(FilePath)
 
 
+@contextmanager
+def writing(flag: str) -> Iterator[None]:
+    """Around what writes where an option says: what the disk refuses is an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write {error.filename}: {error.strerror}; give another {flag}") from None
+
+
 def path(text: str) -> Path:
     """An argparse ``type`` for a file's or folder's path: the empty one would be this folder."""
     if is_url(text):

@@ -136,11 +136,13 @@ def right(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, data: Pa
         "recipes copy": lambda out: ["tiny_cpu", out / "recipes"],
         "data prepare": lambda out: [*source, "--num-proc", "1", "--output", out / "data"],
         "data merge": lambda out: [shard, "--output", out / "merged"],
+        "data prove": lambda out: [shard, "--row", "0", "--output", out / "row.json"],
         "tokenizer train": lambda out: [*texts, "--vocab-size", "300", "--output", out / "tokenizer"],
         "tokenizer extend": lambda out: [tokenizer, *texts, "--tokens", "5", "--output", out / "tokenizer"],
         "tokenizer measure": lambda out: [tokenizer, *texts, "--output", out / "measured"],
         "runs": lambda out: [finished_run, "--output", out.with_name(f"{out.name}.png")],
         "average": lambda out: [finished_run, "--last", "1", "--output", out / "mean"],
+        "verify": lambda out: [finished_run],
         "export": lambda out: [finished_run, "--output", out / "export"],
         "serve": lambda out: [model],  # its one option is the folder, which is always a wrong one here
         "benchmark head-ratio": lambda out: ["tiny_cpu", "--output", out / "study", "--dry-run"],

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, loading, option, path, writing
 from motifarch.field_types import Count
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from motifarch.data.row_tree import prove
         from motifarch.files import atomic_write
     content = prove(given.data, given.split, given.row)
-    with atomic_write(given.output) as file:
+    with writing("--output"), atomic_write(given.output) as file:
         json.dump(content, file)
     print(f"row {given.row} of {content['rows']} is in {given.output}, with {len(content['path'])} hashes")
     print(f"  motifarch verify RUN --row {given.output}")

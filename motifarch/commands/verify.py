@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from motifarch.command_line import Parser, loading, option, path
+from motifarch.command_line import Parser, loading, option, path, writing
 from motifarch.errors import UserError
 from motifarch.field_types import PositiveCount, Ranks
 from motifarch.files import atomic_write
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(text, end="")
     if given.report:
-        with atomic_write(given.report) as file:
+        with writing("--report"), atomic_write(given.report) as file:
             file.write(text)
-        with atomic_write(given.report.with_suffix(".json")) as file:
+        with writing("--report"), atomic_write(given.report.with_suffix(".json")) as file:
             json.dump({"checks": found.as_json(), "head": chain[0].hash if chain else None}, file, indent=2)
     return 1 if found.failed else 0
