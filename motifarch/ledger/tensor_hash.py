@@ -28,7 +28,7 @@ from motifarch.ledger.merkle import Node, leaf_hash, merged, root, root_of, whol
 
 SEGMENTS = 8
 """Parts of a row, so that up to so many ranks of tensor parallelism hold whole cells."""
-LEAST_BYTES = 2048
+LEAST_BYTES = 4096
 """Of a part: a call for each smaller one would take longer than the hashing."""
 GROUP = 64
 """Cells whose hashes are an entry of the tree."""

@@ -126,6 +126,21 @@ def test_a_resumed_run_holds(folder: Path, data: Path, tmp_path: Path) -> None:
     assert again(run, tmp_path, 2) == []  # steps 16 to 20, across the resume
 
 
+def test_a_broken_chain_is_named_when_the_run_goes_on(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, data, checkpoint=SAVES)
+    assert train([str(recipe), "--run.stop_at", "20"]) == 0
+    entries = tmp_path / "run" / FOLDER / ENTRIES
+    lines = entries.read_bytes().splitlines(keepends=True)
+    entries.write_bytes(b"".join([lines[0], lines[1].replace(b'"step":10', b'"step":11'), *lines[2:]]))
+    capsys.readouterr()
+    assert train([str(recipe), "--run.stop_at", "30"]) == 0
+    assert "line 2 (step 11) has changed since it was written" in capsys.readouterr().out
+    assert verify_links(tmp_path / "run").failed
+    assert entries.read_bytes().startswith(lines[0])  # nothing of it is removed
+
+
 @pytest.mark.slow
 def test_a_run_of_two_ranks_with_averages_holds_on_one_rank_within_the_bound(data: Path, tmp_path: Path) -> None:
     average = {"every": 20, "last": 2}
