@@ -24,7 +24,7 @@ def environment(command: str, device: torch.device, packages: Iterable[str]) -> 
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        **_cpu(),
+        **cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1_minute": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -40,7 +40,8 @@ def environment(command: str, device: torch.device, packages: Iterable[str]) -> 
     return found
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """The processor's name, and which instructions it has that decide speed and last bits."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

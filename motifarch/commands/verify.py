@@ -31,6 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", metavar="TEXT", help="what draws the intervals: public, and not known when the run was made"
     )
+    parser.add_argument(
+        "--data",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="where the prepared data is now, in the recipe's order (default: where it was)",
+    )
     parser.add_argument("--ranks", type=option(Ranks), help="processes of a replay (default: as many as there were)")
     parser.add_argument(
         "--made-of",
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = drawn(available, given.replay, given.seed, chain[0]) if given.replay and chain else []
     with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
         for i, interval in enumerate(chosen):
-            found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks).found
+            found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks, data=given.data).found
     text = report(
         given.run,
         chain,

@@ -14,6 +14,7 @@ from torch import nn
 from motifarch.counted import counted
 from motifarch.data import AttentionWork, BatchLoader
 from motifarch.decoder_layers import decoder_layers
+from motifarch.environment import cpu
 from motifarch.errors import UserError
 from motifarch.files import remove
 from motifarch.ledger.signing import Signer
@@ -255,6 +256,7 @@ def _open_lineage(
         "layout": dataclasses.asdict(mesh.layout),
         "compute": start.compute,
         **row_kernels(world.device),
+        **(cpu() | {"threads": torch.get_num_threads()} if world.device.type == "cpu" else {}),
     }
     lineage = Lineage(recipe, inputs, machine, Signer(Path(key)) if key else None)
     if start.parent:

@@ -24,6 +24,8 @@ import yaml
 
 from motif_kernels.impl.cpu.row_formulas import VARIABLE
 from motifarch.checkpoint_reader import CheckpointReader
+from motifarch.counted import counted
+from motifarch.errors import UserError
 from motifarch.ledger.chain import Entry, Ledger
 from motifarch.ledger.tensor_hash import whole_hash
 from motifarch.train.lineage import CHECKPOINT, manifest_seal
@@ -35,6 +37,8 @@ from motifarch.verify.findings import Findings
 BOUND = 0.05
 """Elsewhere: the largest distance from the saved weights, as a part of how far they moved."""
 _COMPARED = ("loss", "grad_norm", "learning_rate")
+_DECIDE_BITS = ("versions", "devices", "cpu", "cpu_flags", "threads", "ranks", "layout", "compute", "cpu_kernels")
+"""What an environment says that decides a result's last bits, beside the code."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,23 @@ def confidence(share: float, count: int, total: int) -> float:
 
 
 def replay(
-    interval: Interval, ledger: Ledger, work: Path, *, ranks: int | None = None, show: Callable[[str], object] = print
+    interval: Interval,
+    ledger: Ledger,
+    work: Path,
+    *,
+    ranks: int | None = None,
+    data: Sequence[Path] = (),
+    show: Callable[[str], object] = print,
 ) -> Findings:
-    """Trains an interval again.
+    """Trains an interval again. Where code, versions, machine and ranks are those of the run, every
+    bit has to be the same; elsewhere the weights may be off by `BOUND`.
 
     Args:
         interval: which.
         ledger: the run's, for the recipe.
         work: a folder for it, which is made.
         ranks: processes; None takes as many as there were.
+        data: where the prepared data is now, in the recipe's order; none: where it was.
         show: told what goes on.
     """
     found, check = Findings(), f"Trained again, {interval.name} end in the weights that were saved."
@@ -102,7 +114,7 @@ def replay(
     show(f"training {interval.name} again")
     work.mkdir(parents=True)
     output = work / "run"
-    (work / "recipe.yaml").write_text(yaml.safe_dump(_recipe(recipe, interval, output)), encoding="utf-8")
+    (work / "recipe.yaml").write_text(yaml.safe_dump(_recipe(recipe, interval, output, data)), encoding="utf-8")
     processes = ranks or environment["ranks"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "motifarch.train", str(work / "recipe.yaml")]
@@ -118,13 +130,26 @@ def replay(
     if own == {name: interval.end.link[name] for name in own}:
         found.add(f"{check} Every bit is the same.")
     else:
-        _compare_closely(found, check, interval, again)
+        here = Ledger.read(output)
+        others = differences(environment, here.kept(here.entries[-1].link["environment"]))
+        _compare_closely(found, check, interval, again, others)
     _compare_rows(found, interval, output, exact=found.found[-1].check.endswith("same."))
     return found
 
 
-def _recipe(recipe: Mapping[str, Any], interval: Interval, output: Path) -> dict[str, Any]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what two environments differ that decides a result's last bits."""
+    found = [name for name in _DECIDE_BITS if one.get(name) != other.get(name)]
+    return (["code"] if one["code"]["sources"] != other["code"]["sources"] else []) + found
+
+
+def _recipe(recipe: Mapping[str, Any], interval: Interval, output: Path, data: Sequence[Path]) -> dict[str, Any]:
     content = json.loads(json.dumps(recipe))
+    datasets = content["data"]["datasets"]
+    if data and len(data) != len(datasets):
+        raise UserError(f"--data names {counted(len(data), 'folder')}, but the recipe has {len(datasets)}; name each")
+    for dataset, path in zip(datasets, data, strict=False):
+        dataset["path"] = str(path.resolve())
     content["run"] |= {
         "output": str(output),
         "resume": str(interval.parent.resolve()) if interval.parent else "none",
@@ -135,7 +160,10 @@ def _recipe(recipe: Mapping[str, Any], interval: Interval, output: Path) -> dict
     return content
 
 
-def _compare_closely(found: Findings, check: str, interval: Interval, again: Path) -> None:
+def _compare_closely(found: Findings, check: str, interval: Interval, again: Path, others: Sequence[str]) -> None:
+    if not others:
+        found.add(check, ["they do not, on the same machine, versions and ranks, where every bit would be the same"])
+        return
     if interval.saved is None:
         found.add(check, [f"the hashes of {interval.name} differ, and what was saved is no longer there to compare"])
         return
@@ -144,8 +172,8 @@ def _compare_closely(found: Findings, check: str, interval: Interval, again: Pat
         return
     distance = update_distance(interval.parent, interval.saved, again)
     close = (
-        f"{check} Not bit by bit: they are {distance:.2%} of the way apart that training moved them (at most "
-        f"{BOUND:.0%})."
+        f"{check} Not bit by bit, for {', '.join(others)} differ: they are {distance:.2%} of the way apart that "
+        f"training moved them (at most {BOUND:.0%})."
     )
     found.add(close, [] if distance <= BOUND else [f"{distance:.2%} is more"])
 

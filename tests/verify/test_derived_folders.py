@@ -153,8 +153,8 @@ def test_an_export_of_adapters_has_an_entry(run: Path, data: Path, tmp_path: Pat
 
 
 def test_a_patched_model_names_what_it_was_made_of(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "llama")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
     patch(model, ratio=2)

@@ -155,6 +155,27 @@ def test_a_run_of_two_ranks_with_averages_holds_on_one_rank_within_the_bound(dat
     assert "Not bit by bit" in found.found[0].check
 
 
+def test_the_data_may_have_moved(honest: Path, data: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(data, tmp_path / "moved")
+    hidden = data.rename(data.with_name("hidden"))
+    try:
+        ledger, chain = chain_of(honest)
+        interval = intervals(honest, chain)[1]
+        (finding,) = replay(interval, ledger, tmp_path / "lost").found
+        assert finding.verdict == "unknown"
+        assert not replay(interval, ledger, tmp_path / "again", data=[moved]).failed
+    finally:
+        hidden.rename(data)
+
+
+def test_on_the_same_machine_every_bit_counts(honest: Path, tmp_path: Path) -> None:
+    ledger, chain = chain_of(honest)
+    first = intervals(honest, chain)[2]
+    other = make_entry(first.end.step, first.end.manifest, dict(first.end.link) | {"weights": "0" * 64})
+    interval = Interval(first.start, other, first.parent, first.saved)
+    assert replay(interval, ledger, tmp_path / "again").failed
+
+
 def test_what_was_changed_in_the_record_is_named(honest: Path, tmp_path: Path) -> None:
     other = shutil.copytree(honest, tmp_path / "swapped")
     shutil.rmtree(other / "checkpoints" / "step_00000020")
