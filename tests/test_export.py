@@ -181,8 +181,9 @@ def test_files_get_the_permissions_that_the_umask_leaves(finished_run, tmp_path,
         folder = export(finished_run, tmp_path / "model", with_code=True)
     finally:
         os.umask(before)
-    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in folder.iterdir()} == dict.fromkeys(
-        (file.name for file in folder.iterdir()), oct(mode)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == dict.fromkeys(
+        (file.name for file in files), oct(mode)
     )
 
 
@@ -201,7 +202,9 @@ def test_push_to_hub(finished_run, exported, tmp_path, monkeypatch):
         output = ["--output", tmp_path / "pushed", "--with-code", "--push-to-hub", "someone/tiny", "--private"]
         said = run_python(PUSH, finished_run, *output, offline=False)
         assert f"pushed to {hub.url}/someone/tiny" in said
-        assert hub.repositories["someone/tiny"] == {p.name: p.read_bytes() for p in (tmp_path / "pushed").iterdir()}
+        pushed = tmp_path / "pushed"
+        files = [path for path in pushed.rglob("*") if path.is_file()]
+        assert hub.repositories["someone/tiny"] == {str(p.relative_to(pushed)): p.read_bytes() for p in files}
         assert hub.visibility["someone/tiny"]
         assert hub.tokens == {"Bearer hf_made_up"}
 

@@ -172,10 +172,10 @@ def _compare_closely(found: Findings, check: str, interval: Interval, again: Pat
         return
     distance = update_distance(interval.parent, interval.saved, again)
     close = (
-        f"{check} Not bit by bit, for {', '.join(others)} differ: they are {distance:.2%} of the way apart that "
-        f"training moved them (at most {BOUND:.0%})."
+        f"{check} Not bit by bit, for {', '.join(others)} differ: they are {distance:.2g} of the way apart that "
+        f"training moved them (at most {BOUND})."
     )
-    found.add(close, [] if distance <= BOUND else [f"{distance:.2%} is more"])
+    found.add(close, [] if distance <= BOUND else [f"{distance:.2g} is more"])
 
 
 def other_tensors(checkpoint: Path, entry: Entry) -> str | None:
