@@ -1,0 +1,240 @@
+"""How often `motifarch verify --against` is wrong: on independent models, and on copies in disguise.
+
+    python -m benchmarks.verify.similarity --work runs/similarity      # an hour on a core; goes on
+    python -m benchmarks.verify.similarity --work runs/quick --models 4 --steps 20
+
+Small models are trained from independent seeds on one text, the standard library's sources by
+bytes: half with GDA and PolyNorm, half with softmax attention and SwiGLU. Independent ones are
+compared pair by pair; what they have in common, they learned, and the limits of an alarm have to
+lie above it. Disjoint pairs come first, then pairs drawn from all others, which share models.
+
+Then each model is compared with what someone might make of it: a copy; one fine-tuned on other
+text, pydoc's topics; a merge of 70% of it and 30% of an independent model, or of two fine-tunings;
+and each in a disguise that keeps what the model computes. Fine-tuning goes on until half of what
+the loss on the other text is above its floor is gone; the floor is the loss of a model of the same
+layout trained on that text alone for `--floor-steps` steps.
+"""
+
+import argparse
+import json
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from scipy.stats import binomtest
+
+from benchmarks.lib import cli, report
+from benchmarks.verify.disguises import State, disguised, same_function
+from motifarch.errors import UserError
+from motifarch.models.motif import MotifConfig, MotifForCausalLM
+from motifarch.progress import progress
+from motifarch.verify.similarity.compare import Comparer, Comparison
+from motifarch.verify.similarity.limits import LIMITS
+from motifarch.verify.similarity.parts import Model
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "gda": {"attention_type": "gda", "num_attention_heads": 6, "num_noise_heads": 2, "num_key_value_heads": 4},
+    "softmax": {"attention_type": "softmax", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu"},
+}
+SHARED = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+SHARED |= {"initializer_range": 0.05}
+BATCH, LENGTH, RATE = 8, 64, 1e-2
+EVERY = 5
+"""Steps of fine-tuning between looks at the loss."""
+MOST = 400
+"""Steps after which fine-tuning is given up."""
+KINDS = ("copy", "fine-tuned", "merged with another", "merged of two fine-tuned")
+
+
+def text(name: str) -> torch.Tensor:
+    """Bytes (n,) of the standard library's own modules ("code"), or of pydoc's topics ("topics")."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(root.glob("*.py")) if name == "code" else [root / "pydoc_data/topics.py"]
+    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+
+
+def batch(data: torch.Tensor, draw: torch.Generator, size: int = BATCH) -> torch.Tensor:
+    """Sequences (size, LENGTH) from anywhere in a text."""
+    starts = torch.randint(len(data) - LENGTH, (size, 1), generator=draw)
+    return data[starts + torch.arange(LENGTH)].long()
+
+
+def new_model(layout: str, seed: int) -> MotifForCausalLM:
+    """A model with weights from a seed."""
+    torch.manual_seed(seed)
+    return MotifForCausalLM(MotifConfig(**SHARED, **LAYOUTS[layout]))
+
+
+def train(model: MotifForCausalLM, data: torch.Tensor, steps: int, seed: int) -> Iterator[float]:
+    """AdamW with a short warm-up and a linear decay; gives each step's loss before it is made."""
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, betas=(0.9, 0.95))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / 5) * (1 - step / steps)
+        tokens = batch(data, draw)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        yield float(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def loss_on(model: MotifForCausalLM, data: torch.Tensor) -> float:
+    """The mean loss on sequences that are always the same."""
+    tokens = batch(data, torch.Generator().manual_seed(0), 32)
+    return float(model(input_ids=tokens, labels=tokens).loss)
+
+
+def kept(folder: Path, make: Callable[[], tuple[State, dict[str, Any]]]) -> tuple[State, dict[str, Any]]:
+    """Weights and what is noted of them; made unless the folder has them."""
+    file, note = folder / "model.safetensors", folder / "note.json"
+    if not note.is_file():
+        state, about = make()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in state.items()}, file)
+        note.write_text(json.dumps(about))
+    return load_file(file), json.loads(note.read_text())
+
+
+class Zoo:
+    """The models, on disk."""
+
+    def __init__(self, work: Path, steps: int, floor_steps: int) -> None:
+        self.work = work
+        self.code, self.topics = text("code"), text("topics")
+        self._steps, self._floor_steps = steps, floor_steps
+
+    def trained(self, layout: str, seed: int) -> Path:
+        """A model from scratch."""
+        folder = self.work / layout / str(seed)
+
+        def make() -> tuple[State, dict[str, Any]]:
+            model = new_model(layout, seed)
+            losses = list(train(model, self.code, self._steps, seed))
+            return model.state_dict(), {"first": losses[0], "loss": loss_on(model, self.code)}
+
+        kept(folder, make)
+        return folder
+
+    def floor(self, layout: str) -> float:
+        """The loss on the other text of a model that saw nothing else."""
+
+        def make() -> tuple[State, dict[str, Any]]:
+            model = new_model(layout, 10**6)
+            list(train(model, self.topics, self._floor_steps, 10**6))
+            return model.state_dict(), {"loss": loss_on(model, self.topics)}
+
+        return float(kept(self.work / layout / "floor", make)[1]["loss"])
+
+    def fine_tuned(self, layout: str, seed: int, variant: int = 0) -> Path:
+        """A model that went on with the other text until half of its loss above the floor was gone."""
+        folder, floor = self.work / layout / f"{seed}_tuned{variant}", self.floor(layout)
+
+        def make() -> tuple[State, dict[str, Any]]:
+            model = new_model(layout, seed)
+            model.load_state_dict(load_file(self.trained(layout, seed) / "model.safetensors"))
+            start = loss_on(model, self.topics)
+            loss, steps = start, 0
+            # The decay is slow, so that the rate hardly falls before the end.
+            for steps, _ in enumerate(train(model, self.topics, MOST, seed + 1000 * variant + 7)):
+                if steps % EVERY == 0 and (loss := loss_on(model, self.topics)) <= (start + floor) / 2:
+                    break
+            return model.state_dict(), {"start": start, "loss": loss, "floor": floor, "steps": steps}
+
+        kept(folder, make)
+        return folder
+
+    def derived(self, kind: str, layout: str, seed: int, others: int) -> State:
+        """What was made of a model."""
+        if kind == "copy":
+            return load_file(self.trained(layout, seed) / "model.safetensors")
+        tuned = load_file(self.fine_tuned(layout, seed) / "model.safetensors")
+        if kind == "fine-tuned":
+            return tuned
+        if kind == "merged with another":
+            tuned = load_file(self.trained(layout, seed) / "model.safetensors")
+            other = load_file(self.trained(layout, (seed + 1) % others) / "model.safetensors")
+        else:
+            other = load_file(self.fine_tuned(layout, seed, 1) / "model.safetensors")
+        return {name: 0.7 * value + 0.3 * other[name] for name, value in tuned.items()}
+
+
+def scores(comparison: Comparison) -> dict[str, Any]:
+    """What a comparison of two one-part models gave."""
+    (part,) = comparison.parts
+    return {"alarm": part.alarm, "how": part.how, "score": part.score, "anchor": part.anchor, "ways": part.ways}
+
+
+def interval(found: int, of: int) -> tuple[float, float]:
+    """The exact 95% interval of a share (Clopper & Pearson 1934)."""
+    low, high = binomtest(found, of).proportion_ci(0.95)
+    return float(low), float(high)
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """All of it; what is there is not made again."""
+    zoo = Zoo(options.work, options.steps, options.floor_steps)
+    done = options.work / "compared.json"
+    rows: dict[str, Any] = json.loads(done.read_text()) if done.is_file() else {}
+    seeds = range(options.models)
+    with progress("training", options.models * len(LAYOUTS), of="models") as advance:
+        for layout in LAYOUTS:
+            for seed in seeds:
+                zoo.trained(layout, seed)
+                advance()
+    with progress("independent pairs", options.pairs, of="pairs") as advance:
+        for layout, one, two in pairs(options.models, options.pairs):
+            if (key := f"independent/{layout}/{one}/{two}") not in rows:
+                comparer = Comparer(Model(zoo.trained(layout, one)))
+                rows[key] = scores(comparer.compare(Model(zoo.trained(layout, two))))
+            advance()
+    done.write_text(json.dumps(rows))
+    with progress("copies", options.copies, of="models") as advance:
+        for i in range(options.copies):
+            layout, seed = list(LAYOUTS)[i % 2], (i // 2) % options.models
+            for kind in KINDS:
+                for disguise in ("", "permuted and scaled", "rotated and scaled"):
+                    key = f"{kind}/{disguise}/{layout}/{seed}/{i}"
+                    if key not in rows:
+                        rows[key] = _derived(zoo, kind, disguise, layout, seed, i, options)
+            done.write_text(json.dumps(rows))
+            advance()
+    tuned = [json.loads(file.read_text()) for file in options.work.glob("*/*_tuned*/note.json")]
+    trained = [json.loads((zoo.trained(layout, seed) / "note.json").read_text()) for layout in LAYOUTS for seed in seeds]
+    return {"rows": rows, "tuned": tuned, "trained": trained}
+
+
+def _derived(
+    zoo: Zoo, kind: str, disguise: str, layout: str, seed: int, draw: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    state, moved = zoo.derived(kind, layout, seed, options.models), 0.0
+    if disguise:
+        model = new_model(layout, 0)
+        model.load_state_dict(state)
+        hidden = disguised(state, model.config, draw, rotate=disguise.startswith("rotated"))
+        tokens = batch(zoo.code, torch.Generator().manual_seed(draw), 2)
+        if (moved := same_function(model, hidden, tokens)) > 1e-3:
+            raise AssertionError(f"the disguise moves the logits by {moved:.1e} of their spread")
+        state = hidden
+    folder = options.work / "suspect"
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    return scores(Comparer(Model(folder)).compare(Model(zoo.trained(layout, seed)))) | {"logits moved": moved}
+
+
+def pairs(models: int, wanted: int) -> list[tuple[str, int, int]]:
+    """Pairs within a layout: disjoint ones first, then others in an order that is drawn."""
+    first = [(layout, i, i + 1) for i in range(0, models - 1, 2) for layout in LAYOUTS]
+    rest = [(layout, i, j) for layout in LAYOUTS for i, j in combinations(range(models), 2) if j != i + 1 or i % 2]
+    order = np.random.default_rng(0).permutation(len(rest))
+    return (first + [rest[i] for i in order])[:wanted]

@@ -1,0 +1,23 @@
+"""Above what a likeness is an alarm."""
+
+from dataclasses import dataclass
+
+from motifarch.verify.similarity.alignment import How
+
+
+@dataclass(frozen=True)
+class Limit:
+    """For one way to align channels."""
+
+    layers: float
+    """Of the most alike layer's score."""
+    anchor: float
+    """Of the embeddings' correlation on rows that were held out."""
+
+
+LIMITS: dict[How, Limit] = {
+    "as they lie": Limit(0.3, 0.3),
+    "permuted": Limit(0.3, 0.5),
+    "rotated": Limit(0.3, 0.5),
+    "by their norms": Limit(0.3, 0.5),
+}
