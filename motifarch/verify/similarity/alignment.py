@@ -12,11 +12,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from motifarch.verify.similarity.fingerprint import levelled
+
 How = Literal["as they lie", "permuted", "rotated", "by their norms"]
 
 MOST_CHANNELS = 256
 """Channels of a model that are compared, drawn once; another's are searched through all of them."""
-MOST_ROTATED = 2_048
+MOST_ROTATED = 4_096
 """Widths up to which a rotation is looked for: it takes a singular value decomposition."""
 
 
@@ -42,17 +44,19 @@ def alignments(channels: Tensor, widths: tuple[int, int], anchors: tuple[Tensor,
         anchors: rows (n, width) of both models that belong together, if there are some.
     """
     ways = []
-    halves = None if anchors is None else ([rows[::2] for rows in anchors], [rows[1::2] for rows in anchors])
+    if anchors is not None:
+        anchors = levelled(anchors[0]), levelled(anchors[1])
     if widths[0] == widths[1]:
         same = Alignment("as they lie", lambda rows: rows[:, channels])
         ways.append(_tested(same, anchors, channels))
-    if halves is None:
+    if anchors is None:
         return ways
-    (one, two), held_out = halves
+    one, two = (rows[::2] for rows in anchors)
+    held_out = anchors[0][1::2], anchors[1][1::2]
     correlation = _columns(one[:, channels]).T @ _columns(two)
     ways.append(_tested(_matched(correlation, "permuted"), held_out, channels))
     if widths[0] == widths[1] <= MOST_ROTATED and len(one) >= 2 * widths[0]:
-        left, _, right = torch.linalg.svd(two.T @ one[:, :])  # orthogonal Procrustes (Schönemann 1966)
+        left, _, right = torch.linalg.svd(two.T @ one)  # orthogonal Procrustes (Schönemann 1966)
         rotation = (left @ right)[:, channels]
         ways.append(_tested(Alignment("rotated", lambda rows: rows @ rotation), held_out, channels))
     return ways
@@ -78,7 +82,7 @@ def _matched(correlation: Tensor, how: How) -> Alignment:
     return Alignment(how, lambda rows: rows[:, index] * sign)
 
 
-def _tested(way: Alignment, anchors: "tuple[Tensor, Tensor] | list[Tensor] | None", channels: Tensor) -> Alignment:
+def _tested(way: Alignment, anchors: tuple[Tensor, Tensor] | None, channels: Tensor) -> Alignment:
     if anchors is None:
         return way
     one, two = anchors

@@ -105,7 +105,9 @@ class Comparer:
         result = Comparison(other.folder.name)
         for part in model.parts:
             for other_part in other.parts:
-                if part.width == other_part.width or (part.width < other_part.width and part.anchors.keys() & other_part.anchors.keys()):
+                if part.width == other_part.width or (
+                    part.width < other_part.width and part.anchors.keys() & other_part.anchors.keys()
+                ):
                     if found := self._match(part, other, other_part):
                         result.parts.append(found)
                     else:
@@ -215,7 +217,8 @@ def _survey(model: Model, part: Part, takes: Sequence[_Take]) -> _Survey:
                     for side, rows in enumerate(model.sides(part, layer, name)):
                         if rows.shape[0] and name == names[0] and side == 0:
                             survey.samples[layer, same] = (tuple(rows.shape), _sample(rows))
-                        squares = rows.square().sum(dim=0)
+                        # Of rows of equal norm: heads and neurons may have been scaled.
+                        squares = torch.nn.functional.normalize(rows, dim=1).square().sum(dim=0)
                         key = (layer, same, side)
                         survey.profile[key] = survey.profile.get(key, 0) + squares
                         for i, take in enumerate(takes):

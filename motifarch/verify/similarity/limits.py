@@ -16,8 +16,8 @@ class Limit:
 
 
 LIMITS: dict[How, Limit] = {
-    "as they lie": Limit(0.3, 0.3),
-    "permuted": Limit(0.3, 0.5),
-    "rotated": Limit(0.3, 0.5),
-    "by their norms": Limit(0.3, 0.5),
+    "as they lie": Limit(0.25, 0.25),
+    "permuted": Limit(0.25, 0.25),
+    "rotated": Limit(0.25, 0.25),
+    "by their norms": Limit(0.25, 0.25),
 }

@@ -42,7 +42,7 @@ class Overlap:
 
 
 def overlap(one: Vocabulary, two: Vocabulary) -> Overlap:
-    """Token strings that both have, whatever their ids; and whether the merges are the same list."""
+    """Token strings that both have, whatever their ids; whether the merges are the same list."""
     shared = len(one.ids.keys() & two.ids.keys())
     return Overlap(shared, shared / len(one.ids.keys() | two.ids.keys()), one.merges == two.merges)
 
