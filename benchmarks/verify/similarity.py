@@ -174,7 +174,7 @@ class Zoo:
             state = load_file(self.fine_tuned(layout, seed, variant, long=long) / FILE)
         if not kind.startswith("merged"):
             return state
-        with_another = self.trained(layout, (seed + 1 + variant) % models)
+        with_another = self.trained(layout, (seed + 1 + variant % (models - 1)) % models)
         other = load_file((with_another if kind.endswith("another") else self.fine_tuned(layout, seed)) / FILE)
         return {name: 0.7 * value + 0.3 * other[name] for name, value in state.items()}
 

@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,13 +12,17 @@ from motifarch.progress import progress
 from motifarch.verify.similarity.alignment import MOST_CHANNELS, Alignment, How, alignments, by_profile
 from motifarch.verify.similarity.fingerprint import fingerprint, standardised
 from motifarch.verify.similarity.limits import LIMITS
-from motifarch.verify.similarity.parts import Model, Part, drawn
+from motifarch.verify.similarity.parts import ANCHORS, Model, Part, drawn
 from motifarch.verify.similarity.tokens import Overlap, overlap, same_tokens
+from motifarch.weight_files import listed
 
-_MOST_ROWS = 8_192
+_MOST_ROWS = 16_384
 """Rows of an anchor that are compared, drawn once."""
 _SAMPLE = 4_096
 """Numbers of a tensor of which the plain cosine is taken."""
+_LEAST_ROWS = 32
+_MAY_BE_FIXED = ("positions",)
+"""Anchors that may be the same sinusoids in models that have nothing to do with each other."""
 _LEAST_PROFILE = 4
 """Matrices by whose norms channels can be told from each other."""
 
@@ -53,8 +58,14 @@ class PartMatch:
     layers: list[LayerMatch]
     ways: dict[str, tuple[float, float | None]]
     """Of every alignment that was tried: the score of the most alike layer, the anchor's."""
-    alarm: bool
+    excess: float
+    """The likeness as a part of what is an alarm."""
     reason: str
+
+    @property
+    def alarm(self) -> bool:
+        """Whether it is more alike than independent models are."""
+        return self.excess > 1
 
     @property
     def score(self) -> float:
@@ -66,7 +77,8 @@ class PartMatch:
 class Comparison:
     """A model beside one other."""
 
-    name: str
+    folder: Path
+    """The other's."""
     parts: list[PartMatch] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     """What could not be compared, and why."""
@@ -76,6 +88,14 @@ class Comparison:
     def alarms(self) -> list[PartMatch]:
         """Parts of the model that seem to come from the other."""
         return [part for part in self.parts if part.alarm]
+
+    @property
+    def nearest(self) -> list[PartMatch]:
+        """For each part of the model the most alike one of the other."""
+        best: dict[str, PartMatch] = {}
+        for part in sorted(self.parts, key=lambda part: part.excess):
+            best[part.part] = part
+        return [best[name] for name in dict.fromkeys(part.part for part in self.parts)]
 
 
 @dataclass(frozen=True)
@@ -101,21 +121,29 @@ class Comparer:
 
     def compare(self, other: Model) -> Comparison:
         """Every part of the model beside every part of another where widths or anchors allow."""
-        model = self._model
-        result = Comparison(other.folder.name)
+        model, result = self._model, Comparison(other.folder)
         for part in model.parts:
-            for other_part in other.parts:
-                if part.width == other_part.width or (
-                    part.width < other_part.width and part.anchors.keys() & other_part.anchors.keys()
-                ):
-                    if found := self._match(part, other, other_part):
-                        result.parts.append(found)
-                    else:
-                        result.left_out.append(f"{part.name} beside {other_part.name}: no matrices to compare")
+            for theirs in other.parts:
+                where = f"{part.name} (width {part.width}) beside {theirs.name} (width {theirs.width})"
+                if part.width != theirs.width and not part.anchors.keys() & theirs.anchors.keys():
+                    result.left_out.append(f"{where}: widths differ, and no embeddings to match channels by")
+                    continue
+                # Channels of the narrower one are looked for among those of the wider one.
+                if part.width <= theirs.width:
+                    found = self._match(part, other, theirs)
                 else:
-                    result.left_out.append(
-                        f"{part.name} (width {part.width}) beside {other_part.name} (width {other_part.width})"
-                    )
+                    found = _inverted(Comparer(other)._match(theirs, model, part))
+                if found:
+                    result.parts.append(found)
+                else:
+                    result.left_out.append(f"{where}: too few rows or channels")
+        for whose in (model, other):
+            if not whose.parts:
+                result.left_out.append(f"{whose.folder.name}: it has no stack of layers")
+            elif whose.left_out:
+                result.left_out.append(
+                    f"{listed(whose.left_out)} of {whose.folder.name}: no side is as wide as a part's layers"
+                )
         if model.vocabulary and other.vocabulary:
             result.tokenizer = overlap(model.vocabulary, other.vocabulary)
         return result
@@ -126,7 +154,7 @@ class Comparer:
         if part.name not in self._own:
             self._own[part.name] = _survey(model, part, [lambda rows: rows[:, channels]])
         own = self._own[part.name]
-        anchors = _anchors(model, part, other, other_part)
+        kind, anchors = _anchors(model, part, other, other_part)
         ways = alignments(channels, widths, anchors)
         profile = _survey(other, other_part, []).profile
         both = [key for key in own.profile if key in profile]
@@ -140,27 +168,34 @@ class Comparer:
             (way, _layers(own, theirs, prints, way.signed)) for way, prints in zip(ways, theirs.prints, strict=True)
         ]
         cka = None if anchors is None else _cka(*anchors)
-        return _judged(part, other_part, found, cka)
+        return _judged(part, other_part, found, cka, counts=kind not in _MAY_BE_FIXED)
 
 
 def _judged(
-    part: Part, other: Part, found: Sequence[tuple[Alignment, list[LayerMatch]]], cka: float | None
+    part: Part, other: Part, found: Sequence[tuple[Alignment, list[LayerMatch]]], cka: float | None, *, counts: bool
 ) -> PartMatch:
+    """The alignment that shows most; `counts` says whether a likeness of anchors is an alarm."""
     scores = {way.how: (max((layer.score for layer in layers), default=0.0), way.anchor) for way, layers in found}
 
     def excess(way: Alignment) -> tuple[float, float]:
         layers, anchor = scores[way.how]
         limit = LIMITS[way.how]
-        return layers / limit.layers, (anchor or 0.0) / limit.anchor
+        return layers / limit.layers, (anchor or 0.0) * counts / limit.anchor
 
     best, layers = max(found, key=lambda one: max(excess(one[0])))
     by_layers, by_anchor = excess(best)
-    reasons = ["its layers"] * (by_layers > 1) + ["its embeddings"] * (by_anchor > 1)
-    return PartMatch(
-        *(part.name, other.name, best.how, best.anchor, cka, layers, scores),
-        alarm=bool(reasons),
-        reason=" and ".join(reasons),
-    )
+    reason = " and ".join(["its layers"] * (by_layers > 1) + ["its embeddings"] * (by_anchor > 1))
+    most = max(by_layers, by_anchor)
+    return PartMatch(part.name, other.name, best.how, best.anchor, cka, layers, scores, most, reason)
+
+
+def _inverted(found: PartMatch | None) -> PartMatch | None:
+    """The same from the other's side."""
+    if found is None:
+        return None
+    layers = [replace(match, layer=match.other, other=match.layer) for match in found.layers]
+    layers.sort(key=lambda match: match.layer)
+    return replace(found, part=found.other, other=found.part, layers=layers)
 
 
 def _layers(own: _Survey, theirs: _Survey, prints: dict[_Key, Tensor], signed: bool) -> list[LayerMatch]:
@@ -240,11 +275,13 @@ def _sample(rows: Tensor) -> Tensor:
     return rows.flatten()[places]
 
 
-def _anchors(model: Model, part: Part, other: Model, other_part: Part) -> tuple[Tensor, Tensor] | None:
-    """Rows of both models' first common anchor that stand for the same tokens or pixels."""
-    for kind in part.anchors:
-        if kind not in other_part.anchors:
-            continue
+def _anchors(
+    model: Model, part: Part, other: Model, other_part: Part
+) -> tuple[str, tuple[Tensor, Tensor]] | tuple[None, None]:
+    """The first anchor that both models have, and its rows that stand for the same tokens or
+    pixels.
+    """
+    for kind in sorted(part.anchors.keys() & other_part.anchors.keys(), key=list(ANCHORS).index):
         one, two = model.anchor(part, kind), other.anchor(other_part, kind)
         if kind in ("tokens", "output"):
             ids = same_tokens(model.vocabulary, other.vocabulary, (len(one), len(two)))
@@ -253,9 +290,9 @@ def _anchors(model: Model, part: Part, other: Model, other_part: Part) -> tuple[
         else:
             continue
         some = drawn(len(ids[0]), _MOST_ROWS)
-        if len(some) >= 32:
-            return one[ids[0][some]].float(), two[ids[1][some]].float()
-    return None
+        if len(some) >= _LEAST_ROWS:
+            return kind, (one[ids[0][some]].float(), two[ids[1][some]].float())
+    return None, None
 
 
 def _cka(one: Tensor, two: Tensor) -> float:

@@ -29,7 +29,7 @@ def fingerprint(rows: Tensor) -> Tensor | None:
         (channels * (channels - 1) / 2,), of mean 0 and norm 1; None where there is nothing to
         compare.
     """
-    if min(rows.shape) < _LEAST:
+    if min(rows.shape) < _LEAST or not rows.isfinite().all():
         return None
     rows = rows.clone()
     for _ in range(_ROUNDS):

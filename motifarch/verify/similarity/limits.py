@@ -1,4 +1,4 @@
-"""Above what a likeness is an alarm."""
+"""Above what a likeness is an alarm, and what that was seen to do."""
 
 from dataclasses import dataclass
 
@@ -21,3 +21,7 @@ LIMITS: dict[How, Limit] = {
     "rotated": Limit(0.25, 0.25),
     "by their norms": Limit(0.25, 0.25),
 }
+"""Between what independent models reach and what fine-tuned copies do: see
+benchmarks/results/similarity.json, by `python -m benchmarks.verify.similarity`."""
+
+CALIBRATION = "TODO"

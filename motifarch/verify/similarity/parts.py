@@ -13,7 +13,7 @@ from torch import Tensor
 from motifarch.verify.similarity.tokens import Vocabulary
 from motifarch.verify.similarity.weights import Weights, open_weights
 
-_ANCHORS = {
+ANCHORS = {
     "tokens": r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|token_embedding|\bshared\b",
     "output": r"lm_head|embed_out|^output\.",
     "patches": r"patch_embed|\bconv1\b|conv_proj",
@@ -55,8 +55,10 @@ class Model:
         """A tensor as rows of residual channels (n, width), float32: one for each of its sides
         that has this width. What reads the channels is multiplied by the norm that goes before.
         """
-        tensor = self.weights.read(name).float()
-        sides = []
+        tensor = self.weights.read(name)
+        if not tensor.is_floating_point():
+            return []  # packed integers mean nothing without their scales
+        tensor, sides = tensor.float(), []
         for axis in range(tensor.dim()):
             if tensor.shape[axis] == part.width:
                 rows = tensor.movedim(axis, -1).flatten(0, -2)
@@ -112,7 +114,7 @@ def _parts(weights: Weights) -> tuple[list[Part], list[str]]:
         parts.append(part)
     for name in loose:
         shape = weights.shape(name)
-        kind = next((kind for kind, pattern in _ANCHORS.items() if re.search(pattern, name)), None)
+        kind = next((kind for kind, pattern in ANCHORS.items() if re.search(pattern, name)), None)
         fitting = [part for part in parts if part.width in shape]
         if len(shape) < 2:
             continue
