@@ -43,7 +43,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gda": {"attention_type": "gda", "num_attention_heads": 6, "num_noise_heads": 2, "num_key_value_heads": 4},
     "softmax": {"attention_type": "softmax", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu"},
 }
-SHARED = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+SHARED: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+}
 SHARED |= {"initializer_range": 0.05}
 BATCH, LENGTH, RATE = 8, 64, 1e-2
 FILE = "model.safetensors"
@@ -284,7 +290,7 @@ def draw(groups: list[dict[str, Any]], path: Path) -> None:
             colour = report.COLOURS[4] if group["kind"] == "independent" else report.COLOURS[0]
             jitter = np.random.default_rng(at).uniform(-0.3, 0.3, len(group[of]))
             axis.scatter(group[of], -at + jitter, s=5, color=colour, alpha=0.5, linewidths=0)
-        limit = getattr(LIMITS["permuted"], "layers" if of == "layers" else "anchor")
+        limit = LIMITS.layers if of == "layers" else LIMITS.anchor
         axis.axvline(limit, color="black", linewidth=1, linestyle="--")
         axis.text(limit + 0.01, 0.9, "alarm", fontsize=9, va="center")
         axis.set_xlim(-0.05, 1.05)
@@ -337,9 +343,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = summary(found.pop("rows"))
         print_table(groups, console)
         setup = {name: getattr(options, name) for name in ("models", "steps", "floor_steps", "pairs", "copies")}
-        limits = {way: vars(limit) for way, limit in LIMITS.items()}
         report.write_json(
-            options.output, {"environment": env, "setup": setup, "limits": limits, "rows": groups} | _losses(found)
+            options.output,
+            {"environment": env, "setup": setup, "limits": vars(LIMITS), "rows": groups} | _losses(found),
         )
         draw(groups, options.output.with_suffix(".png"))
         return 0

@@ -24,7 +24,7 @@ from motifarch.train.main import main as train_run
 from motifarch.verify.similarity.compare import Comparer, Comparison
 from motifarch.verify.similarity.parts import Model
 
-STEPS = 30
+STEPS = 20
 State = dict[str, Tensor]
 
 

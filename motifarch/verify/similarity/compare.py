@@ -56,7 +56,7 @@ class PartMatch:
     cka: float | None
     """Linear CKA of the same rows (Kornblith et al. 2019)."""
     layers: list[LayerMatch]
-    ways: dict[str, tuple[float, float | None]]
+    ways: dict[How, tuple[float, float | None]]
     """Of every alignment that was tried: the score of the most alike layer, the anchor's."""
     excess: float
     """The likeness as a part of what is an alarm."""
@@ -175,12 +175,12 @@ def _judged(
     part: Part, other: Part, found: Sequence[tuple[Alignment, list[LayerMatch]]], cka: float | None, *, counts: bool
 ) -> PartMatch:
     """The alignment that shows most; `counts` says whether a likeness of anchors is an alarm."""
+    limit = LIMITS.of_layers(min(part.width, other.width, MOST_CHANNELS))
     scores = {way.how: (max((layer.score for layer in layers), default=0.0), way.anchor) for way, layers in found}
 
     def excess(way: Alignment) -> tuple[float, float]:
         layers, anchor = scores[way.how]
-        limit = LIMITS[way.how]
-        return layers / limit.layers, (anchor or 0.0) * counts / limit.anchor
+        return layers / limit, (anchor or 0.0) * counts / LIMITS.anchor
 
     best, layers = max(found, key=lambda one: max(excess(one[0])))
     by_layers, by_anchor = excess(best)

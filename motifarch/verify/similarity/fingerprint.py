@@ -37,7 +37,8 @@ def fingerprint(rows: Tensor) -> Tensor | None:
             rows /= rows.norm(dim=axis, keepdim=True).clamp_min(1e-12)
     values, vectors = _spectrum(rows)
     gram = (vectors * _cut(values, len(rows))) @ vectors.T
-    return standardised(gram[tuple(torch.triu_indices(*gram.shape, offset=1))])
+    above = torch.ones_like(gram, dtype=torch.bool).triu(diagonal=1)
+    return standardised(gram[above])
 
 
 def levelled(rows: Tensor) -> Tensor:

@@ -1,27 +1,29 @@
 """Above what a likeness is an alarm, and what that was seen to do."""
 
+import math
 from dataclasses import dataclass
 
-from motifarch.verify.similarity.alignment import How
+_NARROW = 6.0
+"""Standard deviations of chance's correlation: of few channels it is large by itself."""
 
 
 @dataclass(frozen=True)
-class Limit:
-    """For one way to align channels."""
+class Limits:
+    """One for all ways to align channels."""
 
     layers: float
     """Of the most alike layer's score."""
     anchor: float
     """Of the embeddings' correlation on rows that were held out."""
 
+    def of_layers(self, channels: int) -> float:
+        """The limit where so many channels are compared."""
+        return max(self.layers, _NARROW / math.sqrt(channels * (channels - 1) / 2))
 
-LIMITS: dict[How, Limit] = {
-    "as they lie": Limit(0.25, 0.25),
-    "permuted": Limit(0.25, 0.25),
-    "rotated": Limit(0.25, 0.25),
-    "by their norms": Limit(0.25, 0.25),
-}
+
+LIMITS = Limits(layers=0.25, anchor=0.25)
 """Between what independent models reach and what fine-tuned copies do: see
 benchmarks/results/similarity.json, by `python -m benchmarks.verify.similarity`."""
 
 CALIBRATION = "TODO"
+"""What is to be known of that, for a report."""

@@ -44,12 +44,11 @@ def as_json(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 def section(comparisons: Sequence[Comparison]) -> str:
     """The part of a report, as Markdown."""
-    limit = LIMITS["permuted"]
     lines = [
         "## Likeness to other models' weights",
         "0 is what chance gives, 1 the same. Channels of the two models are matched as they lie, by embeddings "
         "(permuted or rotated), and by their norms; shown is the way that shows most. An alarm is a layer above "
-        f"{limit.layers}, or embeddings above {limit.anchor} on rows that the match was not found with. {CALIBRATION}",
+        f"{LIMITS.layers}, or embeddings above {LIMITS.anchor} on rows that were not matched by. {CALIBRATION}",
     ]
     for one in comparisons:
         lines.append(f"### {one.folder.name}: {_verdict(one)}")
