@@ -93,7 +93,7 @@ class Comparison:
     def nearest(self) -> list[PartMatch]:
         """For each part of the model the most alike one of the other."""
         best: dict[str, PartMatch] = {}
-        for part in sorted(self.parts, key=lambda part: part.excess):
+        for part in sorted(self.parts, key=lambda part: (round(part.excess, 2), part.score)):
             best[part.part] = part
         return [best[name] for name in dict.fromkeys(part.part for part in self.parts)]
 
@@ -182,7 +182,8 @@ def _judged(
         layers, anchor = scores[way.how]
         return layers / limit, (anchor or 0.0) * counts / LIMITS.anchor
 
-    best, layers = max(found, key=lambda one: max(excess(one[0])))
+    # Of ways that show the same the first, which is the plainest.
+    best, layers = max(found, key=lambda one: round(max(excess(one[0])), 2))
     by_layers, by_anchor = excess(best)
     reason = " and ".join(["its layers"] * (by_layers > 1) + ["its embeddings"] * (by_anchor > 1))
     most = max(by_layers, by_anchor)

@@ -7,6 +7,7 @@ from typing import Any
 
 from motifarch.files import atomic_write
 from motifarch.verify.findings import Findings
+from motifarch.verify.similarity.alignment import MOST_CHANNELS
 from motifarch.verify.similarity.compare import Comparison, PartMatch
 from motifarch.verify.similarity.limits import CALIBRATION, LIMITS
 
@@ -47,8 +48,9 @@ def section(comparisons: Sequence[Comparison]) -> str:
     lines = [
         "## Likeness to other models' weights",
         "0 is what chance gives, 1 the same. Channels of the two models are matched as they lie, by embeddings "
-        "(permuted or rotated), and by their norms; shown is the way that shows most. An alarm is a layer above "
-        f"{LIMITS.layers}, or embeddings above {LIMITS.anchor} on rows that were not matched by. {CALIBRATION}",
+        f"(permuted or rotated), and by their norms, at most {MOST_CHANNELS} of them; shown is the way that shows "
+        f"most. An alarm is a layer above {LIMITS.layers} (more for few channels), or embeddings above "
+        f"{LIMITS.anchor} on rows that were not matched by. {CALIBRATION}",
     ]
     for one in comparisons:
         lines.append(f"### {one.folder.name}: {_verdict(one)}")
