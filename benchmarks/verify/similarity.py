@@ -55,6 +55,8 @@ BATCH, LENGTH, RATE = 8, 64, 1e-2
 FILE = "model.safetensors"
 EVERY = 5
 """Steps of fine-tuning between looks at the loss."""
+SAVED = 50
+"""Pairs between writes of what is known."""
 MOVED = 1e-3
 """Most that a disguise may move logits, as a part of their spread: rounding."""
 MOST = 400
@@ -214,8 +216,9 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             if (key := f"independent/{layout}/{one}/{two}") not in rows:
                 comparer = Comparer(Model(zoo.trained(layout, one)))
                 rows[key] = scores(comparer.compare(Model(zoo.trained(layout, two))))
+                if len(rows) % SAVED == 0:
+                    done.write_text(json.dumps(rows))
             advance()
-    done.write_text(json.dumps(rows))
     with progress("copies", options.copies, of="models") as advance:
         for i in range(options.copies):
             for kind in KINDS:
@@ -295,7 +298,7 @@ def draw(groups: list[dict[str, Any]], path: Path) -> None:
         axis.text(limit + 0.01, 0.9, "alarm", fontsize=9, va="center")
         axis.set_xlim(-0.05, 1.05)
         axis.set_ylim(-len(groups) + 0.3, 1.3)
-        axis.set_xlabel(f"most alike {name}" if of == "layers" else name)
+        axis.set_xlabel("the most alike layer" if of == "layers" else name)
         labels = [f"{g['kind']}{', ' * bool(g['disguise'])}{g['disguise']} ({g['compared']})" for g in groups]
         axis.set_yticks([-at for at in range(len(groups))], labels if of == "layers" else [""] * len(groups))
         axis.grid(axis="x", alpha=0.25)

@@ -39,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="OTHER",
-        help="another model's folder or run: do the weights, or a part of them, come from there? MODEL may then be "
-        "any model's folder; give it once for each",
+        help="another model's folder or run: do the weights, or a part of them, come from there? What is "
+        "verified may then be any model's folder; once for each",
     )
-    parser.add_argument("--report", type=path, metavar="FILE.md", help="write the report there, and as JSON beside it")
+    parser.add_argument(
+        "--report", type=path, metavar="FILE.md", help="write the report there, JSON and a picture beside it"
+    )
     given = parser.parse_args(argv)
     if (given.replay is None) != (given.seed is None):
         parser.error("--replay and --seed go together: the seed draws which intervals are trained again")
