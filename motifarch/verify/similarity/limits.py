@@ -25,5 +25,9 @@ LIMITS = Limits(layers=0.25, anchor=0.25)
 """Between what independent models reach and what fine-tuned copies do: see
 benchmarks/results/similarity.json, by `python -m benchmarks.verify.similarity`."""
 
-CALIBRATION = "TODO"
+CALIBRATION = (
+    "Limits were set on small models (width 64, two layers), trained alike from independent seeds on one text: of "
+    "1,000 pairs among 100 models the most alike came to 0.06, none to an alarm. All that was made of them by copying, "
+    "fine-tuning, merging and disguising, came to 0.42 and more. Larger models were not measured."
+)
 """What is to be known of that, for a report."""
