@@ -36,6 +36,7 @@ SUBJECTS = {
     "Growth": ("growth",),
     "Plans": ("plan", "hardware"),
     "Studies": ("study",),
+    "Ledgers and their verification": ("ledger", "verify"),
     "Generation, evaluation and serving": ("inference",),
 }
 """Headings, and the packages and modules whose messages stand below them."""

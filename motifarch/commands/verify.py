@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "motifarch verify runs/tiny_cpu",
             "motifarch verify runs/tiny_cpu --init --replay 3 --seed 'block 870000 of bitcoin' --report verified.md",
             "motifarch verify runs/tiny_cpu/export --made-of runs/tiny_cpu",
+            "motifarch verify a_model --against another_model --against runs/tiny_cpu --report verified.md",
         ],
     )
     parser.add_argument("run", type=path, help="the folder of a run, an average, an export or a grown model")
@@ -53,7 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what `motifarch data prove` wrote of a row: whether it is in the data of the ledger",
     )
     parser.add_argument("--key", type=path, action="append", default=[], help="a public key that has to have signed")
-    parser.add_argument("--report", type=path, metavar="FILE.md", help="write the report there, and as JSON beside it")
+    parser.add_argument(
+        "--against",
+        type=path,
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="another model's folder or run: do the weights, or a part of them, come from there? What is "
+        "verified may then be any model's folder; once for each",
+    )
+    parser.add_argument(
+        "--report", type=path, metavar="FILE.md", help="write the report there, JSON and a picture beside it"
+    )
     given = parser.parse_args(argv)
     if (given.replay is None) != (given.seed is None):
         parser.error("--replay and --seed go together: the seed draws which intervals are trained again")
@@ -64,10 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from motifarch.verify.made_of import verify_made_of
         from motifarch.verify.replay import drawn, intervals, replay
         from motifarch.verify.report import report
+        from motifarch.verify.similarity.against import Likeness, has_ledger
     try:
         keys = [key.read_text(encoding="utf-8") for key in given.key]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--key can't be read: {error}; give a public key's file, such as key.pub") from None
+    likeness = Likeness.of(given.run, given.against)
+    of_a_ledger = (given.init, given.replay, given.made_of, given.row, keys)
+    if given.against and not has_ledger(given.run) and not any(of_a_ledger):
+        with writing("--report"):
+            return likeness.report(given.report)
     found = verify_links(given.run, keys=keys)
     ledger, chain = chain_of(given.run)
     if given.init and chain:
@@ -81,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
         for i, interval in enumerate(chosen):
             found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks, data=given.data).found
+    found.found += likeness.findings.found
     text = report(
         given.run,
         chain,
@@ -90,10 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         available=len(available),
         seed=given.seed,
     )
+    text += likeness.section
     print(text, end="")
     if given.report:
-        with writing("--report"), atomic_write(given.report) as file:
-            file.write(text)
-        with writing("--report"), atomic_write(given.report.with_suffix(".json")) as file:
-            json.dump({"checks": found.as_json(), "head": chain[0].hash if chain else None}, file, indent=2)
+        head = chain[0].hash if chain else None
+        with writing("--report"):
+            likeness.draw(given.report)
+            with atomic_write(given.report) as file:
+                file.write(text)
+            with atomic_write(given.report.with_suffix(".json")) as file:
+                json.dump({"checks": found.as_json(), "head": head, "similarity": likeness.as_json()}, file, indent=2)
     return 1 if found.failed else 0

@@ -139,7 +139,8 @@ def test_what_is_carried_over_and_recorded(tmp_path):
     output = tmp_path / "large"
     assert main([str(source), str(output), "--layers", "3", "--no-check"]) == 0
     assert fingerprint(source) == before
-    assert {p.name for p in output.iterdir()} == {*carried, "config.json", "model.safetensors", "growth.json"}
+    made = {"config.json", "model.safetensors", "growth.json", "ledger"}
+    assert {p.name for p in output.iterdir()} == {*carried, *made}
     assert all((output / name).read_text() == text for name, text in carried.items())
     record = json.loads((output / "growth.json").read_text())
     assert record["logits"] is None
