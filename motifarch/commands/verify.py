@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (given.replay is None) != (given.seed is None):
         parser.error("--replay and --seed go together: the seed draws which intervals are trained again")
     with loading():
-        from motifarch.train.lineage import CHECKPOINT
+        from motifarch.ledger.link import CHECKPOINT
         from motifarch.verify.first_weights import verify_first_weights
         from motifarch.verify.links import chain_of, verify_links, verify_row
         from motifarch.verify.made_of import verify_made_of
@@ -82,41 +82,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--key can't be read: {error}; give a public key's file, such as key.pub") from None
     likeness = Likeness.of(given.run, given.against)
+    head = None
     of_a_ledger = (given.init, given.replay, given.made_of, given.row, keys)
     if given.against and not has_ledger(given.run) and not any(of_a_ledger):
-        with writing("--report"):
-            return likeness.report(given.report)
-    found = verify_links(given.run, keys=keys)
-    ledger, chain = chain_of(given.run)
-    if given.init and chain:
-        found.found += verify_first_weights(ledger, chain).found
-    if given.made_of and chain:
-        found.found += verify_made_of(given.run, given.made_of, ledger, chain).found
-    if given.row:
-        found.found += verify_row(given.row, chain).found
-    available = intervals(given.run, chain)
-    chosen = drawn(available, given.replay, given.seed, chain[0]) if given.replay and chain else []
-    with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
-        for i, interval in enumerate(chosen):
-            found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks, data=given.data).found
-    found.found += likeness.findings.found
-    text = report(
-        given.run,
-        chain,
-        found,
-        replayed=len(chosen),
-        total=sum(entry.link["kind"] == CHECKPOINT for entry in chain),
-        available=len(available),
-        seed=given.seed,
-    )
+        found, text = likeness.findings, f"# Weights of {given.run.resolve().name}\n"
+    else:
+        found = verify_links(given.run, keys=keys)
+        ledger, chain = chain_of(given.run)
+        head = chain[0].hash if chain else None
+        if given.init and chain:
+            found.found += verify_first_weights(ledger, chain).found
+        if given.made_of and chain:
+            found.found += verify_made_of(given.run, given.made_of, ledger, chain).found
+        if given.row:
+            found.found += verify_row(given.row, chain).found
+        available = intervals(given.run, chain)
+        chosen = drawn(available, given.replay, given.seed, chain[0]) if given.replay and chain else []
+        with tempfile.TemporaryDirectory(prefix="motifarch_verify_") as work:
+            for i, interval in enumerate(chosen):
+                found.found += replay(interval, ledger, Path(work) / str(i), ranks=given.ranks, data=given.data).found
+        found.found += likeness.findings.found
+        total = sum(entry.link["kind"] == CHECKPOINT for entry in chain)
+        counts = {"replayed": len(chosen), "total": total, "available": len(available)}
+        text = report(given.run, chain, found, **counts, seed=given.seed)
     text += likeness.section
     print(text, end="")
     if given.report:
-        head = chain[0].hash if chain else None
+        content = {"checks": found.as_json(), "head": head, "similarity": likeness.as_json()}
         with writing("--report"):
             likeness.draw(given.report)
             with atomic_write(given.report) as file:
                 file.write(text)
             with atomic_write(given.report.with_suffix(".json")) as file:
-                json.dump({"checks": found.as_json(), "head": head, "similarity": likeness.as_json()}, file, indent=2)
+                json.dump(content, file, indent=2)
     return 1 if found.failed else 0

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from motifarch.files import SEAL, atomic_write
+from motifarch.ledger.link import KEPT, is_link
 
 FOLDER, ENTRIES = "ledger", "entries.jsonl"
 FORMAT = 1
-KEPT = ("recipe", "model", "environment")
-"""The fields of a link that are hashes of files beside the ledger."""
 _LONGEST = 1 << 20
 """Bytes, more than a line has."""
 
@@ -192,9 +191,13 @@ def _parsed(line: bytes) -> Entry | str:
         entry = make_entry(content["step"], content["manifest"], content["link"])
         if entry.hash != content[SEAL]:
             return f"(step {entry.step}) has changed since it was written (its SHA-256 differs)"
-        if not isinstance(entry.step, int) or not isinstance(entry.link, dict) or "parent" not in entry.link:
+        if not is_link(entry.link):
+            return f"(step {entry.step}) lacks what an entry of its kind says"
+        signature = content.get("signature")
+        signed = signature is None or {type(signature["key"]), type(signature["signature"])} == {str}
+        if type(entry.step) is not int or not isinstance(entry.manifest, str | None) or not signed:
             return "is damaged"
-        return Entry(entry.step, entry.manifest, entry.link, entry.hash, content.get("signature"))
+        return Entry(entry.step, entry.manifest, entry.link, entry.hash, signature)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return "is damaged"
 

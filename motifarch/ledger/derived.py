@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from motifarch.ledger.chain import Entry, Ledger, make_entry
 from motifarch.ledger.made_with import environment
@@ -39,10 +39,13 @@ def source_of(folder: Path) -> tuple[Ledger, Entry | None]:
     ledger, or the weights are others.
     """
     ledger = Ledger.read(folder)
-    newest = ledger.entries[-1] if ledger.entries else None
-    if newest is None or newest.link.get("weights") != files_root(folder):
+    if not ledger.entries:
         return ledger, None
-    return ledger, newest
+    try:
+        same = ledger.entries[-1].link["weights"] == files_root(folder)
+    except (ValueError, OSError, SafetensorError):  # no weights that could be those
+        same = False
+    return ledger, ledger.entries[-1] if same else None
 
 
 def derived_link(

@@ -13,6 +13,7 @@ from typing import Any
 from motifarch.files import SEAL, read_json
 from motifarch.ledger.chain import Entry, Ledger, digest, make_entry
 from motifarch.ledger.derived import derived_link, source_of
+from motifarch.ledger.link import AVERAGE, CHECKPOINT, FIRST_WEIGHTS, START
 from motifarch.ledger.made_with import environment
 from motifarch.ledger.signing import Signer
 from motifarch.train.inputs import Inputs
@@ -24,8 +25,6 @@ from motifarch.train.saved_hashes import saved_roots
 
 LINK = "link"
 """The field of a manifest's notes that holds its entry's link."""
-FIRST_WEIGHTS, START, CHECKPOINT, AVERAGE = "first weights", "start", "checkpoint", "average"
-"""Kinds of entries; a start is from another run's checkpoint."""
 
 
 class Lineage:

@@ -12,6 +12,8 @@ from motifarch.files import atomic_write, free_name, read_json, write_json
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 RECORD = "run.json"
+_TAIL = 1 << 20
+"""Bytes of metrics that are read at first where the last rows are wanted."""
 LOCK = ".lock"
 """The file in a run's folder that the run holds locked."""
 ENDED = "ended"
@@ -39,24 +41,30 @@ def read_metrics(path: Path, broken: list[str] | None = None) -> list[dict[str, 
 
 
 def last_metrics(path: Path, first: int) -> list[dict[str, Any]]:
-    """The rows at a metrics file's end, from a step on at least; what lies before is not parsed.
+    """The rows at a metrics file's end, from a step on at least; little more of it is read.
 
     Raises:
         UserError: the file can't be read.
     """
-    rows = []
-    for line in reversed(_read(path).split(b"\n")):
-        row = _row(line)
-        if row is not None:
-            rows.append(row)
-            if row["step"] < first:
-                break
-    return rows[::-1]
+    size = path.stat().st_size if path.exists() else 0
+    read = min(size, _TAIL)
+    while True:
+        lines = _read(path, size - read).split(b"\n")
+        if read < size:
+            del lines[0]  # cut off
+        rows = [row for line in lines if (row := _row(line)) is not None]
+        if read == size or (rows and rows[0]["step"] < first):
+            return rows
+        read = min(size, 4 * read)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, start: int = 0) -> bytes:
     try:
-        return path.read_bytes() if path.exists() else b""
+        if not path.exists():
+            return b""
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); mend that, or move it away") from None
 

@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from motifarch.data.manifest import Manifest
 from motifarch.data.row_tree import proves
 from motifarch.errors import UserError, first_line
-from motifarch.ledger.chain import KEPT, Entry, Ledger, digest, outside
+from motifarch.ledger.chain import Entry, Ledger, digest, outside
 from motifarch.ledger.derived import files_root
+from motifarch.ledger.link import CHECKPOINT, FIRST_WEIGHTS, KEPT, START
 from motifarch.ledger.signing import is_signed
-from motifarch.train.lineage import CHECKPOINT, FIRST_WEIGHTS, LINK, START, manifest_seal
+from motifarch.train.lineage import LINK, manifest_seal
 from motifarch.train.manifest import checkpoints_folder, complete_checkpoints, damage, list_checkpoints, read_manifest
 from motifarch.train.run_folder import METRICS, read_metrics, read_record
 from motifarch.train.saved_hashes import saved_roots

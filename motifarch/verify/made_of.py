@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from motifarch.average import average
 from motifarch.errors import UserError
 from motifarch.export import export
 from motifarch.ledger.chain import Entry, Ledger
 from motifarch.ledger.derived import files_root, source_of
-from motifarch.models.motif import MotifConfig, MotifForCausalLM
-from motifarch.parallel import initialize
+from motifarch.ledger.link import AVERAGE, FIRST_WEIGHTS
 from motifarch.train.init_from import load_weights
-from motifarch.train.lineage import AVERAGE, FIRST_WEIGHTS, checkpoint_source, manifest_seal
+from motifarch.train.lineage import checkpoint_source, manifest_seal
 from motifarch.train.manifest import MANIFEST, checkpoints_folder, complete_checkpoints
 from motifarch.train.saved_hashes import saved_roots, weights_root
 from motifarch.verify.findings import Findings
+from motifarch.verify.first_weights import model_of_seed
 from motifarch.verify.links import own_entries
 
 CHECK = "Made again from what it was made of, it has the same weights."
@@ -80,9 +78,10 @@ def _again(folder: Path, source: Path, made: Entry, ledger: Ledger, work: Path) 
             raise UserError(f"{run.name} has gone on since {folder.name} was made; give the run as it was then")
         return saved_roots(average(run, work, steps))["weights"]
     if kind == FIRST_WEIGHTS:
-        with torch.device("meta"):
-            model = MotifForCausalLM(MotifConfig(**ledger.kept(made.link["model"])))
-        initialize(model, torch.device("cpu"), made.link["seed"])
+        try:
+            model = model_of_seed(ledger, made)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}; give a run whose ledger is whole") from None
         load_weights(source, model)
         return weights_root(model)
     return None

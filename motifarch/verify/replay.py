@@ -25,11 +25,14 @@ import yaml
 from motif_kernels.impl.cpu.row_formulas import VARIABLE
 from motifarch.checkpoint_reader import CheckpointReader
 from motifarch.counted import counted
-from motifarch.errors import UserError
+from motifarch.errors import UserError, first_line
+from motifarch.field_types import is_import_path
 from motifarch.ledger.chain import Entry, Ledger
+from motifarch.ledger.link import CHECKPOINT
 from motifarch.ledger.tensor_hash import whole_hash
-from motifarch.train.lineage import CHECKPOINT, manifest_seal
-from motifarch.train.manifest import checkpoint_name, checkpoints_folder, complete_checkpoints, find_newest
+from motifarch.models.motif.own_attention import registered
+from motifarch.train.lineage import manifest_seal
+from motifarch.train.manifest import checkpoints_folder, complete_checkpoints, find_newest
 from motifarch.train.run_folder import METRICS, read_metrics
 from motifarch.train.saved_hashes import HASHES, WEIGHTS, roots
 from motifarch.verify.findings import Findings
@@ -108,6 +111,9 @@ def replay(
     except (ValueError, KeyError) as error:
         found.add(check, unknown=f"the recipe is not on record: {error}")
         return found
+    if reason := _refusal(recipe, environment, ranks):
+        found.add(check, unknown=reason)
+        return found
     if interval.parent is not None and (wrong := other_tensors(interval.parent, interval.start)):
         found.add(check, [wrong])
         return found
@@ -135,6 +141,25 @@ def replay(
         _compare_closely(found, check, interval, again, others)
     _compare_rows(found, interval, output, exact=found.found[-1].check.endswith("same."))
     return found
+
+
+def _refusal(recipe: Any, environment: Any, ranks: int | None) -> str | None:
+    """Why what a ledger asks for is not done here: whoever made it may ask for anything."""
+    try:
+        attention, processes = recipe["model"]["attention_type"], ranks or environment["ranks"]
+        if not isinstance(environment["code"]["sources"], str) or type(processes) is not int:
+            raise TypeError("of another kind")
+    except (KeyError, TypeError) as error:
+        return f"recipe or environment can't be used: {first_line(error)}"
+    if is_import_path(str(attention)):
+        try:
+            registered(attention)  # a ledger imports no code by itself
+        except ValueError as error:
+            return first_line(error)
+    here = torch.cuda.device_count() or os.cpu_count() or 1
+    if ranks is None and processes > here:
+        return f"it ran on {processes:,} processes, and here is room for {here}; give --ranks"
+    return None
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -225,8 +250,3 @@ def _compare_rows(found: Findings, interval: Interval, output: Path, *, exact: b
             if not same:
                 problems.append(f"{name} of step {row['step']} is {two} on record and {one} again")
     found.add(f"{METRICS} has what {interval.name} give when they are trained again.", problems)
-
-
-def checkpoint_of(output: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
-    return checkpoints_folder(output) / checkpoint_name(step)

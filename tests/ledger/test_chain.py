@@ -12,10 +12,16 @@ from motifarch.ledger.chain import ENTRIES, FOLDER, Entry, Ledger, digest, make_
 from motifarch.ledger.signing import Signer, is_signed
 
 
+def link(parent: str | None, weights: str = "w") -> dict[str, object]:
+    """What an export says."""
+    about = {"origin": None, "environment": digest("here")}
+    return {"kind": "export", "parent": parent, "weights": digest(weights), **about}
+
+
 def ledger(folder: Path, steps: int = 4) -> Ledger:
     found, parent = Ledger.read(folder), None
     for step in range(0, 10 * steps, 10):
-        entry = make_entry(step, digest(step) if step else None, {"parent": parent, "weights": digest(f"w{step}")})
+        entry = make_entry(step, digest(step) if step else None, link(parent, f"w{step}"))
         found.append(entry)
         parent = entry.hash
     return found
@@ -31,9 +37,22 @@ def test_what_was_appended_is_read_again(tmp_path: Path) -> None:
     assert [e.step for e in found.back_from(last)] == [30, 20, 10, 0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "gift"}, {"kind": None}, {"weights": 7}, {"weights": "../x"}, {"environment": "x"}, {"parent": []}],
+)
+def test_an_entry_that_lacks_what_its_kind_says_is_named(change: dict[str, object], tmp_path: Path) -> None:
+    """Its hash may be right: whoever made the ledger wrote both."""
+    found = ledger(tmp_path, 1)
+    found.append(make_entry(10, None, link(found.entries[-1].hash) | change))
+    again = Ledger.read(tmp_path)
+    assert len(again.entries) == 1
+    assert len(again.problems) == 1
+
+
 def test_a_run_that_goes_back_to_an_earlier_checkpoint_branches(tmp_path: Path) -> None:
     found = ledger(tmp_path)
-    fork = make_entry(30, digest("other"), {"parent": found.entries[1].hash, "weights": "x"})
+    fork = make_entry(30, digest("other"), link(found.entries[1].hash, "x"))
     found.append(fork)
     again = Ledger.read(tmp_path)
     assert again.problems == []
@@ -71,7 +90,7 @@ def test_a_line_that_a_crash_cut_short_is_left_out_and_does_not_spoil_the_next(t
     path.write_bytes(path.read_bytes() + b'{"format":1,"st')
     again = Ledger.read(tmp_path)
     assert (len(again.entries), again.problems) == (4, [])
-    again.append(make_entry(40, None, {"parent": found.entries[-1].hash}))
+    again.append(make_entry(40, None, link(found.entries[-1].hash)))
     last = Ledger.read(tmp_path)
     assert [e.step for e in last.entries] == [0, 10, 20, 30, 40]
     assert last.problems == []
@@ -99,11 +118,11 @@ def test_signatures_are_of_the_entry_and_the_key_that_they_name(kind: str, tmp_p
     else:
         subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
         public = None
-    signer, entry = Signer(key), make_entry(0, None, {"parent": None})
+    signer, entry = Signer(key), make_entry(0, None, link(None))
     signature = signer.sign(entry.hash)
     assert public is None or signature["key"].split() == public
     assert is_signed(entry.hash, signature)
-    other = make_entry(10, None, {"parent": None})
+    other = make_entry(10, None, link(None))
     assert not is_signed(other.hash, signature)
     assert not is_signed(entry.hash, signature | {"signature": signature["signature"][:-4] + "AAA="})
     assert not is_signed(entry.hash, {"key": signature["key"]})

@@ -4,17 +4,22 @@ else when their first weights or an interval are made again.
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.verify.disguises import disguised, same_function
 from helpers.distributed import train as train_on
 from helpers.tiny import prepare_text, write_recipe
 from motifarch.cli import run as command_line
+from motifarch.export import export
 from motifarch.files import read_json, sha256, write_sealed_json
 from motifarch.ledger.chain import ENTRIES, FOLDER, Ledger, digest, make_entry
+from motifarch.models.motif import MotifForCausalLM
 from motifarch.train.lineage import LINK, manifest_seal
 from motifarch.train.main import main as train
 from motifarch.train.manifest import MANIFEST, list_checkpoints
@@ -23,6 +28,8 @@ from motifarch.train.saved_hashes import HASHES, roots
 from motifarch.verify.first_weights import verify_first_weights
 from motifarch.verify.links import chain_of, verify_links
 from motifarch.verify.replay import Interval, intervals, replay
+from motifarch.verify.similarity.compare import Comparer
+from motifarch.verify.similarity.parts import Model
 
 SAVES: dict[str, Any] = {"every": 10, "keep_last": 0}
 
@@ -176,6 +183,36 @@ def test_on_the_same_machine_every_bit_counts(honest: Path, tmp_path: Path) -> N
     assert replay(interval, ledger, tmp_path / "again").failed
 
 
+HOSTILE: list[tuple[str, Any]] = [
+    ("recipe", []),
+    ("recipe", {"model": {"attention_type": "antigravity:geohash"}}),
+    ("environment", {"ranks": 10**6, "code": {"sources": "x"}}),
+    ("environment", {"ranks": "2; reboot", "code": {"sources": "x"}}),
+    ("environment", 7),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), HOSTILE)
+def test_what_a_ledger_asks_for_is_not_done_blindly(honest: Path, name: str, content: Any, tmp_path: Path) -> None:
+    run = shutil.copytree(honest, tmp_path / "run")
+    ledger, chain = chain_of(run)
+    first = intervals(run, chain)[1]
+    other = make_entry(first.end.step, first.end.manifest, dict(first.end.link) | {name: ledger.keep(content)})
+    (finding,) = replay(Interval(first.start, other, first.parent, first.saved), ledger, tmp_path / "again").found
+    assert finding.verdict == "unknown"
+    assert "antigravity" not in sys.modules
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_model_that_is_none_is_not_made(honest: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(honest, tmp_path / "run")
+    ledger, chain = chain_of(run)
+    for content in ([], {"attention_type": "antigravity:geohash"}, {"hidden_size": "wide"}, {"no_such": 1}):
+        first = make_entry(0, None, dict(chain[-1].link) | {"model": ledger.keep(content)})
+        (finding,) = verify_first_weights(ledger, [first]).found
+        assert finding.verdict != "holds"
+
+
 def test_what_was_changed_in_the_record_is_named(honest: Path, tmp_path: Path) -> None:
     other = shutil.copytree(honest, tmp_path / "swapped")
     shutil.rmtree(other / "checkpoints" / "step_00000020")
@@ -280,3 +317,29 @@ def test_weights_that_came_from_elsewhere_are_named_and_found(honest: Path, data
 
     forge(run, change)
     assert verify_first_weights(*chain_of(run)).failed
+
+
+def test_anothers_weights_fine_tuned_in_disguise_are_found(honest: Path, data: Path, tmp_path: Path) -> None:
+    """Heads, channels and neurons permuted and rescaled, trained on, the record made up anew."""
+    theirs = export(honest, tmp_path / "theirs")
+    model = MotifForCausalLM.from_pretrained(theirs)
+    hidden = disguised(model.state_dict(), model.config, seed=1)
+    assert same_function(model, hidden, torch.arange(40)[None]) < 1e-4
+    model.load_state_dict(hidden)
+    model.save_pretrained(tmp_path / "hidden")
+    recipe = write_recipe(tmp_path, data, checkpoint=SAVES)
+    given = ["--run.init_from", str(tmp_path / "hidden"), "--run.seed", "7", "--run.steps", "20"]
+    assert train([str(recipe), *given]) == 0
+    run = tmp_path / "run"
+
+    def change(step: int, link: dict[str, Any]) -> None:
+        if step == 0:
+            link["origin"] = None
+
+    forge(run, change)
+    assert verify_first_weights(*chain_of(run)).failed
+    assert command_line(["verify", str(run), "--against", str(theirs)]) == 1
+    assert Comparer(Model(run)).compare(Model(theirs)).alarms
+    (tmp_path / "other").mkdir()
+    assert train([str(write_recipe(tmp_path / "other", data)), "--run.seed", "9", "--run.steps", "20"]) == 0
+    assert not Comparer(Model(tmp_path / "other" / "run")).compare(Model(theirs)).alarms

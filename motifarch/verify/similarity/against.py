@@ -1,12 +1,10 @@
 """A model beside others, for `motifarch verify --against`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motifarch.files import atomic_write
 from motifarch.ledger.chain import Ledger
 from motifarch.verify.findings import Findings
 from motifarch.verify.similarity import report
@@ -54,18 +52,6 @@ class Likeness:
     def draw(self, file: Path) -> None:
         """Draws the likeness beside a report."""
         report.draw(self.comparisons, file.with_suffix(".png"), self.folder.resolve().name)
-
-    def report(self, file: Path | None) -> int:
-        """Reports on a model of which nothing but the weights is known; 1 for an alarm, else 0."""
-        found, text = self.findings, f"# Weights of {self.folder.resolve().name}\n{self.section}"
-        print(text, end="")
-        if file:
-            self.draw(file)
-            with atomic_write(file) as out:
-                out.write(text)
-            with atomic_write(file.with_suffix(".json")) as out:
-                json.dump({"checks": found.as_json(), "similarity": self.as_json()}, out, indent=2)
-        return 1 if found.failed else 0
 
 
 def has_ledger(folder: Path) -> bool:
