@@ -9,7 +9,7 @@ import torch
 
 from motifarch.train.metrics import MetricsLog
 from motifarch.train.plots import draw_loss
-from motifarch.train.run_folder import cut_metrics, read_metrics
+from motifarch.train.run_folder import cut_metrics, last_metrics, read_metrics
 from motifarch.train.step import StepResult
 from motifarch.train.trackers import TensorBoard
 
@@ -97,3 +97,14 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     rows[5]["loss"] = None  # type: ignore[assignment]
     draw_loss(rows, tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("first", [0, 1, 5_000, 19_999, 20_000, 30_000])
+def test_the_last_rows_are_found_from_the_end(tmp_path, first):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "lambda": [0.5] * 20}) for step in range(1, 20_001)]
+    lines.insert(7, "damaged")
+    path.write_text("\n".join(lines) + "\n" + '{"step": 20001, "lo')
+    found = [row for row in last_metrics(path, first) if row["step"] >= first]
+    assert found == [row for row in read_metrics(path) if row["step"] >= first]
+    assert last_metrics(tmp_path / "none", first) == []
