@@ -78,6 +78,9 @@ class VariantSpec(Section):
     sizes: list[str] = field(default_factory=list)
     """Names of the sizes that it is made in; empty means all."""
 
+    seeds: list[Seed] = field(default_factory=list)
+    """Those of the study's seeds that it is trained with; empty means all."""
+
     @property
     def name(self) -> str:
         """What tables call it, such as "gda 4:1 poly_norm" or, of 8 signal and 2 noise heads,
@@ -364,6 +367,13 @@ def check_grid(grid: Grid) -> None:
     _unique("sizes", [s.name for s in grid.sizes])
     _check_sizes(grid)
     _unique("seeds", grid.seeds)
+    for i, variant in enumerate(grid.variants):
+        _unique(f"variants[{i}].seeds", variant.seeds)
+        if unknown := [seed for seed in variant.seeds if seed not in grid.seeds]:
+            raise UserError(
+                f"variants[{i}].seeds has {unknown[0]}, which is no seed of the study; accepted: "
+                f"{', '.join(map(str, grid.seeds))}"
+            )
     _check_learning_rate(grid.learning_rate)
     _check_recipe(grid)
 

@@ -60,6 +60,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"variants": [{"attention": "diff_v1", "ratio": 2}]}, r"variants\[0\].ratio is 2, but diff_v1 has no choice"),
     ({"variants": [{"attention": "diff_v1"}] * 2}, "variants holds diff_v1 poly_norm twice"),
     ({"variants": []}, "variants and designs are empty"),
+    (
+        {"variants": [{"attention": "diff_v2", "seeds": [9]}]},
+        r"variants\[0\].seeds has 9, which is no seed",
+    ),
     ({"variants": [{"attention": "diff_v2", "noise_heads": 2}]}, r"variants\[0\].noise_heads is 2, but diff_v2 has no"),
     ({"designs": [DESIGN | {"fixed": "heads"}]}, r"designs\[0\].fixed is 'heads' .*noise_heads, signal_heads"),
     ({"designs": [DESIGN | {"ratios": [2]}]}, r"designs\[0\].ratios is \[2\]; give at least two"),

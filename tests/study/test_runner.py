@@ -5,6 +5,7 @@ Processes that write what a run leaves stand in for training; `test_study.py` tr
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from helpers.tiny import prepare_text
 from helpers.tiny_study import GRID, write_grid
 from motifarch.errors import UserError
-from motifarch.study import run
+from motifarch.study import plan, run
 from motifarch.study.main import main
 from motifarch.study.pool import Pool, Slots
 from motifarch.study.run import locked
@@ -36,8 +37,8 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Pool, "command", command)
     monkeypatch.setattr(run, "write_report", lambda results, folder: None)
-    monkeypatch.setattr(run, "fastest_attention", lambda *arguments: "sdpa")
-    monkeypatch.setattr(run, "step_seconds", lambda recipes, *arguments: dict.fromkeys(recipes, 0.5))
+    monkeypatch.setattr(plan, "fastest_attention", lambda *arguments: "sdpa")
+    monkeypatch.setattr(plan, "step_seconds", lambda recipes, *arguments: dict.fromkeys(recipes, 0.5))
 
 
 def behave(folder: Path, **by_variant: str) -> None:
@@ -86,6 +87,48 @@ def test_every_variant_runs_with_every_seed_and_never_twice(tmp_path: Path, data
     assert all(other == shared[0] for other in shared)
 
     assert study(tmp_path, data, seeds=[3, 5]) == 0
+    assert started(tmp_path) == []
+
+
+def test_a_variant_may_have_fewer_seeds(tmp_path: Path, data: Path) -> None:
+    variants = [GRID["variants"][0], GRID["variants"][1] | {"seeds": [5]}]
+    assert study(tmp_path, data, seeds=[3, 5], variants=variants) == 0
+    assert [run for run, stage in started(tmp_path) if stage == "train"] == [
+        f"runs/tiny/{run}" for run in (f"{SOFTMAX}/seed_3", f"{SOFTMAX}/seed_5", f"{GDA}/seed_5")
+    ]
+    assert len(results(tmp_path)["runs"]) == 3
+
+
+@pytest.mark.parametrize("rate", [{"given": 1e-3}, {"sweep": [2e-3, 4e-3]}], ids=["given", "swept"])
+def test_the_results_alone_carry_a_study_to_another_machine(
+    tmp_path: Path, data: Path, rate: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there / "out"):
+        folder.mkdir(parents=True)
+    behave(here, **{GDA: "error"})
+    assert study(here, data, learning_rate=rate, seeds=[3, 5]) == 1
+    shutil.copy(here / "out" / "results.json", there / "out")
+    monkeypatch.setattr(plan, "fastest_attention", lambda *arguments: "eager")
+    behave(here)
+    assert study(here, data, "--retry-failed", learning_rate=rate, seeds=[3, 5]) == 0
+    assert study(there, data, learning_rate=rate, seeds=[3, 5]) == 0
+    # What was finished is not run again, what had failed is.
+    assert {Path(run).parent.name for run, _ in started(there)} == {GDA}
+    ours, theirs = results(here), results(there)
+    for name in ("runs", "sweep", "variants", "softmax_attention", "step_seconds", "data"):
+        assert ours[name] == theirs[name], name
+    # A run whose folder is deleted on purpose is run again.
+    shutil.rmtree(there / "out" / "runs" / "tiny" / SOFTMAX)
+    assert study(there, data, learning_rate=rate, seeds=[3, 5]) == 0
+    assert {Path(run).parent.name for run, _ in started(there)} == {SOFTMAX}
+
+
+def test_damaged_results_are_not_taken_up(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text('{"grid": {}, "runs"')
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        study(tmp_path, data)
     assert started(tmp_path) == []
 
 
@@ -163,7 +206,7 @@ def test_a_variant_that_no_rate_trains_fails_and_the_rest_go_on(tmp_path: Path, 
 def test_each_run_has_gpus_of_its_own(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is needed: the processes only look at what they were given."""
     monkeypatch.setattr(run, "find_slots", lambda *_: Slots(["0", "3", "5"], jobs=3, threads=1))
-    monkeypatch.setattr(run, "environment", lambda command, *_: {"command": command})
+    monkeypatch.setattr(plan, "environment", lambda command, *_: {"command": command})
     behave(tmp_path, **{SOFTMAX: "together", GDA: "together"})
     size = GRID["sizes"][0]
     assert study(tmp_path, data, sizes=[size], seeds=[0]) == 0
