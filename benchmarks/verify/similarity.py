@@ -299,7 +299,7 @@ def draw(groups: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlim(-0.05, 1.05)
         axis.set_ylim(-len(groups) + 0.3, 1.3)
         axis.set_xlabel("the most alike layer" if of == "layers" else name)
-        labels = [f"{g['kind']}{', ' * bool(g['disguise'])}{g['disguise']} ({g['compared']})" for g in groups]
+        labels = [f"{title(g)} ({g['compared']})" for g in groups]
         axis.set_yticks([-at for at in range(len(groups))], labels if of == "layers" else [""] * len(groups))
         axis.grid(axis="x", alpha=0.25)
     report.write_plot(path, figure)
@@ -309,7 +309,7 @@ def print_table(groups: list[dict[str, Any]], console: Console) -> None:
     """Alarms by kind."""
     lines = [
         (
-            f"{g['kind']}{', ' * bool(g['disguise'])}{g['disguise']}",
+            title(g),
             f"{g['alarms']} of {g['compared']}",
             "{:.1%} - {:.1%}".format(*g["interval"]),
             f"{min(g['layers']):.2f} - {max(g['layers']):.2f}",
@@ -321,15 +321,26 @@ def print_table(groups: list[dict[str, Any]], console: Console) -> None:
     console.print(report.table("Comparisons of small models", columns, lines))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
-    parser = cli.bare_parser("benchmarks.verify.similarity", __doc__)
+def title(row: dict[str, Any]) -> str:
+    """A kind and its disguise, in words."""
+    return f"{row['kind']}{', ' * bool(row['disguise'])}{row['disguise']}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the models and their pairs."""
     add = parser.add_argument
     add("--work", type=Path, default=report.ROOT / "runs/similarity", help="models and what was compared, to go on")
     add("--models", type=int, default=50, help="trained of each layout; default %(default)s")
     add("--steps", type=int, default=60, help="of training; default %(default)s")
     add("--floor-steps", type=int, default=600, help="of the floor's model; default %(default)s")
     add("--pairs", type=int, default=1000, help="of independent models; default %(default)s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = cli.bare_parser("benchmarks.verify.similarity", __doc__)
+    add_options(parser)
+    add = parser.add_argument
     add("--copies", type=int, default=200, help="models of which something is made; default %(default)s")
     add("--long", type=int, default=10, help="of which so many are fine-tuned for long; default %(default)s")
     add("--output", type=Path, default=report.RESULTS / "similarity.json", help="JSON, a plot beside it")

@@ -28,6 +28,7 @@ from transformers import (
     ViTModel,
 )
 
+from benchmarks.verify import spectra
 from benchmarks.verify.disguises import disguised, same_function
 from benchmarks.verify.similarity import DISGUISES, FILE, KINDS, LAYOUTS, Zoo, batch, main, new_model, text, train
 from helpers.tiny import MOTIF_3, SHORT_RUN, prepare_text, write_recipe
@@ -258,3 +259,11 @@ def test_the_measurement_goes_on_and_ends(tmp_path: Path) -> None:
         assert main(["--work", str(tmp_path / "work"), "--output", str(tmp_path / "out.json"), *options]) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert all(row["alarms"] == (0 if row["kind"] == "independent" else row["compared"]) for row in rows)
+
+    sizes = {name: value for name, value in sizes.items() if name not in ("copies", "long")}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    assert spectra.main(["--work", str(tmp_path / "work"), "--output", str(tmp_path / "spectra.json"), *options]) == 0
+    independent, *copies = json.loads((tmp_path / "spectra.json").read_text())["rows"]
+    assert max(independent["likeness"]) < 0.9
+    # No disguise changes them: a copy's are the same, to rounding.
+    assert all(min(row["likeness"]) > 0.99 for row in copies if row["kind"] == "copy")
