@@ -20,13 +20,8 @@ STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "study").glob("*.yaml"
 @pytest.mark.parametrize("by", ["parameters", "flops", "kv_cache"])
 def test_our_studies_can_be_matched(path: Path, by: str) -> None:
     grid = read_grid([str(path), "--match", by])
-    if (path.stem, by) == ("ratio_cpu", "flops"):
-        # Attention of 16 heads takes more than so narrow a feed-forward block can give.
-        with pytest.raises(UserError, match=r"gda 7:1 \(14\+2\) poly_norm at size 0.5m"):
-            match(grid, describe(grid.data, None))
-        return
     found = match(grid, describe(grid.data, None))
-    smallest = {"short_cpu": 4e5, "tiny_cpu": 2e6, "ratio_cpu": 6e5, "gpu_short": 8e6, "gpu_50m": 50e6}[path.stem]
+    smallest = {"short_cpu": 4e5, "tiny_cpu": 2e6, "ratio_cpu": 5e5, "gpu_short": 8e6, "gpu_50m": 50e6}[path.stem]
     assert len(found) == sum(len(grid.compared_at(size)) for size in grid.sizes) >= 3
     assert len(grid.seeds) >= 3
     assert min(m.costs["parameters"] for m in found) >= smallest
