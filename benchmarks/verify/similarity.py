@@ -63,6 +63,7 @@ MOST = 400
 """Steps after which fine-tuning is given up."""
 KINDS = ("copy", "fine-tuned", "merged with another", "merged of two fine-tuned", "fine-tuned for long")
 DISGUISES = ("", "permuted and scaled", "rotated and scaled")
+SETUP = ("models", "bases", "steps", "floor_steps", "pairs", "copies")
 LONG = 4
 """Times as many steps as a model was trained for: to see where detection ends."""
 
@@ -223,7 +224,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for i in range(options.copies):
             for kind in KINDS:
                 # A second fine-tuning is there once all models have had one.
-                if (kind == KINDS[3] and i < 2 * options.models) or (kind == KINDS[4] and i >= options.long):
+                if (kind == KINDS[3] and i < 2 * options.bases) or (kind == KINDS[4] and i >= options.long):
                     continue
                 for disguise in DISGUISES:
                     if (key := f"{kind}/{disguise}/{i}") not in rows:
@@ -239,8 +240,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _derived(zoo: Zoo, kind: str, disguise: str, i: int, options: argparse.Namespace) -> dict[str, Any]:
     """What a comparison says of the i-th model and what was made of it."""
-    layout, seed, variant = list(LAYOUTS)[i % 2], (i // 2) % options.models, i // (2 * options.models)
-    state = zoo.derived(kind, layout, seed, variant, options.models)
+    layout, seed, variant = list(LAYOUTS)[i % 2], (i // 2) % options.bases, i // (2 * options.bases)
+    state = zoo.derived(kind, layout, seed, variant, options.bases)
     if disguise:
         model = new_model(layout, 0)
         model.load_state_dict(state)
@@ -330,7 +331,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of the models and their pairs."""
     add = parser.add_argument
     add("--work", type=Path, default=report.ROOT / "runs/similarity", help="models and what was compared, to go on")
-    add("--models", type=int, default=50, help="trained of each layout; default %(default)s")
+    add("--models", type=int, default=200, help="trained of each layout; default %(default)s")
+    add("--bases", type=int, default=50, help="those of which others are made; default %(default)s")
     add("--steps", type=int, default=60, help="of training; default %(default)s")
     add("--floor-steps", type=int, default=600, help="of the floor's model; default %(default)s")
     add("--pairs", type=int, default=1000, help="of independent models; default %(default)s")
@@ -348,15 +350,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
 
     def run() -> int:
-        for name in ("models", "steps", "floor_steps", "pairs", "copies"):
+        for name in SETUP:
             if getattr(options, name) < 2:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 2")
+        if options.bases > options.models:
+            raise UserError(f"--bases is {options.bases}; accepted: no more than --models, {options.models}")
         torch.set_num_threads(1)
         env = cli.introduce("benchmarks.verify.similarity", torch.device("cpu"), ("torch", "scipy"), console)
         found = measure(options, console)
         groups = summary(found.pop("rows"))
         print_table(groups, console)
-        setup = {name: getattr(options, name) for name in ("models", "steps", "floor_steps", "pairs", "copies")}
+        setup = {name: getattr(options, name) for name in SETUP}
         report.write_json(
             options.output,
             {"environment": env, "setup": setup, "limits": vars(LIMITS), "rows": groups} | _losses(found),

@@ -27,7 +27,7 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks.lib import cli, report
 from benchmarks.verify.disguises import State, disguised
-from benchmarks.verify.similarity import FILE, KINDS, LAYOUTS, SHARED, Zoo, add_options, new_model, pairs, title
+from benchmarks.verify.similarity import FILE, KINDS, LAYOUTS, SETUP, SHARED, Zoo, add_options, new_model, pairs, title
 from motifarch.progress import progress
 
 OF = (KINDS[0], KINDS[1], KINDS[2])
@@ -79,9 +79,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for kind in OF:
             for disguise in ("", "rotated and scaled"):
                 found = []
-                for i in range(options.models * len(LAYOUTS)):
+                for i in range(options.bases * len(LAYOUTS)):
                     layout, seed = list(LAYOUTS)[i % 2], i // 2
-                    state = zoo.derived(kind, layout, seed, 0, options.models)
+                    state = zoo.derived(kind, layout, seed, 0, options.bases)
                     if disguise:
                         state = disguised(state, new_model(layout, 0).config, i, rotate=True)
                     found.append(round(of_models(trained(layout, seed), state), 4))
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             quantiles = [f"{value:.2f}" for value in np.quantile(row["likeness"], (0, 0.5, 1))]
             lines.append((title(row), str(len(row["likeness"])), *quantiles))
         console.print(report.table("Spectra of small models", ["", "pairs", "least", "median", "most"], lines))
-        setup = {name: getattr(options, name) for name in ("models", "steps", "floor_steps", "pairs")}
+        setup = {name: getattr(options, name) for name in SETUP if name != "copies"}
         report.write_json(options.output, {"environment": env, "setup": setup, "rows": rows})
         return 0
 
