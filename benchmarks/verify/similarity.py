@@ -1,7 +1,7 @@
 """How often `motifarch verify --against` is wrong: on independent models, on copies in disguise.
 
     python -m benchmarks.verify.similarity --work runs/similarity      # an hour on a core; goes on
-    python -m benchmarks.verify.similarity --work runs/quick --models 4 --steps 20
+    python -m benchmarks.verify.similarity --work runs/quick --models 4 --bases 4 --steps 20
 
 Small models are trained from independent seeds on one text, the standard library's sources by
 bytes: half with GDA and PolyNorm, half with softmax attention and SwiGLU. Independent ones are
@@ -10,13 +10,15 @@ lie above it. Disjoint pairs come first, then pairs drawn from all others, which
 
 Then each model is compared with what someone might make of it: a copy; one fine-tuned on other
 text, pydoc's topics; a merge of 70% of it and 30% of an independent model, or of two fine-tunings;
-and each in a disguise that keeps what the model computes. Fine-tuning goes on until half of what
+and each in a disguise that keeps what the model computes, or all of it but the embeddings, which
+may be another model's. Fine-tuning goes on until half of what
 the loss on the other text is above its floor is gone; the floor is the loss of a model of the same
 layout trained on that text alone for `--floor-steps` steps.
 """
 
 import argparse
 import json
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +64,8 @@ MOVED = 1e-3
 MOST = 400
 """Steps after which fine-tuning is given up."""
 KINDS = ("copy", "fine-tuned", "merged with another", "merged of two fine-tuned", "fine-tuned for long")
-DISGUISES = ("", "permuted and scaled", "rotated and scaled")
+REPLACED = "permuted, embeddings replaced"
+DISGUISES = ("", "permuted and scaled", "rotated and scaled", REPLACED)
 SETUP = ("models", "bases", "steps", "floor_steps", "pairs", "copies")
 LONG = 4
 """Times as many steps as a model was trained for: to see where detection ends."""
@@ -242,17 +245,36 @@ def _derived(zoo: Zoo, kind: str, disguise: str, i: int, options: argparse.Names
     """What a comparison says of the i-th model and what was made of it."""
     layout, seed, variant = list(LAYOUTS)[i % 2], (i // 2) % options.bases, i // (2 * options.bases)
     state = zoo.derived(kind, layout, seed, variant, options.bases)
-    if disguise:
-        model = new_model(layout, 0)
-        model.load_state_dict(state)
-        state = disguised(state, model.config, i, rotate=disguise.startswith("rotated"))
-        tokens = batch(zoo.code, torch.Generator().manual_seed(i), 2)
-        if (moved := same_function(model, state, tokens)) > MOVED:
-            raise AssertionError(f"the disguise {disguise!r} moves the logits by {moved:.1e} of their spread")
+    other = zoo.trained(layout, (seed + 1) % options.bases)
+    state = in_disguise(state, layout, disguise, i, batch(zoo.code, torch.Generator().manual_seed(i), 2), other)
     folder = options.work / "suspect"
     folder.mkdir(exist_ok=True)
     save_file({name: value.contiguous() for name, value in state.items()}, folder / FILE)
     return scores(Comparer(Model(folder)).compare(Model(zoo.trained(layout, seed))))
+
+
+def in_disguise(state: State, layout: str, disguise: str, seed: int, tokens: torch.Tensor, other: Path) -> State:
+    """A model's weights in one of `DISGUISES`, drawn by a seed.
+
+    Args:
+        state: the weights.
+        layout: the model's.
+        disguise: which.
+        seed: draws it.
+        tokens: (B, S), on which logits have to stay what they were.
+        other: the model that replaced embeddings are taken from.
+    """
+    if not disguise:
+        return state
+    model = new_model(layout, 0)
+    model.load_state_dict(state)
+    state = disguised(state, model.config, seed, rotate=disguise.startswith("rotated"))
+    if (moved := same_function(model, state, tokens)) > MOVED:
+        raise AssertionError(f"the disguise {disguise!r} moves the logits by {moved:.1e} of their spread")
+    if disguise == REPLACED:
+        others = load_file(other / FILE)
+        state |= {name: others[name] for name in state if re.search("embed_tokens|lm_head", name)}
+    return state
 
 
 def pairs(models: int, wanted: int) -> list[tuple[str, int, int]]:
@@ -271,14 +293,18 @@ def summary(rows: dict[str, Any]) -> list[dict[str, Any]]:
         groups.setdefault((kind, "" if kind == "independent" else disguise), []).append(row)
     found = []
     for (kind, disguise), of in groups.items():
-        ways = of[0]["ways"]
+        ways = list(dict.fromkeys(way for row in of for way in row["ways"]))  # graphs are not always matched
         alarms = sum(row["alarm"] for row in of)
         pick = max if kind == "independent" else min
         found.append(
             {"kind": kind, "disguise": disguise, "compared": len(of), "alarms": alarms}
             | {"interval": interval(alarms, len(of))}
-            | {"extreme": {way: pick(row["ways"][way][0] for row in of) for way in ways}}
-            | {"extreme_anchor": {way: pick(row["ways"][way][1] or 0.0 for row in of) for way in ways}}
+            | {"extreme": {way: pick(row["ways"][way][0] for row in of if way in row["ways"]) for way in ways}}
+            | {
+                "extreme_anchor": {
+                    way: pick(row["ways"][way][1] or 0.0 for row in of if way in row["ways"]) for way in ways
+                }
+            }
             # The best of the ways, which is what decides.
             | {"layers": [round(max(way[0] for way in row["ways"].values()), 4) for row in of]}
             | {"embeddings": [round(max(way[1] or 0.0 for way in row["ways"].values()), 4) for row in of]}

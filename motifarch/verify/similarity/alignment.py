@@ -1,7 +1,8 @@
 """Which residual channel of one model is which of another: nobody knows, so ways are tried.
 
 What is found with one half of an anchor's rows (of the tokens, of the pixels) is tested on the
-other half, so that a match is none that was looked for.
+other half, and what is found with some matrices on the others, so that a match is none that was
+looked for.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from motifarch.verify.similarity.fingerprint import levelled
 
-How = Literal["as they lie", "permuted", "rotated", "by their norms"]
+Key = tuple[int, str, int]
+"""Layer, what the matrix is called in every layer, and which of its sides."""
+How = Literal["as they lie", "permuted", "rotated", "by graph matching"]
 
 MOST_CHANNELS = 256
 """Channels of a model that are compared, drawn once; another's are searched through all of them."""
 MOST_ROTATED = 4_096
-"""Widths up to which a rotation is looked for: it takes a singular value decomposition."""
+"""Widths up to which a rotation is looked for, or a graph matched: both take decompositions."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Alignment:
     """Makes of the other's rows (n, its width) rows (n, channels) in the first one's order."""
     anchor: float | None = None
     """Mean correlation of the anchor's channels on the rows that were held out."""
-    signed: bool = True
-    """Whether signs are known."""
+    found_with: frozenset[Key] = frozenset()
+    """Matrices that it was found with, which then show nothing."""
 
 
 def alignments(channels: Tensor, widths: tuple[int, int], anchors: tuple[Tensor, Tensor] | None) -> list[Alignment]:
@@ -53,25 +56,13 @@ def alignments(channels: Tensor, widths: tuple[int, int], anchors: tuple[Tensor,
         return ways
     one, two = (rows[::2] for rows in anchors)
     held_out = anchors[0][1::2], anchors[1][1::2]
-    correlation = _columns(one[:, channels]).T @ _columns(two)
+    correlation = columns(one[:, channels]).T @ columns(two)
     ways.append(_tested(_matched(correlation, "permuted"), held_out, channels))
     if widths[0] == widths[1] <= MOST_ROTATED and len(one) >= 2 * widths[0]:
         left, _, right = torch.linalg.svd(two.T @ one)  # orthogonal Procrustes (Schönemann 1966)
         rotation = (left @ right)[:, channels]
         ways.append(_tested(Alignment("rotated", lambda rows: rows @ rotation), held_out, channels))
     return ways
-
-
-def by_profile(one: Tensor, two: Tensor) -> Alignment:
-    """Matches channels by their norms in every matrix, where no anchor is left to go by.
-
-    Args:
-        one: logarithms of the norms, (matrices, channels).
-        two: the same of the other model, (matrices, its width).
-    """
-    one, two = (rows - rows.mean(dim=1, keepdim=True) for rows in (one, two))
-    found = _matched(_columns(one).T @ _columns(two), "by their norms")
-    return Alignment(found.how, found.take, signed=False)
 
 
 def _matched(correlation: Tensor, how: How) -> Alignment:
@@ -86,11 +77,11 @@ def _tested(way: Alignment, anchors: tuple[Tensor, Tensor] | None, channels: Ten
     if anchors is None:
         return way
     one, two = anchors
-    score = (_columns(one[:, channels]) * _columns(way.take(two))).sum(0).mean()
+    score = (columns(one[:, channels]) * columns(way.take(two))).sum(0).mean()
     return Alignment(way.how, way.take, float(score))
 
 
-def _columns(rows: Tensor) -> Tensor:
+def columns(rows: Tensor) -> Tensor:
     """Columns of mean 0 and norm 1."""
     rows = rows - rows.mean(dim=0)
     return rows / rows.norm(dim=0).clamp_min(1e-12)

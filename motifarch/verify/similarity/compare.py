@@ -1,16 +1,18 @@
 """Compares the parts of two models, layer by layer, under every alignment of their channels."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from motifarch.progress import progress
-from motifarch.verify.similarity.alignment import MOST_CHANNELS, Alignment, How, alignments, by_profile
-from motifarch.verify.similarity.fingerprint import fingerprint, standardised
+from motifarch.verify.similarity.alignment import MOST_CHANNELS, MOST_ROTATED, Alignment, How, Key, alignments
+from motifarch.verify.similarity.fingerprint import fingerprint, levelled_gram, standardised
+from motifarch.verify.similarity.graph_matching import match_graphs
 from motifarch.verify.similarity.limits import LIMITS
 from motifarch.verify.similarity.parts import ANCHORS, Model, Part, drawn
 from motifarch.verify.similarity.tokens import Overlap, overlap, same_tokens
@@ -23,11 +25,9 @@ _SAMPLE = 4_096
 _LEAST_ROWS = 32
 _MAY_BE_FIXED = ("positions",)
 """Anchors that may be the same sinusoids in models that have nothing to do with each other."""
-_LEAST_PROFILE = 4
-"""Matrices by whose norms channels can be told from each other."""
+_LEAST_GRAPHS, _MOST_GRAPHS = 2, 6
+"""Matrices that graphs are matched with: as many again at least are left to show something."""
 
-_Key = tuple[int, str, int]
-"""Layer, what the matrix is called in every layer, and which of its sides."""
 _Take = Callable[[Tensor], Tensor]
 
 
@@ -102,9 +102,9 @@ class Comparison:
 class _Survey:
     """What is kept of a part's matrices when they have been read."""
 
-    prints: list[dict[_Key, Tensor]]
+    prints: list[dict[Key, Tensor]]
     """Fingerprints, for each way to take the channels."""
-    profile: dict[_Key, Tensor]
+    profile: dict[Key, Tensor]
     samples: dict[tuple[int, str], tuple[tuple[int, ...], Tensor]]
 
 
@@ -156,23 +156,57 @@ class Comparer:
         own = self._own[part.name]
         kind, anchors = _anchors(model, part, other, other_part)
         ways = alignments(channels, widths, anchors)
-        profile = _survey(other, other_part, []).profile
-        both = [key for key in own.profile if key in profile]
-        if len(both) >= _LEAST_PROFILE:
-            one = torch.stack([own.profile[key][channels] for key in both])
-            ways.append(by_profile(one, torch.stack([profile[key] for key in both])))
         theirs = _survey(other, other_part, [way.take for way in ways])
-        if not own.prints[0] or not ways or not any(theirs.prints):
-            return None
-        found = [
-            (way, _layers(own, theirs, prints, way.signed)) for way, prints in zip(ways, theirs.prints, strict=True)
-        ]
+        found = [(way, _layers(own, theirs, prints, way)) for way, prints in zip(ways, theirs.prints, strict=True)]
         cka = None if anchors is None else _cka(*anchors)
-        return _judged(part, other_part, found, cka, counts=kind not in _MAY_BE_FIXED)
+        judged = partial(_judged, part, other_part, cka=cka, counts=kind not in _MAY_BE_FIXED)
+        if found and judged(found).alarm:
+            return judged(found)
+        # Embeddings may have been replaced. Graphs take longer to match.
+        way = self._by_graphs(part, other, other_part, channels, theirs.profile)
+        if way is not None:
+            (prints,) = _survey(other, other_part, [way.take]).prints
+            found.append((way, _layers(own, theirs, prints, way)))
+        return judged(found) if any(layers for _, layers in found) else None
+
+    def _by_graphs(
+        self, part: Part, other: Model, other_part: Part, channels: Tensor, profile: Mapping[Key, Tensor]
+    ) -> Alignment | None:
+        """The way that graphs of some matrices show, if both parts have as many again."""
+        own = self._own[part.name].profile
+        both = [key for key in own if key in profile]
+        # Of a square matrix nobody knows which side is on the residual channels.
+        plain = [key for key in both if {(*key[:2], 0), (*key[:2], 1)} & own.keys() == {key}]
+        some = drawn(len(plain[::2]), _MOST_GRAPHS).tolist()
+        if max(part.width, other_part.width) > MOST_ROTATED or len(some) < _LEAST_GRAPHS:
+            return None
+        keys = [plain[::2][i] for i in some]
+        one, two = _grams(self._model, part, keys), _grams(other, other_part, keys)
+        if one is None or two is None:
+            return None
+        norms = [torch.stack([of[key] for key in both]) for of in (own, profile)]
+        index, sign = match_graphs(one, two, (norms[0], norms[1]), channels)
+        return Alignment("by graph matching", lambda rows: rows[:, index] * sign, found_with=frozenset(keys))
+
+
+def _grams(model: Model, part: Part, keys: Sequence[Key]) -> Tensor | None:
+    """Levelled Gram matrices of all channels (matrices, width, width); None where one has none."""
+    found = []
+    with progress(f"matching {part.name} of {model.folder.name}", len(keys), of="matrices") as advance:
+        for layer, same, side in keys:
+            whole = torch.zeros(part.width, part.width)
+            for name in part.layers[layer][same]:
+                gram = levelled_gram(model.sides(part, layer, name)[side])
+                if gram is None:
+                    return None
+                whole += gram
+            found.append(whole)
+            advance()
+    return torch.stack(found)
 
 
 def _judged(
-    part: Part, other: Part, found: Sequence[tuple[Alignment, list[LayerMatch]]], cka: float | None, *, counts: bool
+    part: Part, other: Part, found: Sequence[tuple[Alignment, list[LayerMatch]]], *, cka: float | None, counts: bool
 ) -> PartMatch:
     """The alignment that shows most; `counts` says whether a likeness of anchors is an alarm."""
     limit = LIMITS.of_layers(min(part.width, other.width, MOST_CHANNELS))
@@ -199,14 +233,12 @@ def _inverted(found: PartMatch | None) -> PartMatch | None:
     return replace(found, part=found.other, other=found.part, layers=layers)
 
 
-def _layers(own: _Survey, theirs: _Survey, prints: dict[_Key, Tensor], signed: bool) -> list[LayerMatch]:
-    """The other's most alike layer for each layer."""
-    if not own.prints[0] or not prints:
+def _layers(own: _Survey, theirs: _Survey, prints: dict[Key, Tensor], way: Alignment) -> list[LayerMatch]:
+    """The other's most alike layer for each one; without matrices that the way was found with."""
+    keys, others = ([key for key in found if key not in way.found_with] for found in (own.prints[0], prints))
+    if not keys or not others:
         return []
-    keys, others = list(own.prints[0]), list(prints)
-    one, two = (torch.stack(list(vectors.values())) for vectors in (own.prints[0], prints))
-    if not signed:
-        one, two = (torch.stack([_magnitudes(row) for row in rows]) for rows in (one, two))
+    one, two = torch.stack([own.prints[0][key] for key in keys]), torch.stack([prints[key] for key in others])
     correlation = one @ two.T
     by_layer: dict[int, list[int]] = defaultdict(list)
     for i, (layer, _, _) in enumerate(others):
@@ -225,11 +257,6 @@ def _layers(own: _Survey, theirs: _Survey, prints: dict[_Key, Tensor], signed: b
         matrices = {name: float(value) for name, value in zip(names, values[:, at], strict=True)}
         matches.append(LayerMatch(layer, list(by_layer)[int(at)], float(score), matrices, _cosine(own, theirs, layer)))
     return matches
-
-
-def _magnitudes(vector: Tensor) -> Tensor:
-    found = standardised(vector.abs())
-    return torch.zeros_like(vector) if found is None else found
 
 
 def _cosine(own: _Survey, theirs: _Survey, layer: int) -> float | None:

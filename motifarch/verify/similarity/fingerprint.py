@@ -18,9 +18,7 @@ _LEAST = 16
 
 
 def fingerprint(rows: Tensor) -> Tensor | None:
-    """The levelled Gram matrix of a matrix's channels off the diagonal. Before, the matrix is
-    scaled so that all rows and all channels have equal norms, which is a canonical form under
-    scaling of both sides (Sinkhorn & Knopp 1967, of the squares).
+    """The levelled Gram matrix of a matrix's channels off the diagonal.
 
     Args:
         rows: (n, channels).
@@ -29,6 +27,24 @@ def fingerprint(rows: Tensor) -> Tensor | None:
         (channels * (channels - 1) / 2,), of mean 0 and norm 1; None where there is nothing to
         compare.
     """
+    gram = levelled_gram(rows)
+    if gram is None:
+        return None
+    above = torch.ones_like(gram, dtype=torch.bool).triu(diagonal=1)
+    return standardised(gram[above])
+
+
+def levelled_gram(rows: Tensor) -> Tensor | None:
+    """The Gram matrix of channels. Before, the matrix is scaled so that all rows and all channels
+    have equal norms, which is a canonical form under scaling of both sides (Sinkhorn & Knopp 1967,
+    of the squares).
+
+    Args:
+        rows: (n, channels).
+
+    Returns:
+        (channels, channels); None of few rows or channels, and where not all is finite.
+    """
     if min(rows.shape) < _LEAST or not rows.isfinite().all():
         return None
     rows = rows.clone()
@@ -36,9 +52,7 @@ def fingerprint(rows: Tensor) -> Tensor | None:
         for axis in (1, 0):
             rows /= rows.norm(dim=axis, keepdim=True).clamp_min(1e-12)
     values, vectors = _spectrum(rows)
-    gram = (vectors * _cut(values, len(rows))) @ vectors.T
-    above = torch.ones_like(gram, dtype=torch.bool).triu(diagonal=1)
-    return standardised(gram[above])
+    return (vectors * _cut(values, len(rows))) @ vectors.T
 
 
 def levelled(rows: Tensor) -> Tensor:

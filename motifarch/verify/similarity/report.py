@@ -48,8 +48,8 @@ def section(comparisons: Sequence[Comparison]) -> str:
     lines = [
         "## Likeness to other models' weights",
         "0 is what chance gives, 1 the same. Channels of the two models are matched as they lie, by embeddings "
-        f"(permuted or rotated), and by their norms, at most {MOST_CHANNELS} of them; shown is the way that shows "
-        f"most. An alarm is a layer above {LIMITS.layers} (more for few channels), or embeddings above "
+        f"(permuted or rotated), or else by graph matching, at most {MOST_CHANNELS} of them; shown is the way that "
+        f"shows most. An alarm is a layer above {LIMITS.layers} (more for few channels), or embeddings above "
         f"{LIMITS.anchor} on rows that were not matched by. {CALIBRATION}",
     ]
     for one in comparisons:

@@ -1,0 +1,79 @@
+"""Finds one model's channels in another where no embeddings lead the way: channels are a graph's
+nodes, and how each two go together in a matrix is an edge's weight.
+
+Both models' graphs are laid over each other by FAQ (Vogelstein et al. 2015, "Fast approximate
+quadratic programming for graph matching"), here of several graphs at once, and of some nodes of one
+among all of another, which scipy's quadratic_assignment is not for.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from motifarch.verify.similarity.alignment import columns
+
+_ROUNDS = 30
+_QUANTILES = 33
+_STILL = 1e-3
+"""A step so short ends the search."""
+
+
+def match_graphs(one: Tensor, two: Tensor, norms: tuple[Tensor, Tensor], channels: Tensor) -> tuple[Tensor, Tensor]:
+    """Matches channels by how they go together in several matrices, whatever their signs.
+
+    Args:
+        one: levelled Gram matrices of the first model, (matrices, width, width); what is on their
+            diagonals does not count.
+        two: of the same matrices of the other, (matrices, its width, its width), no narrower.
+        norms: logarithms of the channels' norms, in more matrices, (more, width) of both.
+        channels: those of the first model to find, (c,).
+
+    Returns:
+        The other's channel for each, (c,), and whether its sign is the same, (c,) of 1 and -1.
+    """
+    one, two = (grams - torch.diag_embed(grams.diagonal(dim1=1, dim2=2)) for grams in (one, two))
+    first = _features(one, norms[0])[:, channels].T @ _features(two, norms[1])
+    edges = _edges(one)[:, channels][:, :, channels], _edges(two)
+
+    def towards(plan: Tensor) -> Tensor:
+        return torch.stack([a @ plan @ b for a, b in zip(*edges, strict=True)]).sum(dim=0)
+
+    plan = (_assigned(first) + 1 / first.shape[1]) / 2
+    for _ in range(_ROUNDS):
+        gradient = towards(plan)
+        step = _assigned(gradient) - plan
+        # What is maximised is a parabola along the step.
+        bend, slope = (towards(step) * step).sum(), 2 * (gradient * step).sum()
+        length = 1.0 if bend >= 0 else float((-slope / (2 * bend)).clamp_max(1))
+        plan = plan + length * step
+        if length * step.norm() < _STILL:
+            break
+    found = _assigned(plan).argmax(dim=1)
+    pairs = zip(one, two, strict=True)
+    alike = torch.stack([a[channels][:, channels] * b[found][:, found] for a, b in pairs]).sum(dim=0)
+    # Signs that make as many products as can be positive are those of the leading eigenvector.
+    signs = torch.linalg.eigh(alike)[1][:, -1]
+    return found, torch.where(signs < 0, -1.0, 1.0)
+
+
+def _assigned(likeness: Tensor) -> Tensor:
+    """The assignment of rows to columns with the largest sum, as a matrix of ones and zeros."""
+    rows, columns = linear_sum_assignment(likeness.numpy(), maximize=True)
+    plan = torch.zeros_like(likeness)
+    plan[rows, columns] = 1
+    return plan
+
+
+def _edges(grams: Tensor) -> Tensor:
+    """Magnitudes, of mean 0 and norm 1 in each graph."""
+    found = grams.abs() - grams.abs().mean(dim=(1, 2), keepdim=True)
+    return found / found.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+
+
+def _features(grams: Tensor, norms: Tensor) -> Tensor:
+    """What tells a channel without knowing another, (features, width); both kinds weigh alike."""
+    at = torch.linspace(0, grams.shape[-1] - 1, _QUANTILES).round().long()
+    edges = torch.cat([gram.abs().sort(dim=0).values[at] for gram in grams])
+    return torch.cat(
+        [columns(edges - edges.mean(dim=1, keepdim=True)), columns(norms - norms.mean(dim=1, keepdim=True))]
+    )
