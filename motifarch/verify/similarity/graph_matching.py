@@ -14,6 +14,8 @@ from motifarch.verify.similarity.alignment import columns
 
 _ROUNDS = 30
 _QUANTILES = 33
+_SHARES = 0.5, 0.25
+"""Of the plan that a search starts with, what channels alone say; the rest is any with any."""
 _STILL = 1e-3
 """A step so short ends the search."""
 
@@ -32,28 +34,42 @@ def match_graphs(one: Tensor, two: Tensor, norms: tuple[Tensor, Tensor], channel
         The other's channel for each, (c,), and whether its sign is the same, (c,) of 1 and -1.
     """
     one, two = (grams - torch.diag_embed(grams.diagonal(dim1=1, dim2=2)) for grams in (one, two))
-    first = _features(one, norms[0])[:, channels].T @ _features(two, norms[1])
     edges = _edges(one)[:, channels][:, :, channels], _edges(two)
-
-    def towards(plan: Tensor) -> Tensor:
-        return torch.stack([a @ plan @ b for a, b in zip(*edges, strict=True)]).sum(dim=0)
-
-    plan = (_assigned(first) + 1 / first.shape[1]) / 2
-    for _ in range(_ROUNDS):
-        gradient = towards(plan)
-        step = _assigned(gradient) - plan
-        # What is maximised is a parabola along the step.
-        bend, slope = (towards(step) * step).sum(), 2 * (gradient * step).sum()
-        length = 1.0 if bend >= 0 else float((-slope / (2 * bend)).clamp_max(1))
-        plan = plan + length * step
-        if length * step.norm() < _STILL:
-            break
-    found = _assigned(plan).argmax(dim=1)
+    by_edges, by_norms = (
+        a[:, channels].T @ b for a, b in zip(_features(one, norms[0]), _features(two, norms[1]), strict=True)
+    )
+    # Each start ends in some optimum; the true one, if there is one, stands out.
+    plans = [
+        _climbed(edges, share * _assigned(first) + (1 - share) / first.shape[1])
+        for first in (by_edges + by_norms, by_edges, by_norms)
+        for share in _SHARES
+    ]
+    best = max(plans, key=lambda plan: float((_gradient(edges, plan) * plan).sum()))
+    found = best.argmax(dim=1)
     pairs = zip(one, two, strict=True)
     alike = torch.stack([a[channels][:, channels] * b[found][:, found] for a, b in pairs]).sum(dim=0)
     # Signs that make as many products as can be positive are those of the leading eigenvector.
     signs = torch.linalg.eigh(alike)[1][:, -1]
     return found, torch.where(signs < 0, -1.0, 1.0)
+
+
+def _climbed(edges: tuple[Tensor, Tensor], plan: Tensor) -> Tensor:
+    """The assignment that a plan (c, width), its rows of sum 1, leads to."""
+    for _ in range(_ROUNDS):
+        gradient = _gradient(edges, plan)
+        step = _assigned(gradient) - plan
+        # What is maximised is a parabola along the step.
+        bend, slope = (_gradient(edges, step) * step).sum(), 2 * (gradient * step).sum()
+        length = 1.0 if bend >= 0 else float((-slope / (2 * bend)).clamp_max(1))
+        plan = plan + length * step
+        if length * step.norm() < _STILL:
+            break
+    return _assigned(plan)
+
+
+def _gradient(edges: tuple[Tensor, Tensor], plan: Tensor) -> Tensor:
+    """Half of that of how alike edges are under a plan."""
+    return torch.stack([a @ plan @ b for a, b in zip(*edges, strict=True)]).sum(dim=0)
 
 
 def _assigned(likeness: Tensor) -> Tensor:
@@ -70,10 +86,8 @@ def _edges(grams: Tensor) -> Tensor:
     return found / found.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
 
 
-def _features(grams: Tensor, norms: Tensor) -> Tensor:
-    """What tells a channel without knowing another, (features, width); both kinds weigh alike."""
+def _features(grams: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """What tells a channel alone: the weights of its edges and its norms, (..., width)."""
     at = torch.linspace(0, grams.shape[-1] - 1, _QUANTILES).round().long()
     edges = torch.cat([gram.abs().sort(dim=0).values[at] for gram in grams])
-    return torch.cat(
-        [columns(edges - edges.mean(dim=1, keepdim=True)), columns(norms - norms.mean(dim=1, keepdim=True))]
-    )
+    return columns(edges - edges.mean(dim=1, keepdim=True)), columns(norms - norms.mean(dim=1, keepdim=True))
