@@ -22,7 +22,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +292,8 @@ def summary(rows: dict[str, Any]) -> list[dict[str, Any]]:
         kind, disguise = key.split("/")[:2]
         groups.setdefault((kind, "" if kind == "independent" else disguise), []).append(row)
     found = []
-    for (kind, disguise), of in groups.items():
+    order = {(kind, disguise): i for i, (kind, disguise) in enumerate(product(("independent", *KINDS), DISGUISES))}
+    for (kind, disguise), of in sorted(groups.items(), key=lambda group: order[group[0]]):
         ways = list(dict.fromkeys(way for row in of for way in row["ways"]))  # graphs are not always matched
         alarms = sum(row["alarm"] for row in of)
         pick = max if kind == "independent" else min
