@@ -6,10 +6,13 @@ quadratic programming for graph matching"), here of several graphs at once, and 
 among all of another, which scipy's quadratic_assignment is not for.
 """
 
+from itertools import product
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from motifarch.progress import progress
 from motifarch.verify.similarity.alignment import columns
 
 _ROUNDS = 30
@@ -39,11 +42,12 @@ def match_graphs(one: Tensor, two: Tensor, norms: tuple[Tensor, Tensor], channel
         a[:, channels].T @ b for a, b in zip(_features(one, norms[0]), _features(two, norms[1]), strict=True)
     )
     # Each start ends in some optimum; the true one, if there is one, stands out.
-    plans = [
-        _climbed(edges, share * _assigned(first) + (1 - share) / first.shape[1])
-        for first in (by_edges + by_norms, by_edges, by_norms)
-        for share in _SHARES
-    ]
+    starts = list(product((by_edges + by_norms, by_edges, by_norms), _SHARES))
+    plans = []
+    with progress("laying channels over each other", len(starts), of="starts") as advance:
+        for first, share in starts:
+            plans.append(_climbed(edges, share * _assigned(first) + (1 - share) / first.shape[1]))
+            advance()
     best = max(plans, key=lambda plan: float((_gradient(edges, plan) * plan).sum()))
     found = best.argmax(dim=1)
     pairs = zip(one, two, strict=True)
