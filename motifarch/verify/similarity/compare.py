@@ -175,8 +175,14 @@ class Comparer:
         """The way that graphs of some matrices show, if both parts have as many again."""
         own = self._own[part.name].profile
         both = [key for key in own if key in profile]
-        # Of a square matrix nobody knows which side is on the residual channels.
-        plain = [key for key in both if {(*key[:2], 0), (*key[:2], 1)} & own.keys() == {key}]
+        # Of a square matrix nobody knows which side is on the residual channels; experts would take
+        # long, each by itself.
+        plain = [
+            key
+            for key in both
+            if {(*key[:2], 0), (*key[:2], 1)} & own.keys() == {key}
+            and len(part.layers[key[0]][key[1]]) == len(other_part.layers[key[0]][key[1]]) == 1
+        ]
         some = drawn(len(plain[::2]), _MOST_GRAPHS).tolist()
         if max(part.width, other_part.width) > MOST_ROTATED or len(some) < _LEAST_GRAPHS:
             return None
@@ -194,13 +200,11 @@ def _grams(model: Model, part: Part, keys: Sequence[Key]) -> Tensor | None:
     found = []
     with progress(f"matching {part.name} of {model.folder.name}", len(keys), of="matrices") as advance:
         for layer, same, side in keys:
-            whole = torch.zeros(part.width, part.width)
-            for name in part.layers[layer][same]:
-                gram = levelled_gram(model.sides(part, layer, name)[side])
-                if gram is None:
-                    return None
-                whole += gram
-            found.append(whole)
+            (name,) = part.layers[layer][same]
+            gram = levelled_gram(model.sides(part, layer, name)[side])
+            if gram is None:
+                return None
+            found.append(gram)
             advance()
     return torch.stack(found)
 
