@@ -205,7 +205,7 @@ class Pool:
         tail = [line.rstrip() for line in log.splitlines()[-_TAIL:]]
         try:
             if status:
-                raise UserError(_reason(tail, status))
+                raise UserError(_hung(log) or _reason(tail, status))
             result = run_result(run, self.grid.recipe.batch.size * self.grid.data.seq_len)
         except UserError as error:
             run.fail(stage, str(error), status, tail)
@@ -231,6 +231,12 @@ def _is_trained(run: Run) -> bool:
     """Whether a complete checkpoint of its last step is there."""
     newest = next(iter(list_checkpoints(run.folder)), None)
     return newest is not None and step_of(newest) == run.steps and damage(newest, hashes=False) is None
+
+
+def _hung(log: str) -> str | None:
+    """What a run's watchdog wrote before the stacks of all threads, if it ended the run."""
+    found = re.findall(r"^Timeout \(([\d:]+)[^)]*\)!$", log, re.MULTILINE)
+    return f"no step came to its end within {found[-1]}; its log has what all threads were doing" if found else None
 
 
 def _reason(tail: Sequence[str], status: int) -> str:

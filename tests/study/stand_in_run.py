@@ -4,6 +4,7 @@ the study says.
 python stand_in_run.py RUN STAGE
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -30,6 +31,9 @@ def main() -> None:
     if do == "error":
         print("Traceback ...\nerror: the disk is full")
         sys.exit(2)
+    if do == "hang":
+        faulthandler.dump_traceback_later(0.05, exit=True)
+        time.sleep(30)
     if do == "out of memory":
         os.kill(os.getpid(), signal.SIGKILL)
     if do == "interrupt":

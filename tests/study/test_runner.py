@@ -168,6 +168,15 @@ def test_failed_runs_are_told_and_the_rest_go_on(
     assert all(state == ("finished", None) for state in states(tmp_path).values())
 
 
+def test_a_run_that_hung_is_told_as_such(tmp_path: Path, data: Path) -> None:
+    """Its log ends with the stacks of its threads, the last line of which says nothing."""
+    behave(tmp_path, **{GDA: "hang"})
+    assert study(tmp_path, data) == 1
+    status, error = states(tmp_path)["gda 2:1 poly_norm"]
+    assert status == "failed"
+    assert "no step came to its end" in str(error)
+
+
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path: Path, data: Path) -> None:
     behave(tmp_path, **{GDA: "interrupt"})
     assert study(tmp_path, data) == 130
