@@ -11,9 +11,9 @@ lie above it. Disjoint pairs come first, then pairs drawn from all others, which
 Then each model is compared with what someone might make of it: a copy; one fine-tuned on other
 text, pydoc's topics; a merge of 70% of it and 30% of an independent model, or of two fine-tunings;
 and each in a disguise that keeps what the model computes, or all of it but the embeddings, which
-may be another model's. Fine-tuning goes on until half of what
-the loss on the other text is above its floor is gone; the floor is the loss of a model of the same
-layout trained on that text alone for `--floor-steps` steps.
+may be another model's. Fine-tuning goes on until half of what the loss on the other text is above
+its floor is gone; the floor is the loss of a model of the same layout trained on that text alone
+for `--floor-steps` steps.
 """
 
 import argparse

@@ -82,6 +82,8 @@ class _Active:
     devices: list[str]
     stage: Literal["train", "measure"]
     process: Process
+    log_begins: int
+    """Bytes of its log that earlier tries wrote."""
 
 
 class Pool:
@@ -158,9 +160,9 @@ class Pool:
         count = self._gpus(run)
         devices, self._free = self._free[:count], self._free[count:]
         stage: Literal["train", "measure"] = "measure" if _is_trained(run) and not run.sweep else "train"
-        self._active.append(_Active(run, devices, stage, self._start(run, stage, devices)))
+        self._active.append(self._start(run, stage, devices))
 
-    def _start(self, run: Run, stage: str, devices: list[str]) -> Process:
+    def _start(self, run: Run, stage: Literal["train", "measure"], devices: list[str]) -> _Active:
         threads = str(self.slots.threads)
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
         if run.matched.variant.is_own:  # the grid's author named it; measuring loads it from a checkpoint
@@ -168,7 +170,10 @@ class Pool:
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices if stage == "train" else devices[:1])
         ranks = run.matched.size.ranks if stage == "train" else 1
-        return self._launcher.start(self.command(run, stage), run.folder / f"{stage}.log", environment, ranks)
+        log = run.folder / f"{stage}.log"
+        begins = log.stat().st_size if log.exists() else 0
+        process = self._launcher.start(self.command(run, stage), log, environment, ranks)
+        return _Active(run, devices, stage, process, begins)
 
     def command(self, run: Run, stage: str) -> list[str]:
         """The process of a run's stage, "train" or "measure"."""
@@ -187,10 +192,10 @@ class Pool:
     def _ended(self, active: _Active, status: int) -> None:
         """Goes on to the next stage, or notes how the run ended."""
         run = active.run
-        if status == 0 and active.stage == "train" and not run.sweep:
-            active.stage, active.process = "measure", self._start(run, "measure", active.devices)
-            return
         self._active.remove(active)
+        if status == 0 and active.stage == "train" and not run.sweep:
+            self._active.append(self._start(run, "measure", active.devices))
+            return
         self._free += active.devices
         outcome = self._conclude(active, status)
         done = sum(other.status != "missing" for other in self._runs)
@@ -201,11 +206,11 @@ class Pool:
         run, stage = active.run, active.stage
         if status in _STOPPED:
             return "stopped from outside; the same command resumes it"
-        log = (run.folder / f"{stage}.log").read_text(encoding="utf-8", errors="replace")
+        log = (run.folder / f"{stage}.log").read_bytes()[active.log_begins :].decode(errors="replace")
         tail = [line.rstrip() for line in log.splitlines()[-_TAIL:]]
         try:
             if status:
-                raise UserError(_hung(log) or _reason(tail, status))
+                raise UserError((status == 1 and _hung(log)) or _reason(tail, status))
             result = run_result(run, self.grid.recipe.batch.size * self.grid.data.seq_len)
         except UserError as error:
             run.fail(stage, str(error), status, tail)

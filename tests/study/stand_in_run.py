@@ -34,6 +34,8 @@ def main() -> None:
     if do == "hang":
         faulthandler.dump_traceback_later(0.05, exit=True)
         time.sleep(30)
+    if do == "quit":
+        sys.exit(1)
     if do == "out of memory":
         os.kill(os.getpid(), signal.SIGKILL)
     if do == "interrupt":

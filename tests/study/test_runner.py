@@ -175,6 +175,11 @@ def test_a_run_that_hung_is_told_as_such(tmp_path: Path, data: Path) -> None:
     status, error = states(tmp_path)["gda 2:1 poly_norm"]
     assert status == "failed"
     assert "no step came to its end" in str(error)
+    # Logs are kept; what a former try wrote into them is no reason of the next.
+    for does, told in (("out of memory", "memory"), ("quit", "exit status 1")):
+        behave(tmp_path, **{GDA: does})
+        assert study(tmp_path, data, "--retry-failed") == 1
+        assert told in str(states(tmp_path)["gda 2:1 poly_norm"][1])
 
 
 def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(tmp_path: Path, data: Path) -> None:
