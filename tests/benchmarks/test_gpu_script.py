@@ -51,7 +51,7 @@ def test_every_part_runs_and_what_failed_or_was_skipped_is_named(tmp_path: Path)
 
     def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(SCRIPT), str(out), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     first = gpu()
     assert first.returncode == 0, first.stdout + first.stderr

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.distributed import descendants, started, wait_until
+from helpers.distributed import TIMEOUT, descendants, started, wait_until
 from helpers.terminal import on_a_terminal
 from motifarch.data import PackedDataset
 from motifarch.data.prepare import main
@@ -282,7 +282,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(many: list[str], tmp_path: Path) 
     with started(0, *many[1:], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         wait_until_tokenising(process, tmp_path)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert re.fullmatch(r"interrupted: .*data was not made; run the same command to start over\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]
@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_clear_message(many: list[str], tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     with started(0, *many[1:], preexec_fn=limit) as process:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 2
     assert re.fullmatch(r"error: .*data can't be written \(File too large\): free some space, .*\n", said)
     assert os.listdir(tmp_path) == ["many.jsonl"]

@@ -20,8 +20,9 @@ TO_REPORT = ("--monitor-interval", "3")
 """For torchrun: after one rank's death, time for the others to say what they miss before it ends
 them."""
 
-TIMEOUT = 120
-"""Seconds for one command, and without news of a condition."""
+TIMEOUT = 300
+"""Seconds for one command, and without news of a condition: met by what hangs alone, for a slow
+machine is no failure."""
 
 RANKS_TIMEOUT = 400
 """Seconds for one call on several ranks, which may try many layouts."""

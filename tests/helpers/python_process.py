@@ -13,6 +13,6 @@ def run_python(code: str, *args: object, offline: bool = True) -> str:
     """
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1" if offline else "0"}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout

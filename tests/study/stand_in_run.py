@@ -43,7 +43,7 @@ def main() -> None:
         time.sleep(30)
     if do == "together":
         # Goes on only while another run is at work.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while len(LOG.read_text().splitlines()) < 2:
             if time.monotonic() > deadline:
                 sys.exit("alone")

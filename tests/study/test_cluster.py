@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers.distributed import wait_until
+from helpers.distributed import TIMEOUT, wait_until
 from helpers.slurm import INSTALLED, slurm_cluster
 from helpers.tiny import prepare_text
 from helpers.tiny_study import command, write_grid
@@ -95,7 +95,7 @@ def test_jobs_do_what_processes_do_and_a_stopped_study_cancels_them(tmp_path: Pa
     )
     wait_until(lambda: len(read_metrics(out / RUNS[0] / "metrics.jsonl")) > 5, process)
     process.terminate()
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGTERM
     assert "The same command goes on" in printed
     assert main([str(grid), "--output", str(out), *options]) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.distributed import kill_tree, started, train, wait_until
+from helpers.distributed import TIMEOUT, kill_tree, started, train, wait_until
 from helpers.tiny import write_recipe
 from motifarch.files import sha256
 from motifarch.train.manifest import find_newest
@@ -141,7 +141,7 @@ def test_a_signal_saves_before_leaving(recipe: Path, tmp_path: Path, ranks: int,
         process.send_signal(number)
         if not ranks:
             process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     if not ranks:
         assert process.returncode == 128 + number
