@@ -22,10 +22,10 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make train        prepare data, train recipes/tiny_cpu.yaml on two processes, export it and sample from it"
-	@echo "make test         all tests but the slow ones, in 15 minutes on two cores; ARGS='tests/optim -k muon' for some"
+	@echo "make test         all tests but the slow ones, in half an hour on two cores; ARGS='tests/optim -k muon' for some"
 	@echo "make test-fast    a quick subset of them, in 2 minutes"
-	@echo "make test-slow    the slow ones: layouts of four ranks, restarts, transformers' own; in 40 minutes"
-	@echo "make test-nightly the slowest: every compiled configuration, faults planted in kernels, kill loops; in 30"
+	@echo "make test-slow    the slow ones: restarts, interruptions, transformers' own; in 25 minutes"
+	@echo "make test-nightly the slowest: every compiled configuration, planted faults, layouts of four ranks, exports; in 75"
 	@echo "make test-oldest  make test with each dependency's lower bound, torch 2.11 too; see below"
 	@echo "make test-newest  make test with the newest release of everything; see below"
 	@echo "make lint         formats, types, import contracts, Markdown, schemas of workflows"

@@ -178,7 +178,7 @@ def test_a_model_of_korean_text(tmp_path):
     assert "옛날 어느 마을에" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_verification(tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     code = "\n".join(blocks(ROOT / "docs" / "provenance.md", "bash"))

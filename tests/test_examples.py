@@ -112,7 +112,7 @@ def test_a_patched_qwen3_starts_as_the_same_function_and_trains():
     assert "loaded: PatchedQwen3ForCausalLM" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_study_of_a_layer_of_your_own_compares_equal_models():
     printed = run_example("head_ratio_study.py")
     sizes = [int(n) for n in re.findall(r"(\d+) parameters", printed)]

@@ -9,7 +9,7 @@ from benchmarks.models.expert_balance import main
 from helpers.tiny import prepare_text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_runs_are_reported(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     short = {"run.steps": 4, "optim.warmup_steps": 1, "optim.decay_steps": 1, "log.every": 2, "validation.sequences": 4}

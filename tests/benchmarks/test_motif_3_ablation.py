@@ -42,7 +42,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert differences["worse"]["p_holm"] < 0.01 < 0.9 < differences["same"]["p_holm"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_ablation_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work, output = tmp_path / "work", tmp_path / "ablation.json"
     words = ["--data", str(prepare_text(tmp_path)), "--work", str(work), "--output", str(output), "--seeds", "0"]

@@ -20,7 +20,7 @@ def run(cache: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_is_compiled_again_after_a_move(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="compiling needs triton")
     here, there = tmp_path / "here", tmp_path / "there"

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.models.tiny_recipe import main
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_candidates_train_for_equal_time(tmp_path: Path) -> None:
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(" ".join(f"word{(i * j) % 97}" for j in range(2000)))

@@ -37,7 +37,7 @@ def quick(module: str, output: Path, *arguments: str, environment: Mapping[str, 
     return content
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_model_is_measured(tmp_path: Path) -> None:
     """With what a machine with a GPU has."""
     environment = without_packages(tmp_path, ROOT, ROOT / "kernels")

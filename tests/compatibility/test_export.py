@@ -26,7 +26,7 @@ from motifarch.integrations import patch
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 DYNAMIC = {0: Dim("batch", min=2, max=16), 1: Dim("length", min=2, max=64)}
-slow = pytest.mark.slow
+nightly = pytest.mark.nightly
 
 
 def build(name: str) -> Any:
@@ -65,7 +65,7 @@ FEW = ["gda window", "gemma2"]
 EVERY = dict.fromkeys((*compatibility.COLUMNS, *VARIANTS, *HEADS))
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=slow) for n in EVERY])
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=nightly) for n in EVERY])
 @torch.no_grad()
 def test_torch_export(name: str) -> None:
     model = build(name)
@@ -80,7 +80,7 @@ def test_torch_export(name: str) -> None:
         torch.testing.assert_close(model(**batch, use_cache=False).logits, logits)  # nothing of the tracing stays
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=slow) for n in ("gda", "softmax", "llama")])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=nightly) for n in ("gda", "softmax", "llama")])
 @torch.no_grad()
 def test_packed_documents_of_an_exported_program_do_not_see_each_other(name: str) -> None:
     model = build(name)
@@ -135,7 +135,9 @@ class Plain(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["gda window", "llama", *(pytest.param(n, marks=slow) for n in ("diff_v2", "qwen3"))])
+@pytest.mark.parametrize(
+    "name", ["gda window", "llama", *(pytest.param(n, marks=nightly) for n in ("diff_v2", "qwen3"))]
+)
 @torch.no_grad()
 def test_a_traced_model_computes_what_the_model_does(name: str) -> None:
     model = build(name)
@@ -147,7 +149,7 @@ def test_a_traced_model_computes_what_the_model_does(name: str) -> None:
         assert_agrees(traced(**batch), model(**batch, use_cache=False).logits, batch["attention_mask"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["gda window", "diff_v2 gated", "softmax", "llama"])
 @torch.no_grad()
 def test_an_onnx_program_computes_what_the_model_does(name: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.data.memory import main as measure
 MORE = {"own_mib": 25, "mapped_mib": 60}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_ten_times_the_text_takes_no_more_memory(tmp_path: Path) -> None:
     output = tmp_path / "memory.json"

@@ -42,7 +42,7 @@ def compile_with(version: str, family: str, cache: Path) -> list[dict[str, Any]]
     return kernels
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("version", VERSIONS)
 def test_attention_compiles_within_bounds(version: str, tmp_path: Path) -> None:
     kernels = compile_with(version, "motif", tmp_path)

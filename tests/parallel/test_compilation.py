@@ -93,7 +93,7 @@ def test_training_compiled_and_sharded_is_training(traced: list[int], data: Path
     assert len(traced) >= 4  # two layers, with and without gradients
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_that_share_experts_train_compiled(data: Path, tmp_path: Path) -> None:
     model = MOTIF_3 | {"qk_norm": False, "num_hidden_layers": 2}
     cases = [

@@ -98,7 +98,7 @@ FIGURES = ("loss", "grad_norm", "expert_loss", "router_load_max_mean", "router_w
 RECORDED = ("router_output_cosine", "router_output_peak")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rank_killed_in_an_exchange_is_restarted_and_the_run_ends_the_same(data: Path, tmp_path: Path) -> None:
     length = ("--run.steps", "12", "--checkpoint.every", "4", "--log.every", "2", "--checkpoint.asynchronous", "false")
     rows = {}

@@ -45,7 +45,7 @@ def truth(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return torch.load(output)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)])
 def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of a number of ranks, in one process group."""
     output = tmp_path_factory.mktemp("layouts") / "several.pt"
@@ -126,7 +126,7 @@ LONG_WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("own", [{"optimizer": "adamw"}, MUON_AND_STREAMS | {"qk_clip": 0.5}], ids=["adamw", "muon"])
 def test_windows_longer_than_a_ranks_part(own: dict[str, Any], data: Path, tmp_path: Path) -> None:
     found = {}

@@ -88,7 +88,7 @@ def test_two_ranks_are_equal_to_one_process(one: dict[str, Any], two: dict[str, 
         assert_routed_alike(two[optimizer], one[optimizer], optimizer)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_four_ranks_are_equal_to_one_process(data: Path, one: dict[str, Any], tmp_path: Path, name: str) -> None:
     cases = [case("adamw", LAYOUTS[name], ADAMW), case("muon", LAYOUTS[name], CLIPPED)]

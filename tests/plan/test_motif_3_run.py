@@ -9,7 +9,7 @@ from helpers.distributed import on_ranks
 from helpers.motif_3_ranks import RANKS, SEQ_LEN, measure_motif_3, recipe
 from motifarch.plan import Assumptions, find_gpu, make_plan, memory
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 # With the experts that all tokens take. Of six a rank has three, so [0, 3] send each rank as many
 # rows, which is what a plan assumes unless told, and [0, 1] send all to the first: no load is a

@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[tuple[Any, ...]]:
     return [(r["step"], r["loss"], r.get("validation_loss")) for r in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not INSTALLED, reason="SLURM's daemons (slurm-wlm, munge) are not installed, or this is not root")
 def test_on_slurm_a_preempted_run_is_queued_again_and_a_killed_study_takes_its_jobs_up(
     tmp_path: Path, environment: dict[str, str]
@@ -85,7 +85,7 @@ def test_on_slurm_a_preempted_run_is_queued_again_and_a_killed_study_takes_its_j
         assert losses(run) == losses(tmp_path / run.parent.name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_jobs_do_what_processes_do_and_a_stopped_study_cancels_them(tmp_path: Path) -> None:
     data, out = prepare_text(tmp_path), tmp_path / "out"
     grid = write_grid(tmp_path, data, tokens=12800)

@@ -17,7 +17,7 @@ GATED, LINEAR = "examples.gated_softmax:GatedSoftmax", "models.test_own_attentio
 FUNCTION = "models.test_own_attention:llamas"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_is_matched_trained_measured_and_reported_like_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = str(Path(__file__).parent.parent)  # where the processes that train find LINEAR
     monkeypatch.setenv("PYTHONPATH", tests, prepend=os.pathsep)

@@ -135,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return new
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_wrong_value_is_refused_or_trains(folder: Any, data: Path, name: str) -> None:
     for value in WRONG.values():
@@ -160,7 +160,7 @@ def test_right_values_are_read(folder: Any, data: Path) -> None:
             read_recipe([str(write(folder(), data, name, value))])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_values_train(folder: Any, data: Path, name: str) -> None:
     for value in RIGHT[name]:
@@ -190,7 +190,7 @@ def test_wrong_values_are_refused(folder: Any, data: Path, case: tuple[str, Any]
     check(folder(), data, *case)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(SEEDED, max_examples=500)
 @given(case=cases())
 def test_whatever_is_accepted_trains(folder: Any, data: Path, case: tuple[str, Any]) -> None:

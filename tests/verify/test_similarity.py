@@ -261,7 +261,7 @@ def test_weights_from_two_seeds_are_alike_in_nothing(name: str, tmp_path: Path) 
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_measurement_goes_on_and_ends(tmp_path: Path) -> None:
     sizes = {"models": 6, "bases": 4, "steps": STEPS, "floor-steps": 100, "pairs": 8, "copies": 10, "long": 2}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
