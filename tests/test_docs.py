@@ -152,7 +152,7 @@ def test_a_run_on_your_own_text(tmp_path):
     assert len((tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_of_korean_text(tmp_path):
     (tmp_path / "text").mkdir()
     words = [

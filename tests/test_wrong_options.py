@@ -193,7 +193,7 @@ def test_what_no_type_accepts_is_refused(right: dict[str, Line], out: Path, opti
     assert not any(out.iterdir()), "something is written though the options are wrong"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_any_value_ends_well(right: dict[str, Line], out: Path, option: Option) -> None:
     for wrong in (*WRONG, "folder", "file"):

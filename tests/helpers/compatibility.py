@@ -47,6 +47,6 @@ def build(name: str, **overrides: Any) -> Any:
 
 
 def cells(*fast: str) -> pytest.MarkDecorator:
-    """Runs a test for each column, as the cells of one row; all but some are slow."""
-    slow = pytest.mark.slow
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in fast else slow) for n in COLUMNS])
+    """Runs a test for each column, as the cells of one row; all but some are nightly."""
+    nightly = pytest.mark.nightly
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in fast else nightly) for n in COLUMNS])

@@ -53,7 +53,7 @@ def assert_finite(folder: Path, steps: range) -> None:
             assert tensor.isfinite().all(), (step, name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_training_is_near_bfloat16(tmp_path: Path, data: Path) -> None:
     few: dict[str, Any] = {"checkpoint": {"every": 20}}
     exact, _ = train(tmp_path / "bf16", data, 20, precision=PRECISION | {"matmul": "compute"}, **few)
@@ -65,7 +65,7 @@ def test_training_is_near_bfloat16(tmp_path: Path, data: Path) -> None:
     assert after == pytest.approx(before, abs=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_experts_on_other_ranks_train_alike(tmp_path: Path, data: Path) -> None:
     few: dict[str, Any] = {"checkpoint": {"every": 20}}
     whole, _ = train(tmp_path / "whole", data, 6, **few)
@@ -92,14 +92,14 @@ def test_a_block_that_is_not_finite_is_skipped_on_all_ranks(tmp_path: Path, data
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_the_guard_nothing_of_it_is_saved(tmp_path: Path, data: Path) -> None:
     _, said = train(tmp_path / "run", data, 4, "nan in w2:2", "no guard")
     assert "is not finite after step 3, so nothing is saved" in said
     assert_finite(tmp_path / "run", range(1, 3))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_rows_that_no_product_writes_enter_nothing(tmp_path: Path, data: Path) -> None:
     clean, _ = train(tmp_path / "clean", data, 3)
     unwritten, said = train(tmp_path / "unwritten", data, 3, "unwritten rows")
