@@ -33,7 +33,7 @@ def test_nothing_of_it_outlives_an_error(
         raise OSError("disk full")
     left = set(threading.enumerate()) - before
     for thread in left:
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in left)
 
 

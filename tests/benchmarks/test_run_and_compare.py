@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from benchmarks import run
 from benchmarks.compare import compare, main, read_results
 from benchmarks.lib.figures import describe
+from helpers.distributed import TIMEOUT, wait_until
 from motifarch.cli import run as motifarch
 from motifarch.errors import UserError
 
@@ -68,11 +68,9 @@ def test_a_stop_reaches_the_benchmark_which_writes_what_it_has(tmp_path: Path) -
     call = f"execute(['bash', '-c', {script!r}], Path({str(log)!r}))"
     code = f"from benchmarks.run import *\nwith cli.terminate_as_interrupt(): {call}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=run.report.ROOT, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and bool(log.read_text()))
     process.terminate()
-    assert b"KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert b"KeyboardInterrupt" in process.communicate(timeout=TIMEOUT)[1]
     assert told.read_text() == "to stop\n"
 
 
