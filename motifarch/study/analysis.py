@@ -318,6 +318,11 @@ class StudyResults:
         """Validation loss at the end, over seeds."""
         return self.estimate(variant, "validation_loss")
 
+    def seconds_per_token(self, variant: Variant) -> float | None:
+        """Of training, where all variants of the size were timed side by side."""
+        timed = self.results.get("step_seconds", {}).get(variant.size, {})
+        return timed[variant.name] / self.results["micro_batch_tokens"] if variant.name in timed else None
+
     def by_layer(self, variant: Variant, name: str) -> list[tuple[int, float]]:
         """An attention statistic, mean over seeds: (layer, value), layers counted from 0."""
         runs = [(run.get("attention") or {}).get("layers") or [] for run in self.runs_of(variant)]

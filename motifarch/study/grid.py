@@ -153,7 +153,8 @@ class DesignSpec(Section):
         """What reports call it, such as "12 query heads"."""
         own = "" if self.attention == "gda" else f", {re.split('[.:]', self.attention)[-1]}"
         made_up = "" if self.makes_up == "feed_forward" else f", {self.makes_up} making up"
-        return f"{self.heads} {self.fixed.replace('_', ' ')}{own}{made_up}"
+        held = self.fixed.replace("_", " ")
+        return f"{self.heads} {held if self.heads > 1 else held.removesuffix('s')}{own}{made_up}"
 
     def noise_heads(self, ratio: int) -> Fraction:
         """At a ratio; a fraction where the heads do not divide so."""

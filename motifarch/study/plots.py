@@ -18,7 +18,6 @@ from motifarch.study.designs import StudyDesigns
 from motifarch.study.figure_data import shown_data
 from motifarch.train.plots import smooth
 
-_LABELS = ("softmax MHA", "softmax GQA", "DIFF V1", "GDA 2:1", "GDA 3:1", "GDA 4:1", "GDA 7:1", "DIFF V2")
 _SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "motifarch",  # the same results make the same page
     "svg.fonttype": "none",
@@ -126,17 +125,15 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
     """Loss at the end over what it took: training FLOPs, time at the speeds that were measured side
     by side (else the runs' own), and the cache.
     """
-    steps, tokens_a_step = study.results.get("step_seconds", {}).get(size, {}), study.results.get("micro_batch_tokens")
     panels = figure.subplots(1, 3, sharey=True)
     figure.set_size_inches(9, 4.5)
     for v in (v for v in study.of_size(size) if study.loss(v)):
         loss, runs = study.loss(v), study.runs_of(v)
         assert loss is not None
         tokens = float(np.mean([run["tokens"] for run in runs]))
-        seconds = float(np.mean([run["validation"][-1][1] for run in runs if run.get("validation")] or [np.nan]))
-        if v.name in steps:
-            seconds = steps[v.name] * tokens / tokens_a_step
-        places = tokens * v.row["training_flops_per_token"], seconds, v.row["kv_bytes_per_token"]
+        _, seconds, _ = _mean_curve(runs, "validation", study.seconds_per_token(v))
+        took = seconds[-1] if seconds.size else np.nan
+        places = tokens * v.row["training_flops_per_token"], took, v.row["kv_bytes_per_token"]
         for axes, place in zip(panels, places, strict=True):
             axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))
     for axes, label in zip(panels, ("training FLOPs", "seconds of training", "cache, bytes a token"), strict=True):
@@ -192,7 +189,7 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
     training, validation, timed = figure.subplots(3)
     for group in study.groups(size):
         reference = study.runs_of(study.reference(group))
-        for v in group:
+        for v in (v for v in group if study.runs_of(v)):
             runs, style = study.runs_of(v), _style(study, v) | {"marker": "", "label": study.title(v)}
             at, _, loss = _mean_curve(runs, "curve")
             training.plot(at, smooth(list(loss), 1 - 1 / min(50, 1 + len(loss) / 25)), **style)
@@ -202,14 +199,14 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
             if len(group) > 1 and all(map(np.size, pair)):
                 (at, _, loss), (base_at, _, base) = pair
                 validation.plot(at, loss - np.interp(at, base_at, base), **style)
-            _, seconds, loss = _mean_curve(runs, "validation")
+            _, seconds, loss = _mean_curve(runs, "validation", study.seconds_per_token(v))
             timed.plot(seconds, loss, **style)
     training.set(xlabel="tokens", ylabel="training loss, smoothed, nats/token")
     validation.set(xlabel="tokens", ylabel="validation loss less reference's, nats/token")
     timed.set(xlabel="seconds of training", ylabel="validation loss, nats/token")
     for axes in (training, timed):
         _cut_first_descent(axes)
-    training.legend(ncols=3)
+    figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str, str]) -> None:
@@ -231,7 +228,7 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
     reach = max(float(np.abs(values - chance).max()) for _, values in maps) or 1.0
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
-    figure.set_size_inches(2.3 * columns + 0.5, 1.9 * rows + 0.3)
+    figure.set_size_inches(2.3 * columns + 0.5, 2.1 * rows + 0.3)
     for axes, (v, values) in zip(figure.subplots(rows, columns, squeeze=False).flat, maps, strict=False):
         axes.pcolormesh(values, cmap="PuOr", vmin=chance - reach, vmax=chance + reach)
         axes.invert_yaxis()
@@ -240,7 +237,7 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
             axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
         axes.set_xticks(np.arange(len(about["depths"])) + 0.5, [f"{100 * d:g}%" for d in about["depths"]])
         axes.set_yticks(np.arange(len(about["lengths"])) + 0.5, [f"{n:,}" for n in about["lengths"]])
-        axes.set_title(study.title(v), parse_math=False)
+        axes.set_title(study.title(v).replace(", ", ",\n", 1), parse_math=False)
         axes.grid(visible=False)
     for axes in figure.axes[len(maps) :]:
         axes.remove()
@@ -248,21 +245,26 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
 
 def _style(study: StudyResults, variant: Variant) -> dict[str, Any]:
     """The colour and marker of an attention, alike in all plots; outlined unless PolyNorm."""
-    others = dict.fromkeys(v.label for v in study.variants if v.label not in _LABELS)
-    kind = [*_LABELS, *others].index(variant.label)
+    kind = list(dict.fromkeys(v.label for v in study.variants)).index(variant.label)
     plain = variant.activation != ACTIVATIONS["poly_norm"]
-    look = {"color": f"C{kind % 10}", "marker": "osD^p>v*Xh"[kind % 10]}
+    # Ten colours and nine markers: no two of ninety look the same.
+    look = {"color": f"C{kind % 10}", "marker": "osD^pv*Xh"[kind % 9]}
     return look | ({"markerfacecolor": "white", "linestyle": "--"} if plain else {})
 
 
-def _mean_curve(runs: Sequence[Mapping[str, Any]], field: str) -> np.ndarray:
-    """The mean over runs at the first one's tokens: (tokens, seconds, loss) by point."""
+def _mean_curve(
+    runs: Sequence[Mapping[str, Any]], field: str, seconds_per_token: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean over runs at the first one's tokens: tokens, seconds and loss. Seconds are the runs'
+    own unless a token's are given.
+    """
     found = [[row[:3] for row in run.get(field) or () if row[2] is not None] for run in runs]
     tables = [np.array(rows, dtype=float).T for rows in found if rows]
     if not tables:
-        return np.empty((3, 0))
+        return np.empty(0), np.empty(0), np.empty(0)
     at = tables[0][0]
-    return np.mean([[np.interp(at, table[0], column) for column in table] for table in tables], axis=0)
+    _, seconds, loss = np.mean([[np.interp(at, table[0], column) for column in table] for table in tables], axis=0)
+    return at, seconds if seconds_per_token is None else at * seconds_per_token, loss
 
 
 def _cut_first_descent(axes: Axes) -> None:
