@@ -290,9 +290,13 @@ class StudyResults:
             parts.append(variant.activation)
         return ", ".join([*parts, variant.size] if len(self.sizes) > 1 else parts)
 
+    def planned(self, variant: Variant) -> list[Mapping[str, Any]]:
+        """A variant's runs, finished or not."""
+        return [run for run in self.runs if (run["variant"], run["size"]) == (variant.name, variant.size)]
+
     def runs_of(self, variant: Variant) -> list[Mapping[str, Any]]:
         """A variant's finished runs."""
-        return [run for run in self.finished if (run["variant"], run["size"]) == (variant.name, variant.size)]
+        return [run for run in self.planned(variant) if run["status"] == "finished"]
 
     def values(self, variant: Variant, *path: str) -> dict[int, float]:
         """A measure of a variant's finished runs, by seed; runs without it are left out.
@@ -344,13 +348,17 @@ class StudyResults:
         return sorted((v for v in group if v.ratio), key=lambda v: v.ratio or 0)
 
     def eligible(self, group: Sequence[Variant]) -> list[Variant]:
-        """Those that can be the best: with finished runs, and no more failed ones than others.
+        """Those that can be the best: with finished runs, no fewer planned than any other has, and
+        no more failed ones.
 
-        Of a variant that diverges, only lucky seeds are left.
+        Of a variant that diverges, only lucky seeds are left; one that is merely tried has one.
         """
-        failed = [(r["variant"], r["size"]) for r in self.runs if r["status"] == "failed"]
-        counts = {v.name: failed.count((v.name, v.size)) for v in group if self.values(v, "validation_loss")}
-        return [v for v in group if counts.get(v.name) == min(counts.values(), default=0)]
+        counts = {}
+        for v in group:
+            states = [r["status"] for r in self.planned(v)]
+            if self.values(v, "validation_loss"):
+                counts[v.name] = (-len(states), states.count("failed"))
+        return [v for v in group if v.name in counts and counts[v.name] == min(counts.values())]
 
     def best(self, group: Sequence[Variant]) -> Variant | None:
         """The lowest mean loss of the eligible, on the seeds that all of them finished."""
@@ -369,12 +377,24 @@ class StudyResults:
             found[size] = shared_noise({v.name: self.values(v, "validation_loss") for v in own})
         return found
 
+    def unequal_noise(self, size: str) -> tuple[list[float], float] | None:
+        """The standard deviations of a size's variants between seeds, and the p value of Bartlett's
+        test that they are the same; None where fewer than two have two seeds.
+        """
+        losses = [list(self.values(v, "validation_loss").values()) for v in self.of_size(size)]
+        several = [own for own in losses if len(own) > 1]
+        sds = [float(np.std(own, ddof=1)) for own in several]
+        if len(several) < 2 or not all(sds):
+            return None
+        return sds, float(stats.bartlett(*several).pvalue)
+
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Variants against their group's reference, between ratios, and PolyNorm against SwiGLU.
 
         Together they are the one family that p values are corrected for. All pairs of ratios are in
-        it, so that the best one may be compared with the rest although it was found by looking.
+        it, or all of each design, so that the best of them may be compared with the rest although
+        it was found by looking.
         """
         pairs = []
         for group in self.groups():
@@ -387,7 +407,7 @@ class StudyResults:
         others = [v for v in self.variants if v.activation != ACTIVATIONS["silu"]]
         pairs += [(v, plain[v.size, v.label]) for v in others if (v.size, v.label) in plain]
 
-        own = [paired(*(self.values(v, "validation_loss") for v in pair)) for pair in pairs]
+        own = [self.difference(*pair) for pair in pairs]
         shared = [
             with_noise(d, noise) if d and (noise := self.noise[v.size]) else None
             for d, (v, _) in zip(own, pairs, strict=True)
@@ -395,6 +415,10 @@ class StudyResults:
         corrected, shared_corrected = (holm([d.p if d else None for d in tests]) for tests in (own, shared))
         columns = zip(pairs, own, corrected, shared, shared_corrected, strict=True)
         return [Comparison(v, r, d, p, judged, shared_p) for (v, r), d, p, judged, shared_p in columns]
+
+    def difference(self, variant: Variant, reference: Variant) -> Estimate | None:
+        """A variant's loss less another's, on the seeds that both finished; None without one."""
+        return paired(*(self.values(v, "validation_loss") for v in (variant, reference)))
 
     def _compared_ratios(self, group: Sequence[Variant]) -> list[list[Variant]]:
         """Those of a group that differ in their ratio, rising: all, or of each design."""
@@ -416,6 +440,17 @@ class StudyResults:
         """The same of each variant, over all lengths and depths."""
         found = [self.probed(v, name) for v in self.variants]
         return [None if x is None else estimate(list(unit * x.mean(axis=(1, 2)))) for x in found]
+
+    def gain_correlation(self, size: str) -> Estimate | None:
+        """Pearson's correlation of loss and the probe's gain over the runs of a size; None of fewer
+        than three.
+        """
+        runs = [run for run in self.finished if run["size"] == size]
+        told = [(run, ((run.get("probe") or {}).get("overall") or {}).get("gain")) for run in runs]
+        points = [(gain, run["validation_loss"]) for run, gain in told if gain is not None]
+        if len(points) < 3:
+            return None
+        return Estimate(float(stats.pearsonr(*zip(*points, strict=True)).statistic), len(points))
 
     def above_chance(self, name: str) -> list[Variant] | None:
         """Variants whose measure is above chance by more than the choice of questions explains.

@@ -1,10 +1,10 @@
 """What a study's designs say of the head ratio: how loss changes with it in each, and, of all
-together, what is the ratio's and what the number of heads'.
+together, with signal and with noise heads.
 
 A ratio does not vary alone. With noise heads fixed, a higher one has more signal heads; with signal
 heads fixed, fewer noise heads; with query heads fixed, more of one and fewer of the other. Loss is
-taken as a plane over the logarithms of both numbers, the seeds as blocks: a ratio's effect is along
-one diagonal, that of more heads at the same ratio along the other. No single design has both.
+taken as a plane over the logarithms of both numbers, the seeds as blocks. Were the ratio all that
+counts, its two slopes would be opposite. No single design has both.
 """
 
 import math
@@ -45,6 +45,8 @@ class Design:
     """By rising ratio."""
     trend: Effects | None
     """For a doubling of the ratio; None where fewer than two ratios have losses."""
+    seed_slopes: list[float]
+    """The slope in each seed that has two ratios, by rising seed."""
     p_holm: float | None
     """The slope's p value, corrected for the number of the study's designs."""
 
@@ -63,23 +65,25 @@ class Design:
 
 @dataclass(frozen=True)
 class Separation:
-    """Ratio and number of heads told apart, by all designs of a size."""
+    """Signal and noise heads told apart, by all designs of a size: nats for a doubling."""
 
     size: str
     effects: Effects
-    """For a doubling of the ratio with the (geometric) mean of signal and noise heads held, and for
-    one of both with the ratio held.
-    """
 
     @property
-    def ratio(self) -> Estimate:
-        """Nats for a doubling of the ratio."""
+    def signal(self) -> Estimate:
+        """Of signal heads, with as many noise heads."""
         return self.effects.slopes[0]
 
     @property
-    def heads(self) -> Estimate:
-        """Nats for twice as many heads of both kinds."""
+    def noise(self) -> Estimate:
+        """Of noise heads, with as many signal heads."""
         return self.effects.slopes[1]
+
+    @property
+    def both(self) -> Estimate:
+        """Of both, so that the ratio stays: 0 if nothing but the ratio counts."""
+        return self.effects.slopes[2]
 
 
 class StudyDesigns:
@@ -90,10 +94,10 @@ class StudyDesigns:
         rows = study.results.get("designs") or []
         found = [(row, size, self._variants(row["variants"], size)) for row in rows for size in study.sizes]
         found = [(row, size, variants) for row, size, variants in found if len(variants) > 1]
-        trends = [_effects(study, variants, [[_ratio(v)] for v in variants]) for *_, variants in found]
+        trends = [_effects(study, variants, [[_ratio(v)] for v in variants], [[1]]) for *_, variants in found]
         corrected = holm([trend.slopes[0].p if trend else None for trend in trends])
         self.all = [
-            Design(row["name"], row["fixed"], size, variants, trend, p)
+            Design(row["name"], row["fixed"], size, variants, trend, _seed_slopes(study, variants), p)
             for (row, size, variants), trend, p in zip(found, trends, corrected, strict=True)
         ]
 
@@ -116,8 +120,8 @@ class StudyDesigns:
         found = []
         for size in self.study.sizes:
             variants = _distinct(v for design in self.of_size(size) for v in design.variants)
-            places = [[_ratio(v), _heads(v)] for v in variants]
-            effects = _effects(self.study, variants, places)
+            places = [[math.log2(v.signal_heads or 1), math.log2(v.noise_heads or 1)] for v in variants]
+            effects = _effects(self.study, variants, places, [[1, 0], [0, 1], [1, 1]])
             if effects:
                 found.append(Separation(size, effects))
         return found
@@ -136,14 +140,20 @@ def _ratio(variant: Variant) -> float:
     return math.log2(variant.ratio or 1)
 
 
-def _heads(variant: Variant) -> float:
-    """Doublings of one signal and one noise head, in the middle of both."""
-    signal, noise = variant.signal_heads or 1, variant.noise_heads or 1
-    return (math.log2(signal) + math.log2(noise)) / 2
+def _seed_slopes(study: StudyResults, variants: Sequence[Variant]) -> list[float]:
+    losses = [(study.values(v, "validation_loss"), _ratio(v)) for v in variants]
+    by_seed = [[(at, own[seed]) for own, at in losses if seed in own] for seed in study.seeds]
+    return [float(stats.linregress(*zip(*points, strict=True)).slope) for points in by_seed if len(points) > 1]
 
 
-def _effects(study: StudyResults, variants: Sequence[Variant], places: Sequence[Sequence[float]]) -> Effects | None:
-    """Least squares of all runs' losses over places, each seed with a level of its own.
+def _effects(
+    study: StudyResults,
+    variants: Sequence[Variant],
+    places: Sequence[Sequence[float]],
+    directions: Sequence[Sequence[float]],
+) -> Effects | None:
+    """Least squares of all runs' losses over places, each seed with a level of its own: the slopes
+    along some directions.
 
     Returns:
         None where runs of two seeds do not determine it, or leave nothing over to judge it by.
@@ -166,7 +176,8 @@ def _effects(study: StudyResults, variants: Sequence[Variant], places: Sequence[
     saturated = OLS(losses, of_variants).fit()
     between = saturated.df_model - fit.df_model
     misfit = saturated.compare_f_test(fit)[1] if between >= 1 and saturated.df_resid >= 1 else None
-    slopes = tuple(_slope(fit, i) for i in range(along.shape[1]))
+    others = [0.0] * blocks.shape[1]
+    slopes = tuple(_slope(fit, [*direction, *others]) for direction in directions)
     return Effects(slopes, None if misfit is None or math.isnan(misfit) else float(misfit))
 
 
@@ -176,6 +187,7 @@ def _dummies(labels: Sequence[object]) -> np.ndarray:
     return np.array([[float(label == other) for other in distinct] for label in labels])
 
 
-def _slope(fit: RegressionResults, i: int) -> Estimate:
-    half = float(stats.t.ppf(1 - ALPHA / 2, fit.df_resid) * fit.bse[i])
-    return Estimate(float(fit.params[i]), int(fit.nobs), None, half, float(fit.pvalues[i]))
+def _slope(fit: RegressionResults, direction: Sequence[float]) -> Estimate:
+    test = fit.t_test(np.array([direction]))
+    ((low, high),) = test.conf_int(ALPHA)
+    return Estimate(float(test.effect[0]), int(fit.nobs), None, float(high - low) / 2, float(test.pvalue))

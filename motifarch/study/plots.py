@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import matplotlib
@@ -79,33 +79,36 @@ def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
 
 
 def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> None:
-    """Loss over the head ratio, a column for each design and a row for each size."""
-    sizes = [size for size in study.sizes if designs.of_size(size)]
-    names = list(dict.fromkeys(design.name for design in designs.all))
-    panels = figure.subplots(len(sizes), len(names), sharey="row", squeeze=False)
-    figure.set_size_inches(1 + 2.7 * len(names), 0.6 + 2.8 * len(sizes))
-    for axes, (size, name) in zip(panels.flat, product(sizes, names), strict=True):
-        variants = [v for d in designs.of_size(size) if d.name == name for v in d.variants]
-        shown = [(v, loss) for v in variants if (loss := study.loss(v))]
-        if not shown:  # a scale of logarithms has nothing to begin with
-            axes.set_visible(False)
-            continue
-        at, attention = [v.ratio for v, _ in shown], variants[0].label.split()[0]
-        means, halves = [loss.mean for _, loss in shown], [loss.half or 0 for _, loss in shown]
+    """Loss over the head ratio, a panel for each design and size."""
+    shown = [design for design in designs.all if any(map(study.loss, design.variants))]
+    if not shown:
+        return
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure.set_size_inches(1 + 2.7 * columns, 0.6 + 2.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    first: dict[str, Axes] = {}
+    for axes, design in zip(panels, shown, strict=False):
+        axes.sharey(first.setdefault(design.size, axes))
+        losses = [(v, loss) for v in design.variants if (loss := study.loss(v))]
+        at, attention = [v.ratio for v, _ in losses], design.variants[0].label.split()[0]
+        means, halves = [loss.mean for _, loss in losses], [loss.half or 0 for _, loss in losses]
         axes.errorbar(at, means, yerr=halves, color="C0", marker="o", capsize=4, label=attention)
-        for v, _ in shown:
+        for v, _ in losses:
             seeds = list(study.values(v, "validation_loss").values())
-            axes.plot([v.ratio] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{v.label}, seeds")
-        for i, (label, level) in enumerate(_without_ratio(study, size)):
+            beside = [1.08 * (v.ratio or 1)] * len(seeds)
+            axes.plot(beside, seeds, ".", color="0.4", markersize=6, label=f"{v.label}, seeds")
+        for i, (label, level) in enumerate(_without_ratio(study, design.size)):
             axes.axhline(level, color=f"C{i + 1}", linestyle="--", linewidth=1, label=label)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([v.ratio for v in variants])
+        axes.set_xticks([v.ratio for v in design.variants])
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}:1")
-        axes.set_title(f"{name}, {size}" if len(sizes) > 1 else name)
+        axes.set_title(f"{design.name}, {design.size}" if len(study.sizes) > 1 else design.name)
         axes.set_xlabel("signal heads for each noise head")
-    for axes in panels[:, 0]:
         axes.set_ylabel("validation loss, nats/token")
-    drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+    for axes in figure.axes[len(shown) :]:
+        axes.remove()
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles, labels = (list(chain.from_iterable(column)) for column in zip(*drawn, strict=True))
     named = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
@@ -113,12 +116,11 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
 
 def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]]:
     """Yields each attention without a choice of ratio, and its loss with the better activation."""
-    found: dict[str, list[float]] = {}
-    for v in study.of_size(size):
-        if v.ratio is None and (loss := study.loss(v)):
-            found.setdefault(v.label, []).append(loss.mean)
-    for label, losses in found.items():
-        yield label, min(losses)
+    others = [v for v in study.of_size(size) if v.ratio is None]
+    for label in dict.fromkeys(v.label for v in others):
+        best = study.best([v for v in others if v.label == label])
+        if best and (loss := study.loss(best)):
+            yield label, loss.mean
 
 
 def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
@@ -241,6 +243,20 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
         axes.grid(visible=False)
     for axes in figure.axes[len(maps) :]:
         axes.remove()
+
+
+def by_gain(figure: Figure, study: StudyResults) -> None:
+    """Every run's loss over the retrieval probe's gain by context, a panel for each size."""
+    sizes = [size for size in study.sizes if any(run["size"] == size for run in study.finished)]
+    figure.set_size_inches(1 + 4 * len(sizes), 4.5)
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        for v in study.of_size(size):
+            gains, losses = study.values(v, "probe", "overall", "gain"), study.values(v, "validation_loss")
+            points = [(gain, losses[seed]) for seed, gain in gains.items() if seed in losses]
+            if points:
+                axes.plot(*zip(*points, strict=True), **_style(study, v) | {"linestyle": ""}, label=study.title(v))
+        axes.set(xlabel="gain by context, nats", ylabel="validation loss, nats/token", title=size)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def _style(study: StudyResults, variant: Variant) -> dict[str, Any]:

@@ -176,7 +176,7 @@ DESIGNS = {
 
 
 def made_up_designs(
-    *, of_signal: float, of_noise: float, scatter: float = 0.002, seeds: tuple[int, ...] = (0, 1, 2)
+    of_signal: float, of_noise: float, *, scatter: float = 0.002, seeds: tuple[int, ...] = (0, 1, 2)
 ) -> dict[str, Any]:
     """Results of three designs whose losses change by so many nats for each doubling of heads."""
     results = made_up_results(seeds=seeds)

@@ -46,28 +46,66 @@ def test_slopes_intervals_and_misfit_are_those_of_statsmodels_formulas() -> None
         assert design.trend is not None
         assert design.trend.misfit_p == pytest.approx(misfit["Pr(>F)"].iloc[1])
     (both,) = designs.separations
-    plane = smf.ols("loss ~ ratio + heads + C(seed)", table(results, [v.name for v in designs.variants])).fit()
-    for slope, name in ((both.ratio, "ratio"), (both.heads, "heads")):
+    frame = table(results, [v.name for v in designs.variants])
+    plane = smf.ols("loss ~ signal + noise + C(seed)", frame).fit()
+    for slope, name in ((both.signal, "signal"), (both.noise, "noise")):
         assert (slope.mean, slope.p) == pytest.approx((plane.params[name], plane.pvalues[name]))
+    # The same plane over other coordinates: along one the ratio stays.
+    turned = smf.ols("loss ~ ratio + heads + C(seed)", frame).fit()
+    low, high = turned.conf_int().loc["heads"]
+    assert (both.both.mean, both.both.half) == pytest.approx((turned.params["heads"], (high - low) / 2))
 
 
 CONCLUSIONS = [
     # What heads do, in nats for a doubling of signal and noise heads, and what is said first.
-    ({"of_signal": -0.03, "of_noise": 0.03}, "A higher head ratio lowers the loss in every design", "lowers the loss"),
-    ({"of_signal": 0.03, "of_noise": -0.03}, "A higher head ratio raises the loss in every design", "raises the loss"),
-    ({"of_signal": -0.03, "of_noise": -0.03}, "The designs disagree", "is not told from no effect"),
-    ({"of_signal": -0.03, "of_noise": 0.0}, "Not every design tells head ratios apart", "lowers the loss"),
-    ({"of_signal": 0.0, "of_noise": 0.0}, "No design tells head ratios apart", "is not told from no effect"),
+    ((-0.03, 0.03), "A higher head ratio lowers the loss in every design", "The ratio alone would explain both"),
+    ((0.03, -0.03), "A higher head ratio raises the loss in every design", "The ratio alone would explain both"),
+    ((-0.03, -0.03), "The designs disagree", "It is not the ratio alone that counts"),
+    ((-0.03, 0.0), "Not every design tells head ratios apart", "It is not the ratio alone that counts"),
+    ((0.0, 0.0), "No rise or fall of the loss with the head ratio is seen in any design", "Neither is told from 0"),
 ]
 
 
-@pytest.mark.parametrize(("truth", "first", "ratio"), CONCLUSIONS, ids=[first for _, first, _ in CONCLUSIONS])
-def test_the_pages_first_sentence_is_the_datas(truth: dict[str, float], first: str, ratio: str) -> None:
-    text = to_markdown(made_up_designs(**truth, scatter=0.001))
-    said = " ".join(text.split("\n", 2)[2].split())
+@pytest.mark.parametrize(("truth", "first", "then"), CONCLUSIONS, ids=[first for _, first, _ in CONCLUSIONS])
+def test_the_pages_first_sentence_is_the_datas(truth: tuple[float, float], first: str, then: str) -> None:
+    results = made_up_designs(*truth, scatter=0.001)
+    said = " ".join(to_markdown(results).split("\n", 2)[2].split())
     assert said.startswith(f"**{first}")
-    assert f"With the number of heads held, the ratio itself {ratio}" in said
-    assert "<h1>Which head ratio is best?</h1>" in to_html(made_up_designs(**truth))
+    assert then in said
+    assert "<h1>Which head ratio is best?</h1>" in to_html(results)
+
+
+def test_a_conclusion_names_how_many_designs_it_rests_on() -> None:
+    results = made_up_designs(-0.03, 0.03, scatter=0.001)
+    alone = {name for row in results["designs"][1:] for name in row["variants"]}
+    kept = set(results["designs"][0]["variants"])
+    for run in results["runs"]:
+        run["status"] = "missing" if run["variant"] in alone - kept else run["status"]
+    assert "lowers the loss in the 1 of 3 designs that have runs of two seeds" in " ".join(to_markdown(results).split())
+
+
+def test_losses_that_no_line_describes_are_said_to_be_off_it() -> None:
+    results = made_up_designs(-0.03, 0.03, scatter=0.0005)
+    last = results["designs"][0]["variants"][-1]
+    for run in results["runs"]:
+        run["validation_loss"] -= 0.3 * (run["variant"] == last)
+    assert "not on a line" in to_markdown(results)
+
+
+def test_a_variant_with_fewer_seeds_is_not_the_best_and_decides_no_other() -> None:
+    results = made_up_designs(0.0, 0.0, scatter=0.001)
+    lucky, best = (results["designs"][0]["variants"][i] for i in (0, 1))
+    tried = "gda 1:1 (2+2) silu"
+    copied = next(v for v in results["variants"] if v["name"] == lucky)
+    results["variants"].append(copied | {"name": tried, "activation": "silu"})
+    run = next(r for r in results["runs"] if (r["variant"], r["seed"]) == (lucky, 0))
+    results["runs"].append(run | {"variant": tried, "validation_loss": 0.5})
+    for run in results["runs"]:
+        run["validation_loss"] -= {lucky: 0.2 * (run["seed"] == 0), best: 0.1}.get(run["variant"], 0.0)
+    study = StudyResults(results)
+    found = study.best(study.variants)
+    assert found is not None
+    assert found.name == best
 
 
 def test_a_single_seed_has_no_answer_and_tables_all_the_same() -> None:
