@@ -441,16 +441,16 @@ class StudyResults:
         found = [self.probed(v, name) for v in self.variants]
         return [None if x is None else estimate(list(unit * x.mean(axis=(1, 2)))) for x in found]
 
-    def gain_correlation(self, size: str) -> Estimate | None:
-        """Pearson's correlation of loss and the probe's gain over the runs of a size; None of fewer
-        than three.
+    def gain_correlation(self, size: str) -> tuple[float, int] | None:
+        """Pearson's correlation of loss and the probe's gain over the runs of a size, and how many
+        they are; None of fewer than three.
         """
         runs = [run for run in self.finished if run["size"] == size]
         told = [(run, ((run.get("probe") or {}).get("overall") or {}).get("gain")) for run in runs]
         points = [(gain, run["validation_loss"]) for run, gain in told if gain is not None]
         if len(points) < 3:
             return None
-        return Estimate(float(stats.pearsonr(*zip(*points, strict=True)).statistic), len(points))
+        return float(stats.pearsonr(*zip(*points, strict=True)).statistic), len(points)
 
     def above_chance(self, name: str) -> list[Variant] | None:
         """Variants whose measure is above chance by more than the choice of questions explains.
