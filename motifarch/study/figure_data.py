@@ -37,7 +37,8 @@ def _panel(axes: Axes) -> Iterator[tuple[Any, ...]]:
             yield panel, label, None, np.ravel(line.get_ydata())[0], None, None
             continue
         for x, y in np.array(line.get_data(), dtype=float).T:
-            yield panel, label, x, y, None, None
+            if np.isfinite([x, y]).all():  # what is not drawn is not shown
+                yield panel, label, x, y, None, None
     for mesh in axes.collections:
         if isinstance(mesh, QuadMesh):
             columns, rows = ([t.get_text() for t in axis.get_ticklabels()] for axis in (axes.xaxis, axes.yaxis))
@@ -47,8 +48,10 @@ def _panel(axes: Axes) -> Iterator[tuple[Any, ...]]:
 
 def _with_interval(container: ErrorbarContainer) -> Iterator[tuple[float, float, float, float]]:
     line, _, bars = container.lines
-    # (points, 2 ends, x and y), also where there is no point.
-    ends = np.array([segment for bar in bars for segment in bar.get_segments()]).reshape(-1, 2, 2)
+    # (points, 2 ends, x and y), also where there is no point. Segments leave out points without a
+    # place, paths keep them.
+    ends = np.array([path.vertices for bar in bars for path in bar.get_paths()]).reshape(-1, 2, 2)
     along = 0 if container.has_xerr else 1
     for (x, y), both in zip(np.array(line.get_data(), dtype=float).T, ends[:, :, along], strict=True):
-        yield x, y, both.min(), both.max()
+        if np.isfinite([x, y]).all():
+            yield x, y, both.min(), both.max()

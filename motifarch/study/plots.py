@@ -133,8 +133,11 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
         loss, runs = study.loss(v), study.runs_of(v)
         assert loss is not None
         tokens = float(np.mean([run["tokens"] for run in runs]))
-        _, seconds, _ = _mean_curve(runs, "validation", study.seconds_per_token(v))
-        took = seconds[-1] if seconds.size else np.nan
+        if (rate := study.seconds_per_token(v)) is not None:
+            took = tokens * rate
+        else:
+            _, seconds, _ = _mean_curve(runs, "validation")
+            took = seconds[-1] if seconds.size else np.nan
         places = tokens * v.row["training_flops_per_token"], took, v.row["kv_bytes_per_token"]
         for axes, place in zip(panels, places, strict=True):
             axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -104,6 +105,27 @@ def test_any_study_has_whole_tables_and_a_page_that_asks_for_nothing_from_elsewh
     for known in (results["command"], "a made-up processor", "0" * 40, "tokens: 4000000"):
         assert known in text
         assert known in page
+
+
+@pytest.mark.parametrize("side_by_side", [True, False])
+def test_runs_that_lack_a_measurement_are_in_the_page_with_the_rest(side_by_side: bool, tmp_path: Path) -> None:
+    results = made_up_results()
+    names = [v["name"] for v in results["variants"]]
+    lacking = dict(zip(("validation", "curve", "probe", "attention", "speed"), names[1:], strict=False))
+    for field, name in lacking.items():
+        for run in results["runs"]:
+            if run["variant"] == name:
+                run[field] = [] if field in ("validation", "curve") else None
+    if side_by_side:
+        results |= {"step_seconds": {"2m": dict.fromkeys(names, 0.5)}, "micro_batch_tokens": 4096}
+    write_report(results, tmp_path)
+
+    assert len(tables((tmp_path / "report.md").read_text())["Validation loss at the end, nats/token"]) == len(names)
+    shown = pd.concat(pd.read_csv(path) for path in tmp_path.rglob("by_cost*.csv"))
+    assert np.isfinite(shown[["x", "y"]]).all(axis=None)
+    # A run's own time is that of its last validation; all have FLOPs and a cache.
+    timed = len(names) if side_by_side else len(names) - 1
+    assert sorted(shown.groupby("panel").series.nunique()) == [timed, len(names), len(names)]
 
 
 def test_the_command_writes_the_report_again(tmp_path: Path) -> None:
