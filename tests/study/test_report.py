@@ -14,11 +14,13 @@ from helpers.made_up_study import made_up_results
 from motifarch.commands.report import main
 from motifarch.study.report import to_html, to_markdown, write_report
 
+LOSSES = "Validation loss at the end, nats/token"
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-def losses(results: dict[str, Any], variant: str) -> np.ndarray:
-    runs = [r for r in results["runs"] if r["variant"] == variant and r["status"] == "finished"]
+def losses(results: dict[str, Any], variant: str, size: str | None = None) -> np.ndarray:
+    runs = [r for r in results["runs"] if r["variant"] == variant and r["size"] == (size or r["size"])]
+    runs = [r for r in runs if r["status"] == "finished"]
     return np.array([r["validation_loss"] for r in sorted(runs, key=lambda r: r["seed"])])
 
 
@@ -32,25 +34,37 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["head_ratio_study_cpu", "head_ratio_study_cpu_operations"])
-def test_committed_reports_are_those_of_their_results(name: str) -> None:
-    results = json.loads((COMMITTED / name / "results.json").read_text())
+NOISE_HEADS = {"DIFF V1": "diff_v1 poly_norm", "GDA 4:1": "gda 4:1 poly_norm", "GDA 7:1": "gda 7:1 poly_norm"}
+DESIGNS = {f"GDA {ratio}, PolyNorm": f"gda {ratio} poly_norm" for ratio in ("1:1 (1+1)", "4:1 (4+1)", "7:1 (7+1)")}
+
+
+@pytest.mark.parametrize(
+    ("study", "size", "names"),
+    [
+        ("head_ratio_study_cpu", None, NOISE_HEADS),
+        ("head_ratio_study_cpu_operations", None, NOISE_HEADS),
+        ("head_ratio_study_designs_cpu", "0.5m", DESIGNS),
+    ],
+)
+def test_committed_reports_are_those_of_their_results(study: str, size: str | None, names: dict[str, str]) -> None:
+    """A table's figures against scipy's, of the first of `names` and others against it."""
+    results = json.loads((COMMITTED / study / "results.json").read_text())
     text = to_markdown(results)
-    assert text == (COMMITTED / name / "report.md").read_text()
+    assert text == (COMMITTED / study / "report.md").read_text()
+    of = f", {size}" if size else ""
     found = tables(text)
-    names = {"DIFF V1": "diff_v1 poly_norm", "GDA 4:1": "gda 4:1 poly_norm", "GDA 7:1": "gda 7:1 poly_norm"}
-    reference = losses(results, names["DIFF V1"])
-    for label, variant in names.items():
-        own = losses(results, variant)
-        half = stats.t.ppf(0.975, len(own) - 1) * stats.sem(own)
-        row = found["Validation loss at the end, nats/token"][label + " (reference)" * (label == "DIFF V1")]
-        assert row[0] == f"{own.mean():.4f} ± {half:.4f}"
-        if label != "DIFF V1":
-            test = stats.ttest_rel(own, reference)
-            half = (test.confidence_interval().high - test.confidence_interval().low) / 2
-            row = found["Paired differences, nats/token"][f"{label} less DIFF V1"]
-            assert row[0] == f"−{reference.mean() - own.mean():.4f} ± {half:.4f}"
-            assert row[3] == ("\\<0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}")
+    rows = {label.removesuffix(" (reference)"): row for label, row in found[f"{LOSSES}{of}"].items()}
+    own = {label + of: losses(results, variant, size) for label, variant in names.items()}
+    for label, loss in own.items():
+        half = stats.t.ppf(0.975, len(loss) - 1) * stats.sem(loss)
+        assert rows[label][0] == f"{loss.mean():.4f} ± {half:.4f}"
+    first, *others = own
+    for label in others:
+        test = stats.ttest_rel(own[label], own[first])
+        half = (test.confidence_interval().high - test.confidence_interval().low) / 2
+        row = found["Paired differences, nats/token"][f"{label} less {first}"]
+        assert row[0] == f"{(own[label] - own[first]).mean():+.4f} ± {half:.4f}".replace("-", "−")
+        assert row[3] == ("\\<0.001" if test.pvalue < 0.001 else f"{test.pvalue:.3f}")
 
 
 def test_learning_rates_that_were_tried_stand_beside_the_one_taken() -> None:
@@ -120,7 +134,7 @@ def test_runs_that_lack_a_measurement_are_in_the_page_with_the_rest(side_by_side
         results |= {"step_seconds": {"2m": dict.fromkeys(names, 0.5)}, "micro_batch_tokens": 4096}
     write_report(results, tmp_path)
 
-    assert len(tables((tmp_path / "report.md").read_text())["Validation loss at the end, nats/token"]) == len(names)
+    assert len(tables((tmp_path / "report.md").read_text())[LOSSES]) == len(names)
     shown = pd.concat(pd.read_csv(path) for path in tmp_path.rglob("by_cost*.csv"))
     assert np.isfinite(shown[["x", "y"]]).all(axis=None)
     # A run's own time is that of its last validation; all have FLOPs and a cache.
