@@ -284,11 +284,15 @@ class StudyResults:
 
     def title(self, variant: Variant) -> str:
         """A variant in words, with no more of them than tell it from the others."""
-        parts = [variant.label]
+        title = self.title_in_size(variant)
+        return f"{title}, {variant.size}" if len(self.sizes) > 1 else title
+
+    def title_in_size(self, variant: Variant) -> str:
+        """As :meth:`title`, where others are of the same size."""
         compared = {g[0].activation for g in self.groups() if len(g) > 1}
         if len(compared) > 1 or variant.activation != self.main_group[0].activation:
-            parts.append(variant.activation)
-        return ", ".join([*parts, variant.size] if len(self.sizes) > 1 else parts)
+            return f"{variant.label}, {variant.activation}"
+        return variant.label
 
     def planned(self, variant: Variant) -> list[Mapping[str, Any]]:
         """A variant's runs, finished or not."""

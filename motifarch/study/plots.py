@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from motifarch.study.analysis import ACTIVATIONS, StudyResults, Variant
 from motifarch.study.designs import StudyDesigns
@@ -65,10 +66,10 @@ def by_ratio(figure: Figure, study: StudyResults, size: str) -> None:
     for v in shown:
         at, loss = labels.index(v.label) + 0.25 * study.activations.index(v.activation), study.loss(v)
         assert loss is not None
-        style, name = _style(study, v), study.title(v)
-        axes.errorbar(at, loss.mean, yerr=loss.half or 0, capsize=4, markersize=7, label=name, **style)
+        style = _style(study, v)
+        axes.errorbar(at, loss.mean, yerr=loss.half or 0, capsize=4, markersize=7, **style)
         seeds = list(study.values(v, "validation_loss").values())
-        axes.plot([at + 0.1] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{name}, seeds")
+        axes.plot([at + 0.1] * len(seeds), seeds, ".", color="0.5", markersize=4, label=f"{style['label']}, seeds")
     for group in study.groups(size):
         shift = 0.25 * study.activations.index(group[0].activation)
         points = [(labels.index(v.label) + shift, loss.mean) for v in study.ratios(group) if (loss := study.loss(v))]
@@ -108,10 +109,7 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
         axes.set_ylabel("validation loss, nats/token")
     for axes in figure.axes[len(shown) :]:
         axes.remove()
-    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles, labels = (list(chain.from_iterable(column)) for column in zip(*drawn, strict=True))
-    named = {label: handle for label, handle in zip(labels, handles, strict=True) if "seeds" not in label}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4)
+    _legend(figure)
 
 
 def _without_ratio(study: StudyResults, size: str) -> Iterator[tuple[str, float]]:
@@ -140,11 +138,11 @@ def by_cost(figure: Figure, study: StudyResults, size: str) -> None:
             took = seconds[-1] if seconds.size else np.nan
         places = tokens * v.row["training_flops_per_token"], took, v.row["kv_bytes_per_token"]
         for axes, place in zip(panels, places, strict=True):
-            axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, label=study.title(v), **_style(study, v))
+            axes.errorbar(place, loss.mean, yerr=loss.half or 0, capsize=3, **_style(study, v))
     for axes, label in zip(panels, ("training FLOPs", "seconds of training", "cache, bytes a token"), strict=True):
         axes.set_xlabel(label)
     panels[0].set_ylabel("validation loss, nats/token")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure)
 
 
 def learning_rates(figure: Figure, study: StudyResults) -> None:
@@ -154,7 +152,7 @@ def learning_rates(figure: Figure, study: StudyResults) -> None:
     if not sizes:
         return
     panels = figure.subplots(1, len(sizes), squeeze=False)[0]
-    figure.set_size_inches(1 + 4 * len(sizes), 5)
+    figure.set_size_inches(max(8, 1 + 4 * len(sizes)), 5)
     for axes, size in zip(panels, sizes, strict=True):
         for v in study.of_size(size):
             points = sorted(
@@ -162,12 +160,15 @@ def learning_rates(figure: Figure, study: StudyResults) -> None:
             )
             if points:
                 style = _style(study, v)
-                axes.plot(*zip(*points, strict=True), label=study.title(v), markersize=4, **style)
+                axes.plot(*zip(*points, strict=True), markersize=4, **style)
                 if v.row.get("learning_rate"):
                     axes.axvline(v.row["learning_rate"], color=style["color"], linewidth=0.6)
         axes.set_xscale("log")
+        axes.set_xticks(sorted({r["learning_rate"] for r in sweep if r["size"] == size}))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="peak learning rate", ylabel="validation loss of a short run", title=size)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure)
 
 
 def differences(figure: Figure, study: StudyResults) -> None:
@@ -195,7 +196,7 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
     for group in study.groups(size):
         reference = study.runs_of(study.reference(group))
         for v in (v for v in group if study.runs_of(v)):
-            runs, style = study.runs_of(v), _style(study, v) | {"marker": "", "label": study.title(v)}
+            runs, style = study.runs_of(v), _style(study, v) | {"marker": ""}
             at, _, loss = _mean_curve(runs, "curve")
             training.plot(at, smooth(list(loss), 1 - 1 / min(50, 1 + len(loss) / 25)), **style)
             # Seeds that only one has finished would add what seeds do.
@@ -211,7 +212,7 @@ def curves(figure: Figure, study: StudyResults, size: str) -> None:
     timed.set(xlabel="seconds of training", ylabel="validation loss, nats/token")
     for axes in (training, timed):
         _cut_first_descent(axes)
-    figure.legend(*training.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure)
 
 
 def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str, str]) -> None:
@@ -220,10 +221,10 @@ def by_layer(figure: Figure, study: StudyResults, size: str, names: Mapping[str,
     for axes, (name, label) in zip(figure.subplots(2, 3).flat, names.items(), strict=True):
         for v in (v for v in study.variants if v.size == size):
             if points := study.by_layer(v, name):
-                axes.plot(*zip(*points, strict=True), **_style(study, v), markersize=4, label=study.title(v))
+                axes.plot(*zip(*points, strict=True), **_style(study, v), markersize=4)
         axes.set(title=label, xlabel="layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend(figure)
 
 
 def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chance: float) -> None:
@@ -251,23 +252,33 @@ def retrieval(figure: Figure, study: StudyResults, name: str, scale: float, chan
 def by_gain(figure: Figure, study: StudyResults) -> None:
     """Every run's loss over the retrieval probe's gain by context, a panel for each size."""
     sizes = [size for size in study.sizes if any(run["size"] == size for run in study.finished)]
-    figure.set_size_inches(1 + 4 * len(sizes), 4.5)
+    figure.set_size_inches(max(8, 1 + 4 * len(sizes)), 4.5)
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         for v in study.of_size(size):
             gains, losses = study.values(v, "probe", "overall", "gain"), study.values(v, "validation_loss")
             points = [(gain, losses[seed]) for seed, gain in gains.items() if seed in losses]
             if points:
-                axes.plot(*zip(*points, strict=True), **_style(study, v) | {"linestyle": ""}, label=study.title(v))
+                axes.plot(*zip(*points, strict=True), **_style(study, v) | {"linestyle": ""})
         axes.set(xlabel="gain by context, nats", ylabel="validation loss, nats/token", title=size)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure)
+
+
+def _legend(figure: Figure) -> None:
+    """Below the panels, every series of any of them once; not the points of single seeds."""
+    drawn = chain.from_iterable(zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes)
+    named = {label: handle for handle, label in drawn if not label.endswith(", seeds")}
+    columns = int(figure.get_figwidth() / 2.6)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns)
 
 
 def _style(study: StudyResults, variant: Variant) -> dict[str, Any]:
-    """The colour and marker of an attention, alike in all plots; outlined unless PolyNorm."""
+    """A variant's label, and the colour and marker of its attention, alike in all plots; outlined
+    unless PolyNorm.
+    """
     kind = list(dict.fromkeys(v.label for v in study.variants)).index(variant.label)
     plain = variant.activation != ACTIVATIONS["poly_norm"]
     # Ten colours and nine markers: no two of ninety look the same.
-    look = {"color": f"C{kind % 10}", "marker": "osD^pv*Xh"[kind % 9]}
+    look = {"label": study.title_in_size(variant), "color": f"C{kind % 10}", "marker": "osD^pv*Xh"[kind % 9]}
     return look | ({"markerfacecolor": "white", "linestyle": "--"} if plain else {})
 
 
