@@ -24,6 +24,7 @@ from helpers.python_process import run_python
 from motifarch.cli import COMMANDS, run
 from motifarch.export import export
 from motifarch.study.grid import read_grid
+from motifarch.study.report import write_report
 from motifarch.train.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -103,12 +104,18 @@ def test_recipes_that_pages_show_are_read(text, tmp_path):
         assert RECIPES.read([str(tmp_path / "shown.yaml")])
 
 
-def test_pictures_are_what_their_script_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(tilings, "PICTURES", tmp_path)
+def test_pictures_are_drawn_as_they_are_committed(tmp_path, monkeypatch):
+    drawn = tmp_path / "pictures"
+    drawn.mkdir()
+    monkeypatch.setattr(tilings, "PICTURES", drawn)
     for draw in (tilings.forward, tilings.backward, tilings.packed):
         draw()
+    results = ROOT / "benchmarks" / "results" / "head_ratio_study_designs_cpu" / "results.json"
+    write_report(json.loads(results.read_text(encoding="utf-8")), tmp_path)
+    for name in ("by_design", "by_gain"):
+        (tmp_path / "figures" / f"{name}.svg").rename(drawn / f"loss_{name}.svg")
     committed = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pictures").iterdir()}
-    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == committed
+    assert {path.name: path.read_text(encoding="utf-8") for path in drawn.iterdir()} == committed
 
 
 @pytest.mark.slow

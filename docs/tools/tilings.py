@@ -1,4 +1,4 @@
-"""Draws docs/pictures: how the attention kernels walk over queries and keys.
+"""Draws pictures of docs/pictures: how the attention kernels walk over queries and keys.
 
     python docs/tools/tilings.py
 
