@@ -84,8 +84,8 @@ def by_design(figure: Figure, study: StudyResults, designs: StudyDesigns) -> Non
     shown = [design for design in designs.all if any(map(study.loss, design.variants))]
     if not shown:
         return
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
+    rows = -(-len(shown) // 3)
+    columns = -(-len(shown) // rows)
     figure.set_size_inches(1 + 2.7 * columns, 0.6 + 2.8 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     first: dict[str, Axes] = {}
